@@ -1,0 +1,99 @@
+"""Finished stages on disk: folders named by content, published by rename, reused when they exist."""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from mpo_jax import __version__
+from mpo_jax.errors import UserError
+from mpo_jax.tracker import console
+from mpo_jax.types import Artifact
+
+FORMAT = 1
+"""Raise it when what a stage computes or writes changes: artifacts of another format are not reused."""
+
+
+class Store:
+    """The artifacts below `<workdir>/stages`.
+
+    Raises:
+      UserError: if the workdir cannot be written.
+    """
+
+    def __init__(self, workdir: Path):
+        self.folder = workdir / "stages"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            probe = self.folder / f".probe-{os.getpid()}"
+            probe.touch()
+            probe.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"cannot write to workdir {workdir}: {error.strerror}; choose another with workdir=DIR"
+            ) from error
+        self.made: list[str] = []
+        self.reused: list[str] = []
+
+    def build(
+        self,
+        stage: str,
+        settings: Mapping[str, Any],
+        parents: Mapping[str, Artifact],
+        run: Callable[[Path], Mapping[str, Any]],
+    ) -> Artifact:
+        """The artifact of a stage with these settings and parents: the stored one, or what `run(folder)` makes now.
+
+        `run` works in a hidden folder, resumes from whatever an earlier, killed run left there, and returns a summary
+        for the manifest. The folder gets its real name only when all is written.
+        """
+        recipe = {
+            "format": FORMAT,
+            "stage": stage,
+            "settings": settings,
+            "parents": {role: parent.id for role, parent in parents.items()},
+        }
+        name = f"{stage}-{hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]}"
+        final, partial = self.folder / name, self.folder / f".{name}.partial"
+        if (done := self._open(final)) is None:
+            with FileLock(self.folder / f".{name}.lock"):
+                # another run may have finished it while this one waited for the lock
+                if (done := self._open(final)) is None:
+                    done = self._make(recipe, final, partial, run)
+                    self.made.append(name)
+                    return done
+        self.reused.append(name)
+        console.print(f"[dim]reuse {name}[/dim]")
+        return done
+
+    def _open(self, final: Path) -> Artifact | None:
+        manifest = final / "manifest.json"
+        return Artifact(final, json.loads(manifest.read_text(encoding="utf-8"))) if manifest.is_file() else None
+
+    def _make(self, recipe: Mapping[str, Any], final: Path, partial: Path, run: Callable[[Path], Any]) -> Artifact:
+        console.print(f"[bold]make {final.name}[/bold]")
+        partial.mkdir(exist_ok=True)
+        begin = time.time()
+        summary = run(partial)
+        shutil.rmtree(partial / "checkpoints", ignore_errors=True)
+        manifest = {**recipe, "version": __version__, "seconds": round(time.time() - begin, 1), "summary": summary}
+        write_json(partial / "manifest.json", manifest)
+        os.rename(partial, final)
+        return Artifact(final, manifest)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON whole or not at all: to a neighbour file that is flushed to disk and then renamed."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

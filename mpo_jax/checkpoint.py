@@ -1,0 +1,66 @@
+"""Checkpoints inside an unfinished stage: Orbax, sharded, asynchronous, published atomically."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from mpo_jax.errors import UserError
+
+
+class Checkpoints:
+    """The checkpoints of one stage's training state, newest last; the oldest beyond `keep` are deleted."""
+
+    def __init__(self, folder: Path, *, keep: int):
+        self._manager = ocp.CheckpointManager(
+            folder.resolve(),
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True),
+        )
+        self._folder = folder
+
+    def restore(self, state: Any) -> tuple[int, Any]:
+        """The newest checkpoint's step and state, placed like `state`; (0, state) where there is none.
+
+        Raises:
+          UserError: if the checkpoint holds other shapes than this configuration's.
+        """
+        step = self._manager.latest_step()
+        if step is None:
+            return 0, state
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+        stored = self._shapes(step)
+        wanted = _describe(state)
+        if stored != wanted:
+            differing = [name for name in wanted | stored if wanted.get(name) != stored.get(name)]
+            raise UserError(
+                f"{self._folder / str(step)}: the checkpoint does not fit this configuration: {differing[0]} is "
+                f"{stored.get(differing[0], 'absent')} there and {wanted.get(differing[0], 'absent')} here "
+                f"({len(differing)} differ); delete the folder or use another workdir"
+            )
+        return step, self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))[
+            "state"
+        ]
+
+    def save(self, step: int, state: Any) -> None:
+        """Starts writing; the state may be donated to the next step as soon as this returns."""
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state), shapes=ocp.args.JsonSave({"leaves": json.dumps(_describe(state))})
+            ),
+        )
+
+    def close(self) -> None:
+        """Waits for writes under way."""
+        self._manager.close()
+
+    def _shapes(self, step: int) -> dict[str, str]:
+        stored = self._manager.restore(step, args=ocp.args.Composite(shapes=ocp.args.JsonRestore()))
+        return json.loads(stored["shapes"]["leaves"])
+
+
+def _describe(state: Any) -> dict[str, str]:
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}

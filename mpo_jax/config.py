@@ -1,0 +1,407 @@
+"""The configuration: frozen pydantic models, YAML files, `key.sub=value` overrides. Unknown keys are refused."""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from mpo_jax.errors import UserError
+
+ExperimentName = Literal[
+    "sft", "dpo_base", "dpo", "ppo", "mpo", "mpo_sft_kl", "mpo_reverse", "mpo_reverse_sft",
+    "dpo_easy", "dpo_hard", "ppo_easy", "ppo_hard",
+]  # fmt: skip
+
+
+class Section(BaseModel):
+    """A part of the configuration: immutable, defaults checked like given values, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+class ArchitectureConfig(Section):
+    """Sizes of a Llama trained from scratch; a checkpoint brings its own. `vocab_size` follows the tokenizer."""
+
+    hidden_size: int = Field(default=64, gt=0)
+    intermediate_size: int = Field(default=172, gt=0)
+    num_layers: int = Field(default=2, gt=0)
+    num_heads: int = Field(default=4, gt=0)
+    num_kv_heads: int = Field(default=4, gt=0)
+    head_dim: int = Field(default=16, gt=0)
+    max_positions: int = Field(default=512, gt=0)
+    rope_theta: float = Field(default=10000.0, gt=0)
+    norm_eps: float = Field(default=1e-5, gt=0)
+    tie_embeddings: bool = True
+    init_std: float = Field(default=0.02, gt=0)
+
+
+class ModelConfig(Section):
+    """Which base model, and how its arithmetic runs."""
+
+    path: str | None = Field(
+        default=None, description="Hugging Face folder of the base model; absent: trained from scratch"
+    )
+    architecture: ArchitectureConfig = Field(default_factory=lambda: ArchitectureConfig())
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="auto: float32 on CPU only"
+    )
+    frozen_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="storage of reference and reward model"
+    )
+    remat: Literal["none", "dots", "full"] = Field(default="none", description="what the backward pass computes again")
+    attention: Literal["xla", "cudnn"] = "xla"
+    logit_chunk: int = Field(default=1024, gt=0, description="tokens a device whose logits exist at one time")
+
+
+class TextConfig(Section):
+    """Token limits and joins. A prompt is cut before a response; see ALGORITHMS in mpo_jax/README.md."""
+
+    max_prompt_tokens: int = Field(default=512, gt=0)
+    max_response_tokens: int = Field(default=512, gt=0)
+    add_bos: Literal["auto", "true", "false"] = "auto"
+    prompt_template: str = Field(default="{prompt}", description="text around every prompt; must hold {prompt}")
+
+    @field_validator("add_bos", mode="before")
+    @classmethod
+    def _yaml_bool(cls, value: Any) -> Any:
+        return str(value).lower() if isinstance(value, bool) else value
+
+    @field_validator("prompt_template")
+    @classmethod
+    def _has_slot(cls, value: str) -> str:
+        if value.count("{prompt}") != 1:
+            raise ValueError("must hold {prompt} exactly once")
+        return value
+
+
+class ToyConfig(Section):
+    """The toy TL;DR world; every number of its utility is documented in data/toy.py."""
+
+    seed: int = Field(default=0, description="of the world's posts and labels, apart from the training seed")
+    num_demonstrations: int = Field(default=4000, gt=0)
+    num_pairs: int = Field(default=3000, gt=0)
+    num_test: int = Field(default=400, gt=0)
+    num_values: int = Field(default=12, ge=2, le=16, description="different values of each fact: the vocabulary's size")
+    num_attempts: int = Field(
+        default=2, ge=1, le=4, description="attempts a post, each a fact besides who, problem, question"
+    )
+    num_fillers: int = Field(default=1, ge=0, le=3, description="sentences without a fact")
+    label_temperature: float = Field(default=1.0, gt=0, description="of the Bradley-Terry labels: higher is noisier")
+
+
+class DataConfig(Section):
+    """Where rows come from. Local files are .jsonl or .jsonl.gz."""
+
+    kind: Literal["toy", "hh", "pairs"] = "toy"
+    path: tuple[str, ...] = Field(default=(), description="preference files: training and, by split, validation rows")
+    sft_path: tuple[str, ...] = Field(default=(), description="{prompt, response} files; absent: the chosen responses")
+    test_path: tuple[str, ...] = Field(
+        default=(), description="preference files to evaluate on; absent: the validation rows"
+    )
+    filter: Literal["strict", "none"] = "strict"
+    validation_fraction: float = Field(default=0.05, ge=0, lt=1)
+    max_rows: int | None = Field(default=None, gt=0, description="the first rows of each file only")
+    toy: ToyConfig = Field(default_factory=lambda: ToyConfig())
+
+    @field_validator("path", "sft_path", "test_path", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _needs_path(self) -> "DataConfig":
+        if self.kind != "toy" and not self.path:
+            raise ValueError(f"data.kind={self.kind} needs data.path: name one or more .jsonl or .jsonl.gz files")
+        return self
+
+
+class OptimConfig(Section):
+    """AdamW with warm-up; DeepSpeed-Chat's constants where the paper is silent."""
+
+    learning_rate: float = Field(default=5e-5, ge=0)
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_steps: int = Field(default=0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0, description="not applied to norms and biases")
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    eps: float = Field(default=1e-8, gt=0)
+    clip_norm: float | None = Field(default=1.0, gt=0, description="global gradient norm; null: no clipping")
+
+
+class TrainConfig(Section):
+    """How long and in what portions a stage trains; `batch_size` is global: all devices and micro-batches."""
+
+    epochs: float = Field(default=1.0, gt=0)
+    steps: int | None = Field(default=None, gt=0, description="in place of epochs")
+    batch_size: int = Field(default=128, gt=0)
+    accumulation: int = Field(default=1, gt=0, description="micro-batches an update")
+    log_every: int = Field(default=10, gt=0)
+    checkpoint_every: int = Field(default=500, gt=0)
+    keep_checkpoints: int = Field(default=1, gt=0)
+    optim: OptimConfig = Field(default_factory=lambda: OptimConfig())
+
+    @model_validator(mode="after")
+    def _divides(self) -> "TrainConfig":
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"batch_size={self.batch_size} does not divide into accumulation={self.accumulation} micro-batches"
+            )
+        return self
+
+
+class SftConfig(Section):
+    train: TrainConfig = Field(default_factory=lambda: TrainConfig())
+
+
+class RewardConfig(Section):
+    train: TrainConfig = Field(default_factory=lambda: TrainConfig())
+    init: Literal["sft", "base"] = "sft"
+    loss: Literal["last_token", "ds_span"] = "last_token"
+
+
+class SelectConfig(Section):
+    """`threshold` and `easy_fraction` are two ways to name one split: give one."""
+
+    threshold: float | None = 1.0
+    easy_fraction: float | None = Field(default=None, ge=0, le=1)
+    pair_source: Literal["sampled", "human"] = "sampled"
+    temperature: float = Field(default=1.0, gt=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    batch_size: int = Field(default=64, gt=0, description="prompts a call, each with two samples")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_split(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            if values.get("easy_fraction") is not None and values.get("threshold") is None:
+                return {**values, "threshold": None}
+            if values.get("easy_fraction") is not None:
+                raise ValueError("select.threshold and select.easy_fraction are both given: set one of them to null")
+        return values
+
+    @model_validator(mode="after")
+    def _has_split(self) -> "SelectConfig":
+        if self.threshold is None and self.easy_fraction is None:
+            raise ValueError("one of select.threshold and select.easy_fraction must be given")
+        return self
+
+
+class DpoConfig(Section):
+    train: TrainConfig = Field(default_factory=lambda: TrainConfig())
+    beta: float = Field(default=0.1, gt=0)
+    loss: Literal["dpo", "cdpo", "ipo"] = "dpo"
+    label_smoothing: float = Field(default=0.1, ge=0, lt=0.5, description="of loss=cdpo")
+    length_normalised: bool = Field(default=False, description="log-probabilities divided by the response's tokens")
+    nll_coef: float = Field(default=0.0, ge=0, description="weight of the chosen response's NLL per token")
+
+
+class KlConfig(Section):
+    """The penalty that keeps PPO near its reference, and what changes or stops it."""
+
+    coef: float = Field(default=0.1, ge=0)
+    adaptive: bool = False
+    target: float = Field(default=6.0, gt=0, description="nats a response, of adaptive")
+    horizon: float = Field(default=10000.0, gt=0, description="responses, of adaptive")
+    stop: float | None = Field(
+        default=None, gt=0, description="approximate KL from the old policy that ends an iteration"
+    )
+
+
+class PpoExtrasConfig(Section):
+    """Departures from plain PPO, each off by default."""
+
+    whiten_advantages: bool = False
+    whiten_rewards: bool = False
+    missing_eos: Literal["none", "replace", "subtract"] = "none"
+    missing_eos_penalty: float = Field(default=1.0, ge=0)
+    ptx_coef: float = Field(default=0.0, ge=0, description="weight of the SFT loss on demonstrations")
+    ema_decay: float | None = Field(default=None, gt=0, lt=1, description="export this average of the actor instead")
+    critic_warmup: int = Field(default=0, ge=0, description="iterations that train the critic alone")
+
+
+class PpoConfig(Section):
+    """`train.batch_size` is prompts an iteration; each iteration samples, scores and updates on them."""
+
+    train: TrainConfig = Field(default_factory=lambda: TrainConfig())
+    critic_optim: OptimConfig = Field(default_factory=lambda: OptimConfig())
+    epochs: int = Field(default=1, gt=0, description="passes over an iteration's rollouts")
+    minibatches: int = Field(default=1, gt=0, description="updates a pass")
+    kl: KlConfig = Field(default_factory=lambda: KlConfig())
+    discount: float = Field(default=1.0, ge=0, le=1)
+    trace: float = Field(default=0.95, ge=0, le=1)
+    policy_clip: float = Field(default=0.2, gt=0)
+    value_clip: float = Field(default=0.2, gt=0)
+    score_clip: float = Field(default=5.0, gt=0)
+    reward_at: Literal["last_valid", "ds_chat"] = "last_valid"
+    greedy: bool = False
+    temperature: float = Field(default=1.0, gt=0)
+    top_p: float = 1.0
+    top_k: int = 0
+    extras: PpoExtrasConfig = Field(default_factory=lambda: PpoExtrasConfig())
+
+    @model_validator(mode="after")
+    def _samples_what_it_scores(self) -> "PpoConfig":
+        if self.top_p != 1.0 or self.top_k != 0:
+            raise ValueError(
+                "ppo needs top_p=1 and top_k=0: a truncated sampler draws from another distribution than the one whose "
+                "log-probabilities PPO uses, so ratios and KL would be wrong (KL even negative)"
+            )
+        if self.train.batch_size % (self.minibatches * self.train.accumulation):
+            raise ValueError(
+                f"train.batch_size={self.train.batch_size} does not divide into minibatches={self.minibatches} x "
+                f"train.accumulation={self.train.accumulation}"
+            )
+        return self
+
+
+class EvaluateConfig(Section):
+    num_prompts: int | None = Field(default=None, gt=0, description="the first test prompts only; null: all")
+    batch_size: int = Field(default=64, gt=0)
+    greedy: bool = False
+    temperature: float = Field(default=1.0, gt=0)
+    num_samples_shown: int = Field(default=8, ge=0, description="prompts in the report's side by side")
+    bootstrap_resamples: int = Field(default=2000, gt=0)
+
+
+class MeshConfig(Section):
+    """Devices along each axis of the mesh; their product is the number of devices used."""
+
+    data: int = Field(default=1, gt=0)
+    fsdp: int = Field(default=1, gt=0)
+    tensor: int = Field(default=1, gt=0)
+
+    @property
+    def num_devices(self) -> int:
+        return self.data * self.fsdp * self.tensor
+
+    @property
+    def batch_shards(self) -> int:
+        return self.data * self.fsdp
+
+
+class RuntimeConfig(Section):
+    """The machine, not the method: nothing here changes results beyond rounding or enters an artifact's hash."""
+
+    cpu_devices: int | None = Field(default=None, gt=0, description="simulated CPU devices; null: what the machine has")
+    compilation_cache: str | None = Field(default="~/.cache/mpo_jax/xla", description="folder; null: none")
+    tensorboard: bool = True
+
+
+class Config(Section):
+    """Everything a run depends on."""
+
+    workdir: str = "runs/default"
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    experiment: tuple[ExperimentName, ...] = ("mpo",)
+    model: ModelConfig = Field(default_factory=lambda: ModelConfig())
+    text: TextConfig = Field(default_factory=lambda: TextConfig())
+    data: DataConfig = Field(default_factory=lambda: DataConfig())
+    sft: SftConfig = Field(default_factory=lambda: SftConfig())
+    reward: RewardConfig = Field(default_factory=lambda: RewardConfig())
+    select: SelectConfig = Field(default_factory=lambda: SelectConfig())
+    dpo: DpoConfig = Field(default_factory=lambda: DpoConfig())
+    ppo: PpoConfig = Field(default_factory=lambda: PpoConfig())
+    evaluate: EvaluateConfig = Field(default_factory=lambda: EvaluateConfig())
+    mesh: MeshConfig = Field(default_factory=lambda: MeshConfig())
+    runtime: RuntimeConfig = Field(default_factory=lambda: RuntimeConfig())
+
+    @field_validator("experiment", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return tuple(name.strip() for name in value.split(",")) if isinstance(value, str) else value
+
+
+def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> Config:
+    """Reads YAML, merges the overrides in order and validates.
+
+    Args:
+      path: a YAML file.
+      overrides: each `key.sub=value`, or the path of a further YAML file to merge.
+
+    Raises:
+      UserError: naming the file and line, or the key, and what to do.
+    """
+    merged = _read_yaml(Path(path))
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        try:
+            if equals:
+                _refuse_unknown(key.strip(), "on the command line")
+                update = OmegaConf.from_dotlist([override])
+            else:
+                update = _read_yaml(Path(override))
+            merged = OmegaConf.merge(merged, update)
+        except (OmegaConfBaseException, yaml.YAMLError) as error:
+            raise UserError(f"cannot read the override {override!r}: {_first_line(error)}") from error
+    try:
+        values = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {_first_line(error)}") from error
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_explain(error, path)) from error
+
+
+def to_yaml(config: BaseModel) -> str:
+    """The resolved configuration as YAML that `load_config` reads back to an equal object."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _read_yaml(path: Path) -> Any:
+    if not path.exists():
+        nearby = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+        hint = f"; did you mean {path.parent / nearby[0]}?" if nearby else ""
+        raise UserError(f"no configuration file {path}{hint}")
+    try:
+        loaded = OmegaConf.load(path)
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{path}{line}: broken YAML: {error.problem}") from error
+    except (OmegaConfBaseException, yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {_first_line(error)}") from error
+    if not OmegaConf.is_dict(loaded):
+        raise UserError(f"{path}: a configuration is a mapping of keys to values, not a list")
+    return loaded
+
+
+def _refuse_unknown(key: str, where: str) -> None:
+    section: Any = Config
+    parts = key.split(".")
+    for depth, part in enumerate(parts):
+        fields = getattr(section, "model_fields", None)
+        if fields is None or part not in fields:
+            known = list(fields) if fields else []
+            raise UserError(f"unknown key {'.'.join(parts[: depth + 1])} {where}{_suggest(part, known)}")
+        section = fields[part].annotation
+
+
+def _suggest(part: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(part, known, n=1)
+    if close:
+        return f"; did you mean {close[0]}?"
+    return f"; known here: {', '.join(known)}" if known else "; this key holds a value, not a section"
+
+
+def _explain(error: ValidationError, path: str | Path) -> str:
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            try:
+                _refuse_unknown(key, f"in {path} or its overrides")
+            except UserError as unknown:
+                lines.append(str(unknown))
+                continue
+        message = problem["msg"].removeprefix("Value error, ")
+        given = "" if isinstance(problem["input"], dict | BaseModel) else f" (given: {problem['input']!r})"
+        lines.append(f"{path}: {key + ': ' if key else ''}{message}{given}")
+    return "\n".join(lines)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

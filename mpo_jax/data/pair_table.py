@@ -1,0 +1,100 @@
+"""The table of scored response pairs that selection writes and that DPO, PPO and the report read."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mpo_jax.config import SelectConfig
+from mpo_jax.errors import UserError
+from mpo_jax.selection import split, threshold_for_fraction
+
+Subset = Literal["all", "easy", "hard"]
+FILE = "pairs.parquet"
+
+
+@dataclasses.dataclass(frozen=True)
+class PairTable:
+    """All pairs, in the order of their prompts; the two sides of row i are responses i, 0 and i, 1.
+
+    Attributes:
+      prompt: N texts.
+      response: [N, 2] texts; side 0 is the first sample, or the human-preferred response.
+      ids: [N][2] token ids of the responses as sampled, EOS included where it came.
+      score: [N, 2] raw reward-model scores.
+      chosen: [N] the side to prefer.
+      gap: [N] score of the chosen side minus the other's; negative only where a human label contradicts the scores.
+      utility: [N, 2] true utilities, NaN where no truth is known.
+    """
+
+    prompt: list[str]
+    response: list[tuple[str, str]]
+    ids: list[tuple[list[int], list[int]]]
+    score: np.ndarray
+    chosen: np.ndarray
+    gap: np.ndarray
+    utility: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.prompt)
+
+    def write(self, folder: Path) -> None:
+        """Writes `pairs.parquet`."""
+        columns: dict[str, Any] = {"prompt": self.prompt}
+        for side in (0, 1):
+            columns[f"response_{side}"] = [pair[side] for pair in self.response]
+            columns[f"ids_{side}"] = [pair[side] for pair in self.ids]
+            columns[f"score_{side}"] = self.score[:, side]
+            columns[f"utility_{side}"] = self.utility[:, side]
+        columns |= {"chosen": self.chosen, "gap": self.gap}
+        pq.write_table(pa.table(columns), folder / FILE)
+
+    @classmethod
+    def read(cls, folder: Path) -> "PairTable":
+        table = pq.read_table(folder / FILE).to_pydict()
+        both = lambda name: zip(table[f"{name}_0"], table[f"{name}_1"], strict=True)  # noqa: E731
+        return cls(
+            prompt=table["prompt"],
+            response=list(both("response")),
+            ids=list(both("ids")),
+            score=np.asarray(list(both("score")), np.float32).reshape(-1, 2),
+            chosen=np.asarray(table["chosen"], np.int32),
+            gap=np.asarray(table["gap"], np.float32),
+            utility=np.asarray(list(both("utility")), np.float64).reshape(-1, 2),
+        )
+
+    def threshold(self, config: SelectConfig) -> float:
+        """The configured threshold, or the one that gives the configured easy fraction."""
+        if config.easy_fraction is not None:
+            return threshold_for_fraction(self.gap, config.easy_fraction)
+        assert config.threshold is not None
+        return config.threshold
+
+    def rows(self, subset: Subset, config: SelectConfig) -> np.ndarray:
+        """Indices of the easy, the hard or all rows.
+
+        Raises:
+          UserError: if there are none, with the gaps' range.
+        """
+        if subset == "all":
+            return np.arange(len(self))
+        threshold = self.threshold(config)
+        easy = np.asarray(split(self.gap, threshold))
+        rows = np.flatnonzero(easy if subset == "easy" else ~easy)
+        if not len(rows):
+            raise UserError(
+                f"no pair is {subset} at threshold {threshold:g}: gaps run from {self.gap.min():.3g} to "
+                f"{self.gap.max():.3g} (median {np.median(self.gap):.3g}); "
+                f"{'lower' if subset == 'easy' else 'raise'} select.threshold, or set select.easy_fraction"
+            )
+        return rows
+
+    def label_accuracy(self, rows: np.ndarray) -> float | None:
+        """Share of the rows whose chosen side has the higher true utility, ties left out; None where none is known."""
+        utility = self.utility[rows]
+        signed = np.where(self.chosen[rows] == 0, 1, -1) * (utility[:, 0] - utility[:, 1])
+        decided = np.isfinite(signed) & (signed != 0)
+        return float((signed[decided] > 0).mean()) if decided.any() else None

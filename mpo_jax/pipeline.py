@@ -1,0 +1,151 @@
+"""The method, top to bottom: SFT, reward model, selection, the experiment's steps, evaluation. Each stage is built once."""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+from jax.sharding import Mesh
+
+from mpo_jax import runtime
+from mpo_jax.artifacts import Store, write_json
+from mpo_jax.config import Config, ExperimentName, to_yaml
+from mpo_jax.data import corpus
+from mpo_jax.experiments import EXPERIMENTS, Step
+from mpo_jax.sharding import make_mesh
+from mpo_jax.stages import dpo, evaluate, ppo, reward, select, sft
+from mpo_jax.types import Artifact
+
+StageName = Literal["sft", "reward", "select", "dpo", "ppo", "evaluate"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A finished experiment: its artifacts by role, in the order they were made."""
+
+    experiment: ExperimentName
+    artifacts: dict[str, Artifact]
+
+    @property
+    def evaluation(self) -> Artifact:
+        return self.artifacts["evaluate"]
+
+
+class Pipeline:
+    """Builds stages of one configuration, or takes them from the store."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.store = Store(Path(config.workdir))
+        self._data = {"fingerprint": corpus.fingerprint(config.data)}
+
+    @property
+    def mesh(self) -> Mesh:
+        """Made on first use: a run that only reuses touches no device."""
+        return make_mesh(self.config.mesh)
+
+    def sft(self) -> Artifact:
+        return self._build("sft", sft.run, {}, {"text", "sft"}, self._base())
+
+    def reward(self, sft: Artifact) -> Artifact:
+        return self._build("reward", reward.run, {"sft": sft}, {"text", "reward"}, self._base())
+
+    def select(self, sft: Artifact, reward: Artifact) -> Artifact:
+        settings = self.config.select.model_dump(mode="json", exclude={"threshold", "easy_fraction"})
+        return self._build(
+            "select", select.run, {"sft": sft, "reward": reward}, {"text"}, {"select": settings, **self._data}
+        )
+
+    def step(self, step: Step, init: Artifact, sft: Artifact, reward: Artifact) -> Artifact:
+        """One DPO or PPO step from the policy `init`."""
+        parents = {"init": init, "reference": sft if step.reference == "sft" else init}
+        if step.needs_selection:
+            parents["pairs"] = self.select(sft, reward)
+        extra: dict[str, Any] = {"subset": step.subset, **self._data}
+        if step.subset != "all":
+            extra |= self.config.select.model_dump(mode="json", include={"threshold", "easy_fraction"})
+        if step.algorithm == "ppo":
+            parents["reward"] = reward
+        run = partial(dpo.run if step.algorithm == "dpo" else ppo.run, subset=step.subset)
+        return self._build(step.algorithm, run, parents, {"text", step.algorithm}, extra)
+
+    def evaluate(self, policy: Artifact, sft: Artifact, reward: Artifact) -> Artifact:
+        parents = {"policy": policy, "sft": sft, "reward": reward}
+        settings = self.config.evaluate.model_dump(mode="json", exclude={"num_samples_shown", "bootstrap_resamples"})
+        return self._build("evaluate", evaluate.run, parents, {"text"}, {"evaluate": settings, **self._data})
+
+    def experiment(self, name: ExperimentName, *, until: StageName = "evaluate") -> Run:
+        """Everything an experiment needs, up to the last stage of the kind `until`."""
+        made: dict[str, Artifact] = {"sft": self.sft()}
+        if until != "sft":
+            made["reward"] = self.reward(made["sft"])
+        if until == "select":
+            made["select"] = self.select(made["sft"], made["reward"])
+        if until in ("sft", "reward", "select"):
+            return Run(name, made)
+        policy = made["sft"]
+        steps = EXPERIMENTS[name]
+        for number, step in enumerate(steps):
+            if step.needs_selection:
+                made["select"] = self.select(made["sft"], made["reward"])
+            policy = made[f"{number + 1}-{step.algorithm}"] = self.step(step, policy, made["sft"], made["reward"])
+            if until == step.algorithm and all(later.algorithm != until for later in steps[number + 1 :]):
+                return Run(name, made)
+        made["evaluate"] = self.evaluate(policy, made["sft"], made["reward"])
+        self._record(name, made)
+        return Run(name, made)
+
+    def _base(self) -> dict[str, Any]:
+        """What SFT and reward depend on besides their own sections."""
+        model = self.config.model
+        base: dict[str, Any] = {"path": corpus.fingerprint_model(model.path)} if model.path else {}
+        return {"base": base or model.architecture.model_dump(mode="json"), **self._data}
+
+    def _build(
+        self,
+        stage: StageName,
+        run: Any,
+        parents: Mapping[str, Artifact],
+        sections: set[str],
+        extra: Mapping[str, Any],
+    ) -> Artifact:
+        settings = {
+            **_without_bookkeeping(self.config.model_dump(mode="json", include={*sections, "seed"})),
+            **extra,
+            # arithmetic changes results; the mesh and the machine do so to rounding only
+            "model": self.config.model.model_dump(mode="json", include={"frozen_dtype", "attention"}),
+            "dtype": runtime.compute_dtype(self.config.model),
+        }
+
+        def in_mesh(folder: Path) -> Mapping[str, Any]:
+            mesh = self.mesh
+            with jax.set_mesh(mesh):
+                return run(self.config, mesh, folder, **parents)
+
+        return self.store.build(stage, settings, parents, in_mesh)
+
+    def _record(self, name: ExperimentName, made: Mapping[str, Artifact]) -> None:
+        """`runs/<name>/`: the resolved configuration, the environment, and links to the artifacts."""
+        folder = Path(self.config.workdir) / "runs" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+        write_json(folder / "env.json", {**runtime.environment(), "data": self._data})
+        for link in folder.iterdir():
+            if link.is_symlink():
+                link.unlink()
+        for role, artifact in made.items():
+            (folder / role).symlink_to(os.path.relpath(artifact.path, folder), target_is_directory=True)
+
+
+def _without_bookkeeping(settings: Any) -> Any:
+    """The settings without what changes no result: how often to log and to save."""
+    if not isinstance(settings, dict):
+        return settings
+    return {
+        key: _without_bookkeeping(value)
+        for key, value in settings.items()
+        if key not in ("log_every", "checkpoint_every", "keep_checkpoints")
+    }

@@ -1,0 +1,56 @@
+"""The process: devices, compilation cache, precision, seeds."""
+
+import importlib.metadata
+import platform
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from mpo_jax.config import ModelConfig, RuntimeConfig
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "grain", "numpy")
+
+
+def start(config: RuntimeConfig) -> None:
+    """Applies the runtime section to JAX.
+
+    Raises:
+      UserError: by the first use of a device, not here.
+    """
+    if config.cpu_devices is not None:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", config.cpu_devices)
+    if config.compilation_cache is not None:
+        jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache).expanduser()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def compute_dtype(config: ModelConfig) -> str:
+    """The arithmetic's type: what the config says, or float32 on CPU and bfloat16 elsewhere."""
+    if config.compute_dtype != "auto":
+        return config.compute_dtype
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def stage_key(seed: int, stage: str) -> jax.Array:
+    """The key that all of a stage's randomness is folded from."""
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(stage.encode()))
+
+
+def data_seed(seed: int, stage: str) -> int:
+    """The seed of a stage's data order: 31 bits, since Grain takes no more."""
+    return (seed * 2654435761 + zlib.crc32(stage.encode())) % 2**31
+
+
+def environment() -> dict[str, Any]:
+    """Versions and devices, for env.json."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "devices": [str(device) for device in jax.devices()],
+        "command": sys.argv,
+    }

@@ -1,0 +1,87 @@
+"""What each command does: start the process, build runs through the pipeline, print and report them."""
+
+import time
+from pathlib import Path
+
+from mpo_jax import runtime
+from mpo_jax.config import Config, load_config
+from mpo_jax.errors import UserError
+from mpo_jax.pipeline import Pipeline, StageName
+from mpo_jax.report import results
+from mpo_jax.report.page import write_report
+from mpo_jax.report.seeds import over_seeds, write_seeds
+from mpo_jax.tracker import console
+
+
+def run(config: Config) -> None:
+    """`mpo run`: every experiment of the configuration, the table, and the report."""
+    runtime.start(config.runtime)
+    _build(config)
+
+
+def _build(config: Config) -> None:
+    begin = time.perf_counter()
+    pipeline = Pipeline(config)
+    runs = [pipeline.experiment(name) for name in config.experiment]
+    workdir = Path(config.workdir)
+    finished = results.collect(workdir, tuple(made.experiment for made in runs))
+    page = workdir / "report" / "index.html"
+    if pipeline.store.made or not page.is_file():
+        page = write_report(workdir, resamples=config.evaluate.bootstrap_resamples)
+    console.print(results.terminal_table(results.main_rows(finished), "Held-out prompts: mean ± standard error"))
+    _show_samples(finished)
+    made, reused = len(pipeline.store.made), len(set(pipeline.store.reused))
+    console.print(
+        f"{made} stages made, {reused} reused in {time.perf_counter() - begin:.0f} s"
+        + ("" if made else ": everything was there already, nothing was computed")
+    )
+    console.print(f"report: {page}", soft_wrap=True)
+
+
+def _show_samples(finished: list[results.RunResult], count: int = 2) -> None:
+    """The first prompts' responses side by side."""
+    samples = {result.name: result.samples() for result in finished}
+    for row in range(min(count, *(len(rows) for rows in samples.values()))):
+        prompt = next(iter(samples.values()))[row]["prompt"].strip()
+        console.print(f"\n[bold]prompt[/bold] {prompt if len(prompt) < 600 else '...' + prompt[-600:]}", soft_wrap=True)
+        for name, rows in samples.items():
+            values = f"reward {rows[row]['score']:.2f}"
+            if "utility" in rows[row]:
+                values += f", true utility {rows[row]['utility']:.2f}"
+            console.print(f"[bold]{name}[/bold] ({values}):{rows[row]['response']}", soft_wrap=True, markup=True)
+    console.print()
+
+
+def run_until(config: Config, stage: StageName) -> None:
+    """`mpo sft`, `mpo reward`, ...: one stage and what it needs, for every experiment that has it."""
+    runtime.start(config.runtime)
+    pipeline = Pipeline(config)
+    for name in config.experiment:
+        made = pipeline.experiment(name, until=stage)
+        built = [artifact for artifact in made.artifacts.values() if artifact.manifest["stage"] == stage]
+        if not built:
+            raise UserError(f"experiment={name} has no {stage} step: choose another with experiment=NAME")
+        console.print(f"{name}: {built[-1].path}", soft_wrap=True)
+
+
+def table(config: Config, seeds: tuple[int, ...]) -> None:
+    """`mpo table`: the configuration's experiments for each seed, in `<workdir>/seed-N`, and the table over seeds."""
+    runtime.start(config.runtime)
+    workdir = Path(config.workdir)
+    for seed in seeds:
+        console.rule(f"seed {seed}")
+        toy = config.data.toy.model_copy(update={"seed": config.data.toy.seed + seed})
+        data = config.data.model_copy(update={"toy": toy})
+        _build(config.model_copy(update={"seed": seed, "workdir": str(workdir / f"seed-{seed}"), "data": data}))
+    by_seed = {seed: results.collect(workdir / f"seed-{seed}", config.experiment) for seed in seeds}
+    rows = over_seeds(by_seed)
+    console.print(results.terminal_table(rows, f"{len(seeds)} seeds: mean over seeds ± standard error over seeds"))
+    for path in write_seeds(workdir, by_seed):
+        console.print(f"wrote {path}", soft_wrap=True)
+
+
+def report(workdir: Path) -> None:
+    """`mpo report`: the report of a workdir from its finished runs."""
+    finished = results.collect(workdir)
+    config = load_config(finished[0].folder / "config.yaml")
+    console.print(f"report: {write_report(workdir, resamples=config.evaluate.bootstrap_resamples)}", soft_wrap=True)

@@ -1,0 +1,109 @@
+"""The device mesh, the one table from logical axes to mesh axes, and placement of parameters and batches."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from mpo_jax.config import MeshConfig
+from mpo_jax.errors import UserError
+
+BATCH_AXES = ("data", "fsdp")
+
+RULES: dict[str, Any] = {
+    "batch": BATCH_AXES,
+    "embed": "fsdp",
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "act_heads": "tensor",
+}
+"""Logical axis -> mesh axis. A logical axis without a rule is replicated."""
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+    """A mesh with axes data, fsdp and tensor over the first devices.
+
+    Raises:
+      UserError: if the mesh needs more devices than there are.
+    """
+    devices = jax.devices()
+    if config.num_devices > len(devices):
+        raise UserError(
+            f"mesh.data={config.data} x mesh.fsdp={config.fsdp} x mesh.tensor={config.tensor} needs "
+            f"{config.num_devices} devices, but there are {len(devices)} ({devices[0].platform}): lower the mesh, "
+            f"or simulate CPU devices with runtime.cpu_devices={config.num_devices}"
+        )
+    return jax.make_mesh(
+        (config.data, config.fsdp, config.tensor),
+        ("data", "fsdp", "tensor"),
+        # make_mesh defaults to Explicit axes, under which every array's type carries its sharding
+        axis_types=(AxisType.Auto,) * 3,
+        devices=devices[: config.num_devices],
+    )
+
+
+def check_batch(batch_size: int, mesh: MeshConfig, key: str) -> None:
+    """Raises UserError where a global batch does not divide over the mesh's batch axes."""
+    if batch_size % mesh.batch_shards:
+        raise UserError(
+            f"{key}={batch_size} does not divide over mesh.data={mesh.data} x mesh.fsdp={mesh.fsdp} = "
+            f"{mesh.batch_shards} devices: make it a multiple of {mesh.batch_shards}, or change the mesh"
+        )
+
+
+def spec_for(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh_shape: dict[str, int]) -> PartitionSpec:
+    """The rules' spec for an array with these logical axes; an axis that does not divide is replicated."""
+    return PartitionSpec(
+        *(_mesh_axis(axis, size, mesh_shape) for axis, size in zip(axes, shape, strict=True)),
+    )
+
+
+def _mesh_axis(axis: str | None, size: int, mesh_shape: dict[str, int]) -> Any:
+    rule = RULES.get(axis) if axis else None
+    if rule is None:
+        return None
+    names = (rule,) if isinstance(rule, str) else rule
+    parts = int(np.prod([mesh_shape.get(name, 1) for name in names]))
+    return rule if parts > 1 and size % parts == 0 else None
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """States how an activation is laid out over the mesh in use; does nothing outside a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec_for(axes, x.shape, dict(mesh.shape)))
+
+
+def shardings_for(axes_tree: Any, shapes_tree: Any, mesh: Mesh) -> Any:
+    """NamedShardings for a tree of arrays (or shapes) from a like tree of tuples of logical axes."""
+    return jax.tree.map(
+        lambda axes, leaf: NamedSharding(mesh, spec_for(axes, leaf.shape, dict(mesh.shape))),
+        axes_tree,
+        shapes_tree,
+        is_leaf=lambda x: isinstance(x, tuple) and all(a is None or isinstance(a, str) for a in x),
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Leading axis over the batch axes of the mesh, the rest whole."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def place_batch(batch: Any, mesh: Mesh) -> Any:
+    """Puts a host batch (a pytree of [B ...] NumPy arrays, this process's part) onto the mesh."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+
+
+def to_host(tree: Any) -> Any:
+    """Fetches a pytree of device arrays as NumPy arrays in one transfer."""
+    return jax.device_get(tree)

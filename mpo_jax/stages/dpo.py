@@ -1,0 +1,162 @@
+"""Direct preference optimisation on pairs. The reference's log-probabilities are computed once, before training."""
+
+import dataclasses
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from mpo_jax.config import Config, DpoConfig, OptimConfig
+from mpo_jax.data.batches import Example, TrainBatches, Widths, map_batches, num_steps, tokenize
+from mpo_jax.data.corpus import load_corpus
+from mpo_jax.data.pair_table import PairTable, Subset
+from mpo_jax.losses import cdpo_loss, chosen_nll_loss, dpo_loss, ipo_loss
+from mpo_jax.model import functional, loading
+from mpo_jax.model.functional import Model
+from mpo_jax.runtime import data_seed
+from mpo_jax.sharding import place_batch, replicated
+from mpo_jax.text import TextCodec, load_tokenizer
+from mpo_jax.train import check_sizes, fit, init_state, make_learning_rate, make_update, state_sharding
+from mpo_jax.types import Artifact, Joined, Mean, Metrics, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class DpoLoss:
+    """The static choices of the objective."""
+
+    kind: str
+    beta: float
+    label_smoothing: float
+    length_normalised: bool
+    nll_coef: float
+
+    @classmethod
+    def of(cls, config: DpoConfig) -> "DpoLoss":
+        return cls(config.loss, config.beta, config.label_smoothing, config.length_normalised, config.nll_coef)
+
+    def preference(self, policy_margin_B: Array, ref_margin_B: Array) -> Mean:
+        if self.kind == "cdpo":
+            return cdpo_loss(policy_margin_B, ref_margin_B, beta=self.beta, label_smoothing=self.label_smoothing)
+        if self.kind == "ipo":
+            return ipo_loss(policy_margin_B, ref_margin_B, beta=self.beta)
+        return dpo_loss(policy_margin_B, ref_margin_B, beta=self.beta)
+
+
+def pair_logps(model: Model, params: Params, batch: Joined) -> tuple[Float[Array, "B 2"], Any]:
+    """Summed log-probabilities of both responses, and the tokens they were read from."""
+    tokens = functional.join(batch)
+    logp_BS, _ = functional.token_logp(model, params, tokens)
+    return functional.response_sums(logp_BS, 2), tokens
+
+
+def objective(
+    model: Model, loss: DpoLoss, params: Params, batch: tuple[Joined, Float[Array, "B 2"]]
+) -> tuple[Metrics, Metrics]:
+    """The preference loss, and the NLL term where it has a weight. `batch` is the pairs and the reference's log-probs."""
+    joined, ref_logp_BN = batch
+    sum_BN, tokens = pair_logps(model, params, joined)
+    scale_BN = jnp.maximum(joined.response_len, 1) if loss.length_normalised else jnp.ones_like(joined.response_len)
+    logp_BN, ref_BN = sum_BN / scale_BN, ref_logp_BN / scale_BN
+    terms = {"loss": loss.preference(logp_BN[:, 0] - logp_BN[:, 1], ref_BN[:, 0] - ref_BN[:, 1])}
+    if loss.nll_coef:
+        nll = chosen_nll_loss(sum_BN[:, 0], jnp.asarray(joined.response_len)[:, 0])
+        terms["loss/nll"] = Mean(loss.nll_coef * nll.total, nll.count)
+    reward_BN = loss.beta * (logp_BN - ref_BN)
+    metrics = {
+        "rewards/chosen": Mean.of(reward_BN[:, 0]),
+        "rewards/rejected": Mean.of(reward_BN[:, 1]),
+        "rewards/accuracies": Mean.of(reward_BN[:, 0] > reward_BN[:, 1]),
+        "rewards/margins": Mean.of(reward_BN[:, 0] - reward_BN[:, 1]),
+        "logps/chosen": Mean.of(sum_BN[:, 0]),
+        "logps/rejected": Mean.of(sum_BN[:, 1]),
+        "tokens": (tokens.segment > 0).sum(),
+    }
+    return terms, metrics
+
+
+@lru_cache
+def make_step(model: Model, optim: OptimConfig, loss: DpoLoss, accumulation: int, mesh: Mesh) -> Any:
+    """The jitted (state, batch, learning_rate) -> (state, metrics)."""
+    return jax.jit(
+        make_update(partial(objective, model, loss), optim, accumulation=accumulation),
+        donate_argnums=0,
+        out_shardings=(state_sharding(model, optim, mesh), replicated(mesh)),
+    )
+
+
+@lru_cache
+def make_pair_logps(model: Model, mesh: Mesh) -> Any:
+    """A jitted (params, batch) -> summed log-probabilities [B 2]."""
+    return jax.jit(lambda params, batch: pair_logps(model, params, batch)[0], out_shardings=replicated(mesh))
+
+
+def run(
+    config: Config,
+    mesh: Mesh,
+    folder: Path,
+    *,
+    init: Artifact,
+    reference: Artifact,
+    pairs: Artifact | None = None,
+    subset: Subset,
+) -> dict[str, Any]:
+    """Trains from `init` against `reference` and writes `model/`.
+
+    Args:
+      pairs: a selection; None for the human pairs as they are labelled (DPO-base).
+      subset: which of the selection's pairs.
+    """
+    check_sizes(config, config.dpo.train, "dpo")
+    train = config.dpo.train
+    codec = TextCodec(load_tokenizer(init.model), config.text)
+    examples = _human_examples(config, codec) if pairs is None else _selected(config, codec, pairs, subset)
+    widths = Widths.of(examples)
+
+    ref_model, ref_params = loading.load(reference.model, config, mesh, frozen=True)
+    logps = make_pair_logps(ref_model, mesh)
+    ref_BN = map_batches(
+        examples, widths, train.batch_size, lambda batch: logps(ref_params, place_batch(batch, mesh))
+    )
+    del ref_params
+    examples = [
+        dataclasses.replace(example, extra=tuple(map(float, ref)))
+        for example, ref in zip(examples, ref_BN, strict=True)
+    ]
+
+    model, params = loading.load(init.model, config, mesh)
+    steps = num_steps(len(examples), epochs=train.epochs, steps=train.steps, batch_size=train.batch_size)
+    batches = TrainBatches(examples, widths, train.batch_size, data_seed(config.seed, "dpo"))
+    step = make_step(model, train.optim, DpoLoss.of(config.dpo), train.accumulation, mesh)
+    learning_rate = make_learning_rate(train.optim, steps)
+    state, logged = fit(
+        init_state(params, train.optim, mesh),
+        lambda state, k: step(state, place_batch((batches[k].rows, batches[k].extra), mesh), learning_rate(k)),
+        config=train,
+        num_steps=steps,
+        folder=folder,
+        stage="dpo",
+        tensorboard=config.runtime.tensorboard,
+    )
+    loading.save(folder / "model", model, state.params, codec)
+    return {"pairs": len(examples), "steps": steps, "train": logged}
+
+
+def _human_examples(config: Config, codec: TextCodec) -> list[Example]:
+    rows = load_corpus(config.data).pairs
+    return tokenize(codec, [(row.prompt, (row.chosen, row.rejected)) for row in rows])[0]
+
+
+def _selected(config: Config, codec: TextCodec, pairs: Artifact, subset: Subset) -> list[Example]:
+    """The selection's rows with the chosen side first; responses keep the ids that were sampled."""
+    table = PairTable.read(pairs.path)
+    rows = table.rows(subset, config.select)
+    examples = []
+    for row in rows:
+        chosen = int(table.chosen[row])
+        ids = table.ids[row]
+        examples.append(Example(codec.prompt(table.prompt[row]).ids, [list(ids[chosen]), list(ids[1 - chosen])]))
+    return examples

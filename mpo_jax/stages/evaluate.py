@@ -1,0 +1,102 @@
+"""Evaluation of one policy on the held-out prompts: raw reward, true utility where known, length, EOS rate, KL to SFT."""
+
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from mpo_jax.config import Config
+from mpo_jax.data.batches import Widths, map_batches, tokenize
+from mpo_jax.data.corpus import load_corpus
+from mpo_jax.evaluation.statistics import mean_and_se
+from mpo_jax.generate import Sampling, make_generate
+from mpo_jax.model import functional, loading
+from mpo_jax.model.functional import Model
+from mpo_jax.ops import kl_k1, masked_sum
+from mpo_jax.runtime import stage_key
+from mpo_jax.sharding import check_batch, place_batch, replicated
+from mpo_jax.text import TextCodec, load_tokenizer
+from mpo_jax.tracker import Tracker
+from mpo_jax.types import Artifact, Joined, Params
+
+SAMPLES = "samples.jsonl"
+
+
+@lru_cache
+def make_kl(model: Model, temperature: float, mesh: Mesh) -> Any:
+    """A jitted (policy, sft, joined, allowed_V) -> sampled KL(policy || SFT) of each response, k1 in nats [B]."""
+
+    def kl(policy: Params, sft: Params, joined: Joined, allowed_V: jax.Array) -> jax.Array:
+        tokens = functional.join(joined)
+        logp_BS, ref_BS = (
+            functional.token_logp(model, params, tokens, temperature=temperature, allowed_V=allowed_V)[0]
+            for params in (policy, sft)
+        )
+        return masked_sum(kl_k1(logp_BS, ref_BS), tokens.loss_mask[:, tokens.scored_from :])
+
+    return jax.jit(kl, out_shardings=replicated(mesh))
+
+
+def run(
+    config: Config, mesh: Mesh, folder: Path, *, policy: Artifact, sft: Artifact, reward: Artifact
+) -> dict[str, Any]:
+    """Writes `samples.jsonl`, a line a prompt, and returns means with standard errors.
+
+    All policies draw from the same random numbers, so that differences between them pair up by prompt.
+    """
+    evaluate = config.evaluate
+    check_batch(evaluate.batch_size, config.mesh, "evaluate.batch_size")
+    corpus = load_corpus(config.data)
+    codec = TextCodec(load_tokenizer(policy.model), config.text)
+    model, params = loading.load(policy.model, config, mesh, frozen=True)
+    sft_params = loading.load(sft.model, config, mesh, frozen=True)[1]
+    reward_model, reward_params = loading.load(reward.model, config, mesh, scalar=True, frozen=True)
+
+    prompts = corpus.test_prompts[: evaluate.num_prompts]
+    examples, report = tokenize(codec, [(prompt, ()) for prompt in prompts])
+    sampling = Sampling(config.text.max_response_tokens, temperature=evaluate.temperature, greedy=evaluate.greedy)
+    generate = make_generate(model, sampling, codec.eos_id, mesh)
+    score = functional.make_score_pairs(reward_model, mesh)
+    kl = make_kl(model, evaluate.temperature, mesh)
+    allowed_V = jnp.asarray(codec.allowed(model.decoder.vocab_size))
+    key = stage_key(config.seed, "evaluate")
+    tracker = Tracker(folder, "evaluate", -(-len(examples) // evaluate.batch_size), tensorboard=False)
+
+    def sample(batch: Joined) -> Any:
+        placed = place_batch(batch, mesh)
+        joined, has_eos = generate(params, placed, key, jnp.zeros_like(placed.prompt_len, jnp.uint32), allowed_V)
+        results = (
+            joined.response[:, 0],
+            joined.response_len[:, 0],
+            has_eos[:, 0],
+            score(reward_params, joined)[:, 0],
+            kl(params, sft_params, joined, allowed_V),
+        )
+        tracker.update(tracker.step + 1, {"tokens": joined.response_len.sum()}, log=True)
+        return results
+
+    ids, length, has_eos, scores, kls = map_batches(examples, Widths.of(examples), evaluate.batch_size, sample)
+    tracker.close()
+    responses = [codec.decode(row[:n]) for row, n in zip(ids, length, strict=True)]
+    columns: dict[str, np.ndarray] = {"score": scores, "kl": kls, "length": length, "has_eos": has_eos}
+    if corpus.utility is not None:
+        columns["utility"] = np.asarray([corpus.utility(p, r) for p, r in zip(prompts, responses, strict=True)])
+    with (folder / SAMPLES).open("w", encoding="utf-8") as file:
+        for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+            values = {name: column[row].item() for name, column in columns.items()}
+            file.write(json.dumps({"prompt": prompt, "response": response, **values}, ensure_ascii=False) + "\n")
+    summary: dict[str, Any] = {"prompts": len(prompts), "truncated_prompts": report.truncated_prompts}
+    for name, column in columns.items():
+        summary[name], summary[f"{name}_se"] = mean_and_se(column.astype(np.float64))
+    return summary
+
+
+def read_samples(artifact: Artifact) -> list[dict[str, Any]]:
+    """The lines of an evaluation's `samples.jsonl`."""
+    with (artifact.path / SAMPLES).open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]

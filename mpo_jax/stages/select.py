@@ -1,0 +1,150 @@
+"""Data selection: two samples a prompt from the SFT model, both scored in one batched vmap pass, every pair kept.
+
+The split into easy and hard is a filter over the stored table, so this stage does not depend on the threshold.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from mpo_jax.config import Config, SelectConfig
+from mpo_jax.data.batches import Example, Widths, map_batches, tokenize
+from mpo_jax.data.corpus import Corpus, load_corpus
+from mpo_jax.data.pair_table import PairTable
+from mpo_jax.evaluation.calibration import accuracy_by_gap
+from mpo_jax.generate import Sampling, make_generate
+from mpo_jax.model import functional, loading
+from mpo_jax.runtime import stage_key
+from mpo_jax.selection import rank, split
+from mpo_jax.sharding import check_batch, place_batch
+from mpo_jax.text import TextCodec, load_tokenizer
+from mpo_jax.tracker import Tracker, console
+from mpo_jax.types import Artifact, Joined
+
+THRESHOLDS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
+HISTOGRAM_BINS = 40
+
+
+def run(config: Config, mesh: Mesh, folder: Path, *, sft: Artifact, reward: Artifact) -> dict[str, Any]:
+    """Writes `pairs.parquet` and returns sizes by threshold, the gap histogram, and accuracy by gap where truth is known."""
+    check_batch(config.select.batch_size, config.mesh, "select.batch_size")
+    corpus = load_corpus(config.data)
+    codec = TextCodec(load_tokenizer(sft.model), config.text)
+    if config.select.pair_source == "sampled":
+        examples, prompts = _sampled(config, mesh, folder, corpus, codec, sft)
+        labels = None
+    else:
+        examples, _ = tokenize(codec, [(row.prompt, (row.chosen, row.rejected)) for row in corpus.pairs])
+        prompts = [row.prompt for row in corpus.pairs]
+        labels = np.zeros(len(prompts), np.int32)
+
+    reward_model, reward_params = loading.load(reward.model, config, mesh, scalar=True, frozen=True)
+    score = functional.make_score_pairs(reward_model, mesh)
+    score_BN = map_batches(
+        examples,
+        Widths.of(examples),
+        config.select.batch_size,
+        lambda batch: score(reward_params, place_batch(batch, mesh)),
+    )
+    table = _table(prompts, examples, score_BN, labels, codec, corpus)
+    table.write(folder)
+    summary = describe(table, config.select)
+    _show(summary)
+    return summary
+
+
+def _sampled(
+    config: Config, mesh: Mesh, folder: Path, corpus: Corpus, codec: TextCodec, sft: Artifact
+) -> tuple[list[Example], list[str]]:
+    """The training prompts, each with two responses of the SFT model."""
+    model, params = loading.load(sft.model, config, mesh, frozen=True)
+    sampling = Sampling(
+        max_new_tokens=config.text.max_response_tokens,
+        num_samples=2,
+        temperature=config.select.temperature,
+        top_p=config.select.top_p,
+    )
+    generate = make_generate(model, sampling, codec.eos_id, mesh)
+    allowed_V = jnp.asarray(codec.allowed(model.decoder.vocab_size))
+    key = stage_key(config.seed, "select")
+    prompts = corpus.prompts
+    examples, _ = tokenize(codec, [(prompt, ()) for prompt in prompts])
+    size = config.select.batch_size
+    tracker = Tracker(folder, "select", -(-len(examples) // size), tensorboard=False)
+
+    def sample(batch: Joined) -> Any:
+        placed = place_batch(batch, mesh)
+        joined, has_eos = generate(params, placed, key, jnp.zeros_like(placed.prompt_len, jnp.uint32), allowed_V)
+        tokens = joined.response_len.sum()
+        tracker.update(tracker.step + 1, {"tokens": tokens, "eos_rate": has_eos.mean()}, log=True)
+        return joined.response, joined.response_len
+
+    response, length = map_batches(examples, Widths.of(examples), size, sample)
+    tracker.close()
+    return [
+        Example(example.prompt, [ids[:n].tolist() for ids, n in zip(pair, lengths, strict=True)])
+        for example, pair, lengths in zip(examples, response, length, strict=True)
+    ], prompts
+
+
+def _table(
+    prompts: list[str],
+    examples: list[Example],
+    score_BN: np.ndarray,
+    labels: np.ndarray | None,
+    codec: TextCodec,
+    corpus: Corpus,
+) -> PairTable:
+    texts = [(codec.decode(e.responses[0]), codec.decode(e.responses[1])) for e in examples]
+    if labels is None:
+        order, gap = rank(jnp.asarray(score_BN))
+        chosen, gap = np.asarray(order)[:, 0], np.asarray(gap)
+    else:
+        # people have said which side is better; the gap then tells how far the reward model agrees
+        chosen, gap = labels, score_BN[:, 0] - score_BN[:, 1]
+    utility = np.full((len(prompts), 2), np.nan)
+    if corpus.utility is not None:
+        utility = np.asarray(
+            [[corpus.utility(p, text) for text in pair] for p, pair in zip(prompts, texts, strict=True)], np.float64
+        )
+    ids = [(e.responses[0], e.responses[1]) for e in examples]
+    return PairTable(prompts, texts, ids, np.asarray(score_BN, np.float32), chosen, gap, utility)
+
+
+def describe(table: PairTable, config: SelectConfig) -> dict[str, Any]:
+    """Sizes and label accuracy of easy and hard at each threshold, the gap histogram, and accuracy by gap."""
+    thresholds = sorted({*THRESHOLDS, table.threshold(config)} - {float("-inf")})
+    sizes = []
+    for threshold in thresholds:
+        easy = np.asarray(split(table.gap, threshold))
+        sizes.append(
+            {
+                "threshold": threshold,
+                "easy": int(easy.sum()),
+                "hard": int((~easy).sum()),
+                "easy_accuracy": table.label_accuracy(np.flatnonzero(easy)),
+                "hard_accuracy": table.label_accuracy(np.flatnonzero(~easy)),
+            }
+        )
+    counts, edges = np.histogram(table.gap, HISTOGRAM_BINS)
+    summary: dict[str, Any] = {
+        "pairs": len(table),
+        "sizes": sizes,
+        "histogram": {"counts": counts.tolist(), "edges": edges.tolist()},
+        "identical": int(sum(a == b for a, b in table.ids)),
+    }
+    truth = np.where(table.chosen == 0, 1, -1) * (table.utility[:, 0] - table.utility[:, 1])
+    decided = np.isfinite(truth) & (truth != 0)
+    if decided.any():
+        signed = np.where(truth > 0, np.abs(table.gap), -np.abs(table.gap))
+        summary["accuracy_by_gap"] = accuracy_by_gap(signed[decided])
+    return summary
+
+
+def _show(summary: dict[str, Any]) -> None:
+    for row in summary["sizes"]:
+        accuracy = "" if row["easy_accuracy"] is None else f", true order right in {row['easy_accuracy']:.1%} of easy"
+        console.print(f"  threshold {row['threshold']:g}: {row['easy']} easy, {row['hard']} hard{accuracy}")

@@ -1,0 +1,94 @@
+"""Supervised fine-tuning: the base model learns the demonstrations' response tokens. No prompt loss, no packing."""
+
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from mpo_jax.config import Config, OptimConfig
+from mpo_jax.data.batches import TrainBatches, Widths, map_batches, num_steps, tokenize
+from mpo_jax.data.corpus import base_tokenizer, load_corpus
+from mpo_jax.losses import sft_loss
+from mpo_jax.model import functional, loading
+from mpo_jax.model.functional import Model
+from mpo_jax.ops import masked_sum
+from mpo_jax.runtime import data_seed, stage_key
+from mpo_jax.sharding import place_batch, replicated
+from mpo_jax.text import TextCodec
+from mpo_jax.train import check_sizes, fit, init_state, make_learning_rate, make_update, state_sharding
+from mpo_jax.types import Joined, Metrics, Params
+
+
+def objective(model: Model, params: Params, batch: Joined) -> tuple[Metrics, Metrics]:
+    """Response NLL in nats per token, EOS included."""
+    tokens = functional.join(batch)
+    logp_BS, _ = functional.token_logp(model, params, tokens)
+    loss = sft_loss(logp_BS, tokens.loss_mask[:, tokens.scored_from :])
+    return {"loss": loss}, {"tokens": (tokens.segment > 0).sum()}
+
+
+@lru_cache
+def make_step(model: Model, optim: OptimConfig, accumulation: int, mesh: Mesh) -> Any:
+    """The jitted (state, batch, learning_rate) -> (state, metrics)."""
+    return jax.jit(
+        make_update(partial(objective, model), optim, accumulation=accumulation),
+        donate_argnums=0,
+        out_shardings=(state_sharding(model, optim, mesh), replicated(mesh)),
+    )
+
+
+@lru_cache
+def make_nll(model: Model, mesh: Mesh) -> Any:
+    """A jitted (params, batch) -> each row's summed response NLL [B] and response tokens [B]."""
+
+    def nll(params: Params, batch: Joined) -> tuple[jax.Array, jax.Array]:
+        tokens = functional.join(batch)
+        logp_BS, _ = functional.token_logp(model, params, tokens)
+        mask_BS = tokens.loss_mask[:, tokens.scored_from :]
+        return -masked_sum(logp_BS, mask_BS), mask_BS.sum(-1)
+
+    return jax.jit(nll, out_shardings=replicated(mesh))
+
+
+def run(config: Config, mesh: Mesh, folder: Path) -> dict[str, Any]:
+    """Trains, writes `model/`, and returns counts, the last metrics and the held-out NLL per token."""
+    check_sizes(config, config.sft.train, "sft")
+    train = config.sft.train
+    corpus = load_corpus(config.data)
+    codec = TextCodec(base_tokenizer(config), config.text)
+    model, params = loading.load_base(config, codec, mesh, stage_key(config.seed, "init"))
+
+    examples, report = tokenize(codec, [(row.prompt, (row.response,)) for row in corpus.demonstrations])
+    widths = Widths.of(examples)
+    steps = num_steps(len(examples), epochs=train.epochs, steps=train.steps, batch_size=train.batch_size)
+    batches = TrainBatches(examples, widths, train.batch_size, data_seed(config.seed, "sft"))
+    step, learning_rate = make_step(model, train.optim, train.accumulation, mesh), make_learning_rate(train.optim, steps)
+
+    state, logged = fit(
+        init_state(params, train.optim, mesh),
+        lambda state, k: step(state, place_batch(batches[k].rows, mesh), learning_rate(k)),
+        config=train,
+        num_steps=steps,
+        folder=folder,
+        stage="sft",
+        tensorboard=config.runtime.tensorboard,
+    )
+    loading.save(folder / "model", model, state.params, codec)
+
+    held_out, _ = tokenize(codec, [(row.prompt, (row.chosen,)) for row in corpus.held_out])
+    nll = make_nll(model, mesh)
+    total, count = map_batches(
+        held_out,
+        Widths.of(held_out),
+        train.batch_size,
+        lambda batch: nll(state.params, place_batch(batch, mesh)),
+    )
+    return {
+        "data": [source.to_dict() for source in corpus.reports],
+        "tokens": report.to_dict(),
+        "steps": steps,
+        "train": logged,
+        "held_out_nll": float(total.sum() / count.sum()),
+    }

@@ -1,0 +1,150 @@
+"""Pytrees that travel between layers. Letters: B batch, N side or sample, T token, P prompt, S response token."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+Params: TypeAlias = dict[str, Any]
+"""A model's parameters: nested plain dicts of arrays."""
+
+Metrics: TypeAlias = dict[str, Any]
+"""Means, or scalars of the whole batch, by the name under which they are logged."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Mean:
+    """A mean kept as a sum and a count, so that parts of a batch add up to exactly the whole batch's mean."""
+
+    total: Float[Array, ""]
+    count: Float[Array, ""]
+
+    @classmethod
+    def of(cls, x: Array, mask: Array | None = None) -> "Mean":
+        """Sum and count of the elements of `x` that `mask` (bool, same shape) keeps; all of them without a mask."""
+        if mask is None:
+            return cls(x.astype(jnp.float32).sum(), jnp.asarray(x.size, jnp.float32))
+        return cls(jnp.where(mask, x, 0).astype(jnp.float32).sum(), mask.astype(jnp.float32).sum())
+
+    @property
+    def value(self) -> Array:
+        """total / count, and 0 where nothing was counted."""
+        return self.total / jnp.maximum(self.count, 1.0)
+
+    def __add__(self, other: "Mean") -> "Mean":
+        return Mean(self.total + other.total, self.count + other.count)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Joined:
+    """Prompts with N responses each, as ids with lengths; what batches are made of, on the host and on the device.
+
+    Attributes:
+      prompt: [B P] ids, right-padded.
+      prompt_len: [B] number of real prompt tokens; 0 marks a row that only fills the batch.
+      response: [B N S] ids, right-padded.
+      response_len: [B N] number of real response tokens, EOS included.
+      key: [B] uint32, the prompt's fingerprint: what its random numbers are folded from.
+    """
+
+    prompt: Int[Array, "B P"] | np.ndarray
+    prompt_len: Int[Array, " B"] | np.ndarray
+    response: Int[Array, "B N S"] | np.ndarray
+    response_len: Int[Array, "B N"] | np.ndarray
+    key: Int[Array, " B"] | np.ndarray
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """One layout for plain, padded and prompt-shared rows; every field [B T] and about the token at its own index.
+
+    Attributes:
+      ids: token ids.
+      position: rotary position; every branch continues the prompt's positions.
+      segment: 0 is padding; tokens see only tokens of their own segment.
+      branch: 0 is the prompt, 1, 2, ... its responses; a token sees branch 0 and its own branch.
+      loss_mask: True at response tokens (EOS included).
+      scored_from: no column before this one has a True loss mask (static; lets the head skip the prompt).
+    """
+
+    ids: Int[Array, "B T"]
+    position: Int[Array, "B T"]
+    segment: Int[Array, "B T"]
+    branch: Int[Array, "B T"]
+    loss_mask: Bool[Array, "B T"]
+    scored_from: int = dataclasses.field(default=0, metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """Sampled responses with all that PPO's update needs; token arrays are [B S] over response tokens.
+
+    Attributes:
+      joined: the prompts and the sampled responses (N = 1).
+      mask: [B S] True at real response tokens.
+      behavior_logp: log-probability in nats under the policy that sampled, by the training forward pass.
+      ref_logp: the same under the KL reference.
+      value: the critic's value of the state before each token.
+      score: [B] raw reward-model score of the whole response.
+      has_eos: [B] True where the response ended by itself.
+    """
+
+    joined: Joined
+    mask: Bool[Array, "B S"]
+    behavior_logp: Float[Array, "B S"]
+    ref_logp: Float[Array, "B S"]
+    value: Float[Array, "B S"]
+    score: Float[Array, " B"]
+    has_eos: Bool[Array, " B"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PpoBatch:
+    """A rollout with advantages and returns [B S]; an input of the update, so no gradient flows into it."""
+
+    rollout: Rollout
+    advantage: Float[Array, "B S"]
+    returns: Float[Array, "B S"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What one model's optimisation carries from step to step.
+
+    Attributes:
+      step: [] int32, updates made.
+      params: float32 master parameters.
+      opt_state: the optax state, sharded like the parameters it belongs to.
+    """
+
+    step: Int[Array, ""]
+    params: Params
+    opt_state: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Artifact:
+    """A finished stage's folder and the manifest in it."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def id(self) -> str:
+        """`<stage>-<hash>`, the folder's name."""
+        return self.path.name
+
+    @property
+    def model(self) -> Path:
+        """The stage's model as a Hugging Face folder."""
+        return self.path / "model"

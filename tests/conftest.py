@@ -1,0 +1,33 @@
+"""What every test runs under: eight CPU devices, no rank promotion, checked shapes, reproducible properties."""
+
+import os
+from pathlib import Path
+
+import hypothesis
+import jax
+import jaxtyping
+import pytest
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# compiled programs outlive the process, since compiling is most of the suite's time
+_cache = os.environ.get("MPO_TEST_CACHE") or str(Path.home() / ".cache" / "mpo_jax" / "tests")
+jax.config.update("jax_compilation_cache_dir", _cache)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+# only pure array functions: elsewhere the annotations are documentation, and checking every call would be slow
+jaxtyping.install_import_hook(["mpo_jax.ops", "mpo_jax.losses", "mpo_jax.selection"], "beartype.beartype")
+
+hypothesis.settings.register_profile("mpo", deadline=None, derandomize=True, max_examples=50)
+hypothesis.settings.load_profile("mpo")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder with samples of the real data sets; too large for the repository."""
+    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
+    for folder in (beside, Path(os.environ.get("MPO_SHARED_DATA") or beside)):
+        if folder.is_dir():
+            return folder
+    pytest.skip(f"no real data: neither {beside} nor the folder that MPO_SHARED_DATA names exists")

@@ -1,0 +1,380 @@
+"""mpo_jax.model.functional: the token layout, log-probs and scores, cached decoding, memory, and sharding."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mpo_jax.model import functional
+from mpo_jax.model.functional import Model
+from mpo_jax.sharding import place_batch
+from mpo_jax.types import Joined, Tokens
+from tests.model.tiny import DECODER, batch, close, mesh_of, random_params, trees_close
+
+MODEL = Model(DECODER)
+ALLOWED = np.arange(40) % 3 != 1
+
+token_logp = jax.jit(functional.token_logp, static_argnums=0, static_argnames=("temperature", "with_entropy"))
+score_tokens = jax.jit(functional.scores, static_argnums=0)
+all_logits = jax.jit(functional.logits, static_argnums=0)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params(DECODER)
+
+
+@pytest.fixture(scope="module")
+def scalar_params():
+    return random_params(DECODER, 1, scalar=True)
+
+
+@pytest.fixture(scope="module")
+def pairs() -> Joined:
+    """Uneven pairs, one of them with an empty side, and a filler row."""
+    return batch([5, 1, 7, 0], [[4, 6], [6, 1], [2, 0], [0, 0]])
+
+
+def logp_of(model, params, joined, **options):
+    """[B N S] log-probs of the responses, and the entropies."""
+    B, N, S = joined.response.shape
+    return tuple(x.reshape(B, N, S) for x in token_logp(model, params, functional.join(joined), **options))
+
+
+def scores_of(model, params, joined):
+    return functional.response_scores(score_tokens(model, params, functional.join(joined)), joined)
+
+
+def side(joined: Joined, n: int) -> Joined:
+    """One response of each prompt, in a batch of its own."""
+    return dataclasses.replace(
+        joined, response=joined.response[:, n : n + 1], response_len=joined.response_len[:, n : n + 1]
+    )
+
+
+def rows(joined: Joined, order) -> Joined:
+    return jax.tree.map(lambda x: x[order], joined)
+
+
+# ---- layout --------------------------------------------------------------------------------------------------------
+
+
+def hand_made() -> Joined:
+    """Prompt of 2 in 3 columns, responses of 2 and 1 in 2 columns each."""
+    return Joined(
+        prompt=np.array([[11, 12, 99]], np.int32),
+        prompt_len=np.array([2], np.int32),
+        response=np.array([[[21, 22], [31, 99]]], np.int32),
+        response_len=np.array([[2, 1]], np.int32),
+        key=np.array([0], np.uint32),
+    )
+
+
+def test_join_by_hand():
+    tokens = functional.join(hand_made())
+    assert tokens.ids.tolist() == [[11, 12, 99, 21, 22, 31, 99]]
+    assert tokens.segment.tolist() == [[1, 1, 0, 1, 1, 1, 0]]
+    assert tokens.branch.tolist() == [[0, 0, 0, 1, 1, 2, 2]]
+    assert tokens.loss_mask.tolist() == [[False, False, False, True, True, True, False]]
+    assert tokens.position.tolist() == [[0, 1, 0, 2, 3, 2, 0]], "every response continues the prompt's positions"
+    assert tokens.scored_from == 3
+
+
+def test_predecessor_by_hand():
+    predecessor = functional.predecessor(functional.join(hand_made()))[0].tolist()
+    assert predecessor[:2] == [0, 0]
+    assert predecessor[3:6] == [1, 3, 1], "first tokens come after the prompt's last, across the padding"
+
+
+def test_predecessor_in_packed_rows():
+    """Two segments in one row, the second with two responses; padding between and after."""
+    tokens = Tokens(
+        ids=jnp.zeros((1, 12), jnp.int32),
+        position=jnp.array([[0, 1, 2, 3, 0, 0, 1, 2, 2, 3, 4, 0]]),
+        segment=jnp.array([[1, 1, 1, 1, 0, 2, 2, 2, 2, 2, 2, 0]]),
+        branch=jnp.array([[0, 0, 1, 1, 0, 0, 0, 1, 2, 2, 2, 0]]),
+        loss_mask=jnp.zeros((1, 12), bool),
+    )
+    predecessor = functional.predecessor(tokens)[0].tolist()
+    scored = {2: 1, 3: 2, 7: 6, 8: 6, 9: 8, 10: 9}
+    assert {t: predecessor[t] for t in scored} == scored
+    assert predecessor[1] == 0 and predecessor[6] == 5
+
+
+def test_attention_mask_by_hand():
+    mask = functional.attention_mask(functional.join(hand_made()))
+    wanted = """
+        x......
+        xx.....
+        .......
+        xx.x...
+        xx.xx..
+        xx...x.
+        .......
+    """.split()
+    assert mask.shape == (1, 1, 7, 7)
+    assert ["".join(".x"[int(seen)] for seen in row) for row in mask[0, 0]] == wanted
+
+
+def test_index_zero_is_never_scored(params):
+    """Even where a prompt is empty, nothing at index 0 counts: such a row is filler."""
+    joined = batch([0, 3], [[3], [2]])
+    tokens = functional.join(joined)
+    assert tokens.loss_mask.tolist() == [[False] * 6, [False, False, False, True, True, False]]
+    logp, _ = logp_of(MODEL, params, joined)
+    assert not logp[0].any() and (logp[1, 0, :2] < 0).all()
+
+
+def test_log_probs_are_those_of_the_logits(params):
+    """Against log_softmax in NumPy, one token at a time, of rows without any padding."""
+    joined = batch([5, 2], [[4], [6]])
+    logp, entropy = logp_of(MODEL, params, joined, with_entropy=True)
+    for b in range(2):
+        row = rows(joined, [b])
+        P, S = int(row.prompt_len[0]), int(row.response_len[0, 0])
+        alone = dataclasses.replace(row, prompt=row.prompt[:, :P], response=row.response[:, :, :S])
+        logits = np.asarray(all_logits(MODEL, params, functional.join(alone))[0], np.float64)
+        log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        wanted = [log_p[P + t - 1, alone.response[0, 0, t]] for t in range(S)]
+        close(logp[b, 0, :S], wanted, atol=1e-5)
+        close(entropy[b, 0, :S], -(np.exp(log_p) * log_p).sum(-1)[P - 1 : P + S - 1], atol=1e-5)
+        assert not logp[b, 0, S:].any() and not entropy[b, 0, S:].any()
+
+
+def test_shared_prompt_equals_separate_rows(params, scalar_params, pairs):
+    logp, entropy = logp_of(MODEL, params, pairs, with_entropy=True)
+    score = scores_of(MODEL, scalar_params, pairs)
+    for n in range(2):
+        one = side(pairs, n)
+        alone = logp_of(MODEL, params, one, with_entropy=True)
+        close(logp[:, n], alone[0][:, 0])
+        close(entropy[:, n], alone[1][:, 0])
+        close(score[:, n], scores_of(MODEL, scalar_params, one)[:, 0])
+    assert jnp.abs(logp[0]).min() > 0 or jnp.abs(logp[0, 0, :4]).min() > 0
+
+
+def test_packed_row_equals_its_parts(params):
+    """Two examples in one row as two segments, padding between: each gets what it gets alone."""
+    first, second = batch([4], [[3]], seed=1), batch([2], [[5]], seed=2)
+    parts = [functional.join(first), functional.join(second)]
+
+    def pack(name, padding=0):
+        a, b = (getattr(part, name) for part in parts)
+        return jnp.concatenate([a, jnp.full((1, 2), padding, a.dtype), b], 1)
+
+    segment = jnp.concatenate([parts[0].segment, jnp.zeros((1, 2), jnp.int32), 2 * parts[1].segment], 1)
+    packed = Tokens(pack("ids", 7), pack("position"), segment, pack("branch"), pack("loss_mask"))
+    logp, _ = token_logp(MODEL, params, packed)
+    close(logp[:, 4:7], token_logp(MODEL, params, parts[0])[0], atol=1e-5)
+    close(logp[:, 11:], token_logp(MODEL, params, parts[1])[0], atol=1e-5)
+
+
+def test_padding_changes_nothing(params, scalar_params, pairs):
+    """Wider prompts and responses with other garbage in them."""
+    P, S = pairs.prompt.shape[1], pairs.response.shape[2]
+    wide = batch(pairs.prompt_len, pairs.response_len, width=(P + 4, S + 3))
+    kept = np.arange(S)[None, None] < pairs.response_len[..., None]
+    np.testing.assert_array_equal(wide.response[:, :, :S][kept], pairs.response[kept])
+    narrow_logp, wide_logp = logp_of(MODEL, params, pairs)[0], logp_of(MODEL, params, wide)[0]
+    close(wide_logp[:, :, :S], narrow_logp, rtol=2e-6)
+    assert not wide_logp[:, :, S:].any()
+    close(scores_of(MODEL, scalar_params, wide), scores_of(MODEL, scalar_params, pairs), rtol=2e-6)
+
+
+def test_batch_order_changes_nothing(params, scalar_params, pairs):
+    order = np.array([2, 0, 3, 1])
+    logp, score = logp_of(MODEL, params, pairs)[0], scores_of(MODEL, scalar_params, pairs)
+    shuffled = rows(pairs, order)
+    np.testing.assert_array_equal(logp_of(MODEL, params, shuffled)[0], logp[order])
+    np.testing.assert_array_equal(scores_of(MODEL, scalar_params, shuffled), score[order])
+
+
+def test_filler_and_padding_give_zero_and_finite_gradients(params, scalar_params):
+    joined = batch([0, 3, 0], [[0, 0], [0, 2], [0, 0]], width=(4, 3))
+    logp, _ = logp_of(MODEL, params, joined)
+    assert not logp[0].any() and not logp[2].any() and not logp[1, 0].any() and (logp[1, 1, :2] < 0).all()
+    score = scores_of(MODEL, scalar_params, joined)
+    assert score.tolist() == [[0, 0], [0, score[1, 1]], [0, 0]] and score[1, 1] != 0
+
+    def total(params, joined):
+        logp, entropy = token_logp(MODEL, params, functional.join(joined), with_entropy=True)
+        return (logp + entropy).sum()
+
+    def score_total(params, joined):
+        return scores_of(MODEL, params, joined).sum()
+
+    for function, p in ((total, params), (score_total, scalar_params)):
+        grads = jax.jit(jax.grad(function))(p, joined)
+        alone = jax.jit(jax.grad(function))(p, rows(joined, np.array([1])))
+        assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(grads))
+        trees_close(grads, alone, atol=1e-5)
+        filler = jax.jit(jax.grad(function))(p, rows(joined, np.array([0, 2])))
+        assert not any(x.any() for x in jax.tree.leaves(filler)), "a batch of filler alone teaches nothing"
+
+
+def test_a_branch_cannot_see_another(params, scalar_params):
+    joined = batch([4, 3], [[5, 5], [4, 5]])
+    response = joined.response.copy()
+    response[:, 0] = (response[:, 0] + 1) % 40
+    other = dataclasses.replace(joined, response=response)
+    for function, p in ((lambda *a: logp_of(*a)[0], params), (scores_of, scalar_params)):
+        before, after = function(MODEL, p, joined), function(MODEL, p, other)
+        np.testing.assert_array_equal(after[:, 1], before[:, 1])
+        assert (after[:, 0] != before[:, 0]).any()
+
+
+def test_the_future_has_no_influence(params):
+    joined = batch([4], [[6, 6]])
+    before, _ = logp_of(MODEL, params, joined)
+    for t in range(6):
+        response = joined.response.copy()
+        response[:, :, t] = (response[:, :, t] + 1) % 40
+        after, _ = logp_of(MODEL, params, dataclasses.replace(joined, response=response))
+        np.testing.assert_array_equal(after[:, :, :t], before[:, :, :t])
+        assert (after[:, :, t:] != before[:, :, t:]).all(), "and the present has"
+
+
+def test_values_are_those_before_the_action(scalar_params, pairs):
+    """The value of a response's first token is read at the prompt's last token, then one token back."""
+    tokens = functional.join(pairs)
+    score_BT = score_tokens(MODEL, scalar_params, tokens)
+    value = functional.values_before(score_BT, tokens).reshape(pairs.response.shape)
+    P, S = pairs.prompt.shape[1], pairs.response.shape[2]
+    for b in range(3):
+        for n in range(2):
+            for t in range(pairs.response_len[b, n]):
+                column = P + n * S + t - 1 if t else pairs.prompt_len[b] - 1
+                assert value[b, n, t] == score_BT[b, column]
+
+
+def test_response_sums_and_scores_by_hand():
+    joined = batch([2, 2], [[2, 3], [0, 1]], width=(2, 3))
+    score = jnp.arange(16.0).reshape(2, 8)
+    assert functional.response_scores(score, joined).tolist() == [[3.0, 7.0], [0.0, 13.0]]
+    assert functional.response_sums(score[:, 2:], 2).tolist() == [[9.0, 18.0], [33.0, 42.0]]
+
+
+def test_score_pairs_equals_the_plain_pass(scalar_params, pairs):
+    """The vmapped pass over devices gives what one batch gives."""
+    wanted = scores_of(MODEL, scalar_params, pairs)
+    for mesh in (mesh_of(1, 1, 1), mesh_of(4, 1, 1), mesh_of(2, 2, 2)):
+        placed = jax.device_put(scalar_params, functional.param_shardings(scalar_params, mesh))
+        with jax.set_mesh(mesh):
+            score = functional.make_score_pairs(MODEL, mesh)(placed, place_batch(pairs, mesh))
+        close(score, wanted, atol=1e-5)
+        assert score.sharding.is_fully_replicated
+
+
+# ---- log-probs in chunks -------------------------------------------------------------------------------------------
+
+
+def loss_and_grads(model, params, tokens, **options):
+    def total(params):
+        logp, entropy = functional.token_logp(model, params, tokens, with_entropy=True, **options)
+        weight = jnp.cos(jnp.arange(logp.size)).reshape(logp.shape)
+        return (weight * logp + 0.3 * entropy).sum(), (logp, entropy)
+
+    (_, out), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(params)
+    return out, grads
+
+
+@pytest.mark.parametrize("chunk", [1, 4 * 5, 4 * 6, 4 * 11])
+@pytest.mark.parametrize("tied", [False, True])
+def test_chunks_change_nothing(pairs, chunk, tied):
+    """12 columns in chunks of 1, 5, 6 and 11 tokens a row."""
+    config = dataclasses.replace(DECODER, tie_embeddings=tied)
+    params, tokens = random_params(config), functional.join(pairs)
+    options = {"temperature": 0.7, "allowed_V": jnp.asarray(ALLOWED)} if tied else {}
+    tokens = dataclasses.replace(tokens, ids=jnp.where(jnp.asarray(ALLOWED)[tokens.ids], tokens.ids, 0))
+    whole, whole_grads = loss_and_grads(Model(config), params, tokens, **options)
+    parts, grads = loss_and_grads(Model(config, logit_chunk=chunk), params, tokens, **options)
+    for actual, expected in zip(parts, whole, strict=True):
+        close(actual, expected)
+    trees_close(grads, whole_grads)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_logits_of_the_batch_never_exist(tied):
+    """The compiled gradient's scratch memory stays far below the [B T V] logits', whose size it would need at least."""
+    vocab, tokens = 8000, functional.join(batch([4] * 8, [[128]] * 8))
+    config = dataclasses.replace(DECODER, vocab_size=vocab, hidden_size=8, intermediate_size=8, tie_embeddings=tied)
+
+    def scratch(chunk):
+        model = Model(config, logit_chunk=chunk)
+        total = lambda params: functional.token_logp(model, params, tokens)[0].sum()  # noqa: E731
+        compiled = jax.jit(jax.value_and_grad(total)).lower(functional.abstract_params(config)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    logits = 8 * 128 * vocab * 4
+    assert scratch(64) < logits / 4
+    assert scratch(8 * 128) > logits, "the measure sees logits where they do exist"
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_changes_no_gradient(params, pairs, remat):
+    tokens = functional.join(pairs)
+    _, wanted = loss_and_grads(MODEL, params, tokens)
+    _, grads = loss_and_grads(dataclasses.replace(MODEL, remat=remat), params, tokens)
+    trees_close(grads, wanted)
+
+
+def test_remat_keeps_less():
+    """Layers whose activations are most of the memory."""
+    config = dataclasses.replace(DECODER, num_layers=8)
+    tokens = functional.join(batch([4] * 4, [[60]] * 4))
+
+    def scratch(remat):
+        model = Model(config, remat=remat)
+        total = lambda params: functional.token_logp(model, params, tokens)[0].sum()  # noqa: E731
+        compiled = jax.jit(jax.grad(total)).lower(functional.abstract_params(config)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert scratch("full") < scratch("dots") < scratch("none")
+
+
+# ---- the sampling distribution -------------------------------------------------------------------------------------
+
+
+def every_id(joined: Joined) -> Joined:
+    """A response of one token for each id of the vocabulary, all after one prompt."""
+    ids = np.arange(40, dtype=np.int32)
+    return dataclasses.replace(joined, response=ids[None, :, None], response_len=np.ones((1, 40), np.int32))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
+def test_probabilities_of_all_ids_sum_to_one(params, temperature):
+    """Banned ids have probability exactly 0, and the rest share theirs in proportion."""
+    joined = every_id(batch([5], [[1]]))
+    logits = all_logits(MODEL, params, functional.join(batch([5], [[1]])))[0, 4]
+    free = logp_of(MODEL, params, joined, temperature=temperature)[0][0, :, 0]
+    close(free, jax.nn.log_softmax(logits / temperature), atol=1e-5)
+    allowed = logp_of(MODEL, params, joined, temperature=temperature, allowed_V=jnp.asarray(ALLOWED))[0][0, :, 0]
+    probability = np.exp(np.asarray(allowed, np.float64))
+    assert (probability[~ALLOWED] == 0).all() and (probability[ALLOWED] > 0).all()
+    assert probability.sum() == pytest.approx(1, abs=1e-6)
+    shift = np.asarray(allowed - free)[ALLOWED]
+    close(shift, np.full_like(shift, shift.mean()), atol=1e-5)
+
+
+def test_entropy_over_allowed_ids(params):
+    joined = every_id(batch([5], [[1]]))
+    options = {"allowed_V": jnp.asarray(ALLOWED), "temperature": 0.5}
+    logp, entropy = logp_of(MODEL, params, joined, with_entropy=True, **options)
+    logp = np.asarray(logp[0, ALLOWED, 0], np.float64)
+    close(entropy[0, :, 0], np.full(40, -(np.exp(logp) * logp).sum()), atol=1e-5)
+    without, zeros = logp_of(MODEL, params, joined, **options)
+    assert not zeros.any() and (without[0, ALLOWED, 0] == logp.astype(np.float32)).all()
+
+
+def test_bfloat16_returns_float32(params, scalar_params, pairs):
+    model = dataclasses.replace(MODEL, dtype="bfloat16")
+    tokens = functional.join(pairs)
+    hidden = jax.eval_shape(functional.hidden_states, model, params, tokens) if False else None
+    assert hidden is None
+    half, _ = token_logp(model, params, tokens)
+    full, _ = token_logp(MODEL, params, tokens)
+    assert half.dtype == jnp.float32 and score_tokens(model, scalar_params, tokens).dtype == jnp.float32
+    assert functional.hidden_states(model, params, tokens).dtype == jnp.bfloat16
+    assert 1e-4 < float(jnp.abs(half - full).max()) < 0.5

@@ -1,0 +1,78 @@
+"""Tiny models and batches for the tests of the model and of generation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mpo_jax.config import MeshConfig
+from mpo_jax.model import functional
+from mpo_jax.model.decoder import DecoderConfig
+from mpo_jax.sharding import make_mesh
+from mpo_jax.types import Joined, Params
+
+# grouped queries, heads narrower than hidden_size / num_heads would be; every size divides over 2, 4 and 8 devices
+DECODER = DecoderConfig(
+    vocab_size=40,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=6,
+    max_positions=64,
+)
+
+
+def random_params(config: DecoderConfig, seed: int = 0, *, scalar: bool = False) -> Params:
+    """Parameters far from their initial values: no norm scale is one, no score is zero."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        is_scale = path[-1].key == "scale"
+        noise = rng.normal(0, 0.1 if is_scale else 0.25, leaf.shape)
+        return jnp.asarray(noise + is_scale, jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, functional.abstract_params(config, scalar=scalar))
+
+
+def batch(prompt_len, response_len, *, width=None, seed: int = 0, vocab: int = 40) -> Joined:
+    """A host batch of random ids; garbage where lengths end, since masks must come from lengths alone.
+
+    Ids of a row depend on the row and `seed`, not on `width` (prompt, response).
+    """
+    prompt_len, response_len = np.asarray(prompt_len, np.int32), np.asarray(response_len, np.int32)
+    P, S = width or (prompt_len.max(), response_len.max())
+    B, N = response_len.shape
+    rng, garbage = np.random.default_rng(seed), np.random.default_rng(seed + P * S)
+    prompt, response = garbage.integers(0, vocab, (B, P)), garbage.integers(0, vocab, (B, N, S))
+    for b in range(B):
+        prompt[b, : prompt_len[b]] = rng.integers(0, vocab, prompt_len[b])
+        for n in range(N):
+            response[b, n, : response_len[b, n]] = rng.integers(0, vocab, response_len[b, n])
+    return Joined(
+        prompt=prompt.astype(np.int32),
+        prompt_len=prompt_len,
+        response=response.astype(np.int32),
+        response_len=response_len,
+        key=np.arange(B, dtype=np.uint32) + 17,
+    )
+
+
+def mesh_of(data: int, fsdp: int, tensor: int) -> jax.sharding.Mesh:
+    return make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
+
+
+def close(actual, expected, *, rtol=1e-5, atol=1e-6):
+    np.testing.assert_allclose(np.asarray(actual), np.asarray(expected), rtol=rtol, atol=atol)
+
+
+def trees_close(actual, expected, *, rtol=1e-5, atol=1e-6):
+    """Leaf by leaf, `atol` relative to each leaf's largest magnitude."""
+
+    def check(path, a, b):
+        scale = float(jnp.abs(b).max()) if b.size else 0.0
+        np.testing.assert_allclose(
+            np.asarray(a), np.asarray(b), rtol=rtol, atol=atol * scale, err_msg=jax.tree_util.keystr(path)
+        )
+
+    jax.tree_util.tree_map_with_path(check, actual, expected)
