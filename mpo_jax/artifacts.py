@@ -68,8 +68,9 @@ class Store:
                     done = self._make(recipe, final, partial, run)
                     self.made.append(name)
                     return done
-        self.reused.append(name)
-        console.print(f"[dim]reuse {name}[/dim]")
+        if name not in self.made and name not in self.reused:
+            self.reused.append(name)
+            console.print(f"[dim]reuse {name}[/dim]")
         return done
 
     def _open(self, final: Path) -> Artifact | None:

@@ -171,6 +171,9 @@ class SelectConfig(Section):
     pair_source: Literal["sampled", "human"] = "sampled"
     temperature: float = Field(default=1.0, gt=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
+    num_prompts: int | None = Field(
+        default=None, gt=0, description="sample for the first training prompts only; null: all"
+    )
     batch_size: int = Field(default=64, gt=0, description="prompts a call, each with two samples")
 
     @model_validator(mode="before")

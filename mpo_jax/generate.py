@@ -107,10 +107,11 @@ def decode(
     sampling: Sampling,
     eos_id: int,
     allowed_V: Bool[Array, " V"] | None,
-) -> tuple[Int[Array, "B S"], Int[Array, " B"], Bool[Array, " B"]]:
+) -> tuple[Int[Array, "B S"], Int[Array, " B"], Bool[Array, " B"], tuple[Array, Array]]:
     """Samples until every row has ended or has max_new_tokens: ids, lengths (EOS included), whether EOS came.
 
-    B counts samples here. Rows with a prompt length of 0 are filler and end at once.
+    B counts samples here. Rows with a prompt length of 0 are filler and end at once. The caches come back too, so that
+    donated ones can be written in place.
     """
     B, S = hidden_BD.shape[0], sampling.max_new_tokens
     head_DV = functional.head_matrix(model, params)
@@ -149,8 +150,8 @@ def decode(
     ids_BS, done_B = write(jnp.zeros((B, S), jnp.int32), filler_B, first_B, 0)
     length_B = jnp.where(filler_B, 0, 1)
     carry = (jnp.asarray(1), ids_BS, done_B, first_B, length_B, caches)
-    _, ids_BS, done_B, _, length_B, _ = jax.lax.while_loop(unfinished, step, carry)
-    return ids_BS, length_B, done_B & ~filler_B
+    _, ids_BS, done_B, _, length_B, caches = jax.lax.while_loop(unfinished, step, carry)
+    return ids_BS, length_B, done_B & ~filler_B, caches
 
 
 @lru_cache
@@ -173,20 +174,22 @@ def make_generate(model: Model, sampling: Sampling, eos_id: int, mesh: Mesh) -> 
         sample_index = (index_B[:, None] * N + jnp.arange(N, dtype=index_B.dtype)[None]).reshape(-1)
         keys = jax.vmap(row_key)(jnp.repeat(prompts.key, N), sample_index)
         lengths = jnp.repeat(prompts.prompt_len, N)
-        ids, length, has_eos = decode(
+        ids, length, has_eos, caches = decode(
             model, params, hidden, caches, lengths, prompts.prompt.shape[1], keys, sampling, eos_id, allowed_V
         )
         B = prompts.prompt.shape[0]
         joined = dataclasses.replace(
             prompts, response=ids.reshape(B, N, S), response_len=length.reshape(B, N).astype(jnp.int32)
         )
-        return joined, has_eos.reshape(B, N)
+        return joined, has_eos.reshape(B, N), caches
 
     prefill_jit = jax.jit(start)
-    decode_jit = jax.jit(finish, donate_argnums=(2,), out_shardings=rows)
+    # an input is donated to an output: without the caches among the outputs the loop would work on a copy of them
+    decode_jit = jax.jit(finish, donate_argnums=(2,), out_shardings=(rows, rows, None))
 
     def generate(params, prompts, key, index_B, allowed_V):
         hidden, caches = prefill_jit(params, prompts)
-        return decode_jit(params, hidden, caches, prompts, key, index_B, allowed_V)
+        joined, has_eos, _ = decode_jit(params, hidden, caches, prompts, key, index_B, allowed_V)
+        return joined, has_eos
 
     return generate

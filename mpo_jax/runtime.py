@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from mpo_jax.config import ModelConfig, RuntimeConfig
+from mpo_jax.errors import UserError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "grain", "numpy")
 
@@ -18,11 +19,18 @@ def start(config: RuntimeConfig) -> None:
     """Applies the runtime section to JAX.
 
     Raises:
-      UserError: by the first use of a device, not here.
+      UserError: if devices are already in use, as in a notebook, and are fewer than asked for.
     """
     if config.cpu_devices is not None:
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", config.cpu_devices)
+        try:
+            jax.config.update("jax_platforms", "cpu")
+            jax.config.update("jax_num_cpu_devices", config.cpu_devices)
+        except RuntimeError as error:
+            if len(jax.devices("cpu")) < config.cpu_devices:
+                raise UserError(
+                    f"runtime.cpu_devices={config.cpu_devices} comes too late: JAX has already started with "
+                    f"{len(jax.devices('cpu'))}; start a new process"
+                ) from error
     if config.compilation_cache is not None:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache).expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

@@ -30,7 +30,7 @@ def _build(config: Config) -> None:
         page = write_report(workdir, resamples=config.evaluate.bootstrap_resamples)
     console.print(results.terminal_table(results.main_rows(finished), "Held-out prompts: mean ± standard error"))
     _show_samples(finished)
-    made, reused = len(pipeline.store.made), len(set(pipeline.store.reused))
+    made, reused = len(pipeline.store.made), len(pipeline.store.reused)
     console.print(
         f"{made} stages made, {reused} reused in {time.perf_counter() - begin:.0f} s"
         + ("" if made else ": everything was there already, nothing was computed")

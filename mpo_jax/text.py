@@ -1,19 +1,16 @@
 """Text to ids and back: tokenizer, templates, truncation. Prompt and response are tokenized apart and joined as ids."""
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mpo_jax.config import TextConfig
 from mpo_jax.errors import UserError
-
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # torch is absent on purpose
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 
 @dataclasses.dataclass(frozen=True)

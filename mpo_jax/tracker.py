@@ -14,7 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mpo_jax.types import Mean
 
-console = Console(stderr=False, highlight=False)
+PLAIN_WIDTH = 110
+console = Console(highlight=False)
+if not console.is_terminal:
+    console = Console(highlight=False, width=PLAIN_WIDTH)
 PLAIN_SECONDS = 15.0
 
 

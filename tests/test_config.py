@@ -203,4 +203,3 @@ def test_what_is_written_reads_back_equal(tmp_path_factory, values):
     written = to_yaml(config)
     assert load(tmp_path_factory.getbasetemp(), written) == config
     assert list(yaml.safe_load(written)) == list(Config.model_fields)
-

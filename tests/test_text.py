@@ -114,7 +114,8 @@ def test_prompt_and_response_join_without_a_second_space(stories):
 
 
 ROUND_TRIPS = [
-    " time", "  two spaces", "    four", " \n", " \n\nnew line first", " ends in spaces  ", " a\n\nb", " \ttab", " 😀", " 👩‍👩‍👧 ok",
+    " time", "  two spaces", "    four", " \n", " \n\nnew line first", " ends in spaces  ", " a\n\nb", " \ttab",
+    " 😀", " 👩‍👩‍👧 ok",
     " é", " 漢字とかな", " Ünï ☂ — “quoted”", " n't do , that .", " x' s", " \x00", " \ufffd", " <0x0A>", " [UNK]",
 ]  # fmt: skip
 

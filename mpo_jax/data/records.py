@@ -62,8 +62,8 @@ def read_jsonl(path: Path, max_rows: int | None = None) -> Iterator[tuple[int, d
         # lines are decoded one by one: a text file decodes ahead, and its error would name a line long before the fault
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
             for number, encoded in enumerate(lines, 1):
-                line = encoded.decode("utf-8")
-                if not line.strip():
+                line = encoded.decode("utf-8").rstrip()
+                if not line:
                     continue
                 if max_rows is not None and count >= max_rows:
                     return

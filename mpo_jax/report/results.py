@@ -85,9 +85,7 @@ def difference_rows(results: list[RunResult], *, resamples: int, seed: int = 0) 
     rows = []
     for a, b in pairs:
         for column in ("score", "utility"):
-            first, second = (
-                {row["prompt"]: row[column] for row in by_name[name] if column in row} for name in (a, b)
-            )
+            first, second = ({row["prompt"]: row[column] for row in by_name[name] if column in row} for name in (a, b))
             shared = [prompt for prompt in first if prompt in second]
             if not shared:
                 continue

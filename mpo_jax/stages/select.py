@@ -70,7 +70,7 @@ def _sampled(
     generate = make_generate(model, sampling, codec.eos_id, mesh)
     allowed_V = jnp.asarray(codec.allowed(model.decoder.vocab_size))
     key = stage_key(config.seed, "select")
-    prompts = corpus.prompts
+    prompts = corpus.prompts[: config.select.num_prompts]
     examples, _ = tokenize(codec, [(prompt, ()) for prompt in prompts])
     size = config.select.batch_size
     tracker = Tracker(folder, "select", -(-len(examples) // size), tensorboard=False)

@@ -173,9 +173,12 @@ def test_max_rows_counts_what_is_read_not_what_is_kept(tmp_path):
 
 GOOD = '{"prompt": "p", "chosen": "a", "rejected": "b"}'
 FAULTS = {
-    "broken JSON": ([GOOD, "", '{"prompt": '], r"{path}:3: broken JSON: Expecting value \(column 12\)"),
+    "broken JSON": ([GOOD, "", '{"prompt": '], r"{path}:3: broken JSON: Expecting value \(column 11\)"),
     "no object": ([GOOD, "[1]"], "{path}:2: a row must be a JSON object, not list"),
-    "missing field": ([GOOD, '{"prompt": "p", "chosen": "a"}'], "{path}:2: the row has no field 'rejected'; it has: pr"),
+    "missing field": (
+        [GOOD, '{"prompt": "p", "chosen": "a"}'],
+        "{path}:2: the row has no field 'rejected'; it has: pr",
+    ),
     "empty object": (["{}"], "{path}:1: the row has no field 'prompt'; it has: nothing"),
     "wrong type": ([GOOD, GOOD.replace('"b"', "3")], "{path}:2: field 'rejected' must be a string, not int"),
     "half a character": ([GOOD, GOOD.replace('"b"', r'"\ud83d"')], "{path}:2: field 'rejected' holds half a surrogate"),
@@ -196,12 +199,13 @@ def test_a_broken_gzip_file_is_named(tmp_path):
     rows = [{"prompt": "p", "chosen": f"{rng.random()}", "rejected": f"{rng.random()}"} for _ in range(3000)]
     path = write(tmp_path / "a.jsonl.gz", rows)
     whole = path.read_bytes()
-    damaged = bytearray(whole)
-    damaged[len(whole) // 2] ^= 0xFF
-    for content in (whole[: len(whole) // 2], whole[:-4], bytes(damaged), b"no gzip at all"):
+    for content in (whole[: len(whole) // 2], whole[:-4], whole[:-6] + bytes(6), b"no gzip at all"):
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"a\.jsonl\.gz: broken or incomplete gzip file after line \d+"):
             read_preferences(path)
+    path.write_bytes(bytes([*whole[: len(whole) // 2], whole[len(whole) // 2] ^ 0xFF, *whole[len(whole) // 2 + 1 :]]))
+    with pytest.raises(UserError, match=r"a\.jsonl\.gz"):  # the rows before the checksum may be damaged first
+        read_preferences(path)
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -249,4 +253,3 @@ def test_the_fingerprint_is_of_content_and_order_not_of_names(tmp_path):
     before = fingerprint_files([a])
     a.write_text("One")
     assert fingerprint_files([a]) != before
-

@@ -38,17 +38,18 @@ def random_params(config: DecoderConfig, seed: int = 0, *, scalar: bool = False)
 def batch(prompt_len, response_len, *, width=None, seed: int = 0, vocab: int = 40) -> Joined:
     """A host batch of random ids; garbage where lengths end, since masks must come from lengths alone.
 
-    Ids of a row depend on the row and `seed`, not on `width` (prompt, response).
+    A prompt or response depends on its place in the batch, its length and `seed`, not on `width` (prompt, response).
     """
     prompt_len, response_len = np.asarray(prompt_len, np.int32), np.asarray(response_len, np.int32)
     P, S = width or (prompt_len.max(), response_len.max())
     B, N = response_len.shape
-    rng, garbage = np.random.default_rng(seed), np.random.default_rng(seed + P * S)
+    garbage = np.random.default_rng([seed, P, S])
     prompt, response = garbage.integers(0, vocab, (B, P)), garbage.integers(0, vocab, (B, N, S))
     for b in range(B):
-        prompt[b, : prompt_len[b]] = rng.integers(0, vocab, prompt_len[b])
+        prompt[b, : prompt_len[b]] = np.random.default_rng([seed, b]).integers(0, vocab, prompt_len[b])
         for n in range(N):
-            response[b, n, : response_len[b, n]] = rng.integers(0, vocab, response_len[b, n])
+            ids = np.random.default_rng([seed, b, n]).integers(0, vocab, response_len[b, n])
+            response[b, n, : response_len[b, n]] = ids
     return Joined(
         prompt=prompt.astype(np.int32),
         prompt_len=prompt_len,
