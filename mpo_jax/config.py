@@ -17,13 +17,13 @@ ExperimentName = Literal[
 ]  # fmt: skip
 
 
-class Section(BaseModel):
-    """A part of the configuration: immutable, defaults checked like given values, unknown keys refused."""
+class Section(BaseModel, frozen=True):
+    """A part of the configuration: immutable, hashable, defaults checked like given values, unknown keys refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
-class ArchitectureConfig(Section):
+class ArchitectureConfig(Section, frozen=True):
     """Sizes of a Llama trained from scratch; a checkpoint brings its own. `vocab_size` follows the tokenizer."""
 
     hidden_size: int = Field(default=64, gt=0)
@@ -39,7 +39,7 @@ class ArchitectureConfig(Section):
     init_std: float = Field(default=0.02, gt=0)
 
 
-class ModelConfig(Section):
+class ModelConfig(Section, frozen=True):
     """Which base model, and how its arithmetic runs."""
 
     path: str | None = Field(
@@ -57,7 +57,7 @@ class ModelConfig(Section):
     logit_chunk: int = Field(default=1024, gt=0, description="tokens a device whose logits exist at one time")
 
 
-class TextConfig(Section):
+class TextConfig(Section, frozen=True):
     """Token limits and joins. A prompt is cut before a response; see ALGORITHMS in mpo_jax/README.md."""
 
     max_prompt_tokens: int = Field(default=512, gt=0)
@@ -78,7 +78,7 @@ class TextConfig(Section):
         return value
 
 
-class ToyConfig(Section):
+class ToyConfig(Section, frozen=True):
     """The toy TL;DR world; every number of its utility is documented in data/toy.py."""
 
     seed: int = Field(default=0, description="of the world's posts and labels, apart from the training seed")
@@ -93,7 +93,7 @@ class ToyConfig(Section):
     label_temperature: float = Field(default=1.0, gt=0, description="of the Bradley-Terry labels: higher is noisier")
 
 
-class DataConfig(Section):
+class DataConfig(Section, frozen=True):
     """Where rows come from. Local files are .jsonl or .jsonl.gz."""
 
     kind: Literal["toy", "hh", "pairs"] = "toy"
@@ -119,7 +119,7 @@ class DataConfig(Section):
         return self
 
 
-class OptimConfig(Section):
+class OptimConfig(Section, frozen=True):
     """AdamW with warm-up; DeepSpeed-Chat's constants where the paper is silent."""
 
     learning_rate: float = Field(default=5e-5, ge=0)
@@ -132,7 +132,7 @@ class OptimConfig(Section):
     clip_norm: float | None = Field(default=1.0, gt=0, description="global gradient norm; null: no clipping")
 
 
-class TrainConfig(Section):
+class TrainConfig(Section, frozen=True):
     """How long and in what portions a stage trains; `batch_size` is global: all devices and micro-batches."""
 
     epochs: float = Field(default=1.0, gt=0)
@@ -153,17 +153,17 @@ class TrainConfig(Section):
         return self
 
 
-class SftConfig(Section):
+class SftConfig(Section, frozen=True):
     train: TrainConfig = Field(default_factory=lambda: TrainConfig())
 
 
-class RewardConfig(Section):
+class RewardConfig(Section, frozen=True):
     train: TrainConfig = Field(default_factory=lambda: TrainConfig())
     init: Literal["sft", "base"] = "sft"
     loss: Literal["last_token", "ds_span"] = "last_token"
 
 
-class SelectConfig(Section):
+class SelectConfig(Section, frozen=True):
     """`threshold` and `easy_fraction` are two ways to name one split: give one."""
 
     threshold: float | None = 1.0
@@ -193,7 +193,7 @@ class SelectConfig(Section):
         return self
 
 
-class DpoConfig(Section):
+class DpoConfig(Section, frozen=True):
     train: TrainConfig = Field(default_factory=lambda: TrainConfig())
     beta: float = Field(default=0.1, gt=0)
     loss: Literal["dpo", "cdpo", "ipo"] = "dpo"
@@ -202,7 +202,7 @@ class DpoConfig(Section):
     nll_coef: float = Field(default=0.0, ge=0, description="weight of the chosen response's NLL per token")
 
 
-class KlConfig(Section):
+class KlConfig(Section, frozen=True):
     """The penalty that keeps PPO near its reference, and what changes or stops it."""
 
     coef: float = Field(default=0.1, ge=0)
@@ -214,7 +214,7 @@ class KlConfig(Section):
     )
 
 
-class PpoExtrasConfig(Section):
+class PpoExtrasConfig(Section, frozen=True):
     """Departures from plain PPO, each off by default."""
 
     whiten_advantages: bool = False
@@ -226,7 +226,7 @@ class PpoExtrasConfig(Section):
     critic_warmup: int = Field(default=0, ge=0, description="iterations that train the critic alone")
 
 
-class PpoConfig(Section):
+class PpoConfig(Section, frozen=True):
     """`train.batch_size` is prompts an iteration; each iteration samples, scores and updates on them."""
 
     train: TrainConfig = Field(default_factory=lambda: TrainConfig())
@@ -261,7 +261,7 @@ class PpoConfig(Section):
         return self
 
 
-class EvaluateConfig(Section):
+class EvaluateConfig(Section, frozen=True):
     num_prompts: int | None = Field(default=None, gt=0, description="the first test prompts only; null: all")
     batch_size: int = Field(default=64, gt=0)
     greedy: bool = False
@@ -270,7 +270,7 @@ class EvaluateConfig(Section):
     bootstrap_resamples: int = Field(default=2000, gt=0)
 
 
-class MeshConfig(Section):
+class MeshConfig(Section, frozen=True):
     """Devices along each axis of the mesh; their product is the number of devices used."""
 
     data: int = Field(default=1, gt=0)
@@ -286,7 +286,7 @@ class MeshConfig(Section):
         return self.data * self.fsdp
 
 
-class RuntimeConfig(Section):
+class RuntimeConfig(Section, frozen=True):
     """The machine, not the method: nothing here changes results beyond rounding or enters an artifact's hash."""
 
     cpu_devices: int | None = Field(default=None, gt=0, description="simulated CPU devices; null: what the machine has")
@@ -294,7 +294,7 @@ class RuntimeConfig(Section):
     tensorboard: bool = True
 
 
-class Config(Section):
+class Config(Section, frozen=True):
     """Everything a run depends on."""
 
     workdir: str = "runs/default"

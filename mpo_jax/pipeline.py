@@ -1,4 +1,4 @@
-"""The method, top to bottom: SFT, reward model, selection, the experiment's steps, evaluation. Each stage is built once."""
+"""The method, top to bottom: SFT, reward model, selection, the experiment's steps, evaluation."""
 
 import dataclasses
 import os

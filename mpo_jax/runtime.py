@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import platform
+import subprocess
 import sys
 import zlib
 from pathlib import Path
@@ -61,4 +62,19 @@ def environment() -> dict[str, Any]:
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "devices": [str(device) for device in jax.devices()],
         "command": sys.argv,
+        "commit": _commit(),
     }
+
+
+def _commit() -> str | None:
+    """The source tree's commit, marked where files differ from it; None for an installed package."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    described = subprocess.run(
+        ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return described.stdout.strip() or None

@@ -3,9 +3,12 @@
 import time
 from pathlib import Path
 
+from rich.markup import escape
+
 from mpo_jax import runtime
-from mpo_jax.config import Config, load_config
+from mpo_jax.config import Config, ExperimentName, load_config
 from mpo_jax.errors import UserError
+from mpo_jax.experiments import EXPERIMENTS
 from mpo_jax.pipeline import Pipeline, StageName
 from mpo_jax.report import results
 from mpo_jax.report.page import write_report
@@ -25,9 +28,7 @@ def _build(config: Config) -> None:
     runs = [pipeline.experiment(name) for name in config.experiment]
     workdir = Path(config.workdir)
     finished = results.collect(workdir, tuple(made.experiment for made in runs))
-    page = workdir / "report" / "index.html"
-    if pipeline.store.made or not page.is_file():
-        page = write_report(workdir, resamples=config.evaluate.bootstrap_resamples)
+    page = write_report(workdir, resamples=config.evaluate.bootstrap_resamples)
     console.print(results.terminal_table(results.main_rows(finished), "Held-out prompts: mean ± standard error"))
     _show_samples(finished)
     made, reused = len(pipeline.store.made), len(pipeline.store.reused)
@@ -43,24 +44,31 @@ def _show_samples(finished: list[results.RunResult], count: int = 2) -> None:
     samples = {result.name: result.samples() for result in finished}
     for row in range(min(count, *(len(rows) for rows in samples.values()))):
         prompt = next(iter(samples.values()))[row]["prompt"].strip()
-        console.print(f"\n[bold]prompt[/bold] {prompt if len(prompt) < 600 else '...' + prompt[-600:]}", soft_wrap=True)
+        shown = prompt if len(prompt) < 600 else "..." + prompt[-600:]
+        console.print(f"\n[bold]prompt[/bold] {escape(shown)}", soft_wrap=True)
         for name, rows in samples.items():
             values = f"reward {rows[row]['score']:.2f}"
             if "utility" in rows[row]:
                 values += f", true utility {rows[row]['utility']:.2f}"
-            console.print(f"[bold]{name}[/bold] ({values}):{rows[row]['response']}", soft_wrap=True, markup=True)
+            console.print(f"[bold]{name}[/bold] ({values}):{escape(rows[row]['response'])}", soft_wrap=True)
     console.print()
 
 
 def run_until(config: Config, stage: StageName) -> None:
     """`mpo sft`, `mpo reward`, ...: one stage and what it needs, for every experiment that has it."""
     runtime.start(config.runtime)
+    always = stage not in ("dpo", "ppo")
+    names: list[ExperimentName] = [
+        name for name in config.experiment if always or any(s.algorithm == stage for s in EXPERIMENTS[name])
+    ]
+    if not names:
+        raise UserError(
+            f"experiment={','.join(config.experiment)} has no {stage} step: choose another, experiment=NAME"
+        )
     pipeline = Pipeline(config)
-    for name in config.experiment:
+    for name in names:
         made = pipeline.experiment(name, until=stage)
         built = [artifact for artifact in made.artifacts.values() if artifact.manifest["stage"] == stage]
-        if not built:
-            raise UserError(f"experiment={name} has no {stage} step: choose another with experiment=NAME")
         console.print(f"{name}: {built[-1].path}", soft_wrap=True)
 
 

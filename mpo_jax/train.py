@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,14 +21,12 @@ from mpo_jax.types import Metrics, Params, TrainState
 State = Any
 
 
-class Objective(Protocol):
-    """What a stage minimises: the sum of its terms' means.
+Objective = Callable[..., tuple[Metrics, Metrics]]
+"""What a stage minimises: (params, batch, *fixed) -> (terms, metrics); the loss is the sum of the terms' means.
 
-    `batch` leads with the batch axis everywhere and is cut into micro-batches; `fixed` is the same for all of them.
-    Returns (terms, metrics). Each term's count may depend on the batch but not on the parameters.
-    """
-
-    def __call__(self, params: Params, batch: Any, /, *fixed: Any) -> tuple[Metrics, Metrics]: ...
+`batch` leads with the batch axis everywhere and is cut into micro-batches; `fixed` is the same for all of them. Terms
+are `Mean`s whose counts may depend on the batch but not on the parameters.
+"""
 
 
 def init_state(params: Params, optim: OptimConfig, mesh: Mesh) -> TrainState:
@@ -109,9 +107,7 @@ def make_update(
     """A pure (state, batch, learning_rate, *fixed) -> (state, metrics), to be jitted with the state donated."""
     tx = make_optimizer(optim)
 
-    def update(
-        state: TrainState, batch: Any, learning_rate: jax.Array, *fixed: Any
-    ) -> tuple[TrainState, Metrics]:
+    def update(state: TrainState, batch: Any, learning_rate: jax.Array, *fixed: Any) -> tuple[TrainState, Metrics]:
         grads, metrics = gradients(objective, state.params, batch, *fixed, accumulation=accumulation)
         state, norm = apply(state, grads, learning_rate, tx)
         return state, {**metrics, "grad_norm": norm}

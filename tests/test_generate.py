@@ -20,13 +20,19 @@ from mpo_jax.text import TextCodec, load_tokenizer
 from mpo_jax.types import Joined
 from tests.model.tiny import DECODER, batch, close, mesh_of, random_params
 
-MODEL, EOS = Model(DECODER), 5
+MODEL, EOS = Model(DECODER), 6
 ALLOWED = np.arange(40) % 4 != 3
 PROMPT_LEN = np.array([5, 1, 7, 3, 2, 6, 4, 7])
 
 pick = jax.jit(generate.pick)
 choose = jax.jit(generate.choose, static_argnums=2)
-all_logits = jax.jit(functional.logits, static_argnums=0)
+
+
+@jax.jit
+def all_logits(params, joined):
+    return functional.logits(MODEL, params, functional.join(joined))
+
+
 keep_top_p = jax.jit(generate.keep_top_p)
 
 
@@ -180,7 +186,7 @@ def test_choose():
 def test_greedy_takes_the_full_forwards_argmax(params):
     ids, length, _ = sample(params, prompts(), sampling=Sampling(max_new_tokens=10, greedy=True), allowed=None)
     joined = dataclasses.replace(prompts(), response=ids, response_len=length)
-    logits = np.asarray(all_logits(MODEL, params, functional.join(joined)))
+    logits = np.asarray(all_logits(params, joined))
     for b in range(len(ids)):
         for t in range(length[b, 0]):
             column = 7 + t - 1 if t else PROMPT_LEN[b] - 1
@@ -217,7 +223,7 @@ def test_sampled_ids_are_the_draws_of_the_full_forward(params, reference):
     """Each token is the inverse-CDF draw, with its own random number, from what the full forward pass gives there."""
     ids, length, _ = reference
     joined = dataclasses.replace(prompts(), response=ids, response_len=length)
-    logits = np.asarray(all_logits(MODEL, params, functional.join(joined)), np.float64)
+    logits = np.asarray(all_logits(params, joined), np.float64)
     p = np.where(ALLOWED, np.exp(logits - logits.max(-1, keepdims=True)), 0)
     cumulative = np.cumsum(p / p.sum(-1, keepdims=True), -1)
     close_calls = 0

@@ -1,5 +1,6 @@
 """How far a reward model's gaps can be trusted. Figure 2 of the MPO paper."""
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ def accuracy_by_gap(signed_gap_N: np.ndarray, edges: tuple[float, ...] = EDGES) 
     """
     size_N = np.abs(signed_gap_N)
     bins = []
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
+    for low, high in pairwise(edges):
         inside = (size_N >= low) & (size_N < high)
         count = int(inside.sum())
         bins.append(

@@ -236,7 +236,9 @@ def _axes(x: str, y: str) -> tuple[Figure, Axes]:
 def _legend(figure: Figure, columns: int = 4) -> None:
     handles, labels = figure.axes[0].get_legend_handles_labels()
     # long names, of artifacts that several runs share, need the width
-    columns = max(1, min(columns, len(labels), int(60 / (max(map(len, labels)) + 6))))
+    columns = max(1, min(columns, len(labels), int(66 / (max(map(len, labels)) + 6))))
+    # the legend gets room of its own, or many runs would leave little to the axes
+    figure.set_figheight(SIZE[1] + 0.2 * -(-len(labels) // columns))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
 
 

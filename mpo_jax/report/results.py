@@ -49,7 +49,7 @@ def collect(workdir: Path, names: tuple[str, ...] | None = None) -> list[RunResu
       UserError: if there is none.
     """
     results = []
-    for name in names or tuple(EXPERIMENTS):
+    for name in tuple(EXPERIMENTS) if names is None else names:
         folder = workdir / "runs" / name
         if not (folder / "evaluate" / "manifest.json").is_file():
             continue

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
@@ -56,7 +57,7 @@ def pair_logps(model: Model, params: Params, batch: Joined) -> tuple[Float[Array
 def objective(
     model: Model, loss: DpoLoss, params: Params, batch: tuple[Joined, Float[Array, "B 2"]]
 ) -> tuple[Metrics, Metrics]:
-    """The preference loss, and the NLL term where it has a weight. `batch` is the pairs and the reference's log-probs."""
+    """The preference loss, and the NLL term where it has a weight. `batch`: pairs, reference log-probs."""
     joined, ref_logp_BN = batch
     sum_BN, tokens = pair_logps(model, params, joined)
     scale_BN = jnp.maximum(joined.response_len, 1) if loss.length_normalised else jnp.ones_like(joined.response_len)
@@ -116,12 +117,7 @@ def run(
     examples = _human_examples(config, codec) if pairs is None else _selected(config, codec, pairs, subset)
     widths = Widths.of(examples)
 
-    ref_model, ref_params = loading.load(reference.model, config, mesh, frozen=True)
-    logps = make_pair_logps(ref_model, mesh)
-    ref_BN = map_batches(
-        examples, widths, train.batch_size, lambda batch: logps(ref_params, place_batch(batch, mesh))
-    )
-    del ref_params
+    ref_BN = _reference_logps(config, mesh, reference, examples, widths)
     examples = [
         dataclasses.replace(example, extra=tuple(map(float, ref)))
         for example, ref in zip(examples, ref_BN, strict=True)
@@ -143,6 +139,17 @@ def run(
     )
     loading.save(folder / "model", model, state.params, codec)
     return {"pairs": len(examples), "steps": steps, "train": logged}
+
+
+def _reference_logps(
+    config: Config, mesh: Mesh, reference: Artifact, examples: list[Example], widths: Widths
+) -> np.ndarray:
+    """[N, 2] log-probabilities under the reference, which leaves memory when this returns."""
+    model, params = loading.load(reference.model, config, mesh, frozen=True)
+    logps = make_pair_logps(model, mesh)
+    return map_batches(
+        examples, widths, config.dpo.train.batch_size, lambda batch: logps(params, place_batch(batch, mesh))
+    )
 
 
 def _human_examples(config: Config, codec: TextCodec) -> list[Example]:

@@ -1,4 +1,4 @@
-"""Evaluation of one policy on the held-out prompts: raw reward, true utility where known, length, EOS rate, KL to SFT."""
+"""Evaluation of one policy on held-out prompts: raw reward, true utility where known, length, EOS rate, KL to SFT."""
 
 import json
 from functools import lru_cache

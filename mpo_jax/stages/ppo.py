@@ -1,4 +1,4 @@
-"""Proximal policy optimisation on prompts, with a KL penalty to a reference. Critic apart from actor, one loop, no threads.
+"""Proximal policy optimisation on prompts, with a KL penalty to a reference; the critic is a model of its own.
 
 An iteration: sample from the actor; score, and recompute log-probabilities and values with the training forward pass;
 shape rewards; estimate advantages; update on minibatches. Sources: arXiv:1707.06347, arXiv:2009.01325, DeepSpeed-Chat.
@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from mpo_jax.config import Config, OptimConfig, PpoConfig
-from mpo_jax.data.batches import Example, TrainBatches, Widths, num_steps, tokenize
+from mpo_jax.data.batches import TrainBatches, Widths, num_steps, tokenize
 from mpo_jax.data.corpus import load_corpus
 from mpo_jax.data.pair_table import PairTable, Subset
 from mpo_jax.generate import Sampling, make_generate
@@ -156,9 +156,7 @@ def actor_objective(
     ppo, demonstrations = batch
     rollout = ppo.rollout
     tokens = functional.join(rollout.joined)
-    logp_BS, _ = functional.token_logp(
-        model, params, tokens, temperature=config.temperature, allowed_V=allowed_V
-    )
+    logp_BS, _ = functional.token_logp(model, params, tokens, temperature=config.temperature, allowed_V=allowed_V)
     terms = {
         "loss/policy_avg": ppo_policy_loss(
             logp_BS, rollout.behavior_logp, ppo.advantage, rollout.mask, clip=config.policy_clip
@@ -355,9 +353,7 @@ class Loop:
             ema = average(ema, state.actor.params, self.config.ppo.extras.ema_decay)
         return dataclasses.replace(state, kl_coef=kl_coef, ema=ema), {**metrics, **update_metrics, **timing}
 
-    def _updates(
-        self, state: PpoState, k: int, batch: tuple[PpoBatch, Joined | None]
-    ) -> tuple[PpoState, Metrics]:
+    def _updates(self, state: PpoState, k: int, batch: tuple[PpoBatch, Joined | None]) -> tuple[PpoState, Metrics]:
         """All passes over one iteration's rollouts."""
         ppo = self.config.ppo
         collected: list[Metrics] = []
@@ -373,23 +369,23 @@ class Loop:
                 actor, actor_metrics = self.update_actor(actor, part, self.actor_rate(number), self.allowed_V)
                 metrics |= {("policy/grad_norm" if n == "grad_norm" else n): m for n, m in actor_metrics.items()}
             collected.append(metrics)
-            if ppo.kl.stop is not None and "policy/approxkl_avg" in metrics:
-                # the one place where the host waits for the device inside an iteration, and only if asked to
-                if float(metrics["policy/approxkl_avg"].value) > ppo.kl.stop:
-                    break
+            if ppo.kl.stop is not None and _exceeds(metrics.get("policy/approxkl_avg"), ppo.kl.stop):
+                break
         return dataclasses.replace(state, actor=actor, critic=critic), _mean_of(collected)
+
+
+def _exceeds(mean: Mean | None, limit: float) -> bool:
+    """The one place where the host waits for the device inside an iteration, and only if asked to stop early."""
+    return mean is not None and float(mean.value) > limit
 
 
 def _mean_of(collected: list[Metrics]) -> Metrics:
     """Means added, scalars averaged, over an iteration's updates."""
-    first, *rest = collected
-    total = first
-    for metrics in rest:
-        total = {
-            name: total[name] + metrics[name] if name in total and name in metrics else metrics.get(name, total.get(name))
-            for name in total | metrics
-        }
-    return {name: m if isinstance(m, Mean) else m / len(collected) for name, m in total.items()}
+    totals: Metrics = {}
+    for metrics in collected:
+        for name, value in metrics.items():
+            totals[name] = totals[name] + value if name in totals else value
+    return {name: m if isinstance(m, Mean) else m / len(collected) for name, m in totals.items()}
 
 
 class _timed:

@@ -31,10 +31,7 @@ def objective(model: Model, loss: str, params: Params, batch: Joined) -> tuple[M
     score_BT = functional.scores(model, params, tokens)
     score_BN = functional.response_scores(score_BT, batch)
     chosen_B, rejected_B = score_BN[:, 0], score_BN[:, 1]
-    if loss == "ds_span":
-        term = _span_term(score_BT, batch)
-    else:
-        term = bradley_terry_loss(chosen_B, rejected_B)
+    term = _span_term(score_BT, batch) if loss == "ds_span" else bradley_terry_loss(chosen_B, rejected_B)
     metrics = {
         "accuracy": Mean.of(chosen_B > rejected_B),
         "score/chosen": Mean.of(chosen_B),

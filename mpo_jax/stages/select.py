@@ -29,7 +29,7 @@ HISTOGRAM_BINS = 40
 
 
 def run(config: Config, mesh: Mesh, folder: Path, *, sft: Artifact, reward: Artifact) -> dict[str, Any]:
-    """Writes `pairs.parquet` and returns sizes by threshold, the gap histogram, and accuracy by gap where truth is known."""
+    """Writes `pairs.parquet`; returns sizes by threshold, the gap histogram, and accuracy by gap where known."""
     check_batch(config.select.batch_size, config.mesh, "select.batch_size")
     corpus = load_corpus(config.data)
     codec = TextCodec(load_tokenizer(sft.model), config.text)
@@ -145,6 +145,10 @@ def describe(table: PairTable, config: SelectConfig) -> dict[str, Any]:
 
 
 def _show(summary: dict[str, Any]) -> None:
+    counts, edges = summary["histogram"]["counts"], summary["histogram"]["edges"]
+    tallest = max(counts)
+    bars = "".join(" ▁▂▃▄▅▆▇█"[-(-8 * count // tallest)] for count in counts)
+    console.print(f"  gaps {edges[0]:.2f} |{bars}| {edges[-1]:.2f}")
     for row in summary["sizes"]:
         accuracy = "" if row["easy_accuracy"] is None else f", true order right in {row['easy_accuracy']:.1%} of easy"
         console.print(f"  threshold {row['threshold']:g}: {row['easy']} easy, {row['hard']} hard{accuracy}")

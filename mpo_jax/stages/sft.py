@@ -8,8 +8,8 @@ import jax
 from jax.sharding import Mesh
 
 from mpo_jax.config import Config, OptimConfig
-from mpo_jax.data.batches import TrainBatches, Widths, map_batches, num_steps, tokenize
-from mpo_jax.data.corpus import base_tokenizer, load_corpus
+from mpo_jax.data.batches import TokenReport, TrainBatches, Widths, map_batches, num_steps, tokenize
+from mpo_jax.data.corpus import Corpus, base_tokenizer, load_corpus
 from mpo_jax.losses import sft_loss
 from mpo_jax.model import functional, loading
 from mpo_jax.model.functional import Model
@@ -17,6 +17,7 @@ from mpo_jax.ops import masked_sum
 from mpo_jax.runtime import data_seed, stage_key
 from mpo_jax.sharding import place_batch, replicated
 from mpo_jax.text import TextCodec
+from mpo_jax.tracker import console
 from mpo_jax.train import check_sizes, fit, init_state, make_learning_rate, make_update, state_sharding
 from mpo_jax.types import Joined, Metrics, Params
 
@@ -61,10 +62,14 @@ def run(config: Config, mesh: Mesh, folder: Path) -> dict[str, Any]:
     model, params = loading.load_base(config, codec, mesh, stage_key(config.seed, "init"))
 
     examples, report = tokenize(codec, [(row.prompt, (row.response,)) for row in corpus.demonstrations])
+    _show(corpus, report)
     widths = Widths.of(examples)
     steps = num_steps(len(examples), epochs=train.epochs, steps=train.steps, batch_size=train.batch_size)
     batches = TrainBatches(examples, widths, train.batch_size, data_seed(config.seed, "sft"))
-    step, learning_rate = make_step(model, train.optim, train.accumulation, mesh), make_learning_rate(train.optim, steps)
+    step, learning_rate = (
+        make_step(model, train.optim, train.accumulation, mesh),
+        make_learning_rate(train.optim, steps),
+    )
 
     state, logged = fit(
         init_state(params, train.optim, mesh),
@@ -92,3 +97,13 @@ def run(config: Config, mesh: Mesh, folder: Path) -> dict[str, Any]:
         "train": logged,
         "held_out_nll": float(total.sum() / count.sum()),
     }
+
+
+def _show(corpus: Corpus, tokens: TokenReport) -> None:
+    for source in corpus.reports:
+        dropped = "".join(f", {count} dropped: {reason}" for reason, count in source.dropped.items())
+        console.print(f"  {source.source}: {source.read} rows read, {source.kept} kept{dropped}", soft_wrap=True)
+    console.print(
+        f"  {len(corpus.demonstrations)} demonstrations, {len(corpus.pairs)} pairs, {len(corpus.held_out)} held out; "
+        f"cut to fit: {tokens.truncated_prompts} prompts, {tokens.truncated_responses} responses of the demonstrations"
+    )

@@ -18,35 +18,48 @@ from tests.model.tiny import DECODER, batch, close, mesh_of, random_params, tree
 MODEL = Model(DECODER)
 ALLOWED = np.arange(40) % 3 != 1
 
-token_logp = jax.jit(functional.token_logp, static_argnums=0, static_argnames=("temperature", "with_entropy"))
-score_tokens = jax.jit(functional.scores, static_argnums=0)
+WIDTH = (7, 6)
+"""Prompt and response columns of most cases, so that they share their compiled functions."""
+
 all_logits = jax.jit(functional.logits, static_argnums=0)
+
+
+@partial(jax.jit, static_argnums=0, static_argnames=("temperature", "with_entropy"))
+def _outputs(model, params, tokens, **options):
+    logp_BS, entropy_BS = functional.token_logp(model, params, tokens, **options)
+    return {"logp": logp_BS, "entropy": entropy_BS, "score_BT": functional.scores(model, params, tokens)}
+
+
+@partial(jax.jit, static_argnums=0, static_argnames=("temperature", "with_entropy"))
+def _outputs_of_joined(model, params, joined, **options):
+    tokens = functional.join(joined)
+    out = _outputs(model, params, tokens, **options)
+    out = out | {name: out[name].reshape(joined.response.shape) for name in ("logp", "entropy")}
+    value_BS = functional.values_before(out["score_BT"], tokens).reshape(joined.response.shape)
+    return out | {"score": functional.response_scores(out["score_BT"], joined), "value": value_BS}
+
+
+def outputs(params, joined, model=MODEL, with_entropy=True, **options):
+    """On the host: log-probs, entropies and values [B N S], scores [B N] and at every token [B T]."""
+    function = _outputs_of_joined if isinstance(joined, Joined) else _outputs
+    return jax.device_get(function(model, params, joined, with_entropy=with_entropy, **options))
 
 
 @pytest.fixture(scope="module")
 def params():
-    return random_params(DECODER)
-
-
-@pytest.fixture(scope="module")
-def scalar_params():
-    return random_params(DECODER, 1, scalar=True)
+    """One trunk with both heads."""
+    return {**random_params(DECODER), "score": random_params(DECODER, 1, scalar=True)["score"]}
 
 
 @pytest.fixture(scope="module")
 def pairs() -> Joined:
     """Uneven pairs, one of them with an empty side, and a filler row."""
-    return batch([5, 1, 7, 0], [[4, 6], [6, 1], [2, 0], [0, 0]])
+    return batch([5, 1, 7, 0], [[4, 6], [6, 1], [2, 0], [0, 0]], width=WIDTH)
 
 
-def logp_of(model, params, joined, **options):
-    """[B N S] log-probs of the responses, and the entropies."""
-    B, N, S = joined.response.shape
-    return tuple(x.reshape(B, N, S) for x in token_logp(model, params, functional.join(joined), **options))
-
-
-def scores_of(model, params, joined):
-    return functional.response_scores(score_tokens(model, params, functional.join(joined)), joined)
+@pytest.fixture(scope="module")
+def reference(params, pairs):
+    return outputs(params, pairs)
 
 
 def side(joined: Joined, n: int) -> Joined:
@@ -121,132 +134,125 @@ def test_attention_mask_by_hand():
 
 
 def test_index_zero_is_never_scored(params):
-    """Even where a prompt is empty, nothing at index 0 counts: such a row is filler."""
-    joined = batch([0, 3], [[3], [2]])
-    tokens = functional.join(joined)
-    assert tokens.loss_mask.tolist() == [[False] * 6, [False, False, False, True, True, False]]
-    logp, _ = logp_of(MODEL, params, joined)
-    assert not logp[0].any() and (logp[1, 0, :2] < 0).all()
+    """Even where a prompt is empty, nothing at index 0 counts: such a row is filler, whatever its responses hold."""
+    joined = batch([0, 3, 0, 3], [[3, 6]] * 4, width=WIDTH)
+    mask = np.asarray(functional.join(joined).loss_mask)
+    assert not mask[[0, 2]].any() and mask[1].sum() == 9 and not mask[:, 0].any()
+    logp = outputs(params, joined)["logp"]
+    assert not logp[0].any() and (logp[1, 1] < 0).all()
 
 
-def test_log_probs_are_those_of_the_logits(params):
-    """Against log_softmax in NumPy, one token at a time, of rows without any padding."""
-    joined = batch([5, 2], [[4], [6]])
-    logp, entropy = logp_of(MODEL, params, joined, with_entropy=True)
-    for b in range(2):
-        row = rows(joined, [b])
-        length, S = int(row.prompt_len[0]), int(row.response_len[0, 0])
-        alone = dataclasses.replace(row, prompt=row.prompt[:, :length], response=row.response[:, :, :S])
-        logits = np.asarray(all_logits(MODEL, params, functional.join(alone))[0], np.float64)
-        log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-        wanted = [log_p[length + t - 1, alone.response[0, 0, t]] for t in range(S)]
-        close(logp[b, 0, :S], wanted, atol=1e-5)
-        close(entropy[b, 0, :S], -(np.exp(log_p) * log_p).sum(-1)[length - 1 : length + S - 1], atol=1e-5)
-        assert not logp[b, 0, S:].any() and not entropy[b, 0, S:].any()
+def test_log_probs_are_those_of_the_logits(params, pairs, reference):
+    """Against log_softmax in NumPy, one token at a time, of two rows of 9 tokens without any padding."""
+    lengths = [(int(pairs.prompt_len[b]), int(pairs.response_len[b, 0])) for b in (0, 2)]
+    ids = [
+        np.concatenate([pairs.prompt[b, :p], pairs.response[b, 0, :s]])
+        for b, (p, s) in zip((0, 2), lengths, strict=True)
+    ]
+    ones = np.ones((2, 9), np.int32)
+    plain = Tokens(np.stack(ids), np.cumsum(ones, 1) - 1, ones, 0 * ones, ones > 0)
+    logits = np.asarray(all_logits(MODEL, params, plain), np.float64)
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    for row, b, (p, s) in zip(range(2), (0, 2), lengths, strict=True):
+        wanted = [log_p[row, p + t - 1, pairs.response[b, 0, t]] for t in range(s)]
+        close(reference["logp"][b, 0, :s], wanted, atol=1e-5)
+        close(reference["entropy"][b, 0, :s], -(np.exp(log_p) * log_p).sum(-1)[row, p - 1 : p + s - 1], atol=1e-5)
+        assert not reference["logp"][b, 0, s:].any() and not reference["entropy"][b, 0, s:].any()
 
 
-def test_shared_prompt_equals_separate_rows(params, scalar_params, pairs):
-    logp, entropy = logp_of(MODEL, params, pairs, with_entropy=True)
-    score = scores_of(MODEL, scalar_params, pairs)
+def test_shared_prompt_equals_separate_rows(params, pairs, reference):
     for n in range(2):
-        one = side(pairs, n)
-        alone = logp_of(MODEL, params, one, with_entropy=True)
-        close(logp[:, n], alone[0][:, 0])
-        close(entropy[:, n], alone[1][:, 0])
-        close(score[:, n], scores_of(MODEL, scalar_params, one)[:, 0])
-    assert (logp[0, 0, :4] < 0).all() and (logp[0, 1] < 0).all()
+        alone = outputs(params, side(pairs, n))
+        for name in ("logp", "entropy", "score"):
+            close(reference[name][:, n], alone[name][:, 0])
+    assert (reference["logp"][0, 0, :4] < 0).all() and (reference["logp"][0, 1] < 0).all()
 
 
-def test_packed_row_equals_its_parts(params):
+def test_packed_row_equals_its_parts(params, pairs, reference):
     """Two examples in one row as two segments, padding between: each gets what it gets alone."""
-    first, second = batch([4], [[3]], seed=1), batch([2], [[5]], seed=2)
-    parts = [functional.join(first), functional.join(second)]
+    prompts = [pairs.prompt[b, : pairs.prompt_len[b]] for b in (0, 1)]
+    responses = [pairs.response[b, 0, : pairs.response_len[b, 0]] for b in (0, 1)]
+    padding = np.array([7, 7])
+    ids = np.concatenate([prompts[0], responses[0], padding, prompts[1], responses[1]])
+    position = np.concatenate([np.arange(9), [0, 0], np.arange(7)])
+    segment = np.repeat([1, 0, 2], [9, 2, 7])
+    branch = np.repeat([0, 1, 0, 1], [5, 6, 1, 6]) * (segment > 0)
+    packed = Tokens(*(x[None].astype(np.int32) for x in (ids, position, segment, branch)), branch[None] > 0)
+    logp = outputs(params, packed)["logp"][0]
+    close(logp[5:9], reference["logp"][0, 0, :4], atol=1e-5)
+    close(logp[12:], reference["logp"][1, 0], atol=1e-5)
+    assert not logp[9:12].any()
 
-    def pack(name, padding=0):
-        a, b = (getattr(part, name) for part in parts)
-        return jnp.concatenate([a, jnp.full((1, 2), padding, a.dtype), b], 1)
 
-    segment = jnp.concatenate([parts[0].segment, jnp.zeros((1, 2), jnp.int32), 2 * parts[1].segment], 1)
-    packed = Tokens(pack("ids", 7), pack("position"), segment, pack("branch"), pack("loss_mask"))
-    logp, _ = token_logp(MODEL, params, packed)
-    close(logp[:, 4:7], token_logp(MODEL, params, parts[0])[0], atol=1e-5)
-    close(logp[:, 11:], token_logp(MODEL, params, parts[1])[0], atol=1e-5)
-
-
-def test_padding_changes_nothing(params, scalar_params, pairs):
+def test_padding_changes_nothing(params, pairs, reference):
     """Wider prompts and responses with other garbage in them."""
-    width, S = pairs.prompt.shape[1], pairs.response.shape[2]
-    wide = batch(pairs.prompt_len, pairs.response_len, width=(width + 4, S + 3))
-    kept = np.arange(S)[None, None] < pairs.response_len[..., None]
-    np.testing.assert_array_equal(wide.response[:, :, :S][kept], pairs.response[kept])
-    narrow_logp, wide_logp = logp_of(MODEL, params, pairs)[0], logp_of(MODEL, params, wide)[0]
-    close(wide_logp[:, :, :S], narrow_logp, rtol=2e-6)
-    assert not wide_logp[:, :, S:].any()
-    close(scores_of(MODEL, scalar_params, wide), scores_of(MODEL, scalar_params, pairs), rtol=2e-6)
+    wide = batch(pairs.prompt_len, pairs.response_len, width=(WIDTH[0] + 4, WIDTH[1] + 3))
+    kept = np.arange(WIDTH[1])[None, None] < pairs.response_len[..., None]
+    np.testing.assert_array_equal(wide.response[:, :, : WIDTH[1]][kept], pairs.response[kept])
+    assert (wide.response[:, :, : WIDTH[1]][~kept] != pairs.response[~kept]).any()
+    out = outputs(params, wide)
+    close(out["logp"][:, :, : WIDTH[1]], reference["logp"], rtol=2e-6)
+    assert not out["logp"][:, :, WIDTH[1] :].any()
+    close(out["score"], reference["score"], rtol=2e-6)
 
 
-def test_batch_order_changes_nothing(params, scalar_params, pairs):
+def test_batch_order_changes_nothing(params, pairs, reference):
     order = np.array([2, 0, 3, 1])
-    logp, score = logp_of(MODEL, params, pairs)[0], scores_of(MODEL, scalar_params, pairs)
-    shuffled = rows(pairs, order)
-    np.testing.assert_array_equal(logp_of(MODEL, params, shuffled)[0], logp[order])
-    np.testing.assert_array_equal(scores_of(MODEL, scalar_params, shuffled), score[order])
+    out = outputs(params, rows(pairs, order))
+    for name in ("logp", "entropy", "score"):
+        np.testing.assert_array_equal(out[name], reference[name][order])
 
 
-def test_filler_and_padding_give_zero_and_finite_gradients(params, scalar_params):
-    joined = batch([0, 3, 0], [[0, 0], [0, 2], [0, 0]], width=(4, 3))
-    logp, _ = logp_of(MODEL, params, joined)
-    assert not logp[0].any() and not logp[2].any() and not logp[1, 0].any() and (logp[1, 1, :2] < 0).all()
-    score = scores_of(MODEL, scalar_params, joined)
-    assert score.tolist() == [[0, 0], [0, score[1, 1]], [0, 0]] and score[1, 1] != 0
+def test_filler_and_padding_give_zero_and_finite_gradients(params):
+    joined = batch([0, 3, 0, 0], [[0, 0], [0, 2], [0, 0], [0, 0]], width=WIDTH)
+    out = outputs(params, joined)
+    scored = np.zeros((4, 2, 6), bool)
+    scored[1, 1, :2] = True
+    assert (out["logp"][scored] < 0).all() and not out["logp"][~scored].any()
+    assert (out["score"] != 0).tolist() == [[False, False], [False, True], [False, False], [False, False]]
 
     @jax.jit
-    @partial(jax.grad, argnums=(0, 1))
-    def gradients(params, scalar_params, joined):
+    @jax.grad
+    def gradients(params, joined):
         tokens = functional.join(joined)
         logp, entropy = functional.token_logp(MODEL, params, tokens, with_entropy=True)
-        score = functional.response_scores(functional.scores(MODEL, scalar_params, tokens), joined)
+        score = functional.response_scores(functional.scores(MODEL, params, tokens), joined)
         return (logp + entropy).sum() + score.sum()
 
-    some = jax.tree.leaves(gradients(params, scalar_params, joined))
-    assert all(jnp.isfinite(x).all() for x in some) and any(x.any() for x in some)
-    filler = gradients(params, scalar_params, rows(joined, np.array([0, 2, 0])))
+    some = jax.tree.leaves(jax.device_get(gradients(params, joined)))
+    assert all(np.isfinite(x).all() for x in some) and all(x.any() for x in some)
+    filler = jax.device_get(gradients(params, rows(joined, np.array([0, 2, 3, 0]))))
     assert not any(x.any() for x in jax.tree.leaves(filler)), "a batch of filler alone teaches nothing"
 
 
-def test_a_branch_cannot_see_another(params, scalar_params):
-    joined = batch([4, 3], [[5, 5], [4, 5]])
+def test_a_branch_cannot_see_another(params):
+    joined = batch([4, 3, 7, 1], [[5, 5], [4, 5], [6, 6], [1, 2]], width=WIDTH)
     response = joined.response.copy()
     response[:, 0] = (response[:, 0] + 1) % 40
-    other = dataclasses.replace(joined, response=response)
-    for function, p in ((lambda *a: logp_of(*a)[0], params), (scores_of, scalar_params)):
-        before, after = function(MODEL, p, joined), function(MODEL, p, other)
-        np.testing.assert_array_equal(after[:, 1], before[:, 1])
-        assert (after[:, 0] != before[:, 0]).any()
+    before, after = (outputs(params, x) for x in (joined, dataclasses.replace(joined, response=response)))
+    for name in ("logp", "entropy", "score"):
+        np.testing.assert_array_equal(after[name][:, 1], before[name][:, 1])
+        assert (after[name][:, 0] != before[name][:, 0]).any()
 
 
 def test_the_future_has_no_influence(params):
-    joined = batch([4], [[6, 6]])
-    before, _ = logp_of(MODEL, params, joined)
+    joined = batch([4, 7, 1, 2], [[6, 6]] * 4, width=WIDTH)
+    before = outputs(params, joined)["logp"]
     for t in range(6):
         response = joined.response.copy()
         response[:, :, t] = (response[:, :, t] + 1) % 40
-        after, _ = logp_of(MODEL, params, dataclasses.replace(joined, response=response))
+        after = outputs(params, dataclasses.replace(joined, response=response))["logp"]
         np.testing.assert_array_equal(after[:, :, :t], before[:, :, :t])
         assert (after[:, :, t:] != before[:, :, t:]).all(), "and the present has"
 
 
-def test_values_are_those_before_the_action(scalar_params, pairs):
+def test_values_are_those_before_the_action(pairs, reference):
     """The value of a response's first token is read at the prompt's last token, then one token back."""
-    tokens = functional.join(pairs)
-    score_BT = score_tokens(MODEL, scalar_params, tokens)
-    value = functional.values_before(score_BT, tokens).reshape(pairs.response.shape)
-    width, S = pairs.prompt.shape[1], pairs.response.shape[2]
     for b in range(3):
         for n in range(2):
             for t in range(pairs.response_len[b, n]):
-                column = width + n * S + t - 1 if t else pairs.prompt_len[b] - 1
-                assert value[b, n, t] == score_BT[b, column]
+                column = WIDTH[0] + n * WIDTH[1] + t - 1 if t else pairs.prompt_len[b] - 1
+                assert reference["value"][b, n, t] == reference["score_BT"][b, column]
 
 
 def test_response_sums_and_scores_by_hand():
@@ -256,14 +262,14 @@ def test_response_sums_and_scores_by_hand():
     assert functional.response_sums(score[:, 2:], 2).tolist() == [[9.0, 18.0], [33.0, 42.0]]
 
 
-def test_score_pairs_equals_the_plain_pass(scalar_params, pairs):
+def test_score_pairs_equals_the_plain_pass(params, pairs, reference):
     """The vmapped pass over devices gives what one batch gives."""
-    wanted = scores_of(MODEL, scalar_params, pairs)
-    for mesh in (mesh_of(1, 1, 1), mesh_of(4, 1, 1), mesh_of(2, 2, 2)):
+    scalar_params = {name: params[name] for name in ("embedding", "norm", "layers", "score")}
+    for mesh in (mesh_of(1, 1, 1), mesh_of(2, 2, 2)):
         placed = jax.device_put(scalar_params, functional.param_shardings(scalar_params, mesh))
         with jax.set_mesh(mesh):
             score = functional.make_score_pairs(MODEL, mesh)(placed, place_batch(pairs, mesh))
-        close(score, wanted, atol=1e-5)
+        close(score, reference["score"], atol=1e-5)
         assert score.sharding.is_fully_replicated
 
 
@@ -271,77 +277,55 @@ def test_score_pairs_equals_the_plain_pass(scalar_params, pairs):
 
 
 def loss_and_grads(model, params, tokens, **options):
+    """(log-probs, entropies), gradients of a weighted sum of both, and the compiled function's scratch memory."""
+
     def total(params):
         logp, entropy = functional.token_logp(model, params, tokens, with_entropy=True, **options)
         weight = jnp.cos(jnp.arange(logp.size)).reshape(logp.shape)
         return (weight * logp + 0.3 * entropy).sum(), (logp, entropy)
 
-    (_, out), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(params)
-    return out, grads
-
-
-def chunk_case(pairs, tied):
-    """Parameters, tokens and options; the tied case has temperature and banned ids."""
-    config = dataclasses.replace(DECODER, tie_embeddings=tied)
-    tokens = functional.join(pairs)
-    if not tied:
-        return config, random_params(config), tokens, {}
-    allowed = jnp.asarray(ALLOWED)
-    tokens = dataclasses.replace(tokens, ids=jnp.where(allowed[tokens.ids], tokens.ids, 0))
-    return config, random_params(config), tokens, {"temperature": 0.7, "allowed_V": allowed}
-
-
-@pytest.mark.parametrize(("tied", "chunks"), [(False, [4 * 5, 4 * 11]), (True, [1, 4 * 6])])
-def test_chunks_change_nothing(pairs, tied, chunks):
-    """12 columns in chunks of 5, 11, 1 and 6 tokens a row."""
-    config, params, tokens, options = chunk_case(pairs, tied)
-    assert tokens.ids.shape[1] - tokens.scored_from == 12
-    whole, whole_grads = loss_and_grads(Model(config), params, tokens, **options)
-    for chunk in chunks:
-        parts, grads = loss_and_grads(Model(config, logit_chunk=chunk), params, tokens, **options)
-        for actual, expected in zip(parts, whole, strict=True):
-            close(actual, expected)
-        trees_close(grads, whole_grads)
+    compiled = jax.jit(jax.grad(total, has_aux=True)).lower(params).compile()
+    grads, out = jax.device_get(compiled(params))
+    return out, grads, compiled.memory_analysis().temp_size_in_bytes
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_logits_of_the_batch_never_exist(tied):
-    """The compiled gradient's scratch memory stays far below the [B T V] logits', whose size it would need at least."""
-    vocab, tokens = 8000, functional.join(batch([4] * 8, [[64]] * 8))
+def test_chunks_change_nothing_and_logits_of_the_batch_never_exist(tied):
+    """100 columns in chunks of 3 tokens a row. Scratch memory stays far below the size of the [B T V] logits."""
+    vocab, tokens = 8000, functional.join(batch([4] * 8, [[100]] * 8))
     small = {"hidden_size": 8, "intermediate_size": 8, "num_layers": 1, "num_heads": 1, "num_kv_heads": 1}
     config = dataclasses.replace(DECODER, vocab_size=vocab, tie_embeddings=tied, **small)
-
-    def scratch(chunk):
-        model = Model(config, logit_chunk=chunk)
-        total = lambda params: functional.token_logp(model, params, tokens)[0].sum()  # noqa: E731
-        compiled = jax.jit(jax.value_and_grad(total)).lower(functional.abstract_params(config)).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
-
-    logits = 8 * 64 * vocab * 4
-    assert scratch(32) < logits / 4
-    assert scratch(8 * 64) > logits, "the measure sees logits where they do exist"
+    params, logits_bytes = random_params(config), 8 * 100 * vocab * 4
+    whole, whole_grads, whole_scratch = loss_and_grads(Model(config, logit_chunk=8 * 100), params, tokens)
+    parts, grads, scratch = loss_and_grads(Model(config, logit_chunk=8 * 3), params, tokens)
+    for actual, expected in zip(parts, whole, strict=True):
+        close(actual, expected)
+    trees_close(grads, whole_grads)
+    assert scratch < logits_bytes / 4
+    assert whole_scratch > logits_bytes, "the measure sees logits where they do exist"
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
-def test_remat_changes_no_gradient(params, pairs, remat):
+def test_single_tokens_as_chunks(pairs):
+    """A chunk smaller than the batch, with temperature, banned ids and a tied head."""
+    config, allowed = dataclasses.replace(DECODER, tie_embeddings=True), jnp.asarray(ALLOWED)
     tokens = functional.join(pairs)
-    _, wanted = loss_and_grads(MODEL, params, tokens)
-    _, grads = loss_and_grads(dataclasses.replace(MODEL, remat=remat), params, tokens)
-    trees_close(grads, wanted)
+    tokens = dataclasses.replace(tokens, ids=np.where(ALLOWED[tokens.ids], tokens.ids, 0))
+    params, options = random_params(config), {"temperature": 0.7, "allowed_V": allowed}
+    whole, whole_grads, _ = loss_and_grads(Model(config), params, tokens, **options)
+    parts, grads, _ = loss_and_grads(Model(config, logit_chunk=1), params, tokens, **options)
+    for actual, expected in zip(parts, whole, strict=True):
+        close(actual, expected)
+    trees_close(grads, whole_grads)
 
 
-def test_remat_keeps_less():
-    """Layers whose activations are most of the memory."""
+def test_remat_keeps_less_and_changes_no_gradient():
+    """Eight layers of 40 tokens, whose activations are most of the memory."""
     config = dataclasses.replace(DECODER, num_layers=8)
-    tokens = functional.join(batch([4] * 4, [[60]] * 4))
-
-    def scratch(remat):
-        model = Model(config, remat=remat)
-        total = lambda params: functional.token_logp(model, params, tokens)[0].sum()  # noqa: E731
-        compiled = jax.jit(jax.grad(total)).lower(functional.abstract_params(config)).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
-
-    assert scratch("full") < scratch("dots") < scratch("none")
+    params, tokens = random_params(config), functional.join(batch([4] * 4, [[36]] * 4))
+    out = {remat: loss_and_grads(Model(config, remat=remat), params, tokens) for remat in ("none", "dots", "full")}
+    for remat in ("dots", "full"):
+        trees_close(out[remat][:2], out["none"][:2])
+    assert out["full"][2] < out["dots"][2] < out["none"][2]
 
 
 # ---- the sampling distribution -------------------------------------------------------------------------------------
@@ -353,70 +337,64 @@ def every_id(joined: Joined) -> Joined:
     return dataclasses.replace(joined, response=ids[None, :, None], response_len=np.ones((1, 40), np.int32))
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_probabilities_of_all_ids_sum_to_one(params, temperature):
-    """Banned ids have probability exactly 0, and the rest share theirs in proportion."""
-    joined = every_id(batch([5], [[1]]))
-    logits = all_logits(MODEL, params, functional.join(batch([5], [[1]])))[0, 4]
-    free = logp_of(MODEL, params, joined, temperature=temperature)[0][0, :, 0]
-    close(free, jax.nn.log_softmax(logits / temperature), atol=1e-5)
-    allowed = logp_of(MODEL, params, joined, temperature=temperature, allowed_V=jnp.asarray(ALLOWED))[0][0, :, 0]
-    probability = np.exp(np.asarray(allowed, np.float64))
-    assert (probability[~ALLOWED] == 0).all() and (probability[ALLOWED] > 0).all()
+def test_probabilities_of_all_ids_sum_to_one(params):
+    """Under temperature: banned ids have probability exactly 0, and the rest share theirs in proportion."""
+    prompt = batch([5], [[1]])
+    logits = np.asarray(all_logits(MODEL, params, functional.join(prompt))[0, 4], np.float64) / 0.5
+    log_p = logits - np.log(np.exp(logits).sum())
+    free = outputs(params, every_id(prompt), temperature=0.5)
+    close(free["logp"][0, :, 0], log_p, atol=1e-5)
+    out = outputs(params, every_id(prompt), temperature=0.5, allowed_V=jnp.asarray(ALLOWED))
+    allowed = out["logp"][0, :, 0]
+    close(allowed[ALLOWED], (log_p - np.log(np.exp(log_p[ALLOWED]).sum()))[ALLOWED], atol=1e-5)
+    probability = np.exp(allowed.astype(np.float64))
+    assert (probability[~ALLOWED] == 0).all()
     assert probability.sum() == pytest.approx(1, abs=1e-6)
-    shift = np.asarray(allowed - free)[ALLOWED]
-    close(shift, np.full_like(shift, shift.mean()), atol=1e-5)
+    kept = allowed[ALLOWED].astype(np.float64)
+    close(out["entropy"][0, :, 0], np.full(40, -(np.exp(kept) * kept).sum()), atol=1e-5)
 
 
-def test_entropy_over_allowed_ids(params):
-    joined = every_id(batch([5], [[1]]))
-    options = {"allowed_V": jnp.asarray(ALLOWED), "temperature": 0.5}
-    logp, entropy = logp_of(MODEL, params, joined, with_entropy=True, **options)
-    logp = np.asarray(logp[0, ALLOWED, 0], np.float64)
-    close(entropy[0, :, 0], np.full(40, -(np.exp(logp) * logp).sum()), atol=1e-5)
-    without, zeros = logp_of(MODEL, params, joined, **options)
-    assert not zeros.any() and (without[0, ALLOWED, 0] == logp.astype(np.float32)).all()
+def test_entropy_is_zero_unless_asked_for(params, pairs, reference):
+    out = outputs(params, pairs, with_entropy=False)
+    assert not out["entropy"].any() and reference["entropy"].any()
+    close(out["logp"], reference["logp"])
 
 
-def test_bfloat16_returns_float32(params, scalar_params, pairs):
+def test_bfloat16_returns_float32(params, pairs, reference):
     model = dataclasses.replace(MODEL, dtype="bfloat16")
-    tokens = functional.join(pairs)
-    half, _ = token_logp(model, params, tokens)
-    full, _ = token_logp(MODEL, params, tokens)
-    assert half.dtype == jnp.float32 and score_tokens(model, scalar_params, tokens).dtype == jnp.float32
-    hidden = jax.eval_shape(lambda p: functional.hidden_states(model, p, tokens), params)
+    out = outputs(params, pairs, model)
+    assert {x.dtype for x in out.values()} == {np.dtype(np.float32)}
+    hidden = jax.eval_shape(lambda p: functional.hidden_states(model, p, functional.join(pairs)), params)
     assert hidden.dtype == jnp.bfloat16
-    assert 1e-4 < float(jnp.abs(half - full).max()) < 0.5
+    assert 1e-4 < np.abs(out["logp"] - reference["logp"]).max() < 0.5
 
 
 # ---- cached decoding -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_cached_decoding_equals_the_full_forward(tied):
+def test_cached_decoding_equals_the_full_forward(params):
     """Prompts of unlike lengths, teacher-forced: the logits that predict every response token, and the one after."""
-    config = dataclasses.replace(DECODER, tie_embeddings=tied)
-    model, params = Model(config), random_params(config)
     joined = batch([5, 1, 7], [[6]] * 3)
     width, S = 7, 6
-    full = all_logits(model, params, functional.join(joined))
+    full = np.asarray(all_logits(MODEL, params, functional.join(joined)))
     empty = dataclasses.replace(joined, response=joined.response[:, :, :0], response_len=0 * joined.response_len)
-    hidden, caches = jax.jit(functional.prefill, static_argnums=0)(model, params, functional.join(empty))
+    hidden, caches = jax.jit(functional.prefill, static_argnums=0)(MODEL, params, functional.join(empty))
     assert caches[0].shape == (2, 3, 4, width, 6)
-    caches = tuple(jnp.pad(x, ((0, 0),) * 3 + ((0, S), (0, 0)), constant_values=9.0) for x in caches)
-    head = functional.head_matrix(model, params)
+    caches = tuple(np.pad(x, ((0, 0),) * 3 + ((0, S), (0, 0)), constant_values=9.0) for x in caches)
+    head = functional.head_matrix(MODEL, params)
 
+    @jax.jit
     def logits(hidden):
-        return functional.logits_from_hidden(model, hidden, head, temperature=1.0, allowed_V=None)
+        return functional.logits_from_hidden(MODEL, hidden, head, temperature=1.0, allowed_V=None)
 
-    prompt_logits, rows3 = logits(hidden), np.arange(3)
+    prompt_logits, rows3 = np.asarray(logits(hidden)), np.arange(3)
     close(prompt_logits[rows3, joined.prompt_len - 1], full[rows3, joined.prompt_len - 1], atol=1e-5)
     step = jax.jit(functional.decode_step, static_argnums=0)
     slots = np.arange(width + S)[None]
     for t in range(S):
         visible = (slots < joined.prompt_len[:, None]) | ((slots >= width) & (slots <= width + t))
         hidden, caches = step(
-            model, params, joined.response[:, 0, t], joined.prompt_len + t, caches, visible, jnp.asarray(width + t)
+            MODEL, params, joined.response[:, 0, t], joined.prompt_len + t, caches, visible, jnp.asarray(width + t)
         )
         close(logits(hidden[:, None])[:, 0], full[:, width + t], atol=1e-5)
 
@@ -441,22 +419,17 @@ def everything(params, joined):
 
 
 @pytest.fixture(scope="module")
-def two_heads(params, scalar_params):
-    return {**params, "score": scalar_params["score"]}
-
-
-@pytest.fixture(scope="module")
-def on_one_device(two_heads):
+def on_one_device(params):
     joined = batch([5, 1, 7, 3, 2, 6, 0, 4], [[4, 6], [6, 1], [2, 5], [1, 1], [3, 3], [6, 6], [0, 0], [2, 4]])
-    return joined, jax.jit(everything)(two_heads, joined)
+    return joined, jax.jit(everything)(params, joined)
 
 
 @pytest.mark.parametrize("shape", MESHES)
-def test_devices_change_nothing(two_heads, on_one_device, shape):
+def test_devices_change_nothing(params, on_one_device, shape):
     joined, (wanted_grads, wanted) = on_one_device
     mesh = mesh_of(*shape)
-    shardings = functional.param_shardings(two_heads, mesh)
-    placed = jax.device_put(two_heads, shardings)
+    shardings = functional.param_shardings(params, mesh)
+    placed = jax.device_put(params, shardings)
     with jax.set_mesh(mesh):
         grads, out = jax.jit(everything, out_shardings=(shardings, None))(placed, place_batch(joined, mesh))
     trees_close(out, wanted, rtol=0, atol=1e-5)
@@ -474,9 +447,9 @@ def test_parameters_are_divided(params, shape, part):
     assert placed["layers"]["attention"]["q"].addressable_shards[0].data.shape == part
     _, fsdp, tensor = shape
     held = sum(x.addressable_shards[0].data.size for x in jax.tree.leaves(placed))
-    whole = sum(x.size for x in jax.tree.leaves(params))
-    norms = sum(x.size for x in jax.tree.leaves(params) if x.shape[-1:] == (32,) and x.ndim < 3 and x.shape[0] != 40)
-    assert held == norms + (whole - norms) // (fsdp * tensor)
+    flat = jax.tree_util.tree_leaves_with_path(params)
+    divided = sum(x.size for path, x in flat if path[-1].key != "scale" and path[0].key != "score")
+    assert held == divided // (fsdp * tensor) + sum(x.size for _, x in flat) - divided
 
 
 def test_an_axis_that_does_not_divide_is_whole():

@@ -71,9 +71,8 @@ def trees_close(actual, expected, *, rtol=1e-5, atol=1e-6):
     """Leaf by leaf, `atol` relative to each leaf's largest magnitude."""
 
     def check(path, a, b):
-        scale = float(jnp.abs(b).max()) if b.size else 0.0
-        np.testing.assert_allclose(
-            np.asarray(a), np.asarray(b), rtol=rtol, atol=atol * scale, err_msg=jax.tree_util.keystr(path)
-        )
+        a, b = np.asarray(a), np.asarray(b)
+        scale = np.abs(b).max() if b.size else 0.0
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol * scale, err_msg=jax.tree_util.keystr(path))
 
     jax.tree_util.tree_map_with_path(check, actual, expected)

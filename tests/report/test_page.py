@@ -289,14 +289,14 @@ def test_an_interval_that_holds_zero_is_no_clear_difference(tmp_path: Path) -> N
     def scored(*scores: float) -> list[dict[str, Any]]:
         return [{"prompt": str(i), "response": "r", "score": score} for i, score in enumerate(scores)]
 
-    sampled = {"sft": scored(0, 0, 0, 0), "dpo": scored(1, -1, 1, -1), "mpo": scored(-3, -3, -3, -2)}
+    sampled = {"sft": scored(0, 0, 0, 0), "dpo": scored(2, -1, 1, -1), "mpo": scored(-3, -3, -3, -2)}
     made = workdirs.make(tmp_path, utility=False, sampled=sampled)
     text = small_page(made).text
     assert "mpo against sft: lower, -2.750 reward" in text
     # without MPO every run is set against SFT
     for link in ("mpo/evaluate", "mpo/sft"):
         (made / "runs" / link).unlink()
-    assert "dpo against sft: no clear difference, +0.000 reward" in small_page(made).text
+    assert "dpo against sft: no clear difference, +0.250 reward" in small_page(made).text
 
 
 def test_a_killed_run_leaves_the_report_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

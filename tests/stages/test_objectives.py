@@ -68,7 +68,9 @@ def test_dpo_at_policy_equals_reference(kind, expected):
     ref, _ = dpo.pair_logps(MODEL, params, PAIRS)
     terms, metrics = dpo.objective(MODEL, dpo.DpoLoss(kind, 0.1, 0.1, False, 0.0), params, (PAIRS, ref))
     close(terms["loss"].value, expected)
-    assert metrics["rewards/chosen"].value == metrics["rewards/margins"].value == metrics["rewards/accuracies"].value == 0
+    assert (
+        metrics["rewards/chosen"].value == metrics["rewards/margins"].value == metrics["rewards/accuracies"].value == 0
+    )
 
 
 def test_dpo_gradient_raises_chosen_and_lowers_rejected():
@@ -115,7 +117,9 @@ def test_step_0_of_mpo_has_kl_0_and_ratio_1():
     actor = random_params(DECODER)
     estimated, _, metrics = score(actor, actor, samples=allowed_samples())
     assert metrics["objective/kl"].total == 0 and metrics["objective/kl_k3"].total == 0
-    terms, update = ppo.actor_objective(MODEL, PpoConfig(train=TrainConfig(batch_size=4)), actor, (estimated, None), ALLOWED)
+    terms, update = ppo.actor_objective(
+        MODEL, PpoConfig(train=TrainConfig(batch_size=4)), actor, (estimated, None), ALLOWED
+    )
     assert update["val/ratio"].value == 1 and update["policy/clipfrac_avg"].value == 0
     close(terms["loss/policy_avg"].value, -jnp.where(estimated.rollout.mask, estimated.advantage, 0).sum() / 14)
 

@@ -1,0 +1,288 @@
+"""The real command line on the micro configuration: stages, reuse, variants, devices, kills, and mistakes."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mpo_jax import cli
+from mpo_jax.data.pair_table import PairTable
+from mpo_jax.model import weights
+
+MICRO = Path(__file__).parent / "configs" / "micro.yaml"
+
+
+def mpo(*arguments: str) -> int:
+    """Runs the command line in this process; returns its exit status."""
+    previous, sys.argv = sys.argv, ["mpo", *map(str, arguments)]
+    try:
+        cli.main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    finally:
+        sys.argv = previous
+    return 0
+
+
+def stages(workdir: Path) -> dict[str, float]:
+    """Finished stages and when each was finished."""
+    return {p.parent.name: p.stat().st_mtime_ns for p in (workdir / "stages").glob("*/manifest.json")}
+
+
+def manifest(workdir: Path, run: str, role: str) -> dict:
+    return json.loads((workdir / "runs" / run / role / "manifest.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A workdir with a finished MPO run."""
+    workdir = tmp_path_factory.mktemp("micro")
+    assert mpo("run", MICRO, f"workdir={workdir}") == 0
+    return workdir
+
+
+@pytest.fixture
+def copied(finished, tmp_path) -> Path:
+    """A copy of it to change."""
+    return Path(shutil.copytree(finished, tmp_path / "copy", symlinks=True))
+
+
+def test_a_run_leaves_every_artifact(finished):
+    kinds = sorted(name.rsplit("-", 1)[0] for name in stages(finished))
+    assert kinds == ["dpo", "evaluate", "ppo", "reward", "select", "sft"]
+    run = finished / "runs" / "mpo"
+    assert (run / "config.yaml").is_file() and json.loads((run / "env.json").read_text())["packages"]["jax"]
+    for role in ("sft", "reward", "1-dpo", "2-ppo"):
+        assert (run / role / "model" / "model.safetensors").is_file()
+        assert weights.read_config(run / role / "model").num_layers == 2
+        lines = (run / role / "metrics.jsonl").read_text().splitlines()
+        assert lines and all(np.isfinite(list(json.loads(line).values())).all() for line in lines)
+        assert list((run / role / "tensorboard").iterdir())
+        assert not (run / role / "checkpoints").exists()
+    assert "<html" in (finished / "report" / "index.html").read_text()
+    assert not list((finished / "stages").glob(".*.partial"))
+
+
+def test_ppo_metrics_have_the_field_s_names(finished):
+    names = set(json.loads((finished / "runs/mpo/2-ppo/metrics.jsonl").read_text().splitlines()[-1]))
+    assert names >= {
+        "objective/kl", "objective/entropy", "objective/scores", "objective/non_score_reward", "objective/rlhf_reward",
+        "policy/approxkl_avg", "policy/clipfrac_avg", "loss/policy_avg", "loss/value_avg", "val/ratio",
+        "val/clipfrac_avg", "val/num_eos_tokens", "critic/explained_variance", "response_length/mean",
+        "response_length/clip_ratio", "timing_s/rollout", "timing_s/step", "perf/tokens_per_s",
+    }  # fmt: skip
+
+
+def test_step_0_identities_in_a_real_run(finished):
+    """DPO starts at log 2; MPO's PPO starts with KL 0 and ratio 1, since its reference is where it starts."""
+    first = lambda role: json.loads((finished / f"runs/mpo/{role}/metrics.jsonl").read_text().splitlines()[0])  # noqa: E731
+    # reference log-probs come from another compiled program than the step's
+    np.testing.assert_allclose(first("1-dpo")["loss"], np.log(2), rtol=1e-6)
+    assert first("2-ppo")["objective/kl"] == 0 and first("2-ppo")["objective/kl_k3"] == 0
+    np.testing.assert_allclose(first("2-ppo")["val/ratio"], 1.0, rtol=1e-6)
+
+
+def test_selection_keeps_every_pair_and_splits_by_filter(finished):
+    table = PairTable.read(finished / "runs/mpo/select")
+    summary = manifest(finished, "mpo", "select")["summary"]
+    assert len(table) == summary["pairs"] == len(set(table.prompt))
+    np.testing.assert_allclose(table.gap, np.abs(table.score[:, 0] - table.score[:, 1]), rtol=1e-6)
+    rows = np.arange(len(table))
+    assert (table.score[rows, table.chosen] >= table.score[rows, 1 - table.chosen]).all()
+    for size in summary["sizes"]:
+        assert size["easy"] + size["hard"] == len(table)
+    easy = manifest(finished, "mpo", "1-dpo")["summary"]["pairs"]
+    hard = manifest(finished, "mpo", "2-ppo")["summary"]["prompts"]
+    assert easy + hard == len(table) and abs(easy - len(table) / 2) <= 1
+
+
+def test_a_second_run_does_nothing_and_says_so(finished, capsys):
+    before = stages(finished)
+    begin = time.perf_counter()
+    assert mpo("run", MICRO, f"workdir={finished}") == 0
+    assert time.perf_counter() - begin < 10
+    assert stages(finished) == before
+    assert "nothing was computed" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_changed_key_redoes_what_depends_on_it(copied):
+    before = set(stages(copied))
+    assert mpo("run", MICRO, f"workdir={copied}", "dpo.beta=0.2") == 0
+    made = sorted(name.rsplit("-", 1)[0] for name in set(stages(copied)) - before)
+    assert made == ["dpo", "evaluate", "ppo"]
+
+
+def test_bookkeeping_keys_redo_nothing(copied):
+    before = stages(copied)
+    keys = ("dpo.train.log_every=7", "sft.train.checkpoint_every=9", "evaluate.num_samples_shown=1")
+    assert mpo("run", MICRO, f"workdir={copied}", *keys) == 0
+    assert stages(copied) == before
+
+
+def test_variants_share_sft_reward_and_selection(copied):
+    """Every experiment runs, and mpo_sft_kl alone starts PPO away from its reference."""
+    before = set(stages(copied))
+    names = "sft,dpo_base,dpo,ppo,mpo,mpo_sft_kl,mpo_reverse,mpo_reverse_sft"
+    assert mpo("run", MICRO, f"workdir={copied}", f"experiment={names}") == 0
+    made = [name.rsplit("-", 1)[0] for name in set(stages(copied)) - before]
+    assert not {"sft", "reward", "select"} & set(made)
+    assert made.count("evaluate") == 7
+    # dpo_base, dpo, and mpo_reverse's and mpo_reverse_sft's; ppo, mpo_sft_kl's, and one that both reverses share
+    assert (made.count("dpo"), made.count("ppo")) == (4, 3)
+    first = lambda run, role: json.loads((copied / f"runs/{run}/{role}/metrics.jsonl").read_text().splitlines()[0])  # noqa: E731
+    assert first("mpo_sft_kl", "2-ppo")["objective/kl"] != 0 and first("ppo", "1-ppo")["objective/kl"] == 0
+    parents = manifest(copied, "mpo_reverse_sft", "2-dpo")["parents"]
+    assert parents["reference"] == manifest(copied, "mpo", "1-dpo")["parents"]["init"] != parents["init"]
+
+
+def test_frozen_models_stay_as_they_were(copied):
+    """PPO's reference and reward model on disk, and what they compute, are untouched by the training that used them."""
+    digest = lambda role: (copied / f"runs/mpo/{role}/model/model.safetensors").read_bytes()  # noqa: E731
+    before = {role: digest(role) for role in ("sft", "reward", "1-dpo")}
+    assert mpo("ppo", MICRO, f"workdir={copied}", "ppo.kl.coef=0.3") == 0
+    assert {role: digest(role) for role in before} == before
+    assert before["1-dpo"] != digest("2-ppo")
+
+
+def test_eight_devices_give_one_device_s_metrics(finished, tmp_path):
+    """All stages on a mesh of eight simulated devices: every logged number agrees to rounding."""
+    assert mpo("run", MICRO, f"workdir={tmp_path}", "mesh.fsdp=8", "runtime.cpu_devices=8") == 0
+    assert set(stages(tmp_path)) == set(stages(finished)), "the mesh must not enter an artifact's name"
+    for role in ("sft", "reward", "1-dpo", "2-ppo"):
+        one, eight = (
+            [json.loads(line) for line in (folder / f"runs/mpo/{role}/metrics.jsonl").read_text().splitlines()]
+            for folder in (finished, tmp_path)
+        )
+        for a, b in zip(one, eight, strict=True):
+            for name in a:
+                if not name.startswith(("timing_s", "perf")) and "explained_variance" not in name:
+                    np.testing.assert_allclose(b[name], a[name], rtol=2e-3, atol=2e-4, err_msg=f"{role} {name}")
+    a, b = (PairTable.read(folder / "runs/mpo/select") for folder in (finished, tmp_path))
+    assert a.ids == b.ids
+    np.testing.assert_allclose(b.score, a.score, rtol=1e-3, atol=1e-4)
+
+
+def test_killed_in_mid_stage_goes_on_and_ends_equal(finished, tmp_path):
+    """kill -9 while a real process trains: no finished folder, and the rerun's SFT equals the uninterrupted one."""
+    command = [sys.executable, "-c", "from mpo_jax.cli import main; main()", "sft", str(MICRO), f"workdir={tmp_path}"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=dict(os.environ))
+    deadline = time.time() + 120
+    while time.time() < deadline and not list(tmp_path.glob("stages/.sft-*.partial/metrics.jsonl")):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not stages(tmp_path) and list(tmp_path.glob("stages/.sft-*.partial"))
+    assert mpo("sft", MICRO, f"workdir={tmp_path}") == 0
+    name = next(iter(stages(tmp_path)))
+    model = lambda folder: (folder / "stages" / name / "model" / "model.safetensors").read_bytes()  # noqa: E731
+    assert model(tmp_path) == model(finished)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["dpo.betaa=1"], ["dpo.betaa", "did you mean beta"]),
+        (["sft.train.batch_size=many"], ["sft.train.batch_size", "integer"]),
+        (["data.kind=hh", "data.path=nowhere.jsonl", "model.path=nowhere"], ["nowhere.jsonl", "data.path"]),
+        (["ppo.top_p=0.9"], ["top_p=1", "KL"]),
+        (["mesh.fsdp=3"], ["sft.train.batch_size", "3"]),
+        (["mesh.fsdp=64"], ["64", "devices"]),
+        (["text.max_prompt_tokens=100"], ["max_prompt_tokens", "positions"]),
+        (["data.kind=pairs", f"data.path={MICRO}"], [f"{MICRO}:1", "JSON"]),
+        (["experiment=nonsense"], ["experiment"]),
+    ],
+)
+def test_mistakes_end_with_status_2_and_one_message(overrides, words, tmp_path, capsys):
+    assert mpo("run", MICRO, f"workdir={tmp_path}", *overrides) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "Traceback" not in error
+    for word in words:
+        assert word in error
+    assert not stages(tmp_path)
+
+
+def test_no_easy_pair_is_an_error_that_names_the_gaps(copied, capsys):
+    overrides = ("select.easy_fraction=null", "select.threshold=50")
+    assert mpo("run", MICRO, f"workdir={copied}", *overrides) == 2
+    assert "no pair is easy at threshold 50" in capsys.readouterr().err
+
+
+def test_broken_rows_name_their_line(tmp_path, capsys):
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a", "chosen": "b"}]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = tmp_path / "model"
+    model.mkdir()
+    assert (
+        mpo("run", MICRO, f"workdir={tmp_path / 'w'}", "data.kind=pairs", f"data.path={data}", f"model.path={model}")
+        == 2
+    )
+    assert f"{data}:2" in capsys.readouterr().err
+
+
+def test_full_disk_is_one_message(monkeypatch, tmp_path, capsys):
+    import errno
+
+    from mpo_jax.model import loading
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", "model.safetensors")
+
+    monkeypatch.setattr(loading, "save", full)
+    assert mpo("sft", MICRO, f"workdir={tmp_path}", "sft.train.steps=1") == 2
+    error = capsys.readouterr().err
+    assert "no space left" in error and "Traceback" not in error
+    assert not stages(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_read_only_workdir_is_one_message(tmp_path, capsys):
+    tmp_path.chmod(0o500)
+    assert mpo("run", MICRO, f"workdir={tmp_path / 'w'}") == 2
+    assert "cannot write to workdir" in capsys.readouterr().err
+
+
+def test_checkpoint_of_another_shape_is_refused(tmp_path, capsys):
+    """A left-over of another model in the stage's folder is named, not loaded."""
+    import jax.numpy as jnp
+
+    from mpo_jax.checkpoint import Checkpoints
+
+    assert mpo("sft", MICRO, f"workdir={tmp_path}") == 0
+    name = next(iter(stages(tmp_path)))
+    shutil.rmtree(tmp_path / "stages" / name)
+    checkpoints = Checkpoints(tmp_path / "stages" / f".{name}.partial" / "checkpoints", keep=1)
+    checkpoints.save(2, {"params": jnp.zeros((3, 3))})
+    checkpoints.close()
+    assert mpo("sft", MICRO, f"workdir={tmp_path}") == 2
+    assert "does not fit this configuration" in capsys.readouterr().err
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    from mpo_jax.errors import UserError
+
+    with pytest.raises(UserError):
+        mpo("run", MICRO, "dpo.betaa=1", "--debug")
+
+
+def test_config_prints_what_it_can_read_back(capsys, tmp_path):
+    assert mpo("config", MICRO, "seed=7", "dpo.beta=0.25") == 0
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out)
+    assert mpo("config", printed) == 0
+    assert capsys.readouterr().out == printed.read_text()
+    assert "seed: 7" in printed.read_text() and "beta: 0.25" in printed.read_text()
+
+
+def test_table_over_seeds(tmp_path, capsys):
+    assert mpo("table", MICRO, f"workdir={tmp_path}", "experiment=sft", "--seeds", "0,1") == 0
+    assert "2 seeds" in capsys.readouterr().out
+    assert len((tmp_path / "tables" / "by_seed.csv").read_text().splitlines()) == 3
+    assert mpo("table", MICRO, "--seeds", "one") == 2
