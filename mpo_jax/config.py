@@ -52,7 +52,7 @@ class ModelConfig(Section, frozen=True):
     frozen_dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="storage of reference and reward model"
     )
-    remat: Literal["none", "dots", "full"] = Field(default="none", description="what the backward pass computes again")
+    remat: Literal["none", "dots", "full"] = Field(default="dots", description="what the backward pass computes again")
     attention: Literal["xla", "cudnn"] = "xla"
     logit_chunk: int = Field(default=1024, gt=0, description="tokens a device whose logits exist at one time")
 

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -59,6 +59,11 @@ class TextCodec:
     def vocab_size(self) -> int:
         """Ids the tokenizer can produce: the largest plus one."""
         return len(self.tokenizer)
+
+    def special(self, name: Literal["bos", "pad"]) -> int | None:
+        """A special token's id, where the tokenizer defines one."""
+        value = getattr(self.tokenizer, f"{name}_token_id")
+        return None if value is None else int(value)
 
     def allowed(self, vocab_size: int) -> np.ndarray:
         """[V] bool, the ids that may be sampled: no pad, BOS, unknown or other special token but EOS, no extra row."""

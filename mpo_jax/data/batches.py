@@ -35,7 +35,7 @@ class Example:
 
 @dataclasses.dataclass
 class TokenReport:
-    """What tokenization did: rows, cut prompts, cut responses, and dropped rows by reason."""
+    """What tokenization did: rows, and how many had their prompt or a response cut."""
 
     rows: int = 0
     truncated_prompts: int = 0

@@ -145,7 +145,8 @@ class Block(nnx.Module):
         )
         key_BGSK, value_BGSK = write(key_BGSK, k), write(value_BGSK, v)
         q_BGRK = rearrange(q, "b 1 (g r) k -> b g r k", g=k.shape[2])
-        logits = jnp.einsum("bgrk,bgsk->bgrs", q_BGRK, key_BGSK).astype(jnp.float32) * q.shape[-1] ** -0.5
+        logits = jnp.einsum("bgrk,bgsk->bgrs", q_BGRK, key_BGSK, preferred_element_type=jnp.float32)
+        logits = logits * q.shape[-1] ** -0.5
         logits = jnp.where(visible_BS[:, None, None], logits, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(logits, -1).astype(x_B1D.dtype)
         heads = jnp.einsum("bgrs,bgsk->bgrk", weights, value_BGSK.astype(x_B1D.dtype))

@@ -86,7 +86,7 @@ def to_scalar(model: Model, params: Params, mesh: Mesh) -> Params:
 
 def save(folder: Path, model: Model, params: Params, codec: TextCodec) -> None:
     """Writes a Hugging Face folder: config.json, model.safetensors and the tokenizer's files."""
-    bos = codec.tokenizer.bos_token_id
-    bos_id = None if bos is None else int(bos)  # type: ignore
-    weights.save_params(folder, params, model.decoder, eos_id=codec.eos_id, bos_id=bos_id)
+    weights.save_params(
+        folder, params, model.decoder, eos_id=codec.eos_id, bos_id=codec.special("bos"), pad_id=codec.special("pad")
+    )
     codec.save(folder)

@@ -193,10 +193,13 @@ def _read_tensor(files: dict[str, Path], name: str, folder: str | Path) -> np.nd
         raise UserError(f"{files[name]}: cannot read tensor {name}: {error}") from error
 
 
-def save_params(folder: Path, params: Params, config: DecoderConfig, *, eos_id: int, bos_id: int | None) -> None:
+def save_params(
+    folder: Path, params: Params, config: DecoderConfig, *, eos_id: int, bos_id: int | None, pad_id: int | None = None
+) -> None:
     """Writes config.json and model.safetensors (float32), which transformers loads as a causal or classification model.
 
-    A model with a scalar head is a LlamaForSequenceClassification with one label.
+    A model with a scalar head is a LlamaForSequenceClassification with one label; transformers finds the token that it
+    reads in a padded batch by `pad_id`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     host = flatten_dict(jax.device_get(params))
@@ -224,6 +227,7 @@ def save_params(folder: Path, params: Params, config: DecoderConfig, *, eos_id: 
         initializer_range=config.init_std,
         eos_token_id=eos_id,
         bos_token_id=bos_id,
+        pad_token_id=pad_id,
     )
     if scalar:
         described.num_labels = 1
