@@ -1,6 +1,6 @@
 """One exact update, and the one host loop that every training stage runs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,12 @@ from jax.sharding import Mesh
 
 from mpo_jax.checkpoint import Checkpoints
 from mpo_jax.config import Config, OptimConfig, TrainConfig
+from mpo_jax.data.batches import Example, TrainBatches, Widths, num_steps
 from mpo_jax.model import functional
 from mpo_jax.model.functional import Model
 from mpo_jax.optim import make_optimizer, make_schedule, state_shardings
-from mpo_jax.sharding import check_batch, replicated
+from mpo_jax.runtime import data_seed
+from mpo_jax.sharding import check_batch, place_batch, replicated
 from mpo_jax.tracker import Tracker
 from mpo_jax.types import Metrics, Params, TrainState
 
@@ -144,6 +146,42 @@ def fit(
         tracker.close()
         checkpoints.close()
     return state, logged
+
+
+def fit_examples(
+    params: Params,
+    step: Callable[..., tuple[TrainState, Metrics]],
+    examples: Sequence[Example],
+    *,
+    config: Config,
+    train: TrainConfig,
+    mesh: Mesh,
+    folder: Path,
+    stage: str,
+) -> tuple[Params, dict[str, Any]]:
+    """Trains on shuffled batches of examples; rows with extra numbers give the step (rows, extra), others rows alone.
+
+    Returns the trained parameters, and the steps made and last logged metrics for the manifest.
+    """
+    steps = num_steps(len(examples), epochs=train.epochs, steps=train.steps, batch_size=train.batch_size)
+    batches = TrainBatches(examples, Widths.of(examples), train.batch_size, data_seed(config.seed, stage))
+    learning_rate = make_learning_rate(train.optim, steps)
+
+    def one(state: TrainState, k: int) -> tuple[TrainState, Metrics]:
+        batch = batches[k]
+        data = (batch.rows, batch.extra) if batch.extra.shape[1] else batch.rows
+        return step(state, place_batch(data, mesh), learning_rate(k))
+
+    state, logged = fit(
+        init_state(params, train.optim, mesh),
+        one,
+        config=train,
+        num_steps=steps,
+        folder=folder,
+        stage=stage,
+        tensorboard=config.runtime.tensorboard,
+    )
+    return state.params, {"steps": steps, "train": logged}
 
 
 def make_learning_rate(optim: OptimConfig, num_steps: int) -> Callable[[int], jax.Array]:

@@ -162,7 +162,9 @@ def test_eight_devices_give_one_device_s_metrics(finished, tmp_path):
         )
         for a, b in zip(one, eight, strict=True):
             for name in a:
-                if not name.startswith(("timing_s", "perf")) and "explained_variance" not in name:
+                # before DPO's first update every implicit reward is 0, and which is greater is rounding
+                undecided = name == "rewards/accuracies" and a["step"] == 1
+                if not name.startswith(("timing_s", "perf")) and not undecided:
                     np.testing.assert_allclose(b[name], a[name], rtol=2e-3, atol=2e-4, err_msg=f"{role} {name}")
     a, b = (PairTable.read(folder / "runs/mpo/select") for folder in (finished, tmp_path))
     assert a.ids == b.ids
@@ -197,6 +199,7 @@ def test_killed_in_mid_stage_goes_on_and_ends_equal(finished, tmp_path):
         (["text.max_prompt_tokens=100"], ["max_prompt_tokens", "positions"]),
         (["data.kind=pairs", f"data.path={MICRO}"], [f"{MICRO}:1", "JSON"]),
         (["experiment=nonsense"], ["experiment"]),
+        (["workdir=/dev/null/below-a-file"], ["cannot write to workdir /dev/null/below-a-file", "workdir=DIR"]),
     ],
 )
 def test_mistakes_end_with_status_2_and_one_message(overrides, words, tmp_path, capsys):

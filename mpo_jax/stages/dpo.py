@@ -12,16 +12,15 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from mpo_jax.config import Config, DpoConfig, OptimConfig
-from mpo_jax.data.batches import Example, TrainBatches, Widths, map_batches, num_steps, tokenize
+from mpo_jax.data.batches import Example, Widths, map_batches, tokenize
 from mpo_jax.data.corpus import load_corpus
 from mpo_jax.data.pair_table import PairTable, Subset
 from mpo_jax.losses import cdpo_loss, chosen_nll_loss, dpo_loss, ipo_loss
 from mpo_jax.model import functional, loading
 from mpo_jax.model.functional import Model
-from mpo_jax.runtime import data_seed
 from mpo_jax.sharding import place_batch, replicated
 from mpo_jax.text import TextCodec, load_tokenizer
-from mpo_jax.train import check_sizes, fit, init_state, make_learning_rate, make_update, state_sharding
+from mpo_jax.train import check_sizes, fit_examples, make_update, state_sharding
 from mpo_jax.types import Artifact, Joined, Mean, Metrics, Params
 
 
@@ -115,40 +114,30 @@ def run(
     train = config.dpo.train
     codec = TextCodec(load_tokenizer(init.model), config.text)
     examples = _human_examples(config, codec) if pairs is None else _selected(config, codec, pairs, subset)
-    widths = Widths.of(examples)
-
-    ref_BN = _reference_logps(config, mesh, reference, examples, widths)
+    ref_BN = _reference_logps(config, mesh, reference, examples)
     examples = [
         dataclasses.replace(example, extra=tuple(map(float, ref)))
         for example, ref in zip(examples, ref_BN, strict=True)
     ]
 
     model, params = loading.load(init.model, config, mesh)
-    steps = num_steps(len(examples), epochs=train.epochs, steps=train.steps, batch_size=train.batch_size)
-    batches = TrainBatches(examples, widths, train.batch_size, data_seed(config.seed, "dpo"))
     step = make_step(model, train.optim, DpoLoss.of(config.dpo), train.accumulation, mesh)
-    learning_rate = make_learning_rate(train.optim, steps)
-    state, logged = fit(
-        init_state(params, train.optim, mesh),
-        lambda state, k: step(state, place_batch((batches[k].rows, batches[k].extra), mesh), learning_rate(k)),
-        config=train,
-        num_steps=steps,
-        folder=folder,
-        stage="dpo",
-        tensorboard=config.runtime.tensorboard,
+    params, trained = fit_examples(
+        params, step, examples, config=config, train=train, mesh=mesh, folder=folder, stage="dpo"
     )
-    loading.save(folder / "model", model, state.params, codec)
-    return {"pairs": len(examples), "steps": steps, "train": logged}
+    loading.save(folder / "model", model, params, codec)
+    return {"pairs": len(examples), **trained}
 
 
-def _reference_logps(
-    config: Config, mesh: Mesh, reference: Artifact, examples: list[Example], widths: Widths
-) -> np.ndarray:
+def _reference_logps(config: Config, mesh: Mesh, reference: Artifact, examples: list[Example]) -> np.ndarray:
     """[N, 2] log-probabilities under the reference, which leaves memory when this returns."""
     model, params = loading.load(reference.model, config, mesh, frozen=True)
     logps = make_pair_logps(model, mesh)
     return map_batches(
-        examples, widths, config.dpo.train.batch_size, lambda batch: logps(params, place_batch(batch, mesh))
+        examples,
+        Widths.of(examples),
+        config.dpo.train.batch_size,
+        lambda batch: logps(params, place_batch(batch, mesh)),
     )
 
 

@@ -12,16 +12,16 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from mpo_jax.config import Config, OptimConfig
-from mpo_jax.data.batches import TrainBatches, Widths, map_batches, num_steps, tokenize
+from mpo_jax.data.batches import Widths, map_batches, tokenize
 from mpo_jax.data.corpus import base_tokenizer, load_corpus
 from mpo_jax.evaluation.calibration import accuracy_by_gap
 from mpo_jax.losses import bradley_terry_loss, span_reward_loss
 from mpo_jax.model import functional, loading
 from mpo_jax.model.functional import Model
-from mpo_jax.runtime import data_seed, stage_key
+from mpo_jax.runtime import stage_key
 from mpo_jax.sharding import place_batch, replicated
 from mpo_jax.text import TextCodec
-from mpo_jax.train import check_sizes, fit, init_state, make_learning_rate, make_update, state_sharding
+from mpo_jax.train import check_sizes, fit_examples, make_update, state_sharding
 from mpo_jax.types import Artifact, Joined, Mean, Metrics, Params
 
 
@@ -72,33 +72,22 @@ def run(config: Config, mesh: Mesh, folder: Path, *, sft: Artifact) -> dict[str,
     params = loading.to_scalar(model, params, mesh)
 
     examples, report = tokenize(codec, [(row.prompt, (row.chosen, row.rejected)) for row in corpus.pairs])
-    steps = num_steps(len(examples), epochs=train.epochs, steps=train.steps, batch_size=train.batch_size)
-    batches = TrainBatches(examples, Widths.of(examples), train.batch_size, data_seed(config.seed, "reward"))
     step = make_step(model, train.optim, config.reward.loss, train.accumulation, mesh)
-    learning_rate = make_learning_rate(train.optim, steps)
-
-    state, logged = fit(
-        init_state(params, train.optim, mesh),
-        lambda state, k: step(state, place_batch(batches[k].rows, mesh), learning_rate(k)),
-        config=train,
-        num_steps=steps,
-        folder=folder,
-        stage="reward",
-        tensorboard=config.runtime.tensorboard,
+    params, trained = fit_examples(
+        params, step, examples, config=config, train=train, mesh=mesh, folder=folder, stage="reward"
     )
-    loading.save(folder / "model", model, state.params, codec)
+    loading.save(folder / "model", model, params, codec)
 
     held_out, _ = tokenize(codec, [(row.prompt, (row.chosen, row.rejected)) for row in corpus.held_out])
     score = functional.make_score_pairs(model, mesh)
     score_BN = map_batches(
-        held_out, Widths.of(held_out), train.batch_size, lambda batch: score(state.params, place_batch(batch, mesh))
+        held_out, Widths.of(held_out), train.batch_size, lambda batch: score(params, place_batch(batch, mesh))
     )
     gap = score_BN[:, 0] - score_BN[:, 1]
     summary = {
         "data": [source.to_dict() for source in corpus.reports],
         "tokens": report.to_dict(),
-        "steps": steps,
-        "train": logged,
+        **trained,
         "held_out_accuracy": float((gap > 0).mean()),
         "accuracy_by_gap": accuracy_by_gap(gap),
     }

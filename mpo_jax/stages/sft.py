@@ -8,17 +8,17 @@ import jax
 from jax.sharding import Mesh
 
 from mpo_jax.config import Config, OptimConfig
-from mpo_jax.data.batches import TokenReport, TrainBatches, Widths, map_batches, num_steps, tokenize
+from mpo_jax.data.batches import TokenReport, Widths, map_batches, tokenize
 from mpo_jax.data.corpus import Corpus, base_tokenizer, load_corpus
 from mpo_jax.losses import sft_loss
 from mpo_jax.model import functional, loading
 from mpo_jax.model.functional import Model
 from mpo_jax.ops import masked_sum
-from mpo_jax.runtime import data_seed, stage_key
+from mpo_jax.runtime import stage_key
 from mpo_jax.sharding import place_batch, replicated
 from mpo_jax.text import TextCodec
 from mpo_jax.tracker import console
-from mpo_jax.train import check_sizes, fit, init_state, make_learning_rate, make_update, state_sharding
+from mpo_jax.train import check_sizes, fit_examples, make_update, state_sharding
 from mpo_jax.types import Joined, Metrics, Params
 
 
@@ -63,24 +63,11 @@ def run(config: Config, mesh: Mesh, folder: Path) -> dict[str, Any]:
 
     examples, report = tokenize(codec, [(row.prompt, (row.response,)) for row in corpus.demonstrations])
     _show(corpus, report)
-    widths = Widths.of(examples)
-    steps = num_steps(len(examples), epochs=train.epochs, steps=train.steps, batch_size=train.batch_size)
-    batches = TrainBatches(examples, widths, train.batch_size, data_seed(config.seed, "sft"))
-    step, learning_rate = (
-        make_step(model, train.optim, train.accumulation, mesh),
-        make_learning_rate(train.optim, steps),
+    step = make_step(model, train.optim, train.accumulation, mesh)
+    params, trained = fit_examples(
+        params, step, examples, config=config, train=train, mesh=mesh, folder=folder, stage="sft"
     )
-
-    state, logged = fit(
-        init_state(params, train.optim, mesh),
-        lambda state, k: step(state, place_batch(batches[k].rows, mesh), learning_rate(k)),
-        config=train,
-        num_steps=steps,
-        folder=folder,
-        stage="sft",
-        tensorboard=config.runtime.tensorboard,
-    )
-    loading.save(folder / "model", model, state.params, codec)
+    loading.save(folder / "model", model, params, codec)
 
     held_out, _ = tokenize(codec, [(row.prompt, (row.chosen,)) for row in corpus.held_out])
     nll = make_nll(model, mesh)
@@ -88,13 +75,12 @@ def run(config: Config, mesh: Mesh, folder: Path) -> dict[str, Any]:
         held_out,
         Widths.of(held_out),
         train.batch_size,
-        lambda batch: nll(state.params, place_batch(batch, mesh)),
+        lambda batch: nll(params, place_batch(batch, mesh)),
     )
     return {
         "data": [source.to_dict() for source in corpus.reports],
         "tokens": report.to_dict(),
-        "steps": steps,
-        "train": logged,
+        **trained,
         "held_out_nll": float(total.sum() / count.sum()),
     }
 
