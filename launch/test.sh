@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Sets up .venv with the test extra and runs the tests.
 #
-#   bash launch/test.sh [pytest option ...]     e.g.  -k dpo    -n 8    -m "not slow"    -m plan
+#   bash launch/test.sh [pytest option ...]     e.g.  -k dpo    -n 8
 #
-# Without -m, the tests marked "parity" (setup.sh parity) and "plan" are left out.
+# Without -m, the tests marked "parity" (they need: setup.sh parity) are left out.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/setup.sh test

@@ -1,11 +1,13 @@
 """What each command does: start the process, build runs through the pipeline, print and report them."""
 
+import json
 import time
 from pathlib import Path
 
 from rich.markup import escape
 
-from mpo_jax import runtime
+from mpo_jax import __version__, runtime
+from mpo_jax.artifacts import write_json
 from mpo_jax.config import Config, ExperimentName, load_config
 from mpo_jax.errors import UserError
 from mpo_jax.experiments import EXPERIMENTS
@@ -28,7 +30,7 @@ def _build(config: Config) -> None:
     runs = [pipeline.experiment(name) for name in config.experiment]
     workdir = Path(config.workdir)
     finished = results.collect(workdir, tuple(made.experiment for made in runs))
-    page = write_report(workdir, resamples=config.evaluate.bootstrap_resamples)
+    page = _report(workdir, config)
     console.print(results.terminal_table(results.main_rows(finished), "Held-out prompts: mean ± standard error"))
     _show_samples(finished)
     made, reused = len(pipeline.store.made), len(pipeline.store.reused)
@@ -37,6 +39,18 @@ def _build(config: Config) -> None:
         + ("" if made else ": everything was there already, nothing was computed")
     )
     console.print(f"report: {page}", soft_wrap=True)
+
+
+def _report(workdir: Path, config: Config) -> Path:
+    """Writes the report, unless the one that is there was written from the very same runs by this version."""
+    shown = {run.name: {role: made.id for role, made in run.artifacts.items()} for run in results.collect(workdir)}
+    inputs = {"version": __version__, "runs": shown, "config": config.model_dump(mode="json")}
+    page, record = workdir / "report" / "index.html", workdir / "report" / "inputs.json"
+    if page.is_file() and record.is_file() and json.loads(record.read_text(encoding="utf-8")) == inputs:
+        return page
+    page = write_report(workdir, resamples=config.evaluate.bootstrap_resamples)
+    write_json(record, inputs)
+    return page
 
 
 def _show_samples(finished: list[results.RunResult], count: int = 2) -> None:

@@ -104,11 +104,12 @@ def test_selection_keeps_every_pair_and_splits_by_filter(finished):
 
 
 def test_a_second_run_does_nothing_and_says_so(finished, capsys):
-    before = stages(finished)
+    before, page = stages(finished), finished / "report" / "index.html"
+    written = page.stat().st_mtime_ns
     begin = time.perf_counter()
     assert mpo("run", MICRO, f"workdir={finished}") == 0
     assert time.perf_counter() - begin < 10
-    assert stages(finished) == before
+    assert stages(finished) == before and page.stat().st_mtime_ns == written
     assert "nothing was computed" in " ".join(capsys.readouterr().out.split())
 
 
@@ -120,10 +121,12 @@ def test_a_changed_key_redoes_what_depends_on_it(copied):
 
 
 def test_bookkeeping_keys_redo_nothing(copied):
-    before = stages(copied)
+    before, page = stages(copied), copied / "report" / "index.html"
+    shown = page.read_text()
     keys = ("dpo.train.log_every=7", "sft.train.checkpoint_every=9", "evaluate.num_samples_shown=1")
     assert mpo("run", MICRO, f"workdir={copied}", *keys) == 0
     assert stages(copied) == before
+    assert page.read_text() != shown, "the report must show what the changed keys ask for"
 
 
 def test_variants_share_sft_reward_and_selection(copied):

@@ -1,0 +1,52 @@
+"""Real files through every stage: HH-RLHF rows and a pretrained Llama, cut down to seconds."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from mpo_jax.data.pair_table import PairTable
+from tests.test_pipeline import manifest, mpo
+
+CONFIG = Path(__file__).parents[1] / "configs" / "hh_stories260k.yaml"
+SHORT = (
+    "data.max_rows=80", "data.validation_fraction=0.2", "text.max_prompt_tokens=48", "text.max_response_tokens=16",
+    "sft.train.steps=2", "reward.train.steps=2", "select.num_prompts=32", "select.batch_size=16", "dpo.train.steps=2",
+    "ppo.train.steps=2", "ppo.train.batch_size=8", "evaluate.num_prompts=16", "evaluate.batch_size=16",
+    "experiment=mpo", "runtime.compilation_cache=null",
+)  # fmt: skip
+
+
+def test_hh_rows_and_a_real_llama_go_through_every_stage(shared_data, tmp_path):
+    files = [shared_data / "hh-rlhf" / f"{name}.test.jsonl.gz" for name in ("helpful-base", "harmless-base")]
+    paths = (f"model.path={shared_data / 'models' / 'stories260K'}", f"data.path=[{','.join(map(str, files))}]")
+    assert mpo("run", CONFIG, f"workdir={tmp_path}", *paths, *SHORT) == 0
+    summary = manifest(tmp_path, "mpo", "sft")["summary"]
+    assert [source["read"] for source in summary["data"]] == [80, 80]
+    assert all(s["kept"] + sum(s["dropped"].values()) == s["read"] for s in summary["data"])
+    assert summary["tokens"]["truncated_prompts"] > 0 and summary["tokens"]["truncated_responses"] > 0
+    # the pretrained model knows English: far below log 512, the loss of a uniform guess
+    assert summary["held_out_nll"] < 0.75 * np.log(512)
+    table = PairTable.read(tmp_path / "runs" / "mpo" / "select")
+    assert len(table) == 32 and np.isnan(table.utility).all() and np.ptp(table.score) > 0
+    evaluation = manifest(tmp_path, "mpo", "evaluate")["summary"]
+    assert "utility" not in evaluation and 0 <= evaluation["has_eos"] <= 1
+    samples = (tmp_path / "runs/mpo/evaluate/samples.jsonl").read_text().splitlines()
+    assert len(samples) == 16 and all("\n\nAssistant:" in json.loads(line)["prompt"] for line in samples)
+
+
+def test_own_preference_rows_need_only_a_model(shared_data, tmp_path):
+    """`data.kind=pairs`: strings as they are, a validation split by prompt, and SFT on the chosen side."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        "".join(
+            json.dumps({"prompt": f"Once there was {n}", "chosen": f" dog {n}.", "rejected": " cat."}) + "\n"
+            for n in range(120)
+        )
+    )
+    model = f"model.path={shared_data / 'models' / 'stories260K'}"
+    keys = ("data.kind=pairs", f"data.path={rows}", "sft.train.steps=1")
+    assert mpo("sft", CONFIG, f"workdir={tmp_path / 'w'}", model, *keys, *SHORT[1:4], SHORT[-1]) == 0
+    (made,) = (tmp_path / "w" / "stages").glob("sft-*")
+    summary = json.loads((made / "manifest.json").read_text())["summary"]
+    assert summary["data"][0]["kept"] == 120 and 80 < summary["tokens"]["rows"] < 115
