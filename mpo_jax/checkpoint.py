@@ -1,6 +1,8 @@
 """Checkpoints inside an unfinished stage: Orbax, sharded, asynchronous, published atomically."""
 
+import errno
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,9 @@ import jax
 import orbax.checkpoint as ocp
 
 from mpo_jax.errors import UserError
+
+SPARE_BYTES = 2**20
+"""Room on the disk beyond the arrays themselves: metadata, and the metrics written meanwhile."""
 
 
 class Checkpoints:
@@ -44,7 +49,15 @@ class Checkpoints:
         ]
 
     def save(self, step: int, state: Any) -> None:
-        """Starts writing; the state may be donated to the next step as soon as this returns."""
+        """Starts writing; the state may be donated to the next step as soon as this returns.
+
+        Raises:
+          OSError: if the disk has no room for it. Asked beforehand: the writing threads would fail in the background,
+            each with a traceback of its own.
+        """
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + SPARE_BYTES
+        if shutil.disk_usage(self._folder).free < needed:
+            raise OSError(errno.ENOSPC, f"{needed} bytes are needed for a checkpoint", str(self._folder))
         self._manager.save(
             step,
             args=ocp.args.Composite(

@@ -1,6 +1,7 @@
 """The command line: parse, dispatch, print. The work is in the layers below."""
 
 import errno
+import logging
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +11,9 @@ import typer
 from mpo_jax import __version__
 from mpo_jax.config import Config, load_config, to_yaml
 from mpo_jax.errors import UserError
+
+FULL_DISK = "No space left on device"
+"""How libraries that write in other languages than Python, and so raise no OSError, report a full disk."""
 
 app = typer.Typer(
     help="Mixed Preference Optimization in JAX. Add --debug to any command for the traceback of an error.",
@@ -92,6 +96,9 @@ def main() -> None:
     """Entry point of `mpo`. Exit status: 0 success, 1 an error of ours, 2 a mistake of the user's, 130 interrupted."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
+    if not debug:
+        # Orbax logs tracebacks of what it then raises
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         app(args=arguments, standalone_mode=True)
     except UserError as error:
@@ -100,23 +107,22 @@ def main() -> None:
         _fail(str(error), 2)
     except KeyboardInterrupt:
         _fail("interrupted; the same command goes on from the last checkpoint", 130)
-    except OSError as error:
-        if debug:
-            raise
-        _fail(_explain(error), 2)
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, OSError) or FULL_DISK in str(error):
+            _fail(_explain(error), 2)
         _fail(f"{type(error).__name__}: {error}\nThis is a fault in mpo_jax; --debug shows where.", 1)
 
 
-def _explain(error: OSError) -> str:
-    where = f": {error.filename}" if error.filename else ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+def _explain(error: Exception) -> str:
+    code = error.errno if isinstance(error, OSError) else None
+    where = f": {error.filename}" if isinstance(error, OSError) and error.filename else ""
+    if code in (errno.ENOSPC, errno.EDQUOT) or FULL_DISK in str(error):
         return f"no space left on the disk{where}. Free some and run the same command again; nothing unfinished is used"
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+    if code in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"no permission to write or read{where}. Choose another folder with workdir=DIR"
-    return f"{error.strerror or error}{where}"
+    return str(error)
 
 
 def _fail(message: str, status: int) -> None:

@@ -114,7 +114,8 @@ class TextCodec:
         self.tokenizer.save_pretrained(folder)
 
     def _encode(self, text: str, **options: Any) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False, **options).input_ids)
+        # verbose warns of texts longer than the model takes, which are cut here
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False, **options).input_ids)
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:

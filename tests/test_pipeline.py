@@ -248,6 +248,25 @@ def test_full_disk_is_one_message(monkeypatch, tmp_path, capsys):
     assert not stages(tmp_path)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+@pytest.mark.parametrize("size", ["400k", "1900k"])
+def test_a_disk_that_really_fills_up_is_one_message(tmp_path, size):
+    """At the first checkpoint (400k) and while TensorBoard, checkpoint or model are being written (1900k)."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("tmpfs cannot be mounted here")
+    try:
+        command = [sys.executable, "-c", "from mpo_jax.cli import main; main()"]
+        wide = "model.architecture.hidden_size=96"
+        result = subprocess.run([*command, "sft", MICRO, f"workdir={disk}", wide], capture_output=True, text=True)
+        finished = stages(disk)
+    finally:
+        subprocess.run(["umount", disk], check=True)
+    assert result.returncode == 2 and not finished
+    assert "no space left" in result.stderr and "Traceback" not in result.stderr
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_read_only_workdir_is_one_message(tmp_path, capsys):
     tmp_path.chmod(0o500)
