@@ -91,5 +91,6 @@ def _show(corpus: Corpus, tokens: TokenReport) -> None:
         console.print(f"  {source.source}: {source.read} rows read, {source.kept} kept{dropped}", soft_wrap=True)
     console.print(
         f"  {len(corpus.demonstrations)} demonstrations, {len(corpus.pairs)} pairs, {len(corpus.held_out)} held out; "
-        f"cut to fit: {tokens.truncated_prompts} prompts, {tokens.truncated_responses} responses of the demonstrations"
+        f"cut to fit: {tokens.truncated_prompts} prompts, {tokens.truncated_responses} responses of the demonstrations",
+        soft_wrap=True,
     )
