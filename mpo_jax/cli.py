@@ -15,6 +15,9 @@ from mpo_jax.errors import UserError
 FULL_DISK = "No space left on device"
 """How libraries that write in other languages than Python, and so raise no OSError, report a full disk."""
 
+INTERRUPTED = 130
+"""The status with which Typer ends a command on Ctrl-C."""
+
 app = typer.Typer(
     help="Mixed Preference Optimization in JAX. Add --debug to any command for the traceback of an error.",
     no_args_is_help=True,
@@ -105,8 +108,10 @@ def main() -> None:
         if debug:
             raise
         _fail(str(error), 2)
-    except KeyboardInterrupt:
-        _fail("interrupted; the same command goes on from the last checkpoint", 130)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            _fail("interrupted; the same command goes on from the last checkpoint", INTERRUPTED)
+        raise
     except Exception as error:
         if debug:
             raise

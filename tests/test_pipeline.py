@@ -36,6 +36,11 @@ def stages(workdir: Path) -> dict[str, float]:
     return {p.parent.name: p.stat().st_mtime_ns for p in (workdir / "stages").glob("*/manifest.json")}
 
 
+def manifest_folder(workdir: Path, run: str, role: str) -> Path:
+    """The artifact folder that a run's link leads to."""
+    return (workdir / "runs" / run / role).resolve()
+
+
 def manifest(workdir: Path, run: str, role: str) -> dict:
     return json.loads((workdir / "runs" / run / role / "manifest.json").read_text())
 
@@ -188,6 +193,69 @@ def test_killed_in_mid_stage_goes_on_and_ends_equal(finished, tmp_path):
     name = next(iter(stages(tmp_path)))
     model = lambda folder: (folder / "stages" / name / "model" / "model.safetensors").read_bytes()  # noqa: E731
     assert model(tmp_path) == model(finished)
+
+
+def test_ppo_interrupted_in_mid_stage_goes_on_and_ends_equal(finished, copied, monkeypatch, capsys):
+    """Actor, critic, moments and KL coefficient all come back: the resumed stage's models equal the first run's."""
+    from mpo_jax.stages import ppo
+
+    name = manifest_folder(copied, "mpo", "2-ppo").name
+    shutil.rmtree(copied / "stages" / name)
+    iteration = ppo.Loop.iteration
+
+    def interrupted(self, state, k, *rest):
+        if k == 2:
+            raise KeyboardInterrupt
+        return iteration(self, state, k, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo.Loop, "iteration", interrupted)
+        assert mpo("run", MICRO, f"workdir={copied}") == 130
+    assert "goes on from the last checkpoint" in capsys.readouterr().err
+    assert name not in stages(copied)
+    steps = []
+    monkeypatch.setattr(ppo.Loop, "iteration", lambda self, s, k, *r: steps.append(k) or iteration(self, s, k, *r))
+    assert mpo("run", MICRO, f"workdir={copied}") == 0
+    assert steps == [2], "the first two iterations must come from the checkpoint"
+    for model in ("model", "critic"):
+        files = [folder / "stages" / name / model / "model.safetensors" for folder in (finished, copied)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_every_option_of_ppo_runs_and_shows(copied):
+    """The options that are off by default, all on at once, and what each leaves in the metrics."""
+    options = (
+        "ppo.epochs=2", "ppo.minibatches=2", "ppo.train.accumulation=2", "ppo.extras.whiten_rewards=true",
+        "ppo.extras.whiten_advantages=true", "ppo.extras.missing_eos=replace", "ppo.extras.ptx_coef=0.1",
+        "ppo.extras.ema_decay=0.9", "ppo.extras.critic_warmup=1", "ppo.kl.adaptive=true", "ppo.kl.stop=1.0e-9",
+        "ppo.kl.horizon=40", "ppo.reward_at=ds_chat", "ppo.greedy=true", "ppo.temperature=0.7",
+    )  # fmt: skip
+    before = set(stages(copied))
+    assert mpo("ppo", MICRO, f"workdir={copied}", *options) == 0
+    (name,) = set(stages(copied)) - before
+    rows = [json.loads(line) for line in (copied / "stages" / name / "metrics.jsonl").read_text().splitlines()]
+    assert "loss/policy_avg" not in rows[0] and "loss/value_avg" in rows[0], "the critic warms up alone"
+    assert rows[1]["loss/ptx"] > 0
+    # the controller lowers the coefficient by a fifth of n / horizon while KL is under its target
+    np.testing.assert_allclose(rows[1]["objective/kl_coef"], 0.1 * (1 - 0.2 * 8 / 40), rtol=1e-5)
+    model = lambda stage: (copied / "stages" / stage / "model" / "model.safetensors").read_bytes()  # noqa: E731
+    assert model(name) != model(manifest_folder(copied, "mpo", "1-dpo").name)
+
+
+def test_options_of_the_other_stages(tmp_path):
+    """Human pairs with signed gaps, DeepSpeed-Chat's reward loss from the base model, IPO with NLL, accumulation."""
+    options = (
+        "sft.train.accumulation=4", "reward.loss=ds_span", "reward.init=base", "select.pair_source=human",
+        "dpo.loss=ipo", "dpo.nll_coef=0.1", "dpo.length_normalised=true", "model.remat=full", "model.logit_chunk=64",
+        "model.architecture.tie_embeddings=false", "evaluate.greedy=true", "ppo.train.steps=1",
+    )  # fmt: skip
+    assert mpo("run", MICRO, f"workdir={tmp_path}", *options) == 0
+    table = PairTable.read(tmp_path / "runs/mpo/select")
+    assert len(table) == 48 and not table.chosen.any()
+    np.testing.assert_allclose(table.gap, table.score[:, 0] - table.score[:, 1], rtol=1e-6)
+    first = json.loads((tmp_path / "runs/mpo/1-dpo/metrics.jsonl").read_text().splitlines()[0])
+    np.testing.assert_allclose(first["loss"], 25.0, rtol=1e-3)  # (1 / 2 beta)^2 at policy = reference
+    assert first["loss/nll"] > 0
 
 
 @pytest.mark.parametrize(
