@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -106,7 +107,7 @@ def test_fit_resumes_and_ends_equal_to_an_uninterrupted_run(tmp_path):
             run(tmp_path / "killed", die_at=5)
         resumed, resumed_last = run(tmp_path / "killed")
     assert int(resumed.step) == 7
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(whole), jax.device_get(resumed))
+    chex.assert_trees_all_equal(jax.device_get(whole), jax.device_get(resumed))
     assert last["loss"] == resumed_last["loss"]
     lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "killed")]
     steps = [[line.split(",")[0] for line in text] for text in lines]
@@ -121,4 +122,4 @@ def test_init_state_leaves_the_given_parameters_usable():
         before = jax.device_get(params)
         step = jax.jit(make_update(objective, optim, accumulation=1), donate_argnums=0)
         step(init_state(params, optim, mesh), jax.tree.map(jnp.asarray, data), jnp.asarray(0.1))
-        jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(params))
+        chex.assert_trees_all_equal(before, jax.device_get(params))
