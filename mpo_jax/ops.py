@@ -23,12 +23,6 @@ def last_index(mask_BT: Bool[Array, "B T"]) -> Int[Array, " B"]:
     return jnp.argmax(jnp.where(mask_BT, jnp.arange(mask_BT.shape[-1])[None], -1), -1)
 
 
-def take_last(x_BT: Float[Array, "B T"], mask_BT: Bool[Array, "B T"]) -> Float[Array, " B"]:
-    """x at each row's last kept token; 0 for a row that keeps none."""
-    picked_B = jnp.take_along_axis(x_BT, last_index(mask_BT)[:, None], -1)[:, 0]
-    return jnp.where(mask_BT.any(-1), picked_B, 0.0)
-
-
 def whiten(
     x_BT: Float[Array, "B T"], mask_BT: Bool[Array, "B T"], *, shift_mean: bool = True, eps: float = 1e-8
 ) -> Float[Array, "B T"]:

@@ -29,10 +29,6 @@ class Run:
     experiment: ExperimentName
     artifacts: dict[str, Artifact]
 
-    @property
-    def evaluation(self) -> Artifact:
-        return self.artifacts["evaluate"]
-
 
 class Pipeline:
     """Builds stages of one configuration, or takes them from the store."""

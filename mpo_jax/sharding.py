@@ -102,8 +102,3 @@ def place_batch(batch: Any, mesh: Mesh) -> Any:
     """Puts a host batch (a pytree of [B ...] NumPy arrays, this process's part) onto the mesh."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
-
-
-def to_host(tree: Any) -> Any:
-    """Fetches a pytree of device arrays as NumPy arrays in one transfer."""
-    return jax.device_get(tree)

@@ -82,7 +82,6 @@ SHAPING = {"kl_coef": 0.3, "clip": 5.0}
 MASKED = {
     "masked_sum": (lambda a, b, c, m: ops.masked_sum(a, m), lambda a, b, c, m: rl.masked_sum(a, m)),
     "masked_mean": (lambda a, b, c, m: ops.masked_mean(a, m), lambda a, b, c, m: rl.masked_mean(a, m)),
-    "take_last": (lambda a, b, c, m: ops.take_last(a, m), lambda a, b, c, m: rl.take_last(a, m)),
     "whiten": (lambda a, b, c, m: ops.whiten(a, m), lambda a, b, c, m: rl.whiten(a, m)),
     "whiten, mean kept": (
         lambda a, b, c, m: ops.whiten(a, m, shift_mean=False),

@@ -19,7 +19,6 @@ from mpo_jax.sharding import (
     replicated,
     shardings_for,
     spec_for,
-    to_host,
 )
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
@@ -95,7 +94,7 @@ def test_place_batch_puts_each_row_on_its_devices(data, fsdp, tensor):
             np.testing.assert_array_equal(shard.data, batch[name][shard.index])
         starts = {shard.index[0].start or 0 for shard in array.addressable_shards}
         assert starts == set(range(0, 16, rows))
-    back = to_host(placed)
+    back = jax.device_get(placed)
     for name in batch:
         assert isinstance(back[name], np.ndarray) and back[name].dtype == batch[name].dtype
         np.testing.assert_array_equal(back[name], batch[name])

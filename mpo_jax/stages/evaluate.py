@@ -24,8 +24,6 @@ from mpo_jax.text import TextCodec, load_tokenizer
 from mpo_jax.tracker import Tracker
 from mpo_jax.types import Artifact, Joined, Params
 
-SAMPLES = "samples.jsonl"
-
 
 @lru_cache
 def make_kl(model: Model, temperature: float, mesh: Mesh) -> Any:
@@ -86,7 +84,7 @@ def run(
     columns: dict[str, np.ndarray] = {"score": scores, "kl": kls, "length": length, "has_eos": has_eos}
     if corpus.utility is not None:
         columns["utility"] = np.asarray([corpus.utility(p, r) for p, r in zip(prompts, responses, strict=True)])
-    with (folder / SAMPLES).open("w", encoding="utf-8") as file:
+    with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
         for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
             values = {name: column[row].item() for name, column in columns.items()}
             file.write(json.dumps({"prompt": prompt, "response": response, **values}, ensure_ascii=False) + "\n")
@@ -94,9 +92,3 @@ def run(
     for name, column in columns.items():
         summary[name], summary[f"{name}_se"] = mean_and_se(column.astype(np.float64))
     return summary
-
-
-def read_samples(artifact: Artifact) -> list[dict[str, Any]]:
-    """The lines of an evaluation's `samples.jsonl`."""
-    with (artifact.path / SAMPLES).open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]

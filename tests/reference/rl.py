@@ -26,10 +26,6 @@ def last_index(mask):
     return np.array([kept[-1] if kept else 0 for kept in _kept(mask)])
 
 
-def take_last(x, mask):
-    return np.array([float(x[b, kept[-1]]) if kept else 0.0 for b, kept in enumerate(_kept(mask))])
-
-
 def whiten(x, mask, shift_mean=True, eps=1e-8):
     values = _values(x, mask)
     out = np.zeros(mask.shape)
