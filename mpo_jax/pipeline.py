@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Mapping
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,9 +38,9 @@ class Pipeline:
         self.store = Store(Path(config.workdir))
         self._data = {"fingerprint": corpus.fingerprint(config.data)}
 
-    @property
+    @cached_property
     def mesh(self) -> Mesh:
-        """Made on first use: a run that only reuses touches no device."""
+        """Made on first use: a run that only reuses artifacts needs none."""
         return make_mesh(self.config.mesh)
 
     def sft(self) -> Artifact:

@@ -34,7 +34,7 @@ class TextCodec:
         if tokenizer.eos_token_id is None:
             raise UserError("the tokenizer defines no EOS token: add eos_token to its tokenizer_config.json")
         self.eos_id: int = int(tokenizer.eos_token_id)  # type: ignore[arg-type]
-        if config.add_bos == "true" and tokenizer.bos_token_id is None:
+        if config.add_bos == "true" and self.special("bos") is None:
             raise UserError("text.add_bos=true, but the tokenizer defines no BOS token: set text.add_bos=auto")
 
     @cached_property
@@ -42,7 +42,7 @@ class TextCodec:
         """Whether rows start with BOS."""
         if self.config.add_bos != "auto":
             return self.config.add_bos == "true"
-        bos = self.tokenizer.bos_token_id
+        bos = self.special("bos")
         return bos is not None and self.tokenizer("a").input_ids[:1] == [bos]
 
     @cached_property
@@ -82,7 +82,8 @@ class TextCodec:
         """
         templated = self.config.prompt_template.replace("{prompt}", text)
         ids = self._encode(templated)
-        start = [int(self.tokenizer.bos_token_id)] if self.adds_bos else []  # type: ignore[arg-type]
+        bos = self.special("bos")
+        start = [bos] if self.adds_bos and bos is not None else []
         room = self.config.max_prompt_tokens - len(start)
         if room < 1 or not start + ids:
             raise UserError(
