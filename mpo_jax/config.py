@@ -43,7 +43,9 @@ class ModelConfig(Section, frozen=True):
     """Which base model, and how its arithmetic runs."""
 
     path: str | None = Field(
-        default=None, description="Hugging Face folder of the base model; absent: trained from scratch"
+        default=None,
+        description="base model: Hugging Face folder, .gguf file or hub id (org/name, org/name@revision); "
+        "absent: trained from scratch",
     )
     architecture: ArchitectureConfig = Field(default_factory=lambda: ArchitectureConfig())
     compute_dtype: Literal["auto", "float32", "bfloat16"] = Field(
@@ -64,6 +66,15 @@ class TextConfig(Section, frozen=True):
     max_response_tokens: int = Field(default=512, gt=0)
     add_bos: Literal["auto", "true", "false"] = "auto"
     prompt_template: str = Field(default="{prompt}", description="text around every prompt; must hold {prompt}")
+    chat: bool = Field(default=False, description="prompts as turns in the tokenizer's chat template")
+    truncation: Literal["auto", "start", "post"] = Field(
+        default="auto",
+        description="where too long a prompt is cut: its start, or the end of its POST section; auto: the POST section "
+        "where there is one",
+    )
+    length_buckets: int = Field(
+        default=4, gt=0, le=16, description="widths that batches are padded to, at most; 1: all to the longest row"
+    )
 
     @field_validator("add_bos", mode="before")
     @classmethod
@@ -94,20 +105,26 @@ class ToyConfig(Section, frozen=True):
 
 
 class DataConfig(Section, frozen=True):
-    """Where rows come from. Local files are .jsonl or .jsonl.gz."""
+    """Where rows come from.
 
-    kind: Literal["toy", "hh", "pairs"] = "toy"
-    path: tuple[str, ...] = Field(default=(), description="preference files: training and, by split, validation rows")
-    sft_path: tuple[str, ...] = Field(default=(), description="{prompt, response} files; absent: the chosen responses")
-    test_path: tuple[str, ...] = Field(
-        default=(), description="preference files to evaluate on; absent: the validation rows"
+    A path is a .jsonl, .jsonl.gz or .parquet file, a folder that `datasets` saved, or
+    hub:ORG/NAME[@REVISION][:DIR][:SPLIT].
+    """
+
+    kind: Literal["toy", "hh", "tldr", "pairs"] = "toy"
+    path: tuple[str, ...] = Field(default=(), description="preference rows: training and, by split, validation")
+    sft_path: tuple[str, ...] = Field(default=(), description="demonstrations; absent: the chosen responses")
+    test_path: tuple[str, ...] = Field(default=(), description="preference rows to evaluate on; absent: validation")
+    prompt_path: tuple[str, ...] = Field(
+        default=(), description="prompt-only rows for selection and PPO; absent: the prompts of the training pairs"
     )
     filter: Literal["strict", "none"] = "strict"
+    keep_news: bool = Field(default=False, description="of tldr: keep the comparisons on news articles, without a post")
     validation_fraction: float = Field(default=0.05, ge=0, lt=1)
     max_rows: int | None = Field(default=None, gt=0, description="the first rows of each file only")
     toy: ToyConfig = Field(default_factory=lambda: ToyConfig())
 
-    @field_validator("path", "sft_path", "test_path", mode="before")
+    @field_validator("path", "sft_path", "test_path", "prompt_path", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
@@ -115,7 +132,7 @@ class DataConfig(Section, frozen=True):
     @model_validator(mode="after")
     def _needs_path(self) -> "DataConfig":
         if self.kind != "toy" and not self.path:
-            raise ValueError(f"data.kind={self.kind} needs data.path: name one or more .jsonl or .jsonl.gz files")
+            raise ValueError(f"data.kind={self.kind} needs data.path: name one or more files, folders or hub data sets")
         return self
 
 
@@ -159,6 +176,10 @@ class SftConfig(Section, frozen=True):
 
 class RewardConfig(Section, frozen=True):
     train: TrainConfig = Field(default_factory=lambda: TrainConfig())
+    path: str | None = Field(
+        default=None,
+        description="a finished reward model (as model.path) with the policy's tokenizer: nothing is trained",
+    )
     init: Literal["sft", "base"] = "sft"
     loss: Literal["last_token", "ds_span"] = "last_token"
 
@@ -291,7 +312,12 @@ class RuntimeConfig(Section, frozen=True):
 
     cpu_devices: int | None = Field(default=None, gt=0, description="simulated CPU devices; null: what the machine has")
     compilation_cache: str | None = Field(default="~/.cache/mpo_jax/xla", description="folder; null: none")
+    token_cache: str | None = Field(default="~/.cache/mpo_jax/tokens", description="folder; null: none")
     tensorboard: bool = True
+
+    @property
+    def token_cache_folder(self) -> Path | None:
+        return None if self.token_cache is None else Path(self.token_cache).expanduser()
 
 
 class Config(Section, frozen=True):
@@ -318,17 +344,18 @@ class Config(Section, frozen=True):
         return tuple(name.strip() for name in value.split(",")) if isinstance(value, str) else value
 
 
-def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> Config:
+def load_config(path: str | Path | None, overrides: tuple[str, ...] = ()) -> Config:
     """Reads YAML, merges the overrides in order and validates.
 
     Args:
-      path: a YAML file.
+      path: a YAML file; None for the defaults.
       overrides: each `key.sub=value`, or the path of a further YAML file to merge.
 
     Raises:
       UserError: naming the file and line, or the key, and what to do.
     """
-    merged = _read_yaml(Path(path))
+    merged: Any = OmegaConf.create({}) if path is None else _read_yaml(Path(path))
+    path = path or "the command line"
     for override in overrides:
         key, equals, _ = override.partition("=")
         try:

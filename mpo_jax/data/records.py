@@ -1,16 +1,17 @@
-"""Rows: what a data file holds, checked and counted. HH-RLHF dialogues and plain preference rows, from local JSONL."""
+"""Rows: what a source holds, checked, turned into text and counted. The generic readers: strings and conversations."""
 
 import dataclasses
-import gzip
 import hashlib
 import json
-import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
+from mpo_jax.chat import Chat, Message
+from mpo_jax.data.sources import Row, Source
 from mpo_jax.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,140 +49,214 @@ class DataReport:
         return {"source": self.source, "read": self.read, "kept": self.kept, "dropped": dict(self.dropped)}
 
 
-def read_jsonl(path: Path, max_rows: int | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line numbers (from 1) and objects of a .jsonl or .jsonl.gz file; blank lines are skipped.
+class Drop(Exception):
+    """The row at hand is left out, for the reason that is the message."""
+
+
+def collect(source: Source, max_rows: int | None, convert: Callable[[str, Row], T]) -> tuple[list[T], DataReport]:
+    """Applies `convert` (place, row) to the rows of a source; those for which it raises `Drop` are counted."""
+    report = DataReport(source.name)
+    rows = []
+    for place, row in source.rows(max_rows):
+        report.read += 1
+        try:
+            rows.append(convert(place, row))
+        except Drop as reason:
+            report.drop(str(reason))
+    report.kept = len(rows)
+    return rows, report
+
+
+def user_turn(prompt: str) -> list[Message]:
+    """A plain prompt as a conversation."""
+    return [{"role": "user", "content": prompt}]
+
+
+@dataclasses.dataclass(frozen=True)
+class Renderer:
+    """How conversations become text, and whether plain prompts become conversations first.
+
+    Attributes:
+      chat: makes the chat template; called only for rows that need one.
+      wrap: text.chat: plain prompts are turns too.
+      turns: the turns of a plain prompt.
+    """
+
+    chat: Callable[[], Chat]
+    wrap: bool = False
+    turns: Callable[[str], list[Message]] = user_turn
+
+    def render(self, prompt: str | list[Message], replies: Sequence[str], place: str) -> tuple[str, list[str]]:
+        """Prompt and replies as the model is to see them.
+
+        Raises:
+          Drop: if a plain prompt has no turns.
+          UserError: if there is no template, or if it refuses these turns.
+        """
+        if isinstance(prompt, str):
+            if not self.wrap:
+                return prompt, list(replies)
+            prompt = self.turns(prompt)
+            # the space that joins plain text is no part of a turn
+            replies = [reply.removeprefix(" ") for reply in replies]
+        if not prompt:
+            raise Drop("empty prompt")
+        try:
+            chat = self.chat()
+            return chat.prompt(prompt), [chat.response(prompt, reply) for reply in replies]
+        except UserError as error:
+            raise UserError(f"{place}: {error}") from error
+
+
+def read_preferences(
+    source: Source, *, strict: bool = True, max_rows: int | None = None, render: Renderer
+) -> tuple[list[Preference], DataReport]:
+    """Rows {prompt, chosen, rejected}: strings, or conversations (lists of {role, content}).
+
+    Of conversations, chosen and rejected end with the reply that is compared; what comes before it is the prompt. They
+    may hold the whole conversation, with or without a field `prompt` beside them, or only what follows the prompt.
+    Strict drops, by counted reason: equal sides, empty prompts and responses, a rejected side with another prompt.
+    Otherwise only empty prompts go, and a foreign rejected side gives its last reply.
 
     Raises:
-      UserError: a missing file, broken compression, text that is not UTF-8, or a line that is no JSON object.
+      UserError: a missing field, one of another type, or a conversation that does not end with the assistant.
     """
-    if not path.is_file():
-        raise UserError(f"no data file {path}: check data.path, data.sft_path and data.test_path")
-    count = 0
-    number = 0
-    try:
-        # lines are decoded one by one: a text file decodes ahead, and its error would name a line long before the fault
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
-            for number, encoded in enumerate(lines, 1):
-                line = encoded.decode("utf-8").rstrip()
-                if not line:
-                    continue
-                if max_rows is not None and count >= max_rows:
-                    return
-                count += 1
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise UserError(f"{path}:{number}: a row must be a JSON object, not {type(row).__name__}")
-                yield number, row
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{number}: broken JSON: {error.msg} (column {error.colno})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}:{number}: not UTF-8 text: {error.reason}") from error
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: broken or incomplete gzip file after line {number}: {error}") from error
+
+    def convert(place: str, row: Row) -> Preference:
+        implicit = row.get("prompt") is None and isinstance(row.get("chosen"), list)
+        prompt = [] if implicit else said(row, "prompt", place)
+        chosen, rejected = said(row, "chosen", place), said(row, "rejected", place)
+        if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
+            return preference(prompt, chosen, rejected, place, strict=strict, render=render)
+        context, reply = _last_reply(prompt, chosen, f"{place}: field 'chosen'", render)
+        other, other_reply = _last_reply(prompt, rejected, f"{place}: field 'rejected'", render)
+        if strict and context != other:
+            raise Drop("rejected has another prompt")
+        return preference(context, reply, other_reply, place, strict=strict, render=render)
+
+    return collect(source, max_rows, convert)
 
 
-def _text(row: dict[str, Any], field: str, path: Path, number: int) -> str:
+def read_demonstrations(
+    source: Source, *, strict: bool = True, max_rows: int | None = None, render: Renderer
+) -> tuple[list[Demonstration], DataReport]:
+    """Rows {prompt, response} or {prompt, completion} of strings or conversations, or {messages}, a conversation.
+
+    Of a conversation the last reply is the response, and all before it the prompt. Strict drops rows with an empty
+    prompt or response, counted; otherwise only those with an empty prompt.
+
+    Raises:
+      UserError: a missing field, one of another type, or a conversation that does not end with the assistant.
+    """
+
+    def convert(place: str, row: Row) -> Demonstration:
+        field = next((name for name in ("response", "completion", "messages") if row.get(name) is not None), None)
+        if field is None:
+            raise UserError(
+                f"{place}: a demonstration has the fields prompt and response (or completion), or messages; "
+                f"this row has: {', '.join(row) or 'nothing'}"
+            )
+        prompt = [] if field == "messages" else said(row, "prompt", place)
+        response = said(row, field, place)
+        if not isinstance(prompt, str) or not isinstance(response, str):
+            prompt, response = _last_reply(prompt, response, f"{place}: field {field!r}", render)
+        return demonstration(prompt, response, place, strict=strict, render=render)
+
+    return collect(source, max_rows, convert)
+
+
+def read_prompts(
+    source: Source, *, strict: bool = True, max_rows: int | None = None, render: Renderer
+) -> tuple[list[str], DataReport]:
+    """Rows {prompt}: a string, or a conversation that the assistant is to continue. Other fields are ignored.
+
+    Drops empty prompts, counted.
+
+    Raises:
+      UserError: a missing field, or one of another type.
+    """
+
+    def convert(place: str, row: Row) -> str:
+        return prompt_only(said(row, "prompt", place), place, strict=strict, render=render)
+
+    return collect(source, max_rows, convert)
+
+
+def preference(
+    prompt: str | list[Message],
+    chosen: str,
+    rejected: str,
+    place: str,
+    *,
+    group: str | None = None,
+    strict: bool,
+    render: Renderer,
+) -> Preference:
+    """A checked and rendered row; its group is the prompt before rendering unless given, whatever the model.
+
+    Raises:
+      Drop: if the row is not to be used.
+    """
+    if strict and chosen == rejected:
+        raise Drop("chosen equals rejected")
+    _drop_empty(prompt, (chosen, rejected), strict)
+    text, (first, second) = render.render(prompt, (chosen, rejected), place)
+    return Preference(text, first, second, _group(prompt) if group is None else group)
+
+
+def demonstration(
+    prompt: str | list[Message],
+    response: str,
+    place: str,
+    *,
+    group: str | None = None,
+    strict: bool,
+    render: Renderer,
+) -> Demonstration:
+    """As `preference`, for a row with one response."""
+    _drop_empty(prompt, (response,), strict)
+    text, (reply,) = render.render(prompt, (response,), place)
+    return Demonstration(text, reply, _group(prompt) if group is None else group)
+
+
+def prompt_only(prompt: str | list[Message], place: str, *, strict: bool, render: Renderer) -> str:
+    """As `preference`, for a row without a response."""
+    _drop_empty(prompt, (), strict)
+    return render.render(prompt, (), place)[0]
+
+
+def said(row: Row, field: str, place: str) -> str | list[Message]:
+    """A field that holds a string or a conversation, of which only role and content are kept.
+
+    Raises:
+      UserError: if it is missing, or anything else.
+    """
+    if not isinstance(row.get(field), list):
+        return text_field(row, field, place)
+    messages: list[Message] = []
+    for number, message in enumerate(row[field], 1):
+        where = f"{place}: field {field!r}, message {number}"
+        if not isinstance(message, dict):
+            raise UserError(f"{where}: a message is an object {{role, content}}, not {type(message).__name__}")
+        messages.append({"role": text_field(message, "role", where), "content": text_field(message, "content", where)})
+    return messages
+
+
+def text_field(row: Row, field: str, place: str) -> str:
+    """A field that holds a string.
+
+    Raises:
+      UserError: if it is missing, of another type, or no valid text.
+    """
     if field not in row:
-        raise UserError(f"{path}:{number}: the row has no field {field!r}; it has: {', '.join(row) or 'nothing'}")
+        raise UserError(f"{place}: the row has no field {field!r}; it has: {', '.join(row) or 'nothing'}")
     if not isinstance(row[field], str):
-        raise UserError(f"{path}:{number}: field {field!r} must be a string, not {type(row[field]).__name__}")
+        raise UserError(f"{place}: field {field!r} must be a string, not {type(row[field]).__name__}")
     try:
         row[field].encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UserError(
-            f"{path}:{number}: field {field!r} holds half a surrogate pair, which is no character"
-        ) from error
+        raise UserError(f"{place}: field {field!r} holds half a surrogate pair, which is no character") from error
     return row[field]
-
-
-HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
-
-
-def read_hh(path: Path, *, strict: bool = True, max_rows: int | None = None) -> tuple[list[Preference], DataReport]:
-    """HH-RLHF rows {chosen, rejected}: the prompt is everything through the last `\\n\\nAssistant:` of chosen.
-
-    Strict drops, by counted reason: equal sides, a rejected side with another prompt, an empty response, turns that do
-    not alternate. Otherwise every row is kept, a foreign rejected side with what follows its own last turn.
-    """
-    report = DataReport(str(path))
-    rows = []
-    for number, row in read_jsonl(path, max_rows):
-        report.read += 1
-        chosen, rejected = _text(row, "chosen", path, number), _text(row, "rejected", path, number)
-        cut = chosen.rfind(ASSISTANT)
-        prompt = chosen[: cut + len(ASSISTANT)] if cut >= 0 else ""
-        if strict and (reason := _hh_fault(chosen, rejected, prompt)):
-            report.drop(reason)
-            continue
-        own = rejected.startswith(prompt)
-        rejected_response = rejected[len(prompt) :] if own else rejected.rpartition(ASSISTANT)[2]
-        rows.append(Preference(prompt, chosen[len(prompt) :], rejected_response, prompt))
-    report.kept = len(rows)
-    return rows, report
-
-
-def _hh_fault(chosen: str, rejected: str, prompt: str) -> str | None:
-    if chosen == rejected:
-        return "chosen equals rejected"
-    if not prompt:
-        return "no assistant turn"
-    if not rejected.startswith(prompt):
-        return "rejected has another prompt"
-    if not chosen[len(prompt) :].strip() or not rejected[len(prompt) :].strip():
-        return "empty response"
-    responses = chosen[len(prompt) :] + rejected[len(prompt) :]
-    if not _alternates(prompt) or HUMAN in responses or ASSISTANT in responses:
-        return "turns do not alternate"
-    return None
-
-
-def _alternates(prompt: str) -> bool:
-    expected = HUMAN
-    rest = prompt
-    while rest:
-        if not rest.startswith(expected):
-            return False
-        following = [at for turn in (HUMAN, ASSISTANT) if (at := rest.find(turn, len(expected))) >= 0]
-        rest = rest[min(following) :] if following else ""
-        expected = ASSISTANT if expected == HUMAN else HUMAN
-    return expected == HUMAN
-
-
-def read_preferences(path: Path, *, max_rows: int | None = None) -> tuple[list[Preference], DataReport]:
-    """Rows {prompt, chosen, rejected} of strings. Drops equal sides and empty responses, counted."""
-    report = DataReport(str(path))
-    rows = []
-    for number, row in read_jsonl(path, max_rows):
-        report.read += 1
-        prompt, chosen, rejected = (_text(row, field, path, number) for field in ("prompt", "chosen", "rejected"))
-        if chosen == rejected:
-            report.drop("chosen equals rejected")
-        elif not prompt.strip():
-            report.drop("empty prompt")
-        elif not chosen.strip() or not rejected.strip():
-            report.drop("empty response")
-        else:
-            rows.append(Preference(prompt, chosen, rejected, prompt))
-    report.kept = len(rows)
-    return rows, report
-
-
-def read_demonstrations(path: Path, *, max_rows: int | None = None) -> tuple[list[Demonstration], DataReport]:
-    """Rows {prompt, response} or {prompt, completion} of strings. Drops empty ones, counted."""
-    report = DataReport(str(path))
-    rows = []
-    for number, row in read_jsonl(path, max_rows):
-        report.read += 1
-        field = "completion" if "completion" in row and "response" not in row else "response"
-        prompt, response = _text(row, "prompt", path, number), _text(row, field, path, number)
-        if not prompt.strip():
-            report.drop("empty prompt")
-        elif not response.strip():
-            report.drop("empty response")
-        else:
-            rows.append(Demonstration(prompt, response, prompt))
-    report.kept = len(rows)
-    return rows, report
 
 
 def is_validation(group: str, *, seed: int, fraction: float) -> bool:
@@ -193,22 +268,30 @@ def is_validation(group: str, *, seed: int, fraction: float) -> bool:
     return int.from_bytes(digest, "big") % 10000 < round(10000 * fraction)
 
 
-def fingerprint_files(paths: Iterable[Path]) -> str:
-    """sha256 over the files' bytes, in order."""
-    digest = hashlib.sha256()
-    for path in paths:
-        if not path.is_file():
-            raise UserError(f"no data file {path}: check data.path, data.sft_path and data.test_path")
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+def _last_reply(
+    prompt: str | list[Message], side: str | list[Message], where: str, render: Renderer
+) -> tuple[list[Message], str]:
+    """The conversation of a prompt and one side, as what comes before the last reply, and that reply."""
+    context = render.turns(prompt) if isinstance(prompt, str) else prompt
+    if isinstance(side, str):
+        return context, side
+    # beside a plain prompt, a side that the assistant does not begin is the whole conversation
+    begun = isinstance(prompt, str) and bool(side) and side[0]["role"] != "assistant"
+    whole = side if begun or side[: len(context)] == context else [*context, *side]
+    last = side[-1]["role"] if side else "nothing"
+    if last != "assistant":
+        raise UserError(f"{where}: a conversation must end with a message of role assistant, not with {last}")
+    return whole[:-1], whole[-1]["content"]
 
 
-Kind = Literal["hh", "pairs"]
+def _drop_empty(prompt: str | list[Message], replies: Sequence[str], strict: bool) -> None:
+    text = prompt if isinstance(prompt, str) else "".join(message["content"] for message in prompt)
+    # a response needs something to follow, even where nothing is filtered
+    if not (text.strip() if strict else prompt):
+        raise Drop("empty prompt")
+    if strict and not all(reply.strip() for reply in replies):
+        raise Drop("empty response")
 
 
-def read_pairs_of(kind: Kind, path: Path, *, strict: bool, max_rows: int | None) -> tuple[list[Preference], DataReport]:
-    """Preference rows of a file of the given kind."""
-    if kind == "hh":
-        return read_hh(path, strict=strict, max_rows=max_rows)
-    return read_preferences(path, max_rows=max_rows)
+def _group(prompt: str | list[Message]) -> str:
+    return prompt if isinstance(prompt, str) else json.dumps([[m["role"], m["content"]] for m in prompt])

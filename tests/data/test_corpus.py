@@ -1,21 +1,27 @@
 """mpo_jax.data.corpus: from files or the toy world to disjoint sets, and a fingerprint of all that they depend on."""
 
 import json
+from typing import Any
 
 import pytest
 
-from mpo_jax.config import Config, DataConfig, ModelConfig, ToyConfig
+from mpo_jax.config import Config, DataConfig, ModelConfig, SftConfig, TextConfig, ToyConfig
+from mpo_jax.data import corpus as corpora
 from mpo_jax.data import toy
-from mpo_jax.data.corpus import base_tokenizer, fingerprint, load_corpus
+from mpo_jax.data.corpus import base_tokenizer, fingerprint
 from mpo_jax.data.records import is_validation
 from mpo_jax.errors import UserError
 
 TOY = ToyConfig(num_demonstrations=30, num_pairs=40, num_test=10)
 
 
-def write(path, rows):
+def write(path, rows) -> Any:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
+
+
+def load_corpus(data, **sections):
+    return corpora.load_corpus(Config(data=data, **sections))
 
 
 def pairs(begin, end, times=1):
@@ -94,10 +100,179 @@ def test_filter_and_max_rows_reach_the_reader(tmp_path):
 
 def test_real_hh_is_split(shared_data):
     path = shared_data / "hh-rlhf" / "harmless-base.test.jsonl.gz"
-    corpus = load_corpus(DataConfig(kind="hh", path=str(path)))
+    corpus = load_corpus(DataConfig(kind="hh", path=(str(path),)))
     assert len(corpus.pairs) + len(corpus.held_out) == 2299
     assert 74 <= len(corpus.held_out) <= 157  # 5% of 2299 within 4 standard deviations
     assert not prompts(corpus.pairs) & prompts(corpus.held_out)
+
+
+def test_the_kind_chooses_the_readers(tmp_path):
+    dialogue = "\n\nHuman: x\n\nAssistant:"
+    row = {"prompt": "p", "chosen": f"{dialogue} y", "rejected": f"{dialogue} z"}
+    path = write(tmp_path / "a.jsonl", [row])
+    found = {
+        kind: load_corpus(DataConfig(kind=kind, path=path, test_path=path, validation_fraction=0.0)).pairs[0]
+        for kind in ("pairs", "hh", "tldr")
+    }
+    assert [(row.prompt, row.chosen) for row in found.values()] == [
+        ("p", f"{dialogue} y"), (dialogue, " y"), ("p", " " + f"{dialogue} y".lstrip()),
+    ]  # fmt: skip
+
+
+def test_a_test_set_without_rows_is_not_replaced(tmp_path):
+    path = write(tmp_path / "a.jsonl", pairs(0, 200))
+    test = write(tmp_path / "t.jsonl", [{"prompt": "p", "chosen": "x", "rejected": "x"}])
+    with pytest.raises(UserError, match=r"no held_out rows.*t\.jsonl: read 1, kept 0"):
+        load_corpus(DataConfig(kind="pairs", path=path, test_path=test, validation_fraction=0.2))
+
+
+# TL;DR
+
+
+def tldr(begin, end):
+    """Every third row without a preference."""
+    preferred = (None, "reference", "model_1b")
+    return [{"prompt": f"POST: {i}\n\nTL;DR:", "reference": f"own {i}", "model_1b": f"model {i}",
+             "preferred": preferred[i % 3]} for i in range(begin, end)]  # fmt: skip
+
+
+def test_tldr_imitates_all_references_of_the_training_side(tmp_path):
+    path = write(tmp_path / "a.jsonl", tldr(0, 300))
+    corpus = load_corpus(DataConfig(kind="tldr", path=path, validation_fraction=0.2))
+    assert len(corpus.pairs) + len(corpus.held_out) == 200 and len(corpus.demonstrations) > len(corpus.pairs)
+    assert {d.response for d in corpus.demonstrations} == {
+        f" own {i}" for i in range(300) if not is_validation(f"POST: {i}\n\nTL;DR:", seed=0, fraction=0.2)
+    }
+    assert not prompts(corpus.demonstrations) & prompts(corpus.held_out)
+    reports = [(r.source, r.read, r.kept, dict(r.dropped)) for r in corpus.reports]
+    assert reports == [(path, 300, 200, {"no preference": 100}), (f"{path} (references)", 300, 300, {})]
+
+
+def test_tldr_imitates_chosen_summaries_or_files_of_its_own(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"prompt": f"{i} TL;DR:", "chosen": "a", "rejected": "b"} for i in range(99)])
+    corpus = load_corpus(DataConfig(kind="tldr", path=path))
+    assert [(d.prompt, d.response) for d in corpus.demonstrations] == [(p.prompt, " a") for p in corpus.pairs]
+    posts = [{"id": f"{i} TL;DR:", "subreddit": "s", "title": "t", "post": str(i), "summary": "own"} for i in range(99)]
+    both = (path, write(tmp_path / "b.jsonl", tldr(0, 99)))
+    sft = write(tmp_path / "sft.jsonl", posts)
+    corpus = load_corpus(DataConfig(kind="tldr", path=both, sft_path=sft))
+    assert {d.response for d in corpus.demonstrations} == {" own"}
+    # the post's id keeps a held-out post out of SFT, whatever its text
+    trained = {d.prompt.partition("POST: ")[2].partition("\n")[0] for d in corpus.demonstrations}
+    assert trained == {p.prompt.split()[0] for p in corpus.pairs if p.prompt[0].isdigit()} and len(trained) < 99
+
+
+def test_news_are_kept_on_request(tmp_path):
+    rows = [{"info": {"id": str(i), "article": f"News {i}."}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 0}
+            for i in range(9)]  # fmt: skip
+    path, test = write(tmp_path / "a.jsonl", rows), write(tmp_path / "t.jsonl", tldr(0, 9))
+    config = DataConfig(kind="tldr", path=path, test_path=test, prompt_path=path, validation_fraction=0.0)
+    with pytest.raises(UserError, match=r"no demonstrations, pairs, prompts rows.*dropped {'news article': 9}"):
+        load_corpus(config)
+    corpus = load_corpus(config.model_copy(update={"keep_news": True}))
+    assert len(corpus.pairs) == len(corpus.prompts) == 9 and corpus.prompts[0] == "Article:\nNews 0.\n\nTL;DR:"
+
+
+def test_real_tldr_is_split(shared_data):
+    path = shared_data / "tldr" / "tldr_1945.sft_and_pairs.jsonl.gz"
+    corpus = load_corpus(DataConfig(kind="tldr", path=(str(path),)))
+    assert len(corpus.pairs) + len(corpus.held_out) == 1000
+    assert 23 <= len(corpus.held_out) <= 77  # 5% of 1000 within 4 standard deviations
+    assert 1810 <= len(corpus.demonstrations) <= 1886  # 95% of 1945, likewise
+    assert not (prompts(corpus.demonstrations) | set(corpus.prompts)) & prompts(corpus.held_out)
+
+
+# prompts
+
+
+@pytest.mark.parametrize(("kind", "make"), [("pairs", pairs), ("hh", dialogues), ("tldr", tldr)])
+def test_prompts_of_their_own_are_used_as_they_are_but_for_the_tests(tmp_path, kind, make):
+    path = write(tmp_path / "a.jsonl", make(0, 200))
+    config = DataConfig(kind=kind, path=path, validation_fraction=0.2)
+    held_out = load_corpus(config).test_prompts
+    fresh = [f"fresh {i}" for i in range(100)]
+    rows = [{"prompt": prompt} for prompt in (*fresh, *held_out[:2], "fresh 3", " ")]
+    own = write(tmp_path / "p.jsonl", rows), write(tmp_path / "q.jsonl", [{"prompt": "fresh 1"}, {"prompt": "last"}])
+    corpus = load_corpus(config.model_copy(update={"prompt_path": own}))
+    assert corpus.prompts == [*fresh, "last"]
+    assert any(is_validation(prompt, seed=0, fraction=0.2) for prompt in corpus.prompts)
+    assert corpus.test_prompts == held_out and corpus.pairs == load_corpus(config).pairs
+    reports = [report.to_dict() for report in corpus.reports[-2:]]
+    dropped = {"empty prompt": 1, "also a test prompt": 2, "repeated prompt": 1}
+    assert reports[0] == {"source": own[0], "read": 104, "kept": 100, "dropped": dropped}
+    assert reports[1] == {"source": own[1], "read": 2, "kept": 1, "dropped": {"repeated prompt": 1}}
+    # rows of the kind's own layout do as well
+    again = load_corpus(config.model_copy(update={"prompt_path": (path,)}))
+    assert not set(again.prompts) & set(again.test_prompts)
+    assert set(again.prompts) >= set(load_corpus(config).prompts)
+
+
+def test_no_prompts_left_is_an_error(tmp_path):
+    path = write(tmp_path / "a.jsonl", pairs(0, 20))
+    config = DataConfig(kind="pairs", path=path, test_path=path, prompt_path=path, validation_fraction=0.0)
+    with pytest.raises(UserError, match=r"no prompts rows.*'also a test prompt': 20"):
+        load_corpus(config)
+
+
+# conversations
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = toy.make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<eos>{% endfor %}<assistant>"
+    tokenizer.save_pretrained(folder)
+    return ModelConfig(path=str(folder))
+
+
+CHAT = TextConfig(chat=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "make", "first"),
+    [
+        ("pairs", pairs, "<user>prompt 0<eos><assistant>"),
+        ("hh", dialogues, "<user>prompt 0<eos><assistant>"),
+        ("tldr", tldr, "<user>POST: 1\n\nTL;DR:<eos><assistant>"),
+    ],
+)
+def test_a_chat_renders_every_kind_and_changes_no_split(tmp_path, chat_model, kind, make, first):
+    path = write(tmp_path / "a.jsonl", make(0, 100))
+    own = [{"prompt": "\n\nHuman: x\n\nAssistant:", "response": " y"}] * 3
+    sft = write(tmp_path / "sft.jsonl", own)
+    config = DataConfig(kind=kind, path=path, sft_path=sft, validation_fraction=0.2)
+    plain, chat = load_corpus(config), load_corpus(config, text=CHAT, model=chat_model)
+    assert [row.group for row in chat.pairs] == [row.group for row in plain.pairs]
+    assert first in chat.prompts + chat.test_prompts
+    assert all(row.prompt.startswith("<user>") and not row.chosen.startswith(" ") for row in chat.pairs)
+    asked = "x" if kind == "hh" else "\n\nHuman: x\n\nAssistant:"
+    assert chat.demonstrations[0].prompt == f"<user>{asked}<eos><assistant>" and chat.demonstrations[0].response == "y"
+
+
+def test_conversations_use_the_models_template_and_only_they(tmp_path, chat_model):
+    rows = [{"prompt": [{"role": "user", "content": f"q {i}"}], "chosen": "a", "rejected": "b"} for i in range(99)]
+    path, plain = write(tmp_path / "a.jsonl", rows), write(tmp_path / "b.jsonl", pairs(0, 99))
+    corpus = load_corpus(DataConfig(kind="pairs", path=path), model=chat_model)
+    assert corpus.prompts[0].startswith("<user>q ")
+    with pytest.raises(UserError, match=r"a\.jsonl:1: data\.kind=pairs needs model\.path"):
+        load_corpus(DataConfig(kind="pairs", path=path))
+    assert load_corpus(DataConfig(kind="pairs", path=plain)).prompts[0].startswith("prompt ")
+
+
+def test_the_corpus_is_kept_for_what_it_depends_on(tmp_path, chat_model):
+    data = DataConfig(kind="pairs", path=write(tmp_path / "a.jsonl", pairs(0, 99)))
+    first = load_corpus(data, model=chat_model)
+    assert load_corpus(data, model=chat_model, seed=3, sft=SftConfig(), text=TextConfig(max_prompt_tokens=9)) is first
+    assert load_corpus(data, model=chat_model, text=CHAT) is not first
+
+
+# the toy world
+
+
+def test_the_toy_world_has_no_chats():
+    with pytest.raises(UserError, match=r"text\.chat=true needs rows from files"):
+        load_corpus(DataConfig(toy=TOY), text=CHAT)
 
 
 def test_the_toy_world_brings_its_utility():
@@ -105,6 +280,7 @@ def test_the_toy_world_brings_its_utility():
     assert (len(corpus.demonstrations), len(corpus.pairs), len(corpus.held_out)) == (30, 40, 10)
     assert [report.kept for report in corpus.reports] == [30, 40, 10]
     assert corpus.utility is toy.utility
+    assert corpus.prompts == [row.prompt for row in toy.preferences(TOY, test=False)]
     assert (corpus.pairs, corpus.held_out) == (toy.preferences(TOY, test=False), toy.preferences(TOY, test=True))
 
 
@@ -133,10 +309,34 @@ def test_the_fingerprint_of_files_is_of_their_content_and_the_options(tmp_path):
     assert len(same) == 1
     variants = [
         changed(path=(other,)), changed(path=(a, b)), changed(sft_path=(a,)), changed(test_path=(a,)),
-        changed(kind="hh"), changed(filter="none"), changed(validation_fraction=0.1), changed(max_rows=3),
+        changed(prompt_path=(a,)), changed(kind="hh"), changed(filter="none"), changed(validation_fraction=0.1),
+        changed(max_rows=3), changed(keep_news=True), changed(path=(a,), sft_path=(b,), test_path=(b,)),
         fingerprint(DataConfig()),
     ]  # fmt: skip
     assert len({*variants, *same}) == len(variants) + 1
+
+
+def test_the_fingerprint_of_folders_and_of_the_hub(tmp_path, monkeypatch):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    a, b = write(folder / "a.jsonl", pairs(0, 9)), write(folder / "b.jsonl", pairs(9, 18))
+
+    def of(*specs):
+        return fingerprint(DataConfig(kind="pairs", path=specs))
+
+    assert of(str(folder)) == of(a, b) != of(b, a)
+    before = of(str(folder))
+    write(folder / "b.jsonl", pairs(9, 19))
+    assert of(str(folder)) != before
+
+    class Loaded:
+        cache_files = ({"filename": a},)
+
+    monkeypatch.setattr("mpo_jax.data.sources._load_hub", lambda *_: Loaded())
+    of_hub = of("hub:org/name")
+    assert len({of_hub, of("hub:org/name::test"), of("hub:org/other"), of(a)}) == 4
+    Loaded.cache_files = ({"filename": b},)
+    assert of("hub:org/name") != of_hub
 
 
 def test_the_fingerprint_of_the_toy_world_is_of_its_settings():

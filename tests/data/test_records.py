@@ -1,220 +1,278 @@
-"""mpo_jax.data.records: every kind of row and fault, and the counts of the real files."""
+"""mpo_jax.data.records: every kind of generic row and fault, strings and conversations, and the split."""
 
-import gzip
 import json
 import random
+from collections import Counter
 
 import pytest
 
+from mpo_jax.chat import Chat
+from mpo_jax.data import toy
 from mpo_jax.data.records import (
     DataReport,
     Demonstration,
     Preference,
-    fingerprint_files,
+    Renderer,
     is_validation,
     read_demonstrations,
-    read_hh,
-    read_jsonl,
-    read_pairs_of,
     read_preferences,
+    read_prompts,
 )
+from mpo_jax.data.sources import open_source
 from mpo_jax.errors import UserError
 
-H, A = "\n\nHuman:", "\n\nAssistant:"
-PROMPT = f"{H} hi{A} hello{H} why?{A}"
-
-
-def write(path, rows):
-    """Rows as JSON lines; bytes and strings as they are."""
-    lines = [r if isinstance(r, bytes) else (r if isinstance(r, str) else json.dumps(r)).encode() for r in rows]
-    content = b"".join(line + b"\n" for line in lines)
-    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
-    return path
-
-
-def hh(chosen, rejected):
-    return {"chosen": chosen, "rejected": rejected}
-
-
-# the real files
-
-
-@pytest.mark.parametrize(
-    ("name", "read", "distinct", "strict"),
-    [("helpful-base", 2354, 2352, None), ("harmless-base", 2312, 2312, 2299)],
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+    "<{{ m.role }}>{{ m.content }}<eos>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-def test_real_hh_has_the_papers_row_counts(shared_data, name, read, distinct, strict):
-    path = shared_data / "hh-rlhf" / f"{name}.test.jsonl.gz"
-    rows, report = read_hh(path, strict=False)
-    assert (report.read, report.kept, len(rows), report.dropped) == (read, read, read, {})
-    raw = [row for _, row in read_jsonl(path)]
-    assert sum(row["chosen"] != row["rejected"] for row in raw) == distinct
-    assert [row.prompt + row.chosen for row in rows] == [row["chosen"] for row in raw]  # not a character is lost
-    kept, report = read_hh(path)
-    assert report.read == read and len(kept) == report.kept == read - report.dropped.total()
-    assert report.dropped["chosen equals rejected"] == read - distinct
-    if strict is not None:
-        assert report.kept == strict
-    whole = {(row["chosen"], row["rejected"]) for row in raw}
-    for row in kept:
-        assert row.prompt.endswith(A) and row.group == row.prompt
-        assert (row.prompt + row.chosen, row.prompt + row.rejected) in whole
-    assert any("\n\n" in row.chosen for row in kept)
 
 
-# HH rows
+def make_chat():
+    tokenizer = toy.make_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    return Chat(tokenizer)
 
 
-def test_hh_prompt_ends_at_the_last_assistant_turn(tmp_path):
-    path = write(tmp_path / "a.jsonl", [hh(PROMPT + " because", PROMPT + " no idea")])
-    rows, report = read_hh(path)
-    assert rows == [Preference(PROMPT, " because", " no idea", PROMPT)]
-    assert report.to_dict() == {"source": str(path), "read": 1, "kept": 1, "dropped": {}}
+def refuse():
+    raise AssertionError("these rows need no chat template")
 
 
-def test_blank_lines_inside_a_turn_stay(tmp_path):
-    prompt = f"{H} one\n\ntwo\n\n\nthree{A}"
-    rows, _ = read_hh(write(tmp_path / "a.jsonl", [hh(f"{prompt} x\n\ny\n", f"{prompt} \n\nz")]))
-    assert rows == [Preference(prompt, " x\n\ny\n", " \n\nz", prompt)]
+PLAIN, CHAT, WRAP = Renderer(refuse), Renderer(make_chat), Renderer(make_chat, wrap=True)
 
 
-@pytest.mark.parametrize(
-    ("chosen", "rejected", "reason"),
-    [
-        (PROMPT + " x", PROMPT + " x", "chosen equals rejected"),
-        ("x", "y", "no assistant turn"),
-        (f"{H} x", f"{H} y", "no assistant turn"),
-        (PROMPT + " x", f"{H} hi{A} hello{H} when?{A} y", "rejected has another prompt"),
-        (PROMPT + " x", f"{H} hi{A} y", "rejected has another prompt"),
-        (PROMPT + " \n", PROMPT + " y", "empty response"),
-        (PROMPT + " x", PROMPT, "empty response"),
-        (f"{H} a{H} b{A} x", f"{H} a{H} b{A} y", "turns do not alternate"),
-        (f"{H} a{A} b{A} x", f"{H} a{A} b{A} y", "turns do not alternate"),
-        (f"{A} x", f"{A} y", "turns do not alternate"),
-        (f"intro{H} a{A} x", f"intro{H} a{A} y", "turns do not alternate"),
-        (PROMPT + " x", f"{PROMPT} y{H} more", "turns do not alternate"),
-        (PROMPT + f" x{H} more", f"{PROMPT} y", "turns do not alternate"),
-        (PROMPT + " x", f"{PROMPT} y{H} more{A} z", "turns do not alternate"),
-    ],
-)
-def test_strict_drops_a_row_and_says_why(tmp_path, chosen, rejected, reason):
-    good = hh(PROMPT + " good", PROMPT + " bad")
-    path = write(tmp_path / "a.jsonl", [good, hh(chosen, rejected), good])
-    rows, report = read_hh(path)
-    assert (len(rows), report.read, report.kept, dict(report.dropped)) == (2, 3, 2, {reason: 1})
-    rows, report = read_hh(path, strict=False)
-    assert (len(rows), report.read, report.kept, dict(report.dropped)) == (3, 3, 3, {})
+def source_of(tmp_path, *rows):
+    """Rows as JSON lines; strings as they are."""
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows), encoding="utf-8")
+    return open_source(str(path))
 
 
-@pytest.mark.parametrize(
-    ("chosen", "rejected", "expected"),
-    [
-        (PROMPT + " x", f"{H} other{A} y", (PROMPT, " x", " y")),
-        (PROMPT + " x", "only words, no turn", (PROMPT, " x", "only words, no turn")),
-        ("no turn", f"{H} a{A} y", ("", "no turn", f"{H} a{A} y")),
-        (PROMPT + " x", PROMPT + " x", (PROMPT, " x", " x")),
-    ],
-)
-def test_without_a_filter_every_row_is_kept_whole(tmp_path, chosen, rejected, expected):
-    rows, _ = read_hh(write(tmp_path / "a.jsonl", [hh(chosen, rejected)]), strict=False)
-    assert [(row.prompt, row.chosen, row.rejected) for row in rows] == [expected]
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def reply(content):
+    return {"role": "assistant", "content": content}
+
+
+def pair(prompt, chosen, rejected):
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "more": 1}
 
 
 # plain rows
 
 
-def test_preferences_and_demonstrations(tmp_path):
-    def pair(prompt, chosen, rejected):
-        return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "more": 1}
-
-    path = write(
-        tmp_path / "pairs.jsonl",
-        [pair("p\n\nq", " a", " b"), pair("p", "a", "a"), pair(" ", "a", "b"), pair("p", "", "b"), pair("p", "a", " ")],
-    )
-    rows, report = read_preferences(path)
-    assert rows == [Preference("p\n\nq", " a", " b", "p\n\nq")]
+def test_preferences(tmp_path):
+    rows = [
+        pair("p\n\nq", " a", " b"),
+        pair("p", "a", "a"),
+        pair(" ", "a", "b"),
+        pair("p", "", "b"),
+        pair("p", "a", " "),
+    ]
+    source = source_of(tmp_path, *rows)
+    kept, report = read_preferences(source, render=PLAIN)
+    assert kept == [Preference("p\n\nq", " a", " b", "p\n\nq")]
     dropped = {"chosen equals rejected": 1, "empty prompt": 1, "empty response": 2}
-    assert report == DataReport(str(path), 5, 1, report.dropped) and dict(report.dropped) == dropped
+    assert report == DataReport(source.name, 5, 1, report.dropped) and dict(report.dropped) == dropped
+    assert report.to_dict() == {"source": source.name, "read": 5, "kept": 1, "dropped": dropped}
 
-    demonstrations = [{"prompt": "p", "response": " a"}, {"prompt": "p", "completion": " b"}]
-    both = {"prompt": "p", "response": " c", "completion": " d"}
+
+def test_without_a_filter_only_empty_prompts_go(tmp_path):
+    rows = [pair("p", "a", "a"), pair("", "a", "b"), pair(" ", "a", "b"), pair("p", "", " ")]
+    kept, report = read_preferences(source_of(tmp_path, *rows), strict=False, render=PLAIN)
+    expected = [("p", "a", "a"), (" ", "a", "b"), ("p", "", " ")]
+    assert [(row.prompt, row.chosen, row.rejected) for row in kept] == expected
+    assert (report.kept, dict(report.dropped)) == (3, {"empty prompt": 1})
+    rows = [{"prompt": "p", "response": ""}, {"prompt": "", "response": "a"}]
+    kept, report = read_demonstrations(source_of(tmp_path, *rows), strict=False, render=PLAIN)
+    assert kept == [Demonstration("p", "", "p")] and dict(report.dropped) == {"empty prompt": 1}
+
+
+def test_demonstrations(tmp_path):
+    good = [
+        {"prompt": "p", "response": " a"},
+        {"prompt": "p", "completion": " b"},
+        {"prompt": "p", "response": " c", "completion": " d"},
+        {"prompt": "p", "response": None, "completion": " e", "messages": None},  # columns that a row does not use
+    ]
     empty = [{"prompt": "", "response": "a"}, {"prompt": "p", "completion": "\n"}]
-    path = write(tmp_path / "sft.jsonl", [*demonstrations, both, *empty])
-    rows, report = read_demonstrations(path)
-    assert rows == [Demonstration("p", response, "p") for response in (" a", " b", " c")]
-    assert (report.read, report.kept, dict(report.dropped)) == (5, 3, {"empty prompt": 1, "empty response": 1})
+    rows, report = read_demonstrations(source_of(tmp_path, *good, *empty), render=PLAIN)
+    assert rows == [Demonstration("p", response, "p") for response in (" a", " b", " c", " e")]
+    assert (report.read, report.kept, dict(report.dropped)) == (6, 4, {"empty prompt": 1, "empty response": 1})
+    with pytest.raises(
+        UserError, match=r":1: a demonstration has the fields prompt and .*; this row has: prompt, text"
+    ):
+        read_demonstrations(source_of(tmp_path, {"prompt": "p", "text": "x"}), render=PLAIN)
 
 
-def test_the_kind_chooses_the_reader(tmp_path):
-    path = write(tmp_path / "a.jsonl", [{"prompt": "p", "chosen": PROMPT + " x", "rejected": PROMPT}])
-    assert read_pairs_of("pairs", path, strict=True, max_rows=None)[0][0].prompt == "p"
-    assert read_pairs_of("hh", path, strict=False, max_rows=None)[0][0].prompt == PROMPT
-    assert read_pairs_of("hh", path, strict=True, max_rows=None)[0] == []
+def test_prompts(tmp_path):
+    source = source_of(tmp_path, {"prompt": " p\n"}, {"prompt": "\n"}, {"prompt": "q", "chosen": 3}, {"prompt": ""})
+    assert read_prompts(source, render=PLAIN) == (
+        [" p\n", "q"],
+        DataReport(source.name, 4, 2, Counter({"empty prompt": 2})),
+    )
+    assert read_prompts(source, strict=False, render=PLAIN)[0] == [" p\n", "\n", "q"]
 
 
-# files
-
-
-@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
-def test_lines_are_numbered_blank_ones_skipped_and_max_rows_counts_rows(tmp_path, suffix):
-    path = write(tmp_path / f"a{suffix}", ['{"a": 1}', "", '{"a": "ü\u2028x"}\r', "  ", '{"a": 3}', "broken"])
-    expected = [(1, {"a": 1}), (3, {"a": "ü\u2028x"}), (5, {"a": 3})]
-    assert list(read_jsonl(path, 3)) == expected
-    assert list(read_jsonl(path, 2)) == expected[:2]
-    with pytest.raises(UserError):
-        list(read_jsonl(path))
-
-
-def test_max_rows_counts_what_is_read_not_what_is_kept(tmp_path):
-    path = write(tmp_path / "a.jsonl", [hh(PROMPT + " x", PROMPT + " x"), *[hh(PROMPT + " x", PROMPT + " y")] * 3])
-    rows, report = read_hh(path, max_rows=2)
+@pytest.mark.parametrize(
+    ("read", "row"),
+    [
+        (read_preferences, pair("p", "x", "x")),
+        (read_demonstrations, {"prompt": "p", "response": ""}),
+        (read_prompts, {"prompt": ""}),
+    ],
+)
+def test_max_rows_counts_what_is_read_not_what_is_kept(tmp_path, read, row):
+    good = {**pair("p", "x", "y"), "response": "x"}
+    rows, report = read(source_of(tmp_path, row, good, good, "broken"), max_rows=2, render=PLAIN)
     assert (len(rows), report.read, report.kept) == (1, 2, 1)
 
 
 GOOD = '{"prompt": "p", "chosen": "a", "rejected": "b"}'
 FAULTS = {
-    "broken JSON": ([GOOD, "", '{"prompt": '], r"{path}:3: broken JSON: Expecting value \(column 11\)"),
-    "no object": ([GOOD, "[1]"], "{path}:2: a row must be a JSON object, not list"),
-    "missing field": (
-        [GOOD, '{"prompt": "p", "chosen": "a"}'],
-        "{path}:2: the row has no field 'rejected'; it has: pr",
-    ),
-    "empty object": (["{}"], "{path}:1: the row has no field 'prompt'; it has: nothing"),
-    "wrong type": ([GOOD, GOOD.replace('"b"', "3")], "{path}:2: field 'rejected' must be a string, not int"),
-    "half a character": ([GOOD, GOOD.replace('"b"', r'"\ud83d"')], "{path}:2: field 'rejected' holds half a surrogate"),
-    "not UTF-8": ([*[GOOD] * 4, GOOD.encode().replace(b"a", b"\xff"), GOOD], "{path}:5: not UTF-8 text"),
+    "missing field": ('{"prompt": "p", "chosen": "a"}', "the row has no field 'rejected'; it has: pr"),
+    "empty object": ("{}", "the row has no field 'prompt'; it has: nothing"),
+    "wrong type": (GOOD.replace('"b"', "3"), "field 'rejected' must be a string, not int"),
+    "null": (GOOD.replace('"p"', "null"), "field 'prompt' must be a string, not NoneType"),
+    "half a character": (GOOD.replace('"b"', r'"\ud83d"'), "field 'rejected' holds half a surrogate"),
 }
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
-@pytest.mark.parametrize(("rows", "message"), FAULTS.values(), ids=FAULTS)
-def test_a_broken_row_is_named_by_file_and_line(tmp_path, rows, message, suffix):
-    path = write(tmp_path / f"a{suffix}", rows)
-    with pytest.raises(UserError, match=message.replace("{path}", str(path))):
-        read_preferences(path)
+@pytest.mark.parametrize(("row", "message"), FAULTS.values(), ids=FAULTS)
+def test_a_broken_row_is_named_by_its_place(tmp_path, row, message):
+    with pytest.raises(UserError, match=f"^{tmp_path}/a.jsonl:3: {message}"):
+        read_preferences(source_of(tmp_path, GOOD, "", row), render=PLAIN)
 
 
-def test_a_broken_gzip_file_is_named(tmp_path):
-    rng = random.Random(0)
-    rows = [{"prompt": "p", "chosen": f"{rng.random()}", "rejected": f"{rng.random()}"} for _ in range(3000)]
-    path = write(tmp_path / "a.jsonl.gz", rows)
-    whole = path.read_bytes()
-    for content in (whole[: len(whole) // 2], whole[:-4], whole[:-6] + bytes(6), b"no gzip at all"):
-        path.write_bytes(content)
-        with pytest.raises(UserError, match=r"a\.jsonl\.gz: broken or incomplete gzip file after line \d+"):
-            read_preferences(path)
-    path.write_bytes(bytes([*whole[: len(whole) // 2], whole[len(whole) // 2] ^ 0xFF, *whole[len(whole) // 2 + 1 :]]))
-    with pytest.raises(UserError, match=r"a\.jsonl\.gz"):  # the rows before the checksum may be damaged first
-        read_preferences(path)
+# conversations
+
+SYSTEM = {"role": "system", "content": "s"}
+TALK = [SYSTEM, user("hi"), reply("hello"), user("why?")]
+TALK_TEXT = "<system>s<eos><user>hi<eos><assistant>hello<eos><user>why?<eos><assistant>"
+TALK_GROUP = '[["system", "s"], ["user", "hi"], ["assistant", "hello"], ["user", "why?"]]'
+ASK = [user("why?")]
 
 
-def test_a_missing_file_is_named(tmp_path):
-    for read in (read_hh, read_preferences, read_demonstrations, lambda path: fingerprint_files([path])):
-        with pytest.raises(UserError, match=r"no data file .*absent\.jsonl: check data\.path"):
-            read(tmp_path / "absent.jsonl")
+@pytest.mark.parametrize(
+    "row",
+    [
+        pair(TALK, [reply(" a")], [reply("b")]),
+        pair(TALK, " a", "b"),
+        pair(TALK, [reply(" a")], "b"),
+        pair(TALK, [*TALK, reply(" a")], [*TALK, reply("b")]),
+        pair(TALK[:1], [*TALK[1:], reply(" a")], [*TALK[1:], reply("b")]),
+        pair(TALK[:2], [*TALK[2:], reply(" a")], [*TALK[2:], reply("b")]),
+        pair("why?", [*TALK, reply(" a")], [*TALK, reply("b")]),
+        pair(None, [*TALK, reply(" a")], [*TALK, reply("b")]),
+        {"chosen": [*TALK, {**reply(" a"), "name": None}], "rejected": [*TALK, reply("b")]},
+    ],
+)
+@pytest.mark.parametrize("render", [CHAT, WRAP])
+def test_a_conversation_in_any_layout_is_one_row(tmp_path, row, render):
+    rows, report = read_preferences(source_of(tmp_path, row), render=render)
+    assert rows == [Preference(TALK_TEXT, " a", "b", TALK_GROUP)] and report.kept == 1
 
 
-# the split and the fingerprint
+def test_a_plain_prompt_beside_replies_is_a_user_turn(tmp_path):
+    rows, _ = read_preferences(source_of(tmp_path, pair("why?", [reply("a")], [reply("b")])), render=CHAT)
+    assert rows == [Preference("<user>why?<eos><assistant>", "a", "b", '[["user", "why?"]]')]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason", "kept"),
+    [
+        (pair(ASK, [reply("a")], [reply("a")]), "chosen equals rejected", ("a", "a")),
+        (pair(ASK, [reply("")], [reply("a")]), "empty response", ("", "a")),
+        (pair([user(" ")], [reply("a")], [reply("b")]), "empty prompt", ("a", "b")),
+        (pair(ASK, [reply("a")], [user("why?"), reply("x"), user("so"), reply("b")]), "rejected has another prompt",
+         ("a", "b")),
+        (pair(None, [*ASK, reply("a")], [user("who?"), reply("a")]), "rejected has another prompt", ("a", "a")),
+        (pair([], [reply("a")], [reply("b")]), "empty prompt", None),
+    ],
+)  # fmt: skip
+def test_strict_drops_a_conversation_and_says_why(tmp_path, row, reason, kept):
+    source = source_of(tmp_path, row)
+    rows, report = read_preferences(source, render=CHAT)
+    assert (rows, dict(report.dropped)) == ([], {reason: 1})
+    rows, report = read_preferences(source, strict=False, render=CHAT)
+    assert [(row.chosen, row.rejected) for row in rows] == ([kept] if kept else [])
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [*TALK, reply("a")]},
+        {"prompt": "why?", "messages": [*TALK, reply("a")]},
+        {"prompt": TALK, "response": [reply("a")]},
+        {"prompt": TALK, "completion": "a"},
+        {"prompt": TALK, "completion": [reply("a")], "messages": []},
+    ],
+)
+def test_demonstrations_of_conversations(tmp_path, row):
+    rows, _ = read_demonstrations(source_of(tmp_path, row), render=CHAT)
+    assert rows == [Demonstration(TALK_TEXT, "a", TALK_GROUP)]
+
+
+def test_prompts_of_conversations(tmp_path):
+    source = source_of(tmp_path, {"prompt": TALK}, {"prompt": []}, {"prompt": "plain"})
+    rows, report = read_prompts(source, render=CHAT)
+    assert rows == [TALK_TEXT, "plain"] and dict(report.dropped) == {"empty prompt": 1}
+
+
+def test_as_a_chat_plain_prompts_are_user_turns(tmp_path):
+    """The space that joins plain text is no part of the reply; the group is the same with every model."""
+    source = source_of(tmp_path, pair(" why?\n", "  a", "b "))
+    asked = "<user> why?\n<eos><assistant>"
+    assert read_preferences(source, render=WRAP)[0] == [Preference(asked, " a", "b ", " why?\n")]
+    assert read_preferences(source, render=CHAT)[0] == [Preference(" why?\n", "  a", "b ", " why?\n")]
+    assert read_prompts(source, render=WRAP)[0] == [asked]
+    source = source_of(tmp_path, {"prompt": "why?", "response": " a"})
+    assert read_demonstrations(source, render=WRAP)[0] == [Demonstration("<user>why?<eos><assistant>", "a", "why?")]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (pair(ASK, [{"content": "a"}], "b"), "field 'chosen', message 1: the row has no field 'role'; it has: content"),
+        (pair(ASK, "a", [reply(3)]), "field 'rejected', message 1: field 'content' must be a string, not int"),
+        (
+            pair([SYSTEM, "why?"], "a", "b"),
+            "field 'prompt', message 2: a message is an object {role, content}, not str",
+        ),
+        (pair(ASK, [reply("a"), user("b")], "b"), "field 'chosen': a conversation must end with .*, not with user"),
+        (pair(ASK, "a", []), "field 'rejected': a conversation must end with .*assistant, not with nothing"),
+        (pair(None, ASK, [*ASK, reply("b")]), "field 'chosen': a conversation must end with .*, not with user"),
+        (pair([{"role": "tool", "content": "t"}], "a", "b"), "the tokenizer's chat template fails .*no tools here"),
+        ({"chosen": "a", "rejected": [reply("b")]}, "the row has no field 'prompt'"),
+    ],
+)
+def test_a_malformed_conversation_is_named_by_its_place(tmp_path, row, message):
+    with pytest.raises(UserError, match=f"^{tmp_path}/a.jsonl:2: {message}"):
+        read_preferences(source_of(tmp_path, GOOD, row), render=CHAT)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": ASK}, "field 'messages': a conversation must end with .*assistant, not with user"),
+        ({"messages": []}, "field 'messages': a conversation must end with .*assistant, not with nothing"),
+        ({"response": [reply("a")]}, "the row has no field 'prompt'; it has: response"),
+    ],
+)
+def test_a_malformed_demonstration_is_named_by_its_place(tmp_path, row, message):
+    with pytest.raises(UserError, match=f"^{tmp_path}/a.jsonl:1: {message}"):
+        read_demonstrations(source_of(tmp_path, row), render=CHAT)
+
+
+def test_conversations_need_a_template_and_the_row_says_so(tmp_path):
+    render = Renderer(lambda: Chat(toy.make_tokenizer()))
+    with pytest.raises(UserError, match=r"a\.jsonl:2: the tokenizer has no chat template"):
+        read_preferences(source_of(tmp_path, GOOD, pair(ASK, "a", "b")), render=render)
+    assert len(read_preferences(source_of(tmp_path, GOOD), render=render)[0]) == 1
+
+
+# the split
 
 GROUPS = [f"prompt {i}" for i in range(20000)]
 
@@ -241,15 +299,3 @@ def test_the_split_is_the_documented_hash(group, remainder):
     """Remainders by `sha256sum`; a change would move rows of finished runs from training to validation."""
     assert not is_validation(group, seed=0, fraction=remainder / 10000)
     assert is_validation(group, seed=0, fraction=(remainder + 1) / 10000)
-
-
-def test_the_fingerprint_is_of_content_and_order_not_of_names(tmp_path):
-    a, b, c = (tmp_path / name for name in "abc")
-    a.write_text("one")
-    b.write_text("one")
-    c.write_text("two")
-    assert fingerprint_files([a]) == fingerprint_files([b])
-    assert len({fingerprint_files(files) for files in ([], [a], [c], [a, a], [a, c], [c, a])}) == 6
-    before = fingerprint_files([a])
-    a.write_text("One")
-    assert fingerprint_files([a]) != before

@@ -1,0 +1,101 @@
+"""HH-RLHF: dialogues of `\\n\\nHuman:` and `\\n\\nAssistant:` turns, a preferred and a less preferred one a row."""
+
+import re
+
+from mpo_jax.chat import Message
+from mpo_jax.data.records import (
+    DataReport,
+    Drop,
+    Preference,
+    Renderer,
+    collect,
+    prompt_only,
+    said,
+    text_field,
+)
+from mpo_jax.data.sources import Row, Source
+
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+_ROLES = {HUMAN: "user", ASSISTANT: "assistant"}
+
+
+def read_hh(
+    source: Source, *, strict: bool = True, max_rows: int | None = None, render: Renderer
+) -> tuple[list[Preference], DataReport]:
+    """Rows {chosen, rejected}: the prompt is everything through the last `\\n\\nAssistant:` of chosen.
+
+    Strict drops, by counted reason: equal sides, a rejected side with another prompt, an empty response, turns that do
+    not alternate. Otherwise every row is kept, a foreign rejected side with what follows its own last turn; as a chat,
+    every row that has a turn before the response. A group is the prompt as it stands in the file.
+    """
+
+    def convert(place: str, row: Row) -> Preference:
+        chosen, rejected = text_field(row, "chosen", place), text_field(row, "rejected", place)
+        prompt = _prompt(chosen)
+        if strict and (reason := _fault(chosen, rejected, prompt)):
+            raise Drop(reason)
+        own = rejected.startswith(prompt)
+        replies = chosen[len(prompt) :], rejected[len(prompt) :] if own else rejected.rpartition(ASSISTANT)[2]
+        if render.wrap:
+            replies = replies[0].strip(), replies[1].strip()
+        text, (first, second) = render.render(_context(prompt, render), replies, place)
+        return Preference(text, first, second, prompt)
+
+    return collect(source, max_rows, convert)
+
+
+def read_hh_prompts(
+    source: Source, *, strict: bool = True, max_rows: int | None = None, render: Renderer
+) -> tuple[list[str], DataReport]:
+    """The prompts of rows {prompt} (see `read_prompts`) or of HH-RLHF's own {chosen, rejected}. Drops empty ones."""
+
+    def convert(place: str, row: Row) -> str:
+        own = "prompt" not in row and "chosen" in row
+        prompt = _prompt(text_field(row, "chosen", place)) if own else said(row, "prompt", place)
+        context = _context(prompt, render) if isinstance(prompt, str) else prompt
+        return prompt_only(context, place, strict=strict, render=render)
+
+    return collect(source, max_rows, convert)
+
+
+def dialogue_turns(prompt: str) -> list[Message]:
+    """A prompt's turns as messages, stripped; the assistant's turn that it leaves open is none of them.
+
+    Text before the first turn, which is all of a prompt without any, is the user's.
+    """
+    first, *rest = re.split(f"({HUMAN}|{ASSISTANT})", prompt)
+    turns: list[Message] = [{"role": "user", "content": first.strip()}] if first.strip() else []
+    for marker, content in zip(rest[::2], rest[1::2], strict=True):
+        turns.append({"role": _ROLES[marker], "content": content.strip()})
+    if turns and turns[-1] == {"role": "assistant", "content": ""}:
+        turns.pop()
+    return turns
+
+
+def _prompt(chosen: str) -> str:
+    before, marker, _ = chosen.rpartition(ASSISTANT)
+    return before + marker
+
+
+def _context(prompt: str, render: Renderer) -> str | list[Message]:
+    return dialogue_turns(prompt) if render.wrap else prompt
+
+
+def _fault(chosen: str, rejected: str, prompt: str) -> str | None:
+    if chosen == rejected:
+        return "chosen equals rejected"
+    if not prompt:
+        return "no assistant turn"
+    if not rejected.startswith(prompt):
+        return "rejected has another prompt"
+    if not chosen[len(prompt) :].strip() or not rejected[len(prompt) :].strip():
+        return "empty response"
+    responses = chosen[len(prompt) :] + rejected[len(prompt) :]
+    if not _alternates(prompt) or HUMAN in responses or ASSISTANT in responses:
+        return "turns do not alternate"
+    return None
+
+
+def _alternates(prompt: str) -> bool:
+    markers = re.findall(f"{HUMAN}|{ASSISTANT}", prompt)
+    return prompt.startswith(HUMAN) and markers == [HUMAN, ASSISTANT] * (len(markers) // 2)

@@ -1,0 +1,57 @@
+"""Where a model's files are: a local folder, a GGUF file, or a Hugging Face hub id that is downloaded once."""
+
+from functools import lru_cache
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+
+from mpo_jax.errors import UserError
+
+WANTED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
+"""What a checkpoint consists of here. Pickled weights (*.bin, *.pt) are never fetched."""
+
+
+@lru_cache
+def local_model(path: str) -> Path:
+    """The local folder or GGUF file behind `model.path` and its like.
+
+    Args:
+      path: a folder, a .gguf file, or a hub id, `org/name` or `org/name@revision`.
+
+    Raises:
+      UserError: neither a local path nor a repository that can be fetched now.
+    """
+    local = Path(path).expanduser()
+    if local.is_dir() or local.is_file():
+        if local.is_file() and local.suffix != ".gguf":
+            raise UserError(f"{path} is a file: name the model's folder, or a .gguf file")
+        return local
+    repository, _, revision = path.partition("@")
+    if repository.count("/") != 1 or path.startswith((".", "/", "~")) or path.endswith(".gguf"):
+        raise UserError(f"no model at {path}: no such folder or .gguf file, and no hub id (org/name)")
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=list(WANTED))
+        )
+    except HFValidationError as error:
+        raise UserError(f"no model at {path}: no such folder, and no valid hub id (org/name)") from error
+    except GatedRepoError as error:
+        raise UserError(
+            f"{repository} is gated: accept its terms at https://huggingface.co/{repository}, then log in with "
+            "`hf auth login` or set HF_TOKEN"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise UserError(f"{repository} has no revision {revision!r} on the hub") from error
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"no model at {path}: no such folder, and the hub has no such repository (or it is private: "
+            "`hf auth login`, or set HF_TOKEN)"
+        ) from error
+    except Exception as error:  # OSError, and what the HTTP and transfer libraries raise of their own
+        # the kind alone: texts of errors can quote what was sent
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise UserError(
+            f"no model at {path}: no such folder, and {repository} could not be fetched from the hub ({reason}). Check "
+            "the spelling and the connection, or download it elsewhere (`hf download`) and name its folder"
+        ) from error
