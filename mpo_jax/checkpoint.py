@@ -48,6 +48,37 @@ class Checkpoints:
             "state"
         ]
 
+    def restore_params(self, params: Any, shardings: Any, *, critic: bool) -> tuple[int, Any]:
+        """The newest checkpoint's step and its model alone: the trained one, PPO's actor, or PPO's critic.
+
+        Args:
+          params: shapes and types of the model's parameters.
+          shardings: where to put them.
+
+        Raises:
+          UserError: if there is no checkpoint, or it is of another model.
+        """
+        step = self._manager.latest_step()
+        if step is None:
+            raise UserError(f"{self._folder} holds no checkpoint yet: the first one is saved at checkpoint_every steps")
+        wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, shardings)
+        stored = self._shapes(step)
+        prefix = (".actor" if any(name.startswith(".actor") for name in stored) else "") + ".params"
+        if critic:
+            prefix = ".critic.params"
+        described = {prefix + name: shape for name, shape in _describe(params).items()}
+        if differing := [name for name, shape in described.items() if stored.get(name) != shape]:
+            raise UserError(f"{self._folder / str(step)}: the checkpoint holds another model: {differing[0]} differs")
+        for part in reversed(prefix.strip(".").split(".")):
+            wanted = {part: wanted}
+        arguments = ocp.args.PyTreeRestore(
+            wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
+        )
+        restored = self._manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]
+        for part in prefix.strip(".").split("."):
+            restored = restored[part]
+        return step, restored
+
     def save(self, step: int, state: Any) -> None:
         """Starts writing; the state may be donated to the next step as soon as this returns.
 

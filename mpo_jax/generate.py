@@ -5,7 +5,7 @@ seed and index alone: not on batch size, order or devices.
 """
 
 import dataclasses
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -96,62 +96,112 @@ def prefill(
     return repeat(last_BD, "b d -> (b n) d", n=num_samples), (expand(caches[0]), expand(caches[1]))
 
 
-def decode(
-    model: Model,
-    params: Params,
-    hidden_BD: Float[Array, "B D"],
-    caches: tuple[Array, Array],
-    prompt_len_B: Int[Array, " B"],
-    prompt_width: int,
-    row_key_B: Any,
-    sampling: Sampling,
-    eos_id: int,
-    allowed_V: Bool[Array, " V"] | None,
-) -> tuple[Int[Array, "B S"], Int[Array, " B"], Bool[Array, " B"], tuple[Array, Array]]:
-    """Samples until every row has ended or has max_new_tokens: ids, lengths (EOS included), whether EOS came.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """Responses under way; B counts samples.
 
-    B counts samples here. Rows with a prompt length of 0 are filler and end at once. The caches come back too, so that
-    donated ones can be written in place.
+    Attributes:
+      drawn: tokens drawn so far, the same for all rows.
+      ids: [B S] tokens, 0 after the end.
+      length: [B] tokens of each response, EOS included.
+      done: [B] True where EOS came, and at filler rows.
+      caches: keys and values, each [L B G P+S K].
     """
-    B, S = hidden_BD.shape[0], sampling.max_new_tokens
-    head_DV = functional.head_matrix(model, params)
-    slot_T = jnp.arange(prompt_width + S)[None]
-    in_prompt_BT = slot_T < prompt_len_B[:, None]
 
-    def sample(hidden_BD, t):
-        u_B = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, t)))(row_key_B)
+    drawn: Int[Array, ""]
+    ids: Int[Array, "B S"]
+    length: Int[Array, " B"]
+    done: Bool[Array, " B"]
+    caches: tuple[Array, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """The decode loop of one model: what is fixed, and the two functions that `make_generate` and `make_stream` jit.
+
+    Rows with a prompt length of 0 are filler and end at once.
+    """
+
+    model: Model
+    sampling: Sampling
+    eos_id: int
+
+    def begin(
+        self,
+        params: Params,
+        hidden_BD: Float[Array, "B D"],
+        caches: tuple[Array, Array],
+        prompt_len_B: Int[Array, " B"],
+        row_key_B: Any,
+        allowed_V: Bool[Array, " V"] | None,
+    ) -> Decoding:
+        """The first token of every row, from the hidden state of its prompt's last token."""
+        B = hidden_BD.shape[0]
+        filler_B = prompt_len_B == 0
+        empty = jnp.zeros((B, self.sampling.max_new_tokens), jnp.int32)
+        state = Decoding(jnp.asarray(0), empty, jnp.zeros((B,), jnp.int32), filler_B, caches)
+        return self._write(functional.head_matrix(self.model, params), state, hidden_BD, caches, row_key_B, allowed_V)
+
+    def advance(
+        self,
+        params: Params,
+        state: Decoding,
+        prompt_len_B: Int[Array, " B"],
+        row_key_B: Any,
+        allowed_V: Bool[Array, " V"] | None,
+        until: int | Int[Array, ""],
+    ) -> Decoding:
+        """Draws until all rows are done or have `until` tokens."""
+        num_slots = state.caches[0].shape[3]
+        prompt_width = num_slots - self.sampling.max_new_tokens
+        # outside the loop: a tied head is a transposed copy of the embedding
+        head_DV = functional.head_matrix(self.model, params)
+
+        def unfinished(state: Decoding):
+            return (state.drawn < until) & ~state.done.all()
+
+        def step(state: Decoding) -> Decoding:
+            slot = prompt_width + state.drawn - 1
+            visible_BT = functional.visible_slots(self.model, prompt_len_B, prompt_width, slot, num_slots)
+            token_B = jax.lax.dynamic_index_in_dim(state.ids, state.drawn - 1, 1, keepdims=False)
+            hidden_BD, caches = functional.decode_step(
+                self.model, params, token_B, prompt_len_B + state.drawn - 1, state.caches, visible_BT, slot
+            )
+            return self._write(head_DV, state, hidden_BD, caches, row_key_B, allowed_V)
+
+        return jax.lax.while_loop(unfinished, step, state)
+
+    def _write(
+        self, head_DV: Array, state: Decoding, hidden_BD: Array, caches: Any, row_key_B: Any, allowed_V: Any
+    ) -> Decoding:
+        """Draws the next token of the rows that are not done."""
+        u_B = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, state.drawn)))(row_key_B)
         logits = functional.logits_from_hidden(
-            model, hidden_BD[:, None], head_DV, temperature=sampling.temperature, allowed_V=allowed_V
+            self.model,
+            hidden_BD[:, None],
+            head_DV,
+            temperature=self.sampling.temperature,
+            allowed_V=allowed_V,
         )
-        return choose(logits[:, 0], u_B, sampling)
-
-    def write(ids_BS, done_B, token_B, t):
-        token_B = jnp.where(done_B, 0, token_B)
-        return jax.lax.dynamic_update_slice_in_dim(ids_BS, token_B[:, None], t, 1), done_B | (token_B == eos_id)
-
-    def unfinished(carry):
-        t, _, done_B, _, _, _ = carry
-        return (t < S) & ~done_B.all()
-
-    def step(carry):
-        t, ids_BS, done_B, token_B, length_B, caches = carry
-        slot = prompt_width + t - 1
-        visible_BT = in_prompt_BT | ((slot_T >= prompt_width) & (slot_T <= slot))
-        hidden_BD, caches = functional.decode_step(
-            model, params, token_B, prompt_len_B + t - 1, caches, visible_BT, slot
+        token_B = jnp.where(state.done, 0, choose(logits[:, 0], u_B, self.sampling))
+        return Decoding(
+            drawn=state.drawn + 1,
+            ids=jax.lax.dynamic_update_slice_in_dim(state.ids, token_B[:, None], state.drawn, 1),
+            length=state.length + ~state.done,
+            done=state.done | (token_B == self.eos_id),
+            caches=caches,
         )
-        token_B = sample(hidden_BD, t)
-        length_B = length_B + ~done_B
-        ids_BS, done_B = write(ids_BS, done_B, token_B, t)
-        return t + 1, ids_BS, done_B, token_B, length_B, caches
 
-    filler_B = prompt_len_B == 0
-    first_B = sample(hidden_BD, 0)
-    ids_BS, done_B = write(jnp.zeros((B, S), jnp.int32), filler_B, first_B, 0)
-    length_B = jnp.where(filler_B, 0, 1)
-    carry = (jnp.asarray(1), ids_BS, done_B, first_B, length_B, caches)
-    _, ids_BS, done_B, _, length_B, caches = jax.lax.while_loop(unfinished, step, carry)
-    return ids_BS, length_B, done_B & ~filler_B, caches
+
+def row_keys(prompts: Joined, key: Array, index_B: Array, num_samples: int) -> Any:
+    """[B*N] keys: `key` folded with the prompt's fingerprint and the sample index i N + n of visit i."""
+
+    def fold(fingerprint, index):
+        return jax.random.fold_in(jax.random.fold_in(key, fingerprint), index)
+
+    sample_index = index_B[:, None] * num_samples + jnp.arange(num_samples, dtype=index_B.dtype)[None]
+    return jax.vmap(fold)(jnp.repeat(prompts.key, num_samples), sample_index.reshape(-1))
 
 
 @lru_cache
@@ -163,25 +213,17 @@ def make_generate(model: Model, sampling: Sampling, eos_id: int, mesh: Mesh) -> 
     """
     N, S = sampling.num_samples, sampling.max_new_tokens
     rows = batch_sharding(mesh)
+    decoder = Decoder(model, sampling, eos_id)
 
     def start(params, prompts):
         return prefill(model, params, prompts, num_samples=N, max_new_tokens=S)
 
     def finish(params, hidden, caches, prompts, key, index_B, allowed_V):
-        def row_key(fingerprint, index):
-            return jax.random.fold_in(jax.random.fold_in(key, fingerprint), index)
-
-        sample_index = (index_B[:, None] * N + jnp.arange(N, dtype=index_B.dtype)[None]).reshape(-1)
-        keys = jax.vmap(row_key)(jnp.repeat(prompts.key, N), sample_index)
+        keys = row_keys(prompts, key, index_B, N)
         lengths = jnp.repeat(prompts.prompt_len, N)
-        ids, length, has_eos, caches = decode(
-            model, params, hidden, caches, lengths, prompts.prompt.shape[1], keys, sampling, eos_id, allowed_V
-        )
-        B = prompts.prompt.shape[0]
-        joined = dataclasses.replace(
-            prompts, response=ids.reshape(B, N, S), response_len=length.reshape(B, N).astype(jnp.int32)
-        )
-        return joined, has_eos.reshape(B, N), caches
+        state = decoder.begin(params, hidden, caches, lengths, keys, allowed_V)
+        state = decoder.advance(params, state, lengths, keys, allowed_V, S)
+        return *_joined(prompts, state, N), state.caches
 
     prefill_jit = jax.jit(start)
     # an input is donated to an output: without the caches among the outputs the loop would work on a copy of them
@@ -193,3 +235,40 @@ def make_generate(model: Model, sampling: Sampling, eos_id: int, mesh: Mesh) -> 
         return joined, has_eos
 
     return generate
+
+
+@lru_cache
+def make_stream(model: Model, sampling: Sampling, eos_id: int, chunk: int) -> Any:
+    """Like `make_generate`, but an iterator over what is there after every `chunk` tokens, for reading along."""
+    N, S = sampling.num_samples, sampling.max_new_tokens
+    decoder = Decoder(model, sampling, eos_id)
+
+    @jax.jit
+    def start(params, prompts, key, index_B, allowed_V):
+        hidden, caches = prefill(model, params, prompts, num_samples=N, max_new_tokens=S)
+        keys = row_keys(prompts, key, index_B, N)
+        return decoder.begin(params, hidden, caches, jnp.repeat(prompts.prompt_len, N), keys, allowed_V), keys
+
+    @partial(jax.jit, donate_argnums=1)
+    def advance(params, state, prompts, keys, allowed_V, until):
+        return decoder.advance(params, state, jnp.repeat(prompts.prompt_len, N), keys, allowed_V, until)
+
+    def stream(params, prompts, key, index_B, allowed_V):
+        state, keys = start(params, prompts, key, index_B, allowed_V)
+        yield _joined(prompts, state, N)
+        for until in range(1 + chunk, S + chunk, chunk):
+            if bool(state.done.all()):
+                return
+            state = advance(params, state, prompts, keys, allowed_V, jnp.asarray(min(until, S)))
+            yield _joined(prompts, state, N)
+
+    return stream
+
+
+def _joined(prompts: Joined, state: Decoding, num_samples: int) -> tuple[Joined, Bool[Array, "B N"]]:
+    """The prompts with their samples, and where EOS came."""
+    B, N = prompts.prompt.shape[0], num_samples
+    joined = dataclasses.replace(
+        prompts, response=state.ids.reshape(B, N, -1), response_len=state.length.reshape(B, N).astype(jnp.int32)
+    )
+    return joined, state.done.reshape(B, N) & (prompts.prompt_len > 0)[:, None]

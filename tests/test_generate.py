@@ -12,7 +12,7 @@ from scipy import stats
 
 from mpo_jax import generate
 from mpo_jax.config import Config
-from mpo_jax.generate import Sampling, make_generate
+from mpo_jax.generate import Sampling, make_generate, make_stream
 from mpo_jax.model import functional, loading
 from mpo_jax.model.functional import Model
 from mpo_jax.sharding import place_batch
@@ -283,6 +283,24 @@ def test_number_of_samples_does_not_matter(params, reference):
     for n in range(2):
         alone = sample(params, prompts(), sampling=single, index=np.full(8, n))
         same(alone, [x[:, n : n + 1] for x in reference])
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 10, 50])
+def test_a_stream_grows_to_the_same_samples(params, reference, chunk):
+    """Every look shows the final samples up to where they are, and the last one all of them."""
+    stream = make_stream(MODEL, Sampling(max_new_tokens=10, num_samples=2), EOS, chunk)
+    index = np.zeros(8, np.uint32)
+    with jax.set_mesh(mesh_of(1, 1, 1)):
+        looks = [
+            [np.asarray(x) for x in (joined.response, joined.response_len, has_eos)]
+            for joined, has_eos in stream(params, prompts(), jax.random.key(0), index, jnp.asarray(ALLOWED))
+        ]
+    same(looks[-1], reference)
+    assert len(looks) == 1 + -(-(reference[1].max() - 1) // chunk)
+    for number, (ids, length, _) in enumerate(looks):
+        drawn = min(1 + number * chunk, 10)
+        np.testing.assert_array_equal(length, np.minimum(reference[1], drawn))
+        np.testing.assert_array_equal(ids, np.where(np.arange(10) < drawn, reference[0], 0))
 
 
 def test_what_does_matter(params, reference):

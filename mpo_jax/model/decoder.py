@@ -5,10 +5,11 @@ grow with depth. Letters: B batch, T query token, S key token, D model, H heads,
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
@@ -17,8 +18,34 @@ from mpo_jax.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the pre-trained length.
+
+    Attributes:
+      kind: linear divides every frequency by `factor`; llama3 divides those of long wavelength, leaves those of short
+        wavelength, and blends between (Llama 3.1).
+      factor: of the stretch.
+      low, high: llama3 blends where original_positions / wavelength is between them.
+      original_positions: llama3's pre-trained length, tokens.
+    """
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low: float = 1.0
+    high: float = 4.0
+    original_positions: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes of one model; hashable, so that it can be a static argument. Names follow transformers' config.json."""
+    """Sizes of one model; hashable, so that it can be a static argument. Names follow transformers' config.json.
+
+    Attributes:
+      family: transformers' model_type, by which the model is exported.
+      qkv_bias: biases on queries, keys and values (Qwen2).
+      qk_norm: RMS norm of every query and key head before the rotation (Qwen3).
+      sliding_window: tokens that a token sees, itself included, by position (Mistral 0.1); None: all.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -32,6 +59,11 @@ class DecoderConfig:
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
     init_std: float = 0.02
+    family: str = "llama"
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    rope_scaling: RopeScaling | None = None
+    sliding_window: int | None = None
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float) -> Array:
@@ -55,16 +87,33 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((size,), jnp.float32))
         self.eps = eps
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "*T D"]) -> Float[Array, "*T D"]:
         x32 = x.astype(jnp.float32)
         norm = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + self.eps)
-        return (norm * self.scale[...].astype(jnp.float32)[None, None]).astype(x.dtype)
+        return (norm * along_last(self.scale[...].astype(jnp.float32), x)).astype(x.dtype)
+
+
+def along_last(weight: Array, x: Array) -> Array:
+    """`weight` with leading axes of size one, as many as it takes to meet the last axes of `x`."""
+    return weight.reshape((1,) * (x.ndim - weight.ndim) + weight.shape)
+
+
+def rope_frequencies(config: DecoderConfig) -> np.ndarray:
+    """[K/2] radians a position, float32: theta^(-2i/K), stretched as `rope_scaling` says."""
+    inverse = config.rope_theta ** (-np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim)
+    scaling = config.rope_scaling
+    if scaling is not None and scaling.kind == "linear":
+        inverse = inverse / scaling.factor
+    elif scaling is not None:
+        turns = scaling.original_positions * inverse / (2 * np.pi)
+        kept = np.clip((turns - scaling.low) / (scaling.high - scaling.low), 0.0, 1.0)
+        inverse = kept * inverse + (1.0 - kept) * inverse / scaling.factor
+    return inverse.astype(np.float32)
 
 
 def rope_tables(config: DecoderConfig, position_BT: Int[Array, "B T"]) -> tuple[Array, Array]:
     """cos and sin [B T K/2] of the rotary embedding, float32. arXiv:2104.09864, halves convention."""
-    inverse = config.rope_theta ** (-jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim)
-    angle = position_BT.astype(jnp.float32)[..., None] * inverse[None, None]
+    angle = position_BT.astype(jnp.float32)[..., None] * jnp.asarray(rope_frequencies(config))[None, None]
     return jnp.cos(angle), jnp.sin(angle)
 
 
@@ -85,10 +134,23 @@ class Attention(nnx.Module):
         self.k = nnx.Param(normal(rngs, (c.hidden_size, c.num_kv_heads, c.head_dim), c.init_std))
         self.v = nnx.Param(normal(rngs, (c.hidden_size, c.num_kv_heads, c.head_dim), c.init_std))
         self.o = nnx.Param(normal(rngs, (c.num_heads, c.head_dim, c.hidden_size), out_std))
+        if c.qkv_bias:
+            self.q_bias = nnx.Param(jnp.zeros((c.num_heads, c.head_dim), jnp.float32))
+            self.k_bias = nnx.Param(jnp.zeros((c.num_kv_heads, c.head_dim), jnp.float32))
+            self.v_bias = nnx.Param(jnp.zeros((c.num_kv_heads, c.head_dim), jnp.float32))
+        if c.qk_norm:
+            self.q_norm = RMSNorm(c.head_dim, c.norm_eps)
+            self.k_norm = RMSNorm(c.head_dim, c.norm_eps)
+        self.config = c
 
     def project(self, x: Float[Array, "B T D"], cos: Array, sin: Array) -> tuple[Array, Array, Array]:
         """Rotated queries [B T H K] and keys [B T G K], and values [B T G K]."""
         q, k, v = (linear(x, kernel[...]) for kernel in (self.q, self.k, self.v))
+        if self.config.qkv_bias:
+            biases = (self.q_bias, self.k_bias, self.v_bias)
+            q, k, v = (y + along_last(b[...].astype(y.dtype), y) for y, b in zip((q, k, v), biases, strict=True))
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
     def output(self, heads: Float[Array, "B T H K"]) -> Float[Array, "B T D"]:
@@ -188,6 +250,11 @@ PARAM_AXES: dict[str, tuple[str | None, ...]] = {
     "layers.attention.k": (None, "embed", "kv_heads", None),
     "layers.attention.v": (None, "embed", "kv_heads", None),
     "layers.attention.o": (None, "heads", None, "embed"),
+    "layers.attention.q_bias": (None, "heads", None),
+    "layers.attention.k_bias": (None, "kv_heads", None),
+    "layers.attention.v_bias": (None, "kv_heads", None),
+    "layers.attention.q_norm.scale": (None, None),
+    "layers.attention.k_norm.scale": (None, None),
     "layers.mlp_norm.scale": (None, None),
     "layers.mlp.gate": (None, "embed", "mlp"),
     "layers.mlp.up": (None, "embed", "mlp"),

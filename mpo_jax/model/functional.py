@@ -132,14 +132,33 @@ def predecessor(tokens: Tokens) -> Int[Array, "B T"]:
     return jnp.where(same, before, prompt_end)
 
 
-def attention_mask(tokens: Tokens) -> Bool[Array, "B 1 T T"]:
-    """True where query token (axis 2) sees key token (axis 3): same segment, not later, prompt or own branch."""
+def attention_mask(tokens: Tokens, window: int | None = None) -> Bool[Array, "B 1 T T"]:
+    """True where query token (axis 2) sees key token (axis 3): same segment, not later, prompt or own branch, and less
+    than `window` positions before it.
+    """
     index = jnp.arange(tokens.ids.shape[1])
     query, key = (lambda x: x[:, :, None]), (lambda x: x[:, None, :])
     same_segment = (query(tokens.segment) == key(tokens.segment)) & (key(tokens.segment) > 0)
     own_branch = (key(tokens.branch) == 0) | (key(tokens.branch) == query(tokens.branch))
     causal = (index[:, None] >= index[None])[None]
-    return (same_segment & own_branch & causal)[:, None]
+    seen = same_segment & own_branch & causal
+    if window is not None:
+        seen &= query(tokens.position) - key(tokens.position) < window
+    return seen[:, None]
+
+
+def visible_slots(
+    model: Model, prompt_len_B: Int[Array, " B"], prompt_width: int, slot: Int[Array, ""], num_slots: int
+) -> Bool[Array, "B T"]:
+    """The cache slots that the token at `slot` sees: its row's prompt, the response up to itself, within the window."""
+    slot_T = jnp.arange(num_slots)[None]
+    in_response_BT = (slot_T >= prompt_width) & (slot_T <= slot)
+    visible_BT = (slot_T < prompt_len_B[:, None]) | in_response_BT
+    if model.decoder.sliding_window is not None:
+        position_BT = jnp.where(in_response_BT, prompt_len_B[:, None] + slot_T - prompt_width, slot_T)
+        own_B = prompt_len_B + slot - prompt_width
+        visible_BT &= own_B[:, None] - position_BT < model.decoder.sliding_window
+    return visible_BT
 
 
 def hidden_states(model: Model, params: Params, tokens: Tokens) -> Float[Array, "B T D"]:
@@ -157,7 +176,7 @@ def _run_layers(model: Model, params: Params, tokens: Tokens, *, keep_cache: boo
     trunk = _trunk(model, params)
     x = constrain(trunk.embed(tokens.ids, jnp.dtype(model.dtype)), "batch", None, None)
     cos, sin = rope_tables(model.decoder, tokens.position)
-    mask = attention_mask(tokens)
+    mask = attention_mask(tokens, model.decoder.sliding_window)
 
     def layer(x, layer_params):
         x, cache = _block(model, layer_params).full(x, cos, sin, mask, model.attention)
@@ -292,6 +311,18 @@ def response_scores(score_BT: Float[Array, "B T"], joined: Joined) -> Float[Arra
 def response_sums(x_BS: Float[Array, "B S"], num_responses: int) -> Float[Array, "B N"]:
     """Sums of a response-token array (0 at padding) over each of a row's responses."""
     return rearrange(x_BS, "b (n s) -> b n s", n=num_responses).sum(-1)
+
+
+def response_logps(model: Model, params: Params, joined: Joined) -> Float[Array, "B N"]:
+    """Each response's summed log-probability in nats, EOS included."""
+    logp_BS, _ = token_logp(model, params, join(joined))
+    return response_sums(logp_BS, joined.response.shape[1])
+
+
+@lru_cache
+def make_response_logps(model: Model, mesh: Mesh) -> Any:
+    """A jitted (params, batch) -> summed log-probabilities [B N]."""
+    return jax.jit(partial(response_logps, model), out_shardings=replicated(mesh))
 
 
 @lru_cache

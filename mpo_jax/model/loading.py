@@ -1,5 +1,6 @@
-"""Whole models: sizes, parameters and run-time options together, from and to Hugging Face folders."""
+"""Whole models: sizes, parameters and run-time options together, from folders and GGUF files, to folders."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -7,7 +8,8 @@ from jax.sharding import Mesh
 
 from mpo_jax.config import Config
 from mpo_jax.errors import UserError
-from mpo_jax.model import functional, weights
+from mpo_jax.hub import local_model
+from mpo_jax.model import families, functional, gguf_weights, weights
 from mpo_jax.model.decoder import DecoderConfig
 from mpo_jax.model.functional import Model
 from mpo_jax.runtime import compute_dtype
@@ -15,6 +17,33 @@ from mpo_jax.text import TextCodec
 from mpo_jax.types import Params
 
 VOCAB_MULTIPLE = 8
+SPARE_ROWS = 1024
+"""Embedding rows that a model may have beyond its tokenizer's ids, or an eighth of them: padding to round sizes."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model on disk, before its weights are read."""
+
+    decoder: DecoderConfig
+    tensors: weights.Tensors
+
+    @property
+    def scalar(self) -> bool:
+        """Whether it is a reward model or critic."""
+        return "score.weight" in self.tensors.names()
+
+
+def open_model(path: str | Path) -> Source:
+    """Sizes and tensors of a Hugging Face folder, a GGUF file or a hub id.
+
+    Raises:
+      UserError: nothing there, a broken file, or an architecture that is not supported.
+    """
+    local = local_model(str(path))
+    if local.suffix == ".gguf":
+        return Source(gguf_weights.read_config(local), gguf_weights.GgufTensors(local))
+    return Source(families.read_config(local), weights.SafetensorsFolder(local))
 
 
 def describe(decoder: DecoderConfig, config: Config) -> Model:
@@ -41,28 +70,34 @@ def describe(decoder: DecoderConfig, config: Config) -> Model:
 
 
 def check_vocabulary(codec: TextCodec, decoder: DecoderConfig, folder: str | Path) -> None:
-    """Raises UserError where the tokenizer has ids beyond the embedding."""
+    """Raises UserError where the tokenizer has ids beyond the embedding, or far fewer than it has rows."""
     if codec.vocab_size > decoder.vocab_size:
         raise UserError(
             f"{folder}: the tokenizer has {codec.vocab_size} ids, but the embedding has {decoder.vocab_size} rows "
             "(vocab_size in config.json): the tokenizer belongs to another model"
         )
+    if decoder.vocab_size - codec.vocab_size > max(SPARE_ROWS, decoder.vocab_size // 8):
+        raise UserError(
+            f"{folder}: the tokenizer has only {codec.vocab_size} ids, but the embedding has {decoder.vocab_size} rows "
+            "(vocab_size in config.json): the tokenizer belongs to another model"
+        )
 
 
 def load(
-    folder: Path, config: Config, mesh: Mesh, *, scalar: bool = False, frozen: bool = False
+    path: str | Path, config: Config, mesh: Mesh, *, scalar: bool = False, frozen: bool = False
 ) -> tuple[Model, Params]:
-    """A model from a folder: float32 master parameters, or `model.frozen_dtype` for one that will not train."""
-    decoder = weights.read_config(folder)
+    """A model from disk: float32 master parameters, or `model.frozen_dtype` for one that will not train."""
+    source = open_model(path)
     dtype = config.model.frozen_dtype if frozen else "float32"
-    return describe(decoder, config), weights.load_params(folder, decoder, mesh, scalar=scalar, dtype=dtype)
+    model = describe(source.decoder, config)
+    return model, weights.load_params(source.tensors, source.decoder, mesh, scalar=scalar, dtype=dtype)
 
 
 def load_base(config: Config, codec: TextCodec, mesh: Mesh, key: jax.Array) -> tuple[Model, Params]:
     """The model that everything starts from: the checkpoint at model.path, or fresh parameters drawn from `key`."""
     if config.model.path is not None:
-        check_vocabulary(codec, weights.read_config(config.model.path), config.model.path)
-        return load(Path(config.model.path), config, mesh)
+        check_vocabulary(codec, open_model(config.model.path).decoder, config.model.path)
+        return load(config.model.path, config, mesh)
     sizes = config.model.architecture
     decoder = DecoderConfig(
         # rows beyond the tokenizer's ids are never sampled
@@ -84,9 +119,18 @@ def to_scalar(model: Model, params: Params, mesh: Mesh) -> Params:
     return jax.jit(lambda p: functional.with_score_head(p, model.decoder), out_shardings=shardings)(params)
 
 
-def save(folder: Path, model: Model, params: Params, codec: TextCodec) -> None:
-    """Writes a Hugging Face folder: config.json, model.safetensors and the tokenizer's files."""
-    weights.save_params(
-        folder, params, model.decoder, eos_id=codec.eos_id, bos_id=codec.special("bos"), pad_id=codec.special("pad")
-    )
+def save(folder: Path, model: Model, params: Params, codec: TextCodec, *, dtype: str = "float32") -> None:
+    """Writes a Hugging Face folder: config.json, safetensors files and the tokenizer's files."""
+    weights.save_params(folder, params, model.decoder, dtype=dtype)
+    save_description(folder, model, codec, scalar="score" in params, dtype=dtype)
+
+
+def save_description(
+    folder: Path, model: Model, codec: TextCodec, *, scalar: bool = False, dtype: str = "float32"
+) -> None:
+    """All of a model's folder but the weights, so that `mpo export` can read the checkpoints of unfinished training."""
+    if jax.process_index() != 0:
+        return
+    special = {"eos_id": codec.eos_id, "bos_id": codec.special("bos"), "pad_id": codec.special("pad")}
+    families.save_config(folder, model.decoder, scalar=scalar, dtype=dtype, **special)
     codec.save(folder)

@@ -1,35 +1,41 @@
-"""Hugging Face folders to parameters and back, both ways through one table. No torch, no pickle."""
+"""Checkpoints to parameters and back, both ways through one table, one tensor at a time. No torch, no pickle."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from huggingface_hub.errors import StrictDataclassError
-from jax.sharding import Mesh
+from huggingface_hub import split_state_dict_into_shards_factory
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from transformers import LlamaConfig
 
 from mpo_jax.errors import UserError
 from mpo_jax.model import functional
 from mpo_jax.model.decoder import DecoderConfig
 from mpo_jax.types import Params
 
+SHARD_BYTES = 2 * 2**30
+"""Size of an exported file, and so about the host memory that an export takes."""
+
 
 @dataclass(frozen=True)
 class Entry:
-    """One parameter: its dotted path here, its name there, and the two ways between the layouts.
+    """One parameter: its dotted path here, its names there, and the two ways between the layouts.
 
-    `{i}` in the name is the layer. Both functions act on one layer's array.
+    `{i}` in a name is the layer. Both functions act on one layer's array. GGUF tensors come in Hugging Face's layout.
     """
 
     path: str
     name: str
+    gguf: str
     to_ours: Callable[[np.ndarray, DecoderConfig], np.ndarray]
     to_theirs: Callable[[np.ndarray, DecoderConfig], np.ndarray]
 
@@ -42,126 +48,87 @@ class Entry:
         return self.to_theirs(np.empty(shape, np.bool_), config).shape
 
 
-def _same(path: str, name: str) -> Entry:
-    return Entry(path, name, lambda w, c: w, lambda w, c: w)
+def _same(path: str, name: str, gguf: str) -> Entry:
+    return Entry(path, name, gguf, lambda w, c: w, lambda w, c: w)
 
 
-def _transposed(path: str, name: str) -> Entry:
-    return Entry(path, name, lambda w, c: w.T, lambda w, c: w.T)
+def _transposed(path: str, name: str, gguf: str) -> Entry:
+    return Entry(path, name, gguf, lambda w, c: w.T, lambda w, c: w.T)
 
 
-def _heads_out(path: str, name: str) -> Entry:
+def _heads_out(path: str, name: str, gguf: str) -> Entry:
     """[heads * K, D] there, [D, heads, K] here."""
     return Entry(
-        path, name, lambda w, c: w.T.reshape(w.shape[1], -1, c.head_dim), lambda w, c: w.reshape(w.shape[0], -1).T
+        path, name, gguf, lambda w, c: w.T.reshape(w.shape[1], -1, c.head_dim), lambda w, c: w.reshape(len(w), -1).T
     )
 
 
-def _heads_in(path: str, name: str) -> Entry:
+def _heads_in(path: str, name: str, gguf: str) -> Entry:
     """[D, heads * K] there, [heads, K, D] here."""
     return Entry(
-        path, name, lambda w, c: w.T.reshape(-1, c.head_dim, w.shape[0]), lambda w, c: w.reshape(-1, w.shape[-1]).T
+        path, name, gguf, lambda w, c: w.T.reshape(-1, c.head_dim, len(w)), lambda w, c: w.reshape(-1, w.shape[-1]).T
     )
 
 
+def _heads_bias(path: str, name: str, gguf: str) -> Entry:
+    """[heads * K] there, [heads, K] here."""
+    return Entry(path, name, gguf, lambda w, c: w.reshape(-1, c.head_dim), lambda w, c: w.reshape(-1))
+
+
+_LAYER, _BLK = "model.layers.{i}.", "blk.{i}."
 TABLE = (
-    _same("embedding", "model.embed_tokens.weight"),
-    _same("norm.scale", "model.norm.weight"),
-    _transposed("head", "lm_head.weight"),
-    _transposed("score.kernel", "score.weight"),
-    _same("layers.attention_norm.scale", "model.layers.{i}.input_layernorm.weight"),
-    _heads_out("layers.attention.q", "model.layers.{i}.self_attn.q_proj.weight"),
-    _heads_out("layers.attention.k", "model.layers.{i}.self_attn.k_proj.weight"),
-    _heads_out("layers.attention.v", "model.layers.{i}.self_attn.v_proj.weight"),
-    _heads_in("layers.attention.o", "model.layers.{i}.self_attn.o_proj.weight"),
-    _same("layers.mlp_norm.scale", "model.layers.{i}.post_attention_layernorm.weight"),
-    _transposed("layers.mlp.gate", "model.layers.{i}.mlp.gate_proj.weight"),
-    _transposed("layers.mlp.up", "model.layers.{i}.mlp.up_proj.weight"),
-    _transposed("layers.mlp.down", "model.layers.{i}.mlp.down_proj.weight"),
+    _same("embedding", "model.embed_tokens.weight", "token_embd.weight"),
+    _same("norm.scale", "model.norm.weight", "output_norm.weight"),
+    _transposed("head", "lm_head.weight", "output.weight"),
+    _transposed("score.kernel", "score.weight", "cls.output.weight"),
+    _same("layers.attention_norm.scale", _LAYER + "input_layernorm.weight", _BLK + "attn_norm.weight"),
+    _heads_out("layers.attention.q", _LAYER + "self_attn.q_proj.weight", _BLK + "attn_q.weight"),
+    _heads_out("layers.attention.k", _LAYER + "self_attn.k_proj.weight", _BLK + "attn_k.weight"),
+    _heads_out("layers.attention.v", _LAYER + "self_attn.v_proj.weight", _BLK + "attn_v.weight"),
+    _heads_in("layers.attention.o", _LAYER + "self_attn.o_proj.weight", _BLK + "attn_output.weight"),
+    _heads_bias("layers.attention.q_bias", _LAYER + "self_attn.q_proj.bias", _BLK + "attn_q.bias"),
+    _heads_bias("layers.attention.k_bias", _LAYER + "self_attn.k_proj.bias", _BLK + "attn_k.bias"),
+    _heads_bias("layers.attention.v_bias", _LAYER + "self_attn.v_proj.bias", _BLK + "attn_v.bias"),
+    _same("layers.attention.q_norm.scale", _LAYER + "self_attn.q_norm.weight", _BLK + "attn_q_norm.weight"),
+    _same("layers.attention.k_norm.scale", _LAYER + "self_attn.k_norm.weight", _BLK + "attn_k_norm.weight"),
+    _same("layers.mlp_norm.scale", _LAYER + "post_attention_layernorm.weight", _BLK + "ffn_norm.weight"),
+    _transposed("layers.mlp.gate", _LAYER + "mlp.gate_proj.weight", _BLK + "ffn_gate.weight"),
+    _transposed("layers.mlp.up", _LAYER + "mlp.up_proj.weight", _BLK + "ffn_up.weight"),
+    _transposed("layers.mlp.down", _LAYER + "mlp.down_proj.weight", _BLK + "ffn_down.weight"),
 )
 ENTRIES = {entry.path: entry for entry in TABLE}
 
 
-def read_config(folder: str | Path) -> DecoderConfig:
-    """Sizes from a folder's config.json.
+class Tensors(Protocol):
+    """Where tensors come from: their Hugging Face names, and one tensor at a time in Hugging Face's layout."""
+
+    where: str
+
+    def names(self) -> set[str]: ...
+
+    def read(self, name: str) -> np.ndarray: ...
+
+
+class SafetensorsFolder:
+    """The safetensors files of a folder, single or sharded with an index.
 
     Raises:
-      UserError: a missing or broken file, or an architecture or option that is not supported; names the key.
+      UserError: a missing or broken file or index.
     """
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise UserError(f"no model at {folder}: config.json is missing (model.path wants a Hugging Face folder)")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: broken JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: broken JSON: expected an object, found {type(raw).__name__}")
-    if raw.get("model_type") != "llama":
-        raise UserError(f"{path}: model_type {raw.get('model_type')!r} is not supported; supported: llama")
-    try:
-        config = LlamaConfig.from_dict(raw)
-    except (StrictDataclassError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: {' '.join(str(error).split())}") from error
-    rope: dict[str, Any] = dict(getattr(config, "rope_parameters", None) or {})
-    refused = {
-        "rope_type": rope.get("rope_type", "default") != "default",
-        "hidden_act": config.hidden_act != "silu",
-        "attention_bias": bool(config.attention_bias),
-        "mlp_bias": bool(config.mlp_bias),
-    }
-    for key, bad in refused.items():
-        if bad:
-            raise UserError(f"{path}: {key}={rope.get(key) or getattr(config, key, None)!r} is not supported")
-    return DecoderConfig(
-        vocab_size=int(config.vocab_size),
-        hidden_size=int(config.hidden_size),
-        intermediate_size=int(config.intermediate_size),
-        num_layers=int(config.num_hidden_layers),
-        num_heads=int(config.num_attention_heads),
-        num_kv_heads=int(config.num_key_value_heads or config.num_attention_heads),
-        head_dim=int(config.head_dim or config.hidden_size // config.num_attention_heads),
-        max_positions=int(config.max_position_embeddings),
-        rope_theta=float(rope.get("rope_theta", 10000.0)),
-        norm_eps=float(config.rms_norm_eps),
-        tie_embeddings=bool(config.tie_word_embeddings),
-        init_std=float(config.initializer_range),
-    )
 
+    def __init__(self, folder: str | Path):
+        self.where = str(folder)
+        self._files = _tensor_files(Path(folder))
 
-def load_params(folder: str | Path, config: DecoderConfig, mesh: Mesh, *, scalar: bool, dtype: str) -> Params:
-    """Parameters of a folder, placed on the mesh.
+    def names(self) -> set[str]:
+        return set(self._files)
 
-    Args:
-      scalar: True for a reward model or critic (`score.weight` in place of a language-model head).
-      dtype: storage type of every parameter.
-
-    Raises:
-      UserError: a missing or broken file, a missing tensor, or one of another shape; names the tensor.
-    """
-    wanted: dict[tuple[str, ...], Any] = flatten_dict(functional.abstract_params(config, scalar=scalar))
-    files = _tensor_files(Path(folder))
-    shardings = flatten_dict(functional.param_shardings(unflatten_dict(wanted), mesh))
-    params = {}
-    for path, shape in wanted.items():
-        entry = ENTRIES[".".join(path)]
-        names = [entry.name.format(i=i) for i in range(config.num_layers)] if entry.stacked else [entry.name]
-        layer_shape = shape.shape[1:] if entry.stacked else shape.shape
-        layers = [_read_tensor(files, name, folder) for name in names]
-        _check_shapes(folder, dict(zip(names, layers, strict=True)), entry.their_shape(layer_shape, config))
-        layers = [entry.to_ours(layer, config) for layer in layers]
-        whole = np.stack(layers) if entry.stacked else layers[0]
-        params[path] = jax.device_put(whole.astype(dtype), shardings[path])
-    return unflatten_dict(params)
-
-
-def _check_shapes(folder: str | Path, tensors: dict[str, np.ndarray], shape: tuple[int, ...]) -> None:
-    for name, tensor in tensors.items():
-        if tensor.shape != shape:
-            raise UserError(
-                f"{folder}: tensor {name} has shape {tensor.shape}, but config.json asks for {shape}: "
-                "the weights and config.json do not belong together"
-            )
+    def read(self, name: str) -> np.ndarray:
+        try:
+            with safe_open(self._files[name], framework="np") as file:
+                return file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{self._files[name]}: cannot read tensor {name}: {error}") from error
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:
@@ -170,12 +137,20 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
     if index.is_file():
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            files = {name: folder / file for name, file in weight_map.items()}
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index}: broken index: {error}") from error
-        return {name: folder / file for name, file in weight_map.items()}
+        if absent := sorted({file.name for file in files.values() if not file.is_file()}):
+            more = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
+            raise UserError(f"{index} names {absent[0]}{more}, which is not there: fetch the model's files again")
+        return files
     single = folder / "model.safetensors"
     if not single.is_file():
-        raise UserError(f"no weights in {folder}: neither model.safetensors nor model.safetensors.index.json is there")
+        pickled = sorted(file.name for file in folder.glob("*.bin"))
+        hint = f" ({pickled[0]} is pickled and is not read: convert it to safetensors)" if pickled else ""
+        raise UserError(
+            f"no weights in {folder}: neither model.safetensors nor model.safetensors.index.json is there{hint}"
+        )
     try:
         with safe_open(single, framework="np") as file:
             return dict.fromkeys(file.keys(), single)
@@ -183,53 +158,146 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
         raise UserError(f"{single}: broken safetensors file: {error}") from error
 
 
-def _read_tensor(files: dict[str, Path], name: str, folder: str | Path) -> np.ndarray:
-    if name not in files:
-        raise UserError(f"{folder}: tensor {name} is missing; the folder holds {len(files)} others")
-    try:
-        with safe_open(files[name], framework="np") as file:
-            return file.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{files[name]}: cannot read tensor {name}: {error}") from error
+def load_params(tensors: Tensors, config: DecoderConfig, mesh: Mesh, *, scalar: bool, dtype: str) -> Params:
+    """Parameters placed on the mesh, read tensor by tensor: the host holds one tensor at a time, in the file's type.
+
+    Args:
+      scalar: True for a reward model or critic (`score.weight` in place of a language-model head).
+      dtype: storage type of every parameter.
+
+    Raises:
+      UserError: a missing, superfluous or unreadable tensor, or one of another shape; names the tensor.
+    """
+    wanted: dict[tuple[str, ...], Any] = flatten_dict(functional.abstract_params(config, scalar=scalar))
+    _check_names(tensors, {".".join(path) for path in wanted}, config)
+    shardings: dict[Any, Any] = flatten_dict(functional.param_shardings(unflatten_dict(wanted), mesh))
+    params = {}
+    for path, shape in wanted.items():
+        entry, sharding = ENTRIES[".".join(path)], shardings[path]
+        read = partial(_read, tensors, entry, config=config)
+        if not entry.stacked:
+            params[path] = _cast(_place(read(entry.name, shape.shape), sharding), dtype, sharding)
+            continue
+        stack = jnp.zeros(shape.shape, dtype, device=sharding)
+        layer_sharding = NamedSharding(mesh, PartitionSpec(*sharding.spec[1:]))
+        for i in range(config.num_layers):
+            # no name for the tensor and no read ahead of the device: either would keep a second one on the host
+            layer = _place(read(entry.name.format(i=i), shape.shape[1:]), layer_sharding)
+            stack = jax.block_until_ready(_set_layer(stack, layer, i))
+            del layer
+        params[path] = stack
+    return unflatten_dict(params)
+
+
+def _check_names(tensors: Tensors, paths: set[str], config: DecoderConfig) -> None:
+    """Every wanted tensor is there, and nothing that the architecture has no place for."""
+    have = tensors.names()
+    wanted = {name for path in paths for name in _names(ENTRIES[path], config)}
+    if missing := sorted(wanted - have):
+        others = f" and {len(missing) - 1} more are missing" if len(missing) > 1 else " is missing"
+        hint = ""
+        if "score.weight" in have and "lm_head.weight" in missing:
+            hint = "; this is a reward model, not a language model"
+        if "score.weight" in missing:
+            hint = "; this is a language model, not a reward model"
+        raise UserError(f"{tensors.where}: tensor {missing[0]}{others}; the folder holds {len(have)} others{hint}")
+    # old exports hold the rotary frequencies, which config.json gives; a tied head is a second copy of the embedding
+    extra = {name for name in have - wanted if not name.endswith("rotary_emb.inv_freq")}
+    if config.tie_embeddings:
+        extra.discard("lm_head.weight")
+    if extra:
+        more = f" and {len(extra) - 3} more tensors" if len(extra) > 3 else ""
+        reason = "the weights and the configuration do not belong together"
+        if "score.weight" in extra:
+            reason = "this is a reward model, not a language model"
+        raise UserError(
+            f"{tensors.where}: a {config.family} model of {config.num_layers} layers has no place for "
+            f"{', '.join(sorted(extra)[:3])}{more}: {reason}"
+        )
+
+
+def _names(entry: Entry, config: DecoderConfig) -> list[str]:
+    return [entry.name.format(i=i) for i in range(config.num_layers)] if entry.stacked else [entry.name]
+
+
+def _read(tensors: Tensors, entry: Entry, name: str, shape: tuple[int, ...], config: DecoderConfig) -> np.ndarray:
+    """One tensor in our layout."""
+    tensor, wanted = tensors.read(name), entry.their_shape(shape, config)
+    if tensor.shape != wanted:
+        raise UserError(
+            f"{tensors.where}: tensor {name} has shape {tensor.shape}, but config.json asks for {wanted}: "
+            "the weights and config.json do not belong together"
+        )
+    return entry.to_ours(tensor, config)
+
+
+def _place(host: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """A host array onto the mesh; every process hands its devices their parts of its own copy."""
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: np.ascontiguousarray(host[index]))
+
+
+def _cast(x: jax.Array, dtype: str, sharding: NamedSharding) -> jax.Array:
+    return x if x.dtype == dtype else jax.jit(lambda x: x.astype(dtype), out_shardings=sharding)(x)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _set_layer(stack: jax.Array, layer: jax.Array, i: int) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stack, layer.astype(stack.dtype), i, 0)
 
 
 def save_params(
-    folder: Path, params: Params, config: DecoderConfig, *, eos_id: int, bos_id: int | None, pad_id: int | None = None
+    folder: Path, params: Params, config: DecoderConfig, *, dtype: str = "float32", shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Writes config.json and model.safetensors (float32), which transformers loads as a causal or classification model.
+    """Writes safetensors files; `families.save_config` writes the config.json that makes them a model.
 
-    A model with a scalar head is a LlamaForSequenceClassification with one label; transformers finds the token that it
-    reads in a padded batch by `pad_id`.
+    One file is in memory at a time; above `shard_bytes` there are several, with an index. Of several processes, all
+    must call this and the first one writes.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    host = flatten_dict(jax.device_get(params))
-    tensors: dict[str, np.ndarray] = {}
-    for path, value in host.items():
-        entry = ENTRIES[".".join(path)]
-        array = np.asarray(value, np.float32)
-        for i, layer in enumerate(array if entry.stacked else [array]):
-            tensors[entry.name.format(i=i)] = np.ascontiguousarray(entry.to_theirs(layer, config))
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    scalar = "score" in params
-    described = LlamaConfig(
-        architectures=["LlamaForSequenceClassification" if scalar else "LlamaForCausalLM"],
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        max_position_embeddings=config.max_positions,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        rms_norm_eps=config.norm_eps,
-        tie_word_embeddings=config.tie_embeddings,
-        initializer_range=config.init_std,
-        eos_token_id=eos_id,
-        bos_token_id=bos_id,
-        pad_token_id=pad_id,
+    writes = jax.process_index() == 0
+    sources = dict(_exports(flatten_dict(params), config, dtype))
+    plan = split_state_dict_into_shards_factory(
+        sources,  # type: ignore[arg-type]
+        get_storage_size=lambda source: source.nbytes,  # type: ignore[union-attr]
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_bytes,
     )
-    if scalar:
-        described.num_labels = 1
-    described.dtype = "float32"
-    (folder / "config.json").write_text(described.to_json_string(use_diff=False), encoding="utf-8")
+    if writes:
+        folder.mkdir(parents=True, exist_ok=True)
+    for file, names in plan.filename_to_tensors.items():
+        tensors = {name: sources[name].fetch() for name in names}
+        if writes:
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+        del tensors
+    if writes and plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class _Export:
+    """One tensor to be written: a parameter, or one layer of it."""
+
+    entry: Entry
+    value: Any
+    layer: int | None
+    config: DecoderConfig
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        shape = self.value.shape if self.layer is None else self.value.shape[1:]
+        return int(np.prod(shape)) * jnp.dtype(self.dtype).itemsize
+
+    def fetch(self) -> np.ndarray:
+        """The tensor on the host, in Hugging Face's layout."""
+        value = jnp.asarray(self.value) if self.layer is None else jnp.asarray(self.value)[self.layer]
+        value = value.astype(self.dtype)
+        host = np.asarray(value if value.is_fully_addressable else multihost_utils.process_allgather(value, tiled=True))
+        return np.ascontiguousarray(self.entry.to_theirs(host, self.config))
+
+
+def _exports(flat: Mapping[Any, Any], config: DecoderConfig, dtype: str) -> Iterator[tuple[str, _Export]]:
+    for path, value in flat.items():
+        entry = ENTRIES[".".join(path)]
+        for i in range(config.num_layers) if entry.stacked else (None,):
+            yield entry.name.format(i=i), _Export(entry, value, i, config, dtype)

@@ -1,0 +1,73 @@
+"""A GGUF file: metadata and tensors, read by the gguf package and checked here."""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from mpo_jax.errors import UserError
+
+
+class _Reader(gguf.GGUFReader):
+    """The package's reader, except that it stops where the file does: it would run on over an array's stated length."""
+
+    def _get(self, offset: Any, dtype: Any, count: Any = 1, override_order: Any = None) -> Any:
+        values = super()._get(offset, dtype, count, override_order)
+        if len(values) < int(count):
+            raise ValueError(f"it ends at byte {len(self.data)}, inside what it says it holds")
+        return values
+
+
+class GgufFile:
+    """An open file; tensors stay on disk until they are read.
+
+    Raises:
+      UserError: if the file is not a whole GGUF file.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            reader = _Reader(path)
+            self.fields = dict(reader.fields)
+            self.tensors = {tensor.name: tensor for tensor in reader.tensors}
+        # the reader trusts the offsets and counts that it finds, so a damaged file fails anywhere
+        except (ValueError, LookupError, TypeError, ArithmeticError, MemoryError, OSError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{path}: corrupt or incomplete GGUF file: {reason}") from error
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """A metadata value, lists as lists; `default` where the file has none."""
+        field = self.fields.get(key)
+        if field is None:
+            return default
+        try:
+            return field.contents()
+        except (ValueError, IndexError, TypeError, UnicodeDecodeError) as error:
+            raise UserError(f"{self.path}: corrupt GGUF metadata at {key}: {error}") from error
+
+    def require(self, key: str) -> Any:
+        """A metadata value that must be there."""
+        value = self.get(key)
+        if value is None:
+            raise UserError(f"{self.path}: the GGUF metadata has no {key}")
+        return value
+
+    def read(self, name: str) -> np.ndarray:
+        """A tensor as float32, rows first as in PyTorch, dequantised where it is quantised."""
+        tensor = self.tensors[name]
+        try:
+            values = gguf.dequantize(tensor.data, tensor.tensor_type)
+            return np.asarray(values, np.float32).reshape(tuple(int(n) for n in reversed(tensor.shape)))
+        except (ValueError, NotImplementedError) as error:
+            raise UserError(
+                f"{self.path}: cannot dequantise tensor {name} ({tensor.tensor_type.name}): {error}"
+            ) from error
+
+
+@lru_cache(maxsize=2)
+def open_gguf(path: Path) -> GgufFile:
+    """The file, parsed once for its tokenizer and its weights."""
+    return GgufFile(path)
