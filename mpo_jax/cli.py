@@ -4,7 +4,7 @@ import errno
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -27,6 +27,8 @@ app = typer.Typer(
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="overrides, or more YAML files")]
 
+ModelPath = Annotated[str, typer.Argument(metavar="MODEL", help="run, stage or model folder, .gguf file, or hub id")]
+
 
 def _load(config: Path, overrides: list[str] | None) -> Config:
     return load_config(config, tuple(overrides or ()))
@@ -35,9 +37,9 @@ def _load(config: Path, overrides: list[str] | None) -> Config:
 @app.command()
 def run(config: ConfigPath, overrides: Overrides = None) -> None:
     """Run the whole method for every name in `experiment`, then print the table and write the report."""
-    from mpo_jax import session
+    from mpo_jax.commands import run as command
 
-    session.run(_load(config, overrides))
+    command.run(_load(config, overrides))
 
 
 @app.command("config")
@@ -49,9 +51,9 @@ def show_config(config: ConfigPath, overrides: Overrides = None) -> None:
 def _stage_command(name: str, what: str) -> None:
     @app.command(name, help=f"Run the method up to {what}.")
     def command(config: ConfigPath, overrides: Overrides = None) -> None:
-        from mpo_jax import session
+        from mpo_jax.commands import run
 
-        session.run_until(_load(config, overrides), name)  # type: ignore[arg-type]
+        run.run_until(_load(config, overrides), name)  # type: ignore[arg-type]
 
 
 for _name, _what in {
@@ -72,21 +74,95 @@ def table(
     seeds: Annotated[str, typer.Option(help="comma-separated seeds, each in its own folder of the workdir")] = "0",
 ) -> None:
     """Run every experiment of the configuration for several seeds and print the table over seeds."""
-    from mpo_jax import session
+    from mpo_jax.commands import run as command
 
     try:
         numbers = tuple(int(seed) for seed in seeds.split(","))
     except ValueError:
         raise UserError(f"--seeds wants comma-separated whole numbers, not {seeds!r}") from None
-    session.table(_load(config, overrides), numbers)
+    command.table(_load(config, overrides), numbers)
 
 
 @app.command()
 def report(workdir: Annotated[Path, typer.Argument(metavar="WORKDIR")]) -> None:
     """Write the report of a workdir's finished runs again."""
-    from mpo_jax import session
+    from mpo_jax.commands import run as command
 
-    session.report(workdir)
+    command.report(workdir)
+
+
+@app.command("data")
+def show_data(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    examples: Annotated[int, typer.Option(help="rows of each kind to show")] = 2,
+) -> None:
+    """Show what a configuration reads, drops and cuts, and some rows token by token, without training."""
+    from mpo_jax.commands import data
+
+    data.show(_load(config, overrides), num_examples=examples)
+
+
+@app.command()
+def generate(
+    model: ModelPath,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="text, or - for standard input")],
+    overrides: Overrides = None,
+    system: Annotated[str | None, typer.Option(help="system turn of a chat")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="continue the text, without the chat template")] = False,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="default 256, or half the model's positions")
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
+    num_samples: Annotated[int, typer.Option(min=1)] = 1,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Answer a prompt (in the chat template, where there is one) or continue a text."""
+    from mpo_jax.commands import generate as command
+    from mpo_jax.generate import Sampling
+
+    if top_p == 0.0:
+        raise UserError("--top-p must be above 0; --temperature 0 takes the likeliest token")
+    greedy = temperature == 0.0
+    sampling = Sampling(1, num_samples, 1.0 if greedy else temperature, top_p, greedy)
+    given = (f"seed={seed}", *(overrides or ()))
+    command.generate(
+        model, prompt, system=system, raw=raw, max_new_tokens=max_new_tokens, sampling=sampling, overrides=given
+    )
+
+
+@app.command()
+def score(
+    model: ModelPath,
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help="rows {prompt, chosen, rejected} or {prompt, completion}")
+    ],
+    out: Annotated[Path, typer.Option(metavar="OUT.jsonl", help="file to write, a line for each row")],
+    overrides: Overrides = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    max_rows: Annotated[int | None, typer.Option(min=1, help="the first rows only")] = None,
+) -> None:
+    """Log-probabilities (language model) or scores (reward model) of every row's responses."""
+    from mpo_jax.commands import score as command
+
+    command.score(model, data, out, batch_size=batch_size, max_rows=max_rows, overrides=tuple(overrides or ()))
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="run, stage or model folder, .gguf file, hub id")
+    ],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="new folder")],
+    overrides: Overrides = None,
+    critic: Annotated[bool, typer.Option("--critic", help="PPO's critic instead of its policy")] = False,
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option()] = "float32",
+) -> None:
+    """Write a model as a Hugging Face folder, which transformers loads."""
+    from mpo_jax.commands import export as command
+
+    command.export(checkpoint, folder, critic=critic, dtype=dtype, overrides=tuple(overrides or ()))
 
 
 @app.command()

@@ -47,7 +47,9 @@ class Pipeline:
         return self._build("sft", sft.run, {}, {"text", "sft"}, self._base())
 
     def reward(self, sft: Artifact) -> Artifact:
-        return self._build("reward", reward.run, {"sft": sft}, {"text", "reward"}, self._base())
+        path = self.config.reward.path
+        finished = {"reward_model": corpus.fingerprint_model(path)} if path else {}
+        return self._build("reward", reward.run, {"sft": sft}, {"text", "reward"}, {**self._base(), **finished})
 
     def select(self, sft: Artifact, reward: Artifact) -> Artifact:
         settings = self.config.select.model_dump(mode="json", exclude={"threshold", "easy_fraction"})

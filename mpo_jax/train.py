@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 
 from mpo_jax.checkpoint import Checkpoints
 from mpo_jax.config import Config, OptimConfig, TrainConfig
-from mpo_jax.data.batches import Example, TrainBatches, Widths, num_steps
+from mpo_jax.data.batches import Buckets, TrainBatches, num_steps
+from mpo_jax.data.tokens import Example
 from mpo_jax.model import functional
 from mpo_jax.model.functional import Model
 from mpo_jax.optim import make_optimizer, make_schedule, state_shardings
@@ -164,7 +165,8 @@ def fit_examples(
     Returns the trained parameters, and the steps made and last logged metrics for the manifest.
     """
     steps = num_steps(len(examples), epochs=train.epochs, steps=train.steps, batch_size=train.batch_size)
-    batches = TrainBatches(examples, Widths.of(examples), train.batch_size, data_seed(config.seed, stage))
+    buckets = Buckets.of(examples, config.text.length_buckets)
+    batches = TrainBatches(examples, buckets, train.batch_size, data_seed(config.seed, stage))
     learning_rate = make_learning_rate(train.optim, steps)
 
     def one(state: TrainState, k: int) -> tuple[TrainState, Metrics]:

@@ -1,4 +1,4 @@
-"""What each command does: start the process, build runs through the pipeline, print and report them."""
+"""`mpo run` and its parts: build runs through the pipeline, print and report them."""
 
 import json
 import time

@@ -12,9 +12,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from mpo_jax.config import Config, DpoConfig, OptimConfig
-from mpo_jax.data.batches import Example, Widths, map_batches, tokenize
+from mpo_jax.data.batches import Buckets, map_batches
 from mpo_jax.data.corpus import load_corpus
 from mpo_jax.data.pair_table import PairTable, Subset
+from mpo_jax.data.tokens import Example, tokenize
 from mpo_jax.losses import cdpo_loss, chosen_nll_loss, dpo_loss, ipo_loss
 from mpo_jax.model import functional, loading
 from mpo_jax.model.functional import Model
@@ -46,19 +47,13 @@ class DpoLoss:
         return dpo_loss(policy_margin_B, ref_margin_B, beta=self.beta)
 
 
-def pair_logps(model: Model, params: Params, batch: Joined) -> tuple[Float[Array, "B 2"], Any]:
-    """Summed log-probabilities of both responses, and the tokens they were read from."""
-    tokens = functional.join(batch)
-    logp_BS, _ = functional.token_logp(model, params, tokens)
-    return functional.response_sums(logp_BS, 2), tokens
-
-
 def objective(
     model: Model, loss: DpoLoss, params: Params, batch: tuple[Joined, Float[Array, "B 2"]]
 ) -> tuple[Metrics, Metrics]:
     """The preference loss, and the NLL term where it has a weight. `batch`: pairs, reference log-probs."""
     joined, ref_logp_BN = batch
-    sum_BN, tokens = pair_logps(model, params, joined)
+    tokens = functional.join(joined)
+    sum_BN = functional.response_logps(model, params, joined)
     scale_BN = jnp.maximum(joined.response_len, 1) if loss.length_normalised else jnp.ones_like(joined.response_len)
     logp_BN, ref_BN = sum_BN / scale_BN, ref_logp_BN / scale_BN
     terms = {"loss": loss.preference(logp_BN[:, 0] - logp_BN[:, 1], ref_BN[:, 0] - ref_BN[:, 1])}
@@ -88,12 +83,6 @@ def make_step(model: Model, optim: OptimConfig, loss: DpoLoss, accumulation: int
     )
 
 
-@lru_cache
-def make_pair_logps(model: Model, mesh: Mesh) -> Any:
-    """A jitted (params, batch) -> summed log-probabilities [B 2]."""
-    return jax.jit(lambda params, batch: pair_logps(model, params, batch)[0], out_shardings=replicated(mesh))
-
-
 def run(
     config: Config,
     mesh: Mesh,
@@ -121,6 +110,7 @@ def run(
     ]
 
     model, params = loading.load(init.model, config, mesh)
+    loading.save_description(folder / "model", model, codec)
     step = make_step(model, train.optim, DpoLoss.of(config.dpo), train.accumulation, mesh)
     params, trained = fit_examples(
         params, step, examples, config=config, train=train, mesh=mesh, folder=folder, stage="dpo"
@@ -132,27 +122,28 @@ def run(
 def _reference_logps(config: Config, mesh: Mesh, reference: Artifact, examples: list[Example]) -> np.ndarray:
     """[N, 2] log-probabilities under the reference, which leaves memory when this returns."""
     model, params = loading.load(reference.model, config, mesh, frozen=True)
-    logps = make_pair_logps(model, mesh)
+    logps = functional.make_response_logps(model, mesh)
     return map_batches(
         examples,
-        Widths.of(examples),
+        Buckets.of(examples, config.text.length_buckets),
         config.dpo.train.batch_size,
         lambda batch: logps(params, place_batch(batch, mesh)),
     )
 
 
 def _human_examples(config: Config, codec: TextCodec) -> list[Example]:
-    rows = load_corpus(config.data).pairs
-    return tokenize(codec, [(row.prompt, (row.chosen, row.rejected)) for row in rows])[0]
+    rows = load_corpus(config).pairs
+    texts = [(row.prompt, (row.chosen, row.rejected)) for row in rows]
+    return tokenize(codec, texts, cache=config.runtime.token_cache_folder)[0]
 
 
 def _selected(config: Config, codec: TextCodec, pairs: Artifact, subset: Subset) -> list[Example]:
     """The selection's rows with the chosen side first; responses keep the ids that were sampled."""
     table = PairTable.read(pairs.path)
     rows = table.rows(subset, config.select)
+    prompts, _ = tokenize(codec, [(table.prompt[row], ()) for row in rows], cache=config.runtime.token_cache_folder)
     examples = []
-    for row in rows:
-        chosen = int(table.chosen[row])
-        ids = table.ids[row]
-        examples.append(Example(codec.prompt(table.prompt[row]).ids, [list(ids[chosen]), list(ids[1 - chosen])]))
+    for row, example in zip(rows, prompts, strict=True):
+        chosen, ids = int(table.chosen[row]), table.ids[row]
+        examples.append(Example(example.prompt, [ids[chosen], ids[1 - chosen]]))
     return examples

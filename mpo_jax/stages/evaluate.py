@@ -11,8 +11,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mpo_jax.config import Config
-from mpo_jax.data.batches import Widths, map_batches, tokenize
+from mpo_jax.data.batches import Buckets, map_batches
 from mpo_jax.data.corpus import load_corpus
+from mpo_jax.data.tokens import tokenize
 from mpo_jax.evaluation.statistics import mean_and_se
 from mpo_jax.generate import Sampling, make_generate
 from mpo_jax.model import functional, loading
@@ -49,14 +50,15 @@ def run(
     """
     evaluate = config.evaluate
     check_batch(evaluate.batch_size, config.mesh, "evaluate.batch_size")
-    corpus = load_corpus(config.data)
+    corpus = load_corpus(config)
     codec = TextCodec(load_tokenizer(policy.model), config.text)
     model, params = loading.load(policy.model, config, mesh, frozen=True)
     sft_params = loading.load(sft.model, config, mesh, frozen=True)[1]
     reward_model, reward_params = loading.load(reward.model, config, mesh, scalar=True, frozen=True)
 
     prompts = corpus.test_prompts[: evaluate.num_prompts]
-    examples, report = tokenize(codec, [(prompt, ()) for prompt in prompts])
+    examples, report = tokenize(codec, [(prompt, ()) for prompt in prompts], cache=config.runtime.token_cache_folder)
+    buckets = Buckets.of(examples, config.text.length_buckets)
     sampling = Sampling(config.text.max_response_tokens, temperature=evaluate.temperature, greedy=evaluate.greedy)
     generate = make_generate(model, sampling, codec.eos_id, mesh)
     score = functional.make_score_pairs(reward_model, mesh)
@@ -78,7 +80,7 @@ def run(
         tracker.update(tracker.step + 1, {"tokens": joined.response_len.sum()}, log=True)
         return results
 
-    ids, length, has_eos, scores, kls = map_batches(examples, Widths.of(examples), evaluate.batch_size, sample)
+    ids, length, has_eos, scores, kls = map_batches(examples, buckets, evaluate.batch_size, sample)
     tracker.close()
     responses = [codec.decode(row[:n]) for row, n in zip(ids, length, strict=True)]
     columns: dict[str, np.ndarray] = {"score": scores, "kl": kls, "length": length, "has_eos": has_eos}

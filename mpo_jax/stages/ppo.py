@@ -16,9 +16,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from mpo_jax.config import Config, OptimConfig, PpoConfig
-from mpo_jax.data.batches import TrainBatches, Widths, num_steps, tokenize
+from mpo_jax.data.batches import Buckets, TrainBatches, num_steps
 from mpo_jax.data.corpus import load_corpus
 from mpo_jax.data.pair_table import PairTable, Subset
+from mpo_jax.data.tokens import tokenize
 from mpo_jax.generate import Sampling, make_generate
 from mpo_jax.losses import ppo_policy_loss, sft_loss, value_loss
 from mpo_jax.model import functional, loading
@@ -256,10 +257,15 @@ def run(
     reward_model, reward_params = loading.load(reward.model, config, mesh, scalar=True, frozen=True)
     critic_params = loading.load(reward.model, config, mesh, scalar=True)[1]
 
-    examples, _ = tokenize(codec, [(prompt, ()) for prompt in _prompts(config, pairs, subset)])
+    loading.save_description(folder / "model", actor_model, codec)
+    loading.save_description(folder / "critic", reward_model, codec, scalar=True)
+
+    prompts = [(prompt, ()) for prompt in _prompts(config, pairs, subset)]
+    examples, _ = tokenize(codec, prompts, cache=config.runtime.token_cache_folder)
+    buckets = Buckets.of(examples, config.text.length_buckets)
     size = ppo.train.batch_size
     iterations = num_steps(len(examples), epochs=ppo.train.epochs, steps=ppo.train.steps, batch_size=size)
-    batches = TrainBatches(examples, Widths.of(examples), size, data_seed(config.seed, "ppo"))
+    batches = TrainBatches(examples, buckets, size, data_seed(config.seed, "ppo"))
     demonstrations = _demonstrations(config, codec) if ppo.extras.ptx_coef else None
     loop = Loop(config, mesh, codec, actor_model, reward_model, ref_params, reward_params, iterations)
 
@@ -406,12 +412,14 @@ class _timed:
 
 def _prompts(config: Config, pairs: Artifact | None, subset: Subset) -> list[str]:
     if pairs is None:
-        return load_corpus(config.data).prompts
+        return load_corpus(config).prompts
     table = PairTable.read(pairs.path)
     return list(dict.fromkeys(table.prompt[row] for row in table.rows(subset, config.select)))
 
 
 def _demonstrations(config: Config, codec: TextCodec) -> TrainBatches:
-    rows = load_corpus(config.data).demonstrations
-    examples, _ = tokenize(codec, [(row.prompt, (row.response,)) for row in rows])
-    return TrainBatches(examples, Widths.of(examples), config.ppo.train.batch_size, data_seed(config.seed, "ptx"))
+    rows = load_corpus(config).demonstrations
+    texts = [(row.prompt, (row.response,)) for row in rows]
+    examples, _ = tokenize(codec, texts, cache=config.runtime.token_cache_folder)
+    buckets = Buckets.of(examples, config.text.length_buckets)
+    return TrainBatches(examples, buckets, config.ppo.train.batch_size, data_seed(config.seed, "ptx"))

@@ -12,15 +12,18 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from mpo_jax.config import Config, OptimConfig
-from mpo_jax.data.batches import Widths, map_batches, tokenize
-from mpo_jax.data.corpus import base_tokenizer, load_corpus
+from mpo_jax.data.batches import Buckets, map_batches
+from mpo_jax.data.corpus import Corpus, base_tokenizer, load_corpus
+from mpo_jax.data.tokens import tokenize
+from mpo_jax.errors import UserError
 from mpo_jax.evaluation.calibration import accuracy_by_gap
+from mpo_jax.hub import local_model
 from mpo_jax.losses import bradley_terry_loss, span_reward_loss
 from mpo_jax.model import functional, loading
 from mpo_jax.model.functional import Model
 from mpo_jax.runtime import stage_key
 from mpo_jax.sharding import place_batch, replicated
-from mpo_jax.text import TextCodec
+from mpo_jax.text import TextCodec, load_tokenizer
 from mpo_jax.train import check_sizes, fit_examples, make_update, state_sharding
 from mpo_jax.types import Artifact, Joined, Mean, Metrics, Params
 
@@ -60,37 +63,73 @@ def make_step(model: Model, optim: OptimConfig, loss: str, accumulation: int, me
 
 
 def run(config: Config, mesh: Mesh, folder: Path, *, sft: Artifact) -> dict[str, Any]:
-    """Trains, writes `model/`, and returns counts, held-out accuracy, and accuracy by gap against labels and truth."""
+    """Trains, or takes the finished model at `reward.path`; writes `model/`.
+
+    Returns counts, held-out accuracy, and accuracy by gap against labels and truth.
+    """
     check_sizes(config, config.reward.train, "reward")
-    train = config.reward.train
-    corpus = load_corpus(config.data)
+    corpus = load_corpus(config)
     codec = TextCodec(base_tokenizer(config), config.text)
+    if config.reward.path is None:
+        model, params, summary = _train(config, mesh, folder, sft, corpus, codec)
+    else:
+        model, params = _finished(config, mesh, codec)
+        summary = {"path": config.reward.path, "data": [source.to_dict() for source in corpus.reports]}
+    loading.save(folder / "model", model, params, codec)
+    return summary | _measure(config, mesh, model, params, corpus, codec)
+
+
+def _train(
+    config: Config, mesh: Mesh, folder: Path, sft: Artifact, corpus: Corpus, codec: TextCodec
+) -> tuple[Model, Params, dict[str, Any]]:
+    train = config.reward.train
     if config.reward.init == "sft":
         model, params = loading.load(sft.model, config, mesh)
     else:
         model, params = loading.load_base(config, codec, mesh, stage_key(config.seed, "init"))
     params = loading.to_scalar(model, params, mesh)
-
-    examples, report = tokenize(codec, [(row.prompt, (row.chosen, row.rejected)) for row in corpus.pairs])
+    loading.save_description(folder / "model", model, codec, scalar=True)
+    rows = [(row.prompt, (row.chosen, row.rejected)) for row in corpus.pairs]
+    examples, report = tokenize(codec, rows, cache=config.runtime.token_cache_folder)
     step = make_step(model, train.optim, config.reward.loss, train.accumulation, mesh)
     params, trained = fit_examples(
         params, step, examples, config=config, train=train, mesh=mesh, folder=folder, stage="reward"
     )
-    loading.save(folder / "model", model, params, codec)
+    sources = [source.to_dict() for source in corpus.reports]
+    return model, params, {"data": sources, "tokens": report.to_dict(), **trained}
 
-    held_out, _ = tokenize(codec, [(row.prompt, (row.chosen, row.rejected)) for row in corpus.held_out])
+
+def _finished(config: Config, mesh: Mesh, codec: TextCodec) -> tuple[Model, Params]:
+    """The reward model at `reward.path`, which must read the policy's token ids."""
+    assert config.reward.path is not None
+    source = loading.open_model(config.reward.path)
+    if not source.scalar:
+        raise UserError(f"reward.path={config.reward.path} is no reward model: it has no tensor score.weight")
+    theirs = TextCodec(load_tokenizer(local_model(config.reward.path)), config.text)
+    if theirs.tokenizer.get_vocab() != codec.tokenizer.get_vocab():
+        raise UserError(
+            f"reward.path={config.reward.path} has another tokenizer than the policy: their token ids differ, and the "
+            "reward model would read other text than was written"
+        )
+    loading.check_vocabulary(codec, source.decoder, config.reward.path)
+    return loading.load(config.reward.path, config, mesh, scalar=True)
+
+
+def _measure(
+    config: Config, mesh: Mesh, model: Model, params: Params, corpus: Corpus, codec: TextCodec
+) -> dict[str, Any]:
+    """Accuracy on the held-out pairs, against their labels and, where it is known, the truth."""
+    rows = [(row.prompt, (row.chosen, row.rejected)) for row in corpus.held_out]
+    held_out, _ = tokenize(codec, rows, cache=config.runtime.token_cache_folder)
     score = functional.make_score_pairs(model, mesh)
     score_BN = map_batches(
-        held_out, Widths.of(held_out), train.batch_size, lambda batch: score(params, place_batch(batch, mesh))
+        held_out,
+        Buckets.of(held_out, config.text.length_buckets),
+        config.reward.train.batch_size,
+        lambda batch: score(params, place_batch(batch, mesh)),
     )
     gap = score_BN[:, 0] - score_BN[:, 1]
-    summary = {
-        "data": [source.to_dict() for source in corpus.reports],
-        "tokens": report.to_dict(),
-        **trained,
-        "held_out_accuracy": float((gap > 0).mean()),
-        "accuracy_by_gap": accuracy_by_gap(gap),
-    }
+    summary = {"held_out_accuracy": float((gap > 0).mean()), "accuracy_by_gap": accuracy_by_gap(gap)}
     if corpus.utility is not None:
         truth = np.asarray(
             [corpus.utility(r.prompt, r.chosen) - corpus.utility(r.prompt, r.rejected) for r in corpus.held_out]

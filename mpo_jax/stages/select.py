@@ -11,9 +11,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mpo_jax.config import Config, SelectConfig
-from mpo_jax.data.batches import Example, Widths, map_batches, tokenize
+from mpo_jax.data.batches import Buckets, map_batches
 from mpo_jax.data.corpus import Corpus, load_corpus
 from mpo_jax.data.pair_table import PairTable
+from mpo_jax.data.tokens import Example, tokenize
 from mpo_jax.evaluation.calibration import accuracy_by_gap
 from mpo_jax.generate import Sampling, make_generate
 from mpo_jax.model import functional, loading
@@ -31,13 +32,14 @@ HISTOGRAM_BINS = 40
 def run(config: Config, mesh: Mesh, folder: Path, *, sft: Artifact, reward: Artifact) -> dict[str, Any]:
     """Writes `pairs.parquet`; returns sizes by threshold, the gap histogram, and accuracy by gap where known."""
     check_batch(config.select.batch_size, config.mesh, "select.batch_size")
-    corpus = load_corpus(config.data)
+    corpus = load_corpus(config)
     codec = TextCodec(load_tokenizer(sft.model), config.text)
     if config.select.pair_source == "sampled":
         examples, prompts = _sampled(config, mesh, folder, corpus, codec, sft)
         labels = None
     else:
-        examples, _ = tokenize(codec, [(row.prompt, (row.chosen, row.rejected)) for row in corpus.pairs])
+        rows = [(row.prompt, (row.chosen, row.rejected)) for row in corpus.pairs]
+        examples, _ = tokenize(codec, rows, cache=config.runtime.token_cache_folder)
         prompts = [row.prompt for row in corpus.pairs]
         labels = np.zeros(len(prompts), np.int32)
 
@@ -45,7 +47,7 @@ def run(config: Config, mesh: Mesh, folder: Path, *, sft: Artifact, reward: Arti
     score = functional.make_score_pairs(reward_model, mesh)
     score_BN = map_batches(
         examples,
-        Widths.of(examples),
+        Buckets.of(examples, config.text.length_buckets),
         config.select.batch_size,
         lambda batch: score(reward_params, place_batch(batch, mesh)),
     )
@@ -71,7 +73,8 @@ def _sampled(
     allowed_V = jnp.asarray(codec.allowed(model.decoder.vocab_size))
     key = stage_key(config.seed, "select")
     prompts = corpus.prompts[: config.select.num_prompts]
-    examples, _ = tokenize(codec, [(prompt, ()) for prompt in prompts])
+    examples, _ = tokenize(codec, [(prompt, ()) for prompt in prompts], cache=config.runtime.token_cache_folder)
+    buckets = Buckets.of(examples, config.text.length_buckets)
     size = config.select.batch_size
     tracker = Tracker(folder, "select", -(-len(examples) // size), tensorboard=False)
 
@@ -82,7 +85,7 @@ def _sampled(
         tracker.update(tracker.step + 1, {"tokens": tokens, "eos_rate": has_eos.mean()}, log=True)
         return joined.response, joined.response_len
 
-    response, length = map_batches(examples, Widths.of(examples), size, sample)
+    response, length = map_batches(examples, buckets, size, sample)
     tracker.close()
     return [
         Example(example.prompt, [ids[:n].tolist() for ids, n in zip(pair, lengths, strict=True)])
@@ -110,7 +113,7 @@ def _table(
         utility = np.asarray(
             [[corpus.utility(p, text) for text in pair] for p, pair in zip(prompts, texts, strict=True)], np.float64
         )
-    ids = [(e.responses[0], e.responses[1]) for e in examples]
+    ids = [(np.asarray(e.responses[0]).tolist(), np.asarray(e.responses[1]).tolist()) for e in examples]
     return PairTable(prompts, texts, ids, np.asarray(score_BN, np.float32), chosen, gap, utility)
 
 

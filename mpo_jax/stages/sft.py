@@ -8,8 +8,9 @@ import jax
 from jax.sharding import Mesh
 
 from mpo_jax.config import Config, OptimConfig
-from mpo_jax.data.batches import TokenReport, Widths, map_batches, tokenize
+from mpo_jax.data.batches import Buckets, map_batches
 from mpo_jax.data.corpus import Corpus, base_tokenizer, load_corpus
+from mpo_jax.data.tokens import TokenReport, tokenize
 from mpo_jax.losses import sft_loss
 from mpo_jax.model import functional, loading
 from mpo_jax.model.functional import Model
@@ -57,11 +58,14 @@ def run(config: Config, mesh: Mesh, folder: Path) -> dict[str, Any]:
     """Trains, writes `model/`, and returns counts, the last metrics and the held-out NLL per token."""
     check_sizes(config, config.sft.train, "sft")
     train = config.sft.train
-    corpus = load_corpus(config.data)
+    corpus = load_corpus(config)
     codec = TextCodec(base_tokenizer(config), config.text)
     model, params = loading.load_base(config, codec, mesh, stage_key(config.seed, "init"))
 
-    examples, report = tokenize(codec, [(row.prompt, (row.response,)) for row in corpus.demonstrations])
+    loading.save_description(folder / "model", model, codec)
+
+    cache = config.runtime.token_cache_folder
+    examples, report = tokenize(codec, [(row.prompt, (row.response,)) for row in corpus.demonstrations], cache=cache)
     _show(corpus, report)
     step = make_step(model, train.optim, train.accumulation, mesh)
     params, trained = fit_examples(
@@ -69,11 +73,11 @@ def run(config: Config, mesh: Mesh, folder: Path) -> dict[str, Any]:
     )
     loading.save(folder / "model", model, params, codec)
 
-    held_out, _ = tokenize(codec, [(row.prompt, (row.chosen,)) for row in corpus.held_out])
+    held_out, _ = tokenize(codec, [(row.prompt, (row.chosen,)) for row in corpus.held_out], cache=cache)
     nll = make_nll(model, mesh)
     total, count = map_batches(
         held_out,
-        Widths.of(held_out),
+        Buckets.of(held_out, config.text.length_buckets),
         train.batch_size,
         lambda batch: nll(params, place_batch(batch, mesh)),
     )

@@ -1,0 +1,54 @@
+"""Small models on disk, with the toy world's tokenizer, for the commands to open."""
+
+from pathlib import Path
+
+import jax
+import pytest
+
+from mpo_jax.config import TextConfig
+from mpo_jax.data import toy
+from mpo_jax.model import loading
+from mpo_jax.model.decoder import DecoderConfig
+from mpo_jax.model.functional import Model
+from mpo_jax.text import TextCodec
+from tests.model.tiny import random_params
+
+CHAT = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<eos>{% endfor %}"
+    "{% if add_generation_prompt %}TL;DR:{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def decoder() -> DecoderConfig:
+    vocab = -(-len(toy.make_tokenizer()) // 8) * 8
+    return DecoderConfig(
+        vocab_size=vocab, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
+        max_positions=96, tie_embeddings=True,
+    )  # fmt: skip
+
+
+def write_model(
+    folder: Path, decoder: DecoderConfig, *, scalar: bool = False, chat: bool = False, seed: int = 0
+) -> Path:
+    tokenizer = toy.make_tokenizer()
+    tokenizer.chat_template = CHAT if chat else None
+    codec = TextCodec(tokenizer, TextConfig())
+    with jax.default_device(jax.devices()[0]):
+        loading.save(folder, Model(decoder), random_params(decoder, seed, scalar=scalar), codec)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def language_model(tmp_path_factory, decoder) -> Path:
+    return write_model(tmp_path_factory.mktemp("lm") / "model", decoder)
+
+
+@pytest.fixture(scope="session")
+def chat_model(tmp_path_factory, decoder) -> Path:
+    return write_model(tmp_path_factory.mktemp("chat") / "model", decoder, chat=True)
+
+
+@pytest.fixture(scope="session")
+def reward_model(tmp_path_factory, decoder) -> Path:
+    return write_model(tmp_path_factory.mktemp("rm") / "model", decoder, scalar=True, seed=1)
