@@ -14,7 +14,7 @@ import pytest
 
 from mpo_jax import cli
 from mpo_jax.data.pair_table import PairTable
-from mpo_jax.model import weights
+from mpo_jax.model import families
 
 MICRO = Path(__file__).parent / "configs" / "micro.yaml"
 
@@ -66,7 +66,7 @@ def test_a_run_leaves_every_artifact(finished):
     assert (run / "config.yaml").is_file() and json.loads((run / "env.json").read_text())["packages"]["jax"]
     for role in ("sft", "reward", "1-dpo", "2-ppo"):
         assert (run / role / "model" / "model.safetensors").is_file()
-        assert weights.read_config(run / role / "model").num_layers == 2
+        assert families.read_config(run / role / "model").num_layers == 2
         lines = (run / role / "metrics.jsonl").read_text().splitlines()
         assert lines and all(np.isfinite(list(json.loads(line).values())).all() for line in lines)
         assert list((run / role / "tensorboard").iterdir())

@@ -52,24 +52,15 @@ def _sources(corpus: Corpus) -> Table:
 
 
 def _lengths(config: Config, reports: dict[str, TokenReport]) -> Table:
-    names = ("p50", "p90", "p99", "max")
     limits = config.text
     table = Table(title=f"Tokens before cutting to {limits.max_prompt_tokens} + {limits.max_response_tokens}")
     table.add_column("set")
-    for column in (
-        "rows",
-        *(f"prompt {name}" for name in names),
-        "cut",
-        *(f"response {name}" for name in names),
-        "cut",
-    ):
+    for column in ("rows", "prompt p50/p90/p99/max", "cut", "response p50/p90/p99/max", "cut"):
         table.add_column(column, justify="right")
     for name, report in reports.items():
-        prompt, response = (
-            [str(lengths.get(p, "")) for p in names] for lengths in (report.prompt_tokens, report.response_tokens)
-        )
-        cut = str(report.truncated_responses) if report.response_tokens else ""
-        table.add_row(name, str(report.rows), *prompt, str(report.truncated_prompts), *response, cut)
+        prompt, response = ("/".join(map(str, p.values())) for p in (report.prompt_tokens, report.response_tokens))
+        cut = str(report.truncated_responses) if response else ""
+        table.add_row(name, str(report.rows), prompt, str(report.truncated_prompts), response, cut)
     return table
 
 

@@ -1,61 +1,25 @@
-"""Rows to fixed-shape batches: tokenization, truncation, collation, and Grain's deterministic order.
+"""Examples to fixed-shape batches: length buckets, collation, and a deterministic order.
 
 A batch is a `Joined` of NumPy arrays. Batch k of a run is a function of the seed and k alone, so that resuming needs
 only the step count, and each process collates just its own rows of it.
 """
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any, NamedTuple
 
 import grain
 import jax
 import numpy as np
 
+from mpo_jax.data.tokens import Example
 from mpo_jax.errors import UserError
-from mpo_jax.text import TextCodec
 from mpo_jax.types import Joined
 
-
-@dataclasses.dataclass(frozen=True)
-class Example:
-    """A tokenized prompt with its responses, and extra numbers that travel with the row."""
-
-    prompt: list[int]
-    responses: list[list[int]]
-    extra: tuple[float, ...] = ()
-
-    @property
-    def key(self) -> int:
-        """32 bits of sha256 of the prompt's ids: what the row's random numbers are folded from."""
-        return int.from_bytes(hashlib.sha256(np.asarray(self.prompt, np.int32).tobytes()).digest()[:4], "big")
-
-
-@dataclasses.dataclass
-class TokenReport:
-    """What tokenization did: rows, and how many had their prompt or a response cut."""
-
-    rows: int = 0
-    truncated_prompts: int = 0
-    truncated_responses: int = 0
-
-    def to_dict(self) -> dict[str, int]:
-        return dataclasses.asdict(self)
-
-
-def tokenize(codec: TextCodec, rows: Sequence[tuple[str, tuple[str, ...]]]) -> tuple[list[Example], TokenReport]:
-    """Tokenizes (prompt, responses) rows and counts what was cut."""
-    report = TokenReport(rows=len(rows))
-    examples = []
-    for prompt, responses in rows:
-        prompt_ids = codec.prompt(prompt)
-        response_ids = [codec.response(response) for response in responses]
-        report.truncated_prompts += prompt_ids.truncated
-        report.truncated_responses += any(fitted.truncated for fitted in response_ids)
-        examples.append(Example(prompt_ids.ids, [fitted.ids for fitted in response_ids]))
-    return examples, report
+WINDOW = 64  # batches among which rows of similar length are brought together
+MIN_SAVING = 0.03  # of the padded tokens: what a bucket must save to be worth another compilation
+QUANTILES = 16  # candidates for the width of a bucket's prompts, and as many for its responses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +38,101 @@ class Widths:
 
         longest = max((len(r) for example in examples for r in example.responses), default=1)
         return cls(up(max(len(example.prompt) for example in examples)), up(longest) if response is None else response)
+
+
+@dataclasses.dataclass(frozen=True)
+class Buckets:
+    """The shapes that batches are padded to, the cheapest first; the last one holds every example."""
+
+    widths: tuple[Widths, ...]
+
+    @classmethod
+    def of(
+        cls, examples: Sequence[Example], count: int, *, response: int | None = None, multiple: int = 8
+    ) -> "Buckets":
+        """At most `count` widths, chosen greedily to pad the examples to few tokens: P + N*S summed over the rows.
+
+        Args:
+          examples: N responses each, the same number in all.
+          count: how many widths at most; 1 gives `Widths.of` alone.
+          response: the response width of all buckets, in place of what the examples need.
+          multiple: every other width is a multiple of it.
+
+        Raises:
+          UserError: if there are no examples.
+        """
+        if not examples:
+            raise UserError("there is nothing to make batches of: the data set is empty; check its files and filters")
+        widest = Widths.of(examples, response=response, multiple=multiple)
+        prompt, longest = _lengths(examples)
+        prompts = _candidates(prompt, widest.prompt, multiple)
+        responses = np.asarray([response]) if response is not None else _candidates(longest, widest.response, multiple)
+        # only the candidates matter to where an example fits, so examples are counted by cell of their grid
+        shape = len(prompts), len(responses)
+        cell = np.searchsorted(prompts, prompt) * shape[1] + np.searchsorted(
+            responses, np.minimum(longest, responses[-1])
+        )
+        rows = np.bincount(cell, minlength=shape[0] * shape[1]).reshape(shape)
+        cost = prompts[:, None] + len(examples[0].responses) * responses
+        chosen = _greedy(rows, cost, count)
+        chosen.sort(key=lambda place: (cost[place], place))
+        return cls(tuple(Widths(int(prompts[i]), int(responses[j])) for i, j in chosen))
+
+    def place(self, examples: Sequence[Example]) -> np.ndarray:
+        """[E] the number of the cheapest widths that hold each example."""
+        return self._first(*_lengths(examples))
+
+    def holding(self, examples: Sequence[Example]) -> Widths:
+        """The cheapest widths that hold all of the examples at once."""
+        prompt, response = _lengths(examples)
+        return self.widths[int(self._first(prompt.max(keepdims=True), response.max(keepdims=True))[0])]
+
+    def num_batches(self, examples: Sequence[Example], batch_size: int) -> int:
+        """How often `map_batches` calls its function."""
+        return int((-(-np.bincount(self.place(examples)) // batch_size)).sum())
+
+    def _first(self, prompt: np.ndarray, response: np.ndarray) -> np.ndarray:
+        holds = [(prompt <= widths.prompt) & (response <= widths.response) for widths in self.widths]
+        if not np.any(holds, 0).all():
+            raise ValueError(f"an example is longer than the widest bucket, {self.widths[-1]}")
+        return np.argmax(holds, 0)
+
+
+def _lengths(examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray]:
+    """[E] prompt lengths and [E] lengths of the longest response, 0 without any."""
+    prompt = [len(example.prompt) for example in examples]
+    response = [max((len(ids) for ids in example.responses), default=0) for example in examples]
+    return np.asarray(prompt, np.int64), np.asarray(response, np.int64)
+
+
+def _candidates(lengths: np.ndarray, widest: int, multiple: int) -> np.ndarray:
+    """Ascending widths at the quantiles of the lengths, rounded up; the last is `widest`."""
+    quantiles = np.quantile(lengths, np.linspace(0, 1, QUANTILES + 1)[1:], method="inverted_cdf")
+    rounded = -(-np.maximum(quantiles, 1) // multiple) * multiple
+    return np.unique(np.append(rounded, widest)).astype(np.int64)
+
+
+def _greedy(rows: np.ndarray, cost: np.ndarray, count: int) -> list[tuple[int, int]]:
+    """Cells of the grid to pad to: the last, then one after another the cell that saves most, while that is enough.
+
+    Args:
+      rows: [I J] examples in each cell; a cell holds those with neither index higher.
+      cost: [I J] tokens of a row padded to the cell's widths.
+      count: how many cells at most.
+    """
+    chosen = [(rows.shape[0] - 1, rows.shape[1] - 1)]
+    paid = np.full(rows.shape, cost[-1, -1])
+    while len(chosen) < count:
+        savings = {
+            (i, j): (rows[: i + 1, : j + 1] * np.maximum(paid[: i + 1, : j + 1] - cost[i, j], 0)).sum()
+            for i, j in np.ndindex(*rows.shape)
+        }
+        i, j = best = max(savings, key=lambda place: savings[place])
+        if savings[best] <= MIN_SAVING * (rows * paid).sum():
+            break
+        chosen.append(best)
+        paid[: i + 1, : j + 1] = np.minimum(paid[: i + 1, : j + 1], cost[best])
+    return chosen
 
 
 def collate(examples: Sequence[Example], widths: Widths, *, num_responses: int, size: int | None = None) -> Joined:
@@ -107,11 +166,12 @@ class TrainBatches:
     """An endless, reshuffled-every-epoch sequence of batches of one size; `batches[k]` is the k-th.
 
     An epoch's last, incomplete batch is filled from the next epoch's start: every example is seen equally often, and no
-    example twice before all others.
+    example twice before all others. With several buckets, rows of one bucket are brought together within a window of
+    batches, and the window's batches are shuffled; a batch has the cheapest widths that hold all its rows.
     """
 
     examples: Sequence[Example]
-    widths: Widths
+    buckets: Buckets
     batch_size: int
     seed: int
 
@@ -120,18 +180,52 @@ class TrainBatches:
             raise UserError("there is nothing to train on: the data set is empty")
 
     @cached_property
-    def _order(self) -> Any:
+    def _shuffled(self) -> Any:
         return grain.MapDataset.range(len(self.examples)).seed(self.seed).shuffle().repeat()
 
+    @cached_property
+    def _bucket(self) -> np.ndarray:
+        return self.buckets.place(self.examples)
+
+    @cached_property
+    def _window(self) -> Callable[[int, int], tuple[int, np.ndarray]]:
+        # a batch lies in two windows where an epoch ends in it
+        return lru_cache(maxsize=2)(self._make_window)
+
+    def _make_window(self, epoch: int, number: int) -> tuple[int, np.ndarray]:
+        """The place where a window of an epoch begins in the run's sequence of rows, and the examples from there on."""
+        count, size = len(self.examples), self.batch_size
+        first = epoch * count // size + number * WINDOW
+        begin, end = max(first * size, epoch * count), min((first + WINDOW) * size, (epoch + 1) * count)
+        rows = np.asarray([int(self._shuffled[place]) for place in range(begin, end)])
+        if len(self.buckets.widths) == 1:
+            return begin, rows
+        rows = rows[np.argsort(self._bucket[rows], kind="stable")]
+        # The rows of one batch stay together and the batches change places. The epoch's first and last one may be
+        # parts of a batch, so the rows are cut in the order in which the parts are drawn.
+        edges = np.unique(np.clip(np.arange(first, first + WINDOW + 1) * size, begin, end))
+        order = np.random.default_rng([self.seed, epoch, number]).permutation(len(edges) - 1)
+        parts = np.split(rows, np.cumsum(np.diff(edges)[order])[:-1])
+        return begin, np.concatenate([parts[i] for i in np.argsort(order)])
+
+    def _rows(self, k: int) -> np.ndarray:
+        """The numbers of the examples in global batch k."""
+        count, begin, end = len(self.examples), k * self.batch_size, (k + 1) * self.batch_size
+        parts = []
+        for epoch in range(begin // count, (end - 1) // count + 1):
+            first, rows = self._window(epoch, (k - epoch * count // self.batch_size) // WINDOW)
+            parts.append(rows[max(begin, epoch * count) - first : min(end, (epoch + 1) * count) - first])
+        return np.concatenate(parts)
+
     def __getitem__(self, k: int) -> Batch:
-        begin = k * self.batch_size
-        rows = _own_part(self.batch_size)
-        places = [begin + row for row in rows]
-        chosen = [self.examples[int(self._order[place])] for place in places]
-        joined = collate(chosen, self.widths, num_responses=len(self.examples[0].responses))
+        own = _own_part(self.batch_size)
+        batch = [self.examples[row] for row in self._rows(k)]
+        chosen = batch[own.start : own.stop]
+        # the whole batch's widths, so that all processes compile one shape
+        joined = collate(chosen, self.buckets.holding(batch), num_responses=len(self.examples[0].responses))
         extra = np.asarray([example.extra for example in chosen], np.float32).reshape(len(chosen), -1)
-        epoch = np.asarray([place // len(self.examples) for place in places], np.uint32)
-        return Batch(joined, extra, epoch)
+        places = k * self.batch_size + np.asarray(own)
+        return Batch(joined, extra, (places // len(self.examples)).astype(np.uint32))
 
 
 def _own_part(batch_size: int) -> range:
@@ -147,21 +241,45 @@ def num_steps(num_examples: int, *, epochs: float, steps: int | None, batch_size
 
 def map_batches(
     examples: Sequence[Example],
-    widths: Widths,
+    buckets: Buckets,
     batch_size: int,
     function: Callable[[Joined], Any],
 ) -> Any:
-    """Applies `function` (a batch to a pytree of [B ...] NumPy arrays) to all examples in order; drops the filler.
+    """Applies `function` (a batch to a pytree of [B ...] NumPy arrays) to all examples; drops the filler.
 
-    Returns one pytree of arrays that lead with len(examples).
+    Every example is padded to the widths of its own bucket, whatever lies beside it.
+
+    Returns:
+      One pytree of arrays that lead with len(examples), in the examples' order. Where buckets give arrays of different
+      trailing axes, the smaller are padded with zeros at the end.
+
+    Raises:
+      UserError: if there are no examples.
     """
-    parts = []
-    for begin in range(0, len(examples), batch_size):
-        part = examples[begin : begin + batch_size]
-        batch = collate(part, widths, num_responses=len(examples[0].responses), size=batch_size)
-        parts.append(jax.tree.map(partial(_first, len(part)), function(batch)))
-    return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+    if not examples:
+        raise UserError("there are no rows to run a model on: the data set is empty; check its files and filters")
+    bucket = buckets.place(examples)
+    places, parts = [], []
+    for number, widths in enumerate(buckets.widths):
+        rows = np.flatnonzero(bucket == number)
+        for begin in range(0, len(rows), batch_size):
+            part = rows[begin : begin + batch_size]
+            batch = collate(
+                [examples[row] for row in part], widths, num_responses=len(examples[0].responses), size=batch_size
+            )
+            places.append(part)
+            parts.append(jax.tree.map(partial(_first, len(part)), function(batch)))
+    return jax.tree.map(lambda *xs: _scatter(places, xs), *parts)
 
 
 def _first(count: int, x: Any) -> np.ndarray:
     return np.asarray(x)[:count]
+
+
+def _scatter(places: Sequence[np.ndarray], parts: Sequence[np.ndarray]) -> np.ndarray:
+    """The parts' rows at their places, each padded with zeros to the widest trailing axes."""
+    shape = np.max([part.shape[1:] for part in parts], axis=0).astype(int)
+    whole = np.zeros((sum(map(len, places)), *shape), np.result_type(*parts))
+    for rows, part in zip(places, parts, strict=True):
+        whole[(rows, *map(slice, part.shape[1:]))] = part
+    return whole

@@ -65,7 +65,7 @@ def run(
     kl = make_kl(model, evaluate.temperature, mesh)
     allowed_V = jnp.asarray(codec.allowed(model.decoder.vocab_size))
     key = stage_key(config.seed, "evaluate")
-    tracker = Tracker(folder, "evaluate", -(-len(examples) // evaluate.batch_size), tensorboard=False)
+    tracker = Tracker(folder, "evaluate", buckets.num_batches(examples, evaluate.batch_size), tensorboard=False)
 
     def sample(batch: Joined) -> Any:
         placed = place_batch(batch, mesh)

@@ -76,7 +76,7 @@ def _sampled(
     examples, _ = tokenize(codec, [(prompt, ()) for prompt in prompts], cache=config.runtime.token_cache_folder)
     buckets = Buckets.of(examples, config.text.length_buckets)
     size = config.select.batch_size
-    tracker = Tracker(folder, "select", -(-len(examples) // size), tensorboard=False)
+    tracker = Tracker(folder, "select", buckets.num_batches(examples, size), tensorboard=False)
 
     def sample(batch: Joined) -> Any:
         placed = place_batch(batch, mesh)

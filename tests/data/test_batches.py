@@ -1,18 +1,14 @@
-"""mpo_jax.data.batches: widths, padding, filler, and an order that depends on the seed and the step alone."""
+"""mpo_jax.data.batches: widths, padding, buckets, filler."""
 
-import itertools
-from collections import Counter
-
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpo_jax.config import TextConfig
-from mpo_jax.data import toy
-from mpo_jax.data.batches import Example, TrainBatches, Widths, collate, map_batches, num_steps, tokenize
+from mpo_jax.data.batches import Buckets, Widths, collate, map_batches, num_steps
+from mpo_jax.data.tokens import Example
 from mpo_jax.errors import UserError
-from mpo_jax.text import TextCodec
 
 EXAMPLES = [
     Example([5, 6, 7], [[8, 2], [9]], (0.5, -1.0)),
@@ -20,19 +16,12 @@ EXAMPLES = [
     Example([6, 6], [[], [7]], (1.5, 0.0)),
 ]
 WIDTHS = Widths(4, 3)
+ONE = Buckets((WIDTHS,))
 
 
 def numbered(count: int) -> list[Example]:
     """Examples whose prompt is their number."""
     return [Example([i], [[i]], (float(i),)) for i in range(count)]
-
-
-def batches(count: int, size: int, seed: int = 0) -> TrainBatches:
-    return TrainBatches(numbered(count), Widths(1, 1), size, seed)
-
-
-def numbers(batch) -> list[int]:
-    return batch.rows.prompt[:, 0].tolist()
 
 
 @pytest.mark.parametrize(
@@ -73,76 +62,118 @@ def test_collate_never_cuts(widths):
         collate(EXAMPLES, widths, num_responses=2)
 
 
-def test_a_key_depends_on_the_prompts_ids_alone():
-    key = Example([5, 6, 7], [[1]]).key
-    assert key == Example([5, 6, 7], [[2], [3]], (1.0,)).key == Example([np.int64(5), 6, 7], []).key
-    assert 0 <= key < 2**32
-    assert len({Example(list(ids), []).key for n in range(4) for ids in itertools.product(range(6), repeat=n)}) == 259
-    assert Example([1, 2], []).key == 0x34FB5C82  # sha256 of two little-endian int32; samples depend on it
+def test_collate_takes_arrays_as_well_as_lists():
+    arrays = [Example(np.asarray(e.prompt, np.int32), [np.asarray(r, np.int32) for r in e.responses]) for e in EXAMPLES]
+    assert jax.tree.all(
+        jax.tree.map(
+            np.array_equal, collate(arrays, WIDTHS, num_responses=2), collate(EXAMPLES, WIDTHS, num_responses=2)
+        )
+    )
 
 
-def test_tokenize_counts_what_it_cuts():
-    codec = TextCodec(toy.make_tokenizer(), TextConfig(max_prompt_tokens=3, max_response_tokens=4))
-    rows = [
-        (" my boss", (" should i quit", " my boss")),  # fits exactly, EOS included
-        (" my boss should i quit", (" should i quit now", " my boss, my boss")),  # all cut: one prompt, one row
-    ]
-    examples, report = tokenize(codec, rows)
-    assert report.to_dict() == {"rows": 2, "truncated_prompts": 1, "truncated_responses": 1}
-    assert [[len(e.prompt), *map(len, e.responses)] for e in examples] == [[2, 4, 3], [3, 4, 4]]
-    assert [[ids[-1] == codec.eos_id for ids in e.responses] for e in examples] == [[True, True], [False, False]]
+# buckets
 
 
-# order
+def sized(*lengths: tuple[int, ...]) -> list[Example]:
+    """Examples of (prompt, response, ...) lengths whose first prompt id is their number."""
+    return [Example([i] * p, [[1] * n for n in responses]) for i, (p, *responses) in enumerate(lengths)]
 
 
-@given(st.integers(1, 23), st.integers(1, 9), st.integers(0, 2**31 - 1))
-def test_every_epoch_is_a_permutation(count, size, seed):
-    """Read in a row, the batches are whole epochs one after another, so no example comes twice before all others."""
-    source = batches(count, size, seed)
-    stream = [n for k in range(-(-3 * count // size)) for n in numbers(source[k])][: 3 * count]
-    for epoch in range(3):
-        assert sorted(stream[epoch * count : (epoch + 1) * count]) == list(range(count))
+def padded(buckets: Buckets, examples: list[Example]) -> int:
+    num = len(examples[0].responses)
+    return sum(buckets.widths[b].prompt + num * buckets.widths[b].response for b in buckets.place(examples))
 
 
-def test_epochs_differ_and_are_counted():
-    source = batches(50, 20)
-    stream = [(n, int(e)) for k in range(5) for n, e in zip(numbers(source[k]), source[k].epoch, strict=True)]
-    assert [epoch for _, epoch in stream] == [0] * 50 + [1] * 50
-    assert source[2].epoch.tolist() == [0] * 10 + [1] * 10 and source[2].epoch.dtype == np.uint32
-    assert [n for n, _ in stream[:50]] != [n for n, _ in stream[50:]]
-    assert [n for n, _ in stream[:50]] != list(range(50))
+SIZES = st.lists(st.tuples(st.integers(1, 80), st.integers(0, 40), st.integers(0, 40)), min_size=1, max_size=60)
 
 
-def test_a_batch_depends_on_seed_and_step_alone():
-    """So a resumed run, which starts at k in a new process, sees what an unbroken one would have seen."""
-    unbroken = batches(17, 4)
-    in_order = [numbers(unbroken[k]) for k in range(30)]
-    assert [numbers(batches(17, 4)[k]) for k in reversed(range(30))][::-1] == in_order
-    assert [numbers(batches(17, 4, seed=1)[k]) for k in range(30)] != in_order
+@given(SIZES, st.integers(1, 6), st.sampled_from([1, 8]), st.sampled_from([None, 48]))
+def test_buckets_hold_everything_in_few_tokens(sizes, count, multiple, response):
+    examples = sized(*sizes)
+    buckets = Buckets.of(examples, count, multiple=multiple, response=response)
+    widest = Widths.of(examples, multiple=multiple, response=response)
+    assert 1 <= len(buckets.widths) <= count and buckets.widths[-1] == widest
+    assert len(set(buckets.widths)) == len(buckets.widths)
+    for example, place in zip(examples, buckets.place(examples), strict=True):
+        holding = [
+            w.prompt + 2 * w.response
+            for w in buckets.widths
+            if len(example.prompt) <= w.prompt and max(map(len, example.responses)) <= w.response
+        ]
+        assert min(holding) == buckets.widths[place].prompt + 2 * buckets.widths[place].response
+    fewer = [padded(Buckets.of(examples, n, multiple=multiple, response=response), examples) for n in range(1, count)]
+    assert sorted([*fewer, padded(buckets, examples)], reverse=True) == [*fewer, padded(buckets, examples)]
+    assert Buckets.of(examples[::-1], count, multiple=multiple, response=response) == buckets
+    for width in buckets.widths:
+        assert width.prompt % multiple == 0 and (width.response == response or width.response % multiple == 0)
 
 
-def test_the_batch_size_does_not_change_the_order():
-    small, large = batches(17, 2), batches(17, 8)
-    assert [n for k in range(16) for n in numbers(small[k])] == [n for k in range(4) for n in numbers(large[k])]
+@given(SIZES, st.sampled_from([None, 5]))
+def test_one_bucket_is_the_narrowest_widths(sizes, response):
+    examples = sized(*sizes)
+    assert Buckets.of(examples, 1, response=response).widths == (Widths.of(examples, response=response),)
 
 
-def test_extra_numbers_travel_with_their_row():
-    source = TrainBatches(EXAMPLES, WIDTHS, 2, seed=3)
-    seen = Counter()
-    for batch in (source[k] for k in range(3)):
-        assert (batch.extra.shape, batch.extra.dtype) == ((2, 2), np.float32)
-        for length, key, extra in zip(batch.rows.prompt_len, batch.rows.key, batch.extra, strict=True):
-            example = next(e for e in EXAMPLES if e.key == key)
-            assert (length, tuple(extra)) == (len(example.prompt), example.extra)
-            seen[int(key)] += 1
-    assert set(seen.values()) == {2}
-    assert TrainBatches([Example([1], [[2]])] * 3, WIDTHS, 2, seed=0)[0].extra.shape == (2, 0)
+@pytest.mark.parametrize(
+    ("sizes", "count", "expected"),
+    [
+        ([(8, 8)] * 50 + [(64, 64)] * 50, 4, [(8, 8), (64, 64)]),
+        ([(3, 5)] * 50 + [(60, 64)] * 50, 2, [(8, 8), (64, 64)]),
+        # neither shape holds the other, so each needs its own beside the one that holds both
+        ([(64, 8)] * 60 + [(8, 64)] * 60, 3, [(8, 64), (64, 8), (64, 64)]),
+        ([(64, 8)] * 70 + [(8, 64)] * 50, 2, [(64, 8), (64, 64)]),
+        # two responses count twice: the row of 16 + 2 * 24 costs as much as one of 64
+        ([(64, 0, 0)] * 20 + [(16, 24, 24)] * 20, 3, [(16, 24), (64, 8), (64, 24)]),
+        ([(8,)] * 30 + [(40,)] * 30 + [(96,)] * 30, 3, [(8, 8), (40, 8), (96, 8)]),
+        ([(8, 8)] * 100, 4, [(8, 8)]),
+        # cost with two responses: 40 + 2 * 8 is less than 8 + 2 * 32
+        ([(40, 8, 8)] * 20 + [(8, 32, 32)] * 20, 3, [(40, 8), (8, 32), (40, 32)]),
+        # 160 of 7200 tokens are not worth a compilation, 320 are
+        ([(56, 8)] * 20 + [(64, 8)] * 80, 4, [(64, 8)]),
+        ([(48, 8)] * 20 + [(64, 8)] * 80, 4, [(48, 8), (64, 8)]),
+    ],
+)
+def test_buckets_by_hand(sizes, count, expected):
+    assert Buckets.of(sized(*sizes), count).widths == tuple(Widths(*widths) for widths in expected)
 
 
-def test_nothing_to_train_on_is_refused():
-    with pytest.raises(UserError, match="nothing to train on"):
-        TrainBatches([], WIDTHS, 2, seed=0)
+def test_buckets_follow_the_best_of_many_shapes():
+    """With a single bucket to add, greedy is the best choice among all multiples, but for the grid's coarseness."""
+    rng = np.random.default_rng(0)
+    lengths = np.minimum(rng.lognormal([5.5, 3.5], 0.6, (400, 2)).astype(int) + 1, [512, 128])
+    examples = sized(*lengths.tolist())
+    tokens = padded(Buckets.of(examples, 2), examples)
+    widest = Widths.of(examples)
+    best = min(
+        padded(Buckets((Widths(p, r), widest)), examples)
+        for p in range(8, widest.prompt + 1, 8)
+        for r in range(8, widest.response + 1, 8)
+    )
+    alone = padded(Buckets((widest,)), examples)
+    assert alone - tokens > 0.95 * (alone - best)
+    assert padded(Buckets.of(examples, 4), examples) < 0.9 * tokens < 0.7 * alone
+
+
+def test_the_cheapest_bucket_that_holds_all_rows_is_taken():
+    """Rows of two buckets, neither of which holds the other's, need the third."""
+    buckets = Buckets((Widths(8, 64), Widths(64, 8), Widths(64, 64), Widths(96, 96)))
+    assert buckets.holding(sized((8, 9), (8, 64))) == Widths(8, 64)
+    assert buckets.holding(sized((8, 8))) == Widths(8, 64)
+    assert buckets.holding(sized((9, 8))) == Widths(64, 8)
+    assert buckets.holding(sized((8, 64), (64, 8))) == Widths(64, 64)
+    assert buckets.holding(sized((8, 64), (65, 8))) == Widths(96, 96)
+
+
+def test_longer_examples_than_the_buckets_are_refused():
+    buckets = Buckets.of(sized((8, 8)), 1)
+    for example in sized((9, 8)) + sized((8, 9)):
+        with pytest.raises(ValueError, match="longer than the widest bucket"):
+            buckets.place([example])
+
+
+def test_no_examples_make_no_buckets():
+    with pytest.raises(UserError, match="nothing to make batches of"):
+        Buckets.of([], 2)
 
 
 @pytest.mark.parametrize(
@@ -164,8 +195,51 @@ def test_map_batches_keeps_the_order_and_drops_the_filler(size):
         shapes.append(rows.prompt.shape)
         return {"number": rows.prompt[:, 0], "length": (rows.response_len, rows.prompt_len * 2.0)}
 
-    result = map_batches(numbered(7), Widths(1, 1), size, function)
+    result = map_batches(numbered(7), Buckets((Widths(1, 1),)), size, function)
     assert result["number"].tolist() == list(range(7))
     assert result["length"][0].tolist() == [[1]] * 7
     assert result["length"][1].tolist() == [2.0] * 7
     assert set(shapes) == {(size, 1)} and len(shapes) == -(-7 // size)
+
+
+def test_map_batches_pads_each_row_to_its_own_bucket():
+    sizes = [(4, 2), (30, 2), (4, 20), (8, 8), (30, 20), (2, 1), (31, 3)]
+    buckets = Buckets((Widths(8, 8), Widths(32, 8), Widths(32, 24)))
+    seen = []
+
+    def function(rows):
+        seen.append((rows.prompt.shape, rows.response.shape))
+        width = np.full(rows.prompt_len.shape, rows.prompt.shape[1] + rows.response.shape[2])
+        return rows.prompt[:, 0], width, rows.response, rows.prompt_len.astype(np.float64)[:, None] / 2
+
+    number, width, response, half = map_batches(sized(*sizes), buckets, 2, function)
+    assert number.tolist() == list(range(7))
+    assert width.tolist() == [16, 40, 56, 16, 56, 16, 40]
+    assert response.shape == (7, 1, 24) and response.dtype == np.int32
+    assert response.sum((1, 2)).tolist() == [n for _, n in sizes]
+    assert half.tolist() == [[p / 2] for p, _ in sizes] and half.dtype == np.float64
+    shapes = [((2, w.prompt), (2, 1, w.response)) for w in buckets.widths]
+    assert seen == [shapes[0], shapes[0], shapes[1], shapes[2]]
+    assert buckets.num_batches(sized(*sizes), 2) == 4
+
+
+@given(SIZES, st.integers(1, 4), st.integers(1, 9))
+def test_map_batches_agrees_with_row_by_row(sizes, count, size):
+    examples = sized(*sizes)
+    buckets = Buckets.of(examples, count)
+    calls = []
+
+    def function(rows):
+        calls.append(rows)
+        return rows.prompt, rows.response_len
+
+    prompt, length = map_batches(examples, buckets, size, function)
+    assert [[i for i in row if i] for row in prompt.tolist()] == [[i for i in e.prompt if i] for e in examples]
+    assert length.tolist() == [[len(r) for r in e.responses] for e in examples]
+    assert {rows.prompt.shape[0] for rows in calls} == {size}
+    assert len(calls) == buckets.num_batches(examples, size)
+
+
+def test_map_batches_of_nothing_is_refused():
+    with pytest.raises(UserError, match="no rows to run a model on"):
+        map_batches([], ONE, 2, lambda rows: rows.prompt)
