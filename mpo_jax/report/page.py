@@ -27,6 +27,7 @@ Rows = list[dict[str, Any]]
 DATA_KINDS = {
     "toy": "the toy TL;DR world",
     "hh": "preference pairs in the HH-RLHF format",
+    "tldr": "Reddit posts with summaries (TL;DR)",
     "pairs": "preference pairs from local files",
 }
 STAGE_NAMES = {"sft": "SFT", "reward": "Reward model", "dpo": "DPO", "ppo": "PPO"}
