@@ -150,6 +150,37 @@ def test_variants_share_sft_reward_and_selection(copied):
     assert parents["reference"] == manifest(copied, "mpo", "1-dpo")["parents"]["init"] != parents["init"]
 
 
+def test_a_finished_reward_model_takes_the_trained_one_s_place(finished, copied, capsys):
+    """`reward.path`: nothing is trained, and selection and PPO get the very same scores."""
+    given = (finished / "runs" / "mpo" / "reward" / "model").resolve()
+    assert mpo("run", MICRO, f"workdir={copied}", f"reward.path={given}") == 0
+    summary = manifest(copied, "mpo", "reward")["summary"]
+    trained = manifest(finished, "mpo", "reward")["summary"]
+    assert "steps" not in summary and summary["path"] == str(given)
+    for key in ("held_out_accuracy", "accuracy_by_gap", "data"):
+        assert summary[key] == trained[key]
+    assert manifest_folder(copied, "mpo", "sft").name == manifest_folder(finished, "mpo", "sft").name
+    before, after = (PairTable.read(folder / "runs" / "mpo" / "select") for folder in (finished, copied))
+    np.testing.assert_array_equal(before.score, after.score)
+    assert manifest(copied, "mpo", "evaluate")["summary"] == manifest(finished, "mpo", "evaluate")["summary"]
+    capsys.readouterr()
+    policy = given.parents[1] / manifest_folder(finished, "mpo", "sft").name / "model"
+    assert mpo("reward", MICRO, f"workdir={copied}", f"reward.path={policy}") == 2
+    assert "is no reward model: it has no tensor score.weight" in capsys.readouterr().err
+
+
+def test_a_reward_model_of_other_tokens_is_refused(finished, tmp_path, capsys):
+    """The same words under other numbers: nothing would fail, and every score would be of another text."""
+    other = tmp_path / "reward"
+    shutil.copytree((finished / "runs" / "mpo" / "reward" / "model").resolve(), other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab[" my"], vocab[" boss"] = vocab[" boss"], vocab[" my"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert mpo("reward", MICRO, f"workdir={finished}", f"reward.path={other}") == 2
+    assert "has another tokenizer than the policy" in capsys.readouterr().err
+
+
 def test_frozen_models_stay_as_they_were(copied):
     """PPO's reference and reward model on disk, and what they compute, are untouched by the training that used them."""
     digest = lambda role: (copied / f"runs/mpo/{role}/model/model.safetensors").read_bytes()  # noqa: E731
@@ -268,7 +299,7 @@ def test_options_of_the_other_stages(tmp_path):
         (["mesh.fsdp=3"], ["sft.train.batch_size", "3"]),
         (["mesh.fsdp=64"], ["64", "devices"]),
         (["text.max_prompt_tokens=100"], ["max_prompt_tokens", "positions"]),
-        (["data.kind=pairs", f"data.path={MICRO}"], [f"{MICRO}:1", "JSON"]),
+        (["data.kind=pairs", f"data.path={MICRO}"], [f"{MICRO}: ", ".jsonl", ".parquet"]),
         (["experiment=nonsense"], ["experiment"]),
         (["workdir=/dev/null/below-a-file"], ["cannot write to workdir /dev/null/below-a-file", "workdir=DIR"]),
     ],
