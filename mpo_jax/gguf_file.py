@@ -1,13 +1,20 @@
-"""A GGUF file: metadata and tensors, read by the gguf package and checked here."""
+"""A GGUF file: metadata and tensors, read by the gguf package and checked here.
+
+Imported only where a GGUF file is named, so that everything else works without that package.
+"""
 
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 
 from mpo_jax.errors import UserError
+
+try:
+    import gguf
+except ModuleNotFoundError as error:
+    raise UserError("a GGUF file is read by the package gguf, which is not installed: pip install gguf") from error
 
 
 class _Reader(gguf.GGUFReader):
@@ -59,12 +66,16 @@ class GgufFile:
         """A tensor as float32, rows first as in PyTorch, dequantised where it is quantised."""
         tensor = self.tensors[name]
         try:
-            values = gguf.dequantize(tensor.data, tensor.tensor_type)
-            return np.asarray(values, np.float32).reshape(tuple(int(n) for n in reversed(tensor.shape)))
+            # damaged scales overflow, which is told below
+            with np.errstate(all="ignore"):
+                values = gguf.dequantize(tensor.data, tensor.tensor_type)
+            values = np.asarray(values, np.float32).reshape(tuple(int(n) for n in reversed(tensor.shape)))
         except (ValueError, NotImplementedError) as error:
-            raise UserError(
-                f"{self.path}: cannot dequantise tensor {name} ({tensor.tensor_type.name}): {error}"
-            ) from error
+            kind = tensor.tensor_type.name
+            raise UserError(f"{self.path}: cannot dequantise tensor {name} ({kind}): {error}") from error
+        if values.size and not (np.isfinite(values.min()) and np.isfinite(values.max())):
+            raise UserError(f"{self.path}: tensor {name} holds infinite or undefined values: fetch the file again")
+        return values
 
 
 @lru_cache(maxsize=2)

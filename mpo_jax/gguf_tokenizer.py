@@ -71,7 +71,8 @@ def _bpe(
     try:
         return Tokenizer(models.BPE(vocab, merges, **options))
     except Exception as error:  # the library in Rust raises nothing more special
-        raise UserError(f"{file.path}: tokenizer.ggml.tokens and their merges do not fit together: {error}") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{file.path}: tokenizer.ggml.tokens and .merges do not fit together: {reason}") from error
 
 
 def _byte_level(file: GgufFile, tokens: list[str], types: list[int]) -> Tokenizer:

@@ -15,7 +15,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mpo_jax.config import TextConfig
 from mpo_jax.errors import UserError
-from mpo_jax.gguf_tokenizer import read_tokenizer
 
 # one call of the tokenizer: enough texts to keep its threads busy, few enough for their offsets and masks in memory
 CHUNK_TEXTS = 1000
@@ -246,6 +245,8 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """
     folder = Path(folder)
     if folder.suffix == ".gguf":
+        from mpo_jax.gguf_tokenizer import read_tokenizer
+
         return read_tokenizer(folder)
     if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer.model").is_file():
         raise UserError(f"{folder} holds no tokenizer.json or tokenizer.model: a model folder needs its tokenizer")

@@ -1,5 +1,6 @@
 """The model inside a GGUF file: its sizes, and its tensors under Hugging Face's names and in Hugging Face's layout."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from mpo_jax.model.decoder import DecoderConfig, RopeScaling, rope_frequencies
 from mpo_jax.model.families import FAMILIES, check_sizes
 from mpo_jax.model.weights import TABLE
 
+LAYER = re.compile(r"blk\.(\d+)\.")
+NAMES = {entry.gguf: entry.name for entry in TABLE}
 ROPE_FACTORS = "rope_freqs.weight"
 """Llama 3's divisors of the rotary frequencies, [K/2], which llama.cpp stores in place of their four constants."""
 
@@ -23,9 +26,9 @@ def read_config(path: Path) -> DecoderConfig:
       UserError: a corrupt file, or an architecture or option that is not supported; names the key.
     """
     file = open_gguf(path)
-    if (parts := file.get("split.count", 1)) > 1:
-        raise UserError(f"{path} is one of {parts} parts: join them first (llama-gguf-split --merge)")
-    family = file.require("general.architecture")
+    if file.get("split.count", 1) != 1:
+        raise UserError(f"{path} is one of several parts: join them first (llama-gguf-split --merge)")
+    family = str(file.require("general.architecture"))
     if family not in FAMILIES or family == "mistral":
         known = ", ".join(name for name in FAMILIES if name != "mistral")
         raise UserError(f"{path}: general.architecture={family!r} is not supported; supported: {known}")
@@ -57,6 +60,12 @@ def read_config(path: Path) -> DecoderConfig:
         qk_norm=FAMILIES[family].qk_norm,
     )
     check_sizes(config, path)
+    layers = {int(match[1]) for match in map(LAYER.match, file.tensors) if match}
+    if layers != set(range(len(layers))) or len(layers) != config.num_layers:
+        raise UserError(
+            f"{path}: {family}.block_count={config.num_layers}, but there are tensors of {len(layers)} layers: "
+            "fetch the file again"
+        )
     if (turned := number("rope.dimension_count", head_dim)) != head_dim:
         raise UserError(f"{path}: {family}.rope.dimension_count={turned} of {head_dim} is not supported")
     return replace(config, rope_scaling=_rope_scaling(file, config))
@@ -87,13 +96,7 @@ class GgufTensors:
         self.where = str(path)
         self._file = open_gguf(path)
         self._config = read_config(path)
-        renamed = {
-            entry.gguf.format(i=i): entry.name.format(i=i)
-            for entry in TABLE
-            for i in (range(self._config.num_layers) if entry.stacked else (0,))
-        }
-        # a tensor that the table does not know keeps its name, to be refused by it
-        self._names = {renamed.get(name, name): name for name in self._file.tensors if name != ROPE_FACTORS}
+        self._names = {_renamed(name): name for name in self._file.tensors if name != ROPE_FACTORS}
 
     def names(self) -> set[str]:
         return set(self._names)
@@ -103,6 +106,13 @@ class GgufTensors:
         if self._config.family == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
             return _halves(tensor, self._config.head_dim)
         return tensor
+
+
+def _renamed(name: str) -> str:
+    """The Hugging Face name; a tensor that the table does not know keeps its own, to be refused by it."""
+    layer = LAYER.match(name)
+    known = NAMES.get(LAYER.sub("blk.{i}.", name))
+    return name if known is None else known.format(i=layer[1]) if layer else known
 
 
 def _halves(weight: np.ndarray, head_dim: int) -> np.ndarray:

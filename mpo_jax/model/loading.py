@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from mpo_jax.config import Config
 from mpo_jax.errors import UserError
 from mpo_jax.hub import local_model
-from mpo_jax.model import families, functional, gguf_weights, weights
+from mpo_jax.model import families, functional, weights
 from mpo_jax.model.decoder import DecoderConfig
 from mpo_jax.model.functional import Model
 from mpo_jax.runtime import compute_dtype
@@ -42,6 +42,8 @@ def open_model(path: str | Path) -> Source:
     """
     local = local_model(str(path))
     if local.suffix == ".gguf":
+        from mpo_jax.model import gguf_weights
+
         return Source(gguf_weights.read_config(local), gguf_weights.GgufTensors(local))
     return Source(families.read_config(local), weights.SafetensorsFolder(local))
 

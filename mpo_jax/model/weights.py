@@ -176,15 +176,17 @@ def load_params(tensors: Tensors, config: DecoderConfig, mesh: Mesh, *, scalar: 
         entry, sharding = ENTRIES[".".join(path)], shardings[path]
         read = partial(_read, tensors, entry, config=config)
         if not entry.stacked:
-            params[path] = _cast(_place(read(entry.name, shape.shape), sharding), dtype, sharding)
+            params[path] = jax.block_until_ready(
+                _cast(_place(read(entry.name, shape.shape), sharding), dtype, sharding)
+            )
             continue
         stack = jnp.zeros(shape.shape, dtype, device=sharding)
         layer_sharding = NamedSharding(mesh, PartitionSpec(*sharding.spec[1:]))
         for i in range(config.num_layers):
             # no name for the tensor and no read ahead of the device: either would keep a second one on the host
-            layer = _place(read(entry.name.format(i=i), shape.shape[1:]), layer_sharding)
-            stack = jax.block_until_ready(_set_layer(stack, layer, i))
-            del layer
+            stack = jax.block_until_ready(
+                _set_layer(stack, _place(read(entry.name.format(i=i), shape.shape[1:]), layer_sharding), i)
+            )
         params[path] = stack
     return unflatten_dict(params)
 

@@ -1,6 +1,7 @@
 """mpo_jax.model.decoder: each part against NumPy in float64, and relations between the parts."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,8 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 
 from mpo_jax.model import decoder, functional
-from mpo_jax.model.decoder import MLP, PARAM_AXES, Block, RMSNorm, ScalarHead
-from tests.model.tiny import DECODER, batch, close, random_params
+from mpo_jax.model.decoder import MLP, PARAM_AXES, Block, RMSNorm, RopeScaling, ScalarHead
+from tests.model.tiny import DECODER, RECORDED, batch, close, load_folder, random_params
 
 B, T, D, H, G, K = 2, 7, DECODER.hidden_size, DECODER.num_heads, DECODER.num_kv_heads, DECODER.head_dim
 
@@ -32,7 +33,7 @@ def block(params) -> Block:
     return nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: Block(DECODER, rngs=nnx.Rngs(0)))), params)
 
 
-def part(module, params):
+def part(module, params) -> Any:
     return nnx.merge(nnx.graphdef(module), params)
 
 
@@ -180,11 +181,86 @@ def test_grouped_queries_equal_repeated_heads():
     close(functional.logits(functional.Model(many), wide, tokens), few_logits, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["mistral", "qwen2_score", "qwen3"])
+def test_decoding_with_a_cache_equals_the_full_forward(name):
+    """Token by token behind prompts of several lengths, with garbage in the slots still to be written."""
+    config, params = load_folder(RECORDED / name)
+    model, (P, S) = functional.Model(config), (9, 8)
+    joined = batch([4, 9, 1], [[8], [8], [8]], width=(P, S))
+    wanted = jax.jit(functional.hidden_states, static_argnums=0)(model, params, functional.join(joined))
+    prompts = dataclasses.replace(joined, response=joined.response[..., :0], response_len=0 * joined.response_len)
+    hidden, cache = jax.jit(functional.prefill, static_argnums=0)(model, params, functional.join(prompts))
+    prompt_len = jnp.asarray(joined.prompt_len)
+    for row, length in enumerate(joined.prompt_len):
+        close(hidden[row, :length], wanted[row, :length], atol=1e-4)
+    cache = tuple(jnp.pad(x, ((0, 0),) * 3 + ((0, S), (0, 0)), constant_values=50.0) for x in cache)
+    step = jax.jit(functional.decode_step, static_argnums=0)
+    for t in range(S):
+        slot = jnp.asarray(P + t)
+        visible = functional.visible_slots(model, prompt_len, P, slot, P + S)
+        out, cache = step(model, params, joined.response[:, 0, t], prompt_len + t, cache, visible, slot)
+        close(out, wanted[:, P + t], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("window", [1, 3, 5])
+def test_window_is_counted_by_position(window):
+    """Changing a token moves exactly the answers at most window - 1 positions later, through one layer."""
+    config = dataclasses.replace(DECODER, num_layers=1, sliding_window=window)
+    model, params = functional.Model(config), random_params(config)
+    joined = batch([6], [[5, 5]], width=(9, 5))  # a gap of padding between the prompt and its two responses
+    tokens = functional.join(joined)
+    position, branch = np.asarray(tokens.position)[0], np.asarray(tokens.branch)[0]
+    forward = jax.jit(functional.hidden_states, static_argnums=0)
+    before = forward(model, params, tokens)
+    for changed in (2, 5, 10):
+        other = dataclasses.replace(tokens, ids=tokens.ids.at[0, changed].add(1))
+        moved = np.abs(np.asarray(forward(model, params, other) - before)[0]).max(-1) > 1e-6
+        distance = position - position[changed]
+        seen = (branch[changed] == 0) | (branch == branch[changed])
+        reached = seen & (distance >= 0) & (distance < window)
+        real = np.asarray(tokens.segment)[0] > 0
+        np.testing.assert_array_equal(moved[real], reached[real])
+
+
+def test_stretched_frequencies():
+    """By hand: turns within the pre-trained length decide; the ends stay or are divided, the middle blends."""
+    config = dataclasses.replace(DECODER, head_dim=8, rope_theta=1e4)
+    plain = np.array([1.0, 0.1, 0.01, 0.001])
+    close(decoder.rope_frequencies(config), plain)
+    linear = dataclasses.replace(config, rope_scaling=RopeScaling("linear", 4.0))
+    close(decoder.rope_frequencies(linear), plain / 4)
+    # 200 / wavelength: 31.8, 3.18, 0.318, 0.0318
+    llama3 = dataclasses.replace(config, rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 200))
+    kept = (20 / (2 * np.pi) - 1) / 3
+    close(decoder.rope_frequencies(llama3), [1.0, 0.1 * (kept + (1 - kept) / 8), 0.01 / 8, 0.001 / 8])
+
+
+def test_biases_and_norms_of_queries_and_keys():
+    """In NumPy: bias first, then the norm of each head, then the rotation; values have the bias alone."""
+    config = dataclasses.replace(DECODER, qkv_bias=True, qk_norm=True)
+    params = jax.tree.map(lambda x: x[0], random_params(config)["layers"]["attention"])
+    p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    attention = part(decoder.Attention(config, rngs=nnx.Rngs(0)), params)
+    x, position = normal(B, T, D), np.arange(T)[None].repeat(B, 0)
+    cos, sin = decoder.rope_tables(config, jnp.asarray(position))
+    q, k, v = attention.project(f32(x), cos, sin)
+
+    def reference(name, heads):
+        y = np.einsum("btd,dhk->bthk", x, p[name]) + p[f"{name}_bias"]
+        if name == "v":
+            return y
+        y = y / np.sqrt((y**2).mean(-1, keepdims=True) + config.norm_eps) * p[f"{name}_norm"]["scale"]
+        return np.asarray(decoder.rotate(f32(y), cos, sin))
+
+    for name, ours in zip("qkv", (q, k, v), strict=True):
+        close(ours, reference(name, ours.shape[2]), atol=1e-4)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("scalar", [False, True])
 def test_every_parameter_has_axes(tied, scalar):
-    config = dataclasses.replace(DECODER, tie_embeddings=tied)
-    flat = flatten_dict(functional.abstract_params(config, scalar=scalar))
+    config = dataclasses.replace(DECODER, tie_embeddings=tied, qkv_bias=not scalar, qk_norm=not scalar)
+    flat: dict[Any, Any] = flatten_dict(functional.abstract_params(config, scalar=scalar))
     for path, leaf in flat.items():
         assert len(PARAM_AXES[".".join(path)]) == leaf.ndim, path
         assert leaf.dtype == jnp.float32
@@ -198,7 +274,7 @@ def test_initial_parameters():
     """Standard deviations as stated, norms at one, and no two layers alike."""
     config = dataclasses.replace(DECODER, num_layers=8, init_std=0.1)
     params = jax.jit(functional.init_params, static_argnums=0)(config, jax.random.key(0))
-    flat = flatten_dict(jax.device_get(params), sep=".")
+    flat: dict[Any, Any] = flatten_dict(jax.device_get(params), sep=".")
     for name, leaf in flat.items():
         if name.endswith("scale"):
             assert (leaf == 1).all()

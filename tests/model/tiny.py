@@ -1,14 +1,24 @@
-"""Tiny models and batches for the tests of the model and of generation."""
+"""Tiny models and batches for the tests of the model and of generation, drawn here or recorded from transformers."""
+
+from functools import lru_cache
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors.numpy import load_file
 
 from mpo_jax.config import MeshConfig
-from mpo_jax.model import functional
+from mpo_jax.model import families, functional, weights
 from mpo_jax.model.decoder import DecoderConfig
+from mpo_jax.model.functional import Model
 from mpo_jax.sharding import make_mesh
-from mpo_jax.types import Joined, Params
+from mpo_jax.types import Joined, Params, Tokens
+
+RECORDED = Path(__file__).resolve().parents[1] / "fixtures" / "models"
+"""Folders that tests/fixtures/make_model_fixtures.py made, each named as in it."""
+LANGUAGE_MODELS = ("untied", "tied", "llama3", "linear", "mistral", "qwen2", "qwen3")
+REWARD_MODELS = ("llama_score", "qwen2_score")
 
 # grouped queries, heads narrower than hidden_size / num_heads would be; every size divides over 2, 4 and 8 devices
 DECODER = DecoderConfig(
@@ -61,6 +71,37 @@ def batch(prompt_len, response_len, *, width=None, seed: int = 0, vocab: int = 4
 
 def mesh_of(data: int, fsdp: int, tensor: int) -> jax.sharding.Mesh:
     return make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
+
+
+@lru_cache
+def recorded() -> dict[str, np.ndarray]:
+    """Inputs, and what transformers answers to them by each model."""
+    return load_file(RECORDED / "expected.safetensors")
+
+
+def recorded_tokens(config: DecoderConfig) -> Tokens:
+    """The recorded inputs, with positions far apart where the frequencies are stretched."""
+    segment = jnp.asarray(recorded()["attention_mask"], jnp.int32)
+    return Tokens(
+        ids=jnp.asarray(recorded()["input_ids"], jnp.int32),
+        position=jnp.asarray(recorded()["far_position_ids" if config.rope_scaling else "position_ids"], jnp.int32),
+        segment=segment,
+        branch=jnp.zeros_like(segment),
+        loss_mask=segment > 0,
+    )
+
+
+def load_folder(folder: Path, mesh=None, *, dtype="float32", scalar=None) -> tuple[DecoderConfig, Params]:
+    """Sizes and parameters; scalar where the weights are, unless `scalar` says otherwise."""
+    config, tensors = families.read_config(folder), weights.SafetensorsFolder(folder)
+    scalar = "score.weight" in tensors.names() if scalar is None else scalar
+    return config, weights.load_params(tensors, config, mesh or mesh_of(1, 1, 1), scalar=scalar, dtype=dtype)
+
+
+def answers(config: DecoderConfig, params: Params, tokens: Tokens) -> np.ndarray:
+    """Logits, or scores of a scalar model; compiled, as the stages run it."""
+    function = functional.scores if "score" in params else functional.logits
+    return np.asarray(jax.jit(function, static_argnums=0)(Model(config), params, tokens))
 
 
 def close(actual, expected, *, rtol=1e-5, atol=1e-6):
