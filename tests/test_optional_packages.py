@@ -35,7 +35,8 @@ def test_local_rows_and_folders_need_neither(shared_data, tmp_path):
 )
 def test_absence_is_one_message(package, keys, tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 50)
+    rows = "".join(json.dumps({"prompt": str(n), "chosen": "b", "rejected": "c"}) + "\n" for n in range(99))
+    (tmp_path / "rows.jsonl").write_text(rows)
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved" / "state.json").write_text("{}")
     (tmp_path / "saved" / "dataset_info.json").write_text("{}")

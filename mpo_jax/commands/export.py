@@ -43,7 +43,7 @@ def export(path: str, target: Path, *, critic: bool, dtype: Dtype, overrides: tu
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         decoder, params, where = _read(found, mesh, dtype, critic=critic)
-        codec = TextCodec(load_tokenizer(local_model(str(found))), config.text)
+        codec = TextCodec(load_tokenizer(found), config.text)
         loading.check_vocabulary(codec, decoder, found)
         partial = target.with_name(f".{target.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)

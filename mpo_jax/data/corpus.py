@@ -5,7 +5,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable
 from functools import cache, lru_cache, partial
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
