@@ -31,3 +31,13 @@ def shared_data() -> Path:
         if folder.is_dir():
             return folder
     pytest.skip(f"no real data: neither {beside} nor the folder that MPO_SHARED_DATA names exists")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct, a real instruct model as a GGUF file of 98 MB."""
+    fetched = Path(__file__).parents[1] / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    path = Path(os.environ.get("MPO_SMOLLM2") or fetched)
+    if not path.is_file():
+        pytest.skip(f"no {path}: run launch/get_smollm2.sh, or name the file in MPO_SMOLLM2")
+    return path

@@ -4,8 +4,6 @@ The patterns stand here as in the models' own tokenizer.json files.
 """
 
 import json
-import os
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -326,13 +324,9 @@ def test_missing_scores(smollm, tmp_path):
         read(tmp_path, smollm, **{"tokenizer.ggml.model": "llama"})
 
 
-def test_real_file():
+def test_real_file(smollm2):
     """SmolLM2's tokenizer: digits one by one, markers whole, any text there and back."""
-    beside = Path(__file__).resolve().parents[2] / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    path = Path(os.environ.get("MPO_SMOLLM2") or beside)
-    if not path.is_file():
-        pytest.skip(f"no SmolLM2: neither {beside} nor the file that MPO_SMOLLM2 names exists")
-    ours = read_tokenizer(path)
+    ours = read_tokenizer(smollm2)
     assert ours.convert_ids_to_tokens(ids_of(ours, " hi 123")) == ["Ġhi", "Ġ", "1", "2", "3"]
     assert ids_of(ours, "<|im_start|>user\n") == [1, 4093, 198]
     for text in CORPUS:

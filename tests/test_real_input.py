@@ -1,18 +1,15 @@
 """Real files through every stage: HH-RLHF and TL;DR rows and a pretrained Llama, cut down to seconds."""
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from mpo_jax.data.pair_table import PairTable
 from tests.test_pipeline import manifest, mpo
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "hh_stories260k.yaml"
-SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHORT = (
     "data.max_rows=80", "data.validation_fraction=0.2", "text.max_prompt_tokens=48", "text.max_response_tokens=16",
     "sft.train.steps=2", "reward.train.steps=2", "select.num_prompts=32", "select.batch_size=16", "dpo.train.steps=2",
@@ -72,15 +69,6 @@ def test_tldr_posts_go_through_every_stage(shared_data, tmp_path):
     assert summary["tokens"]["truncated_prompts"] == summary["tokens"]["rows"] and summary["tokens"]["prompt_tokens"]
     samples = (tmp_path / "runs/mpo/evaluate/samples.jsonl").read_text().splitlines()
     assert all(json.loads(line)["prompt"].endswith("TL;DR:") for line in samples)
-
-
-@pytest.fixture
-def smollm2() -> Path:
-    """A real instruct model; launch/get_smollm2.sh fetches it."""
-    path = Path(os.environ.get("MPO_SMOLLM2") or ROOT / "models" / SMOLLM2)
-    if not path.is_file():
-        pytest.skip(f"no {path}: run launch/get_smollm2.sh, or set MPO_SMOLLM2")
-    return path
 
 
 def test_an_instruct_model_knows_the_capital_of_france(smollm2, capsys):

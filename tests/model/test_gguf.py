@@ -4,7 +4,6 @@ The files are written here from the recorded Hugging Face folders; names come fr
 """
 
 import dataclasses
-import os
 import time
 from pathlib import Path
 
@@ -310,16 +309,6 @@ def test_flipped_bytes_of_the_description(tmp_path_factory, intact, flips):
 
 
 # ---- a real file ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def smollm2() -> Path:
-    """SmolLM2-135M-Instruct, 98 MB; too large for the repository."""
-    beside = Path(__file__).resolve().parents[3] / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    for path in (Path(os.environ.get("MPO_SMOLLM2") or beside), beside):
-        if path.is_file():
-            return path
-    pytest.skip(f"no SmolLM2: neither {beside} nor the file that MPO_SMOLLM2 names exists")
 
 
 def test_real_file(smollm2, mesh):

@@ -65,7 +65,7 @@ def test_reward_reads_the_last_real_token():
 def test_dpo_at_policy_equals_reference(kind, expected):
     """log 2 for DPO whatever the smoothing, (1 / 2 beta)^2 for IPO; implicit rewards 0."""
     params = random_params(DECODER)
-    ref, _ = dpo.pair_logps(MODEL, params, PAIRS)
+    ref = functional.response_logps(MODEL, params, PAIRS)
     terms, metrics = dpo.objective(MODEL, dpo.DpoLoss(kind, 0.1, 0.1, False, 0.0), params, (PAIRS, ref))
     close(terms["loss"].value, expected)
     assert (
@@ -75,19 +75,19 @@ def test_dpo_at_policy_equals_reference(kind, expected):
 
 def test_dpo_gradient_raises_chosen_and_lowers_rejected():
     params = random_params(DECODER)
-    ref, _ = dpo.pair_logps(MODEL, params, PAIRS)
+    ref = functional.response_logps(MODEL, params, PAIRS)
     objective = partial(dpo.objective, MODEL, dpo.DpoLoss("dpo", 0.1, 0.0, False, 0.0))
     grads, _ = gradients(objective, params, (PAIRS, ref), accumulation=1)
     moved = jax.tree.map(lambda p, g: p - 1e-3 * g, params, grads)
-    after, _ = dpo.pair_logps(MODEL, moved, PAIRS)
+    after = functional.response_logps(MODEL, moved, PAIRS)
     margin = lambda logp: (logp[:, 0] - logp[:, 1]).mean()  # noqa: E731
     assert margin(after) > margin(ref)
 
 
 def test_dpo_length_normalisation_divides_both_sides():
     params, other = random_params(DECODER), random_params(DECODER, 1)
-    ref, _ = dpo.pair_logps(MODEL, other, PAIRS)
-    policy, _ = dpo.pair_logps(MODEL, params, PAIRS)
+    ref = functional.response_logps(MODEL, other, PAIRS)
+    policy = functional.response_logps(MODEL, params, PAIRS)
     terms, metrics = dpo.objective(MODEL, dpo.DpoLoss("dpo", 0.5, 0.0, True, 0.0), params, (PAIRS, ref))
     scaled = np.asarray((policy - ref) / PAIRS.response_len)
     close(terms["loss"].value, np.mean(np.log1p(np.exp(-0.5 * (scaled[:, 0] - scaled[:, 1])))), rtol=2e-5)
