@@ -1,5 +1,6 @@
 """Finished stages on disk: folders named by content, published by rename, reused when they exist."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ from filelock import FileLock
 
 from mpo_jax import __version__
 from mpo_jax.errors import UserError
+from mpo_jax.processes import agree, is_main, wait
 from mpo_jax.tracker import console
 from mpo_jax.types import Artifact
 
@@ -61,10 +63,11 @@ class Store:
         }
         name = f"{stage}-{hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]}"
         final, partial = self.folder / name, self.folder / f".{name}.partial"
-        if (done := self._open(final)) is None:
-            with FileLock(self.folder / f".{name}.lock"):
+        if (done := self._find(final)) is None:
+            # of several processes the first one holds the lock for all
+            with FileLock(self.folder / f".{name}.lock") if is_main() else contextlib.nullcontext():
                 # another run may have finished it while this one waited for the lock
-                if (done := self._open(final)) is None:
+                if (done := self._find(final)) is None:
                     done = self._make(recipe, final, partial, run)
                     self.made.append(name)
                     return done
@@ -73,20 +76,26 @@ class Store:
             console.print(f"[dim]reuse {name}[/dim]")
         return done
 
-    def _open(self, final: Path) -> Artifact | None:
-        manifest = final / "manifest.json"
-        return Artifact(final, json.loads(manifest.read_text(encoding="utf-8"))) if manifest.is_file() else None
+    def _find(self, final: Path) -> Artifact | None:
+        """The finished artifact, if there is one; all processes get the same answer."""
+        return self._open(final) if agree((final / "manifest.json").is_file()) else None
+
+    def _open(self, final: Path) -> Artifact:
+        return Artifact(final, json.loads((final / "manifest.json").read_text(encoding="utf-8")))
 
     def _make(self, recipe: Mapping[str, Any], final: Path, partial: Path, run: Callable[[Path], Any]) -> Artifact:
         console.print(f"[bold]make {final.name}[/bold]")
         partial.mkdir(exist_ok=True)
         begin = time.time()
         summary = run(partial)
-        shutil.rmtree(partial / "checkpoints", ignore_errors=True)
-        manifest = {**recipe, "version": __version__, "seconds": round(time.time() - begin, 1), "summary": summary}
-        write_json(partial / "manifest.json", manifest)
-        os.rename(partial, final)
-        return Artifact(final, manifest)
+        wait(f"{final.name} written")
+        if is_main():
+            shutil.rmtree(partial / "checkpoints", ignore_errors=True)
+            manifest = {**recipe, "version": __version__, "seconds": round(time.time() - begin, 1), "summary": summary}
+            write_json(partial / "manifest.json", manifest)
+            os.rename(partial, final)
+        wait(f"{final.name} published")
+        return self._open(final)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -207,5 +207,10 @@ def _explain(error: Exception) -> str:
 
 
 def _fail(message: str, status: int) -> None:
-    print(f"error: {message}", file=sys.stderr)
+    # not imported here: that would start JAX to report a misspelt key
+    processes = sys.modules.get("mpo_jax.processes")
+    where = processes.name() if processes else ""
+    print(f"error{where}: {message}", file=sys.stderr)
+    if where:
+        processes.leave(status)  # type: ignore[union-attr]
     raise SystemExit(status)

@@ -307,11 +307,21 @@ class MeshConfig(Section, frozen=True):
         return self.data * self.fsdp
 
 
+class ProcessesConfig(Section, frozen=True):
+    """Several processes, one a host. Found by itself under SLURM, Open MPI, Kubernetes jobs and TPU pods."""
+
+    coordinator: str | None = Field(default=None, description="host:port of process 0")
+    count: int | None = Field(default=None, gt=0)
+    index: int | None = Field(default=None, ge=0)
+    timeout_s: int = Field(default=100, gt=0, description="seconds without a sign of life after which the others stop")
+
+
 class RuntimeConfig(Section, frozen=True):
     """The machine, not the method: nothing here changes results beyond rounding or enters an artifact's hash."""
 
     cpu_devices: int | None = Field(default=None, gt=0, description="simulated CPU devices; null: what the machine has")
     compilation_cache: str | None = Field(default="~/.cache/mpo_jax/xla", description="folder; null: none")
+    processes: ProcessesConfig = Field(default_factory=lambda: ProcessesConfig())
     token_cache: str | None = Field(default="~/.cache/mpo_jax/tokens", description="folder; null: none")
     tensorboard: bool = True
 

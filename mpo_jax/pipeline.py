@@ -15,6 +15,7 @@ from mpo_jax.artifacts import Store, write_json
 from mpo_jax.config import Config, ExperimentName, to_yaml
 from mpo_jax.data import corpus
 from mpo_jax.experiments import EXPERIMENTS, Step
+from mpo_jax.processes import is_main
 from mpo_jax.sharding import make_mesh
 from mpo_jax.stages import dpo, evaluate, ppo, reward, select, sft
 from mpo_jax.types import Artifact
@@ -127,6 +128,8 @@ class Pipeline:
 
     def _record(self, name: ExperimentName, made: Mapping[str, Artifact]) -> None:
         """`runs/<name>/`: the resolved configuration, the environment, and links to the artifacts."""
+        if not is_main():
+            return
         folder = Path(self.config.workdir) / "runs" / name
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")

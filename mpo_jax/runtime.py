@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from mpo_jax import processes
 from mpo_jax.config import ModelConfig, RuntimeConfig
 from mpo_jax.errors import UserError
 
@@ -32,6 +33,7 @@ def start(config: RuntimeConfig) -> None:
                     f"runtime.cpu_devices={config.cpu_devices} comes too late: JAX has already started with "
                     f"{len(jax.devices('cpu'))}; start a new process"
                 ) from error
+    processes.join(config.processes)
     if config.compilation_cache is not None:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache).expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

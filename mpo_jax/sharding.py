@@ -30,6 +30,11 @@ def make_mesh(config: MeshConfig) -> Mesh:
       UserError: if the mesh needs more devices than there are.
     """
     devices = jax.devices()
+    if jax.process_count() > 1 and config.num_devices != len(devices):
+        raise UserError(
+            f"mesh.data={config.data} x mesh.fsdp={config.fsdp} x mesh.tensor={config.tensor} is "
+            f"{config.num_devices} devices, but {jax.process_count()} processes have {len(devices)}: use them all"
+        )
     if config.num_devices > len(devices):
         raise UserError(
             f"mesh.data={config.data} x mesh.fsdp={config.fsdp} x mesh.tensor={config.tensor} needs "
@@ -99,6 +104,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def place_batch(batch: Any, mesh: Mesh) -> Any:
-    """Puts a host batch (a pytree of [B ...] NumPy arrays, this process's part) onto the mesh."""
+    """Puts a host batch (a pytree of whole [B ...] NumPy arrays) onto the mesh; a process places its devices' rows."""
     sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+
+    def place(x: Any) -> jax.Array:
+        host = np.asarray(x)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(place, batch)

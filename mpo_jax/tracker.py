@@ -1,4 +1,4 @@
-"""Metrics of one stage: metrics.jsonl, TensorBoard, and progress on the terminal."""
+"""Metrics of one stage: metrics.jsonl, TensorBoard, and progress on the terminal. Of several processes one writes."""
 
 import json
 import os
@@ -12,6 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from mpo_jax.processes import is_main
 from mpo_jax.types import Mean
 
 PLAIN_WIDTH = 110
@@ -27,11 +28,12 @@ class Tracker:
     def __init__(self, folder: Path, stage: str, num_steps: int, *, tensorboard: bool, start_step: int = 0):
         folder.mkdir(parents=True, exist_ok=True)
         self.stage, self.num_steps = stage, num_steps
-        self._path = folder / "metrics.jsonl"
-        _forget_after(self._path, start_step)
+        self._path = folder / "metrics.jsonl" if is_main() else Path(os.devnull)
+        if is_main():
+            _forget_after(self._path, start_step)
         self._file = self._path.open("a", encoding="utf-8")
         self._board = None
-        if tensorboard:
+        if tensorboard and is_main():
             from tensorboardX import SummaryWriter
 
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
@@ -103,7 +105,8 @@ class Tracker:
         if self._board is not None:
             self._board.close()
         self._file.flush()
-        os.fsync(self._file.fileno())
+        if is_main():
+            os.fsync(self._file.fileno())
         self._file.close()
 
 

@@ -12,6 +12,7 @@ from mpo_jax.config import Config, ExperimentName, load_config
 from mpo_jax.errors import UserError
 from mpo_jax.experiments import EXPERIMENTS
 from mpo_jax.pipeline import Pipeline, StageName
+from mpo_jax.processes import is_main
 from mpo_jax.report import results
 from mpo_jax.report.page import write_report
 from mpo_jax.report.seeds import over_seeds, write_seeds
@@ -20,14 +21,21 @@ from mpo_jax.tracker import console
 
 def run(config: Config) -> None:
     """`mpo run`: every experiment of the configuration, the table, and the report."""
-    runtime.start(config.runtime)
+    _start(config)
     _build(config)
+
+
+def _start(config: Config) -> None:
+    runtime.start(config.runtime)
+    console.quiet = not is_main()
 
 
 def _build(config: Config) -> None:
     begin = time.perf_counter()
     pipeline = Pipeline(config)
     runs = [pipeline.experiment(name) for name in config.experiment]
+    if not is_main():
+        return
     workdir = Path(config.workdir)
     finished = results.collect(workdir, tuple(made.experiment for made in runs))
     page = _report(workdir, config)
@@ -70,7 +78,7 @@ def _show_samples(finished: list[results.RunResult], count: int = 2) -> None:
 
 def run_until(config: Config, stage: StageName) -> None:
     """`mpo sft`, `mpo reward`, ...: one stage and what it needs, for every experiment that has it."""
-    runtime.start(config.runtime)
+    _start(config)
     always = stage not in ("dpo", "ppo")
     names: list[ExperimentName] = [
         name for name in config.experiment if always or any(s.algorithm == stage for s in EXPERIMENTS[name])
@@ -88,13 +96,15 @@ def run_until(config: Config, stage: StageName) -> None:
 
 def table(config: Config, seeds: tuple[int, ...]) -> None:
     """`mpo table`: the configuration's experiments for each seed, in `<workdir>/seed-N`, and the table over seeds."""
-    runtime.start(config.runtime)
+    _start(config)
     workdir = Path(config.workdir)
     for seed in seeds:
         console.rule(f"seed {seed}")
         toy = config.data.toy.model_copy(update={"seed": config.data.toy.seed + seed})
         data = config.data.model_copy(update={"toy": toy})
         _build(config.model_copy(update={"seed": seed, "workdir": str(workdir / f"seed-{seed}"), "data": data}))
+    if not is_main():
+        return
     by_seed = {seed: results.collect(workdir / f"seed-{seed}", config.experiment) for seed in seeds}
     rows = over_seeds(by_seed)
     console.print(results.terminal_table(rows, f"{len(seeds)} seeds: mean over seeds ± standard error over seeds"))

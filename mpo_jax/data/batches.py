@@ -1,7 +1,8 @@
 """Examples to fixed-shape batches: length buckets, collation, and a deterministic order.
 
 A batch is a `Joined` of NumPy arrays. Batch k of a run is a function of the seed and k alone, so that resuming needs
-only the step count, and each process collates just its own rows of it.
+only the step count. Every process collates whole batches and places its own devices' rows of them (sharding.place_batch): ids
+are small, and no assumption is made on which rows a process's devices hold.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ import numpy as np
 
 from mpo_jax.data.tokens import Example
 from mpo_jax.errors import UserError
+from mpo_jax.processes import to_host
 from mpo_jax.types import Joined
 
 WINDOW = 64  # batches among which rows of similar length are brought together
@@ -218,20 +220,11 @@ class TrainBatches:
         return np.concatenate(parts)
 
     def __getitem__(self, k: int) -> Batch:
-        own = _own_part(self.batch_size)
-        batch = [self.examples[row] for row in self._rows(k)]
-        chosen = batch[own.start : own.stop]
-        # the whole batch's widths, so that all processes compile one shape
-        joined = collate(chosen, self.buckets.holding(batch), num_responses=len(self.examples[0].responses))
+        chosen = [self.examples[row] for row in self._rows(k)]
+        joined = collate(chosen, self.buckets.holding(chosen), num_responses=len(chosen[0].responses))
         extra = np.asarray([example.extra for example in chosen], np.float32).reshape(len(chosen), -1)
-        places = k * self.batch_size + np.asarray(own)
+        places = k * self.batch_size + np.arange(self.batch_size)
         return Batch(joined, extra, (places // len(self.examples)).astype(np.uint32))
-
-
-def _own_part(batch_size: int) -> range:
-    """The rows of a global batch that this process puts on its devices."""
-    each = batch_size // jax.process_count()
-    return range(jax.process_index() * each, (jax.process_index() + 1) * each)
 
 
 def num_steps(num_examples: int, *, epochs: float, steps: int | None, batch_size: int) -> int:
@@ -273,7 +266,7 @@ def map_batches(
 
 
 def _first(count: int, x: Any) -> np.ndarray:
-    return np.asarray(x)[:count]
+    return to_host(x)[:count]
 
 
 def _scatter(places: Sequence[np.ndarray], parts: Sequence[np.ndarray]) -> np.ndarray:

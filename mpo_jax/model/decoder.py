@@ -228,7 +228,8 @@ class Trunk(nnx.Module):
             self.head = nnx.Param(normal(rngs, (c.hidden_size, c.vocab_size), c.init_std))
 
     def embed(self, ids: Int[Array, "B T"], dtype: Any) -> Float[Array, "B T D"]:
-        return self.embedding[...].astype(dtype)[ids]
+        # gathered first: from a table divided along D the partitioner would replicate the activations' gradient
+        return constrain(self.embedding[...].astype(dtype), "vocab", None)[ids]
 
 
 class ScalarHead(nnx.Module):

@@ -19,6 +19,7 @@ from mpo_jax.generate import Sampling, make_generate
 from mpo_jax.model import functional, loading
 from mpo_jax.model.functional import Model
 from mpo_jax.ops import kl_k1, masked_sum
+from mpo_jax.processes import is_main
 from mpo_jax.runtime import stage_key
 from mpo_jax.sharding import check_batch, place_batch, replicated
 from mpo_jax.text import TextCodec, load_tokenizer
@@ -86,10 +87,11 @@ def run(
     columns: dict[str, np.ndarray] = {"score": scores, "kl": kls, "length": length, "has_eos": has_eos}
     if corpus.utility is not None:
         columns["utility"] = np.asarray([corpus.utility(p, r) for p, r in zip(prompts, responses, strict=True)])
-    with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
-        for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-            values = {name: column[row].item() for name, column in columns.items()}
-            file.write(json.dumps({"prompt": prompt, "response": response, **values}, ensure_ascii=False) + "\n")
+    if is_main():
+        with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
+            for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+                values = {name: column[row].item() for name, column in columns.items()}
+                file.write(json.dumps({"prompt": prompt, "response": response, **values}, ensure_ascii=False) + "\n")
     summary: dict[str, Any] = {"prompts": len(prompts), "truncated_prompts": report.truncated_prompts}
     for name, column in columns.items():
         summary[name], summary[f"{name}_se"] = mean_and_se(column.astype(np.float64))

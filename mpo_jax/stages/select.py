@@ -18,6 +18,7 @@ from mpo_jax.data.tokens import Example, tokenize
 from mpo_jax.evaluation.calibration import accuracy_by_gap
 from mpo_jax.generate import Sampling, make_generate
 from mpo_jax.model import functional, loading
+from mpo_jax.processes import is_main
 from mpo_jax.runtime import stage_key
 from mpo_jax.selection import rank, split
 from mpo_jax.sharding import check_batch, place_batch
@@ -52,7 +53,8 @@ def run(config: Config, mesh: Mesh, folder: Path, *, sft: Artifact, reward: Arti
         lambda batch: score(reward_params, place_batch(batch, mesh)),
     )
     table = _table(prompts, examples, score_BN, labels, codec, corpus)
-    table.write(folder)
+    if is_main():
+        table.write(folder)
     summary = describe(table, config.select)
     _show(summary)
     return summary

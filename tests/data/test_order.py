@@ -180,22 +180,6 @@ def test_a_bucketed_batch_depends_on_seed_and_step_alone(short_windows):
     assert [numbers(mixed(57, 4, seed=1)[k]) for k in range(60)] != in_order
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-@pytest.mark.parametrize("count", [37, 5])
-def test_the_parts_of_the_processes_are_the_batch(monkeypatch, short_windows, processes, count):
-    whole = [mixed(count, 8, seed=2)[k] for k in range(12)]
-    monkeypatch.setattr(jax, "process_count", lambda: processes)
-    parts = []
-    for index in range(processes):
-        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
-        source = mixed(count, 8, seed=2)
-        parts.append([source[k] for k in range(12)])
-    for batch, *own in zip(whole, *parts, strict=True):
-        assert {part.rows.prompt.shape for part in own} == {(8 // processes, batch.rows.prompt.shape[1])}
-        joined = jax.tree.map(lambda *xs: np.concatenate(xs), *own)
-        assert jax.tree.all(jax.tree.map(np.array_equal, joined, batch))
-
-
 def test_only_the_windows_in_use_are_kept(monkeypatch):
     monkeypatch.setattr(module, "WINDOW", 4)
     source = mixed(22, 4)

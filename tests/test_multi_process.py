@@ -1,0 +1,172 @@
+"""Two real processes of four simulated devices each, through the command line: as one process of eight, to rounding."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from mpo_jax import processes
+from mpo_jax.data.pair_table import PairTable
+from tests.test_pipeline import MICRO, mpo, stages
+
+COMMAND = [sys.executable, "-c", "from mpo_jax.cli import main; main()"]
+MESH = ("mesh.data=2", "mesh.fsdp=4")
+CACHE = f"runtime.compilation_cache={jax.config.jax_compilation_cache_dir}"
+
+
+class Pair:
+    """Both processes of one command, each with its log."""
+
+    def __init__(self, folder: Path, *arguments: str, own: tuple[tuple[str, ...], ...] = ((), ()), timeout: int = 100):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        common = (*arguments, CACHE, "runtime.cpu_devices=4", f"runtime.processes.coordinator=127.0.0.1:{port}")
+        common += ("runtime.processes.count=2", f"runtime.processes.timeout_s={timeout}")
+        self.logs = [folder / f"log-{index}" for index in range(2)]
+        self.running = []
+        for index, log in enumerate(self.logs):
+            command = [*COMMAND, *common, f"runtime.processes.index={index}", *own[index]]
+            with log.open("w") as file:
+                self.running.append(subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=os.environ))
+
+    def wait(self, timeout: float = 400) -> list[int]:
+        """Exit statuses; whatever still runs at the end is killed."""
+        deadline = time.time() + timeout
+        try:
+            return [process.wait(max(deadline - time.time(), 0.1)) for process in self.running]
+        finally:
+            for process in self.running:
+                process.kill()
+
+    def text(self, index: int) -> str:
+        return self.logs[index].read_text()
+
+
+def metrics(workdir: Path, role: str) -> list[dict]:
+    return [json.loads(line) for line in (workdir / f"runs/mpo/{role}/metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory) -> tuple[Path, Pair]:
+    folder = tmp_path_factory.mktemp("two")
+    pair = Pair(folder, "run", str(MICRO), f"workdir={folder / 'w'}", *MESH)
+    assert pair.wait() == [0, 0], pair.text(0)[-3000:] + pair.text(1)[-3000:]
+    return folder / "w", pair
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("one")
+    assert mpo("run", MICRO, f"workdir={workdir}", *MESH, "runtime.cpu_devices=8", CACHE) == 0
+    return workdir
+
+
+def test_every_stage_gives_one_process_s_numbers(together, alone):
+    workdir, _ = together
+    assert set(stages(workdir)) == set(stages(alone))
+    for role in ("sft", "reward", "1-dpo", "2-ppo"):
+        for two, one in zip(metrics(workdir, role), metrics(alone, role), strict=True):
+            assert two.keys() == one.keys() and two["step"] == one["step"]
+            for name, value in one.items():
+                # before DPO's first update every implicit reward is 0, and which is greater is rounding
+                undecided = name == "rewards/accuracies" and one["step"] == 1
+                if not isinstance(value, str) and not name.startswith(("timing_s", "perf")) and not undecided:
+                    np.testing.assert_allclose(two[name], value, rtol=1e-3, atol=1e-5, err_msg=f"{role} {name}")
+    tables = [PairTable.read(folder / "runs/mpo/select") for folder in (workdir, alone)]
+    assert tables[0].ids == tables[1].ids
+    np.testing.assert_allclose(tables[0].score, tables[1].score, rtol=1e-4, atol=1e-5)
+    samples = [(folder / "runs/mpo/evaluate/samples.jsonl").read_text().splitlines() for folder in (workdir, alone)]
+    assert [[json.loads(line)["response"] for line in lines] for lines in samples][0] == [
+        json.loads(line)["response"] for line in samples[1]
+    ]
+
+
+def test_the_first_process_alone_writes(together):
+    workdir, pair = together
+    assert "6 stages made" in pair.text(0) and "stages made" not in pair.text(1) and "make sft" not in pair.text(1)
+    steps = [line["step"] for line in metrics(workdir, "2-ppo")]
+    assert steps == sorted(set(steps)), "no line twice"
+    assert (workdir / "report" / "index.html").is_file()
+
+
+def test_one_process_goes_on_where_two_were_killed(tmp_path, alone):
+    """A checkpoint of two processes is restored by one, on the same devices in number, and ends with the same model."""
+    workdir = tmp_path / "w"
+    longer = ("sft.train.steps=40", "sft.train.checkpoint_every=4")
+    pair = Pair(tmp_path, "sft", str(MICRO), f"workdir={workdir}", *MESH, *longer)
+    deadline = time.time() + 200
+    while not list(workdir.glob("stages/.sft-*.partial/checkpoints/[1-9]*")) and time.time() < deadline:
+        time.sleep(0.05)
+    for process in pair.running:
+        process.send_signal(signal.SIGKILL)
+    pair.wait()
+    assert not stages(workdir), "killed in mid stage"
+    assert mpo("sft", MICRO, f"workdir={workdir}", *MESH, *longer, "runtime.cpu_devices=8", CACHE) == 0
+    assert mpo("sft", MICRO, f"workdir={tmp_path / 'x'}", *MESH, *longer, "runtime.cpu_devices=8", CACHE) == 0
+    resumed, whole = (
+        [json.loads(line) for line in next(folder.glob("stages/sft-*/metrics.jsonl")).read_text().splitlines()]
+        for folder in (workdir, tmp_path / "x")
+    )
+    assert [line["step"] for line in resumed] == [line["step"] for line in whole] == list(range(1, 41))
+    np.testing.assert_allclose([x["loss"] for x in resumed], [x["loss"] for x in whole], rtol=1e-5)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_the_others_stop_when_a_process_dies(tmp_path, victim):
+    workdir = tmp_path / "w"
+    pair = Pair(tmp_path, "sft", str(MICRO), f"workdir={workdir}", *MESH, "sft.train.steps=100000", timeout=5)
+    deadline = time.time() + 200
+    while not list(workdir.glob("stages/.sft-*.partial/metrics.jsonl")) and time.time() < deadline:
+        time.sleep(0.05)
+    pair.running[victim].send_signal(signal.SIGKILL)
+    begin = time.time()
+    survivor = pair.running[1 - victim]
+    assert survivor.wait(60) != 0 and time.time() - begin < 40
+    pair.wait(1)
+    assert "another task died" in pair.text(1 - victim) or "tasks have crashed" in pair.text(1 - victim)
+    assert not stages(workdir)
+
+
+def test_a_mistake_of_one_process_stops_both(tmp_path):
+    """The one that fails says why and which it is; the other does not hang."""
+    own = ((), ("data.kind=pairs", "data.path=nowhere.jsonl"))
+    pair = Pair(tmp_path, "sft", str(MICRO), f"workdir={tmp_path / 'w'}", *MESH, own=own, timeout=5)
+    first, second = pair.wait(120)
+    assert second == 2 and first != 0
+    assert "error in process 1 of 2: no data file nowhere.jsonl" in pair.text(1)
+
+
+def test_processes_that_do_not_come_are_an_error(tmp_path, capfd):
+    settings = ("coordinator=127.0.0.1:1", "count=2", "index=1", "timeout_s=2")
+    arguments = ["sft", str(MICRO), f"workdir={tmp_path}", *(f"runtime.processes.{setting}" for setting in settings)]
+    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, check=False, timeout=100)
+    assert done.returncode != 0 and not stages(tmp_path)
+    assert mpo("sft", MICRO, f"workdir={tmp_path}", "runtime.processes.count=2") == 2
+    assert "runtime.processes.coordinator is missing" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("environment", "several"),
+    [
+        ({}, False),
+        ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, False),
+        ({"SLURM_NTASKS": "4"}, False),  # the batch script itself, outside srun
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "2"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "host-0,host-1"}, True),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, True),
+    ],
+)
+def test_launchers_are_recognised(environment, several):
+    assert processes.detected(environment) is several
