@@ -219,6 +219,7 @@ def make_generate(model: Model, sampling: Sampling, eos_id: int, mesh: Mesh) -> 
         return prefill(model, params, prompts, num_samples=N, max_new_tokens=S)
 
     def finish(params, hidden, caches, prompts, key, index_B, allowed_V):
+        params = functional.for_decoding(model, params)
         keys = row_keys(prompts, key, index_B, N)
         lengths = jnp.repeat(prompts.prompt_len, N)
         state = decoder.begin(params, hidden, caches, lengths, keys, allowed_V)
@@ -251,6 +252,7 @@ def make_stream(model: Model, sampling: Sampling, eos_id: int, chunk: int) -> An
 
     @partial(jax.jit, donate_argnums=1)
     def advance(params, state, prompts, keys, allowed_V, until):
+        params = functional.for_decoding(model, params)
         return decoder.advance(params, state, jnp.repeat(prompts.prompt_len, N), keys, allowed_V, until)
 
     def stream(params, prompts, key, index_B, allowed_V):

@@ -115,8 +115,8 @@ class Pipeline:
             **_without_bookkeeping(self.config.model_dump(mode="json", include={*sections, "seed"})),
             **extra,
             # arithmetic changes results; the mesh and the machine do so to rounding only
-            "model": self.config.model.model_dump(mode="json", include={"frozen_dtype", "attention"}),
-            "dtype": runtime.compute_dtype(self.config.model),
+            "model": self.config.model.model_dump(mode="json", include={"attention"}),
+            "dtype": [runtime.compute_dtype(self.config.model), runtime.frozen_dtype(self.config.model)],
         }
 
         def in_mesh(folder: Path) -> Mapping[str, Any]:

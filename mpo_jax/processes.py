@@ -79,15 +79,16 @@ def agree(value: bool) -> bool:
 
 
 def name() -> str:
-    """ " in process 1 of 2", or nothing where there is one process."""
+    """Which one this is, for an error message; empty where there is only one."""
     if not jax.distributed.is_initialized() or jax.process_count() == 1:
         return ""
     return f" in process {jax.process_index()} of {jax.process_count()}"
 
 
 def leave(status: int) -> NoReturn:
-    """Ends this process at once. An ordinary exit would wait for the others, which wait for this one in a collective; so
-    they miss it, and stop within `runtime.processes.timeout_s`.
+    """Ends this process at once: an ordinary exit would wait for the others, which wait for this one in a collective.
+
+    They miss it, and stop within `runtime.processes.timeout_s`.
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -46,6 +46,11 @@ def compute_dtype(config: ModelConfig) -> str:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
+def frozen_dtype(config: ModelConfig) -> str:
+    """The type in which a model that does not train is stored."""
+    return compute_dtype(config) if config.frozen_dtype == "auto" else config.frozen_dtype
+
+
 def stage_key(seed: int, stage: str) -> jax.Array:
     """The key that all of a stage's randomness is folded from."""
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(stage.encode()))

@@ -10,6 +10,8 @@ from mpo_jax.config import MeshConfig
 from mpo_jax.errors import UserError
 
 BATCH_AXES = ("data", "fsdp")
+PARKED = "pinned_host"
+"""The memory kind of what waits on the host while devices compute something else."""
 
 RULES: dict[str, Any] = {
     "batch": BATCH_AXES,
@@ -59,28 +61,34 @@ def check_batch(batch_size: int, mesh: MeshConfig, key: str) -> None:
         )
 
 
-def spec_for(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh_shape: dict[str, int]) -> PartitionSpec:
-    """The rules' spec for an array with these logical axes; an axis that does not divide is replicated."""
+def spec_for(
+    axes: tuple[str | None, ...], shape: tuple[int, ...], mesh_shape: dict[str, int], *, without: str | None = None
+) -> PartitionSpec:
+    """The rules' spec for an array with these logical axes; an axis that does not divide is replicated.
+
+    Args:
+      without: a mesh axis to replicate over, whatever the rules say.
+    """
     return PartitionSpec(
-        *(_mesh_axis(axis, size, mesh_shape) for axis, size in zip(axes, shape, strict=True)),
+        *(_mesh_axis(axis, size, mesh_shape, without) for axis, size in zip(axes, shape, strict=True)),
     )
 
 
-def _mesh_axis(axis: str | None, size: int, mesh_shape: dict[str, int]) -> Any:
+def _mesh_axis(axis: str | None, size: int, mesh_shape: dict[str, int], without: str | None) -> Any:
     rule = RULES.get(axis) if axis else None
-    if rule is None:
+    if rule is None or rule == without:
         return None
     names = (rule,) if isinstance(rule, str) else rule
     parts = int(np.prod([mesh_shape.get(name, 1) for name in names]))
     return rule if parts > 1 and size % parts == 0 else None
 
 
-def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """States how an activation is laid out over the mesh in use; does nothing outside a mesh."""
+def constrain(x: jax.Array, *axes: str | None, without: str | None = None) -> jax.Array:
+    """States how an array is laid out over the mesh in use, by the rules; does nothing outside a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, spec_for(axes, x.shape, dict(mesh.shape)))
+    return jax.lax.with_sharding_constraint(x, spec_for(axes, x.shape, dict(mesh.shape), without=without))
 
 
 def shardings_for(axes_tree: Any, shapes_tree: Any, mesh: Mesh) -> Any:
@@ -112,3 +120,27 @@ def place_batch(batch: Any, mesh: Mesh) -> Any:
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
     return jax.tree.map(place, batch)
+
+
+def park(tree: Any) -> Any:
+    """The arrays moved to host memory beside their devices, sharded as before; they cannot be computed with there.
+
+    Raises:
+      UserError: if the platform has no such memory.
+    """
+    kinds = {memory.kind for memory in jax.local_devices()[0].addressable_memories()}
+    if PARKED not in kinds:
+        raise UserError(
+            f"runtime.offload=true needs devices that can use host memory, but {jax.local_devices()[0].platform} has "
+            f"only {', '.join(sorted(kinds))}: set it to false"
+        )
+    return _move(tree, PARKED)
+
+
+def unpark(tree: Any) -> Any:
+    """The arrays moved back into their devices' memory."""
+    return _move(tree, jax.local_devices()[0].default_memory().kind)
+
+
+def _move(tree: Any, kind: str) -> Any:
+    return jax.device_put(tree, jax.tree.map(lambda x: x.sharding.with_memory_kind(kind), tree))

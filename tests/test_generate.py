@@ -1,6 +1,7 @@
 """mpo_jax.generate: the sampler's mathematics, agreement with the full forward pass, and what must not matter."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -275,6 +276,34 @@ def test_devices_do_not_matter(params, reference, shape):
     part = 8 // (shape[0] * shape[1])
     assert out.response.addressable_shards[0].data.shape == (part, 2, 10)
     assert has_eos.addressable_shards[0].data.shape == (part, 2)
+
+
+def test_weights_are_gathered_once_and_not_for_every_token(params):
+    """No loop of the decode program moves weights: they come together before it. As they lie, each layer would."""
+    mesh = mesh_of(1, 8, 1)
+    placed = jax.device_put(params, functional.param_shardings(params, mesh))
+    decoder = generate.Decoder(MODEL, Sampling(max_new_tokens=10), EOS)
+
+    def decode(params, hidden, caches, prompt_len, keys, gathered):
+        params = functional.for_decoding(MODEL, params) if gathered else params
+        state = decoder.begin(params, hidden, caches, prompt_len, keys, None)
+        return decoder.advance(params, state, prompt_len, keys, None, 10).ids
+
+    def gathers_in_loops(gathered: bool) -> int:
+        compiled = jax.jit(decode, static_argnums=5).lower(
+            placed, hidden, caches, joined.prompt_len, jax.random.split(jax.random.key(0), 8), gathered
+        )
+        text = compiled.compile().as_text()
+        computations = dict(re.findall(r"^%?([\w.\-]+) \([^\n]*\{\n(.*?)^\}", text, re.M | re.S))
+        bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
+        assert bodies <= computations.keys() and " all-gather" in text
+        return sum(len(re.findall(r" all-gather(?:-start)?\(", computations[body])) for body in bodies)
+
+    with jax.set_mesh(mesh):
+        joined = place_batch(prompts(), mesh)
+        start = jax.jit(lambda p, j: generate.prefill(MODEL, p, j, num_samples=1, max_new_tokens=10))
+        hidden, caches = start(placed, joined)
+        assert gathers_in_loops(True) == 0 < gathers_in_loops(False)
 
 
 def test_number_of_samples_does_not_matter(params, reference):

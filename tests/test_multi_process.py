@@ -85,9 +85,8 @@ def test_every_stage_gives_one_process_s_numbers(together, alone):
     assert tables[0].ids == tables[1].ids
     np.testing.assert_allclose(tables[0].score, tables[1].score, rtol=1e-4, atol=1e-5)
     samples = [(folder / "runs/mpo/evaluate/samples.jsonl").read_text().splitlines() for folder in (workdir, alone)]
-    assert [[json.loads(line)["response"] for line in lines] for lines in samples][0] == [
-        json.loads(line)["response"] for line in samples[1]
-    ]
+    two, one = ([json.loads(line)["response"] for line in lines] for lines in samples)
+    assert two == one
 
 
 def test_the_first_process_alone_writes(together):

@@ -1,8 +1,8 @@
 """Examples to fixed-shape batches: length buckets, collation, and a deterministic order.
 
 A batch is a `Joined` of NumPy arrays. Batch k of a run is a function of the seed and k alone, so that resuming needs
-only the step count. Every process collates whole batches and places its own devices' rows of them (sharding.place_batch): ids
-are small, and no assumption is made on which rows a process's devices hold.
+only the step count. Every process collates whole batches, of which sharding.place_batch takes its own devices' rows:
+ids are small, and nothing is assumed about which rows a process's devices hold.
 """
 
 import dataclasses

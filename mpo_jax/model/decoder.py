@@ -263,3 +263,6 @@ PARAM_AXES: dict[str, tuple[str | None, ...]] = {
     "score.kernel": (None, None),
 }
 """Logical axes of every parameter, by dotted path; layers lead with the stacked axis."""
+
+FLOAT32 = ("scale", "score.kernel")
+"""Endings of the paths of parameters that enter the arithmetic as float32, and so are stored as that in every model."""

@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from mpo_jax.model.decoder import PARAM_AXES, Block, DecoderConfig, ScalarHead, Trunk, rope_tables
+from mpo_jax.model.decoder import FLOAT32, PARAM_AXES, Block, DecoderConfig, ScalarHead, Trunk, rope_tables
 from mpo_jax.selection import make_pair_scorer
 from mpo_jax.sharding import BATCH_AXES, constrain, replicated, shardings_for
 from mpo_jax.types import Joined, Params, Tokens
@@ -87,6 +87,20 @@ def _trunk(model: Model, params: Params) -> Trunk:
 
 def _block(model: Model, layer_params: Params) -> Block:
     return nnx.merge(_graphs(model.decoder)[1], layer_params)
+
+
+def for_decoding(model: Model, params: Params) -> Params:
+    """The parameters in the arithmetic's type and whole along `fsdp`: gathered once, not for every token.
+
+    Norms and the score keep their type: they are computed in float32.
+    """
+
+    def gather(path: tuple[str, ...], leaf: Array) -> Array:
+        name = ".".join(path)
+        cast = leaf if name.endswith(FLOAT32) else leaf.astype(model.dtype)
+        return constrain(cast, *PARAM_AXES[name], without="fsdp")
+
+    return unflatten_dict({path: gather(path, leaf) for path, leaf in flatten_dict(params).items()})
 
 
 def join(joined: Joined) -> Tokens:

@@ -12,7 +12,7 @@ from mpo_jax.hub import local_model
 from mpo_jax.model import families, functional, weights
 from mpo_jax.model.decoder import DecoderConfig
 from mpo_jax.model.functional import Model
-from mpo_jax.runtime import compute_dtype
+from mpo_jax.runtime import compute_dtype, frozen_dtype
 from mpo_jax.text import TextCodec
 from mpo_jax.types import Params
 
@@ -90,7 +90,7 @@ def load(
 ) -> tuple[Model, Params]:
     """A model from disk: float32 master parameters, or `model.frozen_dtype` for one that will not train."""
     source = open_model(path)
-    dtype = config.model.frozen_dtype if frozen else "float32"
+    dtype = frozen_dtype(config.model) if frozen else "float32"
     model = describe(source.decoder, config)
     return model, weights.load_params(source.tensors, source.decoder, mesh, scalar=scalar, dtype=dtype)
 

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 from mpo_jax.errors import UserError
 from mpo_jax.model import functional
-from mpo_jax.model.decoder import DecoderConfig
+from mpo_jax.model.decoder import FLOAT32, DecoderConfig
 from mpo_jax.types import Params
 
 SHARD_BYTES = 2 * 2**30
@@ -163,7 +163,7 @@ def load_params(tensors: Tensors, config: DecoderConfig, mesh: Mesh, *, scalar: 
 
     Args:
       scalar: True for a reward model or critic (`score.weight` in place of a language-model head).
-      dtype: storage type of every parameter.
+      dtype: storage type; norms and the score are float32 whatever it is, since they are computed as that.
 
     Raises:
       UserError: a missing, superfluous or unreadable tensor, or one of another shape; names the tensor.
@@ -173,14 +173,16 @@ def load_params(tensors: Tensors, config: DecoderConfig, mesh: Mesh, *, scalar: 
     shardings: dict[Any, Any] = flatten_dict(functional.param_shardings(unflatten_dict(wanted), mesh))
     params = {}
     for path, shape in wanted.items():
-        entry, sharding = ENTRIES[".".join(path)], shardings[path]
+        name = ".".join(path)
+        entry, sharding = ENTRIES[name], shardings[path]
+        stored = "float32" if name.endswith(FLOAT32) else dtype
         read = partial(_read, tensors, entry, config=config)
         if not entry.stacked:
             params[path] = jax.block_until_ready(
-                _cast(_place(read(entry.name, shape.shape), sharding), dtype, sharding)
+                _cast(_place(read(entry.name, shape.shape), sharding), stored, sharding)
             )
             continue
-        stack = jnp.zeros(shape.shape, dtype, device=sharding)
+        stack = jnp.zeros(shape.shape, stored, device=sharding)
         layer_sharding = NamedSharding(mesh, PartitionSpec(*sharding.spec[1:]))
         for i in range(config.num_layers):
             # no name for the tensor and no read ahead of the device: either would keep a second one on the host

@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from mpo_jax.config import Config
 from mpo_jax.errors import UserError
-from mpo_jax.model import loading
+from mpo_jax.model import families, functional, loading
 from mpo_jax.model.functional import Model
 from mpo_jax.text import TextCodec, load_tokenizer
-from tests.model.tiny import DECODER, RECORDED, mesh_of, random_params
+from tests.model.tiny import DECODER, RECORDED, mesh_of, random_params, recorded_tokens
 
 
 @pytest.fixture(scope="module")
@@ -74,11 +75,26 @@ def test_load_base_refuses_heads_that_do_not_group(mesh):
         loading.load_base(config, codec_of(8), mesh, jax.random.key(0))
 
 
-def test_frozen_models_are_stored_in_their_own_type(mesh):
-    config = config_for(model={"frozen_dtype": "bfloat16"})
+@pytest.mark.parametrize("settings", [{"frozen_dtype": "bfloat16"}, {"compute_dtype": "bfloat16"}])
+def test_frozen_models_are_stored_in_their_own_type(mesh, settings):
+    """All but norms and score, which are computed in float32: so a frozen copy gives the trained model's numbers."""
+    config = config_for(model=settings)
     for frozen, dtype in ((False, jnp.float32), (True, jnp.bfloat16)):
         _, params = loading.load(RECORDED / "llama_score", config, mesh, scalar=True, frozen=frozen)
-        assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype(dtype)}
+        for path, leaf in flatten_dict(params).items():
+            exact = path[-1] == "scale" or path[0] == "score"
+            assert leaf.dtype == (jnp.float32 if exact else dtype), path
+
+
+def test_a_frozen_copy_gives_the_same_numbers_in_bfloat16(mesh):
+    """PPO's actor and reference before the first update: KL exactly 0 although one is stored in half the bytes."""
+    config = config_for(model={"compute_dtype": "bfloat16"})
+    tokens = recorded_tokens(families.read_config(RECORDED / "qwen3"))
+    logits = []
+    for frozen in (False, True):
+        model, params = loading.load(RECORDED / "qwen3", config, mesh, frozen=frozen)
+        logits.append(np.asarray(jax.jit(functional.logits, static_argnums=0)(model, params, tokens)))
+    np.testing.assert_array_equal(logits[0], logits[1])
 
 
 def test_to_scalar_keeps_the_trunk_and_starts_at_zero(mesh):
