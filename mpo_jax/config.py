@@ -51,8 +51,8 @@ class ModelConfig(Section, frozen=True):
     compute_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="auto: float32 on CPU only"
     )
-    frozen_dtype: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="storage of reference and reward model"
+    frozen_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="storage of reference and reward model; auto: as compute_dtype"
     )
     remat: Literal["none", "dots", "full"] = Field(default="dots", description="what the backward pass computes again")
     attention: Literal["xla", "cudnn"] = "xla"
@@ -157,8 +157,17 @@ class TrainConfig(Section, frozen=True):
     batch_size: int = Field(default=128, gt=0)
     accumulation: int = Field(default=1, gt=0, description="micro-batches an update")
     log_every: int = Field(default=10, gt=0)
-    checkpoint_every: int = Field(default=500, gt=0)
-    keep_checkpoints: int = Field(default=1, gt=0)
+    checkpoint_every: int = Field(default=500, gt=0, description="updates; such a step is logged too, with state_hash")
+    keep_checkpoints: int = Field(
+        default=2, gt=0, description="the last ones kept while the stage trains; 1: none to fall back on"
+    )
+    best_metric: str | None = Field(
+        default=None, description="logged metric; the checkpoint with its best value is kept besides the last ones"
+    )
+    best_mode: Literal["min", "max"] = "min"
+    stop_after_skipped: int = Field(
+        default=5, gt=0, description="updates in a row without a finite loss and gradient; each is skipped"
+    )
     optim: OptimConfig = Field(default_factory=lambda: OptimConfig())
 
     @model_validator(mode="after")
@@ -321,9 +330,17 @@ class RuntimeConfig(Section, frozen=True):
 
     cpu_devices: int | None = Field(default=None, gt=0, description="simulated CPU devices; null: what the machine has")
     compilation_cache: str | None = Field(default="~/.cache/mpo_jax/xla", description="folder; null: none")
+    offload: bool = Field(
+        default=False,
+        description="PPO's frozen models and optimiser moments wait in host memory while others compute; saves device "
+        "memory, costs transfers, changes no number",
+    )
     processes: ProcessesConfig = Field(default_factory=lambda: ProcessesConfig())
     token_cache: str | None = Field(default="~/.cache/mpo_jax/tokens", description="folder; null: none")
     tensorboard: bool = True
+    keep_checkpoints: bool = Field(
+        default=False, description="a finished stage keeps its last checkpoints, for mpo verify; false: its model alone"
+    )
 
     @property
     def token_cache_folder(self) -> Path | None:
