@@ -13,6 +13,7 @@ from typing import Any
 from filelock import FileLock
 
 from mpo_jax import __version__
+from mpo_jax.config import load_config
 from mpo_jax.errors import UserError
 from mpo_jax.processes import agree, is_main, wait
 from mpo_jax.tracker import console
@@ -20,6 +21,9 @@ from mpo_jax.types import Artifact
 
 FORMAT = 1
 """Raise it when what a stage computes or writes changes: artifacts of another format are not reused."""
+
+RECIPE = "recipe.json"
+"""In an unfinished stage's folder: what it is made from. The manifest of a finished one says the same."""
 
 
 class Store:
@@ -85,17 +89,29 @@ class Store:
 
     def _make(self, recipe: Mapping[str, Any], final: Path, partial: Path, run: Callable[[Path], Any]) -> Artifact:
         console.print(f"[bold]make {final.name}[/bold]")
-        partial.mkdir(exist_ok=True)
+        if is_main():
+            partial.mkdir(exist_ok=True)
+            write_json(partial / RECIPE, recipe)
+        wait(f"{final.name} begun")
         begin = time.time()
         summary = run(partial)
         wait(f"{final.name} written")
         if is_main():
-            shutil.rmtree(partial / "checkpoints", ignore_errors=True)
+            (partial / RECIPE).unlink()
             manifest = {**recipe, "version": __version__, "seconds": round(time.time() - begin, 1), "summary": summary}
             write_json(partial / "manifest.json", manifest)
             os.rename(partial, final)
+            # not before: a kill in between would cost all of the training
+            if not _keeps_checkpoints(final):
+                shutil.rmtree(final / "checkpoints", ignore_errors=True)
         wait(f"{final.name} published")
         return self._open(final)
+
+
+def _keeps_checkpoints(folder: Path) -> bool:
+    """As the configuration says that a stage which trains leaves in its folder."""
+    config = folder / "config.yaml"
+    return config.is_file() and load_config(config).runtime.keep_checkpoints
 
 
 def write_json(path: Path, value: Any) -> None:

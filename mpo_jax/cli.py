@@ -10,13 +10,16 @@ import typer
 
 from mpo_jax import __version__
 from mpo_jax.config import Config, load_config, to_yaml
-from mpo_jax.errors import UserError
+from mpo_jax.errors import Preempted, UserError
 
 FULL_DISK = "No space left on device"
 """How libraries that write in other languages than Python, and so raise no OSError, report a full disk."""
 
 INTERRUPTED = 130
 """The status with which Typer ends a command on Ctrl-C."""
+
+TERMINATED = 143
+"""The status of a process that SIGTERM ends: 128 and the signal's number."""
 
 app = typer.Typer(
     help="Mixed Preference Optimization in JAX. Add --debug to any command for the traceback of an error.",
@@ -166,13 +169,27 @@ def export(
 
 
 @app.command()
+def verify(
+    workdir: Annotated[Path, typer.Argument(metavar="WORKDIR")],
+    stage: Annotated[str | None, typer.Option(help="one kind of stage (sft, ...) or one stage's folder name")] = None,
+) -> None:
+    """Train a stretch between stored checkpoints again and compare hashes; status 1 where they differ."""
+    from mpo_jax.commands import verify as command
+
+    if not command.verify(workdir, stage):
+        raise typer.Exit(1)
+
+
+@app.command()
 def version() -> None:
     """Print the version."""
     typer.echo(__version__)
 
 
 def main() -> None:
-    """Entry point of `mpo`. Exit status: 0 success, 1 an error of ours, 2 a mistake of the user's, 130 interrupted."""
+    """Entry point of `mpo`. Exit status: 0 success, 1 an error of ours, 2 a mistake of the user's, 130 interrupted,
+    143 terminated with a checkpoint saved.
+    """
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     if not debug:
@@ -184,6 +201,8 @@ def main() -> None:
         if debug:
             raise
         _fail(str(error), 2)
+    except Preempted as error:
+        _fail(str(error), TERMINATED)
     except SystemExit as end:
         if end.code == INTERRUPTED:
             _fail("interrupted; the same command goes on from the last checkpoint", INTERRUPTED)

@@ -1,4 +1,4 @@
-"""The one error that is meant for the user's eyes."""
+"""What ends a command with a message instead of a traceback."""
 
 
 class UserError(Exception):
@@ -6,3 +6,14 @@ class UserError(Exception):
 
     The command line prints the message alone and exits with status 2; `--debug` shows the traceback.
     """
+
+
+class Preempted(Exception):
+    """SIGTERM came while a stage trained, and a checkpoint of the step at hand is saved.
+
+    The command line prints the message and exits with status 143.
+    """
+
+    def __init__(self, step: int):
+        super().__init__(f"terminated; a checkpoint of step {step} is saved; the same command goes on from it")
+        self.step = step

@@ -20,6 +20,9 @@ from mpo_jax.sharding import make_mesh
 from mpo_jax.stages import dpo, evaluate, ppo, reward, select, sft
 from mpo_jax.types import Artifact
 
+BOOKKEEPING = ("log_every", "checkpoint_every", "keep_checkpoints", "best_metric", "best_mode", "stop_after_skipped")
+"""Keys of a train section that change no result: how often to log, what to save, when to give up."""
+
 StageName = Literal["sft", "reward", "select", "dpo", "ppo", "evaluate"]
 
 
@@ -142,11 +145,7 @@ class Pipeline:
 
 
 def _without_bookkeeping(settings: Any) -> Any:
-    """The settings without what changes no result: how often to log and to save."""
+    """The settings without what changes no result."""
     if not isinstance(settings, dict):
         return settings
-    return {
-        key: _without_bookkeeping(value)
-        for key, value in settings.items()
-        if key not in ("log_every", "checkpoint_every", "keep_checkpoints")
-    }
+    return {key: _without_bookkeeping(value) for key, value in settings.items() if key not in BOOKKEEPING}

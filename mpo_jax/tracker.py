@@ -1,6 +1,9 @@
 """Metrics of one stage: metrics.jsonl, TensorBoard, and progress on the terminal. Of several processes one writes."""
 
+import dataclasses
+import functools
 import json
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -13,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mpo_jax.processes import is_main
-from mpo_jax.types import Mean
+from mpo_jax.types import Mean, Skips
 
 PLAIN_WIDTH = 110
 console = Console(highlight=False)
@@ -22,10 +25,30 @@ if not console.is_terminal:
 PLAIN_SECONDS = 15.0
 
 
-class Tracker:
-    """Writes one line of metrics a logged step, and shows progress: a bar on a terminal, plain lines elsewhere."""
+COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
-    def __init__(self, folder: Path, stage: str, num_steps: int, *, tensorboard: bool, start_step: int = 0):
+Sums = dict[str, tuple[float, float | None]]
+"""Totals and counts of metrics by name, in float64; without a count where the total itself is what is logged."""
+
+
+class Tracker:
+    """Writes one line of metrics a logged step, and shows progress: a bar on a terminal, plain lines elsewhere.
+
+    Args:
+      start_step: the steps already made; lines of later ones are dropped from the file.
+      sums: what `unlogged` gave at that step.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        stage: str,
+        num_steps: int,
+        *,
+        tensorboard: bool,
+        start_step: int = 0,
+        sums: Mapping[str, Any] | None = None,
+    ):
         folder.mkdir(parents=True, exist_ok=True)
         self.stage, self.num_steps = stage, num_steps
         self._path = folder / "metrics.jsonl" if is_main() else Path(os.devnull)
@@ -38,9 +61,13 @@ class Tracker:
 
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
         self._pending: list[Mapping[str, Any]] = []
+        self._sums: Sums = {name: (total, count) for name, (total, count) in (sums or {}).items()}
         self._begin = self._last_log = self._last_line = time.perf_counter()
         self.step = self._first_step = start_step
         self._steps_since = 0
+        self._compile_seconds = 0.0
+        self._compiled = _compile_clock()
+        self._compiled_before = 0.0
         self._bar: Progress | None = None
         if console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -49,35 +76,67 @@ class Tracker:
             self._task = self._bar.add_task(stage, total=num_steps, completed=start_step, note="")
             self._bar.start()
 
-    def update(self, step: int, metrics: Mapping[str, Any], *, log: bool) -> dict[str, float] | None:
-        """Takes one step's metrics (Means or scalars, on the device); when `log`, fetches and writes their averages.
+    def update(
+        self, step: int, metrics: Mapping[str, Any], *, log: bool, state_hash: str | None = None
+    ) -> dict[str, float] | None:
+        """Takes one step's metrics (on the device); when `log`, fetches and writes what `summarise` makes of them.
 
-        Means are added before dividing. The host waits for the device only when it logs.
+        The host waits for the device only when it logs. This process's first step is told as `timing_s/compile`, with
+        all later compilations, and is left out of the time of a step.
         """
+        first = self.step == self._first_step
         self._pending.append(metrics)
         self.step = step
-        self._steps_since += 1
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
+        values = mean_values(self._fetch()) if log else {}
+        now = time.perf_counter()
+        if first:
+            self._compile_seconds, self._compiled_before = now - self._begin, self._compiled.seconds
+            self._last_log = now
+        else:
+            self._steps_since += 1
         if not log:
             return None
-        values = summarise(jax.device_get(self._pending))
-        self._pending = []
-        now = time.perf_counter()
-        seconds = (now - self._last_log) / self._steps_since
-        self._last_log, self._steps_since = now, 0
+        self._sums = {}
         tokens = values.pop("tokens", None)
-        values["timing_s/step"] = seconds
-        if tokens is not None:
-            values["perf/tokens_per_s"] = tokens / seconds
-        self.write(step, values)
+        values |= self._timing(now, tokens)
+        self.write(step, values, state_hash=state_hash)
         self._show(step, values, now)
         return values
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """One line of metrics.jsonl, flushed, and the same to TensorBoard."""
-        self._file.write(json.dumps({"step": step, **{k: float(v) for k, v in values.items()}}) + "\n")
+    def unlogged(self) -> Sums:
+        """The sums of the steps since the last logged one, as JSON: what a run that goes on from here needs."""
+        return self._fetch()
+
+    def _fetch(self) -> Sums:
+        self._sums = add_up(jax.device_get(self._pending), self._sums)
+        self._pending = []
+        return self._sums
+
+    def _timing(self, now: float, tokens: float | None) -> dict[str, float]:
+        """Seconds of compilation since the last log, and of a step without them."""
+        later = self._compiled.seconds - self._compiled_before
+        compiled = self._compile_seconds + later
+        values = {"timing_s/compile": compiled} if compiled else {}
+        if self._steps_since:
+            seconds = max(now - self._last_log - later, 1e-9) / self._steps_since
+            values["timing_s/step"] = seconds
+            if tokens is not None:
+                values["perf/tokens_per_s"] = tokens / seconds
+        self._last_log, self._steps_since = now, 0
+        self._compile_seconds, self._compiled_before = 0.0, self._compiled.seconds
+        return values
+
+    def write(self, step: int, values: Mapping[str, float], *, state_hash: str | None = None) -> None:
+        """One line of metrics.jsonl, flushed, and the same to TensorBoard; one with a hash is on the disk after it."""
+        line: dict[str, Any] = {"step": step, **{k: float(v) for k, v in values.items()}}
+        if state_hash is not None:
+            line["state_hash"] = state_hash
+        self._file.write(json.dumps(line) + "\n")
         self._file.flush()
+        if state_hash is not None and is_main():
+            os.fsync(self._file.fileno())
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(f"{self.stage}/{name}", value, step)
@@ -111,27 +170,73 @@ class Tracker:
 
 
 def summarise(steps: list[Mapping[str, Any]]) -> dict[str, float]:
-    """One number a metric over the steps that have it: Means added then divided, plain scalars averaged."""
-    values = {}
-    for name in dict.fromkeys(name for step in steps for name in step):
-        column = [step[name] for step in steps if name in step]
-        if isinstance(column[0], Mean):
-            total, count = (sum(float(np.asarray(getattr(m, part))) for m in column) for part in ("total", "count"))
-            values[name] = total / count if count else 0.0
-        else:
-            values[name] = float(np.mean([np.asarray(x, np.float64) for x in column]))
-    return values
+    """One number a metric over the steps that have it: Means added then divided, scalars averaged, skips counted.
+
+    What has no number is left out: a Mean of nothing, or what is not finite. Scalars that are not finite do not count,
+    since a skipped update has such ones.
+    """
+    return mean_values(add_up(steps, {}))
+
+
+def add_up(steps: list[Mapping[str, Any]], sums: Sums) -> Sums:
+    """`sums` with those of further steps; in parts or at once, to the bit the same."""
+    sums = dict(sums)
+    for step in steps:
+        for name, value in step.items():
+            total, count = _parts(value)
+            before, counted = sums.get(name, (0.0, None if count is None else 0.0))
+            sums[name] = (before + total, None if count is None or counted is None else counted + count)
+    return sums
+
+
+def mean_values(sums: Sums) -> dict[str, float]:
+    """total / count of each that has a finite one."""
+    values = {name: total if count is None else total / count for name, (total, count) in sums.items() if count != 0}
+    return {name: value for name, value in values.items() if math.isfinite(value)}
+
+
+def _parts(value: Any) -> tuple[float, float | None]:
+    if isinstance(value, Mean):
+        return float(np.asarray(value.total)), float(np.asarray(value.count))
+    if isinstance(value, Skips):
+        return float(np.asarray(value.count)), None
+    number = float(np.asarray(value, np.float64))
+    return (number, 1.0) if math.isfinite(number) else (0.0, 0.0)
+
+
+@dataclasses.dataclass
+class _CompileClock:
+    """Seconds that this process has spent in the compiler."""
+
+    seconds: float = 0.0
+
+    def hear(self, event: str, duration_secs: float, **kwargs: Any) -> None:
+        if event == COMPILE_EVENT:
+            self.seconds += duration_secs
+
+
+@functools.cache
+def _compile_clock() -> _CompileClock:
+    """The one of this process: JAX's listeners cannot be taken off again."""
+    clock = _CompileClock()
+    jax.monitoring.register_event_duration_secs_listener(clock.hear)
+    return clock
 
 
 def _forget_after(path: Path, step: int) -> None:
-    """Drops lines of steps that a resumed run will make again, and a line that a kill left half-written."""
+    """Drops lines of steps that a resumed run will make again, and a line that a kill left half-written.
+
+    The file is cut, not written anew, so that a kill now loses nothing either.
+    """
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (json.JSONDecodeError, KeyError):
-            break
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    kept = 0
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                    break
+            except (ValueError, KeyError):
+                break
+            kept += len(line)
+    os.truncate(path, kept)

@@ -1,28 +1,42 @@
 """One exact update, and the one host loop that every training stage runs."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+import dataclasses
+import json
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from mpo_jax.checkpoint import Checkpoints
-from mpo_jax.config import Config, OptimConfig, TrainConfig
+from mpo_jax.artifacts import RECIPE
+from mpo_jax.checkpoint import Checkpoints, leaf_hashes, state_hash
+from mpo_jax.config import Config, OptimConfig, TrainConfig, to_yaml
 from mpo_jax.data.batches import Buckets, TrainBatches, num_steps
 from mpo_jax.data.tokens import Example
+from mpo_jax.errors import Preempted, UserError
 from mpo_jax.model import functional
 from mpo_jax.model.functional import Model
 from mpo_jax.optim import make_optimizer, make_schedule, state_shardings
+from mpo_jax.processes import is_main, to_host
 from mpo_jax.runtime import data_seed
 from mpo_jax.sharding import check_batch, place_batch, replicated
-from mpo_jax.tracker import Tracker
-from mpo_jax.types import Metrics, Params, TrainState
+from mpo_jax.tracker import Tracker, console
+from mpo_jax.types import Mean, Metrics, Params, Skips, TrainState
 
 State = Any
 
+MAX_BAD_BATCHES = 3
+"""How many batches of skipped updates are kept on disk."""
 
 Objective = Callable[..., tuple[Metrics, Metrics]]
 """What a stage minimises: (params, batch, *fixed) -> (terms, metrics); the loss is the sum of the terms' means.
@@ -41,19 +55,17 @@ def init_state(params: Params, optim: OptimConfig, mesh: Mesh) -> TrainState:
     shardings = functional.param_shardings(params, mesh)
     params = jax.jit(lambda p: jax.tree.map(jnp.copy, p), out_shardings=shardings)(params)
     shardings = state_shardings(tx, params, shardings, mesh)
-    step = jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh))
-    return TrainState(step, params, jax.jit(tx.init, out_shardings=shardings)(params))
+    step, skipped, in_a_row = (jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh)) for _ in range(3))
+    return TrainState(step, params, jax.jit(tx.init, out_shardings=shardings)(params), skipped, in_a_row)
 
 
 def state_sharding(model: Model, optim: OptimConfig, mesh: Mesh, *, scalar: bool = False) -> TrainState:
     """The shardings of a model's training state, without making one."""
     params = functional.abstract_params(model.decoder, scalar=scalar)
     shardings = functional.param_shardings(params, mesh)
-    return TrainState(
-        replicated(mesh),  # type: ignore[arg-type]
-        shardings,
-        state_shardings(make_optimizer(optim), params, shardings, mesh),
-    )
+    counter: Any = replicated(mesh)
+    moments = state_shardings(make_optimizer(optim), params, shardings, mesh)
+    return TrainState(counter, shardings, moments, counter, counter)
 
 
 def gradients(
@@ -63,6 +75,12 @@ def gradients(
 
     Exact: every micro-batch's sums are divided by the whole batch's counts, so uneven masks weigh as in one pass.
     """
+    return _loss_and_gradients(objective, params, batch, fixed, accumulation)[1:]
+
+
+def _loss_and_gradients(
+    objective: Objective, params: Params, batch: Any, fixed: tuple[Any, ...], accumulation: int
+) -> tuple[jax.Array, Params, Metrics]:
     if accumulation == 1:
         return _gradient(objective, params, batch, fixed, None)
     # interleaved, so that the rows of one device stay on it
@@ -91,8 +109,8 @@ def _gradient(
         value = sum(m.total / jnp.maximum(divisor[k], 1.0) for k, m in terms.items())
         return value, {**metrics, **terms}
 
-    grads, metrics = jax.grad(loss, has_aux=True)(params)
-    return grads, metrics
+    (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    return value, grads, metrics
 
 
 def apply(
@@ -101,52 +119,206 @@ def apply(
     """One optimiser update; also returns the gradient's global norm before clipping."""
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
-    return TrainState(state.step + 1, params, opt_state), optax.tree.norm(grads)
+    in_a_row = jnp.zeros_like(state.skipped_in_a_row)
+    return TrainState(state.step + 1, params, opt_state, state.skipped, in_a_row), optax.tree.norm(grads)
+
+
+def _only_where(fine: jax.Array, metrics: Metrics) -> Metrics:
+    empty = Mean(jnp.zeros(()), jnp.zeros(()))
+    choose = partial(jnp.where, fine)
+    return {name: jax.tree.map(choose, m, empty) if isinstance(m, Mean) else m for name, m in metrics.items()}
 
 
 def make_update(
     objective: Objective, optim: OptimConfig, *, accumulation: int
 ) -> Callable[..., tuple[TrainState, Metrics]]:
-    """A pure (state, batch, learning_rate, *fixed) -> (state, metrics), to be jitted with the state donated."""
+    """A pure (state, batch, learning_rate, *fixed) -> (state, metrics), to be jitted with the state donated.
+
+    Where the loss or the gradient's norm is not finite nothing but the counts of skipped updates changes, and the
+    batch's Means count nothing.
+    """
     tx = make_optimizer(optim)
 
     def update(state: TrainState, batch: Any, learning_rate: jax.Array, *fixed: Any) -> tuple[TrainState, Metrics]:
-        grads, metrics = gradients(objective, state.params, batch, *fixed, accumulation=accumulation)
-        state, norm = apply(state, grads, learning_rate, tx)
-        return state, {**metrics, "grad_norm": norm}
+        loss, grads, metrics = _loss_and_gradients(objective, state.params, batch, fixed, accumulation)
+        updated, norm = apply(state, grads, learning_rate, tx)
+        fine = jnp.isfinite(loss) & jnp.isfinite(norm)
+        skipped = dataclasses.replace(state, skipped=state.skipped + 1, skipped_in_a_row=state.skipped_in_a_row + 1)
+        state = jax.tree.map(partial(jnp.where, fine), updated, skipped)
+        skips = Skips(jnp.where(fine, 0, 1), state.skipped_in_a_row)
+        return state, {**_only_where(fine, metrics), "grad_norm": norm, "skipped": skips}
 
     return update
 
 
 def fit(
     state: State,
-    step: Callable[[State, int], tuple[State, Metrics]],
+    step: Callable[[State, int], tuple[State, Metrics, Any]],
     *,
-    config: TrainConfig,
+    config: Config,
+    train: TrainConfig,
     num_steps: int,
     folder: Path,
     stage: str,
-    tensorboard: bool,
 ) -> tuple[State, dict[str, float]]:
-    """Runs `step(state, k)` for k up to `num_steps`, from the newest checkpoint in `folder` if there is one.
+    """Runs `step(state, k)` for k up to `num_steps`, from the newest sound checkpoint in `folder` if there is one.
 
+    A step returns the next state, metrics, and its batch: a pytree of arrays to be kept if its update is skipped.
     Returns the last state and the last logged metrics.
+
+    Raises:
+      UserError: if too many updates in a row were skipped, or a checkpoint is of another configuration.
+      Preempted: after SIGTERM, once a checkpoint of the step at hand is saved.
     """
-    checkpoints = Checkpoints(folder / "checkpoints", keep=config.keep_checkpoints)
-    start, state = checkpoints.restore(state)
-    tracker = Tracker(folder, stage, num_steps, tensorboard=tensorboard, start_step=start)
-    logged: dict[str, float] = {}
-    try:
-        for k in range(start, num_steps):
-            state, metrics = step(state, k)
-            last = k + 1 == num_steps
-            logged = tracker.update(k + 1, metrics, log=last or (k + 1) % config.log_every == 0 or k == 0) or logged
-            if (k + 1) % config.checkpoint_every == 0 and not last:
-                checkpoints.save(k + 1, state)
-    finally:
-        tracker.close()
-        checkpoints.close()
+    with _Preemption() as preemption, contextlib.ExitStack() as closing:
+        if is_main():
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        checkpoints = Checkpoints(
+            folder / "checkpoints",
+            keep=train.keep_checkpoints,
+            best=train.best_mode if train.best_metric else None,
+            recipe=_recipe(folder),
+            clean=True,
+        )
+        closing.callback(checkpoints.close)
+        start, state = checkpoints.restore(state)
+        tracker = Tracker(
+            folder, stage, num_steps, tensorboard=config.runtime.tensorboard, start_step=start, sums=checkpoints.carried
+        )
+        closing.callback(tracker.close)
+        guard = Guard(folder / "bad_batches", stage, train.stop_after_skipped)
+        logged: dict[str, float] = {}
+        for number in range(start + 1, num_steps + 1):
+            state, metrics, batch = step(state, number - 1)
+            guard.look(number, metrics, batch)
+            last, due = number == num_steps, number % train.checkpoint_every == 0
+            hashes = leaf_hashes(state) if due or last else None
+            log = last or due or number % train.log_every == 0 or number == 1
+            digest = state_hash(hashes) if hashes else None
+            logged = tracker.update(number, metrics, log=log, state_hash=digest) or logged
+            stop = number == _stop_at.get() or (not last and preemption.reached(number))
+            if stop or last or due:
+                guard.settle()
+            if stop or (due and not last):
+                value = _value(logged, train, stage) if due else None
+                checkpoints.save(number, state, hashes=hashes, value=value, carried=tracker.unlogged())
+            if stop:
+                raise Preempted(number)
     return state, logged
+
+
+@contextlib.contextmanager
+def stopping_at(step: int) -> Iterator[None]:
+    """Within it, `fit` saves a checkpoint after `step` and raises Preempted, as if SIGTERM had come."""
+    token = _stop_at.set(step)
+    try:
+        yield
+    finally:
+        _stop_at.reset(token)
+
+
+_stop_at: ContextVar[int | None] = ContextVar("stop_at", default=None)
+
+
+def _recipe(folder: Path) -> dict[str, Any] | None:
+    """What the stage in this folder is made from, where a store made the folder."""
+    path = folder / RECIPE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _value(logged: dict[str, float], train: TrainConfig, stage: str) -> float | None:
+    """The metric by which checkpoints are compared; None where the updates that it would tell of were skipped."""
+    if train.best_metric is None or train.best_metric in logged:
+        return logged.get(train.best_metric or "")
+    if any(name.endswith("skipped") and count > 0 for name, count in logged.items()):
+        return None
+    known = ", ".join(name for name in logged if not name.startswith(("timing_s", "perf")))
+    raise UserError(f"{stage}.train.best_metric={train.best_metric} is not logged; known here: {known}")
+
+
+class _Preemption:
+    """While entered, SIGTERM asks for a checkpoint instead of ending the process.
+
+    Of several processes any may get the signal, and all must agree on the step: JAX sees to that.
+    """
+
+    def __enter__(self) -> Self:
+        self._asked, self._before = False, None
+        # Python takes handlers in its main thread only
+        self._listens = jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
+        if self._listens:
+            self._before = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def _ask(self, *_: Any) -> None:
+        self._asked = True
+
+    def reached(self, step: int) -> bool:
+        """Whether to save after this step and to end."""
+        return self._asked if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(step)
+
+    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
+        if self._listens:
+            signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)
+        if self._asked and not isinstance(error, Preempted):
+            signal.raise_signal(signal.SIGTERM)
+
+
+class Guard:
+    """Tells of skipped updates, keeps their batches, and stops after too many in a row.
+
+    It looks at a step when the next one is under way, so that the device is never waited for in vain.
+    """
+
+    def __init__(self, folder: Path, stage: str, limit: int):
+        self._folder, self._stage, self._limit = folder, stage, limit
+        self._unseen: tuple[int, dict[str, Skips], Any] | None = None
+
+    def look(self, step: int, metrics: Metrics, batch: Any) -> None:
+        """Takes a step that has just been started, and looks at the one before.
+
+        Raises:
+          UserError: at the limit.
+        """
+        self.settle()
+        self._unseen = step, {name: m for name, m in metrics.items() if isinstance(m, Skips)}, batch
+
+    def settle(self) -> None:
+        """Looks at the last step taken, once it is done."""
+        if self._unseen is None:
+            return
+        (step, skips, batch), self._unseen = self._unseen, None
+        skips = {name: skip for name, skip in jax.device_get(skips).items() if skip.count > 0}
+        if not skips:
+            return
+        kept = self._keep(step, batch)
+        for name, skip in skips.items():
+            what = " ".join(filter(None, [self._stage, name.rpartition("/")[0]]))
+            console.print(
+                f"  [yellow]{what} step {step}: loss or gradient is not finite, the update is skipped "
+                f"({int(skip.in_a_row)} in a row){kept}[/yellow]",
+                soft_wrap=True,
+            )
+            if skip.in_a_row >= self._limit:
+                raise UserError(
+                    f"{what}: the loss or the gradient was not finite in {int(skip.in_a_row)} updates in a row, up to "
+                    f"step {step}. The first batches are in {self._folder}: look at their rows, or lower the learning "
+                    f"rate. {self._stage}.train.stop_after_skipped={self._limit} is how many are borne"
+                )
+
+    def _keep(self, step: int, batch: Any) -> str:
+        """Writes the batch where there is room for it, and says where."""
+        leaves = jax.tree_util.tree_leaves_with_path(batch)
+        arrays = {jax.tree_util.keystr(path, simple=True, separator="."): to_host(leaf) for path, leaf in leaves}
+        path = self._folder / f"step-{step}.npz"
+        if not is_main() or (not path.exists() and len(list(self._folder.glob("*.npz"))) >= MAX_BAD_BATCHES):
+            return ""
+        self._folder.mkdir(exist_ok=True)
+        # NumPy's files know no bfloat16
+        known: Any = {k: x.astype(np.float32) if x.dtype.kind == "V" else x for k, x in arrays.items()}
+        np.savez(path, **known)
+        return f"; batch in {path}"
 
 
 def fit_examples(
@@ -169,19 +341,19 @@ def fit_examples(
     batches = TrainBatches(examples, buckets, train.batch_size, data_seed(config.seed, stage))
     learning_rate = make_learning_rate(train.optim, steps)
 
-    def one(state: TrainState, k: int) -> tuple[TrainState, Metrics]:
+    def one(state: TrainState, k: int) -> tuple[TrainState, Metrics, Any]:
         batch = batches[k]
         data = (batch.rows, batch.extra) if batch.extra.shape[1] else batch.rows
-        return step(state, place_batch(data, mesh), learning_rate(k))
+        return *step(state, place_batch(data, mesh), learning_rate(k)), {"rows": batch.rows, "extra": batch.extra}
 
     state, logged = fit(
         init_state(params, train.optim, mesh),
         one,
-        config=train,
+        config=config,
+        train=train,
         num_steps=steps,
         folder=folder,
         stage=stage,
-        tensorboard=config.runtime.tensorboard,
     )
     return state.params, {"steps": steps, "train": logged}
 

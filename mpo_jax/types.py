@@ -13,7 +13,7 @@ Params: TypeAlias = dict[str, Any]
 """A model's parameters: nested plain dicts of arrays."""
 
 Metrics: TypeAlias = dict[str, Any]
-"""Means, or scalars of the whole batch, by the name under which they are logged."""
+"""Means, Skips, or scalars of the whole batch, by the name under which they are logged."""
 
 
 @jax.tree_util.register_dataclass
@@ -38,6 +38,23 @@ class Mean:
 
     def __add__(self, other: "Mean") -> "Mean":
         return Mean(self.total + other.total, self.count + other.count)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Skips:
+    """Updates left out because a loss or a gradient was not finite.
+
+    Attributes:
+      count: [] int32, how many of these.
+      in_a_row: [] int32, how many up to and with the last of these, earlier ones included.
+    """
+
+    count: Int[Array, ""]
+    in_a_row: Int[Array, ""]
+
+    def __add__(self, later: "Skips") -> "Skips":
+        return Skips(self.count + later.count, later.in_a_row)
 
 
 @jax.tree_util.register_dataclass
@@ -122,14 +139,18 @@ class TrainState:
     """What one model's optimisation carries from step to step.
 
     Attributes:
-      step: [] int32, updates made.
+      step: [] int32, updates made; skipped ones are none.
       params: float32 master parameters.
       opt_state: the optax state, sharded like the parameters it belongs to.
+      skipped: [] int32, updates left out because a loss or gradient was not finite.
+      skipped_in_a_row: [] int32, those since the last update made.
     """
 
     step: Int[Array, ""]
     params: Params
     opt_state: Any
+    skipped: Int[Array, ""] = dataclasses.field(default_factory=lambda: jnp.zeros((), jnp.int32))
+    skipped_in_a_row: Int[Array, ""] = dataclasses.field(default_factory=lambda: jnp.zeros((), jnp.int32))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,8 @@ import time
 import pytest
 
 from mpo_jax import __version__
-from mpo_jax.artifacts import FORMAT, Store, write_json
+from mpo_jax.artifacts import FORMAT, RECIPE, Store, write_json
+from mpo_jax.config import Config, RuntimeConfig, to_yaml
 from mpo_jax.errors import UserError
 
 
@@ -110,6 +111,31 @@ def test_a_run_that_fails_leaves_nothing_finished_and_is_resumed(tmp_path):
     assert visible(store) == [made.id]
     assert sorted(path.name for path in made.path.iterdir()) == ["manifest.json", "result.txt"]  # no checkpoints
     assert not list(store.folder.glob(".*.partial"))
+
+
+def test_a_folder_says_from_the_start_what_is_made_in_it(tmp_path):
+    """`mpo verify` and a resumed run read it there; the manifest says it afterwards."""
+    store, found = Store(tmp_path), {}
+    parent = store.build("sft", {"lr": 0.1}, {}, writer("x"))
+
+    def run(folder):
+        found.update(json.loads((folder / RECIPE).read_text()))
+        return {}
+
+    made = store.build("dpo", {"beta": 0.5}, {"init": parent}, run)
+    assert found == {"format": FORMAT, "stage": "dpo", "settings": {"beta": 0.5}, "parents": {"init": parent.id}}
+    assert found.items() <= made.manifest.items() and not (made.path / RECIPE).exists()
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_checkpoints_stay_where_the_stage_s_configuration_says_so(tmp_path, keep):
+    def run(folder):
+        (folder / "checkpoints" / "1").mkdir(parents=True)
+        (folder / "config.yaml").write_text(to_yaml(Config(runtime=RuntimeConfig(keep_checkpoints=keep))))
+        return {}
+
+    made = Store(tmp_path).build("sft", {}, {}, run)
+    assert (made.path / "checkpoints" / "1").is_dir() == keep
 
 
 def test_another_recipe_does_not_resume_a_foreign_folder(tmp_path):

@@ -75,11 +75,15 @@ def test_every_stage_gives_one_process_s_numbers(together, alone):
     assert set(stages(workdir)) == set(stages(alone))
     for role in ("sft", "reward", "1-dpo", "2-ppo"):
         for two, one in zip(metrics(workdir, role), metrics(alone, role), strict=True):
+            two, one = (
+                {k: v for k, v in line.items() if not k.startswith(("timing_s", "perf"))} for line in (two, one)
+            )
             assert two.keys() == one.keys() and two["step"] == one["step"]
             for name, value in one.items():
                 # before DPO's first update every implicit reward is 0, and which is greater is rounding
                 undecided = name == "rewards/accuracies" and one["step"] == 1
-                if not isinstance(value, str) and not name.startswith(("timing_s", "perf")) and not undecided:
+                # hashes of states that differ in rounding are different
+                if not isinstance(value, str) and not undecided:
                     np.testing.assert_allclose(two[name], value, rtol=1e-3, atol=1e-5, err_msg=f"{role} {name}")
     tables = [PairTable.read(folder / "runs/mpo/select") for folder in (workdir, alone)]
     assert tables[0].ids == tables[1].ids

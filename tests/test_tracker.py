@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpo_jax.tracker import Tracker, summarise
-from mpo_jax.types import Mean
+from mpo_jax.tracker import COMPILE_EVENT, Tracker, add_up, mean_values, summarise
+from mpo_jax.types import Mean, Skips
 
 
 def mean(total: float, count: float) -> Mean:
@@ -24,8 +24,31 @@ def test_means_are_added_before_dividing():
     """(1 + 6) / (1 + 3), where the mean of the means would be 1.5."""
     steps = [{"loss": mean(1, 1), "norm": 1.0}, {"loss": mean(6, 3), "norm": np.float32(4.0)}]
     assert summarise(steps) == {"loss": 1.75, "norm": 2.5}
-    assert summarise([{"loss": mean(0, 0)}, {"loss": mean(0, 0)}]) == {"loss": 0.0}
     assert summarise([{"loss": mean(3, 0)}, {"loss": mean(-1, 2)}]) == {"loss": 1.0}
+
+
+def test_what_has_no_number_is_left_out():
+    """A Mean of nothing is not 0, and NaN is no JSON; a scalar of a skipped step does not spoil the others'."""
+    nan = float("nan")
+    steps = [{"loss": mean(0, 0), "norm": nan, "kl": mean(nan, 1)}, {"loss": mean(0, 0), "norm": 3.0, "kl": mean(1, 1)}]
+    assert summarise(steps) == {"norm": 3.0}
+    assert summarise(steps[:1]) == {}
+
+
+def test_skips_are_counted():
+    steps = [{"skipped": Skips(jnp.int32(count), jnp.int32(7))} for count in (1, 0, 2)]
+    assert summarise(steps) == {"skipped": 3.0}
+
+
+def test_sums_may_be_taken_in_parts_that_were_json_between():
+    """As a run does that is ended between two logged steps and goes on: the same to the bit."""
+    rng = np.random.default_rng(0)
+    steps = [
+        {"loss": mean(*rng.random(2)), "norm": rng.random(), "skipped": Skips(jnp.int32(k), jnp.int32(0))}
+        for k in range(9)
+    ]
+    first = json.loads(json.dumps(add_up(steps[:4], {})))
+    assert mean_values(add_up(steps[4:], {name: tuple(pair) for name, pair in first.items()})) == summarise(steps)
 
 
 def test_sums_are_taken_in_float64():
@@ -48,22 +71,70 @@ def test_a_line_a_logged_step_with_all_since_the_last(tmp_path):
         {"step": 5, "loss": 4.5, "grad_norm": 9.0},
     ]
     assert results[4] == {k: v for k, v in written[2].items() if k != "step"}
-    assert all(line["timing_s/step"] > 0 for line in written)
+    assert ["timing_s/step" in line for line in written] == [False, True, True]
+    assert ["timing_s/compile" in line for line in written] == [True, False, False]
     assert all(type(value) is float for name, value in results[4].items())
 
 
 def test_time_is_told_per_step_and_tokens_as_a_rate(tmp_path, monkeypatch):
-    """Made at 100 s, logged at 101 s and 105 s: one step of 1 s, then two of 2 s with 650 tokens on average."""
-    clock = iter([100.0, 101.0, 105.0])
+    """Made at 100 s; steps end at 101, 103 and 105 s: one of 1 s that compiled, two of 2 s with 650 tokens each."""
+    clock = iter([100.0, 101.0, 103.0, 105.0])
     monkeypatch.setattr("mpo_jax.tracker.time", SimpleNamespace(perf_counter=lambda: next(clock)))
     tracker = Tracker(tmp_path, "sft", 9, tensorboard=False)
-    results = [tracker.update(k, {"tokens": jnp.float32(100 * k * k)}, log=k != 2) for k in (1, 2, 3)]
+    results = [tracker.update(k, {"tokens": np.float32(100 * k * k)}, log=k != 2) for k in (1, 2, 3)]
     tracker.close()
-    assert results == [
-        {"timing_s/step": 1.0, "perf/tokens_per_s": 100.0},
-        None,
-        {"timing_s/step": 2.0, "perf/tokens_per_s": 325.0},
-    ]
+    assert results == [{"timing_s/compile": 1.0}, None, {"timing_s/step": 2.0, "perf/tokens_per_s": 325.0}]
+
+
+def test_later_compilation_is_told_apart_from_the_steps(tmp_path, monkeypatch):
+    """A run that resumes at step 4: its first step, and 3 of the next 4 s, are the compiler's."""
+    clock = iter([100.0, 110.0, 112.0, 114.0, 115.0])
+    monkeypatch.setattr("mpo_jax.tracker.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    tracker = Tracker(tmp_path, "sft", 9, tensorboard=False, start_step=4)
+    for k in (5, 6):
+        assert tracker.update(k, {}, log=False) is None
+    jax.monitoring.record_event_duration_secs(COMPILE_EVENT, 3.0)
+    jax.monitoring.record_event_duration_secs("/jax/another/event", 5.0)
+    assert tracker.update(7, {"tokens": 10}, log=True) == {
+        "timing_s/compile": 13.0, "timing_s/step": 0.5, "perf/tokens_per_s": 20.0
+    }  # fmt: skip
+    assert tracker.update(8, {}, log=True) == {"timing_s/step": 1.0}
+    tracker.close()
+
+
+def test_a_real_compilation_is_heard(tmp_path):
+    tracker = Tracker(tmp_path, "sft", 9, tensorboard=False)
+    tracker.update(1, {}, log=True)
+    assert "timing_s/compile" not in tracker.update(2, {}, log=True)
+    jax.jit(lambda x: x * 3.25 + len(str(tmp_path)))(jnp.ones(3)).block_until_ready()
+    assert tracker.update(3, {}, log=True)["timing_s/compile"] > 0
+    tracker.close()
+
+
+def test_a_line_holds_the_state_s_hash(tmp_path):
+    tracker = Tracker(tmp_path, "sft", 9, tensorboard=False)
+    values = tracker.update(1, {"loss": mean(1, 2)}, log=True, state_hash="abc")
+    tracker.close()
+    assert lines(tmp_path)[0]["state_hash"] == "abc" and "state_hash" not in values
+
+
+def test_steps_that_were_not_logged_go_on_in_the_next_process(tmp_path):
+    metrics = [{"loss": mean(k, 3), "norm": 0.1 * k} for k in range(1, 7)]
+    for folder, parts in (("whole", [metrics]), ("parts", [metrics[:2], metrics[2:4], metrics[4:]])):
+        done, sums = 0, None
+        for part in parts:
+            tracker = Tracker(tmp_path / folder, "sft", 6, tensorboard=False, start_step=done, sums=sums)
+            for values in part:
+                done += 1
+                tracker.update(done, values, log=done in (1, 6))
+            sums = json.loads(json.dumps(tracker.unlogged()))
+            tracker.close()
+    whole, parts = (
+        [{k: v for k, v in line.items() if not k.startswith("timing_s")} for line in lines(tmp_path / folder)]
+        for folder in ("whole", "parts")
+    )
+    assert whole == parts and [line["step"] for line in whole] == [1, 6]
+    assert whole[1]["loss"] == 20 / 15
 
 
 def test_the_host_fetches_only_when_it_logs(tmp_path, monkeypatch):
@@ -87,8 +158,8 @@ def test_a_line_is_on_disk_as_soon_as_it_is_written(tmp_path):
 
 @pytest.mark.parametrize(
     "tail",
-    ["", '{"step": 7, "loss"', '{"step": 3, "lo', "{", '{"loss": 1.0}\n', "\x00\x00"],
-    ids=["whole", "cut later", "cut earlier", "brace", "no step", "zeros"],
+    ["", '{"step": 7, "loss"', '{"step": 3, "lo', "{", '{"loss": 1.0}\n', "\x00\x00", '{"step": 3, "loss": 1.5}'],
+    ids=["whole", "cut later", "cut earlier", "brace", "no step", "zeros", "no line end"],
 )
 @pytest.mark.parametrize(("start", "kept"), [(4, [2, 4]), (3, [2]), (0, []), (99, [2, 4, 6])])
 def test_a_resumed_run_drops_later_and_half_written_lines(tmp_path, start, kept, tail):

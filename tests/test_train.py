@@ -1,5 +1,7 @@
 """The update is exact whatever the portions, and the host loop resumes where it was."""
 
+import json
+import signal
 from functools import partial
 
 import chex
@@ -8,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpo_jax.config import OptimConfig, TrainConfig
+from mpo_jax.checkpoint import leaf_hashes, state_hash
+from mpo_jax.config import Config, OptimConfig, RuntimeConfig, TrainConfig, load_config
+from mpo_jax.errors import Preempted, UserError
 from mpo_jax.model.functional import Model
 from mpo_jax.stages import dpo, reward, sft
-from mpo_jax.train import fit, gradients, init_state, make_update, state_sharding
+from mpo_jax.train import fit, gradients, init_state, make_update, state_sharding, stopping_at
 from mpo_jax.types import Mean
 from tests.model.tiny import DECODER, batch, mesh_of, random_params, trees_close
 
@@ -84,34 +88,213 @@ def test_update_on_a_mesh_equals_one_device(shape, name):
     np.testing.assert_allclose(results[1][1], results[0][1], rtol=1e-5)
 
 
-def test_fit_resumes_and_ends_equal_to_an_uninterrupted_run(tmp_path):
-    """Killed between two checkpoints: the same call again ends bit-identical, and metrics hold each step once."""
+def run_fit(folder, *, steps=7, broken=(), die_at=None, at=None, carry_on=False, **train):
+    """SFT steps through `fit`; batches `broken` give no finite number, and `at(k)` is called in step k.
+
+    `carry_on`: without the guard, as a reference for what a run without the broken batches gives.
+    """
     objective, params, data = cases()["sft"]
     mesh, optim = mesh_of(1, 1, 1), OptimConfig(learning_rate=0.01)
-    config = TrainConfig(steps=7, batch_size=8, log_every=1, checkpoint_every=2, optim=optim)
+    config = Config(runtime=RuntimeConfig(tensorboard=False))
+    train = TrainConfig(steps=steps, batch_size=8, optim=optim, **{"log_every": 1, "checkpoint_every": 2, **train})
+
+    def poisoned(params, batch):
+        rows, poison_B = batch
+        terms, metrics = objective(params, rows)
+        loss = terms["loss"]
+        return {"loss": Mean(loss.total * poison_B[0], loss.count)}, metrics
+
     with jax.set_mesh(mesh):
-        update = jax.jit(make_update(objective, optim, accumulation=1))
+        update = jax.jit(make_update(poisoned, optim, accumulation=1), donate_argnums=0)
 
-        def run(folder, die_at=None):
-            def step(state, k):
-                if k == die_at:
-                    raise RuntimeError("killed")
-                rolled = jax.tree.map(lambda x: jnp.roll(x, k, 0), data)
-                return update(state, rolled, jnp.asarray(0.01 * (k + 1)))
+        def step(state, k):
+            if k == die_at:
+                raise RuntimeError("killed")
+            if at is not None:
+                at(k)
+            rolled = jax.tree.map(lambda x: np.roll(x, k, 0), data)
+            if k in broken and carry_on:
+                return state, {}, None
+            batch = (rolled, np.full(8, np.nan if k in broken else 1.0, np.float32))
+            return *update(state, batch, jnp.asarray(0.01 * (k + 1))), {"rows": rolled}
 
-            start = init_state(params, optim, mesh)
-            return fit(start, step, config=config, num_steps=7, folder=folder, stage="sft", tensorboard=False)
+        start = init_state(params, optim, mesh)
+        return fit(start, step, config=config, train=train, num_steps=steps, folder=folder, stage="sft")
 
-        whole, last = run(tmp_path / "whole")
-        with pytest.raises(RuntimeError, match="killed"):
-            run(tmp_path / "killed", die_at=5)
-        resumed, resumed_last = run(tmp_path / "killed")
+
+def logged(folder) -> list[dict]:
+    """The lines of the log, without what no two runs share."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(("timing_s", "perf"))} for row in rows]
+
+
+def test_fit_resumes_and_ends_equal_to_an_uninterrupted_run(tmp_path):
+    """Killed between two checkpoints: the same call again ends bit-identical, and the log is the same."""
+    whole, last = run_fit(tmp_path / "whole")
+    with pytest.raises(RuntimeError, match="killed"):
+        run_fit(tmp_path / "killed", die_at=5)
+    resumed, resumed_last = run_fit(tmp_path / "killed")
     assert int(resumed.step) == 7
     chex.assert_trees_all_equal(jax.device_get(whole), jax.device_get(resumed))
     assert last["loss"] == resumed_last["loss"]
-    lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "killed")]
-    steps = [[line.split(",")[0] for line in text] for text in lines]
-    assert steps[0] == steps[1] and len(steps[0]) == 7
+    assert logged(tmp_path / "whole") == logged(tmp_path / "killed")
+    hashes = [row.get("state_hash") for row in logged(tmp_path / "whole")]
+    assert [bool(digest) for digest in hashes] == [False, True, False, True, False, True, True]
+    assert hashes[-1] == state_hash(leaf_hashes(whole))
+
+
+def test_steps_with_a_checkpoint_are_logged(tmp_path):
+    """Else a run that goes on from one would average over other steps than an uninterrupted run."""
+    run_fit(tmp_path / "whole", log_every=5, checkpoint_every=3)
+    assert [row["step"] for row in logged(tmp_path / "whole")] == [1, 3, 5, 6, 7]
+    with pytest.raises(RuntimeError, match="killed"):
+        run_fit(tmp_path / "killed", log_every=5, checkpoint_every=3, die_at=6)
+    run_fit(tmp_path / "killed", log_every=5, checkpoint_every=3)
+    assert logged(tmp_path / "whole") == logged(tmp_path / "killed")
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("what", ["gradient", "loss"])
+def test_an_update_that_is_not_finite_changes_nothing(what, accumulation):
+    """Not the parameters, moments or counts; and the next update is as if the bad one had never been."""
+    objective, params, data = cases()["sft"]
+    optim = OptimConfig(learning_rate=0.01)
+
+    def poisoned(params, batch):
+        rows, poison_B = batch
+        terms, metrics = objective(params, rows)
+        loss = terms["loss"]
+        # an infinite loss whose gradient is the usual one
+        total = loss.total * poison_B[0] if what == "gradient" else loss.total + jax.lax.stop_gradient(poison_B[0] - 1)
+        return {"loss": Mean(total, loss.count)}, metrics
+
+    mesh = mesh_of(1, 1, 1)
+    with jax.set_mesh(mesh):
+        step = jax.jit(make_update(poisoned, optim, accumulation=accumulation))
+        one = lambda state, value: step(state, (data, np.full(8, value, np.float32)), jnp.asarray(0.01))  # noqa: E731
+        first, metrics = one(init_state(params, optim, mesh), 1.0)
+        assert (int(metrics["skipped"].count), int(metrics["skipped"].in_a_row)) == (0, 0)
+        state = first
+        for number, value in enumerate((np.nan, np.inf) if what == "gradient" else (np.inf, np.nan), 1):
+            state, metrics = one(state, value)
+            assert (int(metrics["skipped"].count), int(metrics["skipped"].in_a_row)) == (1, number)
+            assert metrics["loss"].count == 0 == metrics["loss"].total
+        chex.assert_trees_all_equal(
+            (first.step, first.params, first.opt_state), (state.step, state.params, state.opt_state)
+        )
+        assert (int(state.skipped), int(state.skipped_in_a_row)) == (2, 2)
+        (after, metrics), (expected, _) = one(state, 1.0), one(first, 1.0)
+    chex.assert_trees_all_equal(after.params, expected.params)
+    chex.assert_trees_all_equal(after.opt_state, expected.opt_state)
+    assert (int(after.skipped), int(after.skipped_in_a_row), int(after.step)) == (2, 0, 2)
+    assert metrics["loss"].count > 0
+
+
+def test_fit_goes_on_after_a_broken_batch_and_keeps_it(tmp_path, capsys):
+    state, _ = run_fit(tmp_path / "a", broken=(2,))
+    expected, _ = run_fit(tmp_path / "b", broken=(2,), carry_on=True)
+    chex.assert_trees_all_equal(jax.device_get(state.params), jax.device_get(expected.params))
+    rows = logged(tmp_path / "a")
+    assert [row["skipped"] for row in rows] == [0, 0, 1, 0, 0, 0, 0]
+    assert ["loss" in row for row in rows] == ["grad_norm" in row for row in rows] == [True] * 2 + [False] + [True] * 4
+    with np.load(tmp_path / "a" / "bad_batches" / "step-3.npz") as batch:
+        _, _, data = cases()["sft"]
+        assert set(batch) == {f"rows.{name}" for name in ("prompt", "prompt_len", "response", "response_len", "key")}
+        np.testing.assert_array_equal(batch["rows.response"], np.roll(data.response, 2, 0))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.count("not finite") == 1
+    assert "sft step 3: loss or gradient is not finite, the update is skipped (1 in a row); batch in" in printed
+
+
+def test_skips_are_counted_through_a_kill_and_few_batches_are_kept(tmp_path):
+    broken = (0, 2, 3, 4, 6)
+    whole, _ = run_fit(tmp_path / "whole", steps=8, broken=broken)
+    with pytest.raises(RuntimeError, match="killed"):
+        run_fit(tmp_path / "killed", steps=8, broken=broken, die_at=5)
+    resumed, _ = run_fit(tmp_path / "killed", steps=8, broken=broken)
+    assert (int(resumed.skipped), int(resumed.skipped_in_a_row), int(resumed.step)) == (5, 0, 3)
+    chex.assert_trees_all_equal(jax.device_get(whole), jax.device_get(resumed))
+    for folder in (tmp_path / "whole", tmp_path / "killed"):
+        assert sorted(path.name for path in (folder / "bad_batches").iterdir()) == [f"step-{k}.npz" for k in (1, 3, 4)]
+    assert logged(tmp_path / "whole") == logged(tmp_path / "killed")
+
+
+def test_too_many_skips_in_a_row_stop_the_run(tmp_path):
+    """Skips before a kill count: 4 in a row are reached by a run that makes only three of them."""
+    broken = (1, 3, 4, 5, 6)
+    with pytest.raises(RuntimeError, match="killed"):
+        run_fit(tmp_path, steps=9, broken=broken, die_at=5, stop_after_skipped=4)
+    started = []
+    message = (
+        r"sft: the loss or the gradient was not finite in 4 updates in a row, up to step 7\..*bad_batches: look at "
+        r"their rows, or lower the learning rate. sft.train.stop_after_skipped=4"
+    )
+    with pytest.raises(UserError, match=message):
+        run_fit(tmp_path, steps=9, broken=broken, at=started.append, stop_after_skipped=4)
+    assert started == [4, 5, 6, 7], "the host looks at a step when the next one is under way"
+
+
+def test_the_last_step_s_skip_is_told_too(tmp_path, capsys):
+    run_fit(tmp_path, steps=2, broken=(1,))
+    assert "step 2: loss or gradient is not finite" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(UserError, match="up to step 2"):
+        run_fit(tmp_path / "b", steps=2, broken=(1,), stop_after_skipped=1)
+
+
+def test_sigterm_saves_after_the_step_at_hand(tmp_path):
+    """Between two checkpoints and two logged steps; the next call goes on, and log and state end as without it."""
+    options = {"steps": 9, "log_every": 4, "checkpoint_every": 5}
+    before = signal.getsignal(signal.SIGTERM)
+    whole, _ = run_fit(tmp_path / "whole", **options)
+    with pytest.raises(Preempted, match="terminated; a checkpoint of step 3 is saved; the same command goes on") as end:
+        run_fit(tmp_path / "ended", **options, at=lambda k: k == 2 and signal.raise_signal(signal.SIGTERM))
+    assert end.value.step == 3 and signal.getsignal(signal.SIGTERM) == before
+    made = []
+    resumed, _ = run_fit(tmp_path / "ended", **options, at=made.append)
+    assert made == [3, 4, 5, 6, 7, 8]
+    chex.assert_trees_all_equal(jax.device_get(whole), jax.device_get(resumed))
+    assert logged(tmp_path / "whole") == logged(tmp_path / "ended")
+    assert [row["step"] for row in logged(tmp_path / "ended")] == [1, 4, 5, 8, 9]
+
+
+def test_sigterm_in_the_last_step_is_not_lost(tmp_path):
+    """There is nothing left to save for: the stage is done, and then the process ends as it would without a handler."""
+    heard = []
+    before = signal.signal(signal.SIGTERM, lambda *_: heard.append(True))
+    try:
+        state, _ = run_fit(tmp_path, steps=3, at=lambda k: k == 2 and signal.raise_signal(signal.SIGTERM)), None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert heard == [True] and int(state[0].step) == 3
+
+
+def test_a_run_that_is_told_where_to_stop_stops_there(tmp_path):
+    for step, folder in ((4, "due"), (5, "between"), (7, "last")):
+        with stopping_at(step), pytest.raises(Preempted) as end:
+            run_fit(tmp_path / folder)
+        assert end.value.step == step and (tmp_path / folder / "checkpoints" / str(step)).is_dir()
+    assert int(run_fit(tmp_path / "due")[0].step) == 7
+
+
+def test_checkpoints_are_kept_by_metric(tmp_path):
+    def kept(folder):
+        return sorted(int(path.name) for path in (tmp_path / folder / "checkpoints").iterdir())
+
+    run_fit(tmp_path / "last", steps=9, keep_checkpoints=1)
+    assert kept("last") == [8]
+    run_fit(tmp_path / "best", steps=9, keep_checkpoints=1, best_metric="loss", best_mode="max")
+    losses = {row["step"]: row["loss"] for row in logged(tmp_path / "best") if row["step"] in (2, 4, 6, 8)}
+    best = max(losses, key=losses.__getitem__)
+    assert best != 8 and kept("best") == [best, 8]
+    with pytest.raises(
+        UserError, match=r"sft.train.best_metric=losss is not logged; known here: grad_norm, loss, skipped"
+    ):
+        run_fit(tmp_path / "none", best_metric="losss")
+
+
+def test_the_folder_holds_the_configuration(tmp_path):
+    run_fit(tmp_path, steps=1)
+    assert load_config(tmp_path / "config.yaml") == Config(runtime=RuntimeConfig(tensorboard=False))
 
 
 def test_init_state_leaves_the_given_parameters_usable():

@@ -100,7 +100,8 @@ def for_decoding(model: Model, params: Params) -> Params:
         cast = leaf if name.endswith(FLOAT32) else leaf.astype(model.dtype)
         return constrain(cast, *PARAM_AXES[name], without="fsdp")
 
-    return unflatten_dict({path: gather(path, leaf) for path, leaf in flatten_dict(params).items()})
+    flat: dict[Any, Any] = flatten_dict(params)
+    return unflatten_dict({path: gather(path, leaf) for path, leaf in flat.items()})
 
 
 def join(joined: Joined) -> Tokens:
@@ -277,7 +278,8 @@ def token_logp(
     before_BS = predecessor(tokens)[:, start:]
     hidden_BSD = jnp.take_along_axis(hidden, before_BS[..., None], 1)
     ids_BS, mask_BS = tokens.ids[:, start:], tokens.loss_mask[:, start:]
-    head_DV = head_matrix(model, params)
+    # whole along D: divided there, the backward pass would gather a chunk's logits over the batch on every device
+    head_DV = constrain(head_matrix(model, params), None, "vocab")
 
     def chunk(hidden, ids):
         logits = logits_from_hidden(model, hidden, head_DV, temperature=temperature, allowed_V=allowed_V)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
-from mpo_jax.config import Config, OptimConfig, PpoConfig
+from mpo_jax.config import Config, OptimConfig, PpoConfig, TrainConfig
 from mpo_jax.data.batches import Buckets, TrainBatches, num_steps
 from mpo_jax.data.corpus import load_corpus
 from mpo_jax.data.pair_table import PairTable, Subset
@@ -40,7 +40,7 @@ from mpo_jax.runtime import data_seed, stage_key
 from mpo_jax.sharding import batch_sharding, check_batch, place_batch, replicated
 from mpo_jax.text import TextCodec, load_tokenizer
 from mpo_jax.train import check_sizes, fit, init_state, make_learning_rate, make_update, state_sharding
-from mpo_jax.types import Artifact, Joined, Mean, Metrics, Params, PpoBatch, Rollout, TrainState
+from mpo_jax.types import Artifact, Joined, Mean, Metrics, Params, PpoBatch, Rollout, Skips, TrainState
 
 
 @jax.tree_util.register_dataclass
@@ -269,7 +269,7 @@ def run(
     demonstrations = _demonstrations(config, codec) if ppo.extras.ptx_coef else None
     loop = Loop(config, mesh, codec, actor_model, reward_model, ref_params, reward_params, iterations)
 
-    def step(state: PpoState, k: int) -> tuple[PpoState, Metrics]:
+    def step(state: PpoState, k: int) -> tuple[PpoState, Metrics, Any]:
         return loop.iteration(state, k, batches, demonstrations)
 
     state = PpoState(
@@ -282,11 +282,11 @@ def run(
     state, logged = fit(
         state,
         step,
-        config=ppo.train,
+        config=config,
+        train=ppo.train,
         num_steps=iterations,
         folder=folder,
         stage="ppo",
-        tensorboard=config.runtime.tensorboard,
     )
     exported = state.actor.params if state.ema is None else state.ema
     loading.save(folder / "model", actor_model, exported, codec)
@@ -313,8 +313,11 @@ class Loop:
             self.config.text.max_response_tokens, temperature=ppo.temperature, top_p=1.0, greedy=ppo.greedy
         )
         self.generate = make_generate(self.actor_model, sampling, self.codec.eos_id, self.mesh)
-        self.score = make_score(self.actor_model, self.reward_model, ppo, self.mesh)
-        self.update_actor, self.update_critic = make_updates(self.actor_model, self.reward_model, ppo, self.mesh)
+        # compiled functions are kept by configuration: how long to train and what to save must not make them anew
+        train = TrainConfig(batch_size=ppo.train.batch_size, accumulation=ppo.train.accumulation, optim=ppo.train.optim)
+        method = ppo.model_copy(update={"train": train})
+        self.score = make_score(self.actor_model, self.reward_model, method, self.mesh)
+        self.update_actor, self.update_critic = make_updates(self.actor_model, self.reward_model, method, self.mesh)
         self.allowed_V = jnp.asarray(self.codec.allowed(self.actor_model.decoder.vocab_size))
         self.key = stage_key(self.config.seed, "ppo")
         updates = self.iterations * ppo.epochs * ppo.minibatches
@@ -323,8 +326,8 @@ class Loop:
 
     def iteration(
         self, state: PpoState, k: int, batches: TrainBatches, demonstrations: TrainBatches | None
-    ) -> tuple[PpoState, Metrics]:
-        """One PPO iteration on batch k."""
+    ) -> tuple[PpoState, Metrics, Any]:
+        """One PPO iteration on batch k; also returns the scored rollouts and the demonstrations."""
         ppo = self.config.ppo
         timing: dict[str, float] = {}
         batch = batches[k]
@@ -347,17 +350,20 @@ class Loop:
             state, update_metrics = wait(self._updates(state, k, (scored, shown)))
         kl_coef = state.kl_coef
         if ppo.kl.adaptive:
-            kl_coef = adaptive_kl_coef(
+            adapted = adaptive_kl_coef(
                 kl_coef,
                 metrics["objective/kl"].value,
                 target=ppo.kl.target,
                 horizon=ppo.kl.horizon,
                 num_samples=ppo.train.batch_size,
             )
+            # as with the models, a batch that is not finite changes nothing
+            kl_coef = jnp.where(jnp.isfinite(adapted), adapted, kl_coef)
         ema = state.ema
         if ema is not None:
             ema = average(ema, state.actor.params, self.config.ppo.extras.ema_decay)
-        return dataclasses.replace(state, kl_coef=kl_coef, ema=ema), {**metrics, **update_metrics, **timing}
+        state = dataclasses.replace(state, kl_coef=kl_coef, ema=ema)
+        return state, {**metrics, **update_metrics, **timing}, {"rollouts": scored, "shown": shown}
 
     def _updates(self, state: PpoState, k: int, batch: tuple[PpoBatch, Joined | None]) -> tuple[PpoState, Metrics]:
         """All passes over one iteration's rollouts."""
@@ -370,14 +376,19 @@ class Loop:
                 part = minibatch(batch, jnp.asarray(update % ppo.minibatches), ppo.minibatches)
             number = k * ppo.epochs * ppo.minibatches + update
             critic, metrics = self.update_critic(critic, part[0], self.critic_rate(number))
-            metrics = {("critic/grad_norm" if name == "grad_norm" else name): m for name, m in metrics.items()}
+            metrics = _named("critic", metrics)
             if k >= ppo.extras.critic_warmup:
                 actor, actor_metrics = self.update_actor(actor, part, self.actor_rate(number), self.allowed_V)
-                metrics |= {("policy/grad_norm" if n == "grad_norm" else n): m for n, m in actor_metrics.items()}
+                metrics |= _named("policy", actor_metrics)
             collected.append(metrics)
             if ppo.kl.stop is not None and _exceeds(metrics.get("policy/approxkl_avg"), ppo.kl.stop):
                 break
         return dataclasses.replace(state, actor=actor, critic=critic), _mean_of(collected)
+
+
+def _named(model: str, metrics: Metrics) -> Metrics:
+    """An update's metrics, those that both models have under the model's name."""
+    return {(f"{model}/{name}" if name in ("grad_norm", "skipped") else name): m for name, m in metrics.items()}
 
 
 def _exceeds(mean: Mean | None, limit: float) -> bool:
@@ -386,12 +397,12 @@ def _exceeds(mean: Mean | None, limit: float) -> bool:
 
 
 def _mean_of(collected: list[Metrics]) -> Metrics:
-    """Means added, scalars averaged, over an iteration's updates."""
+    """Means and skips added, scalars averaged, over an iteration's updates."""
     totals: Metrics = {}
     for metrics in collected:
         for name, value in metrics.items():
             totals[name] = totals[name] + value if name in totals else value
-    return {name: m if isinstance(m, Mean) else m / len(collected) for name, m in totals.items()}
+    return {name: m if isinstance(m, Mean | Skips) else m / len(collected) for name, m in totals.items()}
 
 
 class _timed:

@@ -3,7 +3,6 @@
 from collections import Counter
 
 import grain
-import jax
 import numpy as np
 import pytest
 from hypothesis import given

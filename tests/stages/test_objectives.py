@@ -3,19 +3,22 @@
 import dataclasses
 import math
 from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpo_jax.config import KlConfig, PpoConfig, PpoExtrasConfig, TrainConfig
+from mpo_jax.config import Config, KlConfig, OptimConfig, PpoConfig, PpoExtrasConfig, TrainConfig
 from mpo_jax.model import functional
 from mpo_jax.model.functional import Model
 from mpo_jax.stages import dpo, ppo, reward, sft
-from mpo_jax.train import gradients
-from mpo_jax.types import Rollout
-from tests.model.tiny import DECODER, batch, close, random_params
+from mpo_jax.train import gradients, init_state
+from mpo_jax.types import Mean, Rollout
+from tests.model.tiny import DECODER, batch, close, mesh_of, random_params
 from tests.reference import rl
 
 MODEL = Model(DECODER)
@@ -199,3 +202,54 @@ def test_ptx_adds_the_sft_loss_with_its_weight():
     shown = batch([2, 2, 3, 4], [[3], [1], [2], [2]])
     terms, _ = ppo.actor_objective(MODEL, config, actor, (estimated, shown), ALLOWED)
     close(terms["loss/ptx"].value, 0.5 * sft.objective(MODEL, actor, shown)[0]["loss"].value)
+
+
+@pytest.mark.parametrize("broken", ["actor", "critic"])
+def test_actor_and_critic_skip_updates_each_by_itself(broken):
+    """The first of two minibatches is not finite for one of the models: as if that one had had the second alone."""
+    mesh = mesh_of(1, 1, 1)
+    config = Config(ppo=PpoConfig(train=TrainConfig(batch_size=4), minibatches=2, critic_optim=OptimConfig()))
+    with jax.set_mesh(mesh):
+        actor, critic = ppo.make_updates(MODEL, MODEL, config.ppo, mesh)
+        rate = lambda k: jnp.asarray(0.01)  # noqa: E731
+        loop: Any = SimpleNamespace(config=config, update_actor=actor, update_critic=critic, actor_rate=rate)
+        loop.critic_rate, loop.allowed_V = rate, ALLOWED
+        state = lambda: ppo.PpoState(  # noqa: E731
+            init_state(random_params(DECODER), config.ppo.train.optim, mesh),
+            init_state(random_params(DECODER, 5, scalar=True), config.ppo.critic_optim, mesh),
+            jnp.asarray(0.1),
+            None,
+        )
+        estimated, _, _ = score(random_params(DECODER), random_params(DECODER, 1), samples=allowed_samples())
+        field = "advantage" if broken == "actor" else "returns"
+        poisoned = dataclasses.replace(estimated, **{field: getattr(estimated, field).at[0].set(jnp.nan)})
+        found, metrics = ppo.Loop._updates(loop, state(), 0, (poisoned, None))
+        whole, _ = ppo.Loop._updates(loop, state(), 0, (estimated, None))
+        second = ppo.minibatch((estimated, None), jnp.asarray(1), 2)
+        alone = actor(state().actor, second, rate(0), ALLOWED) if broken == "actor" else None
+        alone = alone or critic(state().critic, second[0], rate(0))
+    names = {"actor": "policy/skipped", "critic": "critic/skipped"}
+    assert {name: int(metrics[key].count) for name, key in names.items()} == {
+        name: int(name == broken) for name in names
+    }
+    other = "critic" if broken == "actor" else "actor"
+    chex.assert_trees_all_equal(getattr(found, other), getattr(whole, other))
+    chex.assert_trees_all_equal(getattr(found, broken).params, alone[0].params)
+    assert (int(getattr(found, broken).skipped), int(getattr(found, broken).skipped_in_a_row)) == (1, 0)
+
+
+def test_a_kl_that_is_not_finite_leaves_its_coefficient():
+    """Else one broken rollout would make every later reward NaN."""
+    ppo_config = PpoConfig(train=TrainConfig(batch_size=4), kl=KlConfig(adaptive=True, horizon=10.0))
+    loop: Any = SimpleNamespace(config=Config(ppo=ppo_config), mesh=mesh_of(1, 1, 1), key=None, allowed_V=ALLOWED)
+    loop.ref_params = loop.reward_params = None
+    loop.generate = lambda *_: (None, None)
+    loop._updates = lambda state, *_: (state, {})
+    params = SimpleNamespace(params=None)
+    start = ppo.PpoState(params, params, jnp.asarray(0.1), None)
+    rows = [SimpleNamespace(rows=PAIRS, epoch=np.zeros(4, np.uint32))]
+    coefficients = []
+    for kl in (jnp.nan, 1e9):
+        loop.score = lambda *_, kl=kl: (None, {"objective/kl": Mean(jnp.asarray(kl), jnp.asarray(1.0))})
+        coefficients.append(float(ppo.Loop.iteration(loop, start, 0, rows, None)[0].kl_coef))
+    assert coefficients[0] == float(jnp.float32(0.1)) and coefficients[1] > 0.1

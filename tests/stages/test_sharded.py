@@ -1,0 +1,259 @@
+"""A step on eight devices equals one device's; state, logits and caches are divided; checkpoints cross meshes."""
+
+import dataclasses
+import re
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mpo_jax.checkpoint import Checkpoints
+from mpo_jax.config import OptimConfig, PpoConfig, TrainConfig
+from mpo_jax.generate import Decoder, Sampling, prefill, row_keys
+from mpo_jax.model import functional
+from mpo_jax.model.functional import Model
+from mpo_jax.sharding import place_batch
+from mpo_jax.stages import dpo, ppo, reward, sft
+from mpo_jax.train import init_state
+from mpo_jax.types import Mean, TrainState
+from tests.model.tiny import DECODER, batch, mesh_of, random_params, trees_close
+
+ONE = (1, 1, 1)
+MESHES = [(8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2)]
+OBJECTIVES = ("sft", "reward_last_token", "reward_ds_span", "dpo", "ppo_actor", "ppo_critic")
+# tests/test_train.py has the updates of these on every mesh
+SEEN_ELSEWHERE = ("reward_last_token", "dpo")
+CASES = [(name, shape) for name in OBJECTIVES for shape in (MESHES[-1:] if name in SEEN_ELSEWHERE else MESHES)]
+
+COLUMNS = 3
+MODEL = Model(DECODER, logit_chunk=8 * COLUMNS)
+OPTIM = OptimConfig(beta1=0.5, clip_norm=None, weight_decay=0.1, eps=1.0)
+"""No clipping, so that the first moment after one step is the gradient times 1 - beta1. A small eps would make Adam's
+first direction the gradient's sign, which turns rounding of small gradients into large differences."""
+FAST: dict[str, Any] = {"xla_backend_optimization_level": 0}
+"""Halves the time to compile; how a program is divided over devices is settled before."""
+PPO = PpoConfig(train=TrainConfig(batch_size=8, optim=OPTIM), critic_optim=OPTIM)
+ALLOWED = jnp.arange(DECODER.vocab_size) > 1
+
+PROMPTS = [4, 3, 6, 5, 2, 6, 4, 1]
+SINGLES = batch(PROMPTS, [[9], [2], [1], [5], [8], [3], [6], [1]])
+PAIRS = batch(PROMPTS, [[9, 1], [2, 2], [1, 9], [5, 4], [8, 3], [3, 8], [6, 6], [1, 1]])
+SAMPLES = dataclasses.replace(SINGLES, response=np.maximum(SINGLES.response, 2))
+ENDED = np.array([True, True, False, True, True, False, True, True])
+
+
+def on_mesh(params: Any, mesh: jax.sharding.Mesh) -> Any:
+    return jax.device_put(params, functional.param_shardings(params, mesh))
+
+
+@cache
+def scored(shape: tuple[int, int, int]) -> Any:
+    """(PpoBatch, metrics) of the samples, on the host."""
+    mesh = mesh_of(*shape)
+    policies = tuple(on_mesh(random_params(DECODER, seed), mesh) for seed in (0, 1))
+    judges = tuple(on_mesh(random_params(DECODER, seed, scalar=True), mesh) for seed in (5, 6))
+    with jax.set_mesh(mesh):
+        score = ppo.make_score(MODEL, MODEL, PPO, mesh)
+        joined, ended = place_batch((SAMPLES, ENDED[:, None]), mesh)
+        arguments = policies, judges, joined, ended, ALLOWED, jnp.asarray(0.1)
+        return jax.device_get(score.lower(*arguments).compile(FAST)(*arguments))
+
+
+def nearby(seed: int, *, scalar: bool = False) -> Any:
+    """Parameters a little away from those that made the rollout: ratios are not 1, and some are clipped."""
+    there, other = (random_params(DECODER, s, scalar=scalar) for s in (seed, seed + 100))
+    return jax.tree.map(lambda a, b: a + 0.03 * b, there, other)
+
+
+def case(name: str, mesh: jax.sharding.Mesh, accumulation: int) -> tuple[Any, Any, tuple[Any, ...]]:
+    """The stage's real jitted step, its parameters, and (batch, *fixed arguments)."""
+    if name == "sft":
+        return sft.make_step(MODEL, OPTIM, accumulation, mesh), random_params(DECODER), (SINGLES,)
+    if name == "dpo":
+        ref = np.random.default_rng(0).normal(-10, 3, (8, 2)).astype(np.float32)
+        loss = dpo.DpoLoss("dpo", 0.1, 0.0, False, 0.3)
+        return dpo.make_step(MODEL, OPTIM, loss, accumulation, mesh), random_params(DECODER), ((PAIRS, ref),)
+    if name.startswith("reward"):
+        step = reward.make_step(MODEL, OPTIM, name.removeprefix("reward_"), accumulation, mesh)
+        return step, random_params(DECODER, scalar=True), (PAIRS,)
+    rollouts, _ = scored(ONE)
+    train = PPO.train.model_copy(update={"accumulation": accumulation})
+    actor, critic = ppo.make_updates(MODEL, MODEL, PPO.model_copy(update={"train": train}), mesh)
+    if name == "ppo_actor":
+        return actor, nearby(0), ((rollouts, None), ALLOWED)
+    return critic, nearby(5, scalar=True), (rollouts,)
+
+
+@dataclasses.dataclass
+class Step:
+    """One update: the state it was given and the one it returned, its metrics, and its compiled program."""
+
+    before: TrainState
+    state: TrainState
+    metrics: dict[str, Any]
+    compiled: Any
+
+    @property
+    def gradients(self) -> Any:
+        return jax.tree.map(lambda x: x / (1 - OPTIM.beta1), optax.tree_utils.tree_get(self.state.opt_state, "mu"))
+
+
+def metrics_close(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Means by value, since a total may be a small difference of large terms; their counts exactly."""
+
+    def shown(metrics):
+        return {key: m.value if isinstance(m, Mean) else m for key, m in metrics.items()}
+
+    assert found.keys() == wanted.keys()
+    for key, mean in wanted.items():
+        assert not isinstance(mean, Mean) or found[key].count == mean.count, key
+    check = lambda path, a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6, err_msg=str(path))  # noqa: E731
+    jax.tree_util.tree_map_with_path(check, shown(found), shown(wanted))
+
+
+@cache
+def start(shape: tuple[int, int, int], scalar: bool) -> tuple[TrainState, Any]:
+    """A state at step 0 on the host, and the shardings that init_state gave it."""
+    state = init_state(random_params(DECODER, scalar=scalar), OPTIM, mesh_of(*shape))
+    return jax.device_get(state), jax.tree.map(lambda x: x.sharding, state)
+
+
+@cache
+def run_step(name: str, shape: tuple[int, int, int], accumulation: int = 1) -> Step:
+    """One update of a stage on a mesh; compiled once for all tests."""
+    mesh = mesh_of(*shape)
+    with jax.set_mesh(mesh):
+        update, params, (data, *fixed) = case(name, mesh, accumulation)
+        state, shardings = start(shape, "score" in params)
+        before = jax.device_put(dataclasses.replace(state, params=params), shardings, may_alias=False)
+        arguments = (before, place_batch(data, mesh), jnp.asarray(0.1), *fixed)
+        compiled = update.lower(*arguments).compile(FAST)
+        state, metrics = compiled(*arguments)
+    return Step(before, state, jax.device_get(metrics), compiled)
+
+
+@pytest.mark.parametrize(("name", "shape"), CASES)
+def test_loss_metrics_gradients_and_parameters_equal_one_devices(name, shape):
+    one, many = run_step(name, ONE), run_step(name, shape)
+    assert many.state.params["embedding"].sharding.num_devices == 8
+    trees_close(many.gradients, one.gradients, rtol=0, atol=1e-5)
+    trees_close(many.state.params, one.state.params, rtol=0, atol=1e-5)
+    metrics_close(many.metrics, one.metrics)
+
+
+def test_the_cases_are_worth_comparing():
+    """Every gradient is there, both sides of PPO's clips are visited, and the two reward losses differ."""
+    for name in OBJECTIVES:
+        assert all(np.abs(leaf).max() > 1e-6 for leaf in jax.tree.leaves(jax.device_get(run_step(name, ONE).gradients)))
+    for name, key in (("ppo_actor", "policy/clipfrac_avg"), ("ppo_critic", "val/clipfrac_avg")):
+        assert 0.1 < run_step(name, ONE).metrics[key].value < 0.9
+    last, span = (run_step(f"reward_{loss}", ONE).metrics["loss"].value for loss in ("last_token", "ds_span"))
+    assert abs(last - span) > 1e-3
+
+
+@pytest.mark.parametrize(("name", "shape"), CASES)
+def test_the_new_state_lies_like_its_parameters_and_the_old_one_is_donated(name, shape):
+    done, mesh = run_step(name, shape), mesh_of(*shape)
+    wanted = functional.param_shardings(done.state.params, mesh)
+    adam = done.state.opt_state
+    for tree in (done.state.params, *(optax.tree_utils.tree_get(adam, moment) for moment in ("mu", "nu"))):
+        assert jax.tree.structure(tree) == jax.tree.structure(wanted)
+        for leaf, sharding in zip(jax.tree.leaves(tree), jax.tree.leaves(wanted), strict=True):
+            assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+            assert leaf.addressable_shards[0].data.shape == sharding.shard_shape(leaf.shape)
+    assert optax.tree_utils.tree_get(adam, "count").sharding.is_fully_replicated
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(done.before))
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(done.state))
+    assert done.compiled.memory_analysis().alias_size_in_bytes >= held
+
+
+def test_scoring_of_rollouts_equals_one_devices():
+    """Log-probabilities, values, scores, advantages and returns, and what is reported of them."""
+    (one, one_metrics), (many, many_metrics) = scored(ONE), scored((2, 2, 2))
+    trees_close(many, one, rtol=0, atol=1e-5)
+    metrics_close(many_metrics, one_metrics)
+
+
+# ---- activations ---------------------------------------------------------------------------------------------------
+
+
+def buffers(compiled: Any) -> set[tuple[int, ...]]:
+    """The shapes of all float arrays in a compiled program, each a device's own part."""
+    return {tuple(map(int, dims.split(","))) for dims in re.findall(r"\b(?:f32|bf16)\[([\d,]+)\]", compiled.as_text())}
+
+
+@pytest.mark.parametrize("shape", MESHES)
+@pytest.mark.parametrize("name", ["sft", "ppo_actor"])
+def test_logits_are_divided_over_batch_and_vocabulary(name, shape):
+    """In the real training step, forward and backward: a chunk's logits exist in parts alone."""
+    data, fsdp, tensor = shape
+    V, rows = DECODER.vocab_size, 8 // (data * fsdp)
+    found = buffers(run_step(name, shape).compiled)
+    chunk = lambda rows, ids: {(rows, COLUMNS, ids), (rows * COLUMNS, ids)}  # noqa: E731
+    assert chunk(rows, V // tensor) & found
+    for more in (2, 4, 8):
+        gathered = chunk(more * rows, V // tensor) & found
+        assert not gathered or more * rows > 8, "logits of other devices' rows"
+    if tensor > 1:
+        assert not any(V in dims for dims in found), "neither logits nor the head are whole along the vocabulary"
+    assert chunk(8, V) & buffers(run_step(name, ONE).compiled), "the measure sees whole logits"
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_the_cache_is_divided_over_batch_and_kv_heads(shape):
+    """After prefill, after decoding, and nowhere whole in between: two programs, as in make_generate."""
+    data, fsdp, tensor = shape
+    mesh, N, S = mesh_of(*shape), 2, 10
+    decoder = Decoder(MODEL, Sampling(S, num_samples=N), 0)
+
+    def begin(params, prompts):
+        return prefill(MODEL, params, prompts, num_samples=N, max_new_tokens=S)
+
+    def decode(params, hidden, caches, prompts, key):
+        lengths = jnp.repeat(prompts.prompt_len, N)
+        keys = row_keys(prompts, key, jnp.zeros_like(prompts.key), N)
+        state = decoder.begin(params, hidden, caches, lengths, keys, None)
+        return decoder.advance(params, state, lengths, keys, None, S).caches
+
+    with jax.set_mesh(mesh):
+        params, prompts = on_mesh(random_params(DECODER), mesh), place_batch(SINGLES, mesh)
+        first = jax.jit(begin).lower(params, prompts).compile(FAST)
+        hidden, caches = first(params, prompts)
+        then = jax.jit(decode).lower(params, hidden, caches, prompts, jax.random.key(0)).compile(FAST)
+    L, B, G, T, K = DECODER.num_layers, 8 * N, DECODER.num_kv_heads, max(PROMPTS) + S, DECODER.head_dim
+    rows, heads = B // (data * fsdp), G // tensor
+    assert caches[0].shape == caches[1].shape == (L, B, G, T, K)
+    for sharding in jax.tree.leaves((first.output_shardings[1], then.output_shardings)):
+        assert sharding.shard_shape((L, B, G, T, K)) == (L, rows, heads, T, K)
+    assert (L, rows, heads, T, K) in buffers(then)
+    wider = {(b, g) for b in (rows, B) for g in (heads, G)} - {(rows, heads)}
+    assert not {part for b, g in wider for part in ((L, b, g, T, K), (b, g, T, K))} & (buffers(first) | buffers(then))
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------------------------
+
+
+def described(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
+
+@pytest.mark.parametrize("saved", [ONE, *MESHES])
+def test_a_checkpoint_of_one_mesh_is_bit_identical_on_every_other(saved, tmp_path):
+    """Parameters, moments and counters of a state after an update, each where the other mesh wants it."""
+    state = run_step("sft", saved).state
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, state)
+    checkpoints.close()
+    for shape in {ONE, *MESHES} - {saved}:
+        target = jax.tree.map(described, run_step("sft", shape).state)
+        checkpoints = Checkpoints(tmp_path, keep=1)
+        number, found = checkpoints.restore(target)
+        checkpoints.close()
+        assert number == 1 and jax.tree.structure(found) == jax.tree.structure(state)
+        for leaf, wanted, there in zip(*map(jax.tree.leaves, (found, state, target)), strict=True):
+            assert leaf.dtype == wanted.dtype and leaf.sharding.is_equivalent_to(there.sharding, leaf.ndim)
+            assert np.asarray(leaf).tobytes() == np.asarray(wanted).tobytes()

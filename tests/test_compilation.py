@@ -1,0 +1,164 @@
+"""Each program is compiled once a shape: counted in the real loops, over runs of one process, and over processes."""
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import pytest
+
+from mpo_jax.config import RuntimeConfig
+from mpo_jax.data.batches import TrainBatches
+from mpo_jax.tracker import Tracker
+from tests.test_pipeline import MICRO, mpo
+
+STAGES = ("sft", "reward", "dpo", "ppo")
+# sizes that no other test has, so that none of their programs is there already; posts of two widths
+SETTINGS = (
+    "model.architecture.intermediate_size=40", "model.architecture.max_positions=96",
+    "data.toy.num_fillers=3", "text.max_prompt_tokens=64",
+    "sft.train.steps=4", "reward.train.steps=4", "dpo.train.steps=4", "ppo.train.steps=4", "runtime.tensorboard=false",
+)  # fmt: skip
+LONGER = ("sft.train.steps=5", "reward.train.steps=5", "dpo.train.steps=5", "ppo.train.steps=5")
+
+
+class Loop(NamedTuple):
+    """What one stage's training loop compiled, and the widths of its batches.
+
+    Attributes:
+      compiled: (function's name, steps finished before) of every program.
+      widths: of the training batches.
+    """
+
+    compiled: list[tuple[str, int]]
+    widths: set[tuple[int, int]]
+
+    @property
+    def names(self) -> Counter[str]:
+        return Counter(name for name, _ in self.compiled)
+
+
+def watched(workdir: Path, *overrides: str) -> dict[str, Loop]:
+    """Runs up to PPO in this process; a loop lasts from its tracker's first moment to its last step."""
+    loops: dict[str, Loop] = {}
+    now: list[Any] = ["", 0]
+    begin, update, take = Tracker.__init__, Tracker.update, TrainBatches.__getitem__
+
+    def on_compilation(event: str, duration_secs: float, **about: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration" and now[0]:
+            loops[now[0]].compiled.append((str(about["fun_name"]), now[1]))
+
+    def watched_begin(self: Tracker, folder: Path, stage: str, num_steps: int, **rest: Any) -> None:
+        begin(self, folder, stage, num_steps, **rest)
+        if stage in STAGES:
+            loops[stage] = Loop([], set())
+            now[:] = [stage, 0]
+
+    def watched_update(self: Tracker, step: int, *rest: Any, **options: Any) -> Any:
+        logged = update(self, step, *rest, **options)
+        now[1] = step
+        if step == self.num_steps:
+            now[0] = ""
+        return logged
+
+    def watched_take(self: TrainBatches, k: int) -> Any:
+        batch = take(self, k)
+        if now[0]:
+            loops[now[0]].widths.add((batch.rows.prompt.shape[1], batch.rows.response.shape[2]))
+        return batch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tracker, "__init__", watched_begin)
+        patch.setattr(Tracker, "update", watched_update)
+        patch.setattr(TrainBatches, "__getitem__", watched_take)
+        jax.monitoring.register_event_duration_secs_listener(on_compilation)
+        try:
+            assert mpo("ppo", str(MICRO), f"workdir={workdir}", *SETTINGS, *overrides) == 0
+        finally:
+            jax.monitoring.unregister_event_duration_listener(on_compilation)
+    assert set(loops) == set(STAGES)
+    return loops
+
+
+class Runs(NamedTuple):
+    """One after another: one width, then a longer run of several widths, the first one's among them."""
+
+    first: dict[str, Loop]
+    second: dict[str, Loop]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Iterator[Runs]:
+    workdir = tmp_path_factory.mktemp("compilation")
+    jax.config.update("jax_disable_most_optimizations", True)  # how fast the programs run does not matter here
+    try:
+        first = watched(workdir, "text.length_buckets=1")
+        yield Runs(first, watched(workdir, "text.length_buckets=3", *LONGER))
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
+def updates(stage: str) -> int:
+    """Models that a stage trains: PPO an actor and a critic."""
+    return 2 if stage == "ppo" else 1
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_nothing_is_compiled_after_the_first_step(runs, stage):
+    loop = runs.first[stage]
+    assert len(loop.widths) == 1
+    assert loop.names["jit(update)"] == updates(stage)
+    assert not [name for name, steps in loop.compiled if steps > 0]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_longer_run_compiles_its_new_widths_alone(runs, stage):
+    """The learning rate is an argument of the step, and the length of a run is no part of any program."""
+    loop, known = runs.second[stage], runs.first[stage].widths
+    new = len(loop.widths - known)
+    assert known <= loop.widths and new == 1
+    assert loop.names["jit(update)"] == updates(stage) * new
+    assert all(count <= updates(stage) * new for count in loop.names.values())
+
+
+@pytest.mark.parametrize("name", ["jit(start)", "jit(finish)", "jit(score)"])
+def test_rollouts_are_compiled_once_a_width(runs, name):
+    """Prefill, decoding, and the scoring by all models."""
+    assert runs.first["ppo"].names[name] == 1
+    assert runs.second["ppo"].names[name] == 1
+
+
+CHILD = """
+import jax
+events = []
+jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
+from mpo_jax.cli import main
+try:
+    main()
+finally:
+    print(*(events.count(f"/jax/compilation_cache/cache_{kind}") for kind in ("hits", "misses")))
+"""
+
+
+def test_a_second_process_finds_the_programs_of_the_first(tmp_path):
+    """In the folder that is the default; the micro configuration turns the cache off."""
+    default = RuntimeConfig().compilation_cache
+    assert default is not None and default.startswith("~/")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("JAX_")}
+    counts = []
+    for name in ("first", "second"):
+        options = [f"workdir={tmp_path / name}", f"runtime.compilation_cache={default}", "sft.train.steps=1"]
+        result = subprocess.run(
+            [sys.executable, "-c", CHILD, "sft", MICRO, *options, "runtime.cpu_devices=1"],
+            capture_output=True, text=True, env={**environment, "HOME": str(tmp_path)}, check=False,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        counts.append(tuple(map(int, result.stdout.splitlines()[-1].split())))
+    (hits, misses), (later_hits, later_misses) = counts
+    assert hits == 0 and misses > 0
+    assert later_hits == misses and later_misses == 0
+    assert list(Path(default.replace("~", str(tmp_path), 1)).iterdir())

@@ -1,0 +1,192 @@
+"""A real process is killed at random moments in every stage that trains, and goes on to the very same bits."""
+
+import json
+import random
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import pytest
+
+MICRO = Path(__file__).parent / "configs" / "micro.yaml"
+STAGES = ("sft", "reward", "dpo", "ppo")
+KILLS = 3
+SERVER = """
+import json, os, sys, warnings
+warnings.simplefilter("ignore")  # no thread of JAX runs yet when this forks
+from mpo_jax import cli
+import mpo_jax.commands.run
+
+for line in sys.stdin:
+    arguments, output = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        file = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+        os.dup2(file, 1), os.dup2(file, 2)
+        sys.argv = ["mpo", *arguments]
+        cli.main()
+        sys.exit(0)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+"""Starts a process for each command it reads, without the seconds that importing takes; tells its id and its status."""
+
+
+class Commands:
+    """Real `mpo` processes, one at a time."""
+
+    def __init__(self, folder: Path):
+        self.output = folder / "output.txt"
+        self.server = subprocess.Popen(
+            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+        )
+
+    def start(self, *arguments: str) -> int:
+        settings = [
+            f"runtime.compilation_cache={jax.config.jax_compilation_cache_dir}", "runtime.tensorboard=false",
+            *(f"{stage}.train.{key}" for stage in STAGES for key in ("steps=8", "checkpoint_every=1")),
+            "reward.train.checkpoint_every=2", "ppo.train.log_every=2", "ppo.kl.adaptive=true", "ppo.minibatches=2",
+            "ppo.extras.ema_decay=0.9",
+        ]  # fmt: skip
+        command, *overrides = arguments
+        line = [command, str(MICRO), *settings, *overrides], str(self.output)
+        self.server.stdin.write((json.dumps(line) + "\n").encode())
+        return int(self.server.stdout.readline())
+
+    def ended(self, seconds: float = 0.0) -> bool:
+        return bool(select.select([self.server.stdout], [], [], seconds)[0])
+
+    def status(self) -> int:
+        return int(self.server.stdout.readline())
+
+    def run(self, *arguments: str) -> None:
+        self.start(*arguments)
+        assert self.status() == 0, self.said()
+
+    def said(self) -> str:
+        return self.output.read_text()
+
+    def close(self) -> None:
+        self.server.stdin.close()
+        self.server.stdout.close()
+        self.server.wait()
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory):
+    made = Commands(tmp_path_factory.mktemp("commands"))
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def whole(commands, tmp_path_factory) -> Path:
+    """A workdir in which every stage was made without a kill."""
+    workdir = tmp_path_factory.mktemp("whole")
+    commands.run("ppo", f"workdir={workdir}")
+    return workdir
+
+
+def folder_of(workdir: Path, stage: str) -> Path:
+    (folder,) = workdir.glob(f"stages/{stage}-*")
+    return folder
+
+
+def without(whole: Path, stage: str, target: Path) -> Path:
+    """A copy of the workdir, without that stage's artifact."""
+    shutil.copytree(whole, target, symlinks=True)
+    shutil.rmtree(folder_of(target, stage))
+    return target
+
+
+def log(folder: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(("timing_s", "perf"))} for row in rows]
+
+
+def assert_same(one: Path, other: Path) -> None:
+    """Every number but timings, every model file to the bit, and so the optimiser: its bytes are in state_hash."""
+    assert one.name == other.name and log(one) == log(other) and "state_hash" in log(one)[-1]
+    models = sorted(path.relative_to(one) for path in one.rglob("*.safetensors"))
+    assert models and models == sorted(path.relative_to(other) for path in other.rglob("*.safetensors"))
+    for model in models:
+        assert (one / model).read_bytes() == (other / model).read_bytes(), model
+
+
+def lines(workdir: Path, stage: str) -> int:
+    paths = list(workdir.glob(f"stages/.{stage}-*.partial/metrics.jsonl"))
+    return paths[0].read_bytes().count(b"\n") if paths else -1
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_runs_are_equal_to_the_bit(commands, whole, tmp_path, stage):
+    again = without(whole, stage, tmp_path / "again")
+    commands.run(stage, f"workdir={again}")
+    assert_same(folder_of(whole, stage), folder_of(again, stage))
+
+
+def moment(commands, workdir: Path, stage: str, attempt: int, chance: random.Random) -> None:
+    """Waits for one of three kinds of moments: at the start, while a checkpoint is written, or some time later."""
+    seconds = chance.uniform(0.0, 0.2)
+    if attempt == 0:
+        commands.ended(1.0 + 5 * seconds)
+        return
+    before = lines(workdir, stage)
+    saving = lambda: list(workdir.glob(f"stages/.{stage}-*.partial/checkpoints/*tmp*"))  # noqa: E731
+    trained = lambda: lines(workdir, stage) not in (-1, before)  # noqa: E731
+    while not commands.ended() and not (trained() and (attempt > 1 or saving())):
+        time.sleep(0.001)
+    if attempt > 1:
+        commands.ended(seconds)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_at_any_moment_it_goes_on_and_ends_equal(commands, whole, tmp_path, stage):
+    """Several times in a row, and then left alone to finish."""
+    chance = random.Random(stage)
+    workdir = without(whole, stage, tmp_path / "killed")
+    killed_in_training = 0
+    for attempt in range(KILLS):
+        process = commands.start(stage, f"workdir={workdir}")
+        moment(commands, workdir, stage, attempt, chance)
+        if not commands.ended():
+            subprocess.run(["kill", "-9", str(process)], check=True)
+        if (status := commands.status()) == 0:
+            break
+        assert status == -signal.SIGKILL, commands.said()
+        killed_in_training += lines(workdir, stage) > 0
+    assert killed_in_training > 0
+    commands.run(stage, f"workdir={workdir}")
+    assert_same(folder_of(whole, stage), folder_of(workdir, stage))
+    assert "is broken" not in commands.said(), "no kill may leave a checkpoint that only looks whole"
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_sigterm_saves_says_so_and_the_same_command_goes_on(commands, whole, tmp_path, stage):
+    workdir = without(whole, stage, tmp_path / "ended")
+    command = stage, f"workdir={workdir}", f"{stage}.train.checkpoint_every=1000"
+    process = commands.start(*command)
+    while not commands.ended() and lines(workdir, stage) < 1:
+        time.sleep(0.001)
+    subprocess.run(["kill", "-15", str(process)], check=True)
+    assert commands.status() == 143
+    (saved,) = (path.name for path in workdir.glob(f"stages/.{stage}-*.partial/checkpoints/*"))
+    said = f"error: terminated; a checkpoint of step {saved} is saved; the same command goes on from it"
+    assert commands.said().splitlines()[-1] == said
+    commands.run(*command)
+    one, other = folder_of(whole, stage), folder_of(workdir, stage)
+    assert log(one)[-1]["state_hash"] == log(other)[-1]["state_hash"]
+    assert (one / "model/model.safetensors").read_bytes() == (other / "model/model.safetensors").read_bytes()
+
+
+def test_sigterm_outside_training_ends_the_process(commands, tmp_path):
+    process = commands.start("sft", f"workdir={tmp_path}")
+    while not commands.ended() and not list(tmp_path.glob("stages/.sft-*.partial/recipe.json")):
+        time.sleep(0.001)
+    subprocess.run(["kill", "-15", str(process)], check=True)
+    assert commands.status() == -signal.SIGTERM

@@ -1,0 +1,138 @@
+"""An update is exact however it is cut up: accumulation, clipping after it, decay by name, and float32 masters."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mpo_jax.config import OptimConfig
+from mpo_jax.model.functional import Model
+from mpo_jax.sharding import place_batch
+from mpo_jax.stages import sft
+from mpo_jax.train import init_state, make_update
+from mpo_jax.types import Mean, Params
+from tests.model.tiny import DECODER, mesh_of, random_params, trees_close
+from tests.stages.test_sharded import FAST, MODEL, ONE, OPTIM, SINGLES, metrics_close, run_step
+
+
+@pytest.mark.parametrize(
+    ("name", "accumulation", "devices"),
+    [
+        ("sft", 4, 2),  # tests/test_train.py has these two on one device
+        ("dpo", 4, 2),
+        ("ppo_actor", 8, 1),
+        ("ppo_actor", 4, 2),
+        ("ppo_critic", 8, 1),
+        ("ppo_critic", 4, 2),
+    ],
+)
+def test_eight_rows_at_once_equal_eight_of_one_and_four_of_two(name, accumulation, devices):
+    """The real steps on uneven rows; DPO with its NLL term, whose count is another one than the pairs'."""
+    whole, parts = run_step(name, ONE), run_step(name, (devices, 1, 1), accumulation)
+    assert parts.state.params["embedding"].sharding.num_devices == devices
+    trees_close(parts.gradients, whole.gradients, rtol=0, atol=1e-5)
+    trees_close(parts.state.params, whole.state.params, rtol=0, atol=1e-5)
+    metrics_close(parts.metrics, whole.metrics)
+
+
+# ---- the order of accumulation and clipping ------------------------------------------------------------------------
+
+
+def linear(params: Params, batch: tuple[jax.Array, jax.Array]) -> tuple[dict[str, Mean], dict[str, Mean]]:
+    """Mean of x_i . scale over the rows that the mask keeps: the gradient is the mean of those x_i."""
+    x_BD, mask_B = batch
+    return {"loss": Mean.of((x_BD * params["norm"]["scale"][None]).sum(-1), mask_B)}, {}
+
+
+ROWS = np.array([[30.0, 0.0], [0.0, 0.2], [50.0, 0.0], [0.0, 0.4], [0.0, 0.0], [0.0, 0.1], [0.0, 0.0], [0.0, 40.0]])
+KEPT = np.array([True, True, True, True, False, True, False, True])
+"""Alternating: a micro-batch of every other row is either long along the first axis or along the second."""
+
+
+def clipped_gradient(clip_norm: float | None, accumulation: int) -> np.ndarray:
+    """What reaches Adam, read from its first moment."""
+    optim = OptimConfig(clip_norm=clip_norm, beta1=0.0)
+    state = init_state({"norm": {"scale": jnp.ones(2)}}, optim, mesh_of(*ONE))
+    update = jax.jit(make_update(linear, optim, accumulation=accumulation))
+    state, metrics = update(state, (jnp.asarray(ROWS, jnp.float32), jnp.asarray(KEPT)), jnp.asarray(0.1))
+    np.testing.assert_allclose(metrics["grad_norm"], np.linalg.norm(ROWS[KEPT].mean(0)), rtol=1e-6)
+    return np.asarray(optax.tree_utils.tree_get(state.opt_state, "mu")["norm"]["scale"])
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4, 8])
+def test_the_accumulated_gradient_is_clipped_once(accumulation):
+    whole = ROWS[KEPT].mean(0)
+    np.testing.assert_allclose(clipped_gradient(None, accumulation), whole, rtol=1e-6)
+    np.testing.assert_allclose(clipped_gradient(100.0, accumulation), whole, rtol=1e-6)
+    np.testing.assert_allclose(clipped_gradient(1.0, accumulation), whole / np.linalg.norm(whole), rtol=1e-6)
+
+
+def test_clipping_each_micro_batch_would_point_elsewhere():
+    """Guards the test above."""
+    whole = ROWS[KEPT].mean(0)
+    parts = [ROWS[i::2][KEPT[i::2]].mean(0) for i in (0, 1)]
+    early = np.mean([part / max(np.linalg.norm(part), 1.0) for part in parts], 0)
+    assert np.abs(early / np.linalg.norm(early) - whole / np.linalg.norm(whole)).max() > 0.1
+
+
+# ---- what an update leaves alone -----------------------------------------------------------------------------------
+
+BIASED = dataclasses.replace(DECODER, qkv_bias=True, qk_norm=True)
+UNDECAYED = {
+    "norm.scale", "layers.attention_norm.scale", "layers.mlp_norm.scale",
+    "layers.attention.q_norm.scale", "layers.attention.k_norm.scale",
+    "layers.attention.q_bias", "layers.attention.k_bias", "layers.attention.v_bias",
+}  # fmt: skip
+
+
+def no_gradient(params: Params, _: jax.Array) -> tuple[dict[str, Mean], dict[str, Mean]]:
+    return {"loss": Mean.of(jnp.stack([0.0 * leaf.sum() for leaf in jax.tree.leaves(params)]))}, {}
+
+
+def test_without_a_gradient_decay_leaves_norms_and_biases_alone():
+    """Of a model with every kind of parameter; scalar heads and embeddings do shrink."""
+    scalar = random_params(BIASED, 1, scalar=True)["score"]
+    params = random_params(BIASED) | {"score": scalar}
+    optim = OptimConfig(weight_decay=0.1)
+    update = jax.jit(make_update(no_gradient, optim, accumulation=1))
+    state, _ = update(init_state(params, optim, mesh_of(*ONE)), jnp.zeros(1), jnp.asarray(0.5))
+    assert int(state.step) == 1
+    unchanged = set()
+
+    def check(path, old, new):
+        name = ".".join(part.key for part in path)
+        if np.array_equal(new, old):
+            unchanged.add(name)
+        else:
+            np.testing.assert_allclose(new, old * (1 - 0.5 * 0.1), rtol=1e-6, err_msg=name)
+
+    jax.tree_util.tree_map_with_path(check, params, state.params)
+    assert unchanged == UNDECAYED
+
+
+# ---- types ---------------------------------------------------------------------------------------------------------
+
+
+def test_bfloat16_arithmetic_keeps_float32_parameters_and_moments():
+    """A real step: the master stays float32, moves by less than bfloat16 could show, and the loss is near float32's."""
+    mesh = mesh_of(*ONE)
+    half = Model(DECODER, dtype="bfloat16", logit_chunk=MODEL.logit_chunk)
+    params = random_params(DECODER)
+    with jax.set_mesh(mesh):
+        arguments = init_state(params, OPTIM, mesh), place_batch(SINGLES, mesh), jnp.asarray(1e-4)
+        state, metrics = sft.make_step(half, OPTIM, 1, mesh).lower(*arguments).compile(FAST)(*arguments)
+    floats = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    assert len(floats) == 3 * len(jax.tree.leaves(params)), "parameters and two moments"
+    assert {leaf.dtype for leaf in floats} == {jnp.dtype(jnp.float32)}
+    moved = np.asarray(state.params["norm"]["scale"] - params["norm"]["scale"])
+    assert (moved != 0).mean() > 0.9 and np.abs(moved).max() < 2**-9 * np.abs(params["norm"]["scale"]).min()
+    full = run_step("sft", ONE)
+    loss, wanted = metrics["loss"].value, full.metrics["loss"].value
+    assert metrics["loss"].total.dtype == jnp.float32
+    assert 0 < abs(loss - wanted) < 0.03 * wanted
+    for name, grad in full.gradients["layers"]["mlp"].items():
+        found = optax.tree_utils.tree_get(state.opt_state, "mu")["layers"]["mlp"][name] / (1 - OPTIM.beta1)
+        assert np.linalg.norm(found - grad) < 0.05 * np.linalg.norm(grad)
