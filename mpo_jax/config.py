@@ -330,11 +330,6 @@ class RuntimeConfig(Section, frozen=True):
 
     cpu_devices: int | None = Field(default=None, gt=0, description="simulated CPU devices; null: what the machine has")
     compilation_cache: str | None = Field(default="~/.cache/mpo_jax/xla", description="folder; null: none")
-    offload: bool = Field(
-        default=False,
-        description="PPO's frozen models and optimiser moments wait in host memory while others compute; saves device "
-        "memory, costs transfers, changes no number",
-    )
     processes: ProcessesConfig = Field(default_factory=lambda: ProcessesConfig())
     token_cache: str | None = Field(default="~/.cache/mpo_jax/tokens", description="folder; null: none")
     tensorboard: bool = True

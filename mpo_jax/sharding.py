@@ -10,8 +10,6 @@ from mpo_jax.config import MeshConfig
 from mpo_jax.errors import UserError
 
 BATCH_AXES = ("data", "fsdp")
-PARKED = "pinned_host"
-"""The memory kind of what waits on the host while devices compute something else."""
 
 RULES: dict[str, Any] = {
     "batch": BATCH_AXES,
@@ -120,27 +118,3 @@ def place_batch(batch: Any, mesh: Mesh) -> Any:
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
     return jax.tree.map(place, batch)
-
-
-def park(tree: Any) -> Any:
-    """The arrays moved to host memory beside their devices, sharded as before; they cannot be computed with there.
-
-    Raises:
-      UserError: if the platform has no such memory.
-    """
-    kinds = {memory.kind for memory in jax.local_devices()[0].addressable_memories()}
-    if PARKED not in kinds:
-        raise UserError(
-            f"runtime.offload=true needs devices that can use host memory, but {jax.local_devices()[0].platform} has "
-            f"only {', '.join(sorted(kinds))}: set it to false"
-        )
-    return _move(tree, PARKED)
-
-
-def unpark(tree: Any) -> Any:
-    """The arrays moved back into their devices' memory."""
-    return _move(tree, jax.local_devices()[0].default_memory().kind)
-
-
-def _move(tree: Any, kind: str) -> Any:
-    return jax.device_put(tree, jax.tree.map(lambda x: x.sharding.with_memory_kind(kind), tree))

@@ -203,7 +203,8 @@ def test_eight_devices_give_one_device_s_metrics(finished, tmp_path):
             for name in a:
                 # before DPO's first update every implicit reward is 0, and which is greater is rounding
                 undecided = name == "rewards/accuracies" and a["step"] == 1
-                if not name.startswith(("timing_s", "perf")) and not undecided:
+                # hashes of states that differ in rounding are different
+                if not name.startswith(("timing_s", "perf", "state_hash")) and not undecided:
                     np.testing.assert_allclose(b[name], a[name], rtol=2e-3, atol=2e-4, err_msg=f"{role} {name}")
     a, b = (PairTable.read(folder / "runs/mpo/select") for folder in (finished, tmp_path))
     assert a.ids == b.ids
