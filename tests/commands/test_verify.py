@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,21 +9,7 @@ import pytest
 from filelock import FileLock
 from safetensors.numpy import load_file, save_file
 
-from mpo_jax import cli
-
-MICRO = Path(__file__).parents[1] / "configs" / "micro.yaml"
-
-
-def mpo(*arguments) -> int:
-    """Runs the command line in this process; returns its exit status."""
-    previous, sys.argv = sys.argv, ["mpo", *map(str, arguments)]
-    try:
-        cli.main()
-    except SystemExit as end:
-        return int(end.code or 0)
-    finally:
-        sys.argv = previous
-    return 0
+from tests.test_pipeline import MICRO, mpo
 
 
 @pytest.fixture(scope="module")
