@@ -19,7 +19,7 @@ from mpo_jax.processes import agree, is_main, wait
 from mpo_jax.tracker import console
 from mpo_jax.types import Artifact
 
-FORMAT = 2
+FORMAT = 3
 """Raise it when what a stage computes or writes changes: artifacts of another format are not reused."""
 
 RECIPE = "recipe.json"

@@ -55,7 +55,9 @@ class ModelConfig(Section, frozen=True):
         default="auto", description="storage of reference and reward model; auto: as compute_dtype"
     )
     remat: Literal["none", "dots", "full"] = Field(default="dots", description="what the backward pass computes again")
-    attention: Literal["xla", "cudnn"] = "xla"
+    attention: Literal["auto", "blocked", "xla", "cudnn"] = Field(
+        default="auto", description="over whole rows; auto: blocked, which skips what the layout hides"
+    )
     logit_chunk: int = Field(default=1024, gt=0, description="tokens a device whose logits exist at one time")
 
 

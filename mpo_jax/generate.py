@@ -1,4 +1,4 @@
-"""Sampling: one prefill a prompt shared by its samples, then a decode loop that stops when all rows have ended.
+"""Sampling from one model: a prefill shared by a prompt's samples, then decoding a chunk of tokens at a time.
 
 Random numbers are folded from (key, prompt fingerprint, sample index, token index), so a sample depends on its prompt,
 seed and index alone: not on batch size, order or devices.
@@ -11,16 +11,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from einops import repeat
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from mpo_jax.model import functional
-from mpo_jax.model.functional import Model
-from mpo_jax.sharding import batch_sharding
+from mpo_jax.model.functional import Caches, Model
+from mpo_jax.sharding import batch_sharding, constrain, spec_for
 from mpo_jax.types import Joined, Params
 
 BLOCK = 128
 BISECTIONS = 30
+
+CACHE_AXES = ("batch", "kv_heads", None, None)
+
+CHUNK = 16
+"""Tokens drawn between two mergers of the caches. New keys and values go to a small cache at a slot that all rows
+share, which is one write in place; in the large one each row has its own place, which is a scatter."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,16 +49,19 @@ def pick(probability_BV: Float[Array, "B V"], u_B: Float[Array, " B"]) -> Int[Ar
     B, V = probability_BV.shape
     padded = jnp.pad(probability_BV, ((0, 0), (0, -V % BLOCK)))
     blocks = padded.reshape(B, -1, BLOCK)
-    ends = jnp.cumsum(blocks.sum(-1), -1)
+    sums = blocks.sum(-1)
+    ends = jnp.cumsum(sums, -1)
     target_B = u_B * ends[:, -1]
-    block_B = jnp.minimum((ends <= target_B[:, None]).sum(-1), ends.shape[1] - 1)
+    last_B = jnp.where(sums > 0, jnp.arange(sums.shape[1])[None], 0).max(-1)
+    block_B = jnp.minimum((ends <= target_B[:, None]).sum(-1), last_B)
     before_B = jnp.where(block_B > 0, jnp.take_along_axis(ends, jnp.maximum(block_B - 1, 0)[:, None], 1)[:, 0], 0.0)
     inside = jnp.take_along_axis(blocks, block_B[:, None, None], 1)[:, 0]
-    offset_B = jnp.minimum((jnp.cumsum(inside, -1) <= (target_B - before_B)[:, None]).sum(-1), BLOCK - 1)
-    picked_B = jnp.minimum(block_B * BLOCK + offset_B, V - 1)
-    # the sums round differently, so that u near a border can land beside it, on an id that must not be sampled
-    possible = jnp.take_along_axis(probability_BV, picked_B[:, None], 1)[:, 0] > 0
-    return jnp.where(possible, picked_B, jnp.argmax(probability_BV, -1)).astype(jnp.int32)
+    offset_B = (jnp.cumsum(inside, -1) <= (target_B - before_B)[:, None]).sum(-1)
+    # the sums round differently, so that u near a border can land beside it, where the id may be impossible
+    place = jnp.arange(BLOCK)[None]
+    lower_B = jnp.where((inside > 0) & (place <= offset_B[:, None]), place, -1).max(-1)
+    offset_B = jnp.where(lower_B >= 0, lower_B, jnp.argmax(inside > 0, -1))
+    return (block_B * BLOCK + offset_B).astype(jnp.int32)
 
 
 def keep_top_p(probability_BV: Float[Array, "B V"], top_p: float) -> Float[Array, "B V"]:
@@ -80,9 +89,9 @@ def choose(logits_BV: Float[Array, "B V"], u_B: Float[Array, " B"], sampling: Sa
 
 
 def prefill(
-    model: Model, params: Params, prompts: Joined, *, num_samples: int, max_new_tokens: int
-) -> tuple[Float[Array, "B D"], tuple[Array, Array]]:
-    """The hidden state that predicts each first token, and caches [L B*N G P+S K] with room for the response."""
+    model: Model, params: Params, prompts: Joined, *, num_samples: int, room: int
+) -> tuple[Float[Array, "B D"], Caches]:
+    """The hidden state that predicts each first token, and caches [B*N G P+room K]."""
     B = prompts.prompt.shape[0]
     empty = jnp.zeros((B, 1, 0), jnp.int32)
     tokens = functional.join(dataclasses.replace(prompts, response=empty, response_len=jnp.zeros((B, 1), jnp.int32)))
@@ -90,93 +99,128 @@ def prefill(
     last_BD = jnp.take_along_axis(hidden, jnp.maximum(prompts.prompt_len - 1, 0)[:, None, None], 1)[:, 0]
 
     def expand(cache: Array) -> Array:
-        room = jnp.pad(cache, ((0, 0), (0, 0), (0, 0), (0, max_new_tokens), (0, 0)))
-        return repeat(room, "l b g s k -> l (b n) g s k", n=num_samples)
+        padded = jnp.pad(cache, ((0, 0), (0, 0), (0, room), (0, 0)))
+        return constrain(repeat(padded, "b g s k -> (b n) g s k", n=num_samples), *CACHE_AXES)
 
-    return repeat(last_BD, "b d -> (b n) d", n=num_samples), (expand(caches[0]), expand(caches[1]))
+    return repeat(last_BD, "b d -> (b n) d", n=num_samples), jax.tree.map(expand, caches)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """Responses under way; B counts samples.
+    """Responses under way; B counts samples, which need not have begun together.
 
     Attributes:
-      drawn: tokens drawn so far, the same for all rows.
       ids: [B S] tokens, 0 after the end.
-      length: [B] tokens of each response, EOS included.
-      done: [B] True where EOS came, and at filler rows.
-      caches: keys and values, each [L B G P+S K].
+      length: [B] tokens drawn, EOS included.
+      ended: [B] True where EOS came, and at filler rows.
+      prompt_len: [B] tokens of the prompt.
+      key: [B] what the row's random numbers are folded from.
+      caches: keys and values [B G P+room K] of the prompt and of all tokens drawn but the last.
     """
 
-    drawn: Int[Array, ""]
     ids: Int[Array, "B S"]
     length: Int[Array, " B"]
-    done: Bool[Array, " B"]
-    caches: tuple[Array, Array]
+    ended: Bool[Array, " B"]
+    prompt_len: Int[Array, " B"]
+    key: Any
+    caches: Caches
+
+    @property
+    def active(self) -> Bool[Array, " B"]:
+        """True where a further token is to be drawn."""
+        return ~self.ended & (self.length < self.ids.shape[1])
 
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-    """The decode loop of one model: what is fixed, and the two functions that `make_generate` and `make_stream` jit.
+    """Decoding with one model: what is fixed, and the functions to be jitted.
 
     Rows with a prompt length of 0 are filler and end at once.
+
+    Attributes:
+      longest_chunk: tokens that `advance` draws, or fewer where no more fit.
     """
 
     model: Model
     sampling: Sampling
     eos_id: int
+    longest_chunk: int = CHUNK
+
+    @property
+    def chunk(self) -> int:
+        return max(1, min(self.longest_chunk, self.sampling.max_new_tokens - 1))
+
+    @property
+    def room(self) -> int:
+        """Slots of a row's cache for its response: whole chunks, for all tokens but the last."""
+        return -(-(self.sampling.max_new_tokens - 1) // self.chunk) * self.chunk
+
+    def shardings(self, mesh: Mesh) -> Decoding:
+        """Rows over the batch axes of the mesh, heads of the caches over its tensor axis."""
+        rows: Any = batch_sharding(mesh)
+        decoder = self.model.decoder
+        spec = spec_for(CACHE_AXES, (mesh.size, decoder.num_kv_heads, 1, 1), dict(mesh.shape))
+        caches: Any = ((NamedSharding(mesh, spec),) * 2,) * decoder.num_layers
+        return Decoding(rows, rows, rows, rows, rows, caches)
 
     def begin(
-        self,
-        params: Params,
-        hidden_BD: Float[Array, "B D"],
-        caches: tuple[Array, Array],
-        prompt_len_B: Int[Array, " B"],
-        row_key_B: Any,
-        allowed_V: Bool[Array, " V"] | None,
+        self, params: Params, prompts: Joined, key: Array, index_B: Array, allowed_V: Bool[Array, " V"] | None
     ) -> Decoding:
-        """The first token of every row, from the hidden state of its prompt's last token."""
-        B = hidden_BD.shape[0]
-        filler_B = prompt_len_B == 0
-        empty = jnp.zeros((B, self.sampling.max_new_tokens), jnp.int32)
-        state = Decoding(jnp.asarray(0), empty, jnp.zeros((B,), jnp.int32), filler_B, caches)
-        return self._write(functional.head_matrix(self.model, params), state, hidden_BD, caches, row_key_B, allowed_V)
+        """Reads the prompts and draws the first token of each of their samples.
 
-    def advance(
-        self,
-        params: Params,
-        state: Decoding,
-        prompt_len_B: Int[Array, " B"],
-        row_key_B: Any,
-        allowed_V: Bool[Array, " V"] | None,
-        until: int | Int[Array, ""],
-    ) -> Decoding:
-        """Draws until all rows are done or have `until` tokens."""
-        num_slots = state.caches[0].shape[3]
-        prompt_width = num_slots - self.sampling.max_new_tokens
-        # outside the loop: a tied head is a transposed copy of the embedding
-        head_DV = functional.head_matrix(self.model, params)
+        Args:
+          index_B: tells apart repeated visits of a prompt: sample n of visit i draws from sample index i N + n.
+        """
+        N = self.sampling.num_samples
+        hidden_BD, caches = prefill(self.model, params, prompts, num_samples=N, room=self.room)
+        lengths = jnp.repeat(prompts.prompt_len, N)
+        empty = jnp.zeros((len(lengths), self.sampling.max_new_tokens), jnp.int32)
+        keys = row_keys(prompts, key, index_B, N)
+        state = Decoding(empty, jnp.zeros_like(lengths), lengths == 0, lengths, keys, caches)
+        return self._draw(state, functional.head_matrix(self.model, params), hidden_BD, allowed_V)
 
-        def unfinished(state: Decoding):
-            return (state.drawn < until) & ~state.done.all()
+    def advance(self, weights: Params, state: Decoding, allowed_V: Bool[Array, " V"] | None) -> Decoding:
+        """Draws a chunk of tokens, or fewer where all rows end before.
 
-        def step(state: Decoding) -> Decoding:
-            slot = prompt_width + state.drawn - 1
-            visible_BT = functional.visible_slots(self.model, prompt_len_B, prompt_width, slot, num_slots)
-            token_B = jax.lax.dynamic_index_in_dim(state.ids, state.drawn - 1, 1, keepdims=False)
-            hidden_BD, caches = functional.decode_step(
-                self.model, params, token_B, prompt_len_B + state.drawn - 1, state.caches, visible_BT, slot
+        Args:
+          weights: what `functional.for_decoding` gives.
+        """
+        stored_B, caches = jnp.maximum(state.length - 1, 0), state.caches
+        cache = caches[0][0]
+        prompt_width = cache.shape[2] - self.room
+        recent = jax.tree.map(
+            lambda x: constrain(jnp.zeros((*x.shape[:2], self.chunk, x.shape[3]), x.dtype), *CACHE_AXES), caches
+        )
+
+        def unfinished(carry: Any) -> Array:
+            slot, state, _ = carry
+            return (slot < self.chunk) & state.active.any()
+
+        def step(carry: Any) -> Any:
+            slot, state, recent = carry
+            widths = prompt_width, self.room, self.chunk
+            visible_BT = functional.visible_slots(self.model, state.prompt_len, widths, stored_B, slot)
+            last_B = jnp.take_along_axis(state.ids, jnp.maximum(state.length - 1, 0)[:, None], 1)[:, 0]
+            position_B = state.prompt_len + stored_B + slot
+            hidden_BD, recent = functional.decode_step(
+                self.model, weights, last_B, position_B, caches, recent, visible_BT, slot
             )
-            return self._write(head_DV, state, hidden_BD, caches, row_key_B, allowed_V)
+            return slot + 1, self._draw(state, weights["head"], hidden_BD, allowed_V), recent
 
-        return jax.lax.while_loop(unfinished, step, state)
+        # the large caches stay outside the loop, which only reads them
+        carried = dataclasses.replace(state, caches=())
+        _, drawn, recent = jax.lax.while_loop(unfinished, step, (jnp.asarray(0), carried, recent))
 
-    def _write(
-        self, head_DV: Array, state: Decoding, hidden_BD: Array, caches: Any, row_key_B: Any, allowed_V: Any
-    ) -> Decoding:
-        """Draws the next token of the rows that are not done."""
-        u_B = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, state.drawn)))(row_key_B)
+        def merge(cache_GSK: Array, new_GCK: Array, stored: Array) -> Array:
+            return jax.lax.dynamic_update_slice_in_dim(cache_GSK, new_GCK, prompt_width + stored, 1)
+
+        merged = jax.tree.map(lambda old, new: jax.vmap(merge)(old, new, stored_B), caches, recent)
+        return dataclasses.replace(drawn, caches=merged)
+
+    def _draw(self, state: Decoding, head_DV: Array, hidden_BD: Array, allowed_V: Any) -> Decoding:
+        """The next token of the active rows."""
+        u_B = jax.vmap(lambda key, index: jax.random.uniform(jax.random.fold_in(key, index)))(state.key, state.length)
         logits = functional.logits_from_hidden(
             self.model,
             hidden_BD[:, None],
@@ -184,13 +228,13 @@ class Decoder:
             temperature=self.sampling.temperature,
             allowed_V=allowed_V,
         )
-        token_B = jnp.where(state.done, 0, choose(logits[:, 0], u_B, self.sampling))
-        return Decoding(
-            drawn=state.drawn + 1,
-            ids=jax.lax.dynamic_update_slice_in_dim(state.ids, token_B[:, None], state.drawn, 1),
-            length=state.length + ~state.done,
-            done=state.done | (token_B == self.eos_id),
-            caches=caches,
+        token_B = jnp.where(state.active, choose(logits[:, 0], u_B, self.sampling), 0)
+        here_BS = jnp.arange(state.ids.shape[1])[None] == jnp.where(state.active, state.length, -1)[:, None]
+        return dataclasses.replace(
+            state,
+            ids=jnp.where(here_BS, token_B[:, None], state.ids),
+            length=state.length + state.active,
+            ended=state.ended | (state.active & (token_B == self.eos_id)),
         )
 
 
@@ -205,34 +249,38 @@ def row_keys(prompts: Joined, key: Array, index_B: Array, num_samples: int) -> A
 
 
 @lru_cache
+def make_for_decoding(model: Model) -> Any:
+    """The jitted `functional.for_decoding`."""
+    return jax.jit(partial(functional.for_decoding, model))
+
+
+@lru_cache
 def make_generate(model: Model, sampling: Sampling, eos_id: int, mesh: Mesh) -> Any:
     """A function (params, prompts, key, index_B, allowed_V) -> (Joined with N samples, has_eos [B N]).
 
-    `index_B` tells apart repeated visits of a prompt: sample n of visit i draws from sample index i N + n. Two compiled
-    parts, prefill and decode; the caches pass between them and are donated.
+    All prompts are decoded side by side until the last sample is done, without a word from the host.
+    `index_B` tells apart repeated visits of a prompt: sample n of visit i draws from sample index i N + n.
     """
-    N, S = sampling.num_samples, sampling.max_new_tokens
     rows = batch_sharding(mesh)
     decoder = Decoder(model, sampling, eos_id)
+    for_decoding = make_for_decoding(model)
 
-    def start(params, prompts):
-        return prefill(model, params, prompts, num_samples=N, max_new_tokens=S)
+    def finish(weights, begun, caches, prompts, allowed_V):
+        state = jax.lax.while_loop(
+            lambda state: state.active.any(),
+            lambda state: decoder.advance(weights, state, allowed_V),
+            dataclasses.replace(begun, caches=caches),
+        )
+        return *gathered(prompts, state), state.caches
 
-    def finish(params, hidden, caches, prompts, key, index_B, allowed_V):
-        params = functional.for_decoding(model, params)
-        keys = row_keys(prompts, key, index_B, N)
-        lengths = jnp.repeat(prompts.prompt_len, N)
-        state = decoder.begin(params, hidden, caches, lengths, keys, allowed_V)
-        state = decoder.advance(params, state, lengths, keys, allowed_V, S)
-        return *_joined(prompts, state, N), state.caches
-
-    prefill_jit = jax.jit(start)
+    begin = jax.jit(decoder.begin)
     # an input is donated to an output: without the caches among the outputs the loop would work on a copy of them
-    decode_jit = jax.jit(finish, donate_argnums=(2,), out_shardings=(rows, rows, None))
+    finish_jit = jax.jit(finish, donate_argnums=2, out_shardings=(rows, rows, None))
 
     def generate(params, prompts, key, index_B, allowed_V):
-        hidden, caches = prefill_jit(params, prompts)
-        joined, has_eos, _ = decode_jit(params, hidden, caches, prompts, key, index_B, allowed_V)
+        state = begin(params, prompts, key, index_B, allowed_V)
+        begun = dataclasses.replace(state, caches=())
+        joined, has_eos, _ = finish_jit(for_decoding(params), begun, state.caches, prompts, allowed_V)
         return joined, has_eos
 
     return generate
@@ -241,36 +289,24 @@ def make_generate(model: Model, sampling: Sampling, eos_id: int, mesh: Mesh) -> 
 @lru_cache
 def make_stream(model: Model, sampling: Sampling, eos_id: int, chunk: int) -> Any:
     """Like `make_generate`, but an iterator over what is there after every `chunk` tokens, for reading along."""
-    N, S = sampling.num_samples, sampling.max_new_tokens
-    decoder = Decoder(model, sampling, eos_id)
-
-    @jax.jit
-    def start(params, prompts, key, index_B, allowed_V):
-        hidden, caches = prefill(model, params, prompts, num_samples=N, max_new_tokens=S)
-        keys = row_keys(prompts, key, index_B, N)
-        return decoder.begin(params, hidden, caches, jnp.repeat(prompts.prompt_len, N), keys, allowed_V), keys
-
-    @partial(jax.jit, donate_argnums=1)
-    def advance(params, state, prompts, keys, allowed_V, until):
-        params = functional.for_decoding(model, params)
-        return decoder.advance(params, state, jnp.repeat(prompts.prompt_len, N), keys, allowed_V, until)
+    decoder = Decoder(model, sampling, eos_id, chunk)
+    begin, advance = jax.jit(decoder.begin), jax.jit(decoder.advance, donate_argnums=1)
 
     def stream(params, prompts, key, index_B, allowed_V):
-        state, keys = start(params, prompts, key, index_B, allowed_V)
-        yield _joined(prompts, state, N)
-        for until in range(1 + chunk, S + chunk, chunk):
-            if bool(state.done.all()):
-                return
-            state = advance(params, state, prompts, keys, allowed_V, jnp.asarray(min(until, S)))
-            yield _joined(prompts, state, N)
+        state = begin(params, prompts, key, index_B, allowed_V)
+        weights = make_for_decoding(model)(params)
+        yield gathered(prompts, state)
+        while bool(state.active.any()):
+            state = advance(weights, state, allowed_V)
+            yield gathered(prompts, state)
 
     return stream
 
 
-def _joined(prompts: Joined, state: Decoding, num_samples: int) -> tuple[Joined, Bool[Array, "B N"]]:
+def gathered(prompts: Joined, state: Decoding) -> tuple[Joined, Bool[Array, "B N"]]:
     """The prompts with their samples, and where EOS came."""
-    B, N = prompts.prompt.shape[0], num_samples
+    B = prompts.prompt.shape[0]
     joined = dataclasses.replace(
-        prompts, response=state.ids.reshape(B, N, -1), response_len=state.length.reshape(B, N).astype(jnp.int32)
+        prompts, response=state.ids.reshape(B, -1, state.ids.shape[1]), response_len=state.length.reshape(B, -1)
     )
-    return joined, state.done.reshape(B, N) & (prompts.prompt_len > 0)[:, None]
+    return joined, state.ended.reshape(B, -1) & (prompts.prompt_len > 0)[:, None]

@@ -118,7 +118,7 @@ class Pipeline:
             **_without_bookkeeping(self.config.model_dump(mode="json", include={*sections, "seed"})),
             **extra,
             # arithmetic changes results; the mesh and the machine do so to rounding only
-            "model": self.config.model.model_dump(mode="json", include={"attention"}),
+            "model": {"attention": runtime.attention(self.config.model)},
             "dtype": [runtime.compute_dtype(self.config.model), runtime.frozen_dtype(self.config.model)],
         }
 

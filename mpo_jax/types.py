@@ -89,6 +89,7 @@ class Tokens:
       branch: 0 is the prompt, 1, 2, ... its responses; a token sees branch 0 and its own branch.
       loss_mask: True at response tokens (EOS included).
       scored_from: no column before this one has a True loss mask (static; lets the head skip the prompt).
+      num_responses: the columns from there on are this many equal stretches, none of which sees another (static).
     """
 
     ids: Int[Array, "B T"]
@@ -97,6 +98,7 @@ class Tokens:
     branch: Int[Array, "B T"]
     loss_mask: Bool[Array, "B T"]
     scored_from: int = dataclasses.field(default=0, metadata={"static": True})
+    num_responses: int = dataclasses.field(default=1, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass

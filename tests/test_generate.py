@@ -284,16 +284,15 @@ def test_weights_are_gathered_once_and_not_for_every_token(params):
     placed = jax.device_put(params, functional.param_shardings(params, mesh))
     decoder = generate.Decoder(MODEL, Sampling(max_new_tokens=10), EOS)
 
-    def decode(params, hidden, caches, prompt_len, keys, gathered):
-        params = functional.for_decoding(MODEL, params) if gathered else params
-        state = decoder.begin(params, hidden, caches, prompt_len, keys, None)
-        return decoder.advance(params, state, prompt_len, keys, None, 10).ids
+    def decode(params, state, gathered):
+        weights = functional.for_decoding(MODEL, params)
+        if not gathered:
+            cut = [jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(DECODER.num_layers)]
+            weights = {**weights, "layers": cut}
+        return decoder.advance(weights, state, None).ids
 
     def gathers_in_loops(gathered: bool) -> int:
-        compiled = jax.jit(decode, static_argnums=5).lower(
-            placed, hidden, caches, joined.prompt_len, jax.random.split(jax.random.key(0), 8), gathered
-        )
-        text = compiled.compile().as_text()
+        text = jax.jit(decode, static_argnums=2).lower(placed, state, gathered).compile().as_text()
         computations = dict(re.findall(r"^%?([\w.\-]+) \([^\n]*\{\n(.*?)^\}", text, re.M | re.S))
         bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
         assert bodies <= computations.keys() and " all-gather" in text
@@ -301,8 +300,7 @@ def test_weights_are_gathered_once_and_not_for_every_token(params):
 
     with jax.set_mesh(mesh):
         joined = place_batch(prompts(), mesh)
-        start = jax.jit(lambda p, j: generate.prefill(MODEL, p, j, num_samples=1, max_new_tokens=10))
-        hidden, caches = start(placed, joined)
+        state = jax.jit(decoder.begin)(placed, joined, jax.random.key(0), jnp.zeros_like(joined.key), None)
         assert gathers_in_loops(True) == 0 < gathers_in_loops(False)
 
 
@@ -398,9 +396,10 @@ def test_a_batch_of_filler_alone(params):
 
 def test_prefill_state_predicts_the_first_token(params):
     """Hidden states at each prompt's last token, repeated for the samples; caches with room for the response."""
-    prefill = jax.jit(generate.prefill, static_argnums=0, static_argnames=("num_samples", "max_new_tokens"))
-    hidden, (keys, values) = prefill(MODEL, params, prompts([5, 2]), num_samples=3, max_new_tokens=4)
-    assert hidden.shape == (6, 32) and keys.shape == values.shape == (2, 6, 4, 11, 6)
+    prefill = jax.jit(generate.prefill, static_argnums=0, static_argnames=("num_samples", "room"))
+    hidden, caches = prefill(MODEL, params, prompts([5, 2]), num_samples=3, room=4)
+    assert hidden.shape == (6, 32) and len(caches) == DECODER.num_layers
+    assert {x.shape for x in jax.tree.leaves(caches)} == {(6, 4, 11, 6)}
     tokens = functional.join(batch([5, 2], [[1], [1]], width=(7, 1)))
     full = jax.jit(functional.hidden_states, static_argnums=0)(MODEL, params, tokens)
     for b, length in enumerate([5, 2]):

@@ -5,6 +5,7 @@ grow with depth. Letters: B batch, T query token, S key token, D model, H heads,
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -181,12 +182,14 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config, rngs=rngs)
 
-    def full(self, x: Array, cos: Array, sin: Array, mask_B1TT: Bool[Array, "B 1 T T"], implementation: str) -> Any:
-        """The layer over whole rows; returns x and the keys and values [B T G K] for a cache."""
+    def full(self, x: Array, cos: Array, sin: Array, attend: Callable[[Array, Array, Array], Array]) -> Any:
+        """The layer over whole rows; returns x and the keys and values [B T G K] for a cache.
+
+        `attend` maps queries [B T H K], keys and values to what each query reads, [B T H K].
+        """
         q, k, v = self.attention.project(self.attention_norm(x), cos, sin)
         q = constrain(q, "batch", None, "act_heads", None)
-        heads = jax.nn.dot_product_attention(q, k, v, mask=mask_B1TT, implementation=implementation)  # type: ignore
-        x = x + self.attention.output(heads)
+        x = x + self.attention.output(attend(q, k, v))
         x = x + self.mlp(self.mlp_norm(x))
         return constrain(x, "batch", None, None), (k, v)
 
@@ -195,26 +198,38 @@ class Block(nnx.Module):
         x_B1D: Array,
         cos: Array,
         sin: Array,
-        key_BGSK: Array,
-        value_BGSK: Array,
-        visible_BS: Bool[Array, "B S"],
+        stored: tuple[Float[Array, "B G S K"], Float[Array, "B G S K"]],
+        recent: tuple[Float[Array, "B G C K"], Float[Array, "B G C K"]],
+        visible_BT: Bool[Array, "B S+C"],
         slot: Array,
-    ) -> Any:
-        """The layer over one new token a row, which is written to the caches at `slot` first."""
+    ) -> tuple[Array, tuple[Array, Array]]:
+        """The layer over one new token a row, which is written to `recent` at `slot` first; returns x and `recent`.
+
+        Keys and values of earlier tokens are read from `stored`, which stays as it is, and from `recent`.
+        """
         q, k, v = self.attention.project(self.attention_norm(x_B1D), cos, sin)
         write = lambda cache, new: jax.lax.dynamic_update_slice_in_dim(  # noqa: E731
             cache, rearrange(new, "b 1 g k -> b g 1 k").astype(cache.dtype), slot, 2
         )
-        key_BGSK, value_BGSK = write(key_BGSK, k), write(value_BGSK, v)
+        recent = write(recent[0], k), write(recent[1], v)
         q_BGRK = rearrange(q, "b 1 (g r) k -> b g r k", g=k.shape[2])
-        logits = jnp.einsum("bgrk,bgsk->bgrs", q_BGRK, key_BGSK, preferred_element_type=jnp.float32)
-        logits = logits * q.shape[-1] ** -0.5
-        logits = jnp.where(visible_BS[:, None, None], logits, jnp.finfo(jnp.float32).min)
+        logits = jnp.concatenate(
+            [
+                jnp.einsum("bgrk,bgsk->bgrs", q_BGRK, keys, preferred_element_type=jnp.float32)
+                for keys in (stored[0], recent[0])
+            ],
+            -1,
+        )
+        logits = jnp.where(visible_BT[:, None, None], logits * q.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(logits, -1).astype(x_B1D.dtype)
-        heads = jnp.einsum("bgrs,bgsk->bgrk", weights, value_BGSK.astype(x_B1D.dtype))
-        x_B1D = x_B1D + self.attention.output(rearrange(heads, "b g r k -> b 1 (g r) k"))
+        parts = jnp.split(weights, [stored[0].shape[2]], -1)
+        old, new = (
+            jnp.einsum("bgrs,bgsk->bgrk", part, values.astype(x_B1D.dtype))
+            for part, values in zip(parts, (stored[1], recent[1]), strict=True)
+        )
+        x_B1D = x_B1D + self.attention.output(rearrange(old + new, "b g r k -> b 1 (g r) k"))
         x_B1D = x_B1D + self.mlp(self.mlp_norm(x_B1D))
-        return x_B1D, key_BGSK, value_BGSK
+        return x_B1D, recent
 
 
 class Trunk(nnx.Module):

@@ -4,8 +4,10 @@ Parameters: {"embedding", "norm", "head"?, "layers": {... leading axis L}, "scor
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import Any, Literal
+from operator import itemgetter
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from mpo_jax.model import attention
 from mpo_jax.model.decoder import FLOAT32, PARAM_AXES, Block, DecoderConfig, ScalarHead, Trunk, rope_tables
 from mpo_jax.selection import make_pair_scorer
 from mpo_jax.sharding import BATCH_AXES, constrain, replicated, shardings_for
@@ -29,14 +32,14 @@ class Model:
       decoder: sizes.
       dtype: of the arithmetic; losses, log-softmax, norms and scores are float32 whatever it is.
       remat: what the backward pass computes again: none, dots (keep matrix products), full (keep layer inputs).
-      attention: implementation of jax.nn.dot_product_attention.
+      attention: blocked (attention.py), or an implementation of jax.nn.dot_product_attention.
       logit_chunk: tokens of the whole batch whose logits exist at one time.
     """
 
     decoder: DecoderConfig
     dtype: str = "float32"
     remat: Literal["none", "dots", "full"] = "none"
-    attention: str = "xla"
+    attention: str = "blocked"
     logit_chunk: int = 1024
 
 
@@ -69,6 +72,10 @@ def param_shardings(params: Params, mesh: Mesh) -> Any:
     return shardings_for(unflatten_dict(axes), params, mesh)
 
 
+Caches: TypeAlias = tuple[tuple[Array, Array], ...]
+"""Keys and values [B G T K] of every layer."""
+
+
 @lru_cache
 def _graphs(config: DecoderConfig) -> tuple[Any, Any, Any]:
     """The NNX graph definitions of trunk, layer and scalar head; no array is made."""
@@ -90,9 +97,10 @@ def _block(model: Model, layer_params: Params) -> Block:
 
 
 def for_decoding(model: Model, params: Params) -> Params:
-    """The parameters in the arithmetic's type and whole along `fsdp`: gathered once, not for every token.
+    """The parameters in the arithmetic's type and whole along `fsdp`, layers one by one, the head as a matrix.
 
-    Norms and the score keep their type: they are computed in float32.
+    Made once for a sampling phase: as training lays them out, every token would gather, cast and cut them anew.
+    Norms keep their type: they are computed in float32.
     """
 
     def gather(path: tuple[str, ...], leaf: Array) -> Array:
@@ -101,7 +109,9 @@ def for_decoding(model: Model, params: Params) -> Params:
         return constrain(cast, *PARAM_AXES[name], without="fsdp")
 
     flat: dict[Any, Any] = flatten_dict(params)
-    return unflatten_dict({path: gather(path, leaf) for path, leaf in flat.items()})
+    whole: Params = unflatten_dict({path: gather(path, leaf) for path, leaf in flat.items()})
+    layers = [jax.tree.map(itemgetter(i), whole["layers"]) for i in range(model.decoder.num_layers)]
+    return {**whole, "head": head_matrix(model, whole), "layers": layers}
 
 
 def join(joined: Joined) -> Tokens:
@@ -128,6 +138,7 @@ def join(joined: Joined) -> Tokens:
         branch=row(jnp.zeros((B, P), jnp.int32), branch),
         loss_mask=row(jnp.zeros((B, P), bool), response_mask & (joined.prompt_len > 0)[:, None, None]),
         scored_from=P,
+        num_responses=N,
     )
 
 
@@ -147,33 +158,41 @@ def predecessor(tokens: Tokens) -> Int[Array, "B T"]:
     return jnp.where(same, before, prompt_end)
 
 
-def attention_mask(tokens: Tokens, window: int | None = None) -> Bool[Array, "B 1 T T"]:
-    """True where query token (axis 2) sees key token (axis 3): same segment, not later, prompt or own branch, and less
-    than `window` positions before it.
-    """
-    index = jnp.arange(tokens.ids.shape[1])
-    query, key = (lambda x: x[:, :, None]), (lambda x: x[:, None, :])
-    same_segment = (query(tokens.segment) == key(tokens.segment)) & (key(tokens.segment) > 0)
-    own_branch = (key(tokens.branch) == 0) | (key(tokens.branch) == query(tokens.branch))
-    causal = (index[:, None] >= index[None])[None]
-    seen = same_segment & own_branch & causal
-    if window is not None:
-        seen &= query(tokens.position) - key(tokens.position) < window
-    return seen[:, None]
+def make_attention(model: Model, tokens: Tokens) -> Callable[[Array, Array, Array], Array]:
+    """The attention of every layer over these rows, as a function of queries [B T H K], keys and values [B T G K]."""
+    window = model.decoder.sliding_window
+    if model.attention == "blocked":
+        return lambda q, k, v: attention.attend(q, k, v, tokens, window)
+    mask = attention.sees(tokens, tokens, window)[:, None]
+    implementation: Any = model.attention
+    return lambda q, k, v: jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
 
 
 def visible_slots(
-    model: Model, prompt_len_B: Int[Array, " B"], prompt_width: int, slot: Int[Array, ""], num_slots: int
+    model: Model,
+    prompt_len_B: Int[Array, " B"],
+    widths: tuple[int, int, int],
+    stored_B: Int[Array, " B"],
+    slot: int | Int[Array, ""],
 ) -> Bool[Array, "B T"]:
-    """The cache slots that the token at `slot` sees: its row's prompt, the response up to itself, within the window."""
-    slot_T = jnp.arange(num_slots)[None]
-    in_response_BT = (slot_T >= prompt_width) & (slot_T <= slot)
-    visible_BT = (slot_T < prompt_len_B[:, None]) | in_response_BT
-    if model.decoder.sliding_window is not None:
-        position_BT = jnp.where(in_response_BT, prompt_len_B[:, None] + slot_T - prompt_width, slot_T)
-        own_B = prompt_len_B + slot - prompt_width
-        visible_BT &= own_B[:, None] - position_BT < model.decoder.sliding_window
-    return visible_BT
+    """The cache slots that a row's newest token sees: its prompt, its response up to itself, within the window.
+
+    Args:
+      widths: of the three parts of T: prompts, stored responses, recent tokens.
+      stored_B: how many tokens of each row's response are stored.
+      slot: of the newest token among the recent ones.
+    """
+    prompt, response, recent = (jnp.arange(width)[None] for width in widths)
+    B = len(prompt_len_B)
+    part = lambda x: jnp.broadcast_to(x, (B, x.shape[1]))  # noqa: E731
+    visible_BT = jnp.concatenate(
+        [prompt < prompt_len_B[:, None], response < stored_B[:, None], part(recent <= slot)], 1
+    )
+    if model.decoder.sliding_window is None:
+        return visible_BT
+    ends_B1 = (prompt_len_B + stored_B)[:, None]
+    position_BT = jnp.concatenate([part(prompt), prompt_len_B[:, None] + response, ends_B1 + recent], 1)
+    return visible_BT & (ends_B1 + slot - position_BT < model.decoder.sliding_window)
 
 
 def hidden_states(model: Model, params: Params, tokens: Tokens) -> Float[Array, "B T D"]:
@@ -181,57 +200,61 @@ def hidden_states(model: Model, params: Params, tokens: Tokens) -> Float[Array, 
     return _run_layers(model, params, tokens, keep_cache=False)[0]
 
 
-def prefill(model: Model, params: Params, tokens: Tokens) -> tuple[Array, tuple[Array, Array]]:
-    """Hidden states, and every layer's keys and values, each [L B G T K]."""
-    hidden, (key, value) = _run_layers(model, params, tokens, keep_cache=True)
-    return hidden, (rearrange(key, "l b t g k -> l b g t k"), rearrange(value, "l b t g k -> l b g t k"))
+def prefill(model: Model, params: Params, tokens: Tokens) -> tuple[Array, Caches]:
+    """Hidden states, and every layer's keys and values, each [B G T K]."""
+    hidden, caches = _run_layers(model, params, tokens, keep_cache=True)
+    key, value = (rearrange(x, "l b t g k -> l b g t k") for x in caches)
+    return hidden, tuple((key[i], value[i]) for i in range(model.decoder.num_layers))
 
 
 def _run_layers(model: Model, params: Params, tokens: Tokens, *, keep_cache: bool) -> tuple[Array, Any]:
     trunk = _trunk(model, params)
     x = constrain(trunk.embed(tokens.ids, jnp.dtype(model.dtype)), "batch", None, None)
     cos, sin = rope_tables(model.decoder, tokens.position)
-    mask = attention_mask(tokens, model.decoder.sliding_window)
+    attend = make_attention(model, tokens)
 
     def layer(x, layer_params):
-        x, cache = _block(model, layer_params).full(x, cos, sin, mask, model.attention)
+        x, cache = _block(model, layer_params).full(x, cos, sin, attend)
         return x, cache if keep_cache else None
 
     if model.remat == "full":
         layer = jax.checkpoint(layer)
     elif model.remat == "dots":
-        layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+        policies = jax.checkpoint_policies
+        keep = policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(attention.SAVED)
+        )
+        layer = jax.checkpoint(layer, policy=keep)
     x, caches = jax.lax.scan(layer, x, params["layers"])
     return trunk.norm(x), caches
 
 
 def decode_step(
     model: Model,
-    params: Params,
+    weights: Params,
     ids_B: Int[Array, " B"],
     position_B: Int[Array, " B"],
-    cache: tuple[Array, Array],
-    visible_BS: Bool[Array, "B S"],
+    stored: Caches,
+    recent: Caches,
+    visible_BT: Bool[Array, "B T"],
     slot: Int[Array, ""],
-) -> tuple[Float[Array, "B D"], tuple[Array, Array]]:
-    """One new token a row: hidden state [B D] and the cache with the token written at `slot`.
+) -> tuple[Float[Array, "B D"], Caches]:
+    """One new token a row: its hidden state, and `recent` with the token written at `slot`.
 
-    `cache` is keys and values, each [L B G S K]; `visible_BS` is True at the slots each row sees, `slot` included.
+    The layers are not scanned: a scan would copy every layer's weights and caches out of a stack for every token.
+
+    Args:
+      weights: what `for_decoding` gives.
+      visible_BT: the slots of `stored` and then of `recent` that each row sees, the new one included.
     """
-    trunk = _trunk(model, params)
+    trunk = _trunk(model, weights)
     x = trunk.embed(ids_B[:, None], jnp.dtype(model.dtype))
     cos, sin = rope_tables(model.decoder, position_B[:, None])
-
-    def layer(carry, layer_params):
-        x, keys, values, index = carry
-        # the whole cache is carried and updated in place; as scanned inputs and outputs it would be copied every token
-        x, key, value = _block(model, layer_params).cached(x, cos, sin, keys[index], values[index], visible_BS, slot)
-        keys = jax.lax.dynamic_update_index_in_dim(keys, key, index, 0)
-        values = jax.lax.dynamic_update_index_in_dim(values, value, index, 0)
-        return (x, keys, values, index + 1), None
-
-    (x, *cache_out, _), _ = jax.lax.scan(layer, (x, *cache, 0), params["layers"])
-    return trunk.norm(x)[:, 0], (cache_out[0], cache_out[1])
+    written = []
+    for layer, old, new in zip(weights["layers"], stored, recent, strict=True):
+        x, new = _block(model, layer).cached(x, cos, sin, old, new, visible_BT, slot)
+        written.append(new)
+    return trunk.norm(x)[:, 0], tuple(written)
 
 
 def head_matrix(model: Model, params: Params) -> Float[Array, "D V"]:

@@ -12,7 +12,7 @@ from mpo_jax.hub import local_model
 from mpo_jax.model import families, functional, weights
 from mpo_jax.model.decoder import DecoderConfig
 from mpo_jax.model.functional import Model
-from mpo_jax.runtime import compute_dtype, frozen_dtype
+from mpo_jax.runtime import attention, compute_dtype, frozen_dtype
 from mpo_jax.text import TextCodec
 from mpo_jax.types import Params
 
@@ -65,7 +65,7 @@ def describe(decoder: DecoderConfig, config: Config) -> Model:
         decoder=decoder,
         dtype=compute_dtype(config.model),
         remat=config.model.remat,
-        attention=config.model.attention,
+        attention=attention(config.model),
         # the config counts tokens a device, the model counts the batch's
         logit_chunk=config.model.logit_chunk * config.mesh.batch_shards,
     )

@@ -15,11 +15,12 @@ from mpo_jax.data.batches import Buckets, map_batches
 from mpo_jax.data.corpus import load_corpus
 from mpo_jax.data.tokens import tokenize
 from mpo_jax.evaluation.statistics import mean_and_se
-from mpo_jax.generate import Sampling, make_generate
+from mpo_jax.generate import Sampling
 from mpo_jax.model import functional, loading
 from mpo_jax.model.functional import Model
 from mpo_jax.ops import kl_k1, masked_sum
 from mpo_jax.processes import is_main
+from mpo_jax.refill import sample_all, with_responses
 from mpo_jax.runtime import stage_key
 from mpo_jax.sharding import check_batch, place_batch, replicated
 from mpo_jax.text import TextCodec, load_tokenizer
@@ -59,30 +60,33 @@ def run(
 
     prompts = corpus.test_prompts[: evaluate.num_prompts]
     examples, report = tokenize(codec, [(prompt, ()) for prompt in prompts], cache=config.runtime.token_cache_folder)
-    buckets = Buckets.of(examples, config.text.length_buckets)
-    sampling = Sampling(config.text.max_response_tokens, temperature=evaluate.temperature, greedy=evaluate.greedy)
-    generate = make_generate(model, sampling, codec.eos_id, mesh)
+    tracker = Tracker(folder, "evaluate", len(examples), tensorboard=False)
+    allowed_V = jnp.asarray(codec.allowed(model.decoder.vocab_size))
+    found = sample_all(
+        model,
+        params,
+        examples,
+        sampling=Sampling(config.text.max_response_tokens, temperature=evaluate.temperature, greedy=evaluate.greedy),
+        eos_id=codec.eos_id,
+        allowed_V=allowed_V,
+        key=stage_key(config.seed, "evaluate"),
+        buckets=Buckets.of(examples, config.text.length_buckets),
+        batch_size=evaluate.batch_size,
+        mesh=mesh,
+        tracker=tracker,
+    )
+    tracker.close()
     score = functional.make_score_pairs(reward_model, mesh)
     kl = make_kl(model, evaluate.temperature, mesh)
-    allowed_V = jnp.asarray(codec.allowed(model.decoder.vocab_size))
-    key = stage_key(config.seed, "evaluate")
-    tracker = Tracker(folder, "evaluate", buckets.num_batches(examples, evaluate.batch_size), tensorboard=False)
 
-    def sample(batch: Joined) -> Any:
+    def measure(batch: Joined) -> Any:
         placed = place_batch(batch, mesh)
-        joined, has_eos = generate(params, placed, key, jnp.zeros_like(placed.prompt_len, jnp.uint32), allowed_V)
-        results = (
-            joined.response[:, 0],
-            joined.response_len[:, 0],
-            has_eos[:, 0],
-            score(reward_params, joined)[:, 0],
-            kl(params, sft_params, joined, allowed_V),
-        )
-        tracker.update(tracker.step + 1, {"tokens": joined.response_len.sum()}, log=True)
-        return results
+        return score(reward_params, placed)[:, 0], kl(params, sft_params, placed, allowed_V)
 
-    ids, length, has_eos, scores, kls = map_batches(examples, buckets, evaluate.batch_size, sample)
-    tracker.close()
+    answered = with_responses(examples, found)
+    buckets = Buckets.of(answered, config.text.length_buckets)
+    scores, kls = map_batches(answered, buckets, evaluate.batch_size, measure)
+    ids, length, has_eos = found.ids[:, 0], found.length[:, 0], found.has_eos[:, 0]
     responses = [codec.decode(row[:n]) for row, n in zip(ids, length, strict=True)]
     columns: dict[str, np.ndarray] = {"score": scores, "kl": kls, "length": length, "has_eos": has_eos}
     if corpus.utility is not None:

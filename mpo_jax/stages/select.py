@@ -16,15 +16,16 @@ from mpo_jax.data.corpus import Corpus, load_corpus
 from mpo_jax.data.pair_table import PairTable
 from mpo_jax.data.tokens import Example, tokenize
 from mpo_jax.evaluation.calibration import accuracy_by_gap
-from mpo_jax.generate import Sampling, make_generate
+from mpo_jax.generate import Sampling
 from mpo_jax.model import functional, loading
 from mpo_jax.processes import is_main
+from mpo_jax.refill import sample_all, with_responses
 from mpo_jax.runtime import stage_key
 from mpo_jax.selection import rank, split
 from mpo_jax.sharding import check_batch, place_batch
 from mpo_jax.text import TextCodec, load_tokenizer
 from mpo_jax.tracker import Tracker, console
-from mpo_jax.types import Artifact, Joined
+from mpo_jax.types import Artifact
 
 THRESHOLDS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
 HISTOGRAM_BINS = 40
@@ -71,28 +72,24 @@ def _sampled(
         temperature=config.select.temperature,
         top_p=config.select.top_p,
     )
-    generate = make_generate(model, sampling, codec.eos_id, mesh)
-    allowed_V = jnp.asarray(codec.allowed(model.decoder.vocab_size))
-    key = stage_key(config.seed, "select")
     prompts = corpus.prompts[: config.select.num_prompts]
     examples, _ = tokenize(codec, [(prompt, ()) for prompt in prompts], cache=config.runtime.token_cache_folder)
-    buckets = Buckets.of(examples, config.text.length_buckets)
-    size = config.select.batch_size
-    tracker = Tracker(folder, "select", buckets.num_batches(examples, size), tensorboard=False)
-
-    def sample(batch: Joined) -> Any:
-        placed = place_batch(batch, mesh)
-        joined, has_eos = generate(params, placed, key, jnp.zeros_like(placed.prompt_len, jnp.uint32), allowed_V)
-        tokens = joined.response_len.sum()
-        tracker.update(tracker.step + 1, {"tokens": tokens, "eos_rate": has_eos.mean()}, log=True)
-        return joined.response, joined.response_len
-
-    response, length = map_batches(examples, buckets, size, sample)
+    tracker = Tracker(folder, "select", len(examples), tensorboard=False)
+    found = sample_all(
+        model,
+        params,
+        examples,
+        sampling=sampling,
+        eos_id=codec.eos_id,
+        allowed_V=jnp.asarray(codec.allowed(model.decoder.vocab_size)),
+        key=stage_key(config.seed, "select"),
+        buckets=Buckets.of(examples, config.text.length_buckets),
+        batch_size=config.select.batch_size,
+        mesh=mesh,
+        tracker=tracker,
+    )
     tracker.close()
-    return [
-        Example(example.prompt, [ids[:n].tolist() for ids, n in zip(pair, lengths, strict=True)])
-        for example, pair, lengths in zip(examples, response, length, strict=True)
-    ], prompts
+    return with_responses(examples, found), prompts
 
 
 def _table(

@@ -144,9 +144,13 @@ def layer_case():
     return layer_params(), x, np.asarray(cos, np.float64), np.asarray(sin, np.float64), visible[:, None]
 
 
+def masked(mask):
+    return lambda q, k, v: jax.nn.dot_product_attention(q, k, v, mask=jnp.asarray(mask))
+
+
 def test_block_equals_numpy(layer_case):
     params, x, cos, sin, mask = layer_case
-    out, (key, value) = block(params).full(f32(x), f32(cos), f32(sin), jnp.asarray(mask), "xla")
+    out, (key, value) = block(params).full(f32(x), f32(cos), f32(sin), masked(mask))
     wanted, wanted_key, wanted_value = reference_block(params, x, cos, sin, mask)
     close(out, wanted, atol=1e-4)
     close(key, wanted_key, atol=1e-5)
@@ -154,19 +158,25 @@ def test_block_equals_numpy(layer_case):
 
 
 def test_cached_layer_equals_the_full_one(layer_case):
-    """Token by token with a cache that holds garbage in the slots still to be written."""
+    """Token by token, three of them stored and the others recent, with garbage in the slots still to be written."""
     params, x, cos, sin, mask = layer_case
-    wanted, (wanted_key, _) = block(params).full(f32(x), f32(cos), f32(sin), jnp.asarray(mask), "xla")
-    key, value = (f32(50 * normal(B, G, T + 3, K, seed=s)) for s in (3, 4))
+    wanted, (wanted_key, wanted_value) = block(params).full(f32(x), f32(cos), f32(sin), masked(mask))
+    fill = lambda size, seed: f32(50 * normal(B, G, size, K, seed=seed))  # noqa: E731
+    stored = tuple(
+        fill(5, seed).at[:, :, :3].set(cache[:, :3].swapaxes(1, 2))
+        for seed, cache in ((3, wanted_key), (4, wanted_value))
+    )
+    recent = (fill(6, 5), fill(6, 6))
     step = jax.jit(lambda *args: block(params).cached(*args))
-    for t in range(T):
-        visible = np.pad(mask[:, 0, t], ((0, 0), (0, 3)))
+    for t in range(3, T):
+        seen = mask[:, 0, t]
+        visible = np.concatenate([np.pad(seen[:, :3], ((0, 0), (0, 2))), np.pad(seen[:, 3:], ((0, 0), (0, 2)))], 1)
         row = slice(t, t + 1)
-        out, key, value = step(
-            f32(x)[:, row], f32(cos)[:, row], f32(sin)[:, row], key, value, jnp.asarray(visible), jnp.asarray(t)
+        out, recent = step(
+            f32(x)[:, row], f32(cos)[:, row], f32(sin)[:, row], stored, recent, jnp.asarray(visible), jnp.asarray(t - 3)
         )
         close(out[:, 0], wanted[:, t], atol=1e-5)
-    close(key[:, :, :T], wanted_key.swapaxes(1, 2), atol=1e-5)
+    close(recent[0][:, :, : T - 3], wanted_key[:, 3:].swapaxes(1, 2), atol=1e-5)
 
 
 def test_grouped_queries_equal_repeated_heads():
@@ -193,12 +203,17 @@ def test_decoding_with_a_cache_equals_the_full_forward(name):
     prompt_len = jnp.asarray(joined.prompt_len)
     for row, length in enumerate(joined.prompt_len):
         close(hidden[row, :length], wanted[row, :length], atol=1e-4)
-    cache = tuple(jnp.pad(x, ((0, 0),) * 3 + ((0, S), (0, 0)), constant_values=50.0) for x in cache)
+    half = S // 2
+    cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, half), (0, 0)), constant_values=50.0), cache)
+    recent = jax.tree.map(lambda x: jnp.full_like(x[:, :, :half], 50.0), cache)
+    weights = functional.for_decoding(model, params)
     step = jax.jit(functional.decode_step, static_argnums=0)
     for t in range(S):
-        slot = jnp.asarray(P + t)
-        visible = functional.visible_slots(model, prompt_len, P, slot, P + S)
-        out, cache = step(model, params, joined.response[:, 0, t], prompt_len + t, cache, visible, slot)
+        if t == half:
+            cache = jax.tree.map(lambda old, new: old.at[:, :, P:].set(new), cache, recent)
+        stored, slot = jnp.full(3, t // half * half), jnp.asarray(t % half)
+        visible = functional.visible_slots(model, prompt_len, (P, half, half), stored, slot)
+        out, recent = step(model, weights, joined.response[:, 0, t], prompt_len + t, cache, recent, visible, slot)
         close(out, wanted[:, P + t], rtol=1e-4, atol=1e-4)
 
 

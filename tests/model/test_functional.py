@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from mpo_jax.model import functional
+from mpo_jax.model import attention, functional
 from mpo_jax.model.functional import Model
 from mpo_jax.sharding import place_batch
 from mpo_jax.types import Joined, Tokens
@@ -118,8 +118,9 @@ def test_predecessor_in_packed_rows():
     assert predecessor[1] == 0 and predecessor[6] == 5
 
 
-def test_attention_mask_by_hand():
-    mask = functional.attention_mask(functional.join(hand_made()))
+def test_what_a_token_sees_by_hand():
+    tokens = functional.join(hand_made())
+    mask = attention.sees(tokens, tokens, None)
     wanted = [
         "x......",
         "xx.....",
@@ -129,8 +130,8 @@ def test_attention_mask_by_hand():
         "xx...x.",
         ".......",
     ]
-    assert mask.shape == (1, 1, 7, 7)
-    assert ["".join(".x"[int(seen)] for seen in row) for row in mask[0, 0]] == wanted
+    assert mask.shape == (1, 7, 7)
+    assert ["".join(".x"[int(seen)] for seen in row) for row in mask[0]] == wanted
 
 
 def test_index_zero_is_never_scored(params):
@@ -379,8 +380,10 @@ def test_cached_decoding_equals_the_full_forward(params):
     full = np.asarray(all_logits(MODEL, params, functional.join(joined)))
     empty = dataclasses.replace(joined, response=joined.response[:, :, :0], response_len=0 * joined.response_len)
     hidden, caches = jax.jit(functional.prefill, static_argnums=0)(MODEL, params, functional.join(empty))
-    assert caches[0].shape == (2, 3, 4, width, 6)
-    caches = tuple(np.pad(x, ((0, 0),) * 3 + ((0, S), (0, 0)), constant_values=9.0) for x in caches)
+    assert {x.shape for x in jax.tree.leaves(caches)} == {(3, 4, width, 6)}
+    # two tokens are stored at their places, two are recent, and what lies beyond either is nonsense
+    stored, recent = (jax.tree.map(lambda x, n=n: np.full((*x.shape[:2], n, 6), 9.0, x.dtype), caches) for n in (3, 4))
+    stored = jax.tree.map(lambda x, y: np.concatenate([x, y], 2), caches, stored)
     head = functional.head_matrix(MODEL, params)
 
     @jax.jit
@@ -390,12 +393,16 @@ def test_cached_decoding_equals_the_full_forward(params):
     prompt_logits, rows3 = np.asarray(logits(hidden)), np.arange(3)
     close(prompt_logits[rows3, joined.prompt_len - 1], full[rows3, joined.prompt_len - 1], atol=1e-5)
     step = jax.jit(functional.decode_step, static_argnums=0)
-    slots = np.arange(width + S)[None]
+    weights, merged = functional.for_decoding(MODEL, params), 0
     for t in range(S):
-        visible = (slots < joined.prompt_len[:, None]) | ((slots >= width) & (slots <= width + t))
-        hidden, caches = step(
-            MODEL, params, joined.response[:, 0, t], joined.prompt_len + t, caches, visible, jnp.asarray(width + t)
+        if t == 2:
+            stored = jax.tree.map(lambda x, y: x.at[:, :, width : width + 2].set(y[:, :, :2]), stored, recent)
+            merged = 2
+        visible = functional.visible_slots(
+            MODEL, jnp.asarray(joined.prompt_len), (width, 3, 4), jnp.full(3, merged), t - merged
         )
+        position, slot = joined.prompt_len + t, jnp.asarray(t - merged)
+        hidden, recent = step(MODEL, weights, joined.response[:, 0, t], position, stored, recent, visible, slot)
         close(logits(hidden[:, None])[:, 0], full[:, width + t], atol=1e-5)
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from mpo_jax.checkpoint import Checkpoints
 from mpo_jax.config import OptimConfig, PpoConfig, TrainConfig
-from mpo_jax.generate import Decoder, Sampling, prefill, row_keys
+from mpo_jax.generate import Decoder, Sampling
 from mpo_jax.model import functional
 from mpo_jax.model.functional import Model
 from mpo_jax.sharding import place_batch
@@ -210,28 +210,25 @@ def test_the_cache_is_divided_over_batch_and_kv_heads(shape):
     mesh, N, S = mesh_of(*shape), 2, 10
     decoder = Decoder(MODEL, Sampling(S, num_samples=N), 0)
 
-    def begin(params, prompts):
-        return prefill(MODEL, params, prompts, num_samples=N, max_new_tokens=S)
-
-    def decode(params, hidden, caches, prompts, key):
-        lengths = jnp.repeat(prompts.prompt_len, N)
-        keys = row_keys(prompts, key, jnp.zeros_like(prompts.key), N)
-        state = decoder.begin(params, hidden, caches, lengths, keys, None)
-        return decoder.advance(params, state, lengths, keys, None, S).caches
+    def decode(params, state):
+        return decoder.advance(functional.for_decoding(MODEL, params), state, None)
 
     with jax.set_mesh(mesh):
         params, prompts = on_mesh(random_params(DECODER), mesh), place_batch(SINGLES, mesh)
-        first = jax.jit(begin).lower(params, prompts).compile(FAST)
-        hidden, caches = first(params, prompts)
-        then = jax.jit(decode).lower(params, hidden, caches, prompts, jax.random.key(0)).compile(FAST)
-    L, B, G, T, K = DECODER.num_layers, 8 * N, DECODER.num_kv_heads, max(PROMPTS) + S, DECODER.head_dim
+        visit = jnp.zeros_like(prompts.key)
+        first = jax.jit(decoder.begin).lower(params, prompts, jax.random.key(0), visit, None).compile(FAST)
+        state = first(params, prompts, jax.random.key(0), visit, None)
+        then = jax.jit(decode).lower(params, state).compile(FAST)
+    B, G, K = 8 * N, DECODER.num_kv_heads, DECODER.head_dim
     rows, heads = B // (data * fsdp), G // tensor
-    assert caches[0].shape == caches[1].shape == (L, B, G, T, K)
-    for sharding in jax.tree.leaves((first.output_shardings[1], then.output_shardings)):
-        assert sharding.shard_shape((L, B, G, T, K)) == (L, rows, heads, T, K)
-    assert (L, rows, heads, T, K) in buffers(then)
+    widths = max(PROMPTS) + decoder.room, decoder.chunk
+    assert {x.shape for x in jax.tree.leaves(state.caches)} == {(B, G, widths[0], K)}
+    for program in (first, then):
+        for sharding in jax.tree.leaves(program.output_shardings.caches):
+            assert sharding.shard_shape((B, G, widths[0], K)) == (rows, heads, widths[0], K)
+    assert {(rows, heads, T, K) for T in widths} <= buffers(then)
     wider = {(b, g) for b in (rows, B) for g in (heads, G)} - {(rows, heads)}
-    assert not {part for b, g in wider for part in ((L, b, g, T, K), (b, g, T, K))} & (buffers(first) | buffers(then))
+    assert not {(b, g, T, K) for b, g in wider for T in widths} & (buffers(first) | buffers(then))
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,172 @@
+"""Attention over whole rows, a block of queries at a time: the scores of all queries are never held at once.
+
+A row's layout is known when the program is compiled (`Tokens.num_responses`), so keys that no query of a block may see
+are never multiplied: later tokens, and other responses to the same prompt. Within a block the mask decides.
+Letters: B batch, q query token, s key token, G kv heads, R query heads a kv head, K head dim.
+"""
+
+import itertools
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float
+
+from mpo_jax.types import Tokens
+
+SAVED = "attention"
+"""What a checkpoint policy saves so that the backward pass need not attend again."""
+
+MIN_BLOCK, MAX_BLOCKS = 128, 8
+"""Queries a block at least, and blocks a stretch at most: the program grows with their number."""
+
+LOWEST = float(jnp.finfo(jnp.float32).min)
+
+
+class Block(NamedTuple):
+    """Columns [begin, end) as queries, and the column ranges that hold all keys they may see."""
+
+    begin: int
+    end: int
+    keys: tuple[tuple[int, int], ...]
+
+
+def blocks(width: int, prompt_width: int, num_responses: int) -> tuple[Block, ...]:
+    """The queries of a row in blocks: a prompt of `prompt_width` columns, then responses of equal width."""
+    size = (width - prompt_width) // num_responses
+    edges = [0, *(prompt_width + n * size for n in range(num_responses)), width]
+    found = []
+    for begin, end in itertools.pairwise(sorted(set(edges))):
+        step = max(MIN_BLOCK, -(-(end - begin) // MAX_BLOCKS))
+        for first in range(begin, end, step):
+            last = min(first + step, end)
+            keys = ((0, last),) if begin <= prompt_width else ((0, prompt_width), (begin, last))
+            found.append(Block(first, last, tuple(k for k in keys if k[0] < k[1])))
+    return tuple(found)
+
+
+def sees(query: Tokens, key: Tokens, window: int | None) -> Bool[Array, "B q s"]:
+    """True where a query sees a key: same segment, not later, prompt or own branch, less than `window` positions back.
+
+    Both are columns of one layout, in which positions rise along every branch and continue the prompt's.
+    """
+    q, k = (lambda x: x[:, :, None]), (lambda x: x[:, None, :])
+    seen = (q(query.segment) == k(key.segment)) & (k(key.segment) > 0)
+    seen &= (k(key.branch) == 0) | (k(key.branch) == q(query.branch))
+    distance = q(query.position) - k(key.position)
+    seen &= distance >= 0
+    return seen if window is None else seen & (distance < window)
+
+
+def attend(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T G K"],
+    v: Float[Array, "B T G K"],
+    tokens: Tokens,
+    window: int | None = None,
+) -> Float[Array, "B T H K"]:
+    """softmax(q k / sqrt(K)) v over the keys that each query sees; scores and softmax in float32.
+
+    A query that sees no key (padding) gets a finite value without meaning.
+    """
+    groups = k.shape[2]
+    heads_first = partial(rearrange, pattern="b t g k -> b g t k")
+    plan = blocks(q.shape[1], tokens.scored_from, tokens.num_responses)
+    seen = tuple(sees(_columns(tokens, ((b.begin, b.end),)), _columns(tokens, b.keys), window) for b in plan)
+    q = rearrange(q, "b t (g r) k -> b g r t k", g=groups)
+    out: Any = _attend(plan, q, heads_first(k), heads_first(v), seen)
+    return rearrange(out, "b g r t k -> b t (g r) k")
+
+
+def _columns(tokens: Tokens, ranges: tuple[tuple[int, int], ...]) -> Tokens:
+    return jax.tree.map(lambda x: _take(x, ranges, 1), tokens)
+
+
+def _take(x: Array, ranges: tuple[tuple[int, int], ...], axis: int) -> Array:
+    parts = [jax.lax.slice_in_dim(x, a, b, axis=axis) for a, b in ranges]
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis)
+
+
+def _scores(q: Array, k: Array, seen: Array) -> Float[Array, "B G R q s"]:
+    B, G, R, Q, K = q.shape
+    scores = jnp.einsum("bgqk,bgsk->bgqs", q.reshape(B, G, R * Q, K), k, preferred_element_type=jnp.float32)
+    scores = scores.reshape(B, G, R, Q, -1) * K**-0.5
+    return jnp.where(seen[:, None, None], scores, LOWEST)
+
+
+def _weighted(weights: Array, x: Array) -> Float[Array, "B G R q K"]:
+    """[B G R q s] times [B G s K], accumulated in float32."""
+    B, G, R, Q, S = weights.shape
+    folded = weights.astype(x.dtype).reshape(B, G, R * Q, S)
+    return jnp.einsum("bgqs,bgsk->bgqk", folded, x, preferred_element_type=jnp.float32).reshape(B, G, R, Q, -1)
+
+
+def _gathered(weights: Array, x: Array) -> Float[Array, "B G s K"]:
+    """The transpose of `_weighted`: [B G R q s] and [B G R q K] to what each key gets."""
+    B, G, R, Q, S = weights.shape
+    folded = weights.astype(x.dtype).reshape(B, G, R * Q, S)
+    return jnp.einsum("bgqs,bgqk->bgsk", folded, x.reshape(B, G, R * Q, -1), preferred_element_type=jnp.float32)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(plan: tuple[Block, ...], q: Array, k: Array, v: Array, seen: tuple[Array, ...]) -> Array:
+    return _forward(plan, q, k, v, seen)[0]
+
+
+def _forward(plan: tuple[Block, ...], q: Array, k: Array, v: Array, seen: tuple[Array, ...]) -> Any:
+    outs, log_zs = [], []
+    for block, mask in zip(plan, seen, strict=True):
+        scores = _scores(_take(q, ((block.begin, block.end),), 3), _take(k, block.keys, 2), mask)
+        highest = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+        weights = jnp.exp(scores - highest)
+        total = weights.sum(-1, keepdims=True)
+        # divided after the product: K numbers a query in place of s
+        outs.append((_weighted(weights, _take(v, block.keys, 2)) / total).astype(v.dtype))
+        log_zs.append((highest + jnp.log(total))[..., 0])
+    out = checkpoint_name(jnp.concatenate(outs, 3), SAVED)
+    log_z = checkpoint_name(jnp.concatenate(log_zs, 3), SAVED)
+    return out, (q, k, v, seen, out, log_z)
+
+
+def _backward(plan: tuple[Block, ...], saved: Any, d_out: Array) -> Any:
+    """Weights are made again from the saved log-sums, block by block. Section 3.1 of arXiv:2205.14135."""
+    q, k, v, seen, out, log_z = saved
+    scale = q.shape[-1] ** -0.5
+    inner = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True)
+    edges = sorted({edge for block in plan for pair in block.keys for edge in pair})
+    d_q, d_k, d_v = [], {a: [] for a in edges[:-1]}, {a: [] for a in edges[:-1]}
+    for block, mask in zip(plan, seen, strict=True):
+        rows = partial(_take, ranges=((block.begin, block.end),), axis=3)
+        keys, values = _take(k, block.keys, 2), _take(v, block.keys, 2)
+        weights = jnp.exp(_scores(rows(q), keys, mask) - rows(log_z)[..., None])
+        B, G, R, Q, _ = weights.shape
+        d_weights = jnp.einsum(
+            "bgqk,bgsk->bgqs", rows(d_out).reshape(B, G, R * Q, -1), values, preferred_element_type=jnp.float32
+        ).reshape(weights.shape)
+        d_scores = weights * (d_weights - rows(inner)) * scale
+        d_q.append(_weighted(d_scores, keys))
+        _hand_out(d_k, block.keys, edges, _gathered(d_scores, rows(q)))
+        _hand_out(d_v, block.keys, edges, _gathered(weights, rows(d_out)))
+    join = lambda parts: jnp.concatenate([sum(parts[a][1:], parts[a][0]) for a in edges[:-1]], 2)  # noqa: E731
+    return (
+        jnp.concatenate(d_q, 3).astype(q.dtype),
+        join(d_k).astype(k.dtype),
+        join(d_v).astype(v.dtype),
+        None,
+    )
+
+
+def _hand_out(parts: dict[int, list[Array]], ranges: tuple[tuple[int, int], ...], edges: list[int], x: Array) -> None:
+    """Cuts what a block gives to its keys at `edges`, so that nested ranges can be added up."""
+    place = 0
+    for begin, end in ranges:
+        inside = [edge for edge in edges if begin <= edge <= end]
+        for a, b in itertools.pairwise(inside):
+            parts[a].append(jax.lax.slice_in_dim(x, place + a - begin, place + b - begin, axis=2))
+        place += end - begin
+
+
+_attend.defvjp(_forward, _backward)

@@ -1,0 +1,147 @@
+"""mpo_jax.refill: the samples of every prompt, whatever the rows they were drawn in."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mpo_jax.data.batches import Buckets, Widths, collate
+from mpo_jax.data.tokens import Example
+from mpo_jax.errors import UserError
+from mpo_jax.generate import Sampling, make_generate
+from mpo_jax.model import functional
+from mpo_jax.model.functional import Model
+from mpo_jax.refill import sample_all, with_responses
+from mpo_jax.sharding import place_batch
+from mpo_jax.tracker import Tracker
+from tests.model.tiny import DECODER, mesh_of, random_params
+
+MODEL, EOS = Model(DECODER), 6
+ALLOWED = np.arange(40) % 4 != 3
+SAMPLING = Sampling(max_new_tokens=40, num_samples=2)
+COUNT = 37
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params(DECODER)
+
+
+@pytest.fixture(scope="module")
+def examples():
+    """Prompts of unlike lengths, no two alike."""
+    rng = np.random.default_rng(0)
+    return [Example(rng.integers(0, 40, rng.integers(1, 15)).astype(np.int32), []) for _ in range(COUNT)]
+
+
+def sample(params, examples, folder, *, shape=(1, 1, 1), batch_size=8, buckets=2, sampling=SAMPLING, allowed=ALLOWED):
+    mesh = mesh_of(*shape)
+    tracker = Tracker(folder, "select", len(examples), tensorboard=False)
+    with jax.set_mesh(mesh):
+        found = sample_all(
+            MODEL,
+            jax.device_put(params, functional.param_shardings(params, mesh)),
+            examples,
+            sampling=sampling,
+            eos_id=EOS,
+            allowed_V=jnp.asarray(allowed),
+            key=jax.random.key(0),
+            buckets=Buckets.of(examples, buckets),
+            batch_size=batch_size,
+            mesh=mesh,
+            tracker=tracker,
+        )
+    tracker.close()
+    return found
+
+
+@pytest.fixture(scope="module")
+def reference(params, examples, tmp_path_factory):
+    return sample(params, examples, tmp_path_factory.mktemp("reference"))
+
+
+def same(found, wanted):
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_the_samples_are_those_of_one_fixed_batch(params, examples, reference):
+    """Drawn side by side without refilling, to the token."""
+    mesh = mesh_of(1, 1, 1)
+    batch = collate(examples, Widths.of(examples), num_responses=0)
+    with jax.set_mesh(mesh):
+        joined, has_eos = make_generate(MODEL, SAMPLING, EOS, mesh)(
+            params, place_batch(batch, mesh), jax.random.key(0), jnp.zeros(COUNT, jnp.uint32), jnp.asarray(ALLOWED)
+        )
+    same(reference, (joined.response, joined.response_len, has_eos))
+    assert len(np.unique(reference.length)) > 5 and 0 < reference.has_eos.mean() < 1, "the case is ragged"
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 3}, {"batch_size": 64}, {"buckets": 1}, {"buckets": 4}])
+def test_rows_and_widths_do_not_matter(params, examples, reference, tmp_path, options):
+    same(sample(params, examples, tmp_path, **options), reference)
+
+
+def test_order_does_not_matter(params, examples, reference, tmp_path):
+    order = np.random.default_rng(1).permutation(COUNT)
+    found = sample(params, [examples[e] for e in order], tmp_path)
+    same(found, [x[order] for x in reference])
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
+def test_devices_do_not_matter(params, examples, reference, tmp_path, shape):
+    same(sample(params, examples, tmp_path, shape=shape), reference)
+
+
+def test_rows_that_end_at_once_are_taken(params, examples, tmp_path):
+    found = sample(params, examples, tmp_path, allowed=np.arange(40) == EOS)
+    assert (found.length == 1).all() and found.has_eos.all() and (found.ids[..., 0] == EOS).all()
+
+
+def test_one_token_a_sample(params, examples, reference, tmp_path):
+    found = sample(params, examples, tmp_path, sampling=Sampling(max_new_tokens=1, num_samples=2))
+    np.testing.assert_array_equal(found.ids, reference.ids[..., :1])
+
+
+def test_fewer_steps_than_fixed_batches_would_take(params, examples, reference, tmp_path, monkeypatch):
+    """Chunks decoded, against those of batches of eight that each wait for their longest sample."""
+    from mpo_jax import refill
+
+    calls, make = [], refill._programs
+
+    def counting(*arguments):
+        start, insert, advance = make(*arguments)
+        return start, insert, lambda *inputs: (calls.append(1), advance(*inputs))[1]
+
+    monkeypatch.setattr(refill, "_programs", counting)
+    same(sample(params, examples, tmp_path, buckets=1), reference)
+    longest = [reference.length[begin : begin + 8].max() for begin in range(0, COUNT, 8)]
+    assert len(calls) < sum(-(-(n - 1) // 16) for n in longest)
+
+
+def test_progress_is_told_by_prompts(params, examples, reference, tmp_path):
+    sample(params, examples, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [8, 16, 24, 32, 37]
+    counts = np.diff([0, *(line["step"] for line in lines)])
+    rate = sum(count * line["eos_rate"] for count, line in zip(counts, lines, strict=True)) / COUNT
+    np.testing.assert_allclose(rate, reference.has_eos.mean())
+
+
+def test_responses_are_cut_to_their_lengths(examples, reference):
+    answered = with_responses(examples, reference)
+    for example, answer, ids, length in zip(examples, answered, reference.ids, reference.length, strict=True):
+        assert answer.prompt is example.prompt
+        assert [list(x) for x in answer.responses] == [list(row[:n]) for row, n in zip(ids, length, strict=True)]
+
+
+def test_no_prompts(params, tmp_path):
+    tracker = Tracker(tmp_path, "select", 1, tensorboard=False)
+    with pytest.raises(UserError, match="there are no prompts"):
+        sample_all(
+            MODEL, params, [], sampling=SAMPLING, eos_id=EOS, allowed_V=jnp.asarray(ALLOWED), key=jax.random.key(0),
+            buckets=None, batch_size=8, mesh=mesh_of(1, 1, 1), tracker=tracker,
+        )  # fmt: skip
+    tracker.close()
