@@ -210,6 +210,14 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
+        # not imported here: that would start JAX to report a misspelt key
+        processes = sys.modules.get("mpo_jax.processes")
+        if processes and processes.broke_off(error):
+            _fail(
+                f"a computation over all processes broke off: {str(error).splitlines()[0]}\nMost likely another "
+                "process died or failed: its own output says why. The same command goes on from the last checkpoint",
+                1,
+            )
         if isinstance(error, OSError) or FULL_DISK in str(error):
             _fail(_explain(error), 2)
         _fail(f"{type(error).__name__}: {error}\nThis is a fault in mpo_jax; --debug shows where.", 1)

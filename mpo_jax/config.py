@@ -335,6 +335,12 @@ class RuntimeConfig(Section, frozen=True):
     processes: ProcessesConfig = Field(default_factory=lambda: ProcessesConfig())
     token_cache: str | None = Field(default="~/.cache/mpo_jax/tokens", description="folder; null: none")
     tensorboard: bool = True
+    offload_frozen: bool = Field(
+        default=False, description="PPO's reference and reward model lie in host memory but while they score"
+    )
+    offload_moments: bool = Field(
+        default=False, description="PPO's optimiser moments lie in host memory but for their own model's update"
+    )
     keep_checkpoints: bool = Field(
         default=False, description="a finished stage keeps its last checkpoints, for mpo verify; false: its model alone"
     )

@@ -5,6 +5,7 @@ artifacts, metrics and the terminal; each writes its own errors.
 """
 
 import os
+import socket
 import sys
 from collections.abc import Mapping
 from typing import Any, NoReturn
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from mpo_jax import fatal, offload
 from mpo_jax.config import ProcessesConfig
 from mpo_jax.errors import UserError
 
@@ -32,6 +34,9 @@ def join(config: ProcessesConfig) -> None:
         )
     if not explicit and not detected(os.environ):
         return
+    global _name
+    _name = f" in process {config.index} of {config.count}" if explicit else f" on {socket.gethostname()}"
+    fatal.explain_aborts(_name)
     try:
         jax.distributed.initialize(
             coordinator_address=config.coordinator,
@@ -78,11 +83,12 @@ def agree(value: bool) -> bool:
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
 
 
+_name = ""
+
+
 def name() -> str:
-    """Which one this is, for an error message; empty where there is only one."""
-    if not jax.distributed.is_initialized() or jax.process_count() == 1:
-        return ""
-    return f" in process {jax.process_index()} of {jax.process_count()}"
+    """Which one this is, for an error message; empty where there is only one. JAX is not asked: it may not answer."""
+    return _name
 
 
 def leave(status: int) -> NoReturn:
@@ -91,12 +97,18 @@ def leave(status: int) -> NoReturn:
     They miss it, and stop within `runtime.processes.timeout_s`.
     """
     sys.stdout.flush()
-    sys.stderr.flush()
+    fatal.finish()
     os._exit(status)
+
+
+def broke_off(error: Exception) -> bool:
+    """Whether a computation over several processes failed, as it does in those that are left when one has died."""
+    return isinstance(error, jax.errors.JaxRuntimeError) and bool(name())
 
 
 def to_host(x: Any) -> np.ndarray:
     """A whole array on every host, wherever its parts are."""
     if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
-        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+        # what is gathered passes through the devices, wherever it rests
+        return np.asarray(multihost_utils.process_allgather(offload.to_devices(x), tiled=True))
     return np.asarray(x)

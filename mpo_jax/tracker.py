@@ -79,7 +79,7 @@ class Tracker:
     def update(
         self, step: int, metrics: Mapping[str, Any], *, log: bool, state_hash: str | None = None
     ) -> dict[str, float] | None:
-        """Takes one step's metrics (on the device); when `log`, fetches and writes what `summarise` makes of them.
+        """Takes one step's metrics (on the device); when `log`, fetches and writes their averages since the last log.
 
         The host waits for the device only when it logs. This process's first step is told as `timing_s/compile`, with
         all later compilations, and is left out of the time of a step.
@@ -169,17 +169,11 @@ class Tracker:
         self._file.close()
 
 
-def summarise(steps: list[Mapping[str, Any]]) -> dict[str, float]:
-    """One number a metric over the steps that have it: Means added then divided, scalars averaged, skips counted.
-
-    What has no number is left out: a Mean of nothing, or what is not finite. Scalars that are not finite do not count,
-    since a skipped update has such ones.
-    """
-    return mean_values(add_up(steps, {}))
-
-
 def add_up(steps: list[Mapping[str, Any]], sums: Sums) -> Sums:
-    """`sums` with those of further steps; in parts or at once, to the bit the same."""
+    """`sums` with those of further steps; in parts or at once, to the bit the same.
+
+    Scalars that are not finite do not count, since a skipped update has such ones.
+    """
     sums = dict(sums)
     for step in steps:
         for name, value in step.items():
@@ -190,7 +184,7 @@ def add_up(steps: list[Mapping[str, Any]], sums: Sums) -> Sums:
 
 
 def mean_values(sums: Sums) -> dict[str, float]:
-    """total / count of each that has a finite one."""
+    """total / count of each metric that has a finite one; a Mean of nothing has none, and a sum of skips no count."""
     values = {name: total if count is None else total / count for name, (total, count) in sums.items() if count != 0}
     return {name: value for name, value in values.items() if math.isfinite(value)}
 

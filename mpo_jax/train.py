@@ -3,19 +3,14 @@
 import contextlib
 import dataclasses
 import json
-import signal
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from mpo_jax.artifacts import RECIPE
@@ -24,19 +19,18 @@ from mpo_jax.config import Config, OptimConfig, TrainConfig, to_yaml
 from mpo_jax.data.batches import Buckets, TrainBatches, num_steps
 from mpo_jax.data.tokens import Example
 from mpo_jax.errors import Preempted, UserError
+from mpo_jax.guard import Guard
 from mpo_jax.model import functional
 from mpo_jax.model.functional import Model
 from mpo_jax.optim import make_optimizer, make_schedule, state_shardings
-from mpo_jax.processes import is_main, to_host
+from mpo_jax.preemption import Preemption
+from mpo_jax.processes import is_main
 from mpo_jax.runtime import data_seed
 from mpo_jax.sharding import check_batch, place_batch, replicated
-from mpo_jax.tracker import Tracker, console
+from mpo_jax.tracker import Tracker
 from mpo_jax.types import Mean, Metrics, Params, Skips, TrainState
 
 State = Any
-
-MAX_BAD_BATCHES = 3
-"""How many batches of skipped updates are kept on disk."""
 
 Objective = Callable[..., tuple[Metrics, Metrics]]
 """What a stage minimises: (params, batch, *fixed) -> (terms, metrics); the loss is the sum of the terms' means.
@@ -68,19 +62,13 @@ def state_sharding(model: Model, optim: OptimConfig, mesh: Mesh, *, scalar: bool
     return TrainState(counter, shardings, moments, counter, counter)
 
 
-def gradients(
-    objective: Objective, params: Params, batch: Any, *fixed: Any, accumulation: int
-) -> tuple[Params, Metrics]:
-    """The gradient of the whole batch's loss and its metrics, from `accumulation` micro-batches.
+def _gradients(
+    objective: Objective, params: Params, batch: Any, fixed: tuple[Any, ...], accumulation: int
+) -> tuple[jax.Array, Params, Metrics]:
+    """The whole batch's loss, its gradient, and its metrics, from `accumulation` micro-batches.
 
     Exact: every micro-batch's sums are divided by the whole batch's counts, so uneven masks weigh as in one pass.
     """
-    return _loss_and_gradients(objective, params, batch, fixed, accumulation)[1:]
-
-
-def _loss_and_gradients(
-    objective: Objective, params: Params, batch: Any, fixed: tuple[Any, ...], accumulation: int
-) -> tuple[jax.Array, Params, Metrics]:
     if accumulation == 1:
         return _gradient(objective, params, batch, fixed, None)
     # interleaved, so that the rows of one device stay on it
@@ -140,7 +128,7 @@ def make_update(
     tx = make_optimizer(optim)
 
     def update(state: TrainState, batch: Any, learning_rate: jax.Array, *fixed: Any) -> tuple[TrainState, Metrics]:
-        loss, grads, metrics = _loss_and_gradients(objective, state.params, batch, fixed, accumulation)
+        loss, grads, metrics = _gradients(objective, state.params, batch, fixed, accumulation)
         updated, norm = apply(state, grads, learning_rate, tx)
         fine = jnp.isfinite(loss) & jnp.isfinite(norm)
         skipped = dataclasses.replace(state, skipped=state.skipped + 1, skipped_in_a_row=state.skipped_in_a_row + 1)
@@ -170,7 +158,7 @@ def fit(
       UserError: if too many updates in a row were skipped, or a checkpoint is of another configuration.
       Preempted: after SIGTERM, once a checkpoint of the step at hand is saved.
     """
-    with _Preemption() as preemption, contextlib.ExitStack() as closing:
+    with Preemption() as preemption, contextlib.ExitStack() as closing:
         if is_main():
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
@@ -197,7 +185,7 @@ def fit(
             log = last or due or number % train.log_every == 0 or number == 1
             digest = state_hash(hashes) if hashes else None
             logged = tracker.update(number, metrics, log=log, state_hash=digest) or logged
-            stop = number == _stop_at.get() or (not last and preemption.reached(number))
+            stop = preemption.asked(number, last=last)
             if stop or last or due:
                 guard.settle()
             if stop or (due and not last):
@@ -206,19 +194,6 @@ def fit(
             if stop:
                 raise Preempted(number)
     return state, logged
-
-
-@contextlib.contextmanager
-def stopping_at(step: int) -> Iterator[None]:
-    """Within it, `fit` saves a checkpoint after `step` and raises Preempted, as if SIGTERM had come."""
-    token = _stop_at.set(step)
-    try:
-        yield
-    finally:
-        _stop_at.reset(token)
-
-
-_stop_at: ContextVar[int | None] = ContextVar("stop_at", default=None)
 
 
 def _recipe(folder: Path) -> dict[str, Any] | None:
@@ -235,90 +210,6 @@ def _value(logged: dict[str, float], train: TrainConfig, stage: str) -> float | 
         return None
     known = ", ".join(name for name in logged if not name.startswith(("timing_s", "perf")))
     raise UserError(f"{stage}.train.best_metric={train.best_metric} is not logged; known here: {known}")
-
-
-class _Preemption:
-    """While entered, SIGTERM asks for a checkpoint instead of ending the process.
-
-    Of several processes any may get the signal, and all must agree on the step: JAX sees to that.
-    """
-
-    def __enter__(self) -> Self:
-        self._asked, self._before = False, None
-        # Python takes handlers in its main thread only
-        self._listens = jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
-        if self._listens:
-            self._before = signal.signal(signal.SIGTERM, self._ask)
-        return self
-
-    def _ask(self, *_: Any) -> None:
-        self._asked = True
-
-    def reached(self, step: int) -> bool:
-        """Whether to save after this step and to end."""
-        return self._asked if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(step)
-
-    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
-        if self._listens:
-            signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)
-        if self._asked and not isinstance(error, Preempted):
-            signal.raise_signal(signal.SIGTERM)
-
-
-class Guard:
-    """Tells of skipped updates, keeps their batches, and stops after too many in a row.
-
-    It looks at a step when the next one is under way, so that the device is never waited for in vain.
-    """
-
-    def __init__(self, folder: Path, stage: str, limit: int):
-        self._folder, self._stage, self._limit = folder, stage, limit
-        self._unseen: tuple[int, dict[str, Skips], Any] | None = None
-
-    def look(self, step: int, metrics: Metrics, batch: Any) -> None:
-        """Takes a step that has just been started, and looks at the one before.
-
-        Raises:
-          UserError: at the limit.
-        """
-        self.settle()
-        self._unseen = step, {name: m for name, m in metrics.items() if isinstance(m, Skips)}, batch
-
-    def settle(self) -> None:
-        """Looks at the last step taken, once it is done."""
-        if self._unseen is None:
-            return
-        (step, skips, batch), self._unseen = self._unseen, None
-        skips = {name: skip for name, skip in jax.device_get(skips).items() if skip.count > 0}
-        if not skips:
-            return
-        kept = self._keep(step, batch)
-        for name, skip in skips.items():
-            what = " ".join(filter(None, [self._stage, name.rpartition("/")[0]]))
-            console.print(
-                f"  [yellow]{what} step {step}: loss or gradient is not finite, the update is skipped "
-                f"({int(skip.in_a_row)} in a row){kept}[/yellow]",
-                soft_wrap=True,
-            )
-            if skip.in_a_row >= self._limit:
-                raise UserError(
-                    f"{what}: the loss or the gradient was not finite in {int(skip.in_a_row)} updates in a row, up to "
-                    f"step {step}. The first batches are in {self._folder}: look at their rows, or lower the learning "
-                    f"rate. {self._stage}.train.stop_after_skipped={self._limit} is how many are borne"
-                )
-
-    def _keep(self, step: int, batch: Any) -> str:
-        """Writes the batch where there is room for it, and says where."""
-        leaves = jax.tree_util.tree_leaves_with_path(batch)
-        arrays = {jax.tree_util.keystr(path, simple=True, separator="."): to_host(leaf) for path, leaf in leaves}
-        path = self._folder / f"step-{step}.npz"
-        if not is_main() or (not path.exists() and len(list(self._folder.glob("*.npz"))) >= MAX_BAD_BATCHES):
-            return ""
-        self._folder.mkdir(exist_ok=True)
-        # NumPy's files know no bfloat16
-        known: Any = {k: x.astype(np.float32) if x.dtype.kind == "V" else x for k, x in arrays.items()}
-        np.savez(path, **known)
-        return f"; batch in {path}"
 
 
 def fit_examples(

@@ -1,6 +1,10 @@
-"""A real process is killed at random moments in every stage that trains, and goes on to the very same bits."""
+"""A real process is killed at random moments in every stage that trains, and goes on to the very same bits.
+
+MPO_KILLS=20 kills each stage that many times in place of three; MPO_KILLS_SEED draws other moments.
+"""
 
 import json
+import os
 import random
 import select
 import shutil
@@ -15,7 +19,10 @@ import pytest
 
 MICRO = Path(__file__).parent / "configs" / "micro.yaml"
 STAGES = ("sft", "reward", "dpo", "ppo")
-KILLS = 3
+KILLS = int(os.environ.get("MPO_KILLS", "3"))
+SEED = os.environ.get("MPO_KILLS_SEED", "0")
+STEPS = 4 * KILLS
+"""So that a stage lasts through its kills."""
 SERVER = """
 import json, os, sys, warnings
 warnings.simplefilter("ignore")  # no thread of JAX runs yet when this forks
@@ -49,7 +56,7 @@ class Commands:
     def start(self, *arguments: str) -> int:
         settings = [
             f"runtime.compilation_cache={jax.config.jax_compilation_cache_dir}", "runtime.tensorboard=false",
-            *(f"{stage}.train.{key}" for stage in STAGES for key in ("steps=8", "checkpoint_every=1")),
+            *(f"{stage}.train.{key}" for stage in STAGES for key in (f"steps={STEPS}", "checkpoint_every=1")),
             "reward.train.checkpoint_every=2", "ppo.train.log_every=2", "ppo.kl.adaptive=true", "ppo.minibatches=2",
             "ppo.extras.ema_decay=0.9",
         ]  # fmt: skip
@@ -118,51 +125,62 @@ def assert_same(one: Path, other: Path) -> None:
         assert (one / model).read_bytes() == (other / model).read_bytes(), model
 
 
+def finished(workdir: Path, stage: str) -> bool:
+    return bool(list(workdir.glob(f"stages/{stage}-*")))
+
+
 def lines(workdir: Path, stage: str) -> int:
     paths = list(workdir.glob(f"stages/.{stage}-*.partial/metrics.jsonl"))
     return paths[0].read_bytes().count(b"\n") if paths else -1
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_two_runs_are_equal_to_the_bit(commands, whole, tmp_path, stage):
-    again = without(whole, stage, tmp_path / "again")
-    commands.run(stage, f"workdir={again}")
-    assert_same(folder_of(whole, stage), folder_of(again, stage))
+def assert_all_same(one: Path, other: Path) -> None:
+    for stage in STAGES:
+        assert_same(folder_of(one, stage), folder_of(other, stage))
+    for table in folder_of(one, "select").glob("*.parquet"):
+        assert table.read_bytes() == (folder_of(other, "select") / table.name).read_bytes()
 
 
-def moment(commands, workdir: Path, stage: str, attempt: int, chance: random.Random) -> None:
-    """Waits for one of three kinds of moments: at the start, while a checkpoint is written, or some time later."""
-    seconds = chance.uniform(0.0, 0.2)
-    if attempt == 0:
-        commands.ended(1.0 + 5 * seconds)
-        return
+def test_two_runs_are_equal_to_the_bit(commands, whole, tmp_path):
+    commands.run("ppo", f"workdir={tmp_path}")
+    assert_all_same(whole, tmp_path)
+
+
+def wait_for_a_moment(commands, workdir: Path, stage: str, attempt: int, chance: random.Random) -> None:
+    """Waits for one of three kinds of moments of a stage: at its start, while it saves a checkpoint, or later."""
+    partial = f"stages/.{stage}-*.partial"
     before = lines(workdir, stage)
-    saving = lambda: list(workdir.glob(f"stages/.{stage}-*.partial/checkpoints/*tmp*"))  # noqa: E731
+    begun = lambda: list(workdir.glob(f"{partial}/recipe.json"))  # noqa: E731
+    saving = lambda: list(workdir.glob(f"{partial}/checkpoints/*tmp*"))  # noqa: E731
     trained = lambda: lines(workdir, stage) not in (-1, before)  # noqa: E731
-    while not commands.ended() and not (trained() and (attempt > 1 or saving())):
+    reached = (begun, lambda: trained() and saving(), trained)[attempt % 3]
+    while not commands.ended() and not reached() and not finished(workdir, stage):
         time.sleep(0.001)
-    if attempt > 1:
-        commands.ended(seconds)
+    if attempt % 3 != 1:
+        commands.ended(chance.uniform(0.0, 0.2))
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_killed_at_any_moment_it_goes_on_and_ends_equal(commands, whole, tmp_path, stage):
-    """Several times in a row, and then left alone to finish."""
-    chance = random.Random(stage)
-    workdir = without(whole, stage, tmp_path / "killed")
-    killed_in_training = 0
-    for attempt in range(KILLS):
-        process = commands.start(stage, f"workdir={workdir}")
-        moment(commands, workdir, stage, attempt, chance)
-        if not commands.ended():
-            subprocess.run(["kill", "-9", str(process)], check=True)
-        if (status := commands.status()) == 0:
-            break
-        assert status == -signal.SIGKILL, commands.said()
-        killed_in_training += lines(workdir, stage) > 0
-    assert killed_in_training > 0
-    commands.run(stage, f"workdir={workdir}")
-    assert_same(folder_of(whole, stage), folder_of(workdir, stage))
+def test_killed_at_any_moment_it_goes_on_and_ends_equal(commands, whole, tmp_path):
+    """One command, killed several times in every stage, and then left alone to finish."""
+    chance = random.Random(SEED)
+    kills = dict.fromkeys(STAGES, 0)
+    for stage in ("sft", "reward", "select", "dpo", "ppo"):
+        for attempt in range(KILLS if stage in STAGES else 1):
+            if finished(tmp_path, stage):
+                break
+            process = commands.start("ppo", f"workdir={tmp_path}")
+            wait_for_a_moment(commands, tmp_path, stage, attempt, chance)
+            if not commands.ended():
+                subprocess.run(["kill", "-9", str(process)], check=True)
+            if (status := commands.status()) == 0:
+                break
+            assert status == -signal.SIGKILL, commands.said()
+            if stage in STAGES:
+                kills[stage] += lines(tmp_path, stage) > 0
+    print(f"killed while training: {kills}")
+    assert all(count > 0 for count in kills.values()), kills
+    commands.run("ppo", f"workdir={tmp_path}")
+    assert_all_same(whole, tmp_path)
     assert "is broken" not in commands.said(), "no kill may leave a checkpoint that only looks whole"
 
 

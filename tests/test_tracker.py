@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpo_jax.tracker import COMPILE_EVENT, Tracker, add_up, mean_values, summarise
+from mpo_jax.tracker import COMPILE_EVENT, Tracker, add_up, mean_values
 from mpo_jax.types import Mean, Skips
 
 
@@ -20,24 +20,28 @@ def lines(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
+def averages(steps: list[dict]) -> dict[str, float]:
+    return mean_values(add_up(steps, {}))
+
+
 def test_means_are_added_before_dividing():
     """(1 + 6) / (1 + 3), where the mean of the means would be 1.5."""
     steps = [{"loss": mean(1, 1), "norm": 1.0}, {"loss": mean(6, 3), "norm": np.float32(4.0)}]
-    assert summarise(steps) == {"loss": 1.75, "norm": 2.5}
-    assert summarise([{"loss": mean(3, 0)}, {"loss": mean(-1, 2)}]) == {"loss": 1.0}
+    assert averages(steps) == {"loss": 1.75, "norm": 2.5}
+    assert averages([{"loss": mean(3, 0)}, {"loss": mean(-1, 2)}]) == {"loss": 1.0}
 
 
 def test_what_has_no_number_is_left_out():
     """A Mean of nothing is not 0, and NaN is no JSON; a scalar of a skipped step does not spoil the others'."""
     nan = float("nan")
     steps = [{"loss": mean(0, 0), "norm": nan, "kl": mean(nan, 1)}, {"loss": mean(0, 0), "norm": 3.0, "kl": mean(1, 1)}]
-    assert summarise(steps) == {"norm": 3.0}
-    assert summarise(steps[:1]) == {}
+    assert averages(steps) == {"norm": 3.0}
+    assert averages(steps[:1]) == {}
 
 
 def test_skips_are_counted():
     steps = [{"skipped": Skips(jnp.int32(count), jnp.int32(7))} for count in (1, 0, 2)]
-    assert summarise(steps) == {"skipped": 3.0}
+    assert averages(steps) == {"skipped": 3.0}
 
 
 def test_sums_may_be_taken_in_parts_that_were_json_between():
@@ -48,12 +52,12 @@ def test_sums_may_be_taken_in_parts_that_were_json_between():
         for k in range(9)
     ]
     first = json.loads(json.dumps(add_up(steps[:4], {})))
-    assert mean_values(add_up(steps[4:], {name: tuple(pair) for name, pair in first.items()})) == summarise(steps)
+    assert mean_values(add_up(steps[4:], {name: tuple(pair) for name, pair in first.items()})) == averages(steps)
 
 
 def test_sums_are_taken_in_float64():
     """A float32 sum of these would lose every 1."""
-    assert summarise([{"loss": mean(2.0**25, 0)}, *[{"loss": mean(1, 0.5)}] * 4])["loss"] == (2.0**25 + 4) / 2
+    assert averages([{"loss": mean(2.0**25, 0)}, *[{"loss": mean(1, 0.5)}] * 4])["loss"] == (2.0**25 + 4) / 2
 
 
 def test_a_line_a_logged_step_with_all_since_the_last(tmp_path):

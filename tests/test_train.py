@@ -8,14 +8,16 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from mpo_jax.checkpoint import leaf_hashes, state_hash
 from mpo_jax.config import Config, OptimConfig, RuntimeConfig, TrainConfig, load_config
 from mpo_jax.errors import Preempted, UserError
 from mpo_jax.model.functional import Model
+from mpo_jax.preemption import stopping_at
 from mpo_jax.stages import dpo, reward, sft
-from mpo_jax.train import fit, gradients, init_state, make_update, state_sharding, stopping_at
+from mpo_jax.train import fit, init_state, make_update, state_sharding
 from mpo_jax.types import Mean
 from tests.model.tiny import DECODER, batch, mesh_of, random_params, trees_close
 
@@ -41,11 +43,19 @@ def cases():
 def test_accumulation_equals_the_whole_batch(name):
     objective, params, data = cases()[name]
     data = jax.tree.map(jnp.asarray, data)
-    run = jax.jit(partial(gradients, objective), static_argnames="accumulation")
-    whole_grads, whole_metrics = run(params, data, accumulation=1)
+    optim = OptimConfig(clip_norm=None, beta1=0.0)  # the first moment is the gradient
+
+    def run(accumulation):
+        update = jax.jit(make_update(objective, optim, accumulation=accumulation))
+        state, metrics = update(init_state(params, optim, mesh_of(1, 1, 1)), data, jnp.asarray(0.1))
+        assert metrics.pop("skipped").count == 0
+        return optax.tree_utils.tree_get(state.opt_state, "mu"), metrics.pop("grad_norm"), metrics
+
+    whole_grads, whole_norm, whole_metrics = run(1)
     for accumulation in (2, 4, 8):
-        grads, metrics = run(params, data, accumulation=accumulation)
+        grads, norm, metrics = run(accumulation)
         trees_close(grads, whole_grads, rtol=2e-5, atol=2e-6)
+        np.testing.assert_allclose(norm, whole_norm, rtol=1e-5)
         for key, value in whole_metrics.items():
             if isinstance(value, Mean):
                 np.testing.assert_allclose(metrics[key].total, value.total, rtol=1e-5, atol=1e-5)

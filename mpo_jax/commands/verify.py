@@ -16,10 +16,10 @@ from mpo_jax.artifacts import RECIPE, write_json
 from mpo_jax.checkpoint import Checkpoints, first_difference, state_hash
 from mpo_jax.config import Config, ProcessesConfig, load_config
 from mpo_jax.errors import Preempted, UserError
+from mpo_jax.preemption import stopping_at
 from mpo_jax.sharding import make_mesh
 from mpo_jax.stages import dpo, ppo, reward, sft
 from mpo_jax.tracker import console
-from mpo_jax.train import stopping_at
 from mpo_jax.types import Artifact
 
 RUNS: dict[str, Any] = {"sft": sft.run, "reward": reward.run, "dpo": dpo.run, "ppo": ppo.run}

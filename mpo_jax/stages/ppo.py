@@ -24,6 +24,7 @@ from mpo_jax.generate import Sampling, make_generate
 from mpo_jax.losses import ppo_policy_loss, sft_loss, value_loss
 from mpo_jax.model import functional, loading
 from mpo_jax.model.functional import Model
+from mpo_jax.offload import Offload, to_devices
 from mpo_jax.ops import (
     adaptive_kl_coef,
     explained_variance,
@@ -251,10 +252,12 @@ def run(
     ppo = config.ppo
     check_sizes(config, ppo.train, "ppo", minibatches=ppo.minibatches)
     check_batch(ppo.train.batch_size, config.mesh, "ppo.train.batch_size")
+    offload = Offload.of(config.runtime, mesh)
     codec = TextCodec(load_tokenizer(init.model), config.text)
-    actor_model, actor_params = loading.load(init.model, config, mesh)
-    ref_params = loading.load(reference.model, config, mesh, frozen=True)[1]
+    ref_params = offload.put_away(loading.load(reference.model, config, mesh, frozen=True)[1])
     reward_model, reward_params = loading.load(reward.model, config, mesh, scalar=True, frozen=True)
+    reward_params = offload.put_away(reward_params)
+    actor_model, actor_params = loading.load(init.model, config, mesh)
     critic_params = loading.load(reward.model, config, mesh, scalar=True)[1]
 
     loading.save_description(folder / "model", actor_model, codec)
@@ -273,8 +276,8 @@ def run(
         return loop.iteration(state, k, batches, demonstrations)
 
     state = PpoState(
-        actor=init_state(actor_params, ppo.train.optim, mesh),
-        critic=init_state(critic_params, ppo.critic_optim, mesh),
+        actor=offload.state(init_state(actor_params, ppo.train.optim, mesh)),
+        critic=offload.state(init_state(critic_params, ppo.critic_optim, mesh)),
         kl_coef=jax.device_put(jnp.asarray(ppo.kl.coef, jnp.float32), replicated(mesh)),
         ema=jax.tree.map(jnp.copy, actor_params) if ppo.extras.ema_decay is not None else None,
     )
@@ -317,12 +320,13 @@ class Loop:
         train = TrainConfig(batch_size=ppo.train.batch_size, accumulation=ppo.train.accumulation, optim=ppo.train.optim)
         method = ppo.model_copy(update={"train": train})
         self.score = make_score(self.actor_model, self.reward_model, method, self.mesh)
-        self.update_actor, self.update_critic = make_updates(self.actor_model, self.reward_model, method, self.mesh)
+        updates = make_updates(self.actor_model, self.reward_model, method, self.mesh)
+        self.update_actor, self.update_critic = map(Offload.of(self.config.runtime, self.mesh).update, updates)
         self.allowed_V = jnp.asarray(self.codec.allowed(self.actor_model.decoder.vocab_size))
         self.key = stage_key(self.config.seed, "ppo")
-        updates = self.iterations * ppo.epochs * ppo.minibatches
-        self.actor_rate = make_learning_rate(ppo.train.optim, updates)
-        self.critic_rate = make_learning_rate(ppo.critic_optim, updates)
+        num_updates = self.iterations * ppo.epochs * ppo.minibatches
+        self.actor_rate = make_learning_rate(ppo.train.optim, num_updates)
+        self.critic_rate = make_learning_rate(ppo.critic_optim, num_updates)
 
     def iteration(
         self, state: PpoState, k: int, batches: TrainBatches, demonstrations: TrainBatches | None
@@ -337,8 +341,8 @@ class Loop:
         with _timed(timing, "timing_s/score", k, ppo.train.log_every) as wait:
             scored, metrics = wait(
                 self.score(
-                    (state.actor.params, self.ref_params),
-                    (state.critic.params, self.reward_params),
+                    (state.actor.params, to_devices(self.ref_params)),
+                    (state.critic.params, to_devices(self.reward_params)),
                     joined,
                     has_eos,
                     self.allowed_V,

@@ -1,0 +1,83 @@
+"""What a process of several says when JAX ends it because another one died: a message in place of a stack trace.
+
+JAX's coordination client aborts in C++, where no Python code runs any more, and prints a stack trace of itself; the
+callback that could be given to it does not work from Python (jaxlib 0.10: std::bad_cast). So a child process, this file
+run as a script, passes this process's standard error on, and puts a message where the abort begins.
+"""
+
+import atexit
+import contextlib
+import os
+import re
+import subprocess
+import sys
+
+ABORT = b"Terminating process because the JAX distributed service detected fatal errors"
+
+
+def explain_aborts(name: str) -> None:
+    """From now on standard error goes through the child. `name` says which process this is, for the message.
+
+    It ends with this process, whatever ends that.
+    """
+    whole = os.dup(2)
+    reading, writing = os.pipe()
+    # a session of its own: a signal for all of a job's processes must not end it before this one has spoken
+    command = [sys.executable, "-I", "-S", __file__, name]
+    child = subprocess.Popen(command, stdin=reading, stdout=subprocess.DEVNULL, stderr=whole, start_new_session=True)
+    os.dup2(writing, 2)
+    os.close(reading)
+    os.close(writing)
+
+    def finish() -> None:
+        sys.stderr.flush()
+        os.dup2(whole, 2)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(5)
+
+    _finishing.callback(finish)
+
+
+_finishing = contextlib.ExitStack()
+finish = atexit.register(_finishing.close)
+"""Returns when all that was written so far is passed on. For an end without Python's own exit."""
+
+
+def explanation(text: str, name: str) -> str:
+    """The message for an abort, from what JAX says of its reason."""
+    unhealthy = re.search(r"stopped sending heartbeats\):\s*((?:\d+\s)+)", text)
+    if unhealthy:
+        who = "process " + ", ".join(unhealthy[1].split())
+    elif "leader task" in text:
+        who = "process 0"
+    else:
+        who = "another process"
+    return (
+        f"error{name}: {who} died, failed or cannot be reached, so this one stops too. Its own output says why; the "
+        "same command goes on from the last checkpoint\n"
+    )
+
+
+def _pass_on(name: str) -> None:
+    rest = b""
+    while chunk := os.read(0, 2**16):
+        rest += chunk
+        begin = rest.find(ABORT)
+        if begin >= 0:
+            begin = rest.rfind(b"\n", 0, begin) + 1
+            os.write(2, rest[:begin])
+            rest = rest[begin:]
+            while chunk := os.read(0, 2**16):
+                rest += chunk
+            os.write(2, explanation(rest.decode(errors="replace"), name).encode())
+            return
+        # a line may come in parts; those of JAX's aborts begin with an F
+        line = rest.rfind(b"\n") + 1
+        kept = line if rest[line : line + 1] == b"F" else len(rest)
+        os.write(2, rest[:kept])
+        rest = rest[kept:]
+    os.write(2, rest)
+
+
+if __name__ == "__main__":
+    _pass_on(sys.argv[1])
