@@ -204,8 +204,28 @@ def row_keys(prompts: Joined, key: Array, index_B: Array, num_samples: int) -> A
     return jax.vmap(fold)(jnp.repeat(prompts.key, num_samples), sample_index.reshape(-1))
 
 
+@dataclasses.dataclass(frozen=True)
+class Generate:
+    """What `make_generate` makes.
+
+    Attributes:
+      prefill: jitted (params, prompts) -> (hidden [B*N D], caches).
+      decode: jitted (params, hidden, caches, prompts, key, index_B, allowed_V) -> (Joined, has_eos [B N], caches).
+    """
+
+    prefill: Any
+    decode: Any
+
+    def __call__(
+        self, params: Params, prompts: Joined, key: Any, index_B: Any, allowed_V: Any
+    ) -> tuple[Joined, Bool[Array, "B N"]]:
+        hidden, caches = self.prefill(params, prompts)
+        joined, has_eos, _ = self.decode(params, hidden, caches, prompts, key, index_B, allowed_V)
+        return joined, has_eos
+
+
 @lru_cache
-def make_generate(model: Model, sampling: Sampling, eos_id: int, mesh: Mesh) -> Any:
+def make_generate(model: Model, sampling: Sampling, eos_id: int, mesh: Mesh) -> Generate:
     """A function (params, prompts, key, index_B, allowed_V) -> (Joined with N samples, has_eos [B N]).
 
     `index_B` tells apart repeated visits of a prompt: sample n of visit i draws from sample index i N + n. Two compiled
@@ -230,12 +250,7 @@ def make_generate(model: Model, sampling: Sampling, eos_id: int, mesh: Mesh) -> 
     # an input is donated to an output: without the caches among the outputs the loop would work on a copy of them
     decode_jit = jax.jit(finish, donate_argnums=(2,), out_shardings=(rows, rows, None))
 
-    def generate(params, prompts, key, index_B, allowed_V):
-        hidden, caches = prefill_jit(params, prompts)
-        joined, has_eos, _ = decode_jit(params, hidden, caches, prompts, key, index_B, allowed_V)
-        return joined, has_eos
-
-    return generate
+    return Generate(prefill_jit, decode_jit)
 
 
 @lru_cache
