@@ -208,6 +208,18 @@ def plan(
 
 
 @app.command()
+def doctor(
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="YAML file whose run to check for")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Look at devices, memory, links, libraries, disk, hub and clocks, and say how to mend what will go wrong."""
+    from mpo_jax.commands import doctor as command
+
+    if not command.doctor(load_config(config, tuple(overrides or ()))):
+        raise typer.Exit(1)
+
+
+@app.command()
 def version() -> None:
     """Print the version."""
     typer.echo(__version__)

@@ -24,7 +24,7 @@ def plan(config: Config, on: str, *, stages: tuple[str, ...], json_file: Path | 
     if unknown := set(stages) - set(STAGES):
         raise UserError(f"--stage {', '.join(sorted(unknown))}: no such stage; there are {', '.join(STAGES)}")
     target = targets.parse(on, cpu_devices=config.mesh.num_devices)
-    compilers.prepare(target)
+    compilers.prepare(target, recommended_flags=config.runtime.flags == "recommended")
     if search:
         return _fit(config, target)
     planned = measure.prepare(config, target)

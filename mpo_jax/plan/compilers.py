@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from mpo_jax import flags
 from mpo_jax.errors import UserError
 from mpo_jax.plan.targets import GIB, Kind, Target
 
@@ -26,8 +27,8 @@ TPU_ENVIRONMENT = {
 }
 
 
-def prepare(target: Target) -> None:
-    """Settles which devices this process has. Before the first use of JAX.
+def prepare(target: Target, *, recommended_flags: bool = False) -> None:
+    """Settles which devices this process has, and the compiler's flags. Before the first use of JAX.
 
     Raises:
       UserError: if the target's compiler is not installed.
@@ -39,6 +40,8 @@ def prepare(target: Target) -> None:
             raise UserError(_missing(target, "libtpu", "plan-tpu"))
         for name, value in TPU_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
+    if recommended_flags:
+        flags.apply_here("gpu" if target.platform == "cuda" else target.platform)
     # nothing is run: a real accelerator would only be taken from whoever uses it
     jax.config.update("jax_platforms", "cpu")
     if target.kind is None:

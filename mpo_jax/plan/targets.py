@@ -69,8 +69,8 @@ class Target(Facts, frozen=True):
     capacity: float
 
     @property
-    def platform(self) -> str:
-        return CPU if self.kind is None else self.kind.platform
+    def platform(self) -> Literal["cuda", "tpu", "cpu"]:
+        return "cpu" if self.kind is None else self.kind.platform
 
     @property
     def num_devices(self) -> int:
