@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,6 +18,9 @@ FULL_DISK = "No space left on device"
 
 INTERRUPTED = 130
 """The status with which Typer ends a command on Ctrl-C."""
+
+DOES_NOT_FIT = 3
+"""The status of `mpo plan` where a program needs more memory than the target has."""
 
 TERMINATED = 143
 """The status of a process that SIGTERM ends: 128 and the signal's number."""
@@ -181,14 +185,49 @@ def verify(
 
 
 @app.command()
+def plan(
+    config: ConfigPath,
+    on: Annotated[
+        str, typer.Option(metavar="TARGET", help="a100x8, 2xa100x8, h100x8, v5p:2x2x2, v5e:2x4, cpu, cpu:80, ...")
+    ],
+    overrides: Overrides = None,
+    stage: Annotated[str, typer.Option(help="comma-separated stages (sft, reward, ...); default: all")] = "",
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="file to write the numbers to")] = None,
+    fit: Annotated[
+        bool, typer.Option("--fit", help="search micro-batches and remat for the fastest that fits")
+    ] = False,
+) -> None:
+    """Compile every program for devices that need not be here; status 3 where one does not fit their memory."""
+    # read when JAX is imported: the compilers would tell of every driver that is not there
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    from mpo_jax.commands import plan as command
+
+    stages = tuple(name.strip() for name in stage.split(",") if name.strip())
+    if not command.plan(_load(config, overrides), on, stages=stages, json_file=json, search=fit):
+        raise typer.Exit(DOES_NOT_FIT)
+
+
+@app.command()
+def doctor(
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="YAML file whose run to check for")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Look at devices, memory, links, libraries, disk, hub and clocks, and say how to mend what will go wrong."""
+    from mpo_jax.commands import doctor as command
+
+    if not command.doctor(load_config(config, tuple(overrides or ()))):
+        raise typer.Exit(1)
+
+
+@app.command()
 def version() -> None:
     """Print the version."""
     typer.echo(__version__)
 
 
 def main() -> None:
-    """Entry point of `mpo`. Exit status: 0 success, 1 an error of ours, 2 a mistake of the user's, 130 interrupted,
-    143 terminated with a checkpoint saved.
+    """Entry point of `mpo`. Exit status: 0 success, 1 an error of ours, 2 a mistake of the user's, 3 a plan that
+    does not fit, 130 interrupted, 143 terminated with a checkpoint saved.
     """
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1

@@ -332,6 +332,10 @@ class RuntimeConfig(Section, frozen=True):
 
     cpu_devices: int | None = Field(default=None, gt=0, description="simulated CPU devices; null: what the machine has")
     compilation_cache: str | None = Field(default="~/.cache/mpo_jax/xla", description="folder; null: none")
+    flags: Literal["none", "recommended"] = Field(
+        default="none",
+        description="compiler flags: none beyond XLA_FLAGS and LIBTPU_INIT_ARGS, or those of flags.py too",
+    )
     processes: ProcessesConfig = Field(default_factory=lambda: ProcessesConfig())
     token_cache: str | None = Field(default="~/.cache/mpo_jax/tokens", description="folder; null: none")
     tensorboard: bool = True

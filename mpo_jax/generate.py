@@ -248,6 +248,29 @@ def row_keys(prompts: Joined, key: Array, index_B: Array, num_samples: int) -> A
     return jax.vmap(fold)(jnp.repeat(prompts.key, num_samples), sample_index.reshape(-1))
 
 
+@dataclasses.dataclass(frozen=True)
+class Generate:
+    """What `make_generate` makes: three jitted parts, called one after the other.
+
+    Attributes:
+      begin: (params, prompts, key, index_B, allowed_V) -> Decoding.
+      for_decoding: params -> weights.
+      finish: (weights, Decoding without caches, caches, prompts, allowed_V) -> (Joined, has_eos [B N], caches).
+    """
+
+    begin: Any
+    for_decoding: Any
+    finish: Any
+
+    def __call__(
+        self, params: Params, prompts: Joined, key: Any, index_B: Any, allowed_V: Any
+    ) -> tuple[Joined, Bool[Array, "B N"]]:
+        state = self.begin(params, prompts, key, index_B, allowed_V)
+        begun, weights = dataclasses.replace(state, caches=()), self.for_decoding(params)
+        joined, has_eos, _ = self.finish(weights, begun, state.caches, prompts, allowed_V)
+        return joined, has_eos
+
+
 @lru_cache
 def make_for_decoding(model: Model) -> Any:
     """The jitted `functional.for_decoding`."""
@@ -255,7 +278,7 @@ def make_for_decoding(model: Model) -> Any:
 
 
 @lru_cache
-def make_generate(model: Model, sampling: Sampling, eos_id: int, mesh: Mesh) -> Any:
+def make_generate(model: Model, sampling: Sampling, eos_id: int, mesh: Mesh) -> Generate:
     """A function (params, prompts, key, index_B, allowed_V) -> (Joined with N samples, has_eos [B N]).
 
     All prompts are decoded side by side until the last sample is done, without a word from the host.
@@ -263,7 +286,6 @@ def make_generate(model: Model, sampling: Sampling, eos_id: int, mesh: Mesh) -> 
     """
     rows = batch_sharding(mesh)
     decoder = Decoder(model, sampling, eos_id)
-    for_decoding = make_for_decoding(model)
 
     def finish(weights, begun, caches, prompts, allowed_V):
         state = jax.lax.while_loop(
@@ -273,17 +295,12 @@ def make_generate(model: Model, sampling: Sampling, eos_id: int, mesh: Mesh) -> 
         )
         return *gathered(prompts, state), state.caches
 
-    begin = jax.jit(decoder.begin)
-    # an input is donated to an output: without the caches among the outputs the loop would work on a copy of them
-    finish_jit = jax.jit(finish, donate_argnums=2, out_shardings=(rows, rows, None))
-
-    def generate(params, prompts, key, index_B, allowed_V):
-        state = begin(params, prompts, key, index_B, allowed_V)
-        begun = dataclasses.replace(state, caches=())
-        joined, has_eos, _ = finish_jit(for_decoding(params), begun, state.caches, prompts, allowed_V)
-        return joined, has_eos
-
-    return generate
+    return Generate(
+        jax.jit(decoder.begin),
+        make_for_decoding(model),
+        # an input is donated to an output: without the caches among the outputs the loop would work on a copy of them
+        jax.jit(finish, donate_argnums=2, out_shardings=(rows, rows, None)),
+    )
 
 
 @lru_cache

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from mpo_jax import processes
+from mpo_jax import flags, processes
 from mpo_jax.config import ModelConfig, RuntimeConfig
 from mpo_jax.errors import UserError
 
@@ -23,6 +23,8 @@ def start(config: RuntimeConfig) -> None:
     Raises:
       UserError: if devices are already in use, as in a notebook, and are fewer than asked for.
     """
+    if config.flags == "recommended":
+        flags.apply_here("cpu" if config.cpu_devices is not None else None)
     if config.cpu_devices is not None:
         try:
             jax.config.update("jax_platforms", "cpu")

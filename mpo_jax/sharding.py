@@ -1,5 +1,6 @@
 """The device mesh, the one table from logical axes to mesh axes, and placement of parameters and batches."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -41,12 +42,17 @@ def make_mesh(config: MeshConfig) -> Mesh:
             f"{config.num_devices} devices, but there are {len(devices)} ({devices[0].platform}): lower the mesh, "
             f"or simulate CPU devices with runtime.cpu_devices={config.num_devices}"
         )
+    return mesh_of(config, devices[: config.num_devices])
+
+
+def mesh_of(config: MeshConfig, devices: Sequence[Any]) -> Mesh:
+    """The mesh over exactly these devices, which need not be this process's: a plan compiles for devices elsewhere."""
     return jax.make_mesh(
         (config.data, config.fsdp, config.tensor),
         ("data", "fsdp", "tensor"),
         # make_mesh defaults to Explicit axes, under which every array's type carries its sharding
         axis_types=(AxisType.Auto,) * 3,
-        devices=devices[: config.num_devices],
+        devices=devices,
     )
 
 

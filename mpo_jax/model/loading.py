@@ -100,19 +100,25 @@ def load_base(config: Config, codec: TextCodec, mesh: Mesh, key: jax.Array) -> t
     if config.model.path is not None:
         check_vocabulary(codec, open_model(config.model.path).decoder, config.model.path)
         return load(config.model.path, config, mesh)
+    decoder = scratch_sizes(config, codec.vocab_size)
+    shardings = functional.param_shardings(functional.abstract_params(decoder), mesh)
+    init = jax.jit(lambda key: functional.init_params(decoder, key), out_shardings=shardings)
+    return describe(decoder, config), init(key)
+
+
+def scratch_sizes(config: Config, num_ids: int) -> DecoderConfig:
+    """The sizes of a model from scratch whose tokenizer has `num_ids` ids.
+
+    Raises:
+      UserError: if the heads do not divide.
+    """
     sizes = config.model.architecture
-    decoder = DecoderConfig(
-        # rows beyond the tokenizer's ids are never sampled
-        vocab_size=-(-codec.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE,
-        **sizes.model_dump(),
-    )
     if sizes.num_heads % sizes.num_kv_heads:
         raise UserError(
             f"model.architecture.num_heads={sizes.num_heads} is no multiple of num_kv_heads={sizes.num_kv_heads}"
         )
-    shardings = functional.param_shardings(functional.abstract_params(decoder), mesh)
-    init = jax.jit(lambda key: functional.init_params(decoder, key), out_shardings=shardings)
-    return describe(decoder, config), init(key)
+    # rows beyond the tokenizer's ids are never sampled
+    return DecoderConfig(vocab_size=-(-num_ids // VOCAB_MULTIPLE) * VOCAB_MULTIPLE, **sizes.model_dump())
 
 
 def to_scalar(model: Model, params: Params, mesh: Mesh) -> Params:

@@ -1,0 +1,135 @@
+"""Targets of a plan: how many devices of which kind, from names like `a100x8`, `2xa100x8`, `v5p:2x2x2`, `cpu`."""
+
+import difflib
+import math
+import os
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from mpo_jax.errors import UserError
+
+FILE = Path(__file__).with_name("targets.yaml")
+GIB = 2**30
+CPU = "cpu"
+EXAMPLES = (
+    "a100x8, a100-40x8, h100x8, h200x1, 2xa100x8 (two hosts), v5e:2x4, v5p:2x2x2, v4:2x2x2, 2xv5p:2x2x2 (two slices), "
+    "cpu:80 (GiB)"
+)
+
+
+class Facts(BaseModel, frozen=True):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Kind(Facts, frozen=True):
+    """One kind of device; the units are explained in targets.yaml."""
+
+    platform: Literal["cuda", "tpu"]
+    name: str
+    memory_gib: float = Field(gt=0)
+    usable: float = Field(gt=0, le=1)
+    bf16_tflops: float = Field(gt=0)
+    hbm_gbs: float = Field(gt=0)
+    link_gbs: float = Field(gt=0)
+    network_gbs: float = Field(gt=0)
+    compiler: dict[str, Any] = Field(default_factory=dict)
+    dimensions: int = 0
+    devices_per_host: int = 0
+    chip_config: str | None = None
+
+
+class Utilisation(Facts, frozen=True):
+    """Assumed shares of a device's peaks."""
+
+    matmul: float = Field(gt=0, le=1)
+    bandwidth: float = Field(gt=0, le=1)
+    link: float = Field(gt=0, le=1)
+
+
+class Target(Facts, frozen=True):
+    """Devices to compile for.
+
+    Attributes:
+      name: as given on the command line.
+      kind: None for the CPU of this machine.
+      groups: hosts of GPUs, or slices of TPUs.
+      shape: devices of a group: one number for GPUs, the torus for TPUs.
+      capacity: bytes of a device that may be filled.
+    """
+
+    name: str
+    kind: Kind | None
+    groups: int
+    shape: tuple[int, ...]
+    capacity: float
+
+    @property
+    def platform(self) -> Literal["cuda", "tpu", "cpu"]:
+        return "cpu" if self.kind is None else self.kind.platform
+
+    @property
+    def num_devices(self) -> int:
+        return self.groups * math.prod(self.shape)
+
+    @property
+    def spans_network(self) -> bool:
+        """Whether collectives over all devices leave a host's or a slice's fast links."""
+        return self.groups > 1
+
+
+@lru_cache
+def known() -> tuple[dict[str, Kind], Utilisation]:
+    """The kinds of devices by name, and the assumed utilisations."""
+    facts = yaml.safe_load(FILE.read_text(encoding="utf-8"))
+    kinds = {name: Kind.model_validate(values) for name, values in facts["kinds"].items()}
+    return kinds, Utilisation.model_validate(facts["utilisation"])
+
+
+def parse(name: str, *, cpu_devices: int) -> Target:
+    """A target from its name.
+
+    `cpu` stands for this machine, whose memory its simulated devices share; `cpu:80` for devices of 80 GiB each.
+
+    Args:
+      cpu_devices: how many devices `cpu` stands for.
+
+    Raises:
+      UserError: for a name that says no target, with the names that do.
+    """
+    if cpu := re.fullmatch(rf"{CPU}(?::(\d+(?:\.\d+)?))?", name):
+        each = float(cpu[1]) * GIB if cpu[1] else host_memory() / cpu_devices
+        return Target(name=name, kind=None, groups=1, shape=(cpu_devices,), capacity=each)
+    kinds, _ = known()
+    match = re.fullmatch(r"(?:(\d+)x)?([a-z][\w-]*?)(?:x(\d+)|:(\d+(?:x\d+)*))", name)
+    if match is None:
+        raise UserError(f"--on {name} names no target. Targets are cpu, and devices with their number: {EXAMPLES}")
+    groups, kind_name, count, torus = match.groups()
+    kind = kinds.get(kind_name)
+    if kind is None:
+        close = difflib.get_close_matches(kind_name, kinds, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise UserError(f"--on {name}: no device {kind_name} is known{hint} (known: {', '.join(kinds)}, cpu)")
+    shape = tuple(int(part) for part in (count or torus).split("x"))
+    _check_shape(name, kind_name, kind, shape, is_torus=torus is not None)
+    if min(*shape, int(groups or 1)) < 1:
+        raise UserError(f"--on {name}: numbers of devices start at 1")
+    capacity = kind.memory_gib * kind.usable * GIB
+    return Target(name=name, kind=kind, groups=int(groups or 1), shape=shape, capacity=capacity)
+
+
+def host_memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _check_shape(name: str, kind_name: str, kind: Kind, shape: tuple[int, ...], *, is_torus: bool) -> None:
+    if kind.platform == "cuda" and is_torus:
+        raise UserError(f"--on {name}: GPUs are counted, as in {kind_name}x{math.prod(shape)}")
+    if kind.platform == "tpu" and (not is_torus or len(shape) != kind.dimensions):
+        example = "x".join(["2"] * (kind.dimensions - 1) + ["4" if kind.dimensions == 2 else "2"])
+        raise UserError(f"--on {name}: a {kind_name} slice is named by its topology, as in {kind_name}:{example}")

@@ -1,0 +1,98 @@
+"""The paper's Table 9 against the resolved configurations, number by number; presets keep the global batches."""
+
+from pathlib import Path
+
+import pytest
+
+from mpo_jax.config import Config, load_config
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+DEVICES = 8
+
+# what: (HH-RLHF, TL;DR); batches as (a device's rows, micro-batches, rows of all devices)
+TABLE_9 = {
+    "sft.train.optim.learning_rate": (5e-5, 5e-5),
+    "sft.train.optim.warmup_steps": (500, 500),
+    "sft.train.optim.weight_decay": (0.0, 0.0),
+    "reward.train.optim.learning_rate": (5e-6, 5e-6),
+    "reward.train.optim.weight_decay": (0.1, 0.1),
+    "reward.train.optim.warmup_steps": (500, 500),
+    "dpo.train.optim.learning_rate": (5e-6, 5e-6),
+    "dpo.train.optim.weight_decay": (0.1, 0.1),
+    "dpo.train.optim.warmup_steps": (100, 100),
+    "dpo.beta": (0.1, 0.1),
+    "ppo.train.optim.learning_rate": (3e-6, 1e-6),
+    "ppo.critic_optim.learning_rate": (5e-6, 3e-6),
+    "ppo.train.optim.weight_decay": (0.1, 0.1),
+    "ppo.critic_optim.weight_decay": (0.1, 0.1),
+    "ppo.train.optim.warmup_steps": (100, 100),
+    "ppo.critic_optim.warmup_steps": (100, 100),
+    "ppo.kl.coef": (0.4, 0.1),
+    "text.max_prompt_tokens": (512, 512),
+    "text.max_response_tokens": (512, 128),
+}
+BATCHES = {
+    "sft": ((16, 1, 128), (16, 1, 128)),
+    "reward": ((8, 1, 64), (8, 1, 64)),
+    "dpo": ((2, 8, 128), (4, 8, 256)),
+    "ppo": ((2, 4, 64), (8, 8, 512)),
+}
+NAMES = ("hh_llama2_7b", "tldr_llama2_7b")
+PRESETS = sorted(path.name for path in (CONFIGS / "presets").glob("*.yaml"))
+
+
+def config(name: str, *overrides: str) -> Config:
+    return load_config(CONFIGS / f"{name}.yaml", overrides)
+
+
+@pytest.mark.parametrize("key", TABLE_9)
+@pytest.mark.parametrize("column", [0, 1], ids=NAMES)
+def test_table_9(key, column):
+    value = config(NAMES[column])
+    for part in key.split("."):
+        value = getattr(value, part)
+    assert value == TABLE_9[key][column]
+
+
+@pytest.mark.parametrize("stage", BATCHES)
+@pytest.mark.parametrize("column", [0, 1], ids=NAMES)
+def test_table_9_s_batches(stage, column):
+    resolved = config(NAMES[column])
+    train = getattr(resolved, stage).train
+    on_a_device, accumulation, together = BATCHES[stage][column]
+    assert resolved.mesh.num_devices == resolved.mesh.batch_shards == DEVICES
+    assert (train.batch_size, train.accumulation) == (together, accumulation)
+    assert train.batch_size // (train.accumulation * DEVICES) == on_a_device
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_the_paper_leaves_open_is_deepspeed_chat_s(name):
+    resolved = config(name)
+    trains = [getattr(resolved, stage).train for stage in BATCHES]
+    for optim in (*(train.optim for train in trains), resolved.ppo.critic_optim):
+        assert (optim.beta1, optim.beta2, optim.eps, optim.clip_norm) == (0.9, 0.95, 1e-8, 1.0)
+        assert optim.schedule == "cosine"
+    assert all(train.epochs == 1 and train.steps is None for train in trains)
+    assert (resolved.ppo.epochs, resolved.select.threshold) == (1, 1.0)
+    assert (resolved.select.temperature, resolved.select.top_p, resolved.ppo.greedy) == (1.0, 1.0, False)
+    assert resolved.model.path == "meta-llama/Llama-2-7b-hf"
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("name", NAMES)
+def test_presets_change_no_global_batch(name, preset):
+    plain, changed = config(name), config(name, str(CONFIGS / "presets" / preset))
+    shards = changed.mesh.batch_shards
+    for stage in BATCHES:
+        train = getattr(changed, stage).train
+        assert train.batch_size == getattr(plain, stage).train.batch_size
+        assert train.batch_size // train.accumulation % shards == 0, "a micro-batch divides over the mesh"
+        assert train.optim == getattr(plain, stage).train.optim
+    assert changed.select.batch_size % shards == changed.evaluate.batch_size % shards == 0
+    assert changed.text == plain.text
+
+
+def test_ds_chat_is_greedy_and_rewards_after_the_end():
+    changed = config("hh_llama2_7b", str(CONFIGS / "presets" / "ds_chat.yaml"))
+    assert (changed.ppo.greedy, changed.ppo.reward_at) == (True, "ds_chat")
+    assert changed.mesh == config("hh_llama2_7b").mesh
