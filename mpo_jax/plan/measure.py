@@ -11,9 +11,9 @@ from jax.sharding import Mesh
 
 from mpo_jax.config import Config, MeshConfig
 from mpo_jax.errors import UserError
+from mpo_jax.model.flops import Work
 from mpo_jax.plan import compilers
 from mpo_jax.plan.collectives import Traffic, traffic
-from mpo_jax.plan.flops import Work
 from mpo_jax.plan.programs import Program, Stages, device_bytes
 from mpo_jax.plan.sizes import decoder_sizes
 from mpo_jax.plan.targets import GIB, Target, known

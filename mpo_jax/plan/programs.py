@@ -15,12 +15,11 @@ from jax.sharding import Mesh, NamedSharding
 
 from mpo_jax.config import Config, OptimConfig, TrainConfig
 from mpo_jax.generate import Decoder, Sampling, make_generate
-from mpo_jax.model import functional, loading
+from mpo_jax.model import flops, functional, loading
 from mpo_jax.model.decoder import FLOAT32, DecoderConfig
+from mpo_jax.model.flops import Rows, Work
 from mpo_jax.model.functional import Model
 from mpo_jax.optim import make_optimizer
-from mpo_jax.plan import flops
-from mpo_jax.plan.flops import Rows, Work
 from mpo_jax.runtime import frozen_dtype
 from mpo_jax.sharding import batch_sharding, replicated
 from mpo_jax.stages import dpo, evaluate, ppo, reward, sft

@@ -33,7 +33,7 @@ def test_json_has_every_number(tight):
     for program in plan["programs"]:
         parts = program["memory"]
         assert program["peak"] == sum(parts.values()) and min(parts.values()) >= 0
-        assert program["flops"] > 0 and program["estimate_s"] is None
+        assert (program["flops"] > 0) != program["name"].endswith("weights") and program["estimate_s"] is None
     step = next(p for p in plan["programs"] if p["name"] == "dpo step")
     assert step["collectives"] == []
     assert plan["config"]["sft"]["train"]["batch_size"] == 16

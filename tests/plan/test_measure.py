@@ -6,9 +6,9 @@ import pytest
 
 from mpo_jax.config import load_config
 from mpo_jax.errors import UserError
+from mpo_jax.model.flops import Work
 from mpo_jax.plan import advice, compilers, fit, measure, targets
 from mpo_jax.plan.collectives import Traffic
-from mpo_jax.plan.flops import Work
 from mpo_jax.plan.programs import device_bytes
 from tests.test_pipeline import MICRO
 
@@ -35,10 +35,10 @@ def programs(plan):
 def test_every_stage_has_its_programs(programs):
     assert list(programs) == [
         "sft step", "reward step",
-        "select prefill", "select decode", "select score",
+        "select prefill", "select weights", "select decode", "select score",
         "dpo reference", "dpo step",
-        "ppo prefill", "ppo decode", "ppo score", "ppo critic", "ppo actor",
-        "evaluate prefill", "evaluate decode", "evaluate score", "evaluate kl",
+        "ppo prefill", "ppo weights", "ppo decode", "ppo score", "ppo critic", "ppo actor",
+        "evaluate prefill", "evaluate weights", "evaluate decode", "evaluate score", "evaluate kl",
     ]  # fmt: skip
 
 
@@ -75,11 +75,12 @@ def test_compiled_memory_and_traffic(plan, programs):
 
 
 def test_decode_takes_the_caches_where_prefill_leaves_them(plan, programs):
-    wanted = [programs["ppo prefill"], programs["ppo decode"]]
+    wanted = [programs["ppo prefill"], programs["ppo weights"], programs["ppo decode"]]
     seen = {}
-    prefill, decode = plan.measure(wanted, end=lambda one: seen.setdefault(one.program.name, one))
-    assert list(seen) == ["ppo prefill", "ppo decode"] and seen["ppo decode"] is decode
-    caches = 2 * 2 * 1 * 2 * 56 * 8 * 4
+    prefill, _, decode = plan.measure(wanted, end=lambda one: seen.setdefault(one.program.name, one))
+    assert list(seen) == ["ppo prefill", "ppo weights", "ppo decode"] and seen["ppo decode"] is decode
+    # 40 slots for the prompt, 15 for all tokens of the response but the last
+    caches = 2 * 2 * 1 * 2 * (40 + 15) * 8 * 4
     assert prefill.memory is not None and decode.memory is not None
     assert prefill.memory.results >= caches and decode.memory.arguments >= caches
     # donated, so not counted twice

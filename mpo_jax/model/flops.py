@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+from mpo_jax.model import attention
 from mpo_jax.model.decoder import DecoderConfig
 
 Head = Literal["vocab", "scalar"]
@@ -53,8 +54,10 @@ def layer_matrices(sizes: DecoderConfig) -> int:
 
 
 def attention_flops(sizes: DecoderConfig, rows: Rows) -> float:
-    """Scores and weighted sums over whole rows: T x T of them, since masked ones are computed too."""
-    return 4.0 * rows.count * rows.length**2 * sizes.num_layers * sizes.num_heads * sizes.head_dim
+    """Scores and weighted sums over whole rows, of the queries and keys that blocked attention multiplies."""
+    plan = attention.blocks(rows.length, rows.prompt, max(rows.num_responses, 1))
+    pairs = sum((block.end - block.begin) * sum(b - a for a, b in block.keys) for block in plan)
+    return 4.0 * rows.count * pairs * sizes.num_layers * sizes.num_heads * sizes.head_dim
 
 
 def head_flops(sizes: DecoderConfig, rows: Rows, head: Head) -> float:
@@ -75,8 +78,9 @@ def train(sizes: DecoderConfig, rows: Rows, head: Head, remat: str) -> Work:
 
     The logits of a row that is longer than a chunk are computed again whatever `remat` says.
     """
-    attention = attention_flops(sizes, rows)
-    again = {"none": 0.0, "dots": attention, "full": attention + 2.0 * layer_matrices(sizes) * rows.count * rows.length}
+    # the backward pass of attention makes the scores again, which is half of its forward pass
+    scores, linear = attention_flops(sizes, rows) / 2, 2.0 * layer_matrices(sizes) * rows.count * rows.length
+    again = {"none": scores, "dots": scores, "full": 3 * scores + linear}
     logits = head_flops(sizes, rows, head) if head == "vocab" else 0.0
     return Work(3.0 * forward(sizes, rows, head).flops, again[remat] + logits)
 

@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mpo_jax.model import functional
+from mpo_jax.model import flops, functional
+from mpo_jax.model.flops import Rows
 from mpo_jax.model.functional import Model
-from mpo_jax.plan import flops
-from mpo_jax.plan.flops import Rows
 from mpo_jax.plan.sizes import LLAMA_2_7B
 from mpo_jax.types import Joined
 from tests.model.tiny import DECODER
@@ -28,13 +27,14 @@ def test_a_forward_pass_by_hand():
     )
     rows = Rows(2, 3, 2, 2)
     matrices = 4 * 2 * 4 + 3 * 4 * 3
-    linear, attention = 2 * matrices * 2 * 7, 2 * (2 * 2 * 7 * 7 * 2)
+    # the prompt sees itself; each response sees the prompt and itself
+    linear, attention = 2 * matrices * 2 * 7, 2 * (2 * 2 * (3 * 3 + 2 * (2 * 5)) * 2)
     assert flops.forward(sizes, rows, "vocab").flops == linear + attention + 2 * 4 * 5 * 2 * 4
     assert flops.forward(sizes, rows, "scalar").flops == linear + attention + 2 * 4 * 2 * 7
     train = flops.train(sizes, rows, "scalar", "full")
     assert train.flops == 3 * flops.forward(sizes, rows, "scalar").flops
-    assert train.recomputed == linear + attention
-    assert flops.train(sizes, rows, "scalar", "dots").recomputed == attention
+    assert train.recomputed == linear + 1.5 * attention
+    assert flops.train(sizes, rows, "scalar", "dots").recomputed == 0.5 * attention
     assert flops.prefill(sizes, rows).flops == 2 * matrices * 2 * 3 + 2 * (2 * 2 * 3 * 3 * 2)
     decode = flops.decode(sizes, rows, shards=2, bytes_each=2)
     assert decode.flops == 2 * 4 * (2 * (matrices + 20) + 4 * 2 * 5)
