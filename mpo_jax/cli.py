@@ -219,6 +219,44 @@ def doctor(
         raise typer.Exit(1)
 
 
+@app.command("bench")
+def run_bench(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[WORKLOAD | CONFIG.yaml | KEY=VALUE]...", help="default: all workloads")
+    ] = None,
+    rows: Annotated[
+        str, typer.Option(help="PROMPT+RESPONSE tokens of made-up rows, or: data, the configuration's own rows")
+    ] = "128+128",
+    batch: Annotated[int, typer.Option(min=1, help="rows, pairs or prompts a step")] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="timed steps")] = 5,
+    vocab: Annotated[int, typer.Option(min=2, help="of the model made up where model.path names none")] = 4096,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE")] = None,
+    profile: Annotated[Path | None, typer.Option(metavar="DIR", help="a trace of one step of each workload")] = None,
+) -> None:
+    """Time the stages' own functions on this machine: tokens/s, FLOP/s, MFU, memory."""
+    from mpo_jax.commands import bench as command
+
+    given = arguments or []
+    names = tuple(word for word in given if "=" not in word and not word.endswith((".yaml", ".yml")))
+    overrides = tuple(word for word in given if word not in names)
+    lengths: tuple[int, int] | None = None
+    if rows != "data":
+        prompt, _, response = rows.partition("+")
+        if not (prompt.isdigit() and response.isdigit() and int(prompt) and int(response)):
+            raise UserError(f"--rows wants PROMPT+RESPONSE tokens, such as 128+128, or data, not {rows!r}")
+        lengths = int(prompt), int(response)
+    command.bench(
+        load_config(None, overrides),
+        names,
+        batch=batch,
+        steps=steps,
+        rows=lengths,
+        vocab_size=vocab,
+        json_file=json_file,
+        profile=profile,
+    )
+
+
 @app.command()
 def version() -> None:
     """Print the version."""

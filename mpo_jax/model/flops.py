@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Literal
 
+import numpy as np
+
 from mpo_jax.model import attention
 from mpo_jax.model.decoder import DecoderConfig
 
@@ -107,3 +109,38 @@ def decode(sizes: DecoderConfig, rows: Rows, *, shards: int, bytes_each: int) ->
     flops = rows.response * samples * (2.0 * matrices + attention)
     cache = 2 * sizes.num_layers * sizes.num_kv_heads * sizes.head_dim * slots * samples
     return Work(flops, decode_reads=float(rows.response * bytes_each * (shards * matrices + cache)))
+
+
+def necessary(sizes: DecoderConfig, prompt_len_B: np.ndarray, response_len_BN: np.ndarray, head: Head) -> float:
+    """FLOPs of a forward pass that no arrangement of these rows can do without.
+
+    Matrices over real tokens, each prompt once; scores and weighted sums over visible keys; logits at response tokens,
+    or one score a response.
+    """
+    prompt, response = prompt_len_B.astype(np.float64)[:, None], response_len_BN.astype(np.float64)
+    tokens = prompt.sum() + response.sum()
+    visible = (prompt * (prompt + 1) / 2).sum() + (response * prompt + response * (response + 1) / 2).sum()
+    linear = 2.0 * layer_matrices(sizes) * tokens
+    attended = 4.0 * sizes.num_layers * sizes.num_heads * sizes.head_dim * visible
+    outputs = response.sum() * sizes.vocab_size if head == "vocab" else float((response > 0).sum())
+    return float(linear + attended + 2.0 * sizes.hidden_size * outputs)
+
+
+def sampling(sizes: DecoderConfig, prompt_len_B: np.ndarray, response_len_BN: np.ndarray, bytes_each: int) -> Work:
+    """Necessary FLOPs of drawing these responses, and the bytes that decoding them side by side must read.
+
+    The last token of a response is drawn and not read. Matrices are read once for each token of the longest response,
+    cached keys and values once for each token that sees them.
+
+    Args:
+      bytes_each: of an element of weights and cache.
+    """
+    response = response_len_BN.reshape(len(prompt_len_B), -1)
+    read = np.maximum(response - 1, 0)
+    forward_flops = necessary(sizes, prompt_len_B, read, "scalar")
+    logits = 2.0 * sizes.hidden_size * sizes.vocab_size * response.sum()
+    matrices = layer_matrices(sizes) + sizes.hidden_size * sizes.vocab_size
+    prompt = prompt_len_B[:, None].astype(np.float64)
+    slots = (read * prompt + read * (read + 1) / 2).sum()
+    cache = 2 * sizes.num_layers * sizes.num_kv_heads * sizes.head_dim * slots
+    return Work(float(forward_flops + logits), decode_reads=float(bytes_each * (read.max() * matrices + cache)))
