@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -44,6 +45,14 @@ SINGLES = batch(PROMPTS, [[9], [2], [1], [5], [8], [3], [6], [1]])
 PAIRS = batch(PROMPTS, [[9, 1], [2, 2], [1, 9], [5, 4], [8, 3], [3, 8], [6, 6], [1, 1]])
 SAMPLES = dataclasses.replace(SINGLES, response=np.maximum(SINGLES.response, 2))
 ENDED = np.array([True, True, False, True, True, False, True, True])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def steps_end_with_the_module() -> Iterator[None]:
+    """What is kept of them below holds a quarter of the memory maps that a process may have."""
+    yield
+    for kept in (run_step, scored, start):
+        kept.cache_clear()
 
 
 def on_mesh(params: Any, mesh: jax.sharding.Mesh) -> Any:
