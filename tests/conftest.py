@@ -1,6 +1,8 @@
 """What every test runs under: eight CPU devices, no rank promotion, checked shapes, reproducible properties."""
 
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -21,6 +23,14 @@ jaxtyping.install_import_hook(["mpo_jax.ops", "mpo_jax.losses", "mpo_jax.selecti
 
 hypothesis.settings.register_profile("mpo", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("mpo")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_end_with_their_module() -> Iterator[None]:
+    """A module's programs hold thousands of memory maps; a process may have 65530, and crashes for want of more."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

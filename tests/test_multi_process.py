@@ -7,7 +7,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -102,25 +104,42 @@ def test_the_first_process_alone_writes(together):
     assert (workdir / "report" / "index.html").is_file()
 
 
-def test_one_process_goes_on_where_two_were_killed(tmp_path, alone):
-    """A checkpoint of two processes is restored by one, on the same devices in number, and ends with the same model."""
-    workdir = tmp_path / "w"
-    longer = ("sft.train.steps=40", "sft.train.checkpoint_every=4")
-    pair = Pair(tmp_path, "sft", str(MICRO), f"workdir={workdir}", *MESH, *longer)
-    deadline = time.time() + 200
-    while not list(workdir.glob("stages/.sft-*.partial/checkpoints/[1-9]*")) and time.time() < deadline:
+def lines(workdir: Path) -> int:
+    """Logged steps of an unfinished SFT."""
+    return sum(path.read_bytes().count(b"\n") for path in workdir.glob("stages/.sft-*.partial/metrics.jsonl"))
+
+
+def wait_until(reached: Callable[[], Any], seconds: float = 200) -> None:
+    deadline = time.time() + seconds
+    while not reached() and time.time() < deadline:
         time.sleep(0.05)
+
+
+def test_one_process_goes_on_where_two_were_killed_and_ended(tmp_path, alone):
+    """kill -9 of both, then SIGTERM to one, at which both save one step; one process of as many devices goes on."""
+    workdir = tmp_path / "w"
+    longer = ("sft.train.steps=60", "sft.train.checkpoint_every=4")
+    command = ("sft", str(MICRO), f"workdir={workdir}", *MESH, *longer)
+    pair = Pair(tmp_path, *command)
+    wait_until(lambda: list(workdir.glob("stages/.sft-*.partial/checkpoints/[1-9]*")))
     for process in pair.running:
         process.send_signal(signal.SIGKILL)
     pair.wait()
     assert not stages(workdir), "killed in mid stage"
-    assert mpo("sft", MICRO, f"workdir={workdir}", *MESH, *longer, "runtime.cpu_devices=8", CACHE) == 0
+    before = lines(workdir)
+    pair = Pair(tmp_path, *command)
+    wait_until(lambda: lines(workdir) > before)
+    pair.running[1].send_signal(signal.SIGTERM)
+    assert pair.wait() == [143, 143], pair.text(0)[-3000:] + pair.text(1)[-3000:]
+    (said,) = {pair.text(index).splitlines()[-1].split(": ", 1)[1] for index in range(2)}
+    assert "the same command goes on from it" in said and not stages(workdir)
+    assert mpo(*command, "runtime.cpu_devices=8", CACHE) == 0
     assert mpo("sft", MICRO, f"workdir={tmp_path / 'x'}", *MESH, *longer, "runtime.cpu_devices=8", CACHE) == 0
     resumed, whole = (
         [json.loads(line) for line in next(folder.glob("stages/sft-*/metrics.jsonl")).read_text().splitlines()]
         for folder in (workdir, tmp_path / "x")
     )
-    assert [line["step"] for line in resumed] == [line["step"] for line in whole] == list(range(1, 41))
+    assert [line["step"] for line in resumed] == [line["step"] for line in whole] == list(range(1, 61))
     np.testing.assert_allclose([x["loss"] for x in resumed], [x["loss"] for x in whole], rtol=1e-5)
 
 
@@ -128,9 +147,7 @@ def test_one_process_goes_on_where_two_were_killed(tmp_path, alone):
 def test_the_others_stop_when_a_process_dies(tmp_path, victim):
     workdir = tmp_path / "w"
     pair = Pair(tmp_path, "sft", str(MICRO), f"workdir={workdir}", *MESH, "sft.train.steps=100000", timeout=5)
-    deadline = time.time() + 200
-    while not list(workdir.glob("stages/.sft-*.partial/metrics.jsonl")) and time.time() < deadline:
-        time.sleep(0.05)
+    wait_until(lambda: lines(workdir))
     pair.running[victim].send_signal(signal.SIGKILL)
     begin = time.time()
     survivor = pair.running[1 - victim]

@@ -14,8 +14,8 @@ from mpo_jax.sharding import place_batch
 from mpo_jax.stages import sft
 from mpo_jax.train import init_state, make_update
 from mpo_jax.types import Mean, Params
-from tests.model.tiny import DECODER, mesh_of, random_params, trees_close
-from tests.stages.test_sharded import FAST, MODEL, ONE, OPTIM, SINGLES, metrics_close, run_step
+from tests.model.tiny import DECODER, FAST, mesh_of, random_params, trees_close
+from tests.stages.test_sharded import MODEL, ONE, OPTIM, SINGLES, metrics_close, run_step
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 
 import json
 import signal
-from functools import partial
+from functools import cache, partial
+from typing import Any
 
 import chex
 import jax
@@ -16,10 +17,11 @@ from mpo_jax.config import Config, OptimConfig, RuntimeConfig, TrainConfig, load
 from mpo_jax.errors import Preempted, UserError
 from mpo_jax.model.functional import Model
 from mpo_jax.preemption import stopping_at
+from mpo_jax.sharding import place_batch
 from mpo_jax.stages import dpo, reward, sft
 from mpo_jax.train import fit, init_state, make_update, state_sharding
 from mpo_jax.types import Mean
-from tests.model.tiny import DECODER, batch, mesh_of, random_params, trees_close
+from tests.model.tiny import DECODER, FAST, batch, mesh_of, random_params, trees_close
 
 MODEL = Model(DECODER)
 LENGTHS = [[9, 1], [2, 2], [1, 9], [5, 4], [8, 3], [3, 8], [6, 6], [1, 1]]
@@ -45,11 +47,14 @@ def test_accumulation_equals_the_whole_batch(name):
     data = jax.tree.map(jnp.asarray, data)
     optim = OptimConfig(clip_norm=None, beta1=0.0)  # the first moment is the gradient
 
+    state = init_state(params, optim, mesh_of(1, 1, 1))
+
     def run(accumulation):
         update = jax.jit(make_update(objective, optim, accumulation=accumulation))
-        state, metrics = update(init_state(params, optim, mesh_of(1, 1, 1)), data, jnp.asarray(0.1))
+        arguments = state, data, jnp.asarray(0.1)
+        after, metrics = update.lower(*arguments).compile(FAST)(*arguments)
         assert metrics.pop("skipped").count == 0
-        return optax.tree_utils.tree_get(state.opt_state, "mu"), metrics.pop("grad_norm"), metrics
+        return optax.tree_utils.tree_get(after.opt_state, "mu"), metrics.pop("grad_norm"), metrics
 
     whole_grads, whole_norm, whole_metrics = run(1)
     for accumulation in (2, 4, 8):
@@ -72,30 +77,33 @@ def test_uneven_masks_would_tell_a_mean_of_means_apart():
     assert abs(np.mean(halves) - whole) > 1e-3
 
 
+@cache
+def updated(name: str, shape: tuple[int, int, int]) -> tuple[Any, float]:
+    """Parameters after one update on a mesh, and the gradient's norm; the state lies where state_sharding says."""
+    objective, params, data = cases()[name]
+    mesh = mesh_of(*shape)
+    # eps large against rounding: Adam's first step is sign(g), which amplifies the rounding of tiny gradients
+    optim = OptimConfig(learning_rate=0.1, eps=1e-2, weight_decay=0.1)
+    with jax.set_mesh(mesh):
+        shardings = state_sharding(MODEL, optim, mesh, scalar=name == "reward")
+        state = init_state(jax.device_put(params, shardings.params), optim, mesh)
+        assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding == s, state.opt_state, shardings.opt_state))
+        step = jax.jit(make_update(objective, optim, accumulation=1), out_shardings=(shardings, None))
+        arguments = state, place_batch(data, mesh), jnp.asarray(0.1)
+        state, metrics = step.lower(*arguments).compile(FAST)(*arguments)
+    moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim > 1]
+    sharded = [x for x in moments if not x.sharding.is_fully_replicated]
+    assert bool(sharded) == (shape not in ((1, 1, 1), (8, 1, 1)))
+    return jax.device_get(state.params), float(metrics["grad_norm"])
+
+
 @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2)])
 @pytest.mark.parametrize("name", ["sft", "reward", "dpo_with_nll"])
 def test_update_on_a_mesh_equals_one_device(shape, name):
     """Updated parameters and moments agree to rounding, and the optimiser's state lies like its parameters."""
-    from mpo_jax.sharding import place_batch
-
-    objective, params, data = cases()[name]
-    # eps large against rounding: Adam's first step is sign(g), which amplifies the rounding of tiny gradients
-    optim = OptimConfig(learning_rate=0.1, eps=1e-2, weight_decay=0.1)
-    results = []
-    for mesh in (mesh_of(1, 1, 1), mesh_of(*shape)):
-        with jax.set_mesh(mesh):
-            shardings = state_sharding(MODEL, optim, mesh, scalar=name == "reward")
-            placed = jax.device_put(params, shardings.params)
-            state = init_state(placed, optim, mesh)
-            assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding == s, state.opt_state, shardings.opt_state))
-            step = jax.jit(make_update(objective, optim, accumulation=1), out_shardings=(shardings, None))
-            state, metrics = step(state, place_batch(data, mesh), jnp.asarray(0.1))
-            moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim > 1]
-            sharded = [x for x in moments if not x.sharding.is_fully_replicated]
-            assert bool(sharded) == (mesh.size > 1 and shape != (8, 1, 1))
-            results.append((jax.device_get(state.params), float(metrics["grad_norm"])))
-    trees_close(results[1][0], results[0][0], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(results[1][1], results[0][1], rtol=1e-5)
+    (one, one_norm), (many, many_norm) = updated(name, (1, 1, 1)), updated(name, shape)
+    trees_close(many, one, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(many_norm, one_norm, rtol=1e-5)
 
 
 def run_fit(folder, *, steps=7, broken=(), die_at=None, at=None, carry_on=False, **train):

@@ -2,6 +2,7 @@
 
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,9 @@ DECODER = DecoderConfig(
     head_dim=6,
     max_positions=64,
 )
+
+FAST: dict[str, Any] = {"xla_backend_optimization_level": 0}
+"""Compiler options that halve the time to compile; how a program is divided over devices is settled before."""
 
 
 def random_params(config: DecoderConfig, seed: int = 0, *, scalar: bool = False) -> Params:

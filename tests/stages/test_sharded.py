@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -20,7 +21,7 @@ from mpo_jax.sharding import place_batch
 from mpo_jax.stages import dpo, ppo, reward, sft
 from mpo_jax.train import init_state
 from mpo_jax.types import Mean, TrainState
-from tests.model.tiny import DECODER, batch, mesh_of, random_params, trees_close
+from tests.model.tiny import DECODER, FAST, batch, mesh_of, random_params, trees_close
 
 ONE = (1, 1, 1)
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2)]
@@ -34,8 +35,6 @@ MODEL = Model(DECODER, logit_chunk=8 * COLUMNS)
 OPTIM = OptimConfig(beta1=0.5, clip_norm=None, weight_decay=0.1, eps=1.0)
 """No clipping, so that the first moment after one step is the gradient times 1 - beta1. A small eps would make Adam's
 first direction the gradient's sign, which turns rounding of small gradients into large differences."""
-FAST: dict[str, Any] = {"xla_backend_optimization_level": 0}
-"""Halves the time to compile; how a program is divided over devices is settled before."""
 PPO = PpoConfig(train=TrainConfig(batch_size=8, optim=OPTIM), critic_optim=OPTIM)
 ALLOWED = jnp.arange(DECODER.vocab_size) > 1
 
@@ -44,6 +43,14 @@ SINGLES = batch(PROMPTS, [[9], [2], [1], [5], [8], [3], [6], [1]])
 PAIRS = batch(PROMPTS, [[9, 1], [2, 2], [1, 9], [5, 4], [8, 3], [3, 8], [6, 6], [1, 1]])
 SAMPLES = dataclasses.replace(SINGLES, response=np.maximum(SINGLES.response, 2))
 ENDED = np.array([True, True, False, True, True, False, True, True])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def steps_end_with_the_module() -> Iterator[None]:
+    """What is kept of them below holds a quarter of the memory maps that a process may have."""
+    yield
+    for kept in (run_step, scored, start):
+        kept.cache_clear()
 
 
 def on_mesh(params: Any, mesh: jax.sharding.Mesh) -> Any:
