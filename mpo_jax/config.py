@@ -122,7 +122,9 @@ class DataConfig(Section, frozen=True):
     )
     filter: Literal["strict", "none"] = "strict"
     keep_news: bool = Field(default=False, description="of tldr: keep the comparisons on news articles, without a post")
-    validation_fraction: float = Field(default=0.05, ge=0, lt=1)
+    validation_fraction: float = Field(
+        default=0.05, ge=0, lt=1, description="0 without test_path: nothing is held out, and nothing can be evaluated"
+    )
     max_rows: int | None = Field(default=None, gt=0, description="the first rows of each file only")
     toy: ToyConfig = Field(default_factory=lambda: ToyConfig())
 
@@ -130,6 +132,11 @@ class DataConfig(Section, frozen=True):
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether there are rows that nothing trains on."""
+        return self.kind == "toy" or bool(self.test_path) or self.validation_fraction > 0
 
     @model_validator(mode="after")
     def _needs_path(self) -> "DataConfig":
@@ -158,6 +165,7 @@ class TrainConfig(Section, frozen=True):
     steps: int | None = Field(default=None, gt=0, description="in place of epochs")
     batch_size: int = Field(default=128, gt=0)
     accumulation: int = Field(default=1, gt=0, description="micro-batches an update")
+    shuffle: bool = Field(default=True, description="false: rows in file order, again from the first after the last")
     log_every: int = Field(default=10, gt=0)
     checkpoint_every: int = Field(default=500, gt=0, description="updates; such a step is logged too, with state_hash")
     keep_checkpoints: int = Field(

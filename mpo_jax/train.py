@@ -223,13 +223,13 @@ def fit_examples(
     folder: Path,
     stage: str,
 ) -> tuple[Params, dict[str, Any]]:
-    """Trains on shuffled batches of examples; rows with extra numbers give the step (rows, extra), others rows alone.
+    """Trains on batches of examples; rows with extra numbers give the step (rows, extra), others rows alone.
 
     Returns the trained parameters, and the steps made and last logged metrics for the manifest.
     """
     steps = num_steps(len(examples), epochs=train.epochs, steps=train.steps, batch_size=train.batch_size)
     buckets = Buckets.of(examples, config.text.length_buckets)
-    batches = TrainBatches(examples, buckets, train.batch_size, data_seed(config.seed, stage))
+    batches = TrainBatches(examples, buckets, train.batch_size, data_seed(config.seed, stage), train.shuffle)
     learning_rate = make_learning_rate(train.optim, steps)
 
     def one(state: TrainState, k: int) -> tuple[TrainState, Metrics, Any]:
