@@ -17,6 +17,10 @@ ExperimentName = Literal[
 ]  # fmt: skip
 
 
+TRAINED = ("sft", "reward", "dpo", "ppo")
+"""The stages with a section `train`."""
+
+
 class Section(BaseModel, frozen=True):
     """A part of the configuration: immutable, hashable, defaults checked like given values, unknown keys refused."""
 
@@ -386,12 +390,13 @@ class Config(Section, frozen=True):
         return tuple(name.strip() for name in value.split(",")) if isinstance(value, str) else value
 
 
-def load_config(path: str | Path | None, overrides: tuple[str, ...] = ()) -> Config:
+def load_config(path: str | Path | None, overrides: tuple[str, ...] = (), *, stage: str | None = None) -> Config:
     """Reads YAML, merges the overrides in order and validates.
 
     Args:
       path: a YAML file; None for the defaults.
       overrides: each `key.sub=value`, or the path of a further YAML file to merge.
+      stage: in whose section `train.KEY=value` lies; None: such a short key is an error.
 
     Raises:
       UserError: naming the file and line, or the key, and what to do.
@@ -399,11 +404,12 @@ def load_config(path: str | Path | None, overrides: tuple[str, ...] = ()) -> Con
     merged: Any = OmegaConf.create({}) if path is None else _read_yaml(Path(path))
     path = path or "the command line"
     for override in overrides:
-        key, equals, _ = override.partition("=")
+        key, equals, value = override.partition("=")
         try:
             if equals:
-                _refuse_unknown(key.strip(), "on the command line")
-                update = OmegaConf.from_dotlist([override])
+                key = _whole_key(key.strip(), stage)
+                _refuse_unknown(key, "on the command line")
+                update = OmegaConf.from_dotlist([f"{key}={value}"])
             else:
                 update = _read_yaml(Path(override))
             merged = OmegaConf.merge(merged, update)
@@ -439,6 +445,18 @@ def _read_yaml(path: Path) -> Any:
     if not OmegaConf.is_dict(loaded):
         raise UserError(f"{path}: a configuration is a mapping of keys to values, not a list")
     return loaded
+
+
+def _whole_key(key: str, stage: str | None) -> str:
+    """The key from the root; `train...` alone means the stage that the command is named after."""
+    if key.partition(".")[0] != "train":
+        return key
+    if stage is None:
+        raise UserError(
+            f"{key} on the command line: which stage's? Write {' or '.join(f'{name}.{key}' for name in TRAINED)}. The "
+            f"short key is for the commands mpo {', '.join(TRAINED)}, which name the stage"
+        )
+    return f"{stage}.{key}"
 
 
 def _refuse_unknown(key: str, where: str) -> None:
