@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from mpo_jax import __version__
-from mpo_jax.config import Config, load_config, to_yaml
+from mpo_jax.config import TRAINED, Config, load_config, to_yaml
 from mpo_jax.errors import Preempted, UserError
 
 FULL_DISK = "No space left on device"
@@ -63,6 +63,21 @@ def _stage_command(name: str, what: str) -> None:
         run.run_until(_load(config, overrides), name)  # type: ignore[arg-type]
 
 
+def _training_command(name: str, what: str) -> None:
+    @app.command(name, help=f"Run the method up to {what}. train.KEY=VALUE stands for {name}.train.KEY=VALUE.")
+    def command(
+        config: ConfigPath,
+        overrides: Overrides = None,
+        log_every: Annotated[
+            int | None, typer.Option(min=1, help="train.log_every; with 1 a line a step, where there is no terminal")
+        ] = None,
+    ) -> None:
+        from mpo_jax.commands import run
+
+        given = [*(overrides or ()), *([] if log_every is None else [f"train.log_every={log_every}"])]
+        run.run_until(load_config(config, tuple(given), stage=name), name)  # type: ignore[arg-type]
+
+
 for _name, _what in {
     "sft": "supervised fine-tuning",
     "reward": "the reward model",
@@ -71,7 +86,7 @@ for _name, _what in {
     "ppo": "the experiment's last PPO step",
     "evaluate": "evaluation, without the report",
 }.items():
-    _stage_command(_name, _what)
+    (_training_command if _name in TRAINED else _stage_command)(_name, _what)
 
 
 @app.command()

@@ -17,6 +17,10 @@ ExperimentName = Literal[
 ]  # fmt: skip
 
 
+TRAINED = ("sft", "reward", "dpo", "ppo")
+"""The stages with a section `train`."""
+
+
 class Section(BaseModel, frozen=True):
     """A part of the configuration: immutable, hashable, defaults checked like given values, unknown keys refused."""
 
@@ -122,7 +126,9 @@ class DataConfig(Section, frozen=True):
     )
     filter: Literal["strict", "none"] = "strict"
     keep_news: bool = Field(default=False, description="of tldr: keep the comparisons on news articles, without a post")
-    validation_fraction: float = Field(default=0.05, ge=0, lt=1)
+    validation_fraction: float = Field(
+        default=0.05, ge=0, lt=1, description="0 without test_path: nothing is held out, and nothing can be evaluated"
+    )
     max_rows: int | None = Field(default=None, gt=0, description="the first rows of each file only")
     toy: ToyConfig = Field(default_factory=lambda: ToyConfig())
 
@@ -130,6 +136,11 @@ class DataConfig(Section, frozen=True):
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether there are rows that nothing trains on."""
+        return self.kind == "toy" or bool(self.test_path) or self.validation_fraction > 0
 
     @model_validator(mode="after")
     def _needs_path(self) -> "DataConfig":
@@ -158,6 +169,7 @@ class TrainConfig(Section, frozen=True):
     steps: int | None = Field(default=None, gt=0, description="in place of epochs")
     batch_size: int = Field(default=128, gt=0)
     accumulation: int = Field(default=1, gt=0, description="micro-batches an update")
+    shuffle: bool = Field(default=True, description="false: rows in file order, again from the first after the last")
     log_every: int = Field(default=10, gt=0)
     checkpoint_every: int = Field(default=500, gt=0, description="updates; such a step is logged too, with state_hash")
     keep_checkpoints: int = Field(
@@ -378,12 +390,13 @@ class Config(Section, frozen=True):
         return tuple(name.strip() for name in value.split(",")) if isinstance(value, str) else value
 
 
-def load_config(path: str | Path | None, overrides: tuple[str, ...] = ()) -> Config:
+def load_config(path: str | Path | None, overrides: tuple[str, ...] = (), *, stage: str | None = None) -> Config:
     """Reads YAML, merges the overrides in order and validates.
 
     Args:
       path: a YAML file; None for the defaults.
       overrides: each `key.sub=value`, or the path of a further YAML file to merge.
+      stage: in whose section `train.KEY=value` lies; None: such a short key is an error.
 
     Raises:
       UserError: naming the file and line, or the key, and what to do.
@@ -391,11 +404,12 @@ def load_config(path: str | Path | None, overrides: tuple[str, ...] = ()) -> Con
     merged: Any = OmegaConf.create({}) if path is None else _read_yaml(Path(path))
     path = path or "the command line"
     for override in overrides:
-        key, equals, _ = override.partition("=")
+        key, equals, value = override.partition("=")
         try:
             if equals:
-                _refuse_unknown(key.strip(), "on the command line")
-                update = OmegaConf.from_dotlist([override])
+                key = _whole_key(key.strip(), stage)
+                _refuse_unknown(key, "on the command line")
+                update = OmegaConf.from_dotlist([f"{key}={value}"])
             else:
                 update = _read_yaml(Path(override))
             merged = OmegaConf.merge(merged, update)
@@ -431,6 +445,18 @@ def _read_yaml(path: Path) -> Any:
     if not OmegaConf.is_dict(loaded):
         raise UserError(f"{path}: a configuration is a mapping of keys to values, not a list")
     return loaded
+
+
+def _whole_key(key: str, stage: str | None) -> str:
+    """The key from the root; `train...` alone means the stage that the command is named after."""
+    if key.partition(".")[0] != "train":
+        return key
+    if stage is None:
+        raise UserError(
+            f"{key} on the command line: which stage's? Write {' or '.join(f'{name}.{key}' for name in TRAINED)}. The "
+            f"short key is for the commands mpo {', '.join(TRAINED)}, which name the stage"
+        )
+    return f"{stage}.{key}"
 
 
 def _refuse_unknown(key: str, where: str) -> None:

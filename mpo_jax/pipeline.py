@@ -14,6 +14,7 @@ from mpo_jax import runtime
 from mpo_jax.artifacts import Store, write_json
 from mpo_jax.config import Config, ExperimentName, to_yaml
 from mpo_jax.data import corpus
+from mpo_jax.errors import UserError
 from mpo_jax.experiments import EXPERIMENTS, Step
 from mpo_jax.processes import is_main
 from mpo_jax.sharding import make_mesh
@@ -80,7 +81,16 @@ class Pipeline:
         return self._build("evaluate", evaluate.run, parents, {"text"}, {"evaluate": settings, **self._data})
 
     def experiment(self, name: ExperimentName, *, until: StageName = "evaluate") -> Run:
-        """Everything an experiment needs, up to the last stage of the kind `until`."""
+        """Everything an experiment needs, up to the last stage of the kind `until`.
+
+        Raises:
+          UserError: before anything is trained, if there is nothing to evaluate on.
+        """
+        if until == "evaluate" and not self.config.data.holds_out:
+            raise UserError(
+                "there are no held-out prompts to evaluate on: name preference rows as data.test_path, raise "
+                "data.validation_fraction above 0, or run single stages (mpo sft, reward, select, dpo, ppo)"
+            )
         made: dict[str, Artifact] = {"sft": self.sft()}
         if until != "sft":
             made["reward"] = self.reward(made["sft"])

@@ -1,12 +1,13 @@
 """Metrics of one stage: metrics.jsonl, TensorBoard, and progress on the terminal. Of several processes one writes."""
 
+import contextlib
 import dataclasses
 import functools
 import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ class Tracker:
     """Writes one line of metrics a logged step, and shows progress: a bar on a terminal, plain lines elsewhere.
 
     Args:
+      every_step: off a terminal, show each logged step as one line of names and values, for programs to read.
       start_step: the steps already made; lines of later ones are dropped from the file.
       sums: what `unlogged` gave at that step.
     """
@@ -46,11 +48,12 @@ class Tracker:
         num_steps: int,
         *,
         tensorboard: bool,
+        every_step: bool = False,
         start_step: int = 0,
         sums: Mapping[str, Any] | None = None,
     ):
         folder.mkdir(parents=True, exist_ok=True)
-        self.stage, self.num_steps = stage, num_steps
+        self.stage, self.num_steps, self._every_step = stage, num_steps, every_step
         self._path = folder / "metrics.jsonl" if is_main() else Path(os.devnull)
         if is_main():
             _forget_after(self._path, start_step)
@@ -67,7 +70,7 @@ class Tracker:
         self._steps_since = 0
         self._compile_seconds = 0.0
         self._compiled = _compile_clock()
-        self._compiled_before = 0.0
+        self._compiled_before = self._untimed = 0.0
         self._bar: Progress | None = None
         if console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -92,7 +95,8 @@ class Tracker:
         values = mean_values(self._fetch()) if log else {}
         now = time.perf_counter()
         if first:
-            self._compile_seconds, self._compiled_before = now - self._begin, self._compiled.seconds
+            self._compile_seconds, self._untimed = now - self._begin - self._untimed, 0.0
+            self._compiled_before = self._compiled.seconds
             self._last_log = now
         else:
             self._steps_since += 1
@@ -104,6 +108,13 @@ class Tracker:
         self.write(step, values, state_hash=state_hash)
         self._show(step, values, now)
         return values
+
+    @contextlib.contextmanager
+    def untimed(self) -> Iterator[None]:
+        """What is done within, such as saving, is left out of the time of a step."""
+        begin = time.perf_counter()
+        yield
+        self._untimed += time.perf_counter() - begin
 
     def unlogged(self) -> Sums:
         """The sums of the steps since the last logged one, as JSON: what a run that goes on from here needs."""
@@ -120,12 +131,12 @@ class Tracker:
         compiled = self._compile_seconds + later
         values = {"timing_s/compile": compiled} if compiled else {}
         if self._steps_since:
-            seconds = max(now - self._last_log - later, 1e-9) / self._steps_since
+            seconds = max(now - self._last_log - later - self._untimed, 1e-9) / self._steps_since
             values["timing_s/step"] = seconds
             if tokens is not None:
                 values["perf/tokens_per_s"] = tokens / seconds
         self._last_log, self._steps_since = now, 0
-        self._compile_seconds, self._compiled_before = 0.0, self._compiled.seconds
+        self._compile_seconds, self._compiled_before, self._untimed = 0.0, self._compiled.seconds, 0.0
         return values
 
     def write(self, step: int, values: Mapping[str, float], *, state_hash: str | None = None) -> None:
@@ -145,6 +156,9 @@ class Tracker:
         note = "  ".join(f"{name.split('/')[-1]} {values[name]:.4g}" for name in self._headline(values))
         if self._bar is not None:
             self._bar.update(self._task, note=note)
+        elif self._every_step:
+            # rich flushes what it prints
+            console.print(step_line(self.stage, step, values), soft_wrap=True, markup=False)
         elif step >= self.num_steps or now - self._last_line > PLAIN_SECONDS:
             self._last_line = now
             rate = (now - self._begin) / max(step - self._first_step, 1)
@@ -167,6 +181,28 @@ class Tracker:
         if is_main():
             os.fsync(self._file.fileno())
         self._file.close()
+
+
+LINE_FIELDS = {
+    "loss/value_avg": ("value_loss", ".6g"),
+    "objective/scores": ("score", ".6g"),
+    "objective/kl": ("kl", ".6g"),
+    "timing_s/compile": ("compile_s", ".3f"),
+    "timing_s/step": ("step_time_s", ".4g"),
+    "perf/tokens_per_s": ("tokens_per_s", ".0f"),
+}
+"""What a step's line holds besides its loss, where it is logged: metric to name and format."""
+
+
+def step_line(stage: str, step: int, values: Mapping[str, float]) -> str:
+    """`STAGE step K loss X ...`: names and values in turn, for programs to read.
+
+    The loss of PPO is the policy's; of an update that was skipped or not made it is nan. A step that compiled says
+    `compile_s`, and the first one has no `step_time_s`.
+    """
+    loss = values.get("loss", values.get("loss/policy_avg", math.nan))
+    fields = [f"{name} {values[metric]:{shape}}" for metric, (name, shape) in LINE_FIELDS.items() if metric in values]
+    return " ".join([f"{stage} step {step} loss {loss:.7g}", *fields])
 
 
 def add_up(steps: list[Mapping[str, Any]], sums: Sums) -> Sums:

@@ -172,7 +172,13 @@ def fit(
         closing.callback(checkpoints.close)
         start, state = checkpoints.restore(state)
         tracker = Tracker(
-            folder, stage, num_steps, tensorboard=config.runtime.tensorboard, start_step=start, sums=checkpoints.carried
+            folder,
+            stage,
+            num_steps,
+            tensorboard=config.runtime.tensorboard,
+            every_step=train.log_every == 1,
+            start_step=start,
+            sums=checkpoints.carried,
         )
         closing.callback(tracker.close)
         guard = Guard(folder / "bad_batches", stage, train.stop_after_skipped)
@@ -181,7 +187,11 @@ def fit(
             state, metrics, batch = step(state, number - 1)
             guard.look(number, metrics, batch)
             last, due = number == num_steps, number % train.checkpoint_every == 0
-            hashes = leaf_hashes(state) if due or last else None
+            hashes = None
+            if due or last:
+                jax.block_until_ready(state)
+                with tracker.untimed():
+                    hashes = leaf_hashes(state)
             log = last or due or number % train.log_every == 0 or number == 1
             digest = state_hash(hashes) if hashes else None
             logged = tracker.update(number, metrics, log=log, state_hash=digest) or logged
@@ -190,7 +200,9 @@ def fit(
                 guard.settle()
             if stop or (due and not last):
                 value = _value(logged, train, stage) if due else None
-                checkpoints.save(number, state, hashes=hashes, value=value, carried=tracker.unlogged())
+                carried = tracker.unlogged()
+                with tracker.untimed():
+                    checkpoints.save(number, state, hashes=hashes, value=value, carried=carried)
             if stop:
                 raise Preempted(number)
     return state, logged
@@ -223,13 +235,13 @@ def fit_examples(
     folder: Path,
     stage: str,
 ) -> tuple[Params, dict[str, Any]]:
-    """Trains on shuffled batches of examples; rows with extra numbers give the step (rows, extra), others rows alone.
+    """Trains on batches of examples; rows with extra numbers give the step (rows, extra), others rows alone.
 
     Returns the trained parameters, and the steps made and last logged metrics for the manifest.
     """
     steps = num_steps(len(examples), epochs=train.epochs, steps=train.steps, batch_size=train.batch_size)
     buckets = Buckets.of(examples, config.text.length_buckets)
-    batches = TrainBatches(examples, buckets, train.batch_size, data_seed(config.seed, stage))
+    batches = TrainBatches(examples, buckets, train.batch_size, data_seed(config.seed, stage), train.shuffle)
     learning_rate = make_learning_rate(train.optim, steps)
 
     def one(state: TrainState, k: int) -> tuple[TrainState, Metrics, Any]:

@@ -36,6 +36,22 @@ def test_an_empty_file_gives_the_defaults(tmp_path):
     assert load(tmp_path, "# nothing\n") == Config()
 
 
+def test_a_training_command_s_short_keys_are_its_stage_s(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("dpo: {train: {steps: 3}}", encoding="utf-8")
+    config = load_config(path, ("train.steps=7", "train.optim.learning_rate=0.5"), stage="dpo")
+    assert (config.dpo.train.steps, config.dpo.train.optim.learning_rate) == (7, 0.5)
+    assert config.sft == Config().sft
+    with pytest.raises(UserError, match=r"dpo\.train\.stepz on the command line; did you mean steps"):
+        load_config(path, ("train.stepz=7",), stage="dpo")
+
+
+@pytest.mark.parametrize("key", ["train.steps", "train"])
+def test_elsewhere_a_short_key_is_an_error_that_asks_for_the_stage(tmp_path, key):
+    with pytest.raises(UserError, match=rf"which stage's\? Write sft\.{key} or reward.*mpo sft, reward, dpo, ppo"):
+        load(tmp_path, "", f"{key}=7")
+
+
 def test_every_section_is_frozen_and_refuses_unknown_keys():
     found = list(sections(Config()))
     assert len(found) >= 20

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpo_jax.tracker import COMPILE_EVENT, Tracker, add_up, mean_values
+from mpo_jax.tracker import COMPILE_EVENT, Tracker, add_up, mean_values, step_line
 from mpo_jax.types import Mean, Skips
 
 
@@ -196,6 +196,31 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
 def test_without_tensorboard_no_folder_is_made(tmp_path):
     Tracker(tmp_path, "sft", 2, tensorboard=False).close()
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_every_step_is_one_flushed_line_where_there_is_no_terminal(tmp_path, capsys, monkeypatch):
+    """As another program reads them; the first step compiled, and what is untimed takes no part of the others."""
+    clock = iter([100.0, 110.0, 110.0, 130.0, 130.5, 131.0])
+    monkeypatch.setattr("mpo_jax.tracker.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    tracker = Tracker(tmp_path, "sft", 3, tensorboard=False, every_step=True)
+    flushed = []
+    for k in (1, 2, 3):
+        if k == 2:
+            with tracker.untimed():
+                pass
+        tracker.update(k, {"loss": mean(1.23456789, 1) if k < 3 else mean(0, 0), "tokens": 100}, log=True)
+        flushed.append(capsys.readouterr().out)
+    tracker.close()
+    assert flushed == [
+        "sft step 1 loss 1.234568 compile_s 10.000\n",
+        "sft step 2 loss 1.234568 step_time_s 0.5 tokens_per_s 200\n",
+        "sft step 3 loss nan step_time_s 0.5 tokens_per_s 200\n",
+    ]
+
+
+def test_the_line_of_a_ppo_step_has_the_policy_s_loss():
+    values = {"loss/policy_avg": -0.25, "loss/value_avg": 0.5, "objective/scores": 1, "objective/kl": 2e-9, "other": 3}
+    assert step_line("ppo", 12, values) == "ppo step 12 loss -0.25 value_loss 0.5 score 1 kl 2e-09"
 
 
 def test_a_plain_terminal_gets_the_last_step(tmp_path, capsys):

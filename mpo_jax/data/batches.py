@@ -167,6 +167,8 @@ class Batch(NamedTuple):
 class TrainBatches:
     """An endless, reshuffled-every-epoch sequence of batches of one size; `batches[k]` is the k-th.
 
+    Without `shuffle` batch k is the examples k * batch_size and after in their own order, around the end to the first.
+
     An epoch's last, incomplete batch is filled from the next epoch's start: every example is seen equally often, and no
     example twice before all others. With several buckets, rows of one bucket are brought together within a window of
     batches, and the window's batches are shuffled; a batch has the cheapest widths that hold all its rows.
@@ -176,6 +178,7 @@ class TrainBatches:
     buckets: Buckets
     batch_size: int
     seed: int
+    shuffle: bool = True
 
     def __post_init__(self) -> None:
         if not self.examples:
@@ -213,6 +216,8 @@ class TrainBatches:
     def _rows(self, k: int) -> np.ndarray:
         """The numbers of the examples in global batch k."""
         count, begin, end = len(self.examples), k * self.batch_size, (k + 1) * self.batch_size
+        if not self.shuffle:
+            return np.arange(begin, end) % count
         parts = []
         for epoch in range(begin // count, (end - 1) // count + 1):
             first, rows = self._window(epoch, (k - epoch * count // self.batch_size) // WINDOW)

@@ -26,7 +26,8 @@ class Corpus:
     Attributes:
       demonstrations: SFT's training rows.
       pairs: preference rows for the reward model, selection and DPO.
-      held_out: preference rows that nothing trains on: reward accuracy and evaluation prompts.
+      held_out: preference rows that nothing trains on: reward accuracy and evaluation prompts. Empty where
+        data.validation_fraction is 0 and there is no data.test_path.
       prompts: for sampling, each once, in the order of their first row: of data.prompt_path, else of `pairs`.
       reports: what was read and dropped, a source each.
       utility: the toy world's true utility of (prompt, response); None for real data.
@@ -82,9 +83,10 @@ def load_corpus(config: Config) -> Corpus:
 
 @lru_cache(maxsize=2)
 def _load(config: Config) -> Corpus:
-    corpus = _load_toy(config) if config.data.kind == "toy" else _load_sources(config)
-    needed = ("demonstrations", "pairs", "held_out", *(("prompts",) if config.data.prompt_path else ()))
-    empty = [name for name in needed if not getattr(corpus, name)]
+    data = config.data
+    corpus = _load_toy(config) if data.kind == "toy" else _load_sources(config)
+    needed = {"demonstrations": True, "pairs": True, "held_out": data.holds_out, "prompts": bool(data.prompt_path)}
+    empty = [name for name, wanted in needed.items() if wanted and not getattr(corpus, name)]
     if empty:
         sources = "; ".join(
             f"{r.source}: read {r.read}, kept {r.kept}, dropped {dict(r.dropped)}" for r in corpus.reports

@@ -307,7 +307,7 @@ def _accuracy(report: Report, results: list[RunResult], configs: dict[str, Confi
     for artifact, _ in rewards:
         which = f" ({artifact.id})" if len(rewards) > 1 else ""
         for key, name in {"accuracy_by_gap": "their labels", "true_accuracy_by_gap": "the truth"}.items():
-            bins = artifact.manifest["summary"].get(key, [])
+            bins = artifact.manifest["summary"].get(key) or []
             rows += figures.accuracy_rows(f"held-out pairs against {name}{which}", bins)
     selections = distinct(results, "select")
     for artifact, runs in selections:
@@ -315,7 +315,9 @@ def _accuracy(report: Report, results: list[RunResult], configs: dict[str, Confi
         pairs = {"sampled": "sampled", "human": "labelled"}[configs[runs[0]].select.pair_source]
         bins = artifact.manifest["summary"].get("accuracy_by_gap", [])
         rows += figures.accuracy_rows(f"{pairs} pairs against the truth{which}", bins)
-    summaries = [artifact.manifest["summary"] for artifact, _ in rewards]
+    summaries = [
+        a.manifest["summary"] for a, _ in rewards if a.manifest["summary"].get("held_out_accuracy") is not None
+    ]
     return {"charts": report.show(figures.accuracy_by_gap(rows)) if rows else [], "rows": rows, "rewards": summaries}
 
 

@@ -268,7 +268,7 @@ def run(
     buckets = Buckets.of(examples, config.text.length_buckets)
     size = ppo.train.batch_size
     iterations = num_steps(len(examples), epochs=ppo.train.epochs, steps=ppo.train.steps, batch_size=size)
-    batches = TrainBatches(examples, buckets, size, data_seed(config.seed, "ppo"))
+    batches = TrainBatches(examples, buckets, size, data_seed(config.seed, "ppo"), ppo.train.shuffle)
     demonstrations = _demonstrations(config, codec) if ppo.extras.ptx_coef else None
     loop = Loop(config, mesh, codec, actor_model, reward_model, ref_params, reward_params, iterations)
 
@@ -437,4 +437,5 @@ def _demonstrations(config: Config, codec: TextCodec) -> TrainBatches:
     texts = [(row.prompt, (row.response,)) for row in rows]
     examples, _ = tokenize(codec, texts, cache=config.runtime.token_cache_folder)
     buckets = Buckets.of(examples, config.text.length_buckets)
-    return TrainBatches(examples, buckets, config.ppo.train.batch_size, data_seed(config.seed, "ptx"))
+    train = config.ppo.train
+    return TrainBatches(examples, buckets, train.batch_size, data_seed(config.seed, "ptx"), train.shuffle)

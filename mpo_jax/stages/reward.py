@@ -65,7 +65,7 @@ def make_step(model: Model, optim: OptimConfig, loss: str, accumulation: int, me
 def run(config: Config, mesh: Mesh, folder: Path, *, sft: Artifact) -> dict[str, Any]:
     """Trains, or takes the finished model at `reward.path`; writes `model/`.
 
-    Returns counts, held-out accuracy, and accuracy by gap against labels and truth.
+    Returns counts, held-out accuracy, and accuracy by gap against labels and truth; None where nothing is held out.
     """
     check_sizes(config, config.reward.train, "reward")
     corpus = load_corpus(config)
@@ -119,6 +119,8 @@ def _measure(
     config: Config, mesh: Mesh, model: Model, params: Params, corpus: Corpus, codec: TextCodec
 ) -> dict[str, Any]:
     """Accuracy on the held-out pairs, against their labels and, where it is known, the truth."""
+    if not corpus.held_out:
+        return {"held_out_accuracy": None, "accuracy_by_gap": None}
     rows = [(row.prompt, (row.chosen, row.rejected)) for row in corpus.held_out]
     held_out, _ = tokenize(codec, rows, cache=config.runtime.token_cache_folder)
     score = functional.make_score_pairs(model, mesh)

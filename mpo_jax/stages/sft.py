@@ -73,20 +73,30 @@ def run(config: Config, mesh: Mesh, folder: Path) -> dict[str, Any]:
     )
     loading.save(folder / "model", model, params, codec)
 
-    held_out, _ = tokenize(codec, [(row.prompt, (row.chosen,)) for row in corpus.held_out], cache=cache)
-    nll = make_nll(model, mesh)
-    total, count = map_batches(
-        held_out,
-        Buckets.of(held_out, config.text.length_buckets),
-        train.batch_size,
-        lambda batch: nll(params, place_batch(batch, mesh)),
-    )
     return {
         "data": [source.to_dict() for source in corpus.reports],
         "tokens": report.to_dict(),
         **trained,
-        "held_out_nll": float(total.sum() / count.sum()),
+        "held_out_nll": _held_out_nll(config, mesh, model, params, corpus, codec),
     }
+
+
+def _held_out_nll(
+    config: Config, mesh: Mesh, model: Model, params: Params, corpus: Corpus, codec: TextCodec
+) -> float | None:
+    """Nats per token of the held-out chosen responses; None where nothing is held out."""
+    if not corpus.held_out:
+        return None
+    rows = [(row.prompt, (row.chosen,)) for row in corpus.held_out]
+    held_out, _ = tokenize(codec, rows, cache=config.runtime.token_cache_folder)
+    nll = make_nll(model, mesh)
+    total, count = map_batches(
+        held_out,
+        Buckets.of(held_out, config.text.length_buckets),
+        config.sft.train.batch_size,
+        lambda batch: nll(params, place_batch(batch, mesh)),
+    )
+    return float(total.sum() / count.sum())
 
 
 def _show(corpus: Corpus, tokens: TokenReport) -> None:

@@ -119,6 +119,13 @@ def test_the_kind_chooses_the_readers(tmp_path):
     ]  # fmt: skip
 
 
+def test_a_fraction_of_0_holds_nothing_out(tmp_path):
+    path = write(tmp_path / "a.jsonl", pairs(0, 200))
+    corpus = load_corpus(DataConfig(kind="pairs", path=path, validation_fraction=0))
+    assert [row.prompt for row in corpus.pairs] == [f"prompt {i}" for i in range(200)]
+    assert len(corpus.demonstrations) == 200 and corpus.held_out == []
+
+
 def test_a_test_set_without_rows_is_not_replaced(tmp_path):
     path = write(tmp_path / "a.jsonl", pairs(0, 200))
     test = write(tmp_path / "t.jsonl", [{"prompt": "p", "chosen": "x", "rejected": "x"}])
@@ -294,7 +301,7 @@ def test_an_empty_set_says_what_was_read_and_dropped(tmp_path):
 
     path = write(tmp_path / "b.jsonl", pairs(0, 20))
     with pytest.raises(UserError, match=r"no held_out rows.*raise data\.validation_fraction or name data\.test_path"):
-        load_corpus(DataConfig(kind="pairs", path=path, validation_fraction=0.0))
+        load_corpus(DataConfig(kind="pairs", path=path, validation_fraction=1e-5))
 
 
 def test_the_fingerprint_of_files_is_of_their_content_and_the_options(tmp_path):

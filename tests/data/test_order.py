@@ -66,6 +66,16 @@ def test_the_batch_size_does_not_change_the_order():
     assert [n for k in range(16) for n in numbers(small[k])] == [n for k in range(4) for n in numbers(large[k])]
 
 
+@given(st.integers(1, 23), st.integers(1, 9))
+def test_without_shuffling_rows_come_in_file_order(count, size):
+    """Batch k holds rows k B to (k + 1) B - 1, around the end to the first; epochs are counted as ever."""
+    source = TrainBatches(numbered(count), Buckets((Widths(1, 1),)), size, seed=5, shuffle=False)
+    for k in (0, 1, 7):
+        places = np.arange(k * size, (k + 1) * size)
+        assert numbers(source[k]) == (places % count).tolist()
+        assert source[k].epoch.tolist() == (places // count).tolist()
+
+
 def test_extra_numbers_travel_with_their_row():
     source = TrainBatches(EXAMPLES, ONE, 2, seed=3)
     seen = Counter()
@@ -88,6 +98,14 @@ def test_one_bucket_keeps_grains_order():
 # order with several buckets
 
 LONG, SHORT = Widths(16, 8), Widths(8, 8)
+
+
+def test_without_shuffling_no_lengths_are_brought_together():
+    lengths = [1, 9, 2, 9, 1, 1]
+    examples = [Example([1] * n, [[2]]) for n in lengths]
+    source = TrainBatches(examples, Buckets.of(examples, 2), 2, seed=0, shuffle=False)
+    assert [source[k].rows.prompt_len.tolist() for k in range(3)] == [[1, 9], [2, 9], [1, 1]]
+    assert [source[k].rows.prompt.shape[1] for k in range(3)] == [16, 16, 8]
 
 
 def mixed(count: int, size: int, seed: int = 0, share: int = 3) -> TrainBatches:

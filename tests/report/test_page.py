@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -260,6 +261,15 @@ def test_sections_without_data_are_left_out(tmp_path: Path) -> None:
     assert not (tmp_path / "report" / "figures" / "gaps.csv").exists()
     assert not (tmp_path / "report" / "tables" / "differences.csv").exists()
     assert "#differences" not in page.all("a", "href")
+
+
+def test_a_reward_model_that_was_not_measured_has_no_accuracy(tmp_path: Path) -> None:
+    workdir = workdirs.make(tmp_path, utility=False)
+    for path in workdir.glob("stages/reward-*/manifest.json"):
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest["summary"] |= {"held_out_accuracy": None, "accuracy_by_gap": None}
+        path.write_text(json.dumps(manifest), encoding="utf-8")
+    assert "the reward model agrees" not in small_page(workdir).text
 
 
 def test_as_many_samples_as_configured(tmp_path: Path) -> None:
