@@ -5,8 +5,8 @@
 #   TPU=NAME ZONE=ZONE WORKDIR=/mnt/runs bash launch/tpu_pod.sh run        configs/hh_llama2_7b.yaml on v5p-8 chips
 #   TPU=NAME ZONE=ZONE WORKDIR=/mnt/runs bash launch/tpu_pod.sh run CONFIG PRESET [key=value ...]
 #
-# Edit or set: TPU, ZONE; REPOSITORY (what the hosts clone); WORKDIR, a folder that all hosts share (Filestore, or a bucket
-# mounted with gcsfuse). HF_TOKEN is handed on where it is set. A preempted slice is made again, set up, and run again.
+# Edit or set: TPU, ZONE; REPOSITORY (what the hosts clone); WORKDIR, a folder that all hosts share (Filestore or
+# other NFS; launch/README.md on buckets). HF_TOKEN is handed on where it is set. A preempted slice is made again, set up, and run again.
 set -euo pipefail
 : "${TPU:?set TPU to the name of the TPU VM}" "${ZONE:?set ZONE to its zone}"
 

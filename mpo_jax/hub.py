@@ -12,6 +12,18 @@ WANTED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 """What a checkpoint consists of here. Pickled weights (*.bin, *.pt) are never fetched."""
 
 
+def hub_id(path: str) -> tuple[str, str | None]:
+    """Repository and revision of a hub id, `org/name` or `org/name@revision`.
+
+    Raises:
+      UserError: if the path has not that form.
+    """
+    repository, _, revision = path.partition("@")
+    if repository.count("/") != 1 or path.startswith((".", "/", "~")) or path.endswith(".gguf"):
+        raise UserError(f"no model at {path}: no such folder or .gguf file, and no hub id (org/name)")
+    return repository, revision or None
+
+
 @lru_cache
 def local_model(path: str) -> Path:
     """The local folder or GGUF file behind `model.path` and its like.
@@ -27,13 +39,9 @@ def local_model(path: str) -> Path:
         if local.is_file() and local.suffix != ".gguf":
             raise UserError(f"{path} is a file: name the model's folder, or a .gguf file")
         return local
-    repository, _, revision = path.partition("@")
-    if repository.count("/") != 1 or path.startswith((".", "/", "~")) or path.endswith(".gguf"):
-        raise UserError(f"no model at {path}: no such folder or .gguf file, and no hub id (org/name)")
+    repository, revision = hub_id(path)
     try:
-        return Path(
-            huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=list(WANTED))
-        )
+        return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=list(WANTED)))
     except HFValidationError as error:
         raise UserError(f"no model at {path}: no such folder, and no valid hub id (org/name)") from error
     except GatedRepoError as error:

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mpo_jax.config import MeshConfig
@@ -46,7 +47,15 @@ def make_mesh(config: MeshConfig) -> Mesh:
 
 
 def mesh_of(config: MeshConfig, devices: Sequence[Any]) -> Mesh:
-    """The mesh over exactly these devices, which need not be this process's: a plan compiles for devices elsewhere."""
+    """The mesh over exactly these devices, which need not be this process's: a plan compiles for devices elsewhere.
+
+    Raises:
+      UserError: if several TPU slices cannot be divided along `data`, which alone may cross the network between them.
+    """
+    # of GPUs every host counts as a slice, and JAX orders them by host by itself
+    slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"})
+    if slices > 1:
+        return _over_slices(config, devices, slices)
     return jax.make_mesh(
         (config.data, config.fsdp, config.tensor),
         ("data", "fsdp", "tensor"),
@@ -54,6 +63,17 @@ def mesh_of(config: MeshConfig, devices: Sequence[Any]) -> Mesh:
         axis_types=(AxisType.Auto,) * 3,
         devices=devices,
     )
+
+
+def _over_slices(config: MeshConfig, devices: Sequence[Any], slices: int) -> Mesh:
+    if config.data % slices:
+        raise UserError(
+            f"{slices} TPU slices, but mesh.data={config.data}: make it a multiple of {slices}, so that fsdp and "
+            "tensor stay inside a slice and only sums of gradients cross the network"
+        )
+    inside = (config.data // slices, config.fsdp, config.tensor)
+    placed = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices)
+    return Mesh(placed, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 
 
 def check_batch(batch_size: int, mesh: MeshConfig, key: str) -> None:

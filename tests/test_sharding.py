@@ -1,5 +1,7 @@
 """mpo_jax.sharding: the table of logical axes, refusals, and where arrays end up on eight devices."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,7 @@ from mpo_jax.sharding import (
     check_batch,
     constrain,
     make_mesh,
+    mesh_of,
     place_batch,
     replicated,
     shardings_for,
@@ -60,6 +63,13 @@ def test_a_mesh_takes_the_first_devices(sizes):
     assert dict(mesh.shape) == dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
     assert {d.id for d in mesh.devices.flat} == {d.id for d in jax.devices()[: int(np.prod(sizes))]}
     assert set(mesh.axis_types) == {AxisType.Auto}
+
+
+def test_slices_are_divided_along_data():
+    """Stand-ins for the devices of two TPU slices; tests/plan has the mesh over real descriptions."""
+    devices = [SimpleNamespace(platform="tpu", slice_index=i // 4) for i in range(8)]
+    with pytest.raises(UserError, match=r"2 TPU slices, but mesh.data=1: make it a multiple of 2"):
+        mesh_of(MeshConfig(fsdp=8), devices)
 
 
 def test_a_mesh_larger_than_the_machine_says_how_to_mend_it():

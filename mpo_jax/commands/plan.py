@@ -6,10 +6,8 @@ from mpo_jax.artifacts import write_json
 from mpo_jax.config import Config
 from mpo_jax.errors import UserError
 from mpo_jax.plan import compilers, fit, measure, report, targets
-from mpo_jax.plan.programs import Program
+from mpo_jax.plan.programs import STAGES, Program
 from mpo_jax.tracker import console
-
-STAGES = ("sft", "reward", "select", "dpo", "ppo", "evaluate")
 
 
 def plan(config: Config, on: str, *, stages: tuple[str, ...], json_file: Path | None, search: bool) -> bool:
@@ -36,8 +34,7 @@ def plan(config: Config, on: str, *, stages: tuple[str, ...], json_file: Path | 
         peak, usable = measure.gib(one.peak), measure.gib(one.capacity)
         console.print(f"{peak:.3g} of {usable:.3g} GiB, {one.compile_s:.0f} s")
 
-    wanted = (program for program in planned.stages if not stages or program.stage in stages)
-    measured = planned.measure(wanted, begin=begin, end=end)
+    measured = planned.measure(planned.stages.of(stages or STAGES), begin=begin, end=end)
     console.print(report.memory_table(measured, planned))
     console.print(report.work_table(measured, planned))
     for line in (*report.notes(planned), report.DEFINITIONS, *report.unfit(planned.config, measured)):

@@ -80,7 +80,7 @@ def _updates(config: Config, target: Target, remat: str, stage: str, accumulatio
     plan = prepare(
         changed(config, {"model": {"remat": remat}, stage: {"train": {"accumulation": accumulation}}}), target
     )
-    wanted: list[Program] = [p for p in plan.stages if p.stage == stage and p.train is not None]
+    wanted: list[Program] = [p for p in plan.stages.of([stage]) if p.train is not None]
     return plan.measure(wanted)
 
 

@@ -19,7 +19,8 @@ from mpo_jax.plan.sizes import decoder_sizes
 from mpo_jax.plan.targets import GIB, Target, known
 from mpo_jax.sharding import mesh_of
 
-_USED = re.compile(r"Used ([\d.]+)([KMGT]?)i?B? of ([\d.]+)")
+_USED = re.compile(r"Used ([\d.]+)([KMGT]?)i?B? of [\d.]+")
+_TEMPORARIES = re.compile(r"HLO temporaries \(([\d.]+)([KMGT]?)i?B?\) exceeds")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -142,7 +143,7 @@ def compile_one(
         try:
             executable = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            used = used_bytes(str(error))
+            used = used_bytes(str(error), device_bytes(arguments))
             if used is None:
                 raise
             elapsed = time.perf_counter() - begin
@@ -171,12 +172,18 @@ def _memory(stats: Any, held: int) -> Memory:
     )
 
 
-def used_bytes(message: str) -> int | None:
-    """The memory that a program needs, from a compiler's complaint that there is too little; None for other errors."""
+def used_bytes(message: str, arguments: int) -> int | None:
+    """The memory that a program needs, from a compiler's complaint that there is too little; None for other errors.
+
+    Args:
+      arguments: bytes of the program's arguments, since one complaint is about temporaries alone.
+    """
     if "RESOURCE_EXHAUSTED" not in message:
         return None
-    found = _USED.search(message)
-    return int(float(found[1]) * _UNITS[found[2]]) if found else None
+    for pattern, besides in ((_USED, 0), (_TEMPORARIES, arguments)):
+        if found := pattern.search(message):
+            return int(float(found[1]) * _UNITS[found[2]]) + besides
+    return None
 
 
 def seconds(work: Work, found: Sequence[Traffic], target: Target, mesh: MeshConfig) -> float | None:

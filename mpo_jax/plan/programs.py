@@ -5,7 +5,7 @@ training started from); that is listed, since it fills memory all the same.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,8 @@ from mpo_jax.sharding import batch_sharding, replicated
 from mpo_jax.stages import dpo, evaluate, ppo, reward, sft
 from mpo_jax.train import check_sizes, state_sharding
 from mpo_jax.types import Joined, Params, TrainState
+
+STAGES = ("sft", "reward", "select", "dpo", "ppo", "evaluate")
 
 MULTIPLE = 8
 """Batches' widths are rounded up to it (data.batches)."""
@@ -87,12 +89,14 @@ class Stages:
         self.rows_sharding, self.everywhere = batch_sharding(mesh), replicated(mesh)
 
     def __iter__(self) -> Iterator[Program]:
-        yield from self._sft()
-        yield from self._reward()
-        yield from self._select()
-        yield from self._dpo()
-        yield from self._ppo()
-        yield from self._evaluate()
+        return self.of(STAGES)
+
+    def of(self, stages: Sequence[str]) -> Iterator[Program]:
+        """The programs of some stages; the others' settings are not looked at."""
+        makers = (self._sft, self._reward, self._select, self._dpo, self._ppo, self._evaluate)
+        for stage, programs in zip(STAGES, makers, strict=True):
+            if stage in stages:
+                yield from programs()
 
     # what programs are called with
 

@@ -8,6 +8,7 @@ import huggingface_hub
 from mpo_jax.config import Config
 from mpo_jax.data.corpus import base_tokenizer
 from mpo_jax.errors import UserError
+from mpo_jax.hub import hub_id
 from mpo_jax.model import families, loading
 from mpo_jax.model.decoder import DecoderConfig, RopeScaling
 from mpo_jax.text import TextCodec
@@ -62,11 +63,11 @@ def decoder_sizes(config: Config) -> tuple[DecoderConfig, str]:
         return families.read_config(local), path
     if local.exists():
         return loading.open_model(path).decoder, path
-    repository, _, revision = path.partition("@")
+    repository, revision = hub_id(path)
     if repository in KNOWN:
         return KNOWN[repository], f"the published sizes of {repository}"
     try:
-        file = huggingface_hub.hf_hub_download(repository, "config.json", revision=revision or None)
+        file = huggingface_hub.hf_hub_download(repository, "config.json", revision=revision)
     except Exception as error:  # OSError, and what the HTTP libraries raise of their own
         raise UserError(
             f"no sizes for model.path={path}: no such folder, none of {', '.join(KNOWN)}, and its config.json could "

@@ -101,8 +101,13 @@ def test_the_compiler_s_complaint_is_read():
         "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
         "Used 19.53G of 15.75G hbm. Exceeded hbm capacity by 3.78G."
     )
-    assert measure.used_bytes(text) == int(19.53 * 2**30)
-    assert measure.used_bytes("INTERNAL: Used 19.53G of 15.75G hbm") is None
+    assert measure.used_bytes(text, 7) == int(19.53 * 2**30)
+    assert measure.used_bytes("INTERNAL: Used 19.53G of 15.75G hbm", 7) is None
+    text = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (120.05G) exceeds "
+        "available HBM (15.75G)."
+    )
+    assert measure.used_bytes(text, 7) == int(120.05 * 2**30) + 7
 
 
 def test_time_is_the_longest_part():

@@ -47,3 +47,8 @@ def test_an_unknown_model_without_a_hub(monkeypatch):
     monkeypatch.setattr(sizes.huggingface_hub, "hf_hub_download", unreachable)
     with pytest.raises(UserError, match=r"no sizes for model.path=org/name: no such folder.*OSError"):
         sizes.decoder_sizes(load_config(MICRO, ("model.path=org/name",)))
+
+
+def test_a_file_that_is_not_there():
+    with pytest.raises(UserError, match=r"no model at models/absent.gguf: no such folder or .gguf file"):
+        sizes.decoder_sizes(load_config(MICRO, ("model.path=models/absent.gguf",)))
