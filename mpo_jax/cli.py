@@ -237,7 +237,8 @@ def doctor(
 @app.command("bench")
 def run_bench(
     arguments: Annotated[
-        list[str] | None, typer.Argument(metavar="[WORKLOAD | CONFIG.yaml | KEY=VALUE]...", help="default: all workloads")
+        list[str] | None,
+        typer.Argument(metavar="[WORKLOAD | CONFIG.yaml | KEY=VALUE]...", help="default: all workloads"),
     ] = None,
     rows: Annotated[
         str, typer.Option(help="PROMPT+RESPONSE tokens of made-up rows, or: data, the configuration's own rows")

@@ -15,9 +15,9 @@ from mpo_jax.bench.workloads import Workload
 from mpo_jax.plan.targets import Kind, known
 
 DEFINITIONS = (
-    "tokens/s: real tokens, no padding. FLOPs: necessary ones, a multiply-add as two: matrices over real tokens, scores "
-    "of visible keys, logits at response tokens, backward twice forward, nothing recomputed. of matmul: their rate over "
-    "that of one large matrix product here. MFU: over the vendor's peak in bfloat16, known devices only."
+    "tokens/s: real tokens, no padding. FLOPs: necessary ones, a multiply-add as two: matrices over real tokens, "
+    "scores of visible keys, logits at response tokens, backward twice forward, nothing recomputed. of matmul: their "
+    "rate over that of one large matrix product here. MFU: over the vendor's peak in bfloat16, known devices only."
 )
 
 

@@ -104,9 +104,7 @@ class Bench:
         train, loss = self.config.dpo.train, dpo.DpoLoss.of(self.config.dpo)
         step = dpo.make_step(self._model(), train.optim, loss, train.accumulation, self.mesh)
         reference = jnp.zeros((self.batch, 2))
-        return self._update(
-            "dpo", step, self._params(), train.optim, "vocab", 2, lambda batch: (batch, reference)
-        )
+        return self._update("dpo", step, self._params(), train.optim, "vocab", 2, lambda batch: (batch, reference))
 
     def _update(
         self, name: Name, step: Any, params: Params, optim: Any, head: flops.Head, num_responses: int, inputs: Any
@@ -217,9 +215,7 @@ class Bench:
         itemsize = jnp.dtype(model.dtype).itemsize
         for k in range(self.steps):
             prompts, lengths = np.asarray(batches[k].rows.prompt_len), np.asarray(run(k))
-            vocab, judge = (
-                flops.necessary(model.decoder, prompts, lengths, head) for head in ("vocab", "scalar")
-            )
+            vocab, judge = (flops.necessary(model.decoder, prompts, lengths, head) for head in ("vocab", "scalar"))
             drawn = flops.sampling(model.decoder, prompts, lengths, itemsize)
             passes = 3 * method.epochs * (vocab + judge)
             # the reference and the reward model always; behaviour and values are the update's own when there is one
@@ -274,9 +270,7 @@ class Bench:
         rng = np.random.default_rng(0)
         high, (P, S) = self._model().decoder.vocab_size, self.rows
         draw = lambda n: rng.integers(0, high, n, np.int32)  # noqa: E731
-        return [
-            Example(draw(P), [draw(S) for _ in range(num_responses)]) for _ in range(self.batch * self.steps)
-        ]
+        return [Example(draw(P), [draw(S) for _ in range(num_responses)]) for _ in range(self.batch * self.steps)]
 
     def _own_examples(self, num_responses: int) -> Iterator[Example]:
         """The configuration's rows: demonstrations, pairs, or the prompts of selection."""
