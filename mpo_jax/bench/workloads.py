@@ -218,8 +218,8 @@ class Bench:
             vocab, judge = (flops.necessary(model.decoder, prompts, lengths, head) for head in ("vocab", "scalar"))
             drawn = flops.sampling(model.decoder, prompts, lengths, itemsize)
             passes = 3 * method.epochs * (vocab + judge)
-            # the reference and the reward model always; behaviour and values are the update's own when there is one
-            scoring = (vocab + judge) * (1 if ppo.scores_in_update(method) else 2)
+            # reference and reward model; behaviour and values are those of the first update's own forward pass
+            scoring = vocab + judge
             workload.flops.append(drawn.flops + passes + scoring)
             workload.tokens.append(int(prompts.sum() + lengths.sum()))
             workload.padded.append(self.batch * (prompt + room))

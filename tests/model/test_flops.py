@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from mpo_jax.model import flops, functional
@@ -62,3 +63,28 @@ def test_xla_counts_the_same(head):
     counted = jax.jit(run).lower(params, batch).cost_analysis()["flops"]
     ours = flops.forward(sizes, rows, head).flops
     assert 0.8 * counted < ours <= counted
+
+
+def test_what_rows_need_by_hand():
+    """Two prompts of 3 and 1 tokens; responses of 2 and 1, and of none and 2: prompts once, keys that are seen."""
+    sizes = dataclasses.replace(
+        DECODER, vocab_size=5, hidden_size=4, intermediate_size=3, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=2
+    )
+    matrices = 4 * 2 * 4 + 3 * 4 * 3
+    seen = (1 + 2 + 3) + (4 + 5) + 4 + 1 + (2 + 3)
+    prompt, response = np.asarray([3, 1]), np.asarray([[2, 1], [0, 2]])
+    shared = 2 * matrices * (4 + 5) + 4 * 2 * seen
+    assert flops.necessary(sizes, prompt, response, "vocab") == shared + 2 * 4 * 5 * 5
+    assert flops.necessary(sizes, prompt, response, "scalar") == shared + 2 * 4 * 3
+
+
+def test_what_sampling_reads_by_hand():
+    """The last token of each response is drawn and not read; matrices once a token of the longest response."""
+    sizes = dataclasses.replace(
+        DECODER, vocab_size=5, hidden_size=4, intermediate_size=3, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=2
+    )
+    matrices = 4 * 2 * 4 + 3 * 4 * 3 + 4 * 5
+    work = flops.sampling(sizes, np.asarray([3, 1]), np.asarray([[3], [1]]), 2)
+    assert work.decode_reads == 2 * (2 * matrices + 2 * 2 * (4 + 5))
+    drawn = flops.necessary(sizes, np.asarray([3, 1]), np.asarray([[2], [0]]), "scalar")
+    assert work.flops == drawn + 2 * 4 * 5 * 4
