@@ -36,15 +36,18 @@ def inputs(tmp_path_factory):
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+def bench(inputs, command: str, name: str, *overrides: str) -> int:
+    """The status of `mpo COMMAND configs/bench/NAME.yaml` on the inputs."""
+    return mpo(
+        command, BENCH / f"{name}.yaml", f"model.path={inputs.model}", f"data.path={inputs.folder / 'rows.jsonl'}",
+        f"workdir={inputs.folder / 'work'}", "text.max_prompt_tokens=44", "text.max_response_tokens=20",
+        "runtime.compilation_cache=null", "runtime.token_cache=null", *overrides,
+    )  # fmt: skip
+
+
 def run(inputs, capsys, stage: str, *overrides: str) -> list[dict[str, float]]:
     """The values of the lines that `mpo STAGE` prints, a dictionary a step."""
-    status = mpo(
-        stage, BENCH / f"{stage}.yaml", f"model.path={inputs.model}", f"data.path={inputs.folder / 'rows.jsonl'}",
-        f"train.steps={STEPS}", f"train.batch_size={BATCH}", f"workdir={inputs.folder / 'work'}", *overrides,
-        "text.max_prompt_tokens=44", "text.max_response_tokens=20", "runtime.compilation_cache=null",
-        "runtime.token_cache=null",
-    )  # fmt: skip
-    assert status == 0
+    assert bench(inputs, stage, stage, f"train.steps={STEPS}", f"train.batch_size={BATCH}", *overrides) == 0
     lines = [line.split(" ") for line in capsys.readouterr().out.splitlines() if line.startswith(f"{stage} step ")]
     steps = [dict(zip(words[1::2], map(float, words[2::2]), strict=True)) for words in lines]
     assert [values["step"] for values in steps] == list(range(1, STEPS + 1))
@@ -86,7 +89,7 @@ def test_sft_is_the_nll_of_the_file_s_rows_in_order(inputs, capsys):
 
 
 def test_the_reward_model_starts_at_log_2_and_learns(inputs, capsys):
-    steps = run(inputs, capsys, "reward")
+    steps = run(inputs, capsys, "reward", "train.log_every=3", "--log-every", "1")
     np.testing.assert_allclose(steps[0]["loss"], np.log(2), rtol=1e-6)
     assert steps[1]["loss"] != steps[0]["loss"]
 
@@ -101,6 +104,19 @@ def test_dpo_starts_at_log_2_from_the_base_model(inputs, capsys):
         logps = response_logps(inputs, side)
         expected = np.mean([logps[row].sum() for row in batch_rows(1)])
         np.testing.assert_allclose(first[f"logps/{side}"], expected, rtol=1e-5)
+
+
+def test_nothing_is_measured_where_nothing_is_held_out(inputs, capsys):
+    """And evaluation is refused before anything is trained."""
+    assert bench(inputs, "reward", "reward", "train.steps=1", "train.batch_size=1") == 0
+    manifests = inputs.folder.glob("work/stages/*/manifest.json")
+    made = [json.loads(path.read_text(encoding="utf-8")) for path in manifests]
+    kept = {manifest["stage"]: manifest["summary"] for manifest in made if manifest["stage"] in ("sft", "reward")}
+    assert kept["sft"]["held_out_nll"] is None
+    assert kept["reward"]["held_out_accuracy"] is None and kept["reward"]["accuracy_by_gap"] is None
+    assert bench(inputs, "evaluate", "sft", f"workdir={inputs.folder / 'evaluated'}") == 2
+    assert "no held-out prompts to evaluate on: name preference rows as data.test_path" in capsys.readouterr().err
+    assert not list((inputs.folder / "evaluated" / "stages").iterdir())
 
 
 def test_ppo_starts_at_its_reference(inputs, capsys):

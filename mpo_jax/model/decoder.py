@@ -126,14 +126,18 @@ def rotate(x: Float[Array, "B T H K"], cos: Float[Array, "B T k"], sin: Float[Ar
 
 
 class Attention(nnx.Module):
-    """Grouped-query self-attention."""
+    """Grouped-query self-attention; `fused` has one kernel [D G R+2 K] of each group's R queries, key and value."""
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, fused: bool = False):
         c = config
         out_std = c.init_std / (2 * c.num_layers) ** 0.5
-        self.q = nnx.Param(normal(rngs, (c.hidden_size, c.num_heads, c.head_dim), c.init_std))
-        self.k = nnx.Param(normal(rngs, (c.hidden_size, c.num_kv_heads, c.head_dim), c.init_std))
-        self.v = nnx.Param(normal(rngs, (c.hidden_size, c.num_kv_heads, c.head_dim), c.init_std))
+        if fused:
+            group = c.num_heads // c.num_kv_heads + 2
+            self.qkv = nnx.Param(normal(rngs, (c.hidden_size, c.num_kv_heads, group, c.head_dim), c.init_std))
+        else:
+            self.q = nnx.Param(normal(rngs, (c.hidden_size, c.num_heads, c.head_dim), c.init_std))
+            self.k = nnx.Param(normal(rngs, (c.hidden_size, c.num_kv_heads, c.head_dim), c.init_std))
+            self.v = nnx.Param(normal(rngs, (c.hidden_size, c.num_kv_heads, c.head_dim), c.init_std))
         self.o = nnx.Param(normal(rngs, (c.num_heads, c.head_dim, c.hidden_size), out_std))
         if c.qkv_bias:
             self.q_bias = nnx.Param(jnp.zeros((c.num_heads, c.head_dim), jnp.float32))
@@ -142,11 +146,16 @@ class Attention(nnx.Module):
         if c.qk_norm:
             self.q_norm = RMSNorm(c.head_dim, c.norm_eps)
             self.k_norm = RMSNorm(c.head_dim, c.norm_eps)
-        self.config = c
+        self.config, self.fused = c, fused
 
     def project(self, x: Float[Array, "B T D"], cos: Array, sin: Array) -> tuple[Array, Array, Array]:
         """Rotated queries [B T H K] and keys [B T G K], and values [B T G K]."""
-        q, k, v = (linear(x, kernel[...]) for kernel in (self.q, self.k, self.v))
+        if self.fused:
+            together = linear(x, self.qkv[...])
+            q = rearrange(together[..., :-2, :], "b t g r k -> b t (g r) k")
+            k, v = together[..., -2, :], together[..., -1, :]
+        else:
+            q, k, v = (linear(x, kernel[...]) for kernel in (self.q, self.k, self.v))
         if self.config.qkv_bias:
             biases = (self.q_bias, self.k_bias, self.v_bias)
             q, k, v = (y + along_last(b[...].astype(y.dtype), y) for y, b in zip((q, k, v), biases, strict=True))
@@ -159,28 +168,37 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)). arXiv:2002.05202."""
+    """SwiGLU: down(silu(gate(x)) * up(x)), arXiv:2002.05202; `fused` has one kernel [D 2 F] of gate and up."""
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, fused: bool = False):
         c = config
-        self.gate = nnx.Param(normal(rngs, (c.hidden_size, c.intermediate_size), c.init_std))
-        self.up = nnx.Param(normal(rngs, (c.hidden_size, c.intermediate_size), c.init_std))
+        self.fused = fused
+        if fused:
+            self.gate_up = nnx.Param(normal(rngs, (c.hidden_size, 2, c.intermediate_size), c.init_std))
+        else:
+            self.gate = nnx.Param(normal(rngs, (c.hidden_size, c.intermediate_size), c.init_std))
+            self.up = nnx.Param(normal(rngs, (c.hidden_size, c.intermediate_size), c.init_std))
         self.down = nnx.Param(
             normal(rngs, (c.intermediate_size, c.hidden_size), c.init_std / (2 * c.num_layers) ** 0.5)
         )
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return linear(jax.nn.silu(linear(x, self.gate[...])) * linear(x, self.up[...]), self.down[...])
+        if self.fused:
+            together = linear(x, self.gate_up[...])
+            gate, up = together[..., 0, :], together[..., 1, :]
+        else:
+            gate, up = linear(x, self.gate[...]), linear(x, self.up[...])
+        return linear(jax.nn.silu(gate) * up, self.down[...])
 
 
 class Block(nnx.Module):
     """One layer: pre-norm attention and MLP, each added to the residual stream."""
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, fused: bool = False):
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.attention = Attention(config, rngs=rngs)
+        self.attention = Attention(config, rngs=rngs, fused=fused)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp = MLP(config, rngs=rngs)
+        self.mlp = MLP(config, rngs=rngs, fused=fused)
 
     def full(self, x: Array, cos: Array, sin: Array, attend: Callable[[Array, Array, Array], Array]) -> Any:
         """The layer over whole rows; returns x and the keys and values [B T G K] for a cache.
@@ -230,6 +248,20 @@ class Block(nnx.Module):
         x_B1D = x_B1D + self.attention.output(rearrange(old + new, "b g r k -> b 1 (g r) k"))
         x_B1D = x_B1D + self.mlp(self.mlp_norm(x_B1D))
         return x_B1D, recent
+
+
+def fuse(layer: dict[str, Any]) -> dict[str, Any]:
+    """A layer's parameters for a `fused` block: fewer, larger products, which few tokens at a time need.
+
+    The kernels of a group of heads stay together, and gate and up keep their feed-forward axis, so that a tensor axis
+    divides them as before.
+    """
+    attention, mlp = dict(layer["attention"]), dict(layer["mlp"])
+    q, k, v = (attention.pop(name) for name in "qkv")
+    queries = rearrange(q, "d (g r) k -> d g r k", g=k.shape[1])
+    attention["qkv"] = jnp.concatenate([queries, k[:, :, None], v[:, :, None]], 2)
+    mlp["gate_up"] = jnp.stack([mlp.pop("gate"), mlp.pop("up")], 1)
+    return {**layer, "attention": attention, "mlp": mlp}
 
 
 class Trunk(nnx.Module):

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from mpo_jax.model import attention
-from mpo_jax.model.decoder import FLOAT32, PARAM_AXES, Block, DecoderConfig, ScalarHead, Trunk, rope_tables
+from mpo_jax.model.decoder import FLOAT32, PARAM_AXES, Block, DecoderConfig, ScalarHead, Trunk, fuse, rope_tables
 from mpo_jax.selection import make_pair_scorer
 from mpo_jax.sharding import BATCH_AXES, constrain, replicated, shardings_for
 from mpo_jax.types import Joined, Params, Tokens
@@ -77,12 +77,13 @@ Caches: TypeAlias = tuple[tuple[Array, Array], ...]
 
 
 @lru_cache
-def _graphs(config: DecoderConfig) -> tuple[Any, Any, Any]:
-    """The NNX graph definitions of trunk, layer and scalar head; no array is made."""
+def _graphs(config: DecoderConfig) -> tuple[Any, Any, Any, Any]:
+    """The NNX graph definitions of trunk, layer, scalar head and fused layer; no array is made."""
     trunk = nnx.eval_shape(lambda: Trunk(config, rngs=nnx.Rngs(0)))
     block = nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0)))
     score = nnx.eval_shape(lambda: ScalarHead(config))
-    return nnx.graphdef(trunk), nnx.graphdef(block), nnx.graphdef(score)
+    fused = nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0), fused=True))
+    return nnx.graphdef(trunk), nnx.graphdef(block), nnx.graphdef(score), nnx.graphdef(fused)
 
 
 def _trunk(model: Model, params: Params) -> Trunk:
@@ -97,7 +98,7 @@ def _block(model: Model, layer_params: Params) -> Block:
 
 
 def for_decoding(model: Model, params: Params) -> Params:
-    """The parameters in the arithmetic's type and whole along `fsdp`, layers one by one, the head as a matrix.
+    """The parameters in the arithmetic's type and whole along `fsdp`, layers one by one and fused, the head a matrix.
 
     Made once for a sampling phase: as training lays them out, every token would gather, cast and cut them anew.
     Norms keep their type: they are computed in float32.
@@ -110,7 +111,7 @@ def for_decoding(model: Model, params: Params) -> Params:
 
     flat: dict[Any, Any] = flatten_dict(params)
     whole: Params = unflatten_dict({path: gather(path, leaf) for path, leaf in flat.items()})
-    layers = [jax.tree.map(itemgetter(i), whole["layers"]) for i in range(model.decoder.num_layers)]
+    layers = [fuse(jax.tree.map(itemgetter(i), whole["layers"])) for i in range(model.decoder.num_layers)]
     return {**whole, "head": head_matrix(model, whole), "layers": layers}
 
 
@@ -252,7 +253,8 @@ def decode_step(
     cos, sin = rope_tables(model.decoder, position_B[:, None])
     written = []
     for layer, old, new in zip(weights["layers"], stored, recent, strict=True):
-        x, new = _block(model, layer).cached(x, cos, sin, old, new, visible_BT, slot)
+        block = nnx.merge(_graphs(model.decoder)[3], layer)
+        x, new = block.cached(x, cos, sin, old, new, visible_BT, slot)
         written.append(new)
     return trunk.norm(x)[:, 0], tuple(written)
 

@@ -7,7 +7,8 @@
 Under 6 minutes on two quiet cores; prints a Markdown table. It makes its own inputs: a random Llama of 8.3M parameters
 and rows of exactly 128 + 128 tokens. Every side of every line is a process of its own, so that peak memory is its own
 too (libraries and compilation included); while one is timed the other waits. First both must give equal losses for
-three steps (1e-4), or equal greedy tokens; then they take turns.
+three steps (1e-4), or equal greedy tokens; then they take turns. Other work on the machine spoils it: torch's threads
+wait for each other at every operation.
 
 A step is forward, backward, clipping and AdamW, and for DPO the reference where it is not precomputed; reading and
 collating the next rows is left out on both sides. TRL runs as installed but for float32 and no gradient checkpointing,
@@ -56,9 +57,6 @@ WORK = {
     "sample16": (f"sampling, {SAMPLED_PROMPT} + {LENGTH} tokens, batch 16", 16, 1, "tokens/s"),
     "sample1": (f"sampling, {SAMPLED_PROMPT} + {LENGTH} tokens, batch 1", 1, 2, "tokens/s"),
 }
-
-
-# Inputs
 
 
 def write_inputs(folder: Path) -> None:
@@ -120,11 +118,11 @@ def _write_model(folder: Path, architecture: str, weights: dict[str, np.ndarray]
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
 
 
-# One side of one line, in its own process: asked over standard input for so many steps, it answers with a line of JSON
-
-
 class Channel:
-    """Between a worker and the process that asks: `next` before each step, `done` after it."""
+    """Between a worker and the process that asks: `next` before each step, `done` after it.
+
+    A worker is one side of one line. Asked over standard input for so many steps, it answers with a line of JSON.
+    """
 
     def __init__(self) -> None:
         # libraries print to standard output too
@@ -234,10 +232,10 @@ def mpo_jax_training(work: str, folder: Path, channel: Channel) -> None:
         known_EN = np.zeros((len(examples), 0), np.float32)
         if work == "dpo_precomputed":
             known_EN = map_batches(examples, buckets, size, partial(_placed, logps, params, mesh))
-        # a copy, so that the reference stays as it is
+        # the state holds a copy, so that the reference stays as it is; elsewhere it is in nobody's memory
         state, k, rate = init_state(params, optim, mesh), 0, jnp.float32(optim.learning_rate)
         reference = params if work == "dpo" else None
-        del params
+        params = None
         channel.ready([])
 
         def step() -> Callable[[], float]:
@@ -410,11 +408,8 @@ def torch_sampling(batch_size: int, folder: Path, channel: Channel) -> None:
     channel.repeat(lambda: lambda: drawn(LENGTH, do_sample=True, temperature=1.0, top_k=0, top_p=1.0).numel())
 
 
-# The process that asks
-
-
 class Worker:
-    """One side of one line."""
+    """One side of one line, seen by the process that asks."""
 
     def __init__(self, side: str, work: str, folder: Path):
         threads = {f"{library}_NUM_THREADS": str(THREADS) for library in ("OMP", "MKL", "OPENBLAS")}
