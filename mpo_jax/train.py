@@ -71,8 +71,7 @@ def _gradients(
     """
     if accumulation == 1:
         return _gradient(objective, params, batch, fixed, None)
-    # interleaved, so that the rows of one device stay on it
-    micro = jax.tree.map(lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch)
+    micro = micro_batches(batch, accumulation)
     # counts depend on masks alone, so the compiler drops the forward pass behind them
     counts = jax.tree.map(
         lambda x: x.sum(0), jax.vmap(lambda b: {k: m.count for k, m in objective(params, b, *fixed)[0].items()})(micro)
@@ -86,6 +85,11 @@ def _gradients(
     rest = jax.tree.map(lambda x: x[1:], micro)
     total, _ = jax.lax.scan(add, _gradient(objective, params, first, fixed, counts), rest)
     return total
+
+
+def micro_batches(batch: Any, count: int) -> Any:
+    """[B ...] as [count B/count ...]: interleaved, so that the rows of one device stay on it."""
+    return jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
 
 
 def _gradient(
@@ -129,14 +133,26 @@ def make_update(
 
     def update(state: TrainState, batch: Any, learning_rate: jax.Array, *fixed: Any) -> tuple[TrainState, Metrics]:
         loss, grads, metrics = _gradients(objective, state.params, batch, fixed, accumulation)
-        updated, norm = apply(state, grads, learning_rate, tx)
-        fine = jnp.isfinite(loss) & jnp.isfinite(norm)
-        skipped = dataclasses.replace(state, skipped=state.skipped + 1, skipped_in_a_row=state.skipped_in_a_row + 1)
-        state = jax.tree.map(partial(jnp.where, fine), updated, skipped)
-        skips = Skips(jnp.where(fine, 0, 1), state.skipped_in_a_row)
-        return state, {**_only_where(fine, metrics), "grad_norm": norm, "skipped": skips}
+        return apply_if_finite(state, loss, grads, metrics, learning_rate, tx)
 
     return update
+
+
+def apply_if_finite(
+    state: TrainState,
+    loss: jax.Array,
+    grads: Params,
+    metrics: Metrics,
+    learning_rate: jax.Array,
+    tx: optax.GradientTransformation,
+) -> tuple[TrainState, Metrics]:
+    """The updated state, or the old one with one more skipped update; and the metrics, of which then none counts."""
+    updated, norm = apply(state, grads, learning_rate, tx)
+    fine = jnp.isfinite(loss) & jnp.isfinite(norm)
+    skipped = dataclasses.replace(state, skipped=state.skipped + 1, skipped_in_a_row=state.skipped_in_a_row + 1)
+    state = jax.tree.map(partial(jnp.where, fine), updated, skipped)
+    skips = Skips(jnp.where(fine, 0, 1), state.skipped_in_a_row)
+    return state, {**_only_where(fine, metrics), "grad_norm": norm, "skipped": skips}
 
 
 def fit(

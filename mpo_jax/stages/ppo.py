@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from mpo_jax.config import Config, OptimConfig, PpoConfig, TrainConfig
 from mpo_jax.data.batches import Buckets, TrainBatches, num_steps
@@ -21,27 +21,33 @@ from mpo_jax.data.corpus import load_corpus
 from mpo_jax.data.pair_table import PairTable, Subset
 from mpo_jax.data.tokens import tokenize
 from mpo_jax.generate import Sampling, make_generate
-from mpo_jax.losses import ppo_policy_loss, sft_loss, value_loss
-from mpo_jax.model import functional, loading
+from mpo_jax.model import loading
 from mpo_jax.model.functional import Model
 from mpo_jax.offload import Offload, to_devices
-from mpo_jax.ops import (
-    adaptive_kl_coef,
-    explained_variance,
-    gae,
-    kl_k1,
-    kl_k2,
-    kl_k3,
-    masked_sum,
-    shape_rewards,
-    shape_rewards_ds_chat,
-    whiten,
-)
+from mpo_jax.ops import adaptive_kl_coef
+from mpo_jax.optim import make_optimizer
 from mpo_jax.runtime import data_seed, stage_key
 from mpo_jax.sharding import batch_sharding, check_batch, place_batch, replicated
+from mpo_jax.stages.ppo_objective import (
+    actor_objective,
+    critic_objective,
+    estimate,
+    one_pass,
+    rollout_metrics,
+    score_rollout,
+)
 from mpo_jax.text import TextCodec, load_tokenizer
-from mpo_jax.train import check_sizes, fit, init_state, make_learning_rate, make_update, state_sharding
-from mpo_jax.types import Artifact, Joined, Mean, Metrics, Params, PpoBatch, Rollout, Skips, TrainState
+from mpo_jax.train import (
+    apply_if_finite,
+    check_sizes,
+    fit,
+    init_state,
+    make_learning_rate,
+    make_update,
+    micro_batches,
+    state_sharding,
+)
+from mpo_jax.types import Artifact, Joined, Mean, Metrics, Params, PpoBatch, Skips, TrainState
 
 
 @jax.tree_util.register_dataclass
@@ -53,139 +59,6 @@ class PpoState:
     critic: TrainState
     kl_coef: Float[Array, ""]
     ema: Params | None
-
-
-def score_rollout(
-    actor_model: Model,
-    reward_model: Model,
-    temperature: float,
-    policies: tuple[Params, Params],
-    judges: tuple[Params, Params],
-    joined: Joined,
-    has_eos_B: Bool[Array, " B"],
-    allowed_V: Bool[Array, " V"],
-) -> tuple[Rollout, Float[Array, "B S"]]:
-    """One pass of every model over the sampled responses, and the policy's entropy at each token.
-
-    Args:
-      policies: parameters of actor and reference.
-      judges: parameters of critic and reward model.
-    """
-    tokens = functional.join(joined)
-
-    def logps(params, with_entropy):
-        return functional.token_logp(
-            actor_model, params, tokens, temperature=temperature, allowed_V=allowed_V, with_entropy=with_entropy
-        )
-
-    mask_BS = tokens.loss_mask[:, tokens.scored_from :]
-    behavior_BS, entropy_BS = logps(policies[0], True)
-    ref_BS, _ = logps(policies[1], False)
-    critic_BT = functional.scores(reward_model, judges[0], tokens)
-    score_BN = functional.response_scores(functional.scores(reward_model, judges[1], tokens), joined)
-    rollout = Rollout(
-        joined=joined,
-        mask=mask_BS,
-        behavior_logp=behavior_BS,
-        ref_logp=ref_BS,
-        value=jnp.where(mask_BS, functional.values_before(critic_BT, tokens), 0.0),
-        score=score_BN[:, 0],
-        has_eos=has_eos_B,
-    )
-    return rollout, entropy_BS
-
-
-def estimate(rollout: Rollout, config: PpoConfig, kl_coef: Float[Array, ""]) -> tuple[PpoBatch, Float[Array, "B S"]]:
-    """Advantages and returns of a rollout, and its shaped rewards."""
-    score_B = rollout.score
-    if config.extras.missing_eos == "replace":
-        score_B = jnp.where(rollout.has_eos, score_B, -config.extras.missing_eos_penalty)
-    elif config.extras.missing_eos == "subtract":
-        score_B = jnp.where(rollout.has_eos, score_B, score_B - config.extras.missing_eos_penalty)
-
-    place = {"kl_coef": kl_coef, "clip": config.score_clip}
-    if config.reward_at == "ds_chat":
-        # beyond the response both log-probs are 0 here, so the token after EOS carries the score and no KL
-        reward_BS, carry_BS = shape_rewards_ds_chat(
-            rollout.behavior_logp, rollout.ref_logp, score_B, rollout.mask, **place
-        )
-    else:
-        reward_BS = shape_rewards(rollout.behavior_logp, rollout.ref_logp, score_B, rollout.mask, **place)
-        carry_BS = rollout.mask
-    if config.extras.whiten_rewards:
-        reward_BS = whiten(reward_BS, carry_BS, shift_mean=False)
-    advantage_BS, returns_BS = gae(reward_BS, rollout.value, carry_BS, discount=config.discount, trace=config.trace)
-    advantage_BS = jnp.where(rollout.mask, advantage_BS, 0.0)
-    if config.extras.whiten_advantages:
-        advantage_BS = whiten(advantage_BS, rollout.mask)
-    return PpoBatch(rollout, advantage_BS, jnp.where(rollout.mask, returns_BS, 0.0)), reward_BS
-
-
-def rollout_metrics(batch: PpoBatch, entropy_BS: Array, kl_coef: Array) -> Metrics:
-    """What the rollout says about the policy, before any update; sums run over a response, means over responses."""
-    r = batch.rollout
-    kl_B = masked_sum(kl_k1(r.behavior_logp, r.ref_logp), r.mask)
-    length_B = r.mask.sum(-1)
-    return {
-        "objective/kl": Mean.of(kl_B),
-        "objective/kl_k2": Mean.of(masked_sum(kl_k2(r.behavior_logp, r.ref_logp), r.mask)),
-        "objective/kl_k3": Mean.of(masked_sum(kl_k3(r.behavior_logp, r.ref_logp), r.mask)),
-        "objective/entropy": Mean.of(-masked_sum(r.behavior_logp, r.mask)),
-        "objective/scores": Mean.of(r.score),
-        "objective/non_score_reward": Mean.of(-kl_coef * kl_B),
-        "objective/rlhf_reward": Mean.of(r.score - kl_coef * kl_B),
-        "objective/kl_coef": kl_coef,
-        "policy/entropy_avg": Mean.of(entropy_BS, r.mask),
-        "critic/explained_variance": explained_variance(r.value, batch.returns, r.mask),
-        "val/num_eos_tokens": r.has_eos.sum(),
-        "response_length/mean": Mean.of(length_B),
-        "response_length/clip_ratio": Mean.of(~r.has_eos),
-        "tokens": length_B.sum() + jnp.asarray(r.joined.prompt_len).sum(),
-    }
-
-
-def actor_objective(
-    model: Model,
-    config: PpoConfig,
-    params: Params,
-    batch: tuple[PpoBatch, Joined | None],
-    allowed_V: Bool[Array, " V"],
-) -> tuple[Metrics, Metrics]:
-    """The clipped policy loss, and the SFT loss on demonstrations where it has a weight.
-
-    `batch` is the rollouts, and demonstrations or None.
-    """
-    ppo, demonstrations = batch
-    rollout = ppo.rollout
-    tokens = functional.join(rollout.joined)
-    logp_BS, _ = functional.token_logp(model, params, tokens, temperature=config.temperature, allowed_V=allowed_V)
-    terms = {
-        "loss/policy_avg": ppo_policy_loss(
-            logp_BS, rollout.behavior_logp, ppo.advantage, rollout.mask, clip=config.policy_clip
-        )
-    }
-    if demonstrations is not None:
-        shown = functional.join(demonstrations)
-        shown_BS, _ = functional.token_logp(model, params, shown)
-        ptx = sft_loss(shown_BS, shown.loss_mask[:, shown.scored_from :])
-        terms["loss/ptx"] = Mean(config.extras.ptx_coef * ptx.total, ptx.count)
-    log_ratio_BS = jnp.where(rollout.mask, logp_BS - rollout.behavior_logp, 0.0)
-    ratio_BS = jnp.exp(log_ratio_BS)
-    return terms, {
-        "policy/approxkl_avg": Mean.of(0.5 * log_ratio_BS**2, rollout.mask),
-        "policy/clipfrac_avg": Mean.of(jnp.abs(ratio_BS - 1.0) > config.policy_clip, rollout.mask),
-        "val/ratio": Mean.of(ratio_BS, rollout.mask),
-    }
-
-
-def critic_objective(model: Model, config: PpoConfig, params: Params, ppo: PpoBatch) -> tuple[Metrics, Metrics]:
-    """The clipped value loss."""
-    rollout = ppo.rollout
-    tokens = functional.join(rollout.joined)
-    value_BS = functional.values_before(functional.scores(model, params, tokens), tokens)
-    loss = value_loss(value_BS, rollout.value, ppo.returns, rollout.mask, clip=config.value_clip)
-    clipped_BS = jnp.abs(value_BS - rollout.value) > config.value_clip
-    return {"loss/value_avg": loss}, {"val/clipfrac_avg": Mean.of(clipped_BS, rollout.mask)}
 
 
 @lru_cache
@@ -218,6 +91,77 @@ def make_updates(actor_model: Model, reward_model: Model, config: PpoConfig, mes
         update(partial(actor_objective, actor_model, config), config.train.optim, actor_model, False),
         update(partial(critic_objective, reward_model, config), config.critic_optim, reward_model, True),
     )
+
+
+def updates_in_one_pass(config: PpoConfig) -> bool:
+    """Whether an iteration's only update can take its old log-probabilities and values from its own forward pass.
+
+    Not where a statistic of the whole batch stands between scores and losses of micro-batches, where there are further
+    losses, or where the actor waits.
+    """
+    extras, single = config.extras, config.epochs * config.minibatches == 1
+    whitens = (extras.whiten_advantages or extras.whiten_rewards) and config.train.accumulation > 1
+    return single and not (whitens or extras.ptx_coef or extras.critic_warmup)
+
+
+@lru_cache
+def make_one_pass(actor_model: Model, reward_model: Model, config: PpoConfig, mesh: Mesh) -> Any:
+    """The jitted scoring and update in one:
+
+    (actor, critic, frozen, joined, has_eos [B 1], allowed_V, kl_coef, rates) -> (actor, critic, PpoBatch, metrics),
+    where `frozen` is reference and reward model, and `rates` the learning rates of actor and critic.
+    """
+    accumulation = config.train.accumulation
+    transforms = make_optimizer(config.train.optim), make_optimizer(config.critic_optim)
+
+    def update(actor, critic, frozen, joined, has_eos_BN, allowed_V, kl_coef, rates):
+        real_B1 = (joined.prompt_len > 0)[:, None]
+        count = jnp.where(real_B1, joined.response_len, 0).sum().astype(jnp.float32)
+
+        def part(rows):
+            return one_pass(
+                actor_model,
+                reward_model,
+                config,
+                (actor.params, critic.params),
+                frozen,
+                *rows,
+                allowed_V,
+                kl_coef,
+                count,
+            )
+
+        rows = joined, has_eos_BN[:, 0]
+        if accumulation == 1:
+            grads, (batch, entropy_BS), found = part(rows)
+        else:
+            rows = micro_batches(rows, accumulation)
+
+            def add(total, rows):
+                grads, kept, found = part(rows)
+                return jax.tree.map(jnp.add, total, (grads, found)), kept
+
+            shapes = jax.eval_shape(part, jax.tree.map(lambda x: x[0], rows))
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0], shapes[2]))
+            (grads, found), kept = jax.lax.scan(add, zeros, rows)
+            batch, entropy_BS = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), kept)
+        metrics = rollout_metrics(batch, entropy_BS, kl_coef)
+        states = []
+        for name, state, grad, own, rate, tx in zip(
+            ("policy", "critic"), (actor, critic), grads, found, rates, transforms, strict=True
+        ):
+            loss = sum(mean.value for key, mean in own.items() if key.startswith("loss/"))
+            state, own = apply_if_finite(state, jnp.asarray(loss), grad, own, rate, tx)
+            states.append(state)
+            metrics |= _named(name, own)
+        return *states, batch, metrics
+
+    everywhere = replicated(mesh)
+    shardings = (
+        state_sharding(actor_model, config.train.optim, mesh),
+        state_sharding(reward_model, config.critic_optim, mesh, scalar=True),
+    )
+    return jax.jit(update, donate_argnums=(0, 1), out_shardings=(*shardings, batch_sharding(mesh), everywhere))
 
 
 @partial(jax.jit, static_argnames=("count",))
@@ -321,7 +265,12 @@ class Loop:
         method = ppo.model_copy(update={"train": train})
         self.score = make_score(self.actor_model, self.reward_model, method, self.mesh)
         updates = make_updates(self.actor_model, self.reward_model, method, self.mesh)
-        self.update_actor, self.update_critic = map(Offload.of(self.config.runtime, self.mesh).update, updates)
+        offload = Offload.of(self.config.runtime, self.mesh)
+        self.update_actor, self.update_critic = map(offload.update, updates)
+        self.one_pass = None
+        # one pass needs both models' moments at once, and the frozen models beside them
+        if updates_in_one_pass(method) and not (offload.frozen or offload.moments):
+            self.one_pass = make_one_pass(self.actor_model, self.reward_model, method, self.mesh)
         self.allowed_V = jnp.asarray(self.codec.allowed(self.actor_model.decoder.vocab_size))
         self.key = stage_key(self.config.seed, "ppo")
         num_updates = self.iterations * ppo.epochs * ppo.minibatches
@@ -338,20 +287,28 @@ class Loop:
         prompts, epoch = place_batch((batch.rows, batch.epoch), self.mesh)
         with _timed(timing, "timing_s/rollout", k, ppo.train.log_every) as wait:
             joined, has_eos = wait(self.generate(state.actor.params, prompts, self.key, epoch, self.allowed_V))
-        with _timed(timing, "timing_s/score", k, ppo.train.log_every) as wait:
-            scored, metrics = wait(
-                self.score(
-                    (state.actor.params, to_devices(self.ref_params)),
-                    (state.critic.params, to_devices(self.reward_params)),
-                    joined,
-                    has_eos,
-                    self.allowed_V,
-                    state.kl_coef,
-                )
-            )
         shown = place_batch(demonstrations[k].rows, self.mesh) if demonstrations is not None else None
-        with _timed(timing, "timing_s/update", k, ppo.train.log_every) as wait:
-            state, update_metrics = wait(self._updates(state, k, (scored, shown)))
+        if self.one_pass is not None:
+            with _timed(timing, "timing_s/update", k, ppo.train.log_every) as wait:
+                inputs = joined, has_eos, self.allowed_V, state.kl_coef, (self.actor_rate(k), self.critic_rate(k))
+                frozen = self.ref_params, self.reward_params
+                actor, critic, scored, metrics = wait(self.one_pass(state.actor, state.critic, frozen, *inputs))
+            state = dataclasses.replace(state, actor=actor, critic=critic)
+        else:
+            with _timed(timing, "timing_s/score", k, ppo.train.log_every) as wait:
+                scored, metrics = wait(
+                    self.score(
+                        (state.actor.params, to_devices(self.ref_params)),
+                        (state.critic.params, to_devices(self.reward_params)),
+                        joined,
+                        has_eos,
+                        self.allowed_V,
+                        state.kl_coef,
+                    )
+                )
+            with _timed(timing, "timing_s/update", k, ppo.train.log_every) as wait:
+                state, update_metrics = wait(self._updates(state, k, (scored, shown)))
+            metrics |= update_metrics
         kl_coef = state.kl_coef
         if ppo.kl.adaptive:
             adapted = adaptive_kl_coef(
@@ -367,7 +324,7 @@ class Loop:
         if ema is not None:
             ema = average(ema, state.actor.params, self.config.ppo.extras.ema_decay)
         state = dataclasses.replace(state, kl_coef=kl_coef, ema=ema)
-        return state, {**metrics, **update_metrics, **timing}, {"rollouts": scored, "shown": shown}
+        return state, {**metrics, **timing}, {"rollouts": scored, "shown": shown}
 
     def _updates(self, state: PpoState, k: int, batch: tuple[PpoBatch, Joined | None]) -> tuple[PpoState, Metrics]:
         """All passes over one iteration's rollouts."""

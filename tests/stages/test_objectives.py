@@ -15,10 +15,11 @@ import pytest
 from mpo_jax.config import Config, KlConfig, OptimConfig, PpoConfig, PpoExtrasConfig, TrainConfig
 from mpo_jax.model import functional
 from mpo_jax.model.functional import Model
+from mpo_jax.sharding import place_batch
 from mpo_jax.stages import dpo, ppo, reward, sft
 from mpo_jax.train import init_state, make_update
 from mpo_jax.types import Mean, Rollout
-from tests.model.tiny import DECODER, batch, close, mesh_of, random_params
+from tests.model.tiny import DECODER, batch, close, mesh_of, random_params, trees_close
 from tests.reference import rl
 
 MODEL = Model(DECODER)
@@ -240,11 +241,88 @@ def test_actor_and_critic_skip_updates_each_by_itself(broken):
     assert (int(getattr(found, broken).skipped), int(getattr(found, broken).skipped_in_a_row)) == (1, 0)
 
 
+ONE_PASS_CASES = [
+    ({}, 1, (1, 1, 1)),
+    ({}, 4, (1, 1, 1)),
+    ({"reward_at": "ds_chat", "temperature": 0.7}, 2, (2, 1, 1)),
+    ({"extras": PpoExtrasConfig(whiten_advantages=True, missing_eos="replace")}, 1, (1, 2, 2)),
+]
+
+
+@pytest.mark.parametrize("options,accumulation,shape", ONE_PASS_CASES)
+def test_one_pass_equals_scoring_and_then_updating(options, accumulation, shape):
+    """Rollouts, metrics, gradients and both models; a row of padding is among the samples."""
+    mesh = mesh_of(*shape)
+    optim = OptimConfig(beta1=0.5, clip_norm=None, eps=1.0)  # gradients can be read off the moments
+    train = TrainConfig(batch_size=4, accumulation=accumulation, optim=optim)
+    config = PpoConfig(train=train, critic_optim=optim, **options)
+    assert ppo.updates_in_one_pass(config)
+    rates = jnp.asarray(0.01), jnp.asarray(0.02)
+    samples = dataclasses.replace(allowed_samples(), prompt_len=np.asarray([4, 3, 0, 5], np.int32))
+    place = lambda params: jax.device_put(params, functional.param_shardings(params, mesh))  # noqa: E731
+    with jax.set_mesh(mesh):
+        actor, ref = (place(random_params(DECODER, seed)) for seed in (0, 1))
+        critic, reward_model = (place(random_params(DECODER, seed, scalar=True)) for seed in (5, 6))
+        state = lambda: (init_state(actor, optim, mesh), init_state(critic, optim, mesh))  # noqa: E731
+        has_eos, kl_coef = jnp.asarray([[True], [True], [False], [True]]), jnp.asarray(0.1)
+        joined, has_eos = place_batch((samples, has_eos), mesh)
+        batch, metrics = ppo.make_score(MODEL, MODEL, config, mesh)(
+            (actor, ref), (critic, reward_model), joined, has_eos, ALLOWED, kl_coef
+        )
+        update_actor, update_critic = ppo.make_updates(MODEL, MODEL, config, mesh)
+        before = state()
+        new_critic, critic_metrics = update_critic(before[1], batch, rates[1])
+        new_actor, actor_metrics = update_actor(before[0], (batch, None), rates[0], ALLOWED)
+        wanted = {**metrics, **ppo._named("critic", critic_metrics), **ppo._named("policy", actor_metrics)}
+        step = ppo.make_one_pass(MODEL, MODEL, config, mesh)
+        found = step(*state(), (ref, reward_model), joined, has_eos, ALLOWED, kl_coef, rates)
+    assert found[3].keys() == wanted.keys()
+    assert float(found[3]["val/ratio"].value) == 1 and float(found[3]["policy/approxkl_avg"].value) == 0
+    values = lambda metrics: {k: getattr(m, "value", m) for k, m in metrics.items()}  # noqa: E731
+    for actual, expected in zip(
+        (*found[:3], values(found[3])), (new_actor, new_critic, batch, values(wanted)), strict=True
+    ):
+        trees_close(jax.device_get(actual), jax.device_get(expected), rtol=2e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"epochs": 2},
+        {"minibatches": 2},
+        {"extras": PpoExtrasConfig(ptx_coef=0.1)},
+        {"extras": PpoExtrasConfig(critic_warmup=1)},
+        {"extras": PpoExtrasConfig(whiten_rewards=True), "train": TrainConfig(batch_size=4, accumulation=2)},
+    ],
+)
+def test_where_one_pass_is_not_enough(options):
+    assert not ppo.updates_in_one_pass(PpoConfig(**{"train": TrainConfig(batch_size=4), **options}))
+
+
+def test_a_broken_reward_skips_both_updates_of_one_pass():
+    mesh = mesh_of(1, 1, 1)
+    config = PpoConfig(train=TrainConfig(batch_size=4), critic_optim=OptimConfig())
+    with jax.set_mesh(mesh):
+        reward_model = jax.tree.map(lambda x: x * jnp.nan, random_params(DECODER, 6, scalar=True))
+        state = lambda: (  # noqa: E731
+            init_state(random_params(DECODER), config.train.optim, mesh),
+            init_state(random_params(DECODER, 5, scalar=True), config.critic_optim, mesh),
+        )
+        step = ppo.make_one_pass(MODEL, MODEL, config, mesh)
+        inputs = place_batch((allowed_samples(), np.ones((4, 1), bool)), mesh)
+        frozen, rates = (random_params(DECODER, 1), reward_model), (jnp.asarray(0.01), jnp.asarray(0.01))
+        *found, _, metrics = step(*state(), frozen, *inputs, ALLOWED, jnp.asarray(0.1), rates)
+    for before, after in zip(state(), found, strict=True):
+        assert int(after.skipped) == 1
+        chex.assert_trees_all_equal(after.params, before.params)
+    assert int(metrics["policy/skipped"].count) == int(metrics["critic/skipped"].count) == 1
+
+
 def test_a_kl_that_is_not_finite_leaves_its_coefficient():
     """Else one broken rollout would make every later reward NaN."""
     ppo_config = PpoConfig(train=TrainConfig(batch_size=4), kl=KlConfig(adaptive=True, horizon=10.0))
     loop: Any = SimpleNamespace(config=Config(ppo=ppo_config), mesh=mesh_of(1, 1, 1), key=None, allowed_V=ALLOWED)
-    loop.ref_params = loop.reward_params = None
+    loop.ref_params = loop.reward_params = loop.one_pass = None
     loop.generate = lambda *_: (None, None)
     loop._updates = lambda state, *_: (state, {})
     params = SimpleNamespace(params=None)

@@ -1,0 +1,230 @@
+"""PPO's mathematics over models: from sampled responses to scores, advantages, losses and their metrics.
+
+Sources: arXiv:1707.06347, arXiv:2009.01325, DeepSpeed-Chat.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from mpo_jax.config import PpoConfig
+from mpo_jax.losses import ppo_policy_loss, sft_loss, value_loss
+from mpo_jax.model import functional
+from mpo_jax.model.functional import Model
+from mpo_jax.ops import (
+    explained_variance,
+    gae,
+    kl_k1,
+    kl_k2,
+    kl_k3,
+    masked_sum,
+    shape_rewards,
+    shape_rewards_ds_chat,
+    whiten,
+)
+from mpo_jax.types import Joined, Mean, Metrics, Params, PpoBatch, Rollout, Tokens
+
+
+def score_rollout(
+    actor_model: Model,
+    reward_model: Model,
+    temperature: float,
+    policies: tuple[Params, Params],
+    judges: tuple[Params, Params],
+    joined: Joined,
+    has_eos_B: Bool[Array, " B"],
+    allowed_V: Bool[Array, " V"],
+) -> tuple[Rollout, Float[Array, "B S"]]:
+    """One pass of every model over the sampled responses, and the policy's entropy at each token.
+
+    Args:
+      policies: parameters of actor and reference.
+      judges: parameters of critic and reward model.
+    """
+    tokens = functional.join(joined)
+    behavior_BS, entropy_BS = functional.token_logp(
+        actor_model, policies[0], tokens, temperature=temperature, allowed_V=allowed_V, with_entropy=True
+    )
+    value_BS = values(reward_model, judges[0], tokens)
+    frozen = policies[1], judges[1]
+    rollout = judge(actor_model, reward_model, temperature, frozen, joined, has_eos_B, allowed_V, behavior_BS, value_BS)
+    return rollout, entropy_BS
+
+
+def values(model: Model, critic: Params, tokens: Tokens) -> Float[Array, "B S"]:
+    """The critic's value of the state before each response token; 0 elsewhere."""
+    value_BS = functional.values_before(functional.scores(model, critic, tokens), tokens)
+    return jnp.where(tokens.loss_mask[:, tokens.scored_from :], value_BS, 0.0)
+
+
+def judge(
+    actor_model: Model,
+    reward_model: Model,
+    temperature: float,
+    frozen: tuple[Params, Params],
+    joined: Joined,
+    has_eos_B: Bool[Array, " B"],
+    allowed_V: Bool[Array, " V"],
+    behavior_BS: Float[Array, "B S"],
+    value_BS: Float[Array, "B S"],
+) -> Rollout:
+    """The rollout, with what the frozen models (reference, reward model) say of it."""
+    tokens = functional.join(joined)
+    ref_BS, _ = functional.token_logp(actor_model, frozen[0], tokens, temperature=temperature, allowed_V=allowed_V)
+    score_BN = functional.response_scores(functional.scores(reward_model, frozen[1], tokens), joined)
+    return Rollout(
+        joined=joined,
+        mask=tokens.loss_mask[:, tokens.scored_from :],
+        behavior_logp=behavior_BS,
+        ref_logp=ref_BS,
+        value=value_BS,
+        score=score_BN[:, 0],
+        has_eos=has_eos_B,
+    )
+
+
+def estimate(rollout: Rollout, config: PpoConfig, kl_coef: Float[Array, ""]) -> tuple[PpoBatch, Float[Array, "B S"]]:
+    """Advantages and returns of a rollout, and its shaped rewards."""
+    score_B = rollout.score
+    if config.extras.missing_eos == "replace":
+        score_B = jnp.where(rollout.has_eos, score_B, -config.extras.missing_eos_penalty)
+    elif config.extras.missing_eos == "subtract":
+        score_B = jnp.where(rollout.has_eos, score_B, score_B - config.extras.missing_eos_penalty)
+
+    place = {"kl_coef": kl_coef, "clip": config.score_clip}
+    if config.reward_at == "ds_chat":
+        # beyond the response both log-probs are 0 here, so the token after EOS carries the score and no KL
+        reward_BS, carry_BS = shape_rewards_ds_chat(
+            rollout.behavior_logp, rollout.ref_logp, score_B, rollout.mask, **place
+        )
+    else:
+        reward_BS = shape_rewards(rollout.behavior_logp, rollout.ref_logp, score_B, rollout.mask, **place)
+        carry_BS = rollout.mask
+    if config.extras.whiten_rewards:
+        reward_BS = whiten(reward_BS, carry_BS, shift_mean=False)
+    advantage_BS, returns_BS = gae(reward_BS, rollout.value, carry_BS, discount=config.discount, trace=config.trace)
+    advantage_BS = jnp.where(rollout.mask, advantage_BS, 0.0)
+    if config.extras.whiten_advantages:
+        advantage_BS = whiten(advantage_BS, rollout.mask)
+    return PpoBatch(rollout, advantage_BS, jnp.where(rollout.mask, returns_BS, 0.0)), reward_BS
+
+
+def rollout_metrics(batch: PpoBatch, entropy_BS: Array, kl_coef: Array) -> Metrics:
+    """What the rollout says about the policy, before any update; sums run over a response, means over responses."""
+    r = batch.rollout
+    kl_B = masked_sum(kl_k1(r.behavior_logp, r.ref_logp), r.mask)
+    length_B = r.mask.sum(-1)
+    return {
+        "objective/kl": Mean.of(kl_B),
+        "objective/kl_k2": Mean.of(masked_sum(kl_k2(r.behavior_logp, r.ref_logp), r.mask)),
+        "objective/kl_k3": Mean.of(masked_sum(kl_k3(r.behavior_logp, r.ref_logp), r.mask)),
+        "objective/entropy": Mean.of(-masked_sum(r.behavior_logp, r.mask)),
+        "objective/scores": Mean.of(r.score),
+        "objective/non_score_reward": Mean.of(-kl_coef * kl_B),
+        "objective/rlhf_reward": Mean.of(r.score - kl_coef * kl_B),
+        "objective/kl_coef": kl_coef,
+        "policy/entropy_avg": Mean.of(entropy_BS, r.mask),
+        "critic/explained_variance": explained_variance(r.value, batch.returns, r.mask),
+        "val/num_eos_tokens": r.has_eos.sum(),
+        "response_length/mean": Mean.of(length_B),
+        "response_length/clip_ratio": Mean.of(~r.has_eos),
+        "tokens": length_B.sum() + jnp.asarray(r.joined.prompt_len).sum(),
+    }
+
+
+def policy_terms(logp_BS: Float[Array, "B S"], ppo: PpoBatch, config: PpoConfig) -> tuple[Metrics, Metrics]:
+    """The clipped policy loss and its metrics, from the log-probabilities that are being trained."""
+    rollout = ppo.rollout
+    loss = ppo_policy_loss(logp_BS, rollout.behavior_logp, ppo.advantage, rollout.mask, clip=config.policy_clip)
+    log_ratio_BS = jnp.where(rollout.mask, logp_BS - rollout.behavior_logp, 0.0)
+    ratio_BS = jnp.exp(log_ratio_BS)
+    return {"loss/policy_avg": loss}, {
+        "policy/approxkl_avg": Mean.of(0.5 * log_ratio_BS**2, rollout.mask),
+        "policy/clipfrac_avg": Mean.of(jnp.abs(ratio_BS - 1.0) > config.policy_clip, rollout.mask),
+        "val/ratio": Mean.of(ratio_BS, rollout.mask),
+    }
+
+
+def actor_objective(
+    model: Model,
+    config: PpoConfig,
+    params: Params,
+    batch: tuple[PpoBatch, Joined | None],
+    allowed_V: Bool[Array, " V"],
+) -> tuple[Metrics, Metrics]:
+    """The clipped policy loss, and the SFT loss on demonstrations where it has a weight.
+
+    `batch` is the rollouts, and demonstrations or None.
+    """
+    ppo, demonstrations = batch
+    tokens = functional.join(ppo.rollout.joined)
+    logp_BS, _ = functional.token_logp(model, params, tokens, temperature=config.temperature, allowed_V=allowed_V)
+    terms, metrics = policy_terms(logp_BS, ppo, config)
+    if demonstrations is not None:
+        shown = functional.join(demonstrations)
+        shown_BS, _ = functional.token_logp(model, params, shown)
+        ptx = sft_loss(shown_BS, shown.loss_mask[:, shown.scored_from :])
+        terms["loss/ptx"] = Mean(config.extras.ptx_coef * ptx.total, ptx.count)
+    return terms, metrics
+
+
+def critic_objective(model: Model, config: PpoConfig, params: Params, ppo: PpoBatch) -> tuple[Metrics, Metrics]:
+    """The clipped value loss."""
+    return value_terms(values(model, params, functional.join(ppo.rollout.joined)), ppo, config)
+
+
+def value_terms(value_BS: Float[Array, "B S"], ppo: PpoBatch, config: PpoConfig) -> tuple[Metrics, Metrics]:
+    """The clipped value loss and its metrics, from the values that are being trained."""
+    rollout = ppo.rollout
+    loss = value_loss(value_BS, rollout.value, ppo.returns, rollout.mask, clip=config.value_clip)
+    clipped_BS = jnp.abs(value_BS - rollout.value) > config.value_clip
+    return {"loss/value_avg": loss}, {"val/clipfrac_avg": Mean.of(clipped_BS, rollout.mask)}
+
+
+def one_pass(
+    actor_model: Model,
+    reward_model: Model,
+    config: PpoConfig,
+    trained: tuple[Params, Params],
+    frozen: tuple[Params, Params],
+    joined: Joined,
+    has_eos_B: Bool[Array, " B"],
+    allowed_V: Bool[Array, " V"],
+    kl_coef: Float[Array, ""],
+    count: Float[Array, ""],
+) -> tuple[tuple[Params, Params], tuple[PpoBatch, Float[Array, "B S"]], tuple[Metrics, Metrics]]:
+    """What a first update on these rollouts needs, from one forward pass of each model.
+
+    In the first update the policy that is trained is the one that sampled, so its log-probabilities are the old ones
+    too, and the critic's values likewise: the forward pass that scores is the one that is differentiated.
+
+    Args:
+      trained: parameters of actor and critic.
+      frozen: parameters of reference and reward model.
+      count: response tokens of the whole batch, of which these rows may be a part.
+
+    Returns:
+      Gradients of actor and critic; the batch with its policy's entropy; terms and metrics of actor and critic.
+    """
+    tokens = functional.join(joined)
+
+    def policy(params: Params) -> tuple[Array, Array]:
+        return functional.token_logp(
+            actor_model, params, tokens, temperature=config.temperature, allowed_V=allowed_V, with_entropy=True
+        )
+
+    logp_BS, pull_policy, entropy_BS = jax.vjp(policy, trained[0], has_aux=True)
+    value_BS, pull_value = jax.vjp(lambda params: values(reward_model, params, tokens), trained[1])
+    rollout = judge(
+        actor_model, reward_model, config.temperature, frozen, joined, has_eos_B, allowed_V, logp_BS, value_BS
+    )
+    ppo, _ = estimate(rollout, config, kl_coef)
+
+    def losses(logp_BS: Array, value_BS: Array) -> tuple[Array, tuple[Metrics, Metrics]]:
+        policy_loss, policy_metrics = policy_terms(logp_BS, ppo, config)
+        critic_loss, critic_metrics = value_terms(value_BS, ppo, config)
+        total = sum(term.total for term in (*policy_loss.values(), *critic_loss.values()))
+        return total / jnp.maximum(count, 1.0), ({**policy_loss, **policy_metrics}, {**critic_loss, **critic_metrics})
+
+    (d_logp_BS, d_value_BS), found = jax.grad(losses, (0, 1), has_aux=True)(logp_BS, value_BS)
+    return (pull_policy(d_logp_BS)[0], pull_value(d_value_BS)[0]), (ppo, entropy_BS), found
