@@ -205,8 +205,19 @@ class Stages:
         held = (actor.opt_state, critic, *frozen, *ema)
         yield from self._generate("ppo", sampling, actor.params, held, train.batch_size)
 
-        score = ppo.make_score(self.model, self.model, config, self.mesh)
         joined, has_eos = self.joined(rows), self.array(rows.count, 1, dtype=jnp.bool_)
+        scoring = flops.forward(sizes, rows, "vocab") + flops.forward(sizes, rows, "scalar")
+        runtime = self.config.runtime
+        if ppo.updates_in_one_pass(config) and not (runtime.offload_frozen or runtime.offload_moments):
+            update = ppo.make_one_pass(self.model, self.model, config, self.mesh)
+            rates = self.scalar(), self.scalar()
+            arguments = (actor, critic, frozen, joined, has_eos, self.allowed(), self.scalar(), rates)
+            training = [flops.train(sizes, rows, head, self.model.remat) for head in ("vocab", "scalar")]
+            key, work = "ppo.train.accumulation", training[0] + training[1] + scoring
+            yield Program("ppo", "ppo update", train, key, update, lambda _: arguments, ema, work)
+            return
+
+        score = ppo.make_score(self.model, self.model, config, self.mesh)
         arguments = (
             (actor.params, frozen[0]),
             (critic.params, frozen[1]),
@@ -215,9 +226,8 @@ class Stages:
             self.allowed(),
             self.scalar(),
         )
-        work = flops.forward(sizes, rows, "vocab").times(2) + flops.forward(sizes, rows, "scalar").times(2)
         held = (actor.opt_state, critic.opt_state, *ema)
-        yield self._infer("ppo", "ppo score", score, arguments, held, work, key="ppo.train.batch_size")
+        yield self._infer("ppo", "ppo score", score, arguments, held, scoring.times(2), key="ppo.train.batch_size")
 
         part = dataclasses.replace(rows, count=rows.count // config.minibatches)
         scored = shaped(jax.eval_shape(score, *arguments)[0], self.rows_sharding)
