@@ -7,7 +7,7 @@
 # Where there is no GPU it says so and ends with status 0. Each part has its own time limit; one that fails is written
 # down, the others go on, and the status is then 1.
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
 out=${1:-runs/gpu_check}
 python=${PYTHON:-.venv/bin/python}
@@ -23,6 +23,7 @@ if [ "$platform" != gpu ]; then
 fi
 
 status=0
+# shellcheck disable=SC2016 # the quotes in the format are Markdown's
 part() { # NAME SECONDS COMMAND...
   local name=$1 limit=$2 begin=$SECONDS
   shift 2
@@ -45,19 +46,19 @@ part() { # NAME SECONDS COMMAND...
   printf '```\n'
 } >"$report"
 
-bench() { "$python" -c 'from mpo_jax.cli import main; main()' bench "$@"; }
-llama_1b="model.architecture.hidden_size=2048 model.architecture.intermediate_size=8192
+llama_1b=(model.architecture.hidden_size=2048 model.architecture.intermediate_size=8192
   model.architecture.num_layers=16 model.architecture.num_heads=32 model.architecture.num_kv_heads=8
-  model.architecture.head_dim=64 model.architecture.max_positions=2048"
-export -f bench
-export python
+  model.architecture.head_dim=64 model.architecture.max_positions=2048)
+bench() { # NAME SECONDS WORKLOAD... OPTION...
+  local name=$1 limit=$2
+  shift 2
+  part "$name" "$limit" "$python" -c 'from mpo_jax.cli import main; main()' bench "$@" --vocab 32000 \
+    --json "$out/$name.json" "${llama_1b[@]}"
+}
 
 part correctness 150 "$python" tests/benchmarks/on_accelerator.py
-# shellcheck disable=SC2086 # a list of words
-part train_1b 130 bash -c "bench sft dpo --batch 8 --steps 5 --rows 512+512 --vocab 32000 --json '$out/train_1b.json' $(echo $llama_1b)"
-# shellcheck disable=SC2086
-part decode_1b 100 bash -c "bench generate --batch 64 --steps 2 --rows 128+256 --vocab 32000 --json '$out/decode_1b.json' $(echo $llama_1b)"
-# shellcheck disable=SC2086
-part ppo_1b 120 bash -c "bench ppo --batch 8 --steps 3 --rows 256+256 --vocab 32000 --json '$out/ppo_1b.json' $(echo $llama_1b)"
+bench train_1b 130 sft dpo --batch 8 --steps 5 --rows 512+512
+bench decode_1b 100 generate --batch 64 --steps 2 --rows 128+256
+bench ppo_1b 120 ppo --batch 8 --steps 3 --rows 256+256
 cat "$report"
 exit $status

@@ -5,7 +5,7 @@ alone, so the order in which rows are filled changes nothing but time.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -22,7 +22,6 @@ from mpo_jax.generate import Decoder, Decoding, Sampling, make_for_decoding
 from mpo_jax.model.functional import Model
 from mpo_jax.processes import to_host
 from mpo_jax.sharding import place_batch, replicated
-from mpo_jax.tracker import Tracker
 from mpo_jax.types import Joined, Params
 
 PARTS = 8
@@ -95,13 +94,13 @@ def sample_all(
     buckets: Buckets,
     batch_size: int,
     mesh: Mesh,
-    tracker: Tracker,
+    tell: Callable[[int, Mapping[str, Any]], Any] | None = None,
 ) -> Samples:
     """`sampling.num_samples` samples of every prompt, `batch_size` prompts at a time.
 
     Args:
       examples: prompts; their responses are not looked at.
-      tracker: is told tokens and the rate of ends, at step e when e prompts are done.
+      tell: hears, as it goes, how many prompts are done, and tokens and the rate of ends of those since the last time.
 
     Raises:
       UserError: if there are no prompts.
@@ -125,7 +124,8 @@ def sample_all(
         if len(untold) == batch_size * sampling.num_samples or done == found.length.size:
             these = tuple(np.transpose(untold))
             metrics = {"tokens": found.length[these].sum(), "eos_rate": found.has_eos[these].mean()}
-            tracker.update(done // sampling.num_samples, metrics, log=True)
+            if tell is not None:
+                tell(done // sampling.num_samples, metrics)
             told[0] = done
             untold.clear()
 

@@ -125,7 +125,7 @@ def test_a_longer_run_compiles_its_new_widths_alone(runs, stage):
     assert all(count <= updates(stage) * new for count in loop.names.values())
 
 
-@pytest.mark.parametrize("name", ["jit(start)", "jit(finish)", "jit(score)"])
+@pytest.mark.parametrize("name", ["jit(begin)", "jit(finish)", "jit(score)"])
 def test_rollouts_are_compiled_once_a_width(runs, name):
     """Prefill, decoding, and the scoring by all models."""
     assert runs.first["ppo"].names[name] == 1

@@ -15,6 +15,7 @@ from mpo_jax import generate
 from mpo_jax.config import Config
 from mpo_jax.generate import Sampling, make_generate, make_stream
 from mpo_jax.model import functional, loading
+from mpo_jax.model.decoder import fuse
 from mpo_jax.model.functional import Model
 from mpo_jax.sharding import place_batch
 from mpo_jax.text import TextCodec, load_tokenizer
@@ -287,7 +288,7 @@ def test_weights_are_gathered_once_and_not_for_every_token(params):
     def decode(params, state, gathered):
         weights = functional.for_decoding(MODEL, params)
         if not gathered:
-            cut = [jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(DECODER.num_layers)]
+            cut = [fuse(jax.tree.map(lambda x, i=i: x[i], params["layers"])) for i in range(DECODER.num_layers)]
             weights = {**weights, "layers": cut}
         return decoder.advance(weights, state, None).ids
 

@@ -1,7 +1,5 @@
 """mpo_jax.refill: the samples of every prompt, whatever the rows they were drawn in."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +13,6 @@ from mpo_jax.model import functional
 from mpo_jax.model.functional import Model
 from mpo_jax.refill import sample_all, with_responses
 from mpo_jax.sharding import place_batch
-from mpo_jax.tracker import Tracker
 from tests.model.tiny import DECODER, mesh_of, random_params
 
 MODEL, EOS = Model(DECODER), 6
@@ -36,9 +33,10 @@ def examples():
     return [Example(rng.integers(0, 40, rng.integers(1, 15)).astype(np.int32), []) for _ in range(COUNT)]
 
 
-def sample(params, examples, folder, *, shape=(1, 1, 1), batch_size=8, buckets=2, sampling=SAMPLING, allowed=ALLOWED):
+def sample(
+    params, examples, *, tell=None, shape=(1, 1, 1), batch_size=8, buckets=2, sampling=SAMPLING, allowed=ALLOWED
+):
     mesh = mesh_of(*shape)
-    tracker = Tracker(folder, "select", len(examples), tensorboard=False)
     with jax.set_mesh(mesh):
         found = sample_all(
             MODEL,
@@ -51,15 +49,14 @@ def sample(params, examples, folder, *, shape=(1, 1, 1), batch_size=8, buckets=2
             buckets=Buckets.of(examples, buckets),
             batch_size=batch_size,
             mesh=mesh,
-            tracker=tracker,
+            tell=tell,
         )
-    tracker.close()
     return found
 
 
 @pytest.fixture(scope="module")
-def reference(params, examples, tmp_path_factory):
-    return sample(params, examples, tmp_path_factory.mktemp("reference"))
+def reference(params, examples):
+    return sample(params, examples)
 
 
 def same(found, wanted):
@@ -80,32 +77,32 @@ def test_the_samples_are_those_of_one_fixed_batch(params, examples, reference):
 
 
 @pytest.mark.parametrize("options", [{"batch_size": 3}, {"batch_size": 64}, {"buckets": 1}, {"buckets": 4}])
-def test_rows_and_widths_do_not_matter(params, examples, reference, tmp_path, options):
-    same(sample(params, examples, tmp_path, **options), reference)
+def test_rows_and_widths_do_not_matter(params, examples, reference, options):
+    same(sample(params, examples, **options), reference)
 
 
-def test_order_does_not_matter(params, examples, reference, tmp_path):
+def test_order_does_not_matter(params, examples, reference):
     order = np.random.default_rng(1).permutation(COUNT)
-    found = sample(params, [examples[e] for e in order], tmp_path)
+    found = sample(params, [examples[e] for e in order])
     same(found, [x[order] for x in reference])
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
-def test_devices_do_not_matter(params, examples, reference, tmp_path, shape):
-    same(sample(params, examples, tmp_path, shape=shape), reference)
+def test_devices_do_not_matter(params, examples, reference, shape):
+    same(sample(params, examples, shape=shape), reference)
 
 
-def test_rows_that_end_at_once_are_taken(params, examples, tmp_path):
-    found = sample(params, examples, tmp_path, allowed=np.arange(40) == EOS)
+def test_rows_that_end_at_once_are_taken(params, examples):
+    found = sample(params, examples, allowed=np.arange(40) == EOS)
     assert (found.length == 1).all() and found.has_eos.all() and (found.ids[..., 0] == EOS).all()
 
 
-def test_one_token_a_sample(params, examples, reference, tmp_path):
-    found = sample(params, examples, tmp_path, sampling=Sampling(max_new_tokens=1, num_samples=2))
+def test_one_token_a_sample(params, examples, reference):
+    found = sample(params, examples, sampling=Sampling(max_new_tokens=1, num_samples=2))
     np.testing.assert_array_equal(found.ids, reference.ids[..., :1])
 
 
-def test_fewer_steps_than_fixed_batches_would_take(params, examples, reference, tmp_path, monkeypatch):
+def test_fewer_steps_than_fixed_batches_would_take(params, examples, reference, monkeypatch):
     """Chunks decoded, against those of batches of eight that each wait for their longest sample."""
     from mpo_jax import refill
 
@@ -116,17 +113,18 @@ def test_fewer_steps_than_fixed_batches_would_take(params, examples, reference, 
         return start, insert, lambda *inputs: (calls.append(1), advance(*inputs))[1]
 
     monkeypatch.setattr(refill, "_programs", counting)
-    same(sample(params, examples, tmp_path, buckets=1), reference)
+    same(sample(params, examples, buckets=1), reference)
     longest = [reference.length[begin : begin + 8].max() for begin in range(0, COUNT, 8)]
     assert len(calls) < sum(-(-(n - 1) // 16) for n in longest)
 
 
-def test_progress_is_told_by_prompts(params, examples, reference, tmp_path):
-    sample(params, examples, tmp_path)
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [8, 16, 24, 32, 37]
-    counts = np.diff([0, *(line["step"] for line in lines)])
-    rate = sum(count * line["eos_rate"] for count, line in zip(counts, lines, strict=True)) / COUNT
+def test_progress_is_told_by_prompts(params, examples, reference):
+    told = []
+    sample(params, examples, tell=lambda done, metrics: told.append((done, metrics)))
+    done = [prompts for prompts, _ in told]
+    assert done == [8, 16, 24, 32, 37]
+    assert sum(metrics["tokens"] for _, metrics in told) == reference.length.sum()
+    rate = sum(n * metrics["eos_rate"] for n, (_, metrics) in zip(np.diff([0, *done]), told, strict=True)) / COUNT
     np.testing.assert_allclose(rate, reference.has_eos.mean())
 
 
@@ -137,11 +135,9 @@ def test_responses_are_cut_to_their_lengths(examples, reference):
         assert [list(x) for x in answer.responses] == [list(row[:n]) for row, n in zip(ids, length, strict=True)]
 
 
-def test_no_prompts(params, tmp_path):
-    tracker = Tracker(tmp_path, "select", 1, tensorboard=False)
+def test_no_prompts(params):
     with pytest.raises(UserError, match="there are no prompts"):
         sample_all(
             MODEL, params, [], sampling=SAMPLING, eos_id=EOS, allowed_V=jnp.asarray(ALLOWED), key=jax.random.key(0),
-            buckets=None, batch_size=8, mesh=mesh_of(1, 1, 1), tracker=tracker,
+            buckets=None, batch_size=8, mesh=mesh_of(1, 1, 1),
         )  # fmt: skip
-    tracker.close()

@@ -3,7 +3,6 @@
 import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, get_args
 
@@ -26,7 +25,6 @@ from mpo_jax.runtime import data_seed, stage_key
 from mpo_jax.sharding import place_batch, replicated
 from mpo_jax.stages import dpo, ppo, reward, sft
 from mpo_jax.text import TextCodec
-from mpo_jax.tracker import Tracker
 from mpo_jax.train import init_state
 from mpo_jax.types import Params
 
@@ -169,13 +167,12 @@ class Bench:
     def _sample(self) -> Workload:
         model, params, (_, room) = self._model(), self._params(), self._lengths()
         examples = self._examples(0)[: self.batch * self.steps]
-        silent = Tracker(Path(self.config.workdir) / "bench", "sample", len(examples), tensorboard=False)
 
         def draw() -> Any:
             return sample_all(
                 model, params, examples, sampling=Sampling(room, num_samples=2), eos_id=self._eos(),
                 allowed_V=self._allowed(), key=jax.random.key(0), batch_size=self.batch, mesh=self.mesh,
-                buckets=Buckets.of(examples, self.config.text.length_buckets), tracker=silent,
+                buckets=Buckets.of(examples, self.config.text.length_buckets),
             )  # fmt: skip
 
         length = draw().length

@@ -139,7 +139,8 @@ def join(joined: Joined) -> Tokens:
         branch=row(jnp.zeros((B, P), jnp.int32), branch),
         loss_mask=row(jnp.zeros((B, P), bool), response_mask & (joined.prompt_len > 0)[:, None, None]),
         scored_from=P,
-        num_responses=N,
+        # without responses the stretch after the prompt is one, of no width
+        num_responses=max(N, 1),
     )
 
 

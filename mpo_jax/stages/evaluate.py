@@ -1,7 +1,7 @@
 """Evaluation of one policy on held-out prompts: raw reward, true utility where known, length, EOS rate, KL to SFT."""
 
 import json
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ def run(
         buckets=Buckets.of(examples, config.text.length_buckets),
         batch_size=evaluate.batch_size,
         mesh=mesh,
-        tracker=tracker,
+        tell=partial(tracker.update, log=True),
     )
     tracker.close()
     score = functional.make_score_pairs(reward_model, mesh)

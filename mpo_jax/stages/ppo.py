@@ -119,13 +119,15 @@ def make_one_pass(actor_model: Model, reward_model: Model, config: PpoConfig, me
         count = jnp.where(real_B1, joined.response_len, 0).sum().astype(jnp.float32)
 
         def part(rows):
+            responses, has_eos_B = rows
             return one_pass(
                 actor_model,
                 reward_model,
                 config,
                 (actor.params, critic.params),
                 frozen,
-                *rows,
+                responses,
+                has_eos_B,
                 allowed_V,
                 kl_coef,
                 count,

@@ -3,6 +3,7 @@
 The split into easy and hard is a filter over the stored table, so this stage does not depend on the threshold.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def _sampled(
         buckets=Buckets.of(examples, config.text.length_buckets),
         batch_size=config.select.batch_size,
         mesh=mesh,
-        tracker=tracker,
+        tell=partial(tracker.update, log=True),
     )
     tracker.close()
     return with_responses(examples, found), prompts

@@ -16,8 +16,6 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import jax
@@ -40,7 +38,6 @@ from mpo_jax.refill import sample_all
 from mpo_jax.sharding import make_mesh, place_batch, replicated
 from mpo_jax.stages import dpo, reward
 from mpo_jax.text import TextCodec, load_tokenizer
-from mpo_jax.tracker import Tracker
 from mpo_jax.train import init_state, make_update, state_sharding
 from mpo_jax.types import Joined, Mean
 
@@ -124,7 +121,7 @@ class Comparison:
 
         return make_pass(ours, self.config.text.length_buckets), make_pass(plain, 1)
 
-    def sampling(self, folder: Path) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    def sampling(self) -> tuple[Callable[[], Any], Callable[[], Any]]:
         """Two samples of every prompt, rows refilled and in fixed batches; each returns ids and lengths."""
         sampling = Sampling(self.config.text.max_response_tokens, num_samples=2)
         vocab = self.ours.decoder.vocab_size
@@ -133,10 +130,9 @@ class Comparison:
         generate = make_generate(self.ours, sampling, self.codec.eos_id, self.mesh)
 
         def refilled() -> Any:
-            tracker = Tracker(folder, "sample", len(self.prompts), tensorboard=False)
             found = sample_all(
                 self.ours, self.params, self.prompts, sampling=sampling, eos_id=self.codec.eos_id,
-                allowed_V=allowed_V, key=key, buckets=buckets, batch_size=self.batch, mesh=self.mesh, tracker=tracker,
+                allowed_V=allowed_V, key=key, buckets=buckets, batch_size=self.batch, mesh=self.mesh,
             )  # fmt: skip
             return found.ids, found.length
 
@@ -176,15 +172,16 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--mean-length", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--updates", nargs="*", default=("reward", "dpo"), help="of which stages, besides sampling")
     given = parser.parse_args()
     shared = Comparison(given)
     print(f"{len(shared.pairs)} pairs, prompts {lengths(shared.pairs)}\n")
     print("| work | ours, s | padded or fixed, s | times as fast |\n|---|---|---|---|")
-    with jax.set_mesh(shared.mesh), TemporaryDirectory() as scratch:
-        for name in ("reward", "dpo"):
+    with jax.set_mesh(shared.mesh):
+        for name in given.updates:
             ours, plain = turns(shared.updates(name), given.rounds)
             print(f"| {name}, a pass over the pairs | {ours:.2f} | {plain:.2f} | {plain / ours:.2f} |", flush=True)
-        sides = shared.sampling(Path(scratch))
+        sides = shared.sampling()
         for found, wanted in zip(sides[0](), sides[1](), strict=True):
             np.testing.assert_array_equal(found, wanted, "both sides draw the same samples")
         drawn = sides[0]()[1]
