@@ -384,7 +384,7 @@ def test_cached_decoding_equals_the_full_forward(params):
     assert {x.shape for x in jax.tree.leaves(caches)} == {(3, 4, width, 6)}
     # two tokens are stored at their places, two are recent, and what lies beyond either is nonsense
     stored, recent = (jax.tree.map(lambda x, n=n: np.full((*x.shape[:2], n, 6), 9.0, x.dtype), caches) for n in (3, 4))
-    stored = jax.tree.map(lambda x, y: np.concatenate([x, y], 2), caches, stored)
+    stored = jax.tree.map(lambda x, y: jnp.concatenate([x, y], 2), caches, stored)
     head = functional.head_matrix(MODEL, params)
 
     @jax.jit
