@@ -207,8 +207,7 @@ class Stages:
 
         joined, has_eos = self.joined(rows), self.array(rows.count, 1, dtype=jnp.bool_)
         scoring = flops.forward(sizes, rows, "vocab") + flops.forward(sizes, rows, "scalar")
-        runtime = self.config.runtime
-        if ppo.updates_in_one_pass(config) and not (runtime.offload_frozen or runtime.offload_moments):
+        if ppo.updates_in_one_pass(config):
             update = ppo.make_one_pass(self.model, self.model, config, self.mesh)
             rates = self.scalar(), self.scalar()
             arguments = (actor, critic, frozen, joined, has_eos, self.allowed(), self.scalar(), rates)
