@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
 from scipy.special import log_softmax
@@ -16,6 +15,8 @@ from mpo_jax.types import Tokens
 from tests.commands.conftest import write_model
 from tests.model.tiny import DECODER, answers, load_folder
 from tests.test_pipeline import mpo
+
+pytestmark = pytest.mark.unoptimised
 
 BENCH = Path(__file__).parents[1] / "configs" / "bench"
 STAGES = ("sft", "reward", "dpo", "ppo")
@@ -31,9 +32,7 @@ def inputs(tmp_path_factory):
     pairs = toy.preferences(ToyConfig(num_pairs=ROWS, num_attempts=1, num_fillers=0), test=False)
     rows = [{"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected} for row in pairs]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    jax.config.update("jax_disable_most_optimizations", True)  # how fast the programs run does not matter here
-    yield SimpleNamespace(model=write_model(folder / "model", decoder), rows=rows, folder=folder)
-    jax.config.update("jax_disable_most_optimizations", False)
+    return SimpleNamespace(model=write_model(folder / "model", decoder), rows=rows, folder=folder)
 
 
 def bench(inputs, command: str, name: str, *overrides: str) -> int:

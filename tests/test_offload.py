@@ -16,6 +16,8 @@ from mpo_jax.train import init_state
 from tests.model.tiny import DECODER, mesh_of, random_params
 from tests.test_pipeline import MICRO, mpo
 
+pytestmark = pytest.mark.unoptimised
+
 ON = ("runtime.offload_frozen=true", "runtime.offload_moments=true")
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.unoptimised
+
 MICRO = Path(__file__).parent / "configs" / "micro.yaml"
 WITHOUT = "import sys; sys.modules.update(dict.fromkeys({names!r})); from mpo_jax.cli import main; main()"
 

@@ -9,6 +9,8 @@ from mpo_jax.bench import measure, workloads
 from mpo_jax.model import flops
 from tests.test_pipeline import mpo
 
+pytestmark = pytest.mark.unoptimised
+
 TINY = [
     "runtime.compilation_cache=null",
     *(f"model.architecture.{key}={value}"

@@ -35,10 +35,10 @@ def programs(plan):
 def test_every_stage_has_its_programs(programs):
     assert list(programs) == [
         "sft step", "reward step",
-        "select prefill", "select weights", "select decode", "select score",
+        "select weights", "select prefill", "select decode", "select score",
         "dpo reference", "dpo step",
         "ppo prefill", "ppo weights", "ppo decode", "ppo score", "ppo critic", "ppo actor",
-        "evaluate prefill", "evaluate weights", "evaluate decode", "evaluate score", "evaluate kl",
+        "evaluate weights", "evaluate prefill", "evaluate decode", "evaluate score", "evaluate kl",
     ]  # fmt: skip
 
 
@@ -98,6 +98,20 @@ def test_decode_takes_the_caches_where_prefill_leaves_them(plan, programs):
     assert prefill.memory.results >= caches and decode.memory.arguments >= caches
     # donated, so not counted twice
     assert decode.memory.results < caches
+
+
+def test_refilled_rows_are_planned_as_selection_runs_them(plan, programs):
+    """An eighth of the prompts comes in beside the weights for decoding; all rows decode a chunk, in place."""
+    wanted = [programs[f"select {part}"] for part in ("weights", "prefill", "decode")]
+    weights, prefill, decode = plan.measure(wanted)
+    assert weights.memory is not None and prefill.memory is not None and decode.memory is not None
+    assert prefill.memory.held == weights.memory.results > 0
+    prompts, places = programs["select prefill"].arguments({})[2:4]
+    assert prompts.prompt.shape == (8, 40) and places.shape == (16,), "the micro configuration has 16 under way"
+    # two samples of 16 prompts over 8 devices, two layers' keys and values of 2 heads of 8 in float32
+    caches = 2 * 2 * 4 * 2 * (40 + 15) * 8 * 4
+    for one in (prefill, decode):
+        assert one.memory.arguments >= caches > one.memory.results, "donated, so not counted twice"
 
 
 def test_a_plan_is_for_the_target_s_devices():

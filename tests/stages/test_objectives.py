@@ -22,6 +22,8 @@ from mpo_jax.types import Mean, Rollout
 from tests.model.tiny import DECODER, batch, close, mesh_of, random_params, trees_close
 from tests.reference import rl
 
+pytestmark = pytest.mark.unoptimised
+
 MODEL = Model(DECODER)
 ALLOWED = jnp.arange(DECODER.vocab_size) > 1
 PAIRS = batch([4, 3, 6, 5], [[9, 1], [2, 2], [1, 9], [5, 4]])
