@@ -51,6 +51,12 @@ def reliability_rows(gaps: dict[str, np.ndarray]) -> tuple[Rows, Rows]:
     return curve, errors
 
 
+def used_thresholds(by_seed: BySeed) -> tuple[float, ...]:
+    """The thresholds by which any run split its pairs; shares of easy pairs name none that all seeds share."""
+    selects = [result.config.select for results in by_seed.values() for result in results]
+    return tuple({s.threshold for s in selects if s.easy_fraction is None and s.threshold is not None})
+
+
 def threshold_rows(gaps: dict[str, np.ndarray], used: tuple[float, ...] = ()) -> Rows:
     """What thresholds do to every source of pairs: the usual ones and those that were used."""
     thresholds = sorted({*THRESHOLDS, *used})

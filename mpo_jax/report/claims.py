@@ -88,8 +88,8 @@ def _row(claim: Claim, column: str, groups: list[np.ndarray], resamples: int, se
         "seeds": len(groups),
         "prompts": sum(map(len, groups)),
         "difference": float(np.mean([group.mean() for group in groups])),
-        "low": float(low),
-        "high": float(high),
+        "ci_low": float(low),
+        "ci_high": float(high),
         "p": bootstrap_p(mean_R),
         # a difference in the paper is of rewards: it says nothing of a utility
         **(claim.paper.cells() if column == "score" else {"paper_hh": None, "paper_tldr": None}),

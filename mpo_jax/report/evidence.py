@@ -81,7 +81,7 @@ def gather(by_seed: BySeed, *, resamples: int) -> Evidence:
         gaps=gaps,
         reliability=curve,
         errors=errors,
-        thresholds=calibration.threshold_rows(signed),
+        thresholds=calibration.threshold_rows(signed, calibration.used_thresholds(by_seed)),
         claim_charts=_some(*(paper_figures.claims(claims, measure) for measure in ("reward", "true utility"))),
         tradeoffs=_some(*(figures.tradeoff(over, column) for column in ("score", "utility"))),
         # runs on all data alone are no comparison of subsets
@@ -113,7 +113,7 @@ def write_evidence(workdir: Path, evidence: Evidence, *, resamples: int, left_ou
     for chart in evidence.charts:
         chart.write(workdir / "figures")
     short = [
-        {key: row[key] for key in ("claim", "measure", "difference", "low", "high", "p_holm", "verdict")}
+        {key: row[key] for key in ("claim", "measure", "difference", "ci_low", "ci_high", "p_holm", "verdict")}
         for row in evidence.claims
     ]
     return section("The paper's claims", evidence.rule, short) if short else "No claim of the paper has both its runs."

@@ -101,8 +101,8 @@ def _curve(panel: Panel, series: Sequence[Series], lines: list[list[dict[str, An
             steps = [row["step"] for row in points]
             axes.plot(steps, [row[metric] for row in points], label=line.label, **looks)
             if f"{metric}_low" in points[0]:
-                ends = ([row[f"{metric}_{end}"] for row in points] for end in ("low", "high"))
-                axes.fill_between(steps, *ends, color=looks["color"], alpha=0.15, linewidth=0)
+                low, high = ([row[f"{metric}_{end}"] for row in points] for end in ("low", "high"))
+                axes.fill_between(steps, low, high, color=looks["color"], alpha=0.15, linewidth=0)
             drawn += 1
     if drawn > 1:
         legend(figure)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 SHARES = ("accuracy", "share", "win", "tie", "lose", "confidence", "expected_calibration_error", "has_eos")
+"""Columns that are shown in percent, with all whose names end in `_accuracy`."""
 
 
 def cell(key: str, value: Any) -> str:
@@ -18,15 +19,31 @@ def cell(key: str, value: Any) -> str:
         return f"{value:.1%}"
     if key in ("threshold", "low", "high") and value == round(value, 2):
         return f"{value:g}"
-    return f"{value:.4f}" if key.startswith("p") and key in ("p", "p_holm") else f"{value:.3f}"
+    return f"{value:.4f}" if key in ("p", "p_holm") else f"{value:.3f}"
+
+
+NAMES = {
+    "score": "reward",
+    "p_holm": "p, Holm",
+    "ci_low": "95% from",
+    "ci_high": "to",
+    "paper_hh": "paper, HH-RLHF",
+    "paper_tldr": "paper, TL;DR",
+    "paper_hh_accuracy": "paper, HH-RLHF",
+    "paper_tldr_accuracy": "paper, TL;DR",
+    "se_seeds_accuracy": "s.e. (seeds)",
+}
+ERRORS = {"_se_seeds": "s.e. (seeds)", "_se_prompts": "s.e. (prompts)", "_se": "s.e."}
 
 
 def heading(key: str) -> str:
-    """A column's name: `paper_hh` is `paper, HH-RLHF`."""
-    known = {"paper_hh": "paper, HH-RLHF", "paper_tldr": "paper, TL;DR", "p_holm": "p, Holm"}
-    return known.get(key) or key.replace("_se_seeds", " s.e. (seeds)").replace(
-        "_se_prompts", " s.e. (prompts)"
-    ).replace("_se", " s.e.").replace("se_seeds", "s.e. (seeds)").replace("_", " ")
+    """A column's name as people read it: `reward_se_seeds` is `reward s.e. (seeds)`."""
+    if key in NAMES:
+        return NAMES[key]
+    for ending, name in ERRORS.items():
+        if key.endswith(ending):
+            return f"{heading(key.removesuffix(ending))} {name}"
+    return key.replace("_", " ")
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:

@@ -21,8 +21,8 @@ def claims(rows: Sequence[dict[str, Any]], measure: str) -> Chart | None:
         if places:
             x = [shown[place]["difference"] for place in places]
             # rounding can put a mean a hair outside its own interval where there is no spread
-            low = [max(shown[place]["difference"] - shown[place]["low"], 0.0) for place in places]
-            high = [max(shown[place]["high"] - shown[place]["difference"], 0.0) for place in places]
+            low = [max(shown[place]["difference"] - shown[place]["ci_low"], 0.0) for place in places]
+            high = [max(shown[place]["ci_high"] - shown[place]["difference"], 0.0) for place in places]
             axes.errorbar(x, places, xerr=[low, high], color=color, marker=marker, linestyle="none", markersize=6,
                           capsize=3, elinewidth=1.4, label=verdict)  # fmt: skip
     axes.axvline(0, color=QUIET, linewidth=1)

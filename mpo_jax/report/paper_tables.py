@@ -75,9 +75,10 @@ def reward_accuracy(by_seed: BySeed) -> PaperTable:
                 {
                     "agreement": name,
                     "accuracy": mean,
-                    "se_seeds": error if len(values) > 1 else None,
+                    "se_seeds_accuracy": error if len(values) > 1 else None,
                     "seeds": len(values),
-                    **reported.cells(),
+                    "paper_hh_accuracy": reported.hh,
+                    "paper_tldr_accuracy": reported.tldr,
                 }
             )
     note = "Share of held-out pairs ordered alike. The last line, where there is one, is how far the labels are right."

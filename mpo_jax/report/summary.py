@@ -81,7 +81,7 @@ def outcome(rows: Rows, differences: Rows, claims: Rows, best: dict[str, str]) -
     for claim in tested:
         sentences.append(
             f"{claim['claim']}: {claim['verdict']}, {claim['difference']:+.3f} {name} "
-            f"[{claim['low']:+.3f}, {claim['high']:+.3f}]."
+            f"[{claim['ci_low']:+.3f}, {claim['ci_high']:+.3f}]."
         )
     for row in [] if tested else [row for row in differences if row["column"] == column]:
         verdict = "no clear difference"
