@@ -22,6 +22,11 @@ from mpo_jax.report.seeds import BySeed, Rows, collect_seeds, pair_differences, 
 from mpo_jax.report.selection import selections
 from mpo_jax.report.shown import Shown
 
+CLAIM_COLUMNS = (
+    "claim", "verdict", "measure", "difference", "ci_low", "ci_high", "p_holm", "seeds", "source",
+    "paper_hh", "paper_tldr",
+)  # fmt: skip
+"""Of a claim's row, what the page shows; the file has all."""
 STAGE_NAMES = {"sft": "SFT", "reward": "Reward model", "dpo": "DPO", "ppo": "PPO"}
 
 
@@ -111,7 +116,9 @@ def _content(shown: Shown, workdir: Path, by_seed: BySeed, resamples: int) -> di
         "seeds": list(by_seed),
         "first_seed": first_seed,
         "what": summary.what(by_seed, rows),
-        "outcome": summary.outcome(rows, differences, evidence.claims, best),
+        "outcome": summary.outcome(rows, differences, best, compare=not evidence.claims),
+        "verdicts": summary.verdicts(rows, evidence.claims),
+        "claims": [{key: row[key] for key in CLAIM_COLUMNS} for row in evidence.claims],
         "cautions": summary.cautions(by_seed),
         "rows": rows,
         "best": best,

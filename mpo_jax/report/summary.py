@@ -63,10 +63,17 @@ def best(rows: Rows) -> dict[str, str]:
     return best
 
 
-def outcome(rows: Rows, differences: Rows, claims: Rows, best: dict[str, str]) -> list[str]:
-    """What came out, in sentences: the best run, then the paper's claims, or where none can be tested the differences.
+def verdicts(rows: Rows, claims: Rows) -> Rows:
+    """The paper's claims by the true utility where it is known, else by the reward."""
+    measure = COLUMNS["utility" if any("utility" in row for row in rows) else "score"]
+    return [claim for claim in claims if claim["measure"] == measure]
 
-    All by the true utility where it is known, else by the reward.
+
+def outcome(rows: Rows, differences: Rows, best: dict[str, str], *, compare: bool) -> list[str]:
+    """What came out, in sentences, by the true utility where it is known, else by the reward: the best run.
+
+    Args:
+      compare: say the differences too, for want of claims that can be tested.
     """
     column = "utility" if any("utility" in row for row in rows) else "score"
     name = COLUMNS[column]
@@ -77,13 +84,7 @@ def outcome(rows: Rows, differences: Rows, claims: Rows, best: dict[str, str]) -
         sentences.append(f"Best by {name}: {row['run']}, {row[column]:.3f} ± {row[f'{column}_se']:.3f} (s.e.).")
     if "utility" in best and "score" in best and best["score"] != best["utility"]:
         sentences.append(f"By reward it would be {best['score']}: the reward model and the truth disagree there.")
-    tested = [claim for claim in claims if claim["measure"] == name]
-    for claim in tested:
-        sentences.append(
-            f"{claim['claim']}: {claim['verdict']}, {claim['difference']:+.3f} {name} "
-            f"[{claim['ci_low']:+.3f}, {claim['ci_high']:+.3f}]."
-        )
-    for row in [] if tested else [row for row in differences if row["column"] == column]:
+    for row in [row for row in differences if row["column"] == column] if compare else []:
         verdict = "no clear difference"
         if row["low"] > 0 or row["high"] < 0:
             verdict = "higher" if row["mean"] > 0 else "lower"

@@ -7,6 +7,7 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,10 @@ from safetensors.numpy import save_file
 from mpo_jax.config import Config
 from mpo_jax.report import canvas
 from mpo_jax.report.canvas import Chart
+from mpo_jax.report.figures import pareto
 from mpo_jax.report.page import write_report
 from mpo_jax.report.results import collect, difference_rows
+from mpo_jax.report.samples import side_by_side
 from mpo_jax.report.seeds import over_seeds
 from tests.report import workdirs
 
@@ -160,7 +163,7 @@ def test_summary_says_what_was_run_and_what_came_out(page: Page) -> None:
     items = re.findall(r"<li>(.*?)</li>", page.source)
     assert items == [
         "Best by true utility: mpo, 3.307 ± 0.023 (s.e.).",
-        "MPO better than DPO: supported, +0.500 true utility [+0.500, +0.500].",
+        'MPO better than DPO: <b class="supported">supported</b>, +0.500 true utility [+0.500, +0.500].',
     ]
 
 
@@ -374,3 +377,37 @@ def test_model_size_is_counted_from_the_weights_headers(tmp_path: Path) -> None:
     folder.mkdir()
     save_file({"a": np.zeros((300, 100), np.float32), "b": np.zeros(5000, np.float16)}, folder / "model.safetensors")
     assert "a model of 0.04 million parameters trained from scratch" in small_page(made).text
+
+
+def test_a_table_s_seeds_make_one_page(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        config = Config(workdir="w", seed=seed)
+        workdirs.make(tmp_path / f"seed-{seed}", ("sft", "mpo"), configs={"sft": config, "mpo": config}, metrics=True)
+    page = small_page(tmp_path)
+    assert "2 runs (sft, mpo)" in page.text and "seeds 0, 1" in page.text and "Resampled are seeds" in page.text
+    assert ["seed", "0", "seed 0: sft, seed 0: mpo"] in page.rows
+    folder = tmp_path / "report" / "figures"
+    # both seeds logged the same, so the band has no width
+    rows = read_csv(folder / "sft_loss.csv")
+    assert [(row["step"], row["loss_low"] == row["loss_high"]) for row in rows] == [(s, True) for s in ("1", "5", "10")]
+    assert "../seed-1/stages/ppo-mpo/" in page.all("a", "href")
+    assert all((tmp_path / "report" / link).exists() for link in page.all("a", "href") if not link.startswith("#"))
+
+
+def test_samples_are_the_largest_differences_and_the_first() -> None:
+    def result(name: str, scores: list[float]) -> Any:
+        rows = [{"prompt": f"p{i}", "response": name, "score": score} for i, score in enumerate(scores)]
+        return SimpleNamespace(name=name, samples=lambda: rows)
+
+    size = 10
+    found = side_by_side(
+        [result("ppo", [0.0] * size), result("mpo", [0.0, 0.1, 0.2, 0.3, -9.0, 0.5, 0.6, 7.0, 0.8, 0.9])], 4
+    )
+    assert (found.first, found.second, found.measure, found.total) == ("mpo", "ppo", "reward", 10)
+    assert [(row["number"], row["difference"]) for row in found.rows] == [(5, -9.0), (8, 7.0), (2, 0.1), (1, 0.0)]
+    assert len(side_by_side([result("sft", [1.0, 2.0])], 9).rows) == 2
+
+
+def test_the_front_is_of_runs_that_no_other_beats() -> None:
+    rows = [{"kl": kl, "score": score} for kl, score in ((0.0, 0.0), (1.0, 2.0), (2.0, 1.0), (2.0, 3.0), (1.0, 2.0))]
+    assert pareto(rows, "score") == [True, True, False, True, True]
