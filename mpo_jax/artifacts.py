@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from filelock import FileLock
 
@@ -16,6 +16,7 @@ from mpo_jax import __version__
 from mpo_jax.config import load_config
 from mpo_jax.errors import UserError
 from mpo_jax.processes import agree, is_main, wait
+from mpo_jax.progress import Overall
 from mpo_jax.tracker import console
 from mpo_jax.types import Artifact
 
@@ -26,14 +27,47 @@ RECIPE = "recipe.json"
 """In an unfinished stage's folder: what it is made from. The manifest of a finished one says the same."""
 
 
+def make_recipe(stage: str, settings: Mapping[str, Any], parents: Mapping[str, Artifact]) -> dict[str, Any]:
+    """All that a stage's result depends on."""
+    return {
+        "format": FORMAT,
+        "stage": stage,
+        "settings": settings,
+        "parents": {role: parent.id for role, parent in parents.items()},
+    }
+
+
+def artifact_name(recipe: Mapping[str, Any]) -> str:
+    """`<stage>-<hash>`: the folder of what this recipe makes."""
+    return f"{recipe['stage']}-{hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]}"
+
+
+class Builder(Protocol):
+    """What a pipeline asks for its stages."""
+
+    def build(
+        self,
+        stage: str,
+        settings: Mapping[str, Any],
+        parents: Mapping[str, Artifact],
+        run: Callable[[Path], Mapping[str, Any]],
+    ) -> Artifact:
+        """The artifact of a stage with these settings and parents, which `run(folder)` makes."""
+        ...
+
+
 class Store:
     """The artifacts below `<workdir>/stages`.
+
+    Args:
+      overall: told of every stage that is made here.
 
     Raises:
       UserError: if the workdir cannot be written.
     """
 
-    def __init__(self, workdir: Path):
+    def __init__(self, workdir: Path, overall: Overall | None = None):
+        self._overall = overall
         self.folder = workdir / "stages"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -59,13 +93,8 @@ class Store:
         `run` works in a hidden folder, resumes from whatever an earlier, killed run left there, and returns a summary
         for the manifest. The folder gets its real name only when all is written.
         """
-        recipe = {
-            "format": FORMAT,
-            "stage": stage,
-            "settings": settings,
-            "parents": {role: parent.id for role, parent in parents.items()},
-        }
-        name = f"{stage}-{hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]}"
+        recipe = make_recipe(stage, settings, parents)
+        name = artifact_name(recipe)
         final, partial = self.folder / name, self.folder / f".{name}.partial"
         if (done := self._find(final)) is None:
             # of several processes the first one holds the lock for all
@@ -94,7 +123,8 @@ class Store:
             write_json(partial / RECIPE, recipe)
         wait(f"{final.name} begun")
         begin = time.time()
-        summary = run(partial)
+        with self._overall.making(final.name) if self._overall else contextlib.nullcontext():
+            summary = run(partial)
         wait(f"{final.name} written")
         if is_main():
             (partial / RECIPE).unlink()
@@ -115,11 +145,15 @@ def _keeps_checkpoints(folder: Path) -> bool:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON whole or not at all: to a neighbour file that is flushed to disk and then renamed."""
+    """Writes JSON whole or not at all."""
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all: to a neighbour file that is flushed to disk and then renamed."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
+    with temporary.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

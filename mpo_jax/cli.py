@@ -93,16 +93,22 @@ for _name, _what in {
 def table(
     config: ConfigPath,
     overrides: Overrides = None,
-    seeds: Annotated[str, typer.Option(help="comma-separated seeds, each in its own folder of the workdir")] = "0",
+    seeds: Annotated[
+        str | None, typer.Option(help="comma-separated seeds, each in its own folder of the workdir; as seeds=0,1,2")
+    ] = None,
+    dry: Annotated[
+        bool, typer.Option("--dry-run", help="show the stages, what is there, and the time; make nothing")
+    ] = False,
 ) -> None:
-    """Run every experiment of the configuration for several seeds and print the table over seeds."""
-    from mpo_jax.commands import run as command
+    """Make the paper's runs for every seed, then its tables, figures and claims over seeds, and the report.
 
-    try:
-        numbers = tuple(int(seed) for seed in seeds.split(","))
-    except ValueError:
-        raise UserError(f"--seeds wants comma-separated whole numbers, not {seeds!r}") from None
-    command.table(_load(config, overrides), numbers)
+    seeds=0,1,2 and experiment=NAME,NAME stand for table.seeds and table.experiment.
+    """
+    from mpo_jax.commands import table as command
+
+    given = [*(overrides or ()), *([] if seeds is None else [f"seeds={seeds}"])]
+    whole = tuple(f"table.{word}" if word.startswith(("seeds=", "experiment=")) else word for word in given)
+    (command.dry_run if dry else command.table)(load_config(config, whole))
 
 
 @app.command()

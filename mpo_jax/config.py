@@ -2,7 +2,7 @@
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from omegaconf import OmegaConf
@@ -313,8 +313,43 @@ class EvaluateConfig(Section, frozen=True):
     batch_size: int = Field(default=64, gt=0)
     greedy: bool = False
     temperature: float = Field(default=1.0, gt=0)
-    num_samples_shown: int = Field(default=8, ge=0, description="prompts in the report's side by side")
+    num_samples_shown: int = Field(
+        default=100, ge=0, description="prompts side by side in the report: half for their differences, half the first"
+    )
     bootstrap_resamples: int = Field(default=2000, gt=0)
+
+
+class TableConfig(Section, frozen=True):
+    """What `mpo table` runs, once a seed: the experiments, and MPO also at further splits of the pairs.
+
+    A split that is also the one of the section `select` is run once, as `mpo`.
+    """
+
+    seeds: tuple[int, ...] = (0,)
+    experiment: tuple[ExperimentName, ...] = get_args(ExperimentName)
+    thresholds: tuple[float, ...] = Field(default=(1.0, 2.0), description="the paper's two")
+    easy_fractions: tuple[float, ...] = ()
+
+    @field_validator("seeds", "experiment", "thresholds", "easy_fractions", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(","))
+        return (value,) if isinstance(value, int | float) else value
+
+    @field_validator("seeds")
+    @classmethod
+    def _some_and_different(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if not value or len(set(value)) < len(value) or min(value) < 0:
+            raise ValueError("must be different whole numbers from 0 up, such as 0,1,2")
+        return value
+
+    @field_validator("easy_fractions")
+    @classmethod
+    def _fractions(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if not all(0.0 <= fraction <= 1.0 for fraction in value):
+            raise ValueError("each must lie in [0, 1]")
+        return value
 
 
 class MeshConfig(Section, frozen=True):
@@ -384,6 +419,7 @@ class Config(Section, frozen=True):
     dpo: DpoConfig = Field(default_factory=lambda: DpoConfig())
     ppo: PpoConfig = Field(default_factory=lambda: PpoConfig())
     evaluate: EvaluateConfig = Field(default_factory=lambda: EvaluateConfig())
+    table: TableConfig = Field(default_factory=lambda: TableConfig())
     mesh: MeshConfig = Field(default_factory=lambda: MeshConfig())
     runtime: RuntimeConfig = Field(default_factory=lambda: RuntimeConfig())
 

@@ -8,6 +8,10 @@ class UserError(Exception):
     """
 
 
+class NothingSelected(UserError):
+    """A split of the pairs leaves nothing to train on: one run of a table that the others can do without."""
+
+
 class Preempted(Exception):
     """SIGTERM came while a stage trained, and a checkpoint of the step at hand is saved.
 

@@ -1,5 +1,6 @@
 """The method, top to bottom: SFT, reward model, selection, the experiment's steps, evaluation."""
 
+import copy
 import dataclasses
 import os
 from collections.abc import Mapping
@@ -11,11 +12,11 @@ import jax
 from jax.sharding import Mesh
 
 from mpo_jax import runtime
-from mpo_jax.artifacts import Store, write_json
-from mpo_jax.config import Config, ExperimentName, to_yaml
+from mpo_jax.artifacts import Builder, write_json
+from mpo_jax.config import Config, to_yaml
 from mpo_jax.data import corpus
 from mpo_jax.errors import UserError
-from mpo_jax.experiments import EXPERIMENTS, Step
+from mpo_jax.experiments import EXPERIMENTS, Step, Variant
 from mpo_jax.processes import is_main
 from mpo_jax.sharding import make_mesh
 from mpo_jax.stages import dpo, evaluate, ppo, reward, select, sft
@@ -29,18 +30,18 @@ StageName = Literal["sft", "reward", "select", "dpo", "ppo", "evaluate"]
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A finished experiment: its artifacts by role, in the order they were made."""
+    """A finished experiment, under its run's name: its artifacts by role, in the order they were made."""
 
-    experiment: ExperimentName
+    name: str
     artifacts: dict[str, Artifact]
 
 
 class Pipeline:
-    """Builds stages of one configuration, or takes them from the store."""
+    """Asks a store for the stages of one configuration, which makes them, has them, or only lists them."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, store: Builder):
         self.config = config
-        self.store = Store(Path(config.workdir))
+        self.store = store
         self._data = {"fingerprint": corpus.fingerprint(config.data)}
 
     @cached_property
@@ -80,8 +81,11 @@ class Pipeline:
         settings = self.config.evaluate.model_dump(mode="json", exclude={"num_samples_shown", "bootstrap_resamples"})
         return self._build("evaluate", evaluate.run, parents, {"text"}, {"evaluate": settings, **self._data})
 
-    def experiment(self, name: ExperimentName, *, until: StageName = "evaluate") -> Run:
-        """Everything an experiment needs, up to the last stage of the kind `until`.
+    def experiment(self, name: str, *, until: StageName = "evaluate") -> Run:
+        """Everything that a run of `runs/<name>` needs, up to the last stage of the kind `until`.
+
+        Args:
+          name: of an experiment, or of one at a split of its own (`mpo_t2`).
 
         Raises:
           UserError: before anything is trained, if there is nothing to evaluate on.
@@ -91,6 +95,7 @@ class Pipeline:
                 "there are no held-out prompts to evaluate on: name preference rows as data.test_path, raise "
                 "data.validation_fraction above 0, or run single stages (mpo sft, reward, select, dpo, ppo)"
             )
+        variant = Variant.of(name)
         made: dict[str, Artifact] = {"sft": self.sft()}
         if until != "sft":
             made["reward"] = self.reward(made["sft"])
@@ -98,17 +103,23 @@ class Pipeline:
             made["select"] = self.select(made["sft"], made["reward"])
         if until in ("sft", "reward", "select"):
             return Run(name, made)
+        split = self._split_at(variant)
         policy = made["sft"]
-        steps = EXPERIMENTS[name]
+        steps = EXPERIMENTS[variant.experiment]
         for number, step in enumerate(steps):
             if step.needs_selection:
                 made["select"] = self.select(made["sft"], made["reward"])
-            policy = made[f"{number + 1}-{step.algorithm}"] = self.step(step, policy, made["sft"], made["reward"])
+            policy = made[f"{number + 1}-{step.algorithm}"] = split.step(step, policy, made["sft"], made["reward"])
             if until == step.algorithm and all(later.algorithm != until for later in steps[number + 1 :]):
                 return Run(name, made)
         made["evaluate"] = self.evaluate(policy, made["sft"], made["reward"])
-        self._record(name, made)
         return Run(name, made)
+
+    def _split_at(self, variant: Variant) -> "Pipeline":
+        """The same pipeline where the pairs are split as the variant says."""
+        split = copy.copy(self)
+        split.config = self.config.model_copy(update={"select": variant.select(self.config.select)})
+        return split
 
     def _base(self) -> dict[str, Any]:
         """What SFT and reward depend on besides their own sections."""
@@ -139,18 +150,18 @@ class Pipeline:
 
         return self.store.build(stage, settings, parents, in_mesh)
 
-    def _record(self, name: ExperimentName, made: Mapping[str, Artifact]) -> None:
+    def record(self, run: Run) -> None:
         """`runs/<name>/`: the resolved configuration, the environment, and links to the artifacts."""
         if not is_main():
             return
-        folder = Path(self.config.workdir) / "runs" / name
+        folder = Path(self.config.workdir) / "runs" / run.name
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+        (folder / "config.yaml").write_text(to_yaml(self._split_at(Variant.of(run.name)).config), encoding="utf-8")
         write_json(folder / "env.json", {**runtime.environment(), "data": self._data})
         for link in folder.iterdir():
             if link.is_symlink():
                 link.unlink()
-        for role, artifact in made.items():
+        for role, artifact in run.artifacts.items():
             (folder / role).symlink_to(os.path.relpath(artifact.path, folder), target_is_directory=True)
 
 

@@ -14,8 +14,18 @@ from typing import Any
 import jax
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
+from mpo_jax import progress
 from mpo_jax.processes import is_main
 from mpo_jax.types import Mean, Skips
 
@@ -30,6 +40,14 @@ COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 Sums = dict[str, tuple[float, float | None]]
 """Totals and counts of metrics by name, in float64; without a count where the total itself is what is logged."""
+
+
+class _Eta(TimeRemainingColumn):
+    """The time that a task's own field gives, else what rich finds from the speed so far."""
+
+    def render(self, task: Task) -> Text:
+        given = task.fields.get("eta")
+        return super().render(task) if given is None else Text(f"{given:>7}", style="progress.remaining")
 
 
 class Tracker:
@@ -71,12 +89,17 @@ class Tracker:
         self._compile_seconds = 0.0
         self._compiled = _compile_clock()
         self._compiled_before = self._untimed = 0.0
+        self._overall = progress.current()
         self._bar: Progress | None = None
         if console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-            self._bar = Progress(*columns, TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+            self._bar = Progress(*columns, TextColumn("ETA"), _Eta(), TextColumn("{task.fields[note]}"),
                                  console=console)  # fmt: skip
             self._task = self._bar.add_task(stage, total=num_steps, completed=start_step, note="")
+            if self._overall is not None:
+                self._table = self._bar.add_task(
+                    "table", total=self._overall.total, completed=self._overall.finished, note="stages", eta=""
+                )
             self._bar.start()
 
     def update(
@@ -90,8 +113,12 @@ class Tracker:
         first = self.step == self._first_step
         self._pending.append(metrics)
         self.step = step
+        if self._overall is not None:
+            self._overall.at(step / self.num_steps)
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
+            if self._overall is not None:
+                self._bar.update(self._table, eta=progress.duration(self._overall.remaining()[0]))
         values = mean_values(self._fetch()) if log else {}
         now = time.perf_counter()
         if first:
@@ -165,7 +192,9 @@ class Tracker:
             eta = (
                 f"ETA {rate * (self.num_steps - step):.0f} s" if step < self.num_steps else f"{now - self._begin:.0f} s"
             )
-            console.print(f"  {self.stage} {step}/{self.num_steps}  {note}  {eta}", soft_wrap=True)
+            whole = f"  [{self._overall.text()}]" if self._overall is not None else ""
+            line = f"  {self.stage} {step}/{self.num_steps}  {note}  {eta}{whole}"
+            console.print(line, soft_wrap=True, markup=False)
 
     @staticmethod
     def _headline(values: Mapping[str, float]) -> list[str]:

@@ -16,6 +16,8 @@ from mpo_jax.errors import UserError
 from mpo_jax.model import families, functional, loading, weights
 from mpo_jax.model.decoder import DecoderConfig
 from mpo_jax.model.functional import Model
+from mpo_jax.processes import is_main
+from mpo_jax.report.card import write_card
 from mpo_jax.sharding import make_mesh
 from mpo_jax.text import TextCodec, load_tokenizer
 from mpo_jax.tracker import console
@@ -25,7 +27,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 def export(path: str, target: Path, *, critic: bool, dtype: Dtype, overrides: tuple[str, ...]) -> None:
-    """Writes `target`, whole or not at all.
+    """Writes `target` with a model card, whole or not at all.
 
     Args:
       path: a run's or stage's folder, a model folder, a .gguf file, a hub id; or an unfinished stage's hidden folder,
@@ -49,10 +51,12 @@ def export(path: str, target: Path, *, critic: bool, dtype: Dtype, overrides: tu
         shutil.rmtree(partial, ignore_errors=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         loading.save(partial, Model(decoder), params, codec, dtype=dtype)
+    kind = "reward model" if "score" in params else "language model"
+    if is_main():
+        write_card(partial, found, path, name=target.name, kind=kind, dtype=dtype)
     if target.is_dir():
         target.rmdir()
     os.rename(partial, target)
-    kind = "reward model" if "score" in params else "language model"
     size = sum(file.stat().st_size for file in target.iterdir()) / 1e6
     console.print(f"{where}: {decoder.family} {kind} in {dtype}, {size:.0f} MB -> {target}", soft_wrap=True)
 

@@ -7,15 +7,15 @@ from pathlib import Path
 from rich.markup import escape
 
 from mpo_jax import __version__, runtime
-from mpo_jax.artifacts import write_json
-from mpo_jax.config import Config, ExperimentName, load_config
+from mpo_jax.artifacts import Store, write_json
+from mpo_jax.config import Config, ExperimentName
 from mpo_jax.errors import UserError
 from mpo_jax.experiments import EXPERIMENTS
 from mpo_jax.pipeline import Pipeline, StageName
 from mpo_jax.processes import is_main
 from mpo_jax.report import results
 from mpo_jax.report.page import write_report
-from mpo_jax.report.seeds import over_seeds, write_seeds
+from mpo_jax.report.seeds import collect_seeds
 from mpo_jax.tracker import console
 
 
@@ -32,16 +32,20 @@ def _start(config: Config) -> None:
 
 def _build(config: Config) -> None:
     begin = time.perf_counter()
-    pipeline = Pipeline(config)
-    runs = [pipeline.experiment(name) for name in config.experiment]
+    store = Store(Path(config.workdir))
+    pipeline = Pipeline(config, store)
+    runs = []
+    for name in config.experiment:
+        runs.append(pipeline.experiment(name))
+        pipeline.record(runs[-1])
     if not is_main():
         return
     workdir = Path(config.workdir)
-    finished = results.collect(workdir, tuple(made.experiment for made in runs))
+    finished = results.collect(workdir, tuple(made.name for made in runs))
     page = _report(workdir, config)
     console.print(results.terminal_table(results.main_rows(finished), "Held-out prompts: mean ± standard error"))
     _show_samples(finished)
-    made, reused = len(pipeline.store.made), len(pipeline.store.reused)
+    made, reused = len(store.made), len(store.reused)
     console.print(
         f"{made} stages made, {reused} reused in {time.perf_counter() - begin:.0f} s"
         + ("" if made else ": everything was there already, nothing was computed")
@@ -56,7 +60,8 @@ def _report(workdir: Path, config: Config) -> Path:
     page, record = workdir / "report" / "index.html", workdir / "report" / "inputs.json"
     if page.is_file() and record.is_file() and json.loads(record.read_text(encoding="utf-8")) == inputs:
         return page
-    page = write_report(workdir, resamples=config.evaluate.bootstrap_resamples)
+    by_seed = {config.seed: results.collect(workdir)}
+    page = write_report(workdir, resamples=config.evaluate.bootstrap_resamples, by_seed=by_seed)
     write_json(record, inputs)
     return page
 
@@ -87,33 +92,18 @@ def run_until(config: Config, stage: StageName) -> None:
         raise UserError(
             f"experiment={','.join(config.experiment)} has no {stage} step: choose another, experiment=NAME"
         )
-    pipeline = Pipeline(config)
+    pipeline = Pipeline(config, Store(Path(config.workdir)))
     for name in names:
         made = pipeline.experiment(name, until=stage)
+        if stage == "evaluate":
+            pipeline.record(made)
         built = [artifact for artifact in made.artifacts.values() if artifact.manifest["stage"] == stage]
         console.print(f"{name}: {built[-1].path}", soft_wrap=True)
 
 
-def table(config: Config, seeds: tuple[int, ...]) -> None:
-    """`mpo table`: the configuration's experiments for each seed, in `<workdir>/seed-N`, and the table over seeds."""
-    _start(config)
-    workdir = Path(config.workdir)
-    for seed in seeds:
-        console.rule(f"seed {seed}")
-        toy = config.data.toy.model_copy(update={"seed": config.data.toy.seed + seed})
-        data = config.data.model_copy(update={"toy": toy})
-        _build(config.model_copy(update={"seed": seed, "workdir": str(workdir / f"seed-{seed}"), "data": data}))
-    if not is_main():
-        return
-    by_seed = {seed: results.collect(workdir / f"seed-{seed}", config.experiment) for seed in seeds}
-    rows = over_seeds(by_seed)
-    console.print(results.terminal_table(rows, f"{len(seeds)} seeds: mean over seeds ± standard error over seeds"))
-    for path in write_seeds(workdir, by_seed):
-        console.print(f"wrote {path}", soft_wrap=True)
-
-
 def report(workdir: Path) -> None:
-    """`mpo report`: the report of a workdir from its finished runs."""
-    finished = results.collect(workdir)
-    config = load_config(finished[0].folder / "config.yaml")
-    console.print(f"report: {write_report(workdir, resamples=config.evaluate.bootstrap_resamples)}", soft_wrap=True)
+    """`mpo report`: the report of a workdir from its finished runs, or from those of a table's seeds."""
+    by_seed = collect_seeds(workdir)
+    config = next(iter(by_seed.values()))[0].config
+    page = write_report(workdir, resamples=config.evaluate.bootstrap_resamples, by_seed=by_seed)
+    console.print(f"report: {page}", soft_wrap=True)

@@ -98,10 +98,15 @@ def _load(config: Config) -> Corpus:
     return corpus
 
 
+def known_utility(config: DataConfig) -> Callable[[str, str], float] | None:
+    """The true utility of (prompt, response), which the toy world has and real data have not."""
+    return toy.utility if config.kind == "toy" else None
+
+
 def _load_toy(config: Config) -> Corpus:
     if config.text.chat:
         raise UserError("text.chat=true needs rows from files: the toy world has no conversations (data.kind=toy)")
-    world = config.data.toy
+    data, world = config.data, config.data.toy
     pairs = toy.preferences(world, test=False)
     return Corpus(
         demonstrations=toy.demonstrations(world),
@@ -113,7 +118,7 @@ def _load_toy(config: Config) -> Corpus:
             DataReport("toy preferences", world.num_pairs, world.num_pairs),
             DataReport("toy test preferences", world.num_test, world.num_test),
         ],
-        utility=toy.utility,
+        utility=known_utility(data),
     )
 
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mpo_jax.config import SelectConfig
-from mpo_jax.errors import UserError
+from mpo_jax.errors import NothingSelected
 from mpo_jax.selection import split, threshold_for_fraction
 
 Subset = Literal["all", "easy", "hard"]
@@ -77,7 +77,7 @@ class PairTable:
         """Indices of the easy, the hard or all rows.
 
         Raises:
-          UserError: if there are none, with the gaps' range.
+          NothingSelected: if there are none, with the gaps' range.
         """
         if subset == "all":
             return np.arange(len(self))
@@ -85,16 +85,20 @@ class PairTable:
         easy = np.asarray(split(self.gap, threshold))
         rows = np.flatnonzero(easy if subset == "easy" else ~easy)
         if not len(rows):
-            raise UserError(
+            raise NothingSelected(
                 f"no pair is {subset} at threshold {threshold:g}: gaps run from {self.gap.min():.3g} to "
                 f"{self.gap.max():.3g} (median {np.median(self.gap):.3g}); "
                 f"{'lower' if subset == 'easy' else 'raise'} select.threshold, or set select.easy_fraction"
             )
         return rows
 
+    @property
+    def truth(self) -> np.ndarray:
+        """[N] true utility of the chosen side minus the other's, NaN where no truth is known."""
+        return np.where(self.chosen == 0, 1, -1) * (self.utility[:, 0] - self.utility[:, 1])
+
     def label_accuracy(self, rows: np.ndarray) -> float | None:
         """Share of the rows whose chosen side has the higher true utility, ties left out; None where none is known."""
-        utility = self.utility[rows]
-        signed = np.where(self.chosen[rows] == 0, 1, -1) * (utility[:, 0] - utility[:, 1])
+        signed = self.truth[rows]
         decided = np.isfinite(signed) & (signed != 0)
         return float((signed[decided] > 0).mean()) if decided.any() else None

@@ -1,9 +1,14 @@
-"""How far a reward model's gaps can be trusted. Figure 2 of the MPO paper."""
+"""How far a reward model's gaps can be trusted. Figure 2 of the MPO paper, and calibration beyond it."""
 
+from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from scipy.special import expit
 
 EDGES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, float("inf"))
 
@@ -30,3 +35,92 @@ def accuracy_by_gap(signed_gap_N: np.ndarray, edges: tuple[float, ...] = EDGES) 
             }
         )
     return bins
+
+
+def pooled(bins: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The bins of several sets of pairs as those of all their pairs together; all have the same edges."""
+    total = sum(one["count"] for part in bins for one in part)
+    together = []
+    for parts in zip(*bins, strict=True):
+        count = sum(one["count"] for one in parts)
+        right = sum(one["accuracy"] * one["count"] for one in parts if one["count"])
+        accuracy = right / count if count else None
+        ends = {key: parts[0][key] for key in ("low", "high")}
+        together.append({**ends, "count": count, "share": count / max(total, 1), "accuracy": accuracy})
+    return together
+
+
+def reliability(signed_gap_N: np.ndarray, bins: int = 10) -> tuple[list[dict[str, Any]], float]:
+    """Reliability curve and expected calibration error of sigmoid(|gap|), the model's confidence in its order.
+
+    ECE = sum over bins of the bin's share of pairs times |accuracy - mean confidence|; 0 where a model that says 80% is
+    right in 80% of such pairs. Naeini, Cooper and Hauskrecht (2015).
+
+    Args:
+      signed_gap_N: positive where the model orders the pair right; a gap of 0 counts as wrong, at confidence 0.5.
+      bins: equal parts of [0.5, 1].
+
+    Returns:
+      A row a bin that has pairs, and the error.
+    """
+    gap_N = np.asarray(signed_gap_N, np.float64)
+    confidence_N, right_N = expit(np.abs(gap_N)), gap_N > 0
+    place_N = np.minimum((2 * (confidence_N - 0.5) * bins).astype(int), bins - 1)
+    rows, error = [], 0.0
+    for place in np.unique(place_N):
+        inside = place_N == place
+        confidence, accuracy = float(confidence_N[inside].mean()), float(right_N[inside].mean())
+        error += inside.mean() * abs(accuracy - confidence)
+        rows.append(
+            {
+                "low": 0.5 + place / (2 * bins),
+                "high": 0.5 + (place + 1) / (2 * bins),
+                "count": int(inside.sum()),
+                "confidence": confidence,
+                "accuracy": accuracy,
+            }
+        )
+    return rows, float(error)
+
+
+def by_threshold(signed_gap_N: np.ndarray, thresholds: Sequence[float]) -> list[dict[str, Any]]:
+    """What each threshold on |gap| does: sizes of easy (above it) and hard, and the share ordered right in each."""
+    rows = []
+    for threshold in thresholds:
+        easy = np.abs(signed_gap_N) > threshold
+        row: dict[str, Any] = {"threshold": threshold, "easy": int(easy.sum()), "hard": int((~easy).sum())}
+        for name, inside in {"easy": easy, "hard": ~easy}.items():
+            row[f"{name}_accuracy"] = float((signed_gap_N[inside] > 0).mean()) if inside.any() else None
+        rows.append(row)
+    return rows
+
+
+HELD_OUT = "held_out.parquet"
+
+
+def write_gaps(folder: Path, gap_N: np.ndarray, truth_N: np.ndarray | None) -> None:
+    """Writes `held_out.parquet`: score of chosen minus rejected of every held-out pair, and true utility likewise."""
+    columns: dict[str, Any] = {"gap": np.asarray(gap_N, np.float32)}
+    if truth_N is not None:
+        columns["truth"] = np.asarray(truth_N, np.float64)
+    pq.write_table(pa.table(columns), folder / HELD_OUT)
+
+
+def read_gaps(folder: Path) -> tuple[np.ndarray, np.ndarray | None] | None:
+    """What `write_gaps` wrote; None of a reward model that was made before there was such a file."""
+    if not (folder / HELD_OUT).is_file():
+        return None
+    table = pq.read_table(folder / HELD_OUT)
+    truth = table["truth"].to_numpy() if "truth" in table.column_names else None
+    return table["gap"].to_numpy(), truth
+
+
+def against_truth(gap_N: np.ndarray, truth_N: np.ndarray) -> np.ndarray:
+    """Gaps signed by whether the truth agrees, of the pairs whose truth is known and no tie.
+
+    Args:
+      gap_N: a score difference.
+      truth_N: the same sides' true utilities' difference, NaN where unknown.
+    """
+    decided = np.isfinite(truth_N) & (truth_N != 0)
+    return np.where(truth_N > 0, gap_N, -gap_N)[decided]

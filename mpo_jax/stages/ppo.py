@@ -17,9 +17,10 @@ from jaxtyping import Array, Float
 
 from mpo_jax.config import Config, OptimConfig, PpoConfig, TrainConfig
 from mpo_jax.data.batches import Buckets, TrainBatches, num_steps
-from mpo_jax.data.corpus import load_corpus
+from mpo_jax.data.corpus import known_utility, load_corpus
 from mpo_jax.data.pair_table import PairTable, Subset
 from mpo_jax.data.tokens import tokenize
+from mpo_jax.evaluation.truth import Truth, make_rollout_utility
 from mpo_jax.generate import Sampling, make_generate
 from mpo_jax.model import loading
 from mpo_jax.model.functional import Model
@@ -217,7 +218,8 @@ def run(
     iterations = num_steps(len(examples), epochs=ppo.train.epochs, steps=ppo.train.steps, batch_size=size)
     batches = TrainBatches(examples, buckets, size, data_seed(config.seed, "ppo"), ppo.train.shuffle)
     demonstrations = _demonstrations(config, codec) if ppo.extras.ptx_coef else None
-    loop = Loop(config, mesh, codec, actor_model, reward_model, ref_params, reward_params, iterations)
+    truth = known_utility(config.data)
+    loop = Loop(config, mesh, codec, actor_model, reward_model, ref_params, reward_params, iterations, truth)
 
     def step(state: PpoState, k: int) -> tuple[PpoState, Metrics, Any]:
         return loop.iteration(state, k, batches, demonstrations)
@@ -256,6 +258,7 @@ class Loop:
     ref_params: Params
     reward_params: Params
     iterations: int
+    truth: Truth | None = None
 
     def __post_init__(self) -> None:
         ppo = self.config.ppo
@@ -274,6 +277,7 @@ class Loop:
         if updates_in_one_pass(method):
             self.one_pass = make_one_pass(self.actor_model, self.reward_model, method, self.mesh)
         self.allowed_V = jnp.asarray(self.codec.allowed(self.actor_model.decoder.vocab_size))
+        self.utility = make_rollout_utility(self.truth, self.codec)
         self.key = stage_key(self.config.seed, "ppo")
         num_updates = self.iterations * ppo.epochs * ppo.minibatches
         self.actor_rate = make_learning_rate(ppo.train.optim, num_updates)
@@ -326,7 +330,8 @@ class Loop:
         if ema is not None:
             ema = average(ema, state.actor.params, self.config.ppo.extras.ema_decay)
         state = dataclasses.replace(state, kl_coef=kl_coef, ema=ema)
-        return state, {**metrics, **timing}, {"rollouts": scored, "shown": shown}
+        metrics = {**metrics, **timing, **self.utility(joined)}
+        return state, metrics, {"rollouts": scored, "shown": shown}
 
     def _updates(self, state: PpoState, k: int, batch: tuple[PpoBatch, Joined | None]) -> tuple[PpoState, Metrics]:
         """All passes over one iteration's rollouts."""

@@ -16,11 +16,12 @@ from mpo_jax.data.batches import Buckets, map_batches
 from mpo_jax.data.corpus import Corpus, base_tokenizer, load_corpus
 from mpo_jax.data.tokens import tokenize
 from mpo_jax.errors import UserError
-from mpo_jax.evaluation.calibration import accuracy_by_gap
+from mpo_jax.evaluation.calibration import accuracy_by_gap, against_truth, write_gaps
 from mpo_jax.hub import local_model
 from mpo_jax.losses import bradley_terry_loss, span_reward_loss
 from mpo_jax.model import functional, loading
 from mpo_jax.model.functional import Model
+from mpo_jax.processes import is_main
 from mpo_jax.runtime import stage_key
 from mpo_jax.sharding import place_batch, replicated
 from mpo_jax.text import TextCodec, load_tokenizer
@@ -63,7 +64,7 @@ def make_step(model: Model, optim: OptimConfig, loss: str, accumulation: int, me
 
 
 def run(config: Config, mesh: Mesh, folder: Path, *, sft: Artifact) -> dict[str, Any]:
-    """Trains, or takes the finished model at `reward.path`; writes `model/`.
+    """Trains, or takes the finished model at `reward.path`; writes `model/` and `held_out.parquet`.
 
     Returns counts, held-out accuracy, and accuracy by gap against labels and truth; None where nothing is held out.
     """
@@ -76,7 +77,7 @@ def run(config: Config, mesh: Mesh, folder: Path, *, sft: Artifact) -> dict[str,
         model, params = _finished(config, mesh, codec)
         summary = {"path": config.reward.path, "data": [source.to_dict() for source in corpus.reports]}
     loading.save(folder / "model", model, params, codec)
-    return summary | _measure(config, mesh, model, params, corpus, codec)
+    return summary | _measure(config, mesh, folder, model, params, corpus, codec)
 
 
 def _train(
@@ -116,9 +117,9 @@ def _finished(config: Config, mesh: Mesh, codec: TextCodec) -> tuple[Model, Para
 
 
 def _measure(
-    config: Config, mesh: Mesh, model: Model, params: Params, corpus: Corpus, codec: TextCodec
+    config: Config, mesh: Mesh, folder: Path, model: Model, params: Params, corpus: Corpus, codec: TextCodec
 ) -> dict[str, Any]:
-    """Accuracy on the held-out pairs, against their labels and, where it is known, the truth."""
+    """Accuracy on the held-out pairs, against their labels and, where it is known, the truth; writes their gaps."""
     if not corpus.held_out:
         return {"held_out_accuracy": None, "accuracy_by_gap": None}
     rows = [(row.prompt, (row.chosen, row.rejected)) for row in corpus.held_out]
@@ -132,12 +133,15 @@ def _measure(
     )
     gap = score_BN[:, 0] - score_BN[:, 1]
     summary = {"held_out_accuracy": float((gap > 0).mean()), "accuracy_by_gap": accuracy_by_gap(gap)}
+    truth = None
     if corpus.utility is not None:
         truth = np.asarray(
             [corpus.utility(r.prompt, r.chosen) - corpus.utility(r.prompt, r.rejected) for r in corpus.held_out]
         )
         decided = truth != 0
         summary["true_accuracy"] = float(((gap > 0) == (truth > 0))[decided].mean())
-        summary["true_accuracy_by_gap"] = accuracy_by_gap(np.where(truth > 0, gap, -gap)[decided])
+        summary["true_accuracy_by_gap"] = accuracy_by_gap(against_truth(gap, truth))
         summary["label_accuracy"] = float((truth > 0)[decided].mean())
+    if is_main():
+        write_gaps(folder, gap, truth)
     return summary

@@ -16,7 +16,7 @@ from mpo_jax.data.batches import Buckets, map_batches
 from mpo_jax.data.corpus import Corpus, load_corpus
 from mpo_jax.data.pair_table import PairTable
 from mpo_jax.data.tokens import Example, tokenize
-from mpo_jax.evaluation.calibration import accuracy_by_gap
+from mpo_jax.evaluation.calibration import accuracy_by_gap, against_truth
 from mpo_jax.generate import Sampling
 from mpo_jax.model import functional, loading
 from mpo_jax.processes import is_main
@@ -139,11 +139,9 @@ def describe(table: PairTable, config: SelectConfig) -> dict[str, Any]:
         "histogram": {"counts": counts.tolist(), "edges": edges.tolist()},
         "identical": int(sum(a == b for a, b in table.ids)),
     }
-    truth = np.where(table.chosen == 0, 1, -1) * (table.utility[:, 0] - table.utility[:, 1])
-    decided = np.isfinite(truth) & (truth != 0)
-    if decided.any():
-        signed = np.where(truth > 0, np.abs(table.gap), -np.abs(table.gap))
-        summary["accuracy_by_gap"] = accuracy_by_gap(signed[decided])
+    signed = against_truth(np.abs(table.gap), table.truth)
+    if len(signed):
+        summary["accuracy_by_gap"] = accuracy_by_gap(signed)
     return summary
 
 

@@ -44,6 +44,7 @@ def test_a_folder_goes_through_unchanged(request, name, tmp_path, capsys):
     assert kind in capsys.readouterr().out
     assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == toy.make_tokenizer().get_vocab()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert "It was not trained there" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

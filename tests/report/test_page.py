@@ -2,10 +2,12 @@
 
 import base64
 import csv
+import hashlib
 import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,10 +15,13 @@ import pytest
 from safetensors.numpy import save_file
 
 from mpo_jax.config import Config
-from mpo_jax.report import figures
-from mpo_jax.report.figures import Chart
+from mpo_jax.report import canvas
+from mpo_jax.report.canvas import Chart
+from mpo_jax.report.figures import pareto
 from mpo_jax.report.page import write_report
-from mpo_jax.report.results import collect, difference_rows, main_rows
+from mpo_jax.report.results import collect, difference_rows
+from mpo_jax.report.samples import side_by_side
+from mpo_jax.report.seeds import over_seeds
 from tests.report import workdirs
 
 RESAMPLES = 50
@@ -91,22 +96,33 @@ def small_page(workdir: Path) -> Page:
 
 
 def test_all_sections_are_there_in_order(page: Page) -> None:
-    assert page.sections == ["results", "differences", "tradeoff", "training", "selection", "samples", "data", "again"]
+    assert page.sections == [
+        "results", "claims", "paper", "differences", "tradeoff", "training", "overoptimisation", "selection",
+        "calibration", "samples", "data", "config", "again",
+    ]  # fmt: skip
 
 
 def test_page_needs_no_other_file_and_no_network(page: Page) -> None:
     images = page.all("img", "src")
-    # 2 against KL, 1 SFT, 2 reward, 5 DPO, 5 PPO, 1 histogram, 1 accuracy
-    assert len(images) == 17
+    # 2 claims, 2 against KL, 1 SFT, 2 reward, 5 DPO, 6 PPO, 1 over-optimisation, 1 histogram, 2 calibration
+    assert len(images) == 22
     for image in images:
         kind, data = image.split(",", 1)
         assert kind == "data:image/png;base64"
         assert base64.b64decode(data, validate=True).startswith(b"\x89PNG\r\n")
     names = {name for name, _ in page.tags}
-    assert not names & {"script", "link", "iframe", "object", "embed", "base", "form"}
+    assert not names & {"link", "iframe", "object", "embed", "base", "form"}
     attributes = [value or "" for _, attributes in page.tags for value in attributes.values()]
     assert not [value for value in attributes if re.search(r"https?:|^//|javascript:", value)]
-    assert not re.search(r"@import|url\(", page.source)
+    assert not re.search(r"@import|url\(|fetch\(|XMLHttp", page.source)
+
+
+def test_the_browser_may_run_the_page_s_own_script_alone(page: Page) -> None:
+    (script,) = re.findall(r"<script>(.*?)</script>", page.source, re.S)
+    policy = next(value for value in page.all("meta", "content") if "default-src" in value)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in policy and "default-src 'none'" in policy
+    assert [name for name, _ in page.tags].count("script") == 1
 
 
 def test_links_lead_to_files_and_sections_that_exist(page: Page, workdir: Path) -> None:
@@ -147,15 +163,14 @@ def test_summary_says_what_was_run_and_what_came_out(page: Page) -> None:
     items = re.findall(r"<li>(.*?)</li>", page.source)
     assert items == [
         "Best by true utility: mpo, 3.307 ± 0.023 (s.e.).",
-        "mpo against sft: higher, +1.000 true utility [+1.000, +1.000].",
-        "mpo against dpo: higher, +0.500 true utility [+0.500, +0.500].",
+        'MPO better than DPO: <b class="supported">supported</b>, +0.500 true utility [+0.500, +0.500].',
     ]
 
 
 def test_tables_as_csv_equal_the_rows(workdir: Path) -> None:
     results = collect(workdir)
     tables = workdir / "report" / "tables"
-    assert read_csv(tables / "main.csv") == as_text(main_rows(results))
+    assert read_csv(tables / "main.csv") == as_text(over_seeds({0: results}))
     assert read_csv(tables / "differences.csv") == as_text(difference_rows(results, resamples=RESAMPLES))
     assert read_csv(tables / "data.csv") == as_text([{**workdirs.REPORT, "dropped": '{"empty & void": 2}'}])
     assert [(row["artifact"], row["truncated_prompts"]) for row in read_csv(tables / "truncation.csv")] == [
@@ -170,7 +185,7 @@ def test_every_figure_has_its_numbers_beside_it(workdir: Path, page: Page) -> No
     inlined = {base64.b64decode(source.split(",", 1)[1]) for source in page.all("img", "src")}
     assert inlined == set(images.values())
     assert read_csv(folder / "utility_against_kl.csv")[2] == {
-        "run": "mpo", "kl": "1.493", "kl_se": "0.082", "utility": "3.307", "utility_se": "0.023",
+        "run": "mpo", "kl": "1.493", "kl_se": "0.082", "utility": "3.307", "utility_se": "0.023", "pareto": "True",
     }  # fmt: skip
 
 
@@ -206,10 +221,15 @@ def test_accuracy_by_gap_has_all_three_sources_with_intervals(page: Page, workdi
 
 
 def test_samples_are_side_by_side_with_reward_and_utility(page: Page) -> None:
-    articles = page.source.split('<article class="sample">')[1:]
+    articles = page.source.split('<article class="sample"')[1:]
     assert len(articles) == 4
     words = " ".join(re.sub(r"<[^>]*>", " ", articles[2]).split())
-    expected = ("prompt 2", "sft reward 2.25, true utility 4.00 sft answers 2", "mpo reward 4.25, true utility 5.00")
+    expected = (
+        "Prompt 3, mpo against dpo +0.500 true utility",
+        "prompt 2",
+        "sft reward 2.25, true utility 4.00 sft answers 2",
+        "mpo reward 4.25, true utility 5.00",
+    )
     assert all(part in words for part in expected), words
 
 
@@ -232,8 +252,7 @@ def test_untrusted_text_stays_text(tmp_path: Path) -> None:
     answer = '"><img src=x onerror=alert(2)> {{ 7 * 7 }} \ud800'
     sampled = {"sft": [{"prompt": attack, "response": answer, "score": 0.5, "kl": 0.0, "has_eos": False}]}
     page = small_page(workdirs.make(tmp_path, ("sft",), sampled=sampled))
-    names = {name for name, _ in page.tags}
-    assert "script" not in names
+    assert [name for name, _ in page.tags].count("script") == 1 and "onerror" not in str(page.tags)
     assert all(source.startswith("data:") for source in page.all("img", "src"))
     assert attack in page.text
     # a lone surrogate is no text that a file could hold
@@ -256,8 +275,7 @@ def test_without_truth_nothing_is_said_of_it(tmp_path: Path) -> None:
 def test_sections_without_data_are_left_out(tmp_path: Path) -> None:
     config = Config(workdir="w", experiment=("sft",), evaluate={"num_samples_shown": 0})  # type: ignore[arg-type]
     page = small_page(workdirs.make(tmp_path, ("sft",), configs={"sft": config}))
-    assert page.sections == ["results", "tradeoff", "selection", "data", "again"]
-    assert "threshold" not in page.text
+    assert page.sections == ["results", "paper", "tradeoff", "calibration", "data", "config", "again"]
     assert not (tmp_path / "report" / "figures" / "gaps.csv").exists()
     assert not (tmp_path / "report" / "tables" / "differences.csv").exists()
     assert "#differences" not in page.all("a", "href")
@@ -301,9 +319,8 @@ def test_an_interval_that_holds_zero_is_no_clear_difference(tmp_path: Path) -> N
 
     sampled = {"sft": scored(0, 0, 0, 0), "dpo": scored(2, -1, 1, -1), "mpo": scored(-3, -3, -3, -2)}
     made = workdirs.make(tmp_path, utility=False, sampled=sampled)
-    text = small_page(made).text
-    assert "mpo against sft: lower, -2.750 reward" in text
-    # without MPO every run is set against SFT
+    assert "MPO better than DPO: contradicted, -3.000 reward" in small_page(made).text
+    # where the paper claims nothing, runs are set against SFT
     for link in ("mpo/evaluate", "mpo/sft"):
         (made / "runs" / link).unlink()
     assert "dpo against sft: no clear difference, +0.250 reward" in small_page(made).text
@@ -349,9 +366,9 @@ def test_a_killed_run_leaves_the_report_that_was_there(tmp_path: Path, monkeypat
 
 
 def test_runs_keep_their_look_and_no_two_look_the_same() -> None:
-    looks = [tuple(figures.style(run).values()) for run in figures.EXPERIMENTS]
-    assert len(set(looks)) == len(looks) == 12
-    assert figures.style("sft")["color"] == "#000000"
+    looks = [tuple(canvas.style(run).values()) for run in [*canvas.EXPERIMENTS, "mpo_t2", "mpo_t3", "mpo_f0.25"]]
+    assert len(set(looks)) == len(looks) == 15
+    assert canvas.style("sft")["color"] == "#000000"
 
 
 def test_model_size_is_counted_from_the_weights_headers(tmp_path: Path) -> None:
@@ -360,3 +377,37 @@ def test_model_size_is_counted_from_the_weights_headers(tmp_path: Path) -> None:
     folder.mkdir()
     save_file({"a": np.zeros((300, 100), np.float32), "b": np.zeros(5000, np.float16)}, folder / "model.safetensors")
     assert "a model of 0.04 million parameters trained from scratch" in small_page(made).text
+
+
+def test_a_table_s_seeds_make_one_page(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        config = Config(workdir="w", seed=seed)
+        workdirs.make(tmp_path / f"seed-{seed}", ("sft", "mpo"), configs={"sft": config, "mpo": config}, metrics=True)
+    page = small_page(tmp_path)
+    assert "2 runs (sft, mpo)" in page.text and "seeds 0, 1" in page.text and "Resampled are seeds" in page.text
+    assert ["seed", "0", "seed 0: sft, seed 0: mpo"] in page.rows
+    folder = tmp_path / "report" / "figures"
+    # both seeds logged the same, so the band has no width
+    rows = read_csv(folder / "sft_loss.csv")
+    assert [(row["step"], row["loss_low"] == row["loss_high"]) for row in rows] == [(s, True) for s in ("1", "5", "10")]
+    assert "../seed-1/stages/ppo-mpo/" in page.all("a", "href")
+    assert all((tmp_path / "report" / link).exists() for link in page.all("a", "href") if not link.startswith("#"))
+
+
+def test_samples_are_the_largest_differences_and_the_first() -> None:
+    def result(name: str, scores: list[float]) -> Any:
+        rows = [{"prompt": f"p{i}", "response": name, "score": score} for i, score in enumerate(scores)]
+        return SimpleNamespace(name=name, samples=lambda: rows)
+
+    size = 10
+    found = side_by_side(
+        [result("ppo", [0.0] * size), result("mpo", [0.0, 0.1, 0.2, 0.3, -9.0, 0.5, 0.6, 7.0, 0.8, 0.9])], 4
+    )
+    assert (found.first, found.second, found.measure, found.total) == ("mpo", "ppo", "reward", 10)
+    assert [(row["number"], row["difference"]) for row in found.rows] == [(5, -9.0), (8, 7.0), (2, 0.1), (1, 0.0)]
+    assert len(side_by_side([result("sft", [1.0, 2.0])], 9).rows) == 2
+
+
+def test_the_front_is_of_runs_that_no_other_beats() -> None:
+    rows = [{"kl": kl, "score": score} for kl, score in ((0.0, 0.0), (1.0, 2.0), (2.0, 1.0), (2.0, 3.0), (1.0, 2.0))]
+    assert pareto(rows, "score") == [True, True, False, True, True]

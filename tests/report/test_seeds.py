@@ -1,14 +1,15 @@
 """Tables over seeds: a seed is one observation."""
 
-import csv
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mpo_jax.report.results import RunResult, collect
-from mpo_jax.report.seeds import over_seeds, write_seeds
+from mpo_jax.config import Config
+from mpo_jax.errors import UserError
+from mpo_jax.report.results import RunResult
+from mpo_jax.report.seeds import collect_seeds, differences, over_seeds, pair_differences, seed_differences, seed_rows
 from mpo_jax.types import Artifact
 from tests.report import workdirs
 
@@ -27,8 +28,11 @@ def test_mean_and_error_are_over_seeds_not_over_prompts() -> None:
     }
     sft, mpo = over_seeds(by_seed)
     # 1, 3, 8: mean 4, variance (9 + 1 + 16) / 2 = 13, error sqrt(13 / 3)
+    prompts = pytest.approx(123 / math.sqrt(3))
     assert sft == {
-        "run": "sft", "seeds": 3, "score": 4.0, "score_se": pytest.approx(math.sqrt(13 / 3)), "kl": 0.0, "kl_se": 0.0,
+        "run": "sft", "seeds": 3, "prompts": 15, "error_over": "seeds",
+        "score": 4.0, "score_se": pytest.approx(math.sqrt(13 / 3)), "score_se_prompts": prompts,
+        "kl": 0.0, "kl_se": 0.0, "kl_se_prompts": prompts,
     }  # fmt: skip
     # 4, 4.5, 6.5: mean 5, variance (1 + 0.25 + 2.25) / 2 = 1.75
     assert mpo["score"] == 5.0
@@ -38,7 +42,8 @@ def test_mean_and_error_are_over_seeds_not_over_prompts() -> None:
 def test_a_run_that_one_seed_lacks_counts_the_seeds_it_has() -> None:
     by_seed = {0: [result("sft", score=1.0), result("dpo", score=2.0)], 7: [result("sft", score=2.0)]}
     assert [(row["run"], row["seeds"]) for row in over_seeds(by_seed)] == [("sft", 2), ("dpo", 1)]
-    assert over_seeds(by_seed)[1]["score_se"] == 0.0
+    # one seed has no spread over seeds: its error is over prompts, and the row says so
+    assert (over_seeds(by_seed)[1]["score_se"], over_seeds(by_seed)[1]["error_over"]) == (123.0, "prompts")
 
 
 def test_a_column_that_one_seed_lacks_is_left_out() -> None:
@@ -47,30 +52,52 @@ def test_a_column_that_one_seed_lacks_is_left_out() -> None:
     assert "utility" not in row
 
 
-def test_tables_are_written_with_a_line_a_seed(tmp_path: Path) -> None:
+def two_seeds(folder: Path) -> Path:
+    """Seeds 3 and 4 of SFT and DPO on three prompts, whose rewards differ by 1, 11 and 21, and utilities by 0.5."""
     prompts = ["a", "b", "c"]
     shifted = [
         {**row, "score": row["score"] + 10.0 * index} for index, row in enumerate(workdirs.samples("dpo", prompts))
     ]
     sampled = {"sft": workdirs.samples("sft", prompts), "dpo": shifted}
-    by_seed = {
-        seed: collect(workdirs.make(tmp_path / f"seed-{seed}", ("sft", "dpo"), sampled=sampled)) for seed in (3, 4)
-    }
-    paths = write_seeds(tmp_path, by_seed)
-    assert paths == [tmp_path / "tables" / f"{name}.csv" for name in ("seeds", "by_seed", "differences_by_seed")]
-    tables = []
-    for path in paths:
-        with path.open(newline="", encoding="utf-8") as file:
-            tables.append(list(csv.DictReader(file)))
-    seeds, each, differences = tables
-    assert [(row["run"], row["seeds"], row["score"]) for row in seeds] == [
-        ("sft", "2", "-0.125"),
-        ("dpo", "2", "1.021"),
-    ]
-    assert [(row["seed"], row["run"]) for row in each] == [("3", "sft"), ("3", "dpo"), ("4", "sft"), ("4", "dpo")]
-    score, utility = differences[:2]
+    for seed in (4, 3):
+        workdirs.make(folder / f"seed-{seed}", ("sft", "dpo"), sampled=sampled)
+    return folder
+
+
+def test_seeds_are_found_in_order_and_unfinished_ones_left_out(tmp_path: Path) -> None:
+    two_seeds(tmp_path)
+    (tmp_path / "seed-9" / "runs").mkdir(parents=True)
+    by_seed = collect_seeds(tmp_path)
+    assert list(by_seed) == [3, 4]
+    assert [result.name for result in by_seed[3]] == ["sft", "dpo"]
+
+
+def test_a_workdir_without_seeds_is_its_own_seed(tmp_path: Path) -> None:
+    config = Config(workdir="w", seed=7)
+    assert list(collect_seeds(workdirs.make(tmp_path, ("sft",), configs={"sft": config}))) == [7]
+    with pytest.raises(UserError, match="no finished run"):
+        collect_seeds(tmp_path / "empty")
+
+
+def test_rows_and_differences_a_seed(tmp_path: Path) -> None:
+    by_seed = collect_seeds(two_seeds(tmp_path))
+    rows = [(row["seed"], row["run"], row["score"]) for row in seed_rows(by_seed)]
+    assert rows == [(3, "sft", -0.125), (3, "dpo", 1.021), (4, "sft", -0.125), (4, "dpo", 1.021)]
+    score, utility = seed_differences(by_seed, resamples=20)[:2]
     # differences 1, 11, 21: mean 11, error 10 / sqrt(3)
-    assert (score["seed"], score["column"], float(score["mean"])) == ("3", "score", 11.0)
-    assert float(score["z"]) == pytest.approx(1.1 * math.sqrt(3))
+    assert (score["seed"], score["column"], score["mean"]) == (3, "score", 11.0)
+    assert score["z"] == pytest.approx(1.1 * math.sqrt(3))
     # every difference is 0.5: no spread, so no z
-    assert (utility["column"], float(utility["mean"]), utility["z"]) == ("utility", 0.5, "nan")
+    assert (utility["column"], utility["mean"]) == ("utility", 0.5) and math.isnan(utility["z"])
+
+
+def test_differences_over_seeds_pair_prompts_within_each(tmp_path: Path) -> None:
+    by_seed = collect_seeds(two_seeds(tmp_path))
+    assert [group.tolist() for group in differences(by_seed, "dpo", "sft", "score")] == [[1.0, 11.0, 21.0]] * 2
+    assert differences(by_seed, "mpo", "sft", "score") == []
+    score, utility = pair_differences(by_seed, resamples=400)
+    assert (score["run"], score["against"], score["mean"], score["prompts"]) == ("dpo", "sft", 11.0, 6)
+    # six draws of 1, 11 and 21: variance 200 / 3 / 6
+    assert score["se"] == pytest.approx(math.sqrt(200 / 18), rel=0.1)
+    assert 1 < score["low"] < 11 < score["high"] < 21
+    assert (utility["low"], utility["mean"], utility["high"]) == (0.5, 0.5, 0.5)

@@ -10,6 +10,7 @@ import numpy as np
 
 from mpo_jax.config import Config, to_yaml
 from mpo_jax.data.pair_table import PairTable
+from mpo_jax.evaluation.calibration import write_gaps
 
 SUMMARIES: dict[str, dict[str, float]] = {
     "sft": {"score": -0.125, "score_se": 0.011, "kl": 0.0, "kl_se": 0.0, "length": 15.25, "length_se": 0.5,
@@ -19,7 +20,7 @@ SUMMARIES: dict[str, dict[str, float]] = {
     "mpo": {"score": 1.347, "score_se": 0.013, "kl": 1.493, "kl_se": 0.082, "length": 18.5, "length_se": 0.125,
             "has_eos": 0.995, "has_eos_se": 0.003, "utility": 3.307, "utility_se": 0.023},
 }  # fmt: skip
-STEPS = {"sft": (), "dpo": ("dpo",), "mpo": ("dpo", "ppo")}
+STEPS = {"sft": (), "dpo": ("dpo",), "dpo_base": ("dpo",), "dpo_easy": ("dpo",), "ppo": ("ppo",)}
 BINS = [
     {"low": 0.0, "high": 0.5, "count": 8, "share": 0.8, "accuracy": 0.625},
     {"low": 0.5, "high": None, "count": 2, "share": 0.2, "accuracy": 1.0},
@@ -29,10 +30,15 @@ METRICS: dict[str, dict[str, float]] = {
     "reward": {"loss": 0.6, "accuracy": 0.75},
     "dpo": {"loss": 0.65, "rewards/margins": 0.1, "rewards/accuracies": 0.7, "logps/chosen": -6.5,
             "logps/rejected": -9.0},
-    "ppo": {"objective/scores": 1.1, "objective/kl": 0.2, "objective/entropy": 6.0, "response_length/mean": 19.0,
-            "critic/explained_variance": 0.1},
+    "ppo": {"objective/scores": 1.1, "objective/kl": 0.2, "objective/utility": 2.0, "objective/entropy": 6.0,
+            "response_length/mean": 19.0, "critic/explained_variance": 0.1},
 }  # fmt: skip
 REPORT = {"source": "pairs <b>file</b>", "read": 12, "kept": 10, "dropped": {"empty & void": 2}}
+
+
+def steps_of(run: str) -> tuple[str, ...]:
+    """Stages after SFT; all of MPO's variants have the same two."""
+    return STEPS.get(run, ("dpo", "ppo"))
 
 
 def samples(run: str, prompts: list[str], *, utility: bool = True) -> list[dict[str, Any]]:
@@ -63,8 +69,8 @@ def make(
         config = (configs or {}).get(run) or Config(workdir=str(workdir), experiment=runs)  # type: ignore[arg-type]
         reward = (reward_ids or {}).get(run, "reward-1")
         roles = {"sft": "sft-1", "reward": reward}
-        roles |= {"select": "select-1"} if select and STEPS[run] else {}
-        roles |= {f"{number + 1}-{stage}": f"{stage}-{run}" for number, stage in enumerate(STEPS[run])}
+        roles |= {"select": "select-1"} if select and steps_of(run) else {}
+        roles |= {f"{number + 1}-{stage}": f"{stage}-{run}" for number, stage in enumerate(steps_of(run))}
         roles["evaluate"] = f"evaluate-{run}"
         folder = workdir / "runs" / run
         folder.mkdir(parents=True)
@@ -90,19 +96,22 @@ def _artifact(folder: Path, role: str, run: str, *, utility: bool, metrics: bool
         summary = {"data": [REPORT], "tokens": {"rows": 10, "truncated_prompts": 3, "truncated_responses": 1}}
     if stage == "reward":
         summary |= {"held_out_accuracy": 0.745, "accuracy_by_gap": BINS}
+        write_gaps(folder, np.asarray([0.5, -0.5, 2.0]), np.asarray([1.0, 1.0, 1.0]) if utility else None)
         if utility:
             summary |= {"true_accuracy": 0.863, "true_accuracy_by_gap": BINS, "label_accuracy": 0.837}
     if stage == "select":
         pairs(utility=utility).write(folder)
         summary = {"accuracy_by_gap": BINS} if utility else {}
     if stage == "evaluate":
-        kept = {key: value for key, value in SUMMARIES[run].items() if utility or not key.startswith("utility")}
+        # runs without numbers of their own have MPO's
+        numbers = SUMMARIES.get(run, SUMMARIES["mpo"])
+        kept = {key: value for key, value in numbers.items() if utility or not key.startswith("utility")}
         summary = {"prompts": 4, "truncated_prompts": 0, **kept}
     manifest = {"stage": stage, "settings": {"seed": 0}, "parents": parents, "summary": summary}
     _write_json(folder / "manifest.json", manifest)
     if metrics and stage in METRICS:
         # what a run logged, shifted by the run so that lines differ
-        shift = list(SUMMARIES).index(run) / 10
+        shift = [*SUMMARIES, run].index(run) / 10
         rows = [
             {"step": step, **{name: value + shift - step / 100 for name, value in METRICS[stage].items()}}
             for step in (1, 5, 10)

@@ -328,6 +328,7 @@ def test_a_kl_that_is_not_finite_leaves_its_coefficient():
     loop.ref_params = loop.reward_params = loop.one_pass = None
     loop.generate = lambda *_: (None, None)
     loop._updates = lambda state, *_: (state, {})
+    loop.utility = lambda joined: {}
     params = SimpleNamespace(params=None)
     start = ppo.PpoState(params, params, jnp.asarray(0.1), None)
     rows = [SimpleNamespace(rows=PAIRS, epoch=np.zeros(4, np.uint32))]

@@ -1,0 +1,114 @@
+"""`mpo table`: the paper's runs for several seeds, and from them its tables, figures and claims."""
+
+from pathlib import Path
+
+from mpo_jax import runtime
+from mpo_jax.artifacts import Store, write_bytes
+from mpo_jax.config import Config, to_yaml
+from mpo_jax.errors import NothingSelected
+from mpo_jax.experiments import table_variants
+from mpo_jax.pipeline import Pipeline
+from mpo_jax.processes import is_main
+from mpo_jax.progress import Expected, Overall, duration
+from mpo_jax.report import results
+from mpo_jax.report.evidence import gather, write_evidence
+from mpo_jax.report.page import write_report
+from mpo_jax.report.provenance import TABLE_CONFIG
+from mpo_jax.schedule import Planned, estimates, plan_table, seed_config
+from mpo_jax.tracker import console
+
+
+def table(config: Config) -> None:
+    """Makes what is missing, seed by seed in `<workdir>/seed-N`, then writes tables, figures and the report.
+
+    A run whose split leaves nothing to train on is left out and named; everything else that fails ends the command,
+    and the same command goes on from there.
+    """
+    runtime.start(config.runtime)
+    console.quiet = not is_main()
+    workdir = Path(config.workdir)
+    stages = plan_table(config)
+    overall = Overall(estimates(config, stages))
+    _announce(config, stages, overall)
+    if is_main():
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_bytes(workdir / TABLE_CONFIG, to_yaml(config).encode("utf-8"))
+    left_out: dict[str, str] = {}
+    for seed in config.table.seeds:
+        console.rule(f"seed {seed}")
+        _make(seed_config(config, seed), config, overall, stages, left_out)
+    if not is_main():
+        return
+    names = tuple(variant.name for variant in table_variants(config.table, config.select))
+    by_seed = {seed: results.collect(workdir / f"seed-{seed}", names) for seed in config.table.seeds}
+    title = f"{len(by_seed)} seed{'s' * (len(by_seed) > 1)}: mean ± standard error over seeds"
+    if len(by_seed) == 1:
+        title = "1 seed: mean ± standard error over prompts"
+    resamples = config.evaluate.bootstrap_resamples
+    evidence = gather(by_seed, resamples=resamples)
+    console.print(results.terminal_table(evidence.over, title))
+    claims = write_evidence(workdir, evidence, resamples=resamples, left_out=left_out)
+    console.print(f"\n{claims}", markup=False, soft_wrap=True)
+    for folder in ("tables", "figures"):
+        console.print(f"{folder}: {workdir / folder}", soft_wrap=True)
+    console.print(f"report: {write_report(workdir, resamples=resamples, by_seed=by_seed)}", soft_wrap=True)
+
+
+def _make(config: Config, whole: Config, overall: Overall, stages: list[Planned], left_out: dict[str, str]) -> None:
+    """All runs of one seed."""
+    store = Store(Path(config.workdir), overall)
+    pipeline = Pipeline(config, store)
+    for variant in table_variants(whole.table, whole.select):
+        try:
+            pipeline.record(pipeline.experiment(variant.name))
+        except NothingSelected as nothing:
+            left_out[f"{variant.name}, seed {config.seed}"] = str(nothing)
+            console.print(f"{variant.name} is left out: {nothing}", soft_wrap=True, markup=False)
+            own = {s.name for s in stages if s.seed == config.seed and s.runs == [variant.name]}
+            overall.leave_out(own)
+    console.print(f"seed {config.seed}: {len(store.made)} stages made, {len(store.reused)} reused")
+
+
+def _announce(config: Config, stages: list[Planned], overall: Overall) -> None:
+    names = [variant.name for variant in table_variants(config.table, config.select)]
+    seeds = ", ".join(map(str, config.table.seeds))
+    console.print(f"runs, in this order, for seed {seeds}: {', '.join(names)}", soft_wrap=True)
+    there = sum(stage.is_there for stage in stages)
+    console.print(f"{len(stages)} stages: {there} there already, {len(stages) - there} to make; {overall.text()}")
+
+
+def dry_run(config: Config) -> None:
+    """`mpo table --dry-run`: the graph of stages, what is there, and what the rest will take; makes nothing."""
+    runtime.start(config.runtime)
+    console.quiet = not is_main()
+    stages = plan_table(config)
+    expected = {one.name: one for one in estimates(config, stages)}
+    seed = None
+    for stage in stages:
+        if stage.seed != seed:
+            seed = stage.seed
+            console.print(f"seed {seed}, in the order in which stages are made:")
+        console.print(_line(stage, expected.get(stage.name)), soft_wrap=True, markup=False)
+    seconds = sum(one.seconds or 0.0 for one in expected.values())
+    console.print(f"{len(stages)} stages: {len(stages) - len(expected)} there already, {len(expected)} to make")
+    if expected:
+        guessed = sum(not one.measured for one in expected.values())
+        basis = "as long as the same stages of other seeds took"
+        if guessed:
+            basis = (
+                f"{guessed} of them by counted arithmetic and a matrix product timed just now, which a factor of three "
+                "can be off; finished stages of one seed give the next ones' times"
+            )
+        console.print(f"about {duration(seconds)} to go ({basis})", soft_wrap=True)
+
+
+def _line(stage: Planned, expected: Expected | None) -> str:
+    """A stage of the graph: its state, what it is made from, and the runs that it is for."""
+    if stage.seconds is not None:
+        state = f"there, {duration(stage.seconds)}"
+    elif expected is not None and expected.seconds is not None:
+        state = f"to make, {'' if expected.measured else 'roughly '}{duration(expected.seconds)}"
+    else:
+        state = "to make"
+    parents = ", ".join(dict.fromkeys(stage.recipe["parents"].values()))
+    return f"  {state:24} {stage.name}{f' <- {parents}' if parents else ''}  [{', '.join(stage.runs)}]"
