@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -116,10 +116,20 @@ def _keeps_checkpoints(folder: Path) -> bool:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON whole or not at all: to a neighbour file that is flushed to disk and then renamed."""
+    write_text(path, [json.dumps(value, indent=2, ensure_ascii=False), "\n"])
+
+
+def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes rows as JSON lines, whole or not at all, and makes the folder."""
+    write_text(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_text(path: Path, parts: Iterable[str], *, encoding: str = "utf-8") -> None:
+    """Writes the parts one after the other, whole or not at all, and makes the folder; line ends stay as they are."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
+    with temporary.open("w", encoding=encoding, newline="") as file:
+        file.writelines(parts)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
