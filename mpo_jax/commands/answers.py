@@ -55,7 +55,7 @@ def compared(
         write_lines(out / file, (dataclasses.asdict(answer) for answer in answers))
         console.print(f"wrote {out / file}", soft_wrap=True)
         sides.append(answers)
-    return match(*sides, (a, b), prompts)
+    return match(sides[0], sides[1], (a, b), prompts)
 
 
 def sample(path: str, prompts: list[Prompt], overrides: tuple[str, ...]) -> list[Answer]:
@@ -78,8 +78,7 @@ def sample(path: str, prompts: list[Prompt], overrides: tuple[str, ...]) -> list
         )  # fmt: skip
     if cut:
         console.print(f"[yellow]{path}: {cut} prompts cut to {limits.max_prompt_tokens} tokens[/yellow]")
-    # the space that joins plain text is no part of an answer
-    return [Answer(p.text, text.removeprefix(" "), p.category) for p, text in zip(prompts, found, strict=True)]
+    return [Answer(p.text, text, p.category) for p, text in zip(prompts, found, strict=True)]
 
 
 def with_room(opened: OpenModel, overrides: tuple[str, ...], new_tokens: int = NEW_TOKENS) -> OpenModel:

@@ -81,9 +81,10 @@ def find_answers(path: str) -> str | None:
 
 
 def read_answers(path: str, by: str = CATEGORY) -> list[Answer]:
-    """Rows {prompt, response} or {prompt, completion}, each a string or a conversation; `by` names the category's field.
+    """Rows {prompt, response} or {prompt, completion}, strings or conversations, of which the last message responds.
 
-    Of a conversation as response its last message counts.
+    Args:
+      by: the field that holds a row's category, where it has one.
 
     Raises:
       UserError: naming the place of a row that is no such row, or if there are none.
