@@ -78,8 +78,11 @@ def judge(
         wanted = missing(calls, cache)
         tokens, how = who.count_tokens(wanted)
         most = "" if who.max_tokens is None else f", at most {len(wanted) * who.max_tokens:,} answer tokens"
+        before = sum(cache.get(call.key) is not None for call in calls)
+        equal = len(calls) - before - len(wanted)
         console.print(
-            f"{len(pairs)} pairs, {len(calls)} calls: {len(calls) - len(wanted)} answered before, {len(wanted)} to make"
+            f"{len(pairs)} pairs, {len(calls)} calls: {before} answered before, {len(wanted)} to make"
+            + (f", {equal} equal to another of these" if equal else "")
         )
         console.print(f"{tokens:,} prompt tokens ({how}){most}", soft_wrap=True)
         if dry_run:

@@ -85,6 +85,14 @@ def test_verdicts_in_both_orders_and_from_the_cache(judge, tmp_path, capsys):
     assert "50.0% [15.0%, 85.0%]" in shown and "Both orders agree in 100.0%" in shown
 
 
+def test_equal_answers_are_judged_once_and_tie(judge, sides, tmp_path, capsys):
+    with serving(lambda prompt, before: Act(scores(9, 6))) as server:
+        assert judge(*remote(server), sides=(sides[0], sides[0])) == 0
+        assert server.calls == 4
+    assert "8 calls: 0 answered before, 4 to make, 4 equal to another" in capsys.readouterr().out
+    assert counts(result(tmp_path)) == [0, 4, 0, 0]
+
+
 def test_an_order_s_preference_averages_out(judge, tmp_path, capsys):
     with serving(lambda prompt, before: Act(scores(9, 6))) as server:
         assert judge(*remote(server)) == 0

@@ -1,8 +1,11 @@
 """Intervals and agreement against hand tables and published numbers."""
 
+import sys
+
 import numpy as np
 import pytest
 
+from mpo_jax.errors import UserError
 from mpo_jax.evaluation.verdicts import Tally, band, by_category, compare, fleiss_kappa, plurality, rate
 
 FLEISS = np.asarray(
@@ -47,10 +50,16 @@ def test_comparison_and_plurality():
 
 
 def test_kappa_of_the_published_table():
-    found = fleiss_kappa(FLEISS, resamples=500, seed=0)
+    found = fleiss_kappa(FLEISS, resamples=200, seed=0)
     assert round(found.value, 3) == 0.210 and found.band == "fair"
     assert found.low < found.value < found.high
-    assert found == fleiss_kappa(FLEISS, resamples=500, seed=0) != fleiss_kappa(FLEISS, resamples=500, seed=1)
+    assert found == fleiss_kappa(FLEISS, resamples=200, seed=0) != fleiss_kappa(FLEISS, resamples=200, seed=1)
+
+
+def test_kappa_says_what_it_needs(monkeypatch):
+    monkeypatch.setitem(sys.modules, "statsmodels.stats", None)
+    with pytest.raises(UserError, match="pip install statsmodels"):
+        fleiss_kappa(FLEISS, resamples=1, seed=0)
 
 
 def test_unanimity_is_one():
