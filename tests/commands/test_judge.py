@@ -174,7 +174,9 @@ def test_another_prompt_and_further_fields(judge, tmp_path):
 
 def test_a_run_that_is_interrupted_goes_on(sides, tmp_path):
     """Some answers come and the others never: Ctrl-C ends the process, and the next one asks for the others alone."""
-    command = [sys.executable, "-c", "from mpo_jax.cli import main; main()", "judge", *sides]
+    # a shell that started the tests in the background has made them deaf to the signal
+    script = "import signal; signal.signal(2, signal.default_int_handler); from mpo_jax.cli import main; main()"
+    command = [sys.executable, "-c", script, "judge", *sides]
     command += ["--out", tmp_path / "out", "--cache", tmp_path / "cache"]
     with serving(lambda prompt, before: Act(by_words(prompt), wait=60 if words(prompt)[0] > 1 else 0)) as server:
         flags = remote(server, "--concurrency", "8")
