@@ -85,7 +85,11 @@ def make_calls(judge: Judge, pairs: Sequence[Pair], prompt: str, *, swap: bool) 
 
 def missing(calls: Sequence[Call], cache: Cache) -> list[Call]:
     """Those to be made: without a cached answer, and of equal ones the first."""
-    return list({call.key: call for call in reversed(calls) if cache.get(call.key) is None}.values())[::-1]
+    found: dict[str, Call] = {}
+    for call in calls:
+        if cache.get(call.key) is None:
+            found.setdefault(call.key, call)
+    return list(found.values())
 
 
 def ask(judge: Judge, calls: Sequence[Call], cache: Cache, tell: Callable[[Reply | Failure], None]) -> Outcomes:
