@@ -45,3 +45,14 @@ def test_absence_is_one_message(package, keys, tmp_path):
     done = mpo_without([package], "data", str(MICRO), *(key.format(folder=tmp_path) for key in keys))
     assert done.returncode == 2 and f"pip install {package}" in done.stderr
     assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+
+
+def test_a_judge_s_calls_are_planned_without_its_client(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "p", "response": "a"}\n')
+    (tmp_path / "b.jsonl").write_text('{"prompt": "p", "response": "b"}\n')
+    sides, folder = (str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")), f"--cache={tmp_path}"
+    judge = ("judge", *sides, "--endpoint", "http://127.0.0.1:1/v1", "--model", "m", folder)
+    done = mpo_without(["openai", "tenacity", "statsmodels"], *judge)
+    assert "2 to make" in done.stdout
+    assert done.returncode == 2 and "pip install openai tenacity" in done.stderr
+    assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
