@@ -66,7 +66,9 @@ def judge(
     about: dict[str, Any] = {"a": a, "b": b, "judge": model, "endpoint": None if remote is None else remote.url}
     if opened is not None and opened.source.scalar:
         if dry_run:
-            console.print(f"{len(pairs)} pairs to score with the reward model {model}, on this machine: no calls")
+            console.print(
+                f"{len(pairs)} pairs to score with the reward model {model}, on this machine: no calls", soft_wrap=True
+            )
             return
         judged, about["cut"] = _by_reward_model(opened, pairs)
         _finish(judged, about, out, opened.config.evaluate.bootstrap_resamples)
