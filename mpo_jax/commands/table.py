@@ -51,7 +51,8 @@ def table(config: Config) -> None:
     console.print(f"\n{claims}", markup=False, soft_wrap=True)
     for folder in ("tables", "figures"):
         console.print(f"{folder}: {workdir / folder}", soft_wrap=True)
-    console.print(f"report: {write_report(workdir, resamples=resamples, by_seed=by_seed)}", soft_wrap=True)
+    page = write_report(workdir, resamples=resamples, by_seed=by_seed, evidence=evidence)
+    console.print(f"report: {page}", soft_wrap=True)
 
 
 def _make(config: Config, whole: Config, overall: Overall, stages: list[Planned], left_out: dict[str, str]) -> None:

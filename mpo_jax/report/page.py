@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from mpo_jax import __version__
 from mpo_jax.report import canvas, figures, provenance, summary
 from mpo_jax.report.curves import distinct, stage_series
-from mpo_jax.report.evidence import gather
+from mpo_jax.report.evidence import Evidence, gather
 from mpo_jax.report.markdown import cell, heading
 from mpo_jax.report.results import COLUMNS
 from mpo_jax.report.samples import side_by_side
@@ -30,7 +30,9 @@ CLAIM_COLUMNS = (
 STAGE_NAMES = {"sft": "SFT", "reward": "Reward model", "dpo": "DPO", "ppo": "PPO"}
 
 
-def write_report(workdir: Path, *, resamples: int, by_seed: BySeed | None = None) -> Path:
+def write_report(
+    workdir: Path, *, resamples: int, by_seed: BySeed | None = None, evidence: Evidence | None = None
+) -> Path:
     """Writes `<workdir>/report/` from the finished runs and returns its index.html.
 
     The folder takes its place only when all is written: a killed run leaves the report that was there before.
@@ -39,11 +41,15 @@ def write_report(workdir: Path, *, resamples: int, by_seed: BySeed | None = None
       workdir: a folder with finished runs, or with those of a table's seeds.
       resamples: bootstrap resamples of the paired differences.
       by_seed: the runs to report; None: those of the table's seeds, or else of the workdir itself.
+      evidence: what they show, where that is computed already.
 
     Raises:
       UserError: if there is no finished run.
     """
-    results = collect_seeds(workdir) if by_seed is None else by_seed
+    if by_seed is None:
+        by_seed = collect_seeds(workdir)
+    if evidence is None:
+        evidence = gather(by_seed, resamples=resamples)
     final, partial, old = (workdir / name for name in ("report", ".report.partial", ".report.old"))
     with FileLock(workdir / ".report.lock"):
         if old.exists() and not final.exists():
@@ -51,7 +57,7 @@ def write_report(workdir: Path, *, resamples: int, by_seed: BySeed | None = None
         for leftover in (partial, old):
             shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir()
-        _write(partial, workdir, results, resamples)
+        _write(partial, workdir, evidence, resamples)
         if final.exists():
             os.rename(final, old)
         os.rename(partial, final)
@@ -59,9 +65,9 @@ def write_report(workdir: Path, *, resamples: int, by_seed: BySeed | None = None
     return final / "index.html"
 
 
-def _write(folder: Path, workdir: Path, by_seed: BySeed, resamples: int) -> None:
+def _write(folder: Path, workdir: Path, evidence: Evidence, resamples: int) -> None:
     shown = Shown()
-    html = _environment().get_template("page.html.j2").render(_content(shown, workdir, by_seed, resamples))
+    html = _environment().get_template("page.html.j2").render(_content(shown, workdir, evidence, resamples))
     shown.write(folder)
     # a lone surrogate, which JSON can carry, is not text that a file could hold
     (folder / "index.html").write_text(html, encoding="utf-8", errors="replace")
@@ -95,9 +101,9 @@ def _environment() -> Environment:
     return environment
 
 
-def _content(shown: Shown, workdir: Path, by_seed: BySeed, resamples: int) -> dict[str, Any]:
+def _content(shown: Shown, workdir: Path, evidence: Evidence, resamples: int) -> dict[str, Any]:
     """Everything that the template shows; what a workdir has not is empty and its section left out."""
-    evidence = gather(by_seed, resamples=resamples)
+    by_seed = evidence.by_seed
     # tables and curves are of all seeds; single pairs, samples and counts are shown of one
     first_seed, first = next(iter(by_seed.items()))
     every = [result for results in by_seed.values() for result in results]

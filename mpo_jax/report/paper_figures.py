@@ -70,7 +70,7 @@ def reliability(rows: Sequence[dict[str, Any]]) -> Chart | None:
         return None
     figure, axes = new_axes("confidence, sigmoid of the gap", "share ordered right")
     axes.plot([0.5, 1.0], [0.5, 1.0], color=QUIET, linestyle=":", linewidth=1.2)
-    axes.annotate("calibrated", (0.98, 0.98), (0, -14), textcoords="offset points", ha="right", fontsize=8, color=QUIET)
+    axes.annotate("calibrated", (0.9, 0.9), (6, -8), textcoords="offset points", fontsize=8, color=QUIET)
     for number, source in enumerate(dict.fromkeys(row["pairs"] for row in rows)):
         own = [row for row in rows if row["pairs"] == source]
         axes.plot(

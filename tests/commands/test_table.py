@@ -95,7 +95,8 @@ def test_splits_share_all_that_does_not_depend_on_them(made: tuple[Path, str]) -
 def test_progress_counts_the_whole_table(made: tuple[Path, str]) -> None:
     _, text = made
     found = [(int(a), int(b)) for a, b in re.findall(r"table: stage (\d+) of (\d+), ETA", text)]
-    assert found[0] == (1, 30) and found[-1][1] == 24
+    # the split without an easy pair has left the count for seed 0, and for seed 1 is not yet known to
+    assert found[0] == (1, 30) and found[-1] == (24, 27)
     assert [number for number, _ in found] == sorted(number for number, _ in found)
 
 
