@@ -184,7 +184,7 @@ def torch_ppo(folder: Path, channel: Channel) -> None:
             self.begin = time.perf_counter()
 
         def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
-            self.score = logs["objective/scores"]
+            self.score = float(logs["objective/scores"])
 
         # where an iteration ends it collects garbage, which is counted with the next one
         def on_step_end(self, *_: Any, **__: Any) -> None:

@@ -20,7 +20,7 @@ the rollouts (policy, reference, critic, reward model) and one update of policy 
 with ppo.one_pass the first and the third are mpo_jax's update. Tunix whitens advantages, estimates the KL by
 exp(-d) + d - 1 unless told otherwise (here: by d, as mpo_jax does), and adds the score to a reward of whole numbers,
 which cuts off its fraction. Its Llama cannot be a critic or a reward model as it comes, because those are called with
-segment ids that it does not take: here it gets an argument more, which it ignores.
+segment ids that it does not take: here they stand inside a module that drops them.
 """
 
 import time
@@ -71,23 +71,37 @@ def tunix_worker(work: str, folder: Path, channel: Channel) -> None:
 
 
 def _model(folder: Path) -> Any:
-    """A Llama that may be a critic too."""
     import jax.numpy as jnp
-    from tunix.models import safetensors_loader
     from tunix.models.llama3 import model, params
-
-    class Llama(model.Llama3):
-        def __call__(self, input_tokens, positions, cache, attention_mask, segment_ids=None):
-            return super().__call__(input_tokens, positions, cache, attention_mask)
 
     config = model.ModelConfig(
         num_layers=LAYERS, vocab_size=VOCAB, embed_dim=HIDDEN, hidden_dim=MLP, num_heads=HEADS, head_dim=HEAD_DIM,
         num_kv_heads=HEADS, rope_theta=int(ROPE_THETA), norm_eps=1e-5, weight_tying=False,
     )  # fmt: skip
-    return safetensors_loader.load_and_create_model(
-        file_dir=str(folder / "model"), model_class=Llama, config=config, dtype=jnp.float32,
-        key_mapping=params._get_key_and_transform_mapping,
-    )  # fmt: skip
+    return params.create_model_from_safe_tensors(str(folder / "model"), config, dtype=jnp.float32)
+
+
+def _judge(folder: Path) -> Any:
+    """The reward model, as critic too."""
+    import jax.numpy as jnp
+    from flax import nnx
+    from safetensors.numpy import load_file
+    from tunix.rl.utils import create_critic_model
+
+    class Judge(nnx.Module):
+        def __init__(self, model: Any):
+            self.model = model
+
+        # a critic is called with segment ids, which Tunix's Llama does not take
+        def __call__(
+            self, tokens: Any, positions: Any, cache: Any, attention_mask: Any, segment_ids: Any = None
+        ) -> Any:
+            return self.model(tokens, positions, cache, attention_mask)
+
+    model = create_critic_model(_model(folder))
+    score = load_file(folder / "reward" / "model.safetensors")["score.weight"]
+    model.lm_head.kernel.value = jnp.asarray(score.T)
+    return Judge(model)
 
 
 def _tokenizer(folder: Path) -> Any:
@@ -124,41 +138,16 @@ def _held_up(channel: Channel, batches: list[Any], finished: Callable[[], float]
 def training(work: str, folder: Path, channel: Channel) -> None:
     import jax
     from flax import nnx
-    from tunix.sft import peft_trainer, utils
-    from tunix.sft.dpo import dpo_trainer
 
     tokenizer, size = _tokenizer(folder), WORK[work][1]
     rows = read_rows(folder)[: ROWS if work == "sft" else PAIRS]
-    prompt = _ids(tokenizer, [row["prompt"] for row in rows], end=False)
+    prompts = _ids(tokenizer, [row["prompt"] for row in rows], end=False)
     chosen, rejected = (_ids(tokenizer, [row[side] for row in rows], end=True) for side in ("chosen", "rejected"))
     parts = [slice(begin, begin + size) for begin in range(0, len(rows), size)]
-    model = _model(folder)
-    # it never evaluates: no rows for that are given
     if work == "sft":
-
-        def inputs(batch: Any) -> dict[str, Any]:
-            real = batch.input_tokens != PAD
-            return {
-                "input_tokens": batch.input_tokens, "input_mask": batch.input_mask,
-                "positions": utils.build_positions_from_mask(real), "attention_mask": utils.make_causal_attn_mask(real),
-            }  # fmt: skip
-
-        tokens = np.concatenate([prompt, chosen], 1)
-        trained = np.concatenate([np.zeros_like(prompt), np.ones_like(chosen)], 1)
-        batches = [peft_trainer.TrainingInput(input_tokens=tokens[part], input_mask=trained[part]) for part in parts]
-        config = peft_trainer.TrainingConfig(eval_every_n_steps=10**6)
-        trainer = peft_trainer.PeftTrainer(model, _optimizer(), config).with_gen_model_input_fn(inputs)
+        trainer, batches = _sft(folder), [_demonstrations(prompts[part], chosen[part]) for part in parts]
     else:
-        real = np.ones((size, LENGTH), np.int32)
-        batches = [
-            dpo_trainer.TrainingInput(
-                prompt_ids=prompt[part], prompt_mask=real, chosen_ids=chosen[part], chosen_mask=real,
-                rejected_ids=rejected[part], rejected_mask=real,
-            )
-            for part in parts
-        ]  # fmt: skip
-        config = dpo_trainer.DPOTrainingConfig(eval_every_n_steps=10**6, beta=0.1)
-        trainer = dpo_trainer.DPOTrainer(model, _model(folder), _optimizer(), config)
+        trainer, batches = _dpo(folder), [_pairs(prompts[part], chosen[part], rejected[part]) for part in parts]
     losses: list[Any] = []
     process = trainer._post_process_train_step
 
@@ -175,6 +164,42 @@ def training(work: str, folder: Path, channel: Channel) -> None:
 
     channel.ready([])
     trainer.train(_held_up(channel, batches, finished))
+
+
+def _sft(folder: Path) -> Any:
+    from tunix.sft import peft_trainer, utils
+
+    def inputs(batch: Any) -> dict[str, Any]:
+        real = batch.input_tokens != PAD
+        return {
+            "input_tokens": batch.input_tokens, "input_mask": batch.input_mask,
+            "positions": utils.build_positions_from_mask(real), "attention_mask": utils.make_causal_attn_mask(real),
+        }  # fmt: skip
+
+    # the rows to evaluate on, of which there are none, are asked for every so many steps
+    config = peft_trainer.TrainingConfig(eval_every_n_steps=10**6)
+    return peft_trainer.PeftTrainer(_model(folder), _optimizer(), config).with_gen_model_input_fn(inputs)
+
+
+def _demonstrations(prompts: np.ndarray, responses: np.ndarray) -> Any:
+    from tunix.sft.peft_trainer import TrainingInput
+
+    tokens = np.concatenate([prompts, responses], 1)
+    return TrainingInput(tokens, np.concatenate([np.zeros_like(prompts), np.ones_like(responses)], 1))
+
+
+def _dpo(folder: Path) -> Any:
+    from tunix.sft.dpo.dpo_trainer import DPOTrainer, DPOTrainingConfig
+
+    config = DPOTrainingConfig(eval_every_n_steps=10**6, beta=0.1)
+    return DPOTrainer(_model(folder), _model(folder), _optimizer(), config)
+
+
+def _pairs(prompts: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> Any:
+    from tunix.sft.dpo.dpo_trainer import TrainingInput
+
+    real = np.ones((len(prompts), LENGTH), np.int32)
+    return TrainingInput(prompts, real, chosen, real, rejected, real)
 
 
 def sampling(batch_size: int, folder: Path, channel: Channel) -> None:
@@ -205,17 +230,13 @@ def ppo(folder: Path, channel: Channel, mesh: Any) -> None:
     import jax
     import jax.numpy as jnp
     from flax import nnx
-    from safetensors.numpy import load_file
-    from tunix.rl import common, rl_cluster, utils
+    from tunix.rl import common, rl_cluster
     from tunix.rl.ppo.ppo_learner import PPOConfig, PPOLearner
     from tunix.rl.rollout.base_rollout import RolloutConfig
 
     tokenizer, rows = _tokenizer(folder), read_rows(folder)
     actor, reference = _model(folder), _model(folder)
-    critic, reward = (utils.create_critic_model(actor) for _ in "12")
-    for judge in (critic, reward):
-        kernel = load_file(folder / "reward" / "model.safetensors")["score.weight"].T
-        judge.lm_head.kernel.value = jax.device_put(kernel, judge.lm_head.kernel.value.sharding)
+    critic, reward = _judge(folder), _judge(folder)
     first = rows[:ROLLOUTS]
     prompt = jnp.asarray(_ids(tokenizer, [row["prompt"] for row in first], end=False))
     chosen = jnp.asarray(_ids(tokenizer, [row["chosen"] for row in first], end=True))
