@@ -12,12 +12,12 @@ PPO lines are left out:
     .venv-trl/bin/python -m pip install trl==1.12.0
     .venv/bin/python tests/benchmarks/against_torch.py --torch-python .venv-trl/bin/python --only ppo,ppo_one_pass
 
-Under 10 minutes on two quiet cores; prints a Markdown table. It makes its own inputs: a random Llama of 8.3M parameters
-and rows of exactly 128 + 128 tokens. Every side of every line is a process of its own, so that peak memory is its own
-too (libraries and compilation included; "while timed" counts from after the warm-up, and on Linux only); while one is
-timed the other waits. First both must give equal losses for three steps (1e-4), or equal greedy tokens, or for PPO
-equal scores and log-probabilities of 8 fixed rows; then they take turns. Other work on the machine spoils it: torch's
-threads wait for each other at every operation.
+Under 6 minutes on two quiet cores without PPO; prints a Markdown table. It makes its own inputs: a random Llama of 8.3M
+parameters and rows of exactly 128 + 128 tokens. Every side of every line is a process of its own, so that peak memory
+is its own too (libraries and compilation included; "while timed" counts from after the warm-up, and on Linux only);
+while one is timed the other waits. First both must give equal losses for three steps (1e-4), or equal greedy tokens, or
+for PPO equal scores and log-probabilities of 8 fixed rows; then they take turns. Other work on the machine spoils it:
+torch's threads wait for each other at every operation.
 
 A step is forward, backward, clipping and AdamW, and for DPO the reference where it is not precomputed; reading and
 collating the next rows is left out on both sides. TRL runs as installed but for float32 and no gradient checkpointing,

@@ -573,7 +573,9 @@ def benchmark(peer: Peer, description: str | None) -> None:
                 missing.append(f"{name} is left out: {reason}")
                 continue
             about += said
-    print(f"{machine()}\n{'; '.join(dict.fromkeys(about))}")
-    print(f"{given.rounds} turns, {time.perf_counter() - begin:.0f} s in all\n\n{table(peer.title, rows)}")
+    print("\n".join(dict.fromkeys((machine(), *about))))
+    print(f"{given.rounds} turns, {time.perf_counter() - begin:.0f} s in all\n")
+    if rows:
+        print(table(peer.title, rows))
     if missing:
         print("\n" + "\n".join(missing))
