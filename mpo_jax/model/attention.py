@@ -6,6 +6,7 @@ Letters: B batch, q query token, s key token, G kv heads, R query heads a kv hea
 """
 
 import itertools
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -61,24 +62,24 @@ def sees(query: Tokens, key: Tokens, window: int | None) -> Bool[Array, "B q s"]
     return seen if window is None else seen & (distance < window)
 
 
-def attend(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T G K"],
-    v: Float[Array, "B T G K"],
-    tokens: Tokens,
-    window: int | None = None,
-) -> Float[Array, "B T H K"]:
-    """softmax(q k / sqrt(K)) v over the keys that each query sees; scores and softmax in float32.
+def make_attend(tokens: Tokens, window: int | None = None) -> Callable[[Array, Array, Array], Array]:
+    """A function of q [B T H K] and k, v [B T G K]: softmax(q k / sqrt(K)) v over the keys that each query sees.
 
-    A query that sees no key (padding) gets a finite value without meaning.
+    Scores and softmax are in float32. A query that sees no key (padding) gets a finite value without meaning. The masks
+    are made here, once for all layers.
     """
-    groups = k.shape[2]
-    heads_first = partial(rearrange, pattern="b t g k -> b g t k")
-    plan = blocks(q.shape[1], tokens.scored_from, tokens.num_responses)
+    plan = blocks(tokens.ids.shape[1], tokens.scored_from, tokens.num_responses)
     seen = tuple(sees(_columns(tokens, ((b.begin, b.end),)), _columns(tokens, b.keys), window) for b in plan)
-    q = rearrange(q, "b t (g r) k -> b g r t k", g=groups)
-    out: Any = _attend(plan, q, heads_first(k), heads_first(v), seen)
-    return rearrange(out, "b g r t k -> b t (g r) k")
+    # without this, XLA's GPU compiler makes them anew in every block's softmax, and takes its time over it
+    seen = jax.lax.optimization_barrier(seen)
+
+    def attend(q: Array, k: Array, v: Array) -> Array:
+        heads_first = partial(rearrange, pattern="b t g k -> b g t k")
+        q = rearrange(q, "b t (g r) k -> b g r t k", g=k.shape[2])
+        out: Any = _attend(plan, q, heads_first(k), heads_first(v), seen)
+        return rearrange(out, "b g r t k -> b t (g r) k")
+
+    return attend
 
 
 def _columns(tokens: Tokens, ranges: tuple[tuple[int, int], ...]) -> Tokens:
@@ -123,8 +124,10 @@ def _forward(plan: tuple[Block, ...], q: Array, k: Array, v: Array, seen: tuple[
         highest = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
         weights = jnp.exp(scores - highest)
         total = weights.sum(-1, keepdims=True)
-        # divided after the product: K numbers a query in place of s
-        outs.append((_weighted(weights, _take(v, block.keys, 2)) / total).astype(v.dtype))
+        # divided after the product: K numbers a query in place of s; blocks are finished one by one, since XLA's GPU
+        # compiler takes minutes for what it would fuse across all of them
+        product, total = jax.lax.optimization_barrier((_weighted(weights, _take(v, block.keys, 2)), total))
+        outs.append((product / total).astype(v.dtype))
         log_zs.append((highest + jnp.log(total))[..., 0])
     out = checkpoint_name(jnp.concatenate(outs, 3), SAVED)
     log_z = checkpoint_name(jnp.concatenate(log_zs, 3), SAVED)

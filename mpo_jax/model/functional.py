@@ -164,7 +164,7 @@ def make_attention(model: Model, tokens: Tokens) -> Callable[[Array, Array, Arra
     """The attention of every layer over these rows, as a function of queries [B T H K], keys and values [B T G K]."""
     window = model.decoder.sliding_window
     if model.attention == "blocked":
-        return lambda q, k, v: attention.attend(q, k, v, tokens, window)
+        return attention.make_attend(tokens, window)
     mask = attention.sees(tokens, tokens, window)[:, None]
     implementation: Any = model.attention
     return lambda q, k, v: jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)

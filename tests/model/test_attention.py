@@ -17,6 +17,10 @@ rows = st.tuples(st.integers(0, 300), st.integers(1, 4), st.integers(1, 600))
 
 
 @given(rows)
+def attend(q, k, v, tokens, window=None):
+    return attention.make_attend(tokens, window)(q, k, v)
+
+
 def test_blocks_are_a_partition_of_the_queries(row):
     prompt, responses, size = row
     plan = attention.blocks(prompt + responses * size, prompt, responses)
@@ -74,11 +78,11 @@ def test_equals_one_softmax_over_the_row(name):
     *sizes, window = CASES[name]
     tokens, qkv, weight = case(*sizes)
     real = np.asarray(tokens.segment)[..., None, None] > 0
-    out = attention.attend(*qkv, tokens, window)
+    out = attend(*qkv, tokens, window)
     close(np.where(real, out, 0), np.where(real, whole(*qkv, tokens, window), 0), atol=1e-5)
 
     def blocked(q, k, v):
-        return (attention.attend(q, k, v, tokens, window) * weight).sum()
+        return (attend(q, k, v, tokens, window) * weight).sum()
 
     def plain(q, k, v):
         mask = attention.sees(tokens, tokens, window)[:, None]
@@ -98,25 +102,25 @@ def test_packed_rows_are_parted_by_segment():
     tokens = Tokens(ones, position, segment, 0 * ones, ones > 0)
     rng = np.random.default_rng(1)
     q, k, v = (jnp.asarray(rng.normal(size=(1, 9, 2, K)), jnp.float32) for _ in range(3))
-    out = attention.attend(q, k, v, tokens)
+    out = attend(q, k, v, tokens)
     for begin in (0, 4):
         part = jax.tree.map(lambda x, b=begin: x[:, b : b + 4], tokens)
         cut = (x[:, begin : begin + 4] for x in (q, k, v))
-        close(out[:, begin : begin + 4], attention.attend(*cut, part), atol=1e-6)
+        close(out[:, begin : begin + 4], attend(*cut, part), atol=1e-6)
 
 
 def test_rows_that_see_nothing_are_finite():
     tokens, qkv, weight = case([0, 5], [[0], [3]], (5, 4), 2, 2)
-    grads = jax.grad(lambda q, k, v: (attention.attend(q, k, v, tokens) * weight).sum(), (0, 1, 2))(*qkv)
-    assert all(np.isfinite(x).all() for x in grads) and np.isfinite(attention.attend(*qkv, tokens)).all()
+    grads = jax.grad(lambda q, k, v: (attend(q, k, v, tokens) * weight).sum(), (0, 1, 2))(*qkv)
+    assert all(np.isfinite(x).all() for x in grads) and np.isfinite(attend(*qkv, tokens)).all()
 
 
 def test_bfloat16_keeps_its_type_and_sums_in_float32():
     tokens, qkv, weight = case([30], [[100]], (30, 100), 4, 2, jnp.bfloat16)
-    out = attention.attend(*qkv, tokens)
+    out = attend(*qkv, tokens)
     assert out.dtype == jnp.bfloat16
     close(out.astype(jnp.float32), whole(*qkv, tokens, None), atol=2e-2)
-    grads = jax.grad(lambda q, k, v: (attention.attend(q, k, v, tokens) * weight).sum().astype(jnp.float32), (0, 1, 2))
+    grads = jax.grad(lambda q, k, v: (attend(q, k, v, tokens) * weight).sum().astype(jnp.float32), (0, 1, 2))
     assert {x.dtype for x in grads(*qkv)} == {jnp.dtype(jnp.bfloat16)}
 
 
@@ -125,8 +129,8 @@ def test_a_checkpointed_layer_does_not_attend_again():
     tokens, qkv, weight = case([0], [[100]], (0, 100), 2, 2)
 
     def count(policy):
-        attend = jax.checkpoint(lambda q, k, v: attention.attend(q, k, v, tokens), policy=policy)
-        text = jax.jit(jax.grad(lambda *x: (attend(*x) ** 2 * weight).sum(), (0, 1, 2))).lower(*qkv).as_text()
+        saving = jax.checkpoint(attention.make_attend(tokens), policy=policy)
+        text = jax.jit(jax.grad(lambda *x: (saving(*x) ** 2 * weight).sum(), (0, 1, 2))).lower(*qkv).as_text()
         return text.count("stablehlo.exponential")
 
     policies = jax.checkpoint_policies
