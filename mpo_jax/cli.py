@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from mpo_jax import __version__
+from mpo_jax import __version__, cli_judging
 from mpo_jax.config import TRAINED, Config, load_config, to_yaml
 from mpo_jax.errors import Preempted, UserError
 
@@ -175,6 +175,10 @@ def score(
     from mpo_jax.commands import score as command
 
     command.score(model, data, out, batch_size=batch_size, max_rows=max_rows, overrides=tuple(overrides or ()))
+
+
+app.command()(cli_judging.judge)
+app.add_typer(cli_judging.human, name="human")
 
 
 @app.command()

@@ -288,6 +288,9 @@ class PpoConfig(Section, frozen=True):
     temperature: float = Field(default=1.0, gt=0)
     top_p: float = 1.0
     top_k: int = 0
+    one_pass: bool = Field(
+        default=False, description="an iteration's only update differentiates the forward pass that scores its rollouts"
+    )
     extras: PpoExtrasConfig = Field(default_factory=lambda: PpoExtrasConfig())
 
     @model_validator(mode="after")

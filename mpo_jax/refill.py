@@ -52,8 +52,12 @@ def with_responses(examples: Sequence[Example], samples: Samples) -> list[Exampl
 
 
 @lru_cache
-def _programs(model: Model, sampling: Sampling, eos_id: int, mesh: Mesh) -> tuple[Any, Any, Any]:
-    """The jitted parts: rows that have all ended, prompts into some of them, and a chunk of decoding."""
+def programs(model: Model, sampling: Sampling, eos_id: int, mesh: Mesh) -> tuple[Any, Any, Any]:
+    """The jitted parts: rows that have all ended, prompts into some of them, and a chunk of decoding.
+
+    (params, prompts, key, allowed_V, num_rows) -> state; (params, state, prompts, row_R, key, allowed_V) -> state;
+    (weights, state, allowed_V) -> (state, active).
+    """
     decoder = Decoder(model, sampling, eos_id)
     shardings = decoder.shardings(mesh)
 
@@ -80,6 +84,11 @@ def _programs(model: Model, sampling: Sampling, eos_id: int, mesh: Mesh) -> tupl
         jax.jit(insert, donate_argnums=1, out_shardings=shardings),
         jax.jit(advance, donate_argnums=1, out_shardings=(shardings, replicated(mesh))),
     )
+
+
+def portion(num_prompts: int, shards: int) -> int:
+    """Prompts that come in together where so many are under way, over so many groups of devices."""
+    return max(num_prompts // PARTS // shards, 1) * shards
 
 
 def sample_all(
@@ -112,7 +121,7 @@ def sample_all(
         np.zeros((*shape, sampling.max_new_tokens), np.int32), np.zeros(shape, np.int32), np.zeros(shape, bool)
     )
     weights = make_for_decoding(model)(params)
-    programs = _programs(model, sampling, eos_id, mesh)
+    parts = programs(model, sampling, eos_id, mesh)
     untold: list[tuple[int, int]] = []
     told = [0]
 
@@ -135,8 +144,8 @@ def sample_all(
         shards = mesh.shape["data"] * mesh.shape["fsdp"]
         size = min(batch_size, -(-len(queue) // shards) * shards)
         if len(queue):
-            prompts = _Queue(examples, queue, widths, max(size // PARTS // shards, 1) * shards, sampling.num_samples)
-            _drain(programs, params, weights, prompts, size * sampling.num_samples, key, allowed_V, mesh, take)
+            prompts = _Queue(examples, queue, widths, portion(size, shards), sampling.num_samples)
+            _drain(parts, params, weights, prompts, size * sampling.num_samples, key, allowed_V, mesh, take)
     return found
 
 
@@ -158,7 +167,7 @@ class _Queue:
 
 
 def _drain(
-    programs: tuple[Any, Any, Any],
+    parts: tuple[Any, Any, Any],
     params: Params,
     weights: Params,
     queue: _Queue,
@@ -169,20 +178,20 @@ def _drain(
     take: Callable[[int, np.ndarray, int, bool], None],
 ) -> None:
     """Decodes until the queue is empty and all rows have ended; `take` gets each sample as it ends."""
-    start, insert, advance = programs
-    portion = queue.part * queue.num_samples
+    start, insert, advance = parts
+    samples_in = queue.part * queue.num_samples
     state = None
     # which sample a row holds, -1 for none
     holds = np.full(num_rows, -1)
     while len(queue.waiting) or (holds >= 0).any():
         free = np.flatnonzero(holds < 0)
-        while len(queue.waiting) and len(free) >= portion:
+        while len(queue.waiting) and len(free) >= samples_in:
             batch, samples = queue.next()
             placed = place_batch(batch, mesh)
             if state is None:
                 state = start(params, placed, key, allowed_V, num_rows)
             # rows of filler prompts are sent beyond the end, where they are dropped
-            rows = np.concatenate([free[: len(samples)], np.arange(portion - len(samples)) + num_rows])
+            rows = np.concatenate([free[: len(samples)], np.arange(samples_in - len(samples)) + num_rows])
             holds[rows[: len(samples)]], free = samples, free[len(samples) :]
             state = insert(params, state, placed, rows.astype(np.int32), key, allowed_V)
         state, active = advance(weights, state, allowed_V)

@@ -26,11 +26,27 @@ hypothesis.settings.load_profile("mpo")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def programs_end_with_their_module() -> Iterator[None]:
-    """A module's programs hold thousands of memory maps; a process may have 65530, and crashes for want of more."""
-    yield
+def programs(request: pytest.FixtureRequest) -> Iterator[None]:
+    """How a module's programs are compiled, in this process and in those it starts, and when they end.
+
+    A third of the compiler's time is spent on optimisations. Modules marked `unoptimised` do without, since how fast
+    their programs run does not matter. What a program holds or moves is tested as users compile it.
+    """
+    unoptimised = request.node.get_closest_marker("unoptimised") is not None
+    with pytest.MonkeyPatch.context() as patch:
+        if unoptimised:
+            patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+            jax.config.update("jax_disable_most_optimizations", True)
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    # programs hold thousands of memory maps; a process may have 65530, and crashes for want of more
     jax.clear_caches()
     gc.collect()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Modules that run whole commands come first: were they last, one worker would wait for the other's."""
+    items.sort(key=lambda item: item.get_closest_marker("unoptimised") is None)
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +14,8 @@ from mpo_jax.config import RuntimeConfig
 from mpo_jax.data.batches import TrainBatches
 from mpo_jax.tracker import Tracker
 from tests.test_pipeline import MICRO, mpo
+
+pytestmark = pytest.mark.unoptimised
 
 STAGES = ("sft", "reward", "dpo", "ppo")
 # sizes that no other test has, so that none of their programs is there already; posts of two widths
@@ -92,14 +93,10 @@ class Runs(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Iterator[Runs]:
+def runs(tmp_path_factory) -> Runs:
     workdir = tmp_path_factory.mktemp("compilation")
-    jax.config.update("jax_disable_most_optimizations", True)  # how fast the programs run does not matter here
-    try:
-        first = watched(workdir, "text.length_buckets=1")
-        yield Runs(first, watched(workdir, "text.length_buckets=3", *LONGER))
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
+    first = watched(workdir, "text.length_buckets=1")
+    return Runs(first, watched(workdir, "text.length_buckets=3", *LONGER))
 
 
 def updates(stage: str) -> int:

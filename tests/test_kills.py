@@ -17,6 +17,8 @@ from pathlib import Path
 import jax
 import pytest
 
+pytestmark = pytest.mark.unoptimised
+
 MICRO = Path(__file__).parent / "configs" / "micro.yaml"
 STAGES = ("sft", "reward", "dpo", "ppo")
 KILLS = int(os.environ.get("MPO_KILLS", "3"))

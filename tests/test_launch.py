@@ -14,6 +14,8 @@ import yaml
 
 from mpo_jax.config import Config, load_config
 
+pytestmark = pytest.mark.unoptimised
+
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
 SCRIPTS = [*sorted(LAUNCH.glob("*.sh")), LAUNCH / "slurm.sbatch", ROOT / ".ci" / "run"]

@@ -19,6 +19,8 @@ from mpo_jax import processes
 from mpo_jax.data.pair_table import PairTable
 from tests.test_pipeline import MICRO, mpo, stages
 
+pytestmark = pytest.mark.unoptimised
+
 COMMAND = [sys.executable, "-c", "from mpo_jax.cli import main; main()"]
 MESH = ("mesh.data=2", "mesh.fsdp=4")
 CACHE = f"runtime.compilation_cache={jax.config.jax_compilation_cache_dir}"

@@ -17,6 +17,8 @@ from mpo_jax.types import Mean, Params
 from tests.model.tiny import DECODER, FAST, mesh_of, random_params, trees_close
 from tests.stages.test_sharded import MODEL, ONE, OPTIM, SINGLES, metrics_close, run_step
 
+pytestmark = pytest.mark.unoptimised
+
 
 @pytest.mark.parametrize(
     ("name", "accumulation", "devices"),

@@ -16,6 +16,8 @@ from mpo_jax.train import init_state
 from tests.model.tiny import DECODER, mesh_of, random_params
 from tests.test_pipeline import MICRO, mpo
 
+pytestmark = pytest.mark.unoptimised
+
 ON = ("runtime.offload_frozen=true", "runtime.offload_moments=true")
 
 
@@ -70,13 +72,16 @@ def test_devices_without_such_memory_are_an_error(monkeypatch):
     Offload.of(RuntimeConfig(), mesh_of(1, 1, 1))
 
 
-@pytest.fixture(scope="module", params=[1, 8])
+@pytest.fixture(scope="module", params=[(1, False), (1, True), (8, False)], ids=["1", "1 one pass", "8"])
 def plain(request, tmp_path_factory):
-    """A workdir with PPO, and the settings of its devices."""
-    workdir = tmp_path_factory.mktemp("plain")
-    devices = (f"mesh.fsdp={request.param}", f"runtime.cpu_devices={max(request.param, 1)}")
-    assert mpo("ppo", MICRO, f"workdir={workdir}", "ppo.kl.adaptive=true", *devices) == 0
-    return workdir, ("ppo.kl.adaptive=true", *devices)
+    """A workdir with PPO, and the settings that it was made with."""
+    workdir, (devices, one_pass) = tmp_path_factory.mktemp("plain"), request.param
+    settings = (
+        f"mesh.fsdp={devices}", f"runtime.cpu_devices={devices}", f"ppo.one_pass={str(one_pass).lower()}",
+        "ppo.kl.adaptive=true",
+    )  # fmt: skip
+    assert mpo("ppo", MICRO, f"workdir={workdir}", *settings) == 0
+    return workdir, settings
 
 
 def test_ppo_is_the_same_to_the_bit_and_goes_on_with_and_without(plain, tmp_path, monkeypatch):

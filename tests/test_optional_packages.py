@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.unoptimised
+
 MICRO = Path(__file__).parent / "configs" / "micro.yaml"
 WITHOUT = "import sys; sys.modules.update(dict.fromkeys({names!r})); from mpo_jax.cli import main; main()"
 
@@ -42,4 +44,15 @@ def test_absence_is_one_message(package, keys, tmp_path):
     (tmp_path / "saved" / "dataset_info.json").write_text("{}")
     done = mpo_without([package], "data", str(MICRO), *(key.format(folder=tmp_path) for key in keys))
     assert done.returncode == 2 and f"pip install {package}" in done.stderr
+    assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+
+
+def test_a_judge_s_calls_are_planned_without_its_client(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "p", "response": "a"}\n')
+    (tmp_path / "b.jsonl").write_text('{"prompt": "p", "response": "b"}\n')
+    sides, folder = (str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")), f"--cache={tmp_path}"
+    judge = ("judge", *sides, "--endpoint", "http://127.0.0.1:1/v1", "--model", "m", folder)
+    done = mpo_without(["openai", "tenacity", "statsmodels"], *judge)
+    assert "2 to make" in done.stdout
+    assert done.returncode == 2 and "pip install openai tenacity" in done.stderr
     assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr

@@ -16,6 +16,8 @@ from mpo_jax import cli
 from mpo_jax.data.pair_table import PairTable
 from mpo_jax.model import families
 
+pytestmark = pytest.mark.unoptimised
+
 MICRO = Path(__file__).parent / "configs" / "micro.yaml"
 
 

@@ -4,9 +4,12 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from mpo_jax.data.pair_table import PairTable
 from tests.test_pipeline import manifest, mpo
+
+pytestmark = pytest.mark.unoptimised
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "hh_stories260k.yaml"

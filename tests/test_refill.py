@@ -106,13 +106,13 @@ def test_fewer_steps_than_fixed_batches_would_take(params, examples, reference, 
     """Chunks decoded, against those of batches of eight that each wait for their longest sample."""
     from mpo_jax import refill
 
-    calls, make = [], refill._programs
+    calls, make = [], refill.programs
 
     def counting(*arguments):
         start, insert, advance = make(*arguments)
         return start, insert, lambda *inputs: (calls.append(1), advance(*inputs))[1]
 
-    monkeypatch.setattr(refill, "_programs", counting)
+    monkeypatch.setattr(refill, "programs", counting)
     same(sample(params, examples, buckets=1), reference)
     longest = [reference.length[begin : begin + 8].max() for begin in range(0, COUNT, 8)]
     assert len(calls) < sum(-(-(n - 1) // 16) for n in longest)

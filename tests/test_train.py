@@ -23,6 +23,8 @@ from mpo_jax.train import fit, init_state, make_update, state_sharding
 from mpo_jax.types import Mean
 from tests.model.tiny import DECODER, FAST, batch, mesh_of, random_params, trees_close
 
+pytestmark = pytest.mark.unoptimised
+
 MODEL = Model(DECODER)
 LENGTHS = [[9, 1], [2, 2], [1, 9], [5, 4], [8, 3], [3, 8], [6, 6], [1, 1]]
 """Uneven on purpose: a mean of micro-batch means would weigh tokens wrongly."""

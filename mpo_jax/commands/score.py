@@ -1,8 +1,5 @@
 """`mpo score`: what a model thinks of the rows of a file, a line each, in the file's order."""
 
-import json
-import os
-from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from mpo_jax.artifacts import write_lines
 from mpo_jax.chat import Chat
 from mpo_jax.commands.models import OpenModel, open_model
 from mpo_jax.data import hh, records
@@ -48,7 +46,7 @@ def score(
         line |= {f"tokens{side}": count for side, count in zip(sides, counts, strict=True)}
         line["tokens_prompt"] = len(example.prompt)
         lines.append(line)
-    _write(out, lines)
+    write_lines(out, lines)
     for n, side in enumerate(sides):
         total, tokens = values_BN[:, n].sum(), count_BN[:, n].sum()
         shown = f"mean {name}{side} {total / len(lines):.4f}"
@@ -98,11 +96,3 @@ def _values(opened: OpenModel, examples: list[Example], batch_size: int) -> np.n
         function = (functional.make_score_pairs if scalar else functional.make_response_logps)(model, mesh)
         buckets = Buckets.of(examples, config.text.length_buckets)
         return map_batches(examples, buckets, batch_size, lambda batch: function(params, place_batch(batch, mesh)))
-
-
-def _write(out: Path, lines: Iterable[dict[str, Any]]) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(line) + "\n" for line in lines)
-    os.replace(partial, out)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from mpo_jax import runtime
-from mpo_jax.artifacts import Store, write_bytes
+from mpo_jax.artifacts import Store, write_text
 from mpo_jax.config import Config, to_yaml
 from mpo_jax.errors import NothingSelected
 from mpo_jax.experiments import table_variants
@@ -32,7 +32,7 @@ def table(config: Config) -> None:
     _announce(config, stages, overall)
     if is_main():
         workdir.mkdir(parents=True, exist_ok=True)
-        write_bytes(workdir / TABLE_CONFIG, to_yaml(config).encode("utf-8"))
+        write_text(workdir / TABLE_CONFIG, [to_yaml(config)])
     left_out: dict[str, str] = {}
     for seed in config.table.seeds:
         console.rule(f"seed {seed}")

@@ -30,7 +30,7 @@ class Work:
             self.flops + other.flops, self.recomputed + other.recomputed, self.decode_reads + other.decode_reads
         )
 
-    def times(self, count: int) -> "Work":
+    def times(self, count: float) -> "Work":
         return Work(count * self.flops, count * self.recomputed, count * self.decode_reads)
 
 

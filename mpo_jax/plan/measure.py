@@ -137,6 +137,7 @@ def compile_one(
 ) -> Measured:
     """Compiles one program, and adds it to `compiled` by name."""
     arguments = program.arguments(compiled)
+    kept = sum(compiled[name].memory_analysis().output_size_in_bytes for name in program.keeps if name in compiled)
     with jax.set_mesh(mesh):
         lowered = program.function.lower(*arguments)
         begin = time.perf_counter()
@@ -147,13 +148,13 @@ def compile_one(
             if used is None:
                 raise
             elapsed = time.perf_counter() - begin
-            return Measured(program, None, used, target.capacity, (), elapsed, None)
+            return Measured(program, None, used + kept, target.capacity, (), elapsed, None)
         elapsed = time.perf_counter() - begin
     compiled[program.name] = executable
     found = tuple(traffic(executable.as_text(), loop_trips=program.loop_trips))
     return Measured(
         program=program,
-        memory=_memory(executable.memory_analysis(), device_bytes(program.held)),
+        memory=_memory(executable.memory_analysis(), device_bytes(program.held) + kept),
         refused=None,
         capacity=target.capacity,
         traffic=found,

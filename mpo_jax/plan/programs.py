@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
+from mpo_jax import refill
 from mpo_jax.config import Config, OptimConfig, TrainConfig
-from mpo_jax.generate import Decoder, Sampling, make_generate
+from mpo_jax.generate import Decoder, Sampling, make_for_decoding, make_generate
 from mpo_jax.model import flops, functional, loading
 from mpo_jax.model.decoder import FLOAT32, DecoderConfig
 from mpo_jax.model.flops import Rows, Work
@@ -44,6 +45,7 @@ class Program:
       function: jitted, as the stage calls it.
       arguments: from the programs compiled before, by name, to shapes with shardings.
       held: what the stage keeps in memory besides the arguments.
+      keeps: names of programs compiled before whose results it keeps too.
       work: analytic, over all devices.
       loop_trips: turns of a loop whose number the compiler cannot know.
     """
@@ -57,6 +59,7 @@ class Program:
     held: tuple[Any, ...]
     work: Work
     loop_trips: int = 1
+    keeps: tuple[str, ...] = ()
 
 
 def shaped(tree: Any, shardings: Any) -> Any:
@@ -176,7 +179,7 @@ class Stages:
         rows = self.rows(size, 2)
         if select.pair_source == "sampled":
             sampling = self._sampling(2, temperature=select.temperature, top_p=select.top_p)
-            yield from self._generate("select", sampling, self.frozen(), (), size)
+            yield from self._refilled("select", sampling, self.frozen(), (), size)
         score = functional.make_score_pairs(self.model, self.mesh)
         arguments = (self.frozen(scalar=True), self.joined(rows))
         work = flops.forward(self.model.decoder, rows, "scalar")
@@ -203,12 +206,11 @@ class Stages:
         ema = (self.params(),) if config.extras.ema_decay is not None else ()
         sampling = self._sampling(1, temperature=config.temperature, greedy=config.greedy)
         held = (actor.opt_state, critic, *frozen, *ema)
-        yield from self._generate("ppo", sampling, actor.params, held, train.batch_size)
+        yield from self._rollout(sampling, actor.params, held, train.batch_size)
 
         joined, has_eos = self.joined(rows), self.array(rows.count, 1, dtype=jnp.bool_)
         scoring = flops.forward(sizes, rows, "vocab") + flops.forward(sizes, rows, "scalar")
-        runtime = self.config.runtime
-        if ppo.updates_in_one_pass(config) and not (runtime.offload_frozen or runtime.offload_moments):
+        if ppo.updates_in_one_pass(config):
             update = ppo.make_one_pass(self.model, self.model, config, self.mesh)
             rates = self.scalar(), self.scalar()
             arguments = (actor, critic, frozen, joined, has_eos, self.allowed(), self.scalar(), rates)
@@ -249,7 +251,7 @@ class Stages:
         rows, sizes = self.rows(config.batch_size, 1), self.model.decoder
         policy, reward_model = self.frozen(), self.frozen(scalar=True)
         sampling = self._sampling(1, temperature=config.temperature, greedy=config.greedy)
-        yield from self._generate("evaluate", sampling, policy, (policy, reward_model), config.batch_size)
+        yield from self._refilled("evaluate", sampling, policy, (policy, reward_model), config.batch_size)
         score = functional.make_score_pairs(self.model, self.mesh)
         work = flops.forward(sizes, rows, "scalar")
         arguments = (reward_model, self.joined(rows))
@@ -275,56 +277,74 @@ class Stages:
     def _sampling(self, num_samples: int, **options: Any) -> Sampling:
         return Sampling(self.config.text.max_response_tokens, num_samples=num_samples, **options)
 
-    def _generate(
-        self, stage: str, sampling: Sampling, params: Params, held: tuple[Any, ...], size: int
-    ) -> Iterator[Program]:
-        """Prefill and decode; the caches lie between them as the compiled prefill lays them out."""
+    def _prompts(self, rows: Rows) -> Joined:
+        prompts = self.joined(dataclasses.replace(rows, num_responses=1, response=0))
+        return dataclasses.replace(prompts, response_len=self.array(rows.count, 1))
+
+    def _decoding(self, rows: Rows) -> Work:
+        sizes, shards = self.model.decoder, self.config.mesh.batch_shards
+        return flops.decode(sizes, rows, shards=shards, bytes_each=jnp.dtype(self.model.dtype).itemsize)
+
+    def _made(self, compiled: Mapping[str, Any], name: str, function: Any, arguments: tuple[Any, ...]) -> Any:
+        """What a program gives, laid out as it was compiled."""
+        shapes = jax.eval_shape(function, *arguments)
+        return shaped(shapes, compiled[name].output_shardings if name in compiled else self.rows_sharding)
+
+    def _rollout(self, sampling: Sampling, params: Params, held: tuple[Any, ...], size: int) -> Iterator[Program]:
+        """Prefill and decode of one batch; the caches lie between them as the compiled prefill lays them out."""
         generate = make_generate(self.model, sampling, 0, self.mesh)
         rows = self.rows(size, sampling.num_samples)
-        prompts = dataclasses.replace(
-            self.joined(dataclasses.replace(rows, num_responses=1, response=0)), response_len=self.array(size, 1)
-        )
-        key = "ppo.train.batch_size" if stage == "ppo" else f"{stage}.batch_size"
-        prefill, weights = f"{stage} prefill", f"{stage} weights"
+        prompts = self._prompts(rows)
+        program = partial(Program, "ppo", train=None, batch_key="ppo.train.batch_size")
         start = (params, prompts, self.key(), self.array(size, dtype=jnp.uint32), self.allowed())
-        program = partial(Program, stage, train=None, batch_key=key)
         yield program(
-            name=prefill,
-            function=generate.begin,
-            arguments=lambda _: start,
-            held=held,
+            name="ppo prefill", function=generate.begin, arguments=lambda _: start, held=held,
             work=flops.prefill(self.model.decoder, rows),
-        )
-
-        def made(compiled: Mapping[str, Any], name: str, function: Any, arguments: tuple[Any, ...]) -> Any:
-            shapes = jax.eval_shape(function, *arguments)
-            return shaped(shapes, compiled[name].output_shardings if name in compiled else self.rows_sharding)
-
+        )  # fmt: skip
         yield program(
-            name=weights,
-            function=generate.for_decoding,
-            arguments=lambda _: (params,),
-            held=held,
+            name="ppo weights", function=generate.for_decoding, arguments=lambda _: (params,), held=held,
             work=Work(0.0),
-        )
+        )  # fmt: skip
 
         def then(compiled: Mapping[str, Any]) -> tuple[Any, ...]:
-            state = made(compiled, prefill, generate.begin, start)
-            ready = made(compiled, weights, generate.for_decoding, (params,))
+            state = self._made(compiled, "ppo prefill", generate.begin, start)
+            ready = self._made(compiled, "ppo weights", generate.for_decoding, (params,))
             return ready, dataclasses.replace(state, caches=()), state.caches, prompts, self.allowed()
 
         decoder = Decoder(self.model, sampling, 0)
         yield program(
-            name=f"{stage} decode",
-            function=generate.finish,
-            arguments=then,
+            name="ppo decode", function=generate.finish, arguments=then,
             # the parameters stay beside the weights made from them
-            held=(params, *held),
-            work=flops.decode(
-                self.model.decoder,
-                rows,
-                shards=self.config.mesh.batch_shards,
-                bytes_each=jnp.dtype(self.model.dtype).itemsize,
-            ),
-            loop_trips=-(-decoder.room // decoder.chunk),
+            held=(params, *held), work=self._decoding(rows), loop_trips=-(-decoder.room // decoder.chunk),
+        )  # fmt: skip
+
+    def _refilled(
+        self, stage: str, sampling: Sampling, params: Params, held: tuple[Any, ...], size: int
+    ) -> Iterator[Program]:
+        """A portion of prompts into rows that have ended, and a chunk of tokens for all rows."""
+        start, insert, advance = refill.programs(self.model, sampling, 0, self.mesh)
+        decoder, for_decoding = Decoder(self.model, sampling, 0), make_for_decoding(self.model)
+        rows = self.rows(size, sampling.num_samples)
+        part = dataclasses.replace(rows, count=refill.portion(size, self.config.mesh.batch_shards))
+        prompts, num_rows = self._prompts(part), size * sampling.num_samples
+        shapes = jax.eval_shape(partial(start, num_rows=num_rows), params, prompts, self.key(), self.allowed())
+        state = shaped(shapes, jax.tree.map(lambda s, _: s, decoder.shardings(self.mesh), shapes))
+        places = jax.ShapeDtypeStruct((part.count * sampling.num_samples,), jnp.int32, sharding=self.everywhere)
+        program = partial(Program, stage, train=None, batch_key=f"{stage}.batch_size")
+        yield program(
+            name=f"{stage} weights", function=for_decoding, arguments=lambda _: (params,), held=held, work=Work(0.0)
         )
+
+        def then(compiled: Mapping[str, Any]) -> tuple[Any, ...]:
+            return self._made(compiled, f"{stage} weights", for_decoding, (params,)), state, self.allowed()
+
+        yield program(
+            name=f"{stage} prefill", function=insert,
+            arguments=lambda _: (params, state, prompts, places, self.key(), self.allowed()),
+            held=held, keeps=(f"{stage} weights",), work=flops.prefill(self.model.decoder, part),
+        )  # fmt: skip
+        yield program(
+            name=f"{stage} decode", function=advance,
+            arguments=then, held=(params, *held), loop_trips=decoder.chunk,
+            work=self._decoding(rows).times(decoder.chunk / sampling.max_new_tokens),
+        )  # fmt: skip

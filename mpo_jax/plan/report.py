@@ -17,8 +17,9 @@ DEFINITIONS = """\
 GiB of one device. held: what the stage keeps besides the arguments (other models, optimiser states, the parameters a
 training started from). peak: arguments + temporaries + new results + held. FLOPs: matrix products of one call on all
 devices, padded tokens included, recomputation left out. estimate: seconds of one call, the longest of arithmetic
-(recomputation included), a decode loop's reading and communication, as if they overlapped; a sampling call is counted
-to its last column. Collectives: bytes each device takes part in, once + in loops (all turns)."""
+(recomputation included), a decode loop's reading and communication, as if they overlapped. PPO's decode is counted to
+its last column; selection and evaluation refill their rows, so that prefill there is one portion of prompts, and decode
+one chunk of tokens for all rows. Collectives: bytes each device takes part in, once + in loops (all turns)."""
 
 
 def memory_table(measured: Sequence[Measured], plan: Plan) -> Table:

@@ -45,7 +45,7 @@ class Chart:
     def write(self, folder: Path) -> None:
         """Writes `<name>.png` and `<name>.csv`."""
         folder.mkdir(parents=True, exist_ok=True)
-        write_bytes(folder / f"{self.name}.png", self.png)
+        write_bytes(folder / f"{self.name}.png", [self.png])
         write_csv(folder / f"{self.name}.csv", self.rows)
 
 

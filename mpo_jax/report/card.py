@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from mpo_jax import __version__
-from mpo_jax.artifacts import RECIPE, write_bytes
+from mpo_jax.artifacts import RECIPE, write_text
 from mpo_jax.config import Config, load_config, to_yaml
 from mpo_jax.experiments import Variant, is_run
 from mpo_jax.report.markdown import markdown
@@ -116,9 +116,9 @@ def write_card(folder: Path, model: Path, source: str, *, name: str, kind: str, 
     """
     origin = find_origin(model)
     text = _foreign(source, kind, dtype) if origin is None else _card(origin, name, kind, dtype)
-    write_bytes(folder / "README.md", text.encode("utf-8"))
+    write_text(folder / "README.md", [text])
     if origin is not None:
-        write_bytes(folder / CONFIG_FILE, to_yaml(origin.config).encode("utf-8"))
+        write_text(folder / CONFIG_FILE, [to_yaml(origin.config)])
 
 
 def _front(kind: str, base: str | None, tags: list[str], datasets: list[str]) -> str:

@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from mpo_jax.artifacts import write_bytes
+from mpo_jax.artifacts import write_text
 from mpo_jax.report import calibration, figures, paper_figures
 from mpo_jax.report.canvas import Chart
 from mpo_jax.report.claims import RULE, claim_rows, unit
@@ -109,7 +109,7 @@ def write_evidence(workdir: Path, evidence: Evidence, *, resamples: int, left_ou
     for name, rows in (evidence.named() | each).items():
         write_csv(folder / f"{name}.csv", rows)
     for name, text in document(evidence, left_out).items():
-        write_bytes(folder / f"{name}.md", text.encode("utf-8"))
+        write_text(folder / f"{name}.md", [text])
     for chart in evidence.charts:
         chart.write(workdir / "figures")
     short = [

@@ -172,4 +172,4 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     # prompts may hold lone surrogates, which no file can
-    write_bytes(path, text.getvalue().encode("utf-8", errors="replace"))
+    write_bytes(path, [text.getvalue().encode("utf-8", errors="replace")])

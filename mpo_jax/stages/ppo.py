@@ -95,12 +95,13 @@ def make_updates(actor_model: Model, reward_model: Model, config: PpoConfig, mes
 
 
 def updates_in_one_pass(config: PpoConfig) -> bool:
-    """Whether an iteration's only update can take its old log-probabilities and values from its own forward pass.
+    """Whether an iteration's only update takes its old log-probabilities and values from its own forward pass.
 
     Not where a statistic of the whole batch stands between scores and losses of micro-batches, where there are further
-    losses, or where the actor waits.
+    losses, or where the actor waits. Not unless asked for: a forward pass that is to be differentiated is compiled
+    otherwise than the reference's, so that the first KL is 0 to rounding in place of exactly.
     """
-    extras, single = config.extras, config.epochs * config.minibatches == 1
+    extras, single = config.extras, config.one_pass and config.epochs * config.minibatches == 1
     whitens = (extras.whiten_advantages or extras.whiten_rewards) and config.train.accumulation > 1
     return single and not (whitens or extras.ptx_coef or extras.critic_warmup)
 
@@ -270,11 +271,10 @@ class Loop:
         method = ppo.model_copy(update={"train": train})
         self.score = make_score(self.actor_model, self.reward_model, method, self.mesh)
         updates = make_updates(self.actor_model, self.reward_model, method, self.mesh)
-        offload = Offload.of(self.config.runtime, self.mesh)
-        self.update_actor, self.update_critic = map(offload.update, updates)
+        self.offload = Offload.of(self.config.runtime, self.mesh)
+        self.update_actor, self.update_critic = map(self.offload.update, updates)
         self.one_pass = None
-        # one pass needs both models' moments at once, and the frozen models beside them
-        if updates_in_one_pass(method) and not (offload.frozen or offload.moments):
+        if updates_in_one_pass(method):
             self.one_pass = make_one_pass(self.actor_model, self.reward_model, method, self.mesh)
         self.allowed_V = jnp.asarray(self.codec.allowed(self.actor_model.decoder.vocab_size))
         self.utility = make_rollout_utility(self.truth, self.codec)
@@ -297,9 +297,9 @@ class Loop:
         if self.one_pass is not None:
             with _timed(timing, "timing_s/update", k, ppo.train.log_every) as wait:
                 inputs = joined, has_eos, self.allowed_V, state.kl_coef, (self.actor_rate(k), self.critic_rate(k))
-                frozen = self.ref_params, self.reward_params
-                actor, critic, scored, metrics = wait(self.one_pass(state.actor, state.critic, frozen, *inputs))
-            state = dataclasses.replace(state, actor=actor, critic=critic)
+                models = to_devices((state.actor, state.critic, (self.ref_params, self.reward_params)))
+                actor, critic, scored, metrics = wait(self.one_pass(*models, *inputs))
+            state = dataclasses.replace(state, actor=self.offload.state(actor), critic=self.offload.state(critic))
         else:
             with _timed(timing, "timing_s/score", k, ppo.train.log_every) as wait:
                 scored, metrics = wait(

@@ -19,6 +19,8 @@ from mpo_jax.train import init_state
 from tests.model.tiny import mesh_of, random_params
 from tests.test_pipeline import mpo
 
+pytestmark = pytest.mark.unoptimised
+
 NO_CACHE = "runtime.compilation_cache=null"
 
 

@@ -15,6 +15,8 @@ from mpo_jax.text import TextCodec, load_tokenizer
 from tests.model.tiny import mesh_of
 from tests.test_pipeline import mpo
 
+pytestmark = pytest.mark.unoptimised
+
 PROMPT = "POST: my boss lost the keys. should i quit?\n\nTL;DR:"
 NO_CACHE = "runtime.compilation_cache=null"
 

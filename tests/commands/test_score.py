@@ -13,6 +13,8 @@ from mpo_jax.types import Tokens
 from tests.model.tiny import mesh_of
 from tests.test_pipeline import mpo
 
+pytestmark = pytest.mark.unoptimised
+
 NO_CACHE = ("runtime.compilation_cache=null", "runtime.token_cache=null")
 PROMPTS = ["my boss", "should i quit", "should i quit", " my sister broke the car. my uncle", "x"]
 CHOSEN = [" lost the keys", " should i leave, should i stay, should i sue", "", " my boss my boss", " lies about money"]

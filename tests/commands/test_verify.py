@@ -11,6 +11,8 @@ from safetensors.numpy import load_file, save_file
 
 from tests.test_pipeline import MICRO, mpo
 
+pytestmark = pytest.mark.unoptimised
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:

@@ -35,10 +35,10 @@ def programs(plan):
 def test_every_stage_has_its_programs(programs):
     assert list(programs) == [
         "sft step", "reward step",
-        "select prefill", "select weights", "select decode", "select score",
+        "select weights", "select prefill", "select decode", "select score",
         "dpo reference", "dpo step",
-        "ppo prefill", "ppo weights", "ppo decode", "ppo update",
-        "evaluate prefill", "evaluate weights", "evaluate decode", "evaluate score", "evaluate kl",
+        "ppo prefill", "ppo weights", "ppo decode", "ppo score", "ppo critic", "ppo actor",
+        "evaluate weights", "evaluate prefill", "evaluate decode", "evaluate score", "evaluate kl",
     ]  # fmt: skip
 
 
@@ -46,21 +46,22 @@ def test_options_that_hold_more(plan, programs):
     """Human pairs need no sampling; an average of the actor and minibatches fill memory."""
     other = {p.name: p for p in planned(FSDP, "select.pair_source=human", "ppo.extras.ema_decay=0.9").stages}
     assert "select decode" not in other
-    actor = device_bytes(programs["ppo update"].arguments({})[0].params)
-    for name in ("ppo prefill", "ppo update"):
+    actor = device_bytes(programs["ppo actor"].arguments({})[0].params)
+    for name in ("ppo prefill", "ppo score", "ppo critic", "ppo actor"):
         assert device_bytes(other[name].held) == device_bytes(programs[name].held) + actor
 
 
-def test_ppo_in_several_passes(programs):
-    """With two epochs scoring and updates are programs of their own, which hold what the others train."""
-    several = {p.name: p for p in planned(FSDP, "ppo.epochs=2").stages}
-    assert [name for name in several if name.startswith("ppo") and name not in programs] == [
+def test_ppo_in_one_pass(programs):
+    """One program scores and updates: it takes what three others take or hold."""
+    joined = {p.name: p for p in planned(FSDP, "ppo.one_pass=true").stages}
+    assert [name for name in programs if name.startswith("ppo") and name not in joined] == [
         "ppo score", "ppo critic", "ppo actor",
     ]  # fmt: skip
-    whole = sum(device_bytes(state) for state in programs["ppo update"].arguments({})[:2])
-    for name in ("ppo critic", "ppo actor"):
-        state, *_ = several[name].arguments({})
-        assert device_bytes(state) + device_bytes(several[name].held) >= whole
+    actor, critic, frozen, *_ = joined["ppo update"].arguments({})
+    updates = [programs[name].arguments({})[0] for name in ("ppo actor", "ppo critic")]
+    assert device_bytes((actor, critic)) == device_bytes(tuple(updates))
+    assert device_bytes(frozen) <= device_bytes(programs["ppo actor"].held)
+    assert not device_bytes(joined["ppo update"].held)
 
 
 def test_arguments_are_what_the_stage_would_place(plan, programs):
@@ -97,6 +98,20 @@ def test_decode_takes_the_caches_where_prefill_leaves_them(plan, programs):
     assert prefill.memory.results >= caches and decode.memory.arguments >= caches
     # donated, so not counted twice
     assert decode.memory.results < caches
+
+
+def test_refilled_rows_are_planned_as_selection_runs_them(plan, programs):
+    """An eighth of the prompts comes in beside the weights for decoding; all rows decode a chunk, in place."""
+    wanted = [programs[f"select {part}"] for part in ("weights", "prefill", "decode")]
+    weights, prefill, decode = plan.measure(wanted)
+    assert weights.memory is not None and prefill.memory is not None and decode.memory is not None
+    assert prefill.memory.held == weights.memory.results > 0
+    prompts, places = programs["select prefill"].arguments({})[2:4]
+    assert prompts.prompt.shape == (8, 40) and places.shape == (16,), "the micro configuration has 16 under way"
+    # two samples of 16 prompts over 8 devices, two layers' keys and values of 2 heads of 8 in float32
+    caches = 2 * 2 * 4 * 2 * (40 + 15) * 8 * 4
+    for one in (prefill, decode):
+        assert one.memory.arguments >= caches > one.memory.results, "donated, so not counted twice"
 
 
 def test_a_plan_is_for_the_target_s_devices():

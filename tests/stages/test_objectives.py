@@ -22,6 +22,8 @@ from mpo_jax.types import Mean, Rollout
 from tests.model.tiny import DECODER, batch, close, mesh_of, random_params, trees_close
 from tests.reference import rl
 
+pytestmark = pytest.mark.unoptimised
+
 MODEL = Model(DECODER)
 ALLOWED = jnp.arange(DECODER.vocab_size) > 1
 PAIRS = batch([4, 3, 6, 5], [[9, 1], [2, 2], [1, 9], [5, 4]])
@@ -255,7 +257,7 @@ def test_one_pass_equals_scoring_and_then_updating(options, accumulation, shape)
     mesh = mesh_of(*shape)
     optim = OptimConfig(beta1=0.5, clip_norm=None, eps=1.0)  # gradients can be read off the moments
     train = TrainConfig(batch_size=4, accumulation=accumulation, optim=optim)
-    config = PpoConfig(train=train, critic_optim=optim, **options)
+    config = PpoConfig(train=train, critic_optim=optim, one_pass=True, **options)
     assert ppo.updates_in_one_pass(config)
     rates = jnp.asarray(0.01), jnp.asarray(0.02)
     samples = dataclasses.replace(allowed_samples(), prompt_len=np.asarray([4, 3, 0, 5], np.int32))
@@ -288,6 +290,7 @@ def test_one_pass_equals_scoring_and_then_updating(options, accumulation, shape)
 @pytest.mark.parametrize(
     "options",
     [
+        {"one_pass": False},
         {"epochs": 2},
         {"minibatches": 2},
         {"extras": PpoExtrasConfig(ptx_coef=0.1)},
@@ -296,12 +299,12 @@ def test_one_pass_equals_scoring_and_then_updating(options, accumulation, shape)
     ],
 )
 def test_where_one_pass_is_not_enough(options):
-    assert not ppo.updates_in_one_pass(PpoConfig(**{"train": TrainConfig(batch_size=4), **options}))
+    assert not ppo.updates_in_one_pass(PpoConfig(**{"train": TrainConfig(batch_size=4), "one_pass": True, **options}))
 
 
 def test_a_broken_reward_skips_both_updates_of_one_pass():
     mesh = mesh_of(1, 1, 1)
-    config = PpoConfig(train=TrainConfig(batch_size=4), critic_optim=OptimConfig())
+    config = PpoConfig(train=TrainConfig(batch_size=4), critic_optim=OptimConfig(), one_pass=True)
     with jax.set_mesh(mesh):
         reward_model = jax.tree.map(lambda x: x * jnp.nan, random_params(DECODER, 6, scalar=True))
         state = lambda: (  # noqa: E731

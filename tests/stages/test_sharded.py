@@ -23,6 +23,8 @@ from mpo_jax.train import init_state
 from mpo_jax.types import Mean, TrainState
 from tests.model.tiny import DECODER, FAST, batch, mesh_of, random_params, trees_close
 
+pytestmark = pytest.mark.unoptimised
+
 ONE = (1, 1, 1)
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2)]
 OBJECTIVES = ("sft", "reward_last_token", "reward_ds_span", "dpo", "ppo_actor", "ppo_critic")

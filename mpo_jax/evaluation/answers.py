@@ -1,0 +1,193 @@
+"""Two sides' answers to the same prompts: what a judge and people compare. Read from files and from finished runs."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mpo_jax.chat import Message
+from mpo_jax.data.records import said
+from mpo_jax.data.sources import HUB, JSON_SUFFIXES, Row, open_source
+from mpo_jax.errors import UserError
+
+T = TypeVar("T")
+Key = tuple[str, int]
+"""A prompt, and how often it came before."""
+
+CATEGORY = "category"
+"""The field of a row that names its category, where no other field is asked for."""
+
+SAMPLES = "samples.jsonl"
+"""What an evaluation leaves in its folder."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A prompt to compare answers to.
+
+    Attributes:
+      text: as people and judges read it.
+      turns: as the row gave it: the same text, or a conversation, for a model's chat template.
+      category: of the row, where it has one.
+    """
+
+    text: str
+    turns: str | list[Message]
+    category: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """A prompt's text, a response to it, which may be empty, and the row's category, where it has one."""
+
+    prompt: str
+    response: str
+    category: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Both sides' responses to one prompt."""
+
+    prompt: str
+    a: str
+    b: str
+    category: str | None = None
+
+
+def find_answers(path: str) -> str | None:
+    """The rows that `path` names: a file of rows, or the samples of a run's or an evaluation's folder.
+
+    None where it is anything else, such as a model.
+
+    Raises:
+      UserError: for a run without an evaluation.
+    """
+    if path.startswith(HUB) or path.endswith((*JSON_SUFFIXES, ".parquet")):
+        return path
+    folder = Path(path).expanduser()
+    if (folder / SAMPLES).is_file():
+        return str(folder / SAMPLES)
+    if not (folder / "env.json").is_file():
+        return None
+    samples = folder / "evaluate" / SAMPLES
+    if not samples.is_file():
+        raise UserError(
+            f"the run {path} has no finished evaluation, so there are no samples to compare: finish it with `mpo run`, "
+            "or name the model in it, such as its folder 1-dpo, and give prompts with --data"
+        )
+    return str(samples)
+
+
+def read_answers(path: str, by: str = CATEGORY) -> list[Answer]:
+    """Rows {prompt, response} or {prompt, completion}, strings or conversations, of which the last message responds.
+
+    Args:
+      by: the field that holds a row's category, where it has one.
+
+    Raises:
+      UserError: naming the place of a row that is no such row, or if there are none.
+    """
+    answers = []
+    for place, row in open_source(path).rows():
+        field = next((name for name in ("response", "completion") if row.get(name) is not None), None)
+        if field is None:
+            raise UserError(
+                f"{place}: an answer has the fields prompt and response (or completion); this row has: "
+                f"{', '.join(row) or 'nothing'}"
+            )
+        response = said(row, field, place)
+        if not isinstance(response, str):
+            if not response:
+                raise UserError(f"{place}: field {field!r} is an empty conversation; it must end with the answer")
+            response = response[-1]["content"]
+        answers.append(Answer(as_text(said(row, "prompt", place)), response, _category(row, by, place)))
+    if not answers:
+        raise UserError(f"{path} holds no rows: it needs a line {{prompt, response}} for each answer")
+    return answers
+
+
+def read_prompts(path: str, by: str = CATEGORY) -> list[Prompt]:
+    """Rows {prompt}, a string or a conversation, with a category where the field `by` is there; others are ignored.
+
+    Raises:
+      UserError: naming the place of a row without a prompt, or if there are none.
+    """
+    prompts = []
+    for place, row in open_source(path).rows():
+        turns = said(row, "prompt", place)
+        if not turns:
+            raise UserError(f"{place}: the prompt is empty: drop the row")
+        prompts.append(Prompt(as_text(turns), turns, _category(row, by, place)))
+    if not prompts:
+        raise UserError(f"{path} holds no rows: it needs a line {{prompt}} for each prompt")
+    return prompts
+
+
+def as_text(turns: str | list[Message]) -> str:
+    """A prompt for people: one user's turn is its text; in longer conversations each turn begins with its role."""
+    if isinstance(turns, str):
+        return turns
+    if len(turns) == 1 and turns[0]["role"] == "user":
+        return turns[0]["content"]
+    return "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns)
+
+
+def match(
+    a: Sequence[Answer], b: Sequence[Answer], names: tuple[str, str], prompts: Sequence[Prompt] | None = None
+) -> list[Pair]:
+    """Pairs answers to equal prompts; of equal prompts on one side the first meets the first, the second the second.
+
+    Args:
+      names: of A and B, for messages.
+      prompts: those to compare on, in this order; both sides may have answers to more. None: all of A's, which must be
+        all of B's.
+
+    Raises:
+      UserError: if prompts differ, or if the sources give one prompt two categories.
+    """
+    sides = [dict(_numbered((answer.prompt, answer) for answer in side)) for side in (a, b)]
+    if prompts is None:
+        wanted = {key: answer.category for key, answer in sides[0].items()}
+        missing = [_missing(names[1], sides[1], names[0], sides[0]), _missing(names[0], sides[0], names[1], sides[1])]
+    else:
+        wanted = {key: prompt.category for key, prompt in _numbered((prompt.text, prompt) for prompt in prompts)}
+        missing = [_missing(name, side, "--data", wanted) for name, side in zip(names, sides, strict=True)]
+    if any(missing):
+        raise UserError(
+            f"A and B must answer the same prompts: {'; '.join(filter(None, missing))}. "
+            "Leave the others out, or name with --data a file of the prompts to compare on"
+        )
+    pairs = []
+    for key, category in wanted.items():
+        first, second = sides[0][key], sides[1][key]
+        known = {c for c in (category, first.category, second.category) if c is not None}
+        if len(known) > 1:
+            raise UserError(f"the prompt {key[0][:60]!r} has the categories {', '.join(sorted(known))}: give it one")
+        pairs.append(Pair(key[0], first.response, second.response, next(iter(known), None)))
+    return pairs
+
+
+def _numbered(rows: Iterable[tuple[str, T]]) -> Iterator[tuple[tuple[str, int], T]]:
+    """Each row under its prompt and how often that prompt came before."""
+    seen: Counter[str] = Counter()
+    for prompt, row in rows:
+        yield (prompt, seen[prompt]), row
+        seen[prompt] += 1
+
+
+def _missing(name: str, side: Mapping[Key, Any], source: str, wanted: Mapping[Key, Any]) -> str | None:
+    lacking = [prompt for prompt, number in wanted if (prompt, number) not in side]
+    if not lacking:
+        return None
+    return f"{name} has no answer to {len(lacking)} of the {len(wanted)} prompts of {source}, first {lacking[0][:60]!r}"
+
+
+def _category(row: Row, by: str, place: str) -> str | None:
+    value = row.get(by)
+    if value is None:
+        return None
+    if not isinstance(value, str | int):
+        raise UserError(f"{place}: field {by!r} must be a string, the name of a category, not {type(value).__name__}")
+    return str(value)

@@ -1,0 +1,119 @@
+"""A study: which pairs people see, on which side each answer stands, and the key that tells."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from mpo_jax.errors import UserError
+from mpo_jax.evaluation.answers import Pair
+
+FORMAT = 1
+Side = Literal["left", "right"]
+Choice = Literal["left", "right", "tie"]
+CHOICES: tuple[Choice, ...] = ("left", "right", "tie")
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """A question to people.
+
+    Attributes:
+      number: from 1, in the order of the sheet.
+      prompt: what both sides answered.
+      left: the response on that side, as `right`.
+      a_is: where A's stands: part of the key, and on no sheet.
+      category: where the study has any; on no sheet either, since it might colour the choice.
+    """
+
+    number: int
+    prompt: str
+    left: str
+    right: str
+    a_is: Side
+    category: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """All items of a study with what they are about.
+
+    Attributes:
+      a: what the user calls the one side, as `b`.
+      seed: of the choice of items, of their order and of the sides.
+    """
+
+    a: str
+    b: str
+    seed: int
+    items: tuple[Item, ...]
+
+    @property
+    def id(self) -> str:
+        """12 digits of sha256 over all that the sheets show: sheets of other texts have another."""
+        shown = [(item.prompt, item.left, item.right) for item in self.items]
+        return hashlib.sha256(json.dumps([FORMAT, shown]).encode()).hexdigest()[:12]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The key."""
+        return {"format": FORMAT, "study": self.id, **dataclasses.asdict(self)}
+
+
+def make_study(pairs: Sequence[Pair], names: tuple[str, str], *, n: int | None, by: str | None, seed: int) -> Study:
+    """Draws n pairs, or n of each category, shuffles them, and puts A on the left in half of each category.
+
+    Args:
+      n: None: all pairs.
+      by: what categories are called where they matter; None: n pairs of all.
+
+    Raises:
+      UserError: where a category holds fewer than n pairs, or where a pair has none though categories matter.
+    """
+    groups: dict[str | None, list[Pair]] = {}
+    for pair in pairs:
+        groups.setdefault(pair.category if by is not None else None, []).append(pair)
+    if by is not None and None in groups:
+        raise UserError(
+            f"--by {by}: {len(groups[None])} of {len(pairs)} pairs have no field {by!r}, such as the prompt "
+            f"{groups[None][0].prompt[:60]!r}: add it to the rows of A or B, or to those of --data"
+        )
+    if n is not None and (few := {name: len(group) for name, group in groups.items() if len(group) < n}):
+        counts = ", ".join(f"{name or 'all pairs'}: {count}" for name, count in few.items())
+        raise UserError(f"--n {n} is more than there are ({counts}): take fewer")
+    rng = np.random.default_rng(seed)
+    drawn: list[tuple[Pair, Side]] = []
+    for name in sorted(groups, key=str):
+        chosen = rng.permutation(len(groups[name]))[:n]
+        # as good as balanced, and nobody can tell which side has one more
+        sides = (np.arange(len(chosen)) + rng.integers(2)) % 2
+        for index, side in zip(chosen, rng.permutation(sides), strict=True):
+            drawn.append((groups[name][index], "right" if side else "left"))
+    items = []
+    for number, place in enumerate(rng.permutation(len(drawn)), 1):
+        pair, a_is = drawn[place]
+        left, right = (pair.a, pair.b) if a_is == "left" else (pair.b, pair.a)
+        items.append(Item(number, pair.prompt, left, right, a_is, pair.category))
+    return Study(*names, seed, tuple(items))
+
+
+def read_key(path: Path) -> Study:
+    """The study of a key file.
+
+    Raises:
+      UserError: if it is no key, or if anything in it was changed that the sheets show.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        study = Study(found["a"], found["b"], found["seed"], tuple(Item(**item) for item in found["items"]))
+        right = found["study"] == study.id and all(item.a_is in ("left", "right") for item in study.items)
+    except FileNotFoundError:
+        raise UserError(f"no key {path}: name the key.json of `mpo human export` with --key FILE") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no key of a study: name the key.json of `mpo human export` with --key") from error
+    if not right or not study.items:
+        raise UserError(f"{path} was changed after it was written, so sheets cannot be matched to it: restore it")
+    return study
