@@ -6,6 +6,9 @@ if (list) {
   const texts = new Map(samples.map((sample) => [sample, sample.textContent.toLowerCase()]));
   const search = document.getElementById("sample-search");
   const order = document.getElementById("sample-order");
+  const more = document.getElementById("sample-more");
+  const portion = 12;
+  let limit = portion;
   const count = document.getElementById("sample-count");
   const number = (sample, key) => Number(sample.dataset[key] || 0);
   const orders = {
@@ -16,15 +19,29 @@ if (list) {
   };
   const filter = () => {
     const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
-    let shown = 0;
-    for (const sample of samples) {
-      sample.hidden = !words.every((word) => texts.get(sample).includes(word));
-      shown += sample.hidden ? 0 : 1;
+    let found = 0;
+    for (const sample of list.children) {
+      const fits = words.every((word) => texts.get(sample).includes(word));
+      found += fits ? 1 : 0;
+      // a long list would hide what comes after it, on paper too
+      sample.hidden = !fits || found > limit;
     }
-    count.textContent = shown + " of " + samples.length;
+    count.textContent = found + " of " + samples.length;
+    more.hidden = found <= limit;
   };
-  search.addEventListener("input", filter);
-  order.addEventListener("change", () => list.append(...samples.slice().sort(orders[order.value])));
+  const again = () => {
+    limit = portion;
+    filter();
+  };
+  search.addEventListener("input", again);
+  order.addEventListener("change", () => {
+    list.append(...samples.slice().sort(orders[order.value]));
+    again();
+  });
+  more.addEventListener("click", () => {
+    limit += portion;
+    filter();
+  });
   document.getElementById("sample-controls").hidden = false;
   filter();
 }
