@@ -16,11 +16,11 @@ K = 6
 rows = st.tuples(st.integers(0, 300), st.integers(1, 4), st.integers(1, 600))
 
 
-@given(rows)
 def attend(q, k, v, tokens, window=None):
     return attention.make_attend(tokens, window)(q, k, v)
 
 
+@given(rows)
 def test_blocks_are_a_partition_of_the_queries(row):
     prompt, responses, size = row
     plan = attention.blocks(prompt + responses * size, prompt, responses)
