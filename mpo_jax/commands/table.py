@@ -14,6 +14,7 @@ from mpo_jax.report import results
 from mpo_jax.report.evidence import gather, write_evidence
 from mpo_jax.report.page import write_report
 from mpo_jax.report.provenance import TABLE_CONFIG
+from mpo_jax.report.verdict_rows import find_verdicts
 from mpo_jax.schedule import Planned, estimates, plan_table, seed_config
 from mpo_jax.tracker import console
 
@@ -45,7 +46,7 @@ def table(config: Config) -> None:
     if len(by_seed) == 1:
         title = "1 seed: mean ± standard error over prompts"
     resamples = config.evaluate.bootstrap_resamples
-    evidence = gather(by_seed, resamples=resamples)
+    evidence = gather(by_seed, find_verdicts(workdir), resamples=resamples)
     console.print(results.terminal_table(evidence.over, title))
     claims = write_evidence(workdir, evidence, resamples=resamples, left_out=left_out)
     console.print(f"\n{claims}", markup=False, soft_wrap=True)

@@ -12,6 +12,7 @@ from mpo_jax.report.markdown import section
 from mpo_jax.report.paper_tables import PaperTable, gap_bins, paper_tables
 from mpo_jax.report.results import write_csv
 from mpo_jax.report.seeds import BySeed, Rows, over_seeds, seed_differences, seed_rows
+from mpo_jax.report.verdict_rows import Verdicts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,15 +59,16 @@ class Evidence:
         return {name: rows for name, rows in named.items() if rows}
 
 
-def gather(by_seed: BySeed, *, resamples: int) -> Evidence:
+def gather(by_seed: BySeed, verdicts: Verdicts, *, resamples: int) -> Evidence:
     """Computes it all.
 
     Args:
+      verdicts: of judges and people on these runs.
       resamples: of the bootstrap.
     """
     over = over_seeds(by_seed)
     claims = claim_rows(by_seed, resamples=resamples)
-    tables = paper_tables(by_seed)
+    tables = paper_tables(by_seed, verdicts)
     gaps = [row for name, bins in gap_bins(by_seed).items() for row in figures.accuracy_rows(name, bins)]
     signed = calibration.signed_gaps(by_seed)
     curve, errors = calibration.reliability_rows(signed)

@@ -15,7 +15,7 @@ def cell(key: str, value: Any) -> str:
         return "yes" if value else "no"
     if not isinstance(value, float):
         return str(value)
-    if key in SHARES or key.endswith("_accuracy"):
+    if key.removesuffix("_low").removesuffix("_high") in SHARES or key.endswith("_accuracy"):
         return f"{value:.1%}"
     if key in ("threshold", "low", "high") and value == round(value, 2):
         return f"{value:g}"
@@ -33,14 +33,16 @@ NAMES = {
     "paper_tldr_accuracy": "paper, TL;DR",
     "se_seeds_accuracy": "s.e. (seeds)",
 }
-ERRORS = {"_se_seeds": "s.e. (seeds)", "_se_prompts": "s.e. (prompts)", "_se": "s.e."}
+ENDINGS = {
+    "_se_seeds": "s.e. (seeds)", "_se_prompts": "s.e. (prompts)", "_se": "s.e.", "_low": "from", "_high": "to",
+}  # fmt: skip
 
 
 def heading(key: str) -> str:
     """A column's name as people read it: `reward_se_seeds` is `reward s.e. (seeds)`."""
     if key in NAMES:
         return NAMES[key]
-    for ending, name in ERRORS.items():
+    for ending, name in ENDINGS.items():
         if key.endswith(ending):
             return f"{heading(key.removesuffix(ending))} {name}"
     return key.replace("_", " ")

@@ -21,6 +21,7 @@ from mpo_jax.report.samples import side_by_side
 from mpo_jax.report.seeds import BySeed, Rows, collect_seeds, pair_differences, seed_rows
 from mpo_jax.report.selection import selections
 from mpo_jax.report.shown import Shown
+from mpo_jax.report.verdict_rows import find_verdicts
 
 CLAIM_COLUMNS = (
     "claim", "verdict", "measure", "difference", "ci_low", "ci_high", "p_holm", "seeds", "source",
@@ -49,7 +50,7 @@ def write_report(
     if by_seed is None:
         by_seed = collect_seeds(workdir)
     if evidence is None:
-        evidence = gather(by_seed, resamples=resamples)
+        evidence = gather(by_seed, find_verdicts(workdir), resamples=resamples)
     final, partial, old = (workdir / name for name in ("report", ".report.partial", ".report.old"))
     with FileLock(workdir / ".report.lock"):
         if old.exists() and not final.exists():

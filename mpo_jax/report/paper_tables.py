@@ -10,8 +10,9 @@ from mpo_jax.evaluation.calibration import pooled
 from mpo_jax.evaluation.statistics import mean_and_se
 from mpo_jax.report import paper
 from mpo_jax.report.paper import NOTHING, Reported
-from mpo_jax.report.results import RunResult, paired
+from mpo_jax.report.results import RunResult
 from mpo_jax.report.seeds import BySeed, Rows, of_run, over_seeds, run_names
+from mpo_jax.report.verdict_rows import Verdicts, human_rows, judge_rows, reward_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +32,19 @@ class PaperTable:
     rows: Rows
 
 
-def paper_tables(by_seed: BySeed) -> list[PaperTable]:
-    """All that the runs give something to, in the paper's order."""
-    makers: tuple[Callable[[BySeed], PaperTable], ...] = (
-        sizes, reward_accuracy, accuracy_by_gap, mean_reward, judged, human, variants, subsets,
-    )  # fmt: skip
-    return [table for table in (make(by_seed) for make in makers) if table.rows]
+def paper_tables(by_seed: BySeed, verdicts: Verdicts) -> list[PaperTable]:
+    """All that the runs and the verdicts on them give something to, in the paper's order."""
+    tables = [
+        sizes(by_seed),
+        reward_accuracy(by_seed),
+        accuracy_by_gap(by_seed),
+        mean_reward(by_seed),
+        judged(by_seed, verdicts),
+        human(verdicts),
+        variants(by_seed),
+        subsets(by_seed),
+    ]
+    return [table for table in tables if table.rows]
 
 
 def sizes(by_seed: BySeed) -> PaperTable:
@@ -173,44 +181,32 @@ def subsets(by_seed: BySeed) -> PaperTable:
     return PaperTable("figure4", "Figure 4: DPO and PPO on easy, hard and all", note, rows)
 
 
-def _verdicts(by_seed: BySeed, first: str, second: str, column: str) -> tuple[float, float, float] | None:
-    """Shares of win, tie and lose of one run against another by a column, the mean over seeds."""
-    one, other = of_run(by_seed, first), of_run(by_seed, second)
-    shares = []
-    for seed in one.keys() & other.keys():
-        pair_N2 = paired(one[seed].samples(), other[seed].samples(), column)
-        if len(pair_N2):
-            difference = pair_N2[:, 0] - pair_N2[:, 1]
-            shares.append([(difference > 0).mean(), (difference == 0).mean(), (difference < 0).mean()])
-    if not shares:
-        return None
-    win, tie, lose = np.mean(shares, axis=0)
-    return float(win), float(tie), float(lose)
-
-
-def judged(by_seed: BySeed) -> PaperTable:
-    """Table 4: MPO against PPO, prompt by prompt."""
+def judged(by_seed: BySeed, verdicts: Verdicts) -> PaperTable:
+    """Table 4: MPO against PPO, prompt by prompt; and whatever else a judge was asked."""
     rows: Rows = [
-        {"of": "paper", "judge": f"GPT-4, {data}", "win": win, "tie": tie, "lose": lose}
+        {"of": "paper", "a": "MPO(1)", "b": "PPO", "judge": f"GPT-4, {data}", "win": win, "tie": tie, "lose": lose}
         for data, (win, tie, lose) in paper.JUDGED.items()
     ]
-    for column, judge in (("score", "the reward model"), ("utility", "the true utility")):
-        shares = _verdicts(by_seed, "mpo", "ppo", column)
-        if shares is not None:
-            rows.append({"of": "ours", "judge": judge, **dict(zip(("win", "tie", "lose"), shares, strict=True))})
+    rows += reward_rows(by_seed, "mpo", "ppo") + judge_rows(verdicts.judged)
     note = (
-        "MPO against PPO: shares of the held-out prompts. The reward model is the one that PPO was trained against, so "
-        "its verdict is no independent one; a language model as judge is asked apart from this table."
+        "Shares of the held-out prompts on which A wins, ties and loses against B. The run's own reward model is the "
+        "one that PPO was trained against, so its verdict is no independent one. Results of `mpo judge` are shown "
+        "where they lie in the folder `judge` of the workdir, with 95% Wilson intervals."
     )
     return PaperTable("table4", "Table 4: MPO against PPO, judged", note, rows)
 
 
-def human(by_seed: BySeed) -> PaperTable:
-    """Table 5: the paper's human study; ours needs people."""
+def human(verdicts: Verdicts) -> PaperTable:
+    """Table 5: people's verdicts, the paper's and ours."""
     rows: Rows = [
-        {"of": "paper", "prompts": name, "win": win, "tie": tie, "lose": lose, "fleiss_kappa": kappa}
+        {"of": "paper", "a": "MPO(1)", "b": "PPO", "category": name, "win": win, "tie": tie, "lose": lose,
+         "fleiss_kappa": kappa}
         for name, (win, tie, lose, kappa) in paper.HUMAN.items()
-    ]
-    note = "Ours is empty: a study with people is no part of this command."
-    rows.append({"of": "ours", "prompts": None, "win": None, "tie": None, "lose": None, "fleiss_kappa": None})
+    ]  # fmt: skip
+    rows += human_rows(verdicts.human) or [{"of": "ours", "win": None}]
+    note = (
+        "A study needs people: `mpo human export A B --out WORKDIR/human/NAME`, then `mpo human import` of the filled "
+        "sheets; what lies in the folder `human` of the workdir is shown here. Intervals are 95%: Wilson's for shares "
+        "of items, a bootstrap over items for kappa."
+    )
     return PaperTable("table5", "Table 5: MPO against PPO, judged by people", note, rows)
