@@ -2,11 +2,12 @@
 # A TPU slice of several hosts on Google Cloud: the same command on every host.
 #
 #   TPU=NAME ZONE=ZONE bash launch/tpu_pod.sh setup                        clone and install on every host
-#   TPU=NAME ZONE=ZONE WORKDIR=/mnt/runs bash launch/tpu_pod.sh run        configs/hh_llama2_7b.yaml on v5p-8 chips
-#   TPU=NAME ZONE=ZONE WORKDIR=/mnt/runs bash launch/tpu_pod.sh run CONFIG PRESET [key=value ...]
+#   TPU=NAME ZONE=ZONE BUCKET=gs://NAME/DIR bash launch/tpu_pod.sh run     configs/hh_llama2_7b.yaml on v5p-8 chips
+#   TPU=NAME ZONE=ZONE BUCKET=gs://NAME/DIR bash launch/tpu_pod.sh run CONFIG PRESET [key=value ...]
 #
-# Edit or set: TPU, ZONE; REPOSITORY (what the hosts clone); WORKDIR, a folder that all hosts share (Filestore or
-# other NFS; launch/README.md on buckets). HF_TOKEN is handed on where it is set. A preempted slice is made again, set up, and run again.
+# Edit or set: TPU, ZONE; REPOSITORY (what the hosts clone); BUCKET, which keeps everything (the hosts' service account
+# must be able to write there), or WORKDIR, a folder that all hosts share (Filestore or other NFS). HF_TOKEN is handed on
+# where it is set. A preempted slice is made again, set up, and run again.
 set -euo pipefail
 : "${TPU:?set TPU to the name of the TPU VM}" "${ZONE:?set ZONE to its zone}"
 
@@ -17,16 +18,18 @@ action=${1:-}
 case $action in
   setup)
     : "${REPOSITORY:?set REPOSITORY to the git address of this project}"
-    everywhere "[ -d mpo_jax ] || git clone $(printf %q "$REPOSITORY") mpo_jax; cd mpo_jax && bash launch/setup.sh tpu"
+    everywhere "[ -d mpo_jax ] || git clone $(printf %q "$REPOSITORY") mpo_jax; cd mpo_jax && bash launch/setup.sh tpu bucket"
     ;;
   run)
-    : "${WORKDIR:?set WORKDIR to a folder that all hosts share}"
+    [ -n "${BUCKET:-}${WORKDIR:-}" ] || { echo "set BUCKET=gs://NAME/DIR, or WORKDIR to a folder that all hosts share" >&2; exit 2; }
+    place=(workdir="${WORKDIR:-runs/tpu}")
+    [ -z "${BUCKET:-}" ] || place+=(runtime.bucket="$BUCKET")
     [ $# -gt 0 ] || set -- configs/hh_llama2_7b.yaml configs/presets/tpu_v5p_8.yaml
     everywhere "cd mpo_jax && HF_TOKEN=$(printf %q "${HF_TOKEN:-}") .venv/bin/mpo run $(printf '%q ' "$@") \
-runtime.flags=recommended workdir=$(printf %q "$WORKDIR")"
+runtime.flags=recommended $(printf '%q ' "${place[@]}")"
     ;;
   *)
-    sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
+    sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
     exit 2
     ;;
 esac

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from filelock import FileLock
 
 from mpo_jax import __version__
+from mpo_jax.bucket import CHECKPOINTS, Bucket
 from mpo_jax.config import load_config
 from mpo_jax.errors import UserError
 from mpo_jax.processes import agree, is_main, wait
@@ -58,17 +59,20 @@ class Builder(Protocol):
 
 
 class Store:
-    """The artifacts below `<workdir>/stages`.
+    """The artifacts below `<workdir>/stages`, and in the bucket where there is one.
+
+    With a bucket every host may have a disk and workdir of its own: what one publishes the others fetch.
 
     Args:
       overall: told of every stage that is made here.
+      bucket: keeps every finished stage too, and is asked for what the workdir lacks.
 
     Raises:
       UserError: if the workdir cannot be written.
     """
 
-    def __init__(self, workdir: Path, overall: Overall | None = None):
-        self._overall = overall
+    def __init__(self, workdir: Path, overall: Overall | None = None, *, bucket: Bucket | None = None):
+        self._overall, self.bucket = overall, bucket
         self.folder = workdir / "stages"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -96,7 +100,8 @@ class Store:
         """
         recipe = make_recipe(stage, settings, parents)
         name = artifact_name(recipe)
-        final, partial = self.folder / name, self.folder / f".{name}.partial"
+        final = self.folder / name
+        partial = _partial(final)
         if (done := self._find(final)) is None:
             # of several processes the first one holds the lock for all
             with FileLock(self.folder / f".{name}.lock") if is_main() else contextlib.nullcontext():
@@ -112,14 +117,35 @@ class Store:
 
     def _find(self, final: Path) -> Artifact | None:
         """The finished artifact, if there is one; all processes get the same answer."""
-        return self._open(final) if agree((final / "manifest.json").is_file()) else None
+        there = is_main() and (_is_whole(final) or (self.bucket is not None and self.bucket.has(_manifest(final))))
+        if not agree(there):
+            return None
+        if is_main() and _is_whole(final):
+            self._keep(final)
+        return self._open(final)
 
     def _open(self, final: Path) -> Artifact:
+        """The artifact in this process's workdir, where it is fetched to if it is not there."""
+        if self.bucket is not None:
+            # processes that share a disk fetch once; the stage's own lock may be held by this very process
+            with FileLock(self.folder / f".{final.name}.fetch.lock"):
+                if not _is_whole(final):
+                    self.bucket.fetch(f"stages/{final.name}", final)
         return Artifact(final, json.loads((final / "manifest.json").read_text(encoding="utf-8")))
+
+    def _keep(self, final: Path) -> None:
+        """Sends a finished stage to the bucket, if it is not there, and removes there what it was made from."""
+        if self.bucket is not None:
+            if not self.bucket.has(_manifest(final)):
+                self.bucket.send(final, f"stages/{final.name}", last="manifest.json")
+            self.bucket.remove(f"stages/{_partial(final).name}")
 
     def _make(self, recipe: Mapping[str, Any], final: Path, partial: Path, run: Callable[[Path], Any]) -> Artifact:
         console.print(f"[bold]make {final.name}[/bold]")
         if is_main():
+            if self.bucket is not None and self.bucket.has(f"stages/{partial.name}/{RECIPE}"):
+                # perhaps another machine's work: its metrics go with the checkpoints there
+                self.bucket.fetch(f"stages/{partial.name}", partial)
             partial.mkdir(exist_ok=True)
             write_json(partial / RECIPE, recipe)
         wait(f"{final.name} begun")
@@ -134,9 +160,26 @@ class Store:
             os.rename(partial, final)
             # not before: a kill in between would cost all of the training
             if not _keeps_checkpoints(final):
-                shutil.rmtree(final / "checkpoints", ignore_errors=True)
+                shutil.rmtree(final / CHECKPOINTS, ignore_errors=True)
+            self._keep(final)
         wait(f"{final.name} published")
+        if self.bucket is not None:
+            # on this process's own disk, where it has one
+            shutil.rmtree(partial, ignore_errors=True)
         return self._open(final)
+
+
+def _partial(final: Path) -> Path:
+    """Where a stage is made that will be published as `final`."""
+    return final.with_name(f".{final.name}.partial")
+
+
+def _manifest(final: Path) -> str:
+    return f"stages/{final.name}/manifest.json"
+
+
+def _is_whole(final: Path) -> bool:
+    return (final / "manifest.json").is_file()
 
 
 def _keeps_checkpoints(folder: Path) -> bool:

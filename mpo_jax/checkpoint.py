@@ -11,6 +11,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
 from mpo_jax.errors import UserError
@@ -32,7 +33,7 @@ class Checkpoints:
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path | epath.Path,
         *,
         keep: int,
         best: Literal["min", "max"] | None = None,
@@ -44,10 +45,10 @@ class Checkpoints:
           recipe: what the stage is made from; a checkpoint of another recipe is refused.
           clean: removes what a killed process left half-written. Only for the one that writes here.
         """
-        self._folder, self._recipe = folder, recipe
+        self._folder, self._recipe = epath.Path(folder), recipe
         self._kept = _Kept(keep, best)
         self._manager = ocp.CheckpointManager(
-            folder.resolve(),
+            self._folder.resolve() if isinstance(self._folder, Path) else self._folder,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=self._kept,
                 create=True,
@@ -139,7 +140,7 @@ class Checkpoints:
             each with a traceback of its own.
         """
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + SPARE_BYTES
-        if shutil.disk_usage(self._folder).free < needed:
+        if isinstance(self._folder, Path) and shutil.disk_usage(self._folder).free < needed:
             raise OSError(errno.ENOSPC, f"{needed} bytes are needed for a checkpoint", str(self._folder))
         record = {
             "leaves": _describe(state),

@@ -398,6 +398,17 @@ class RuntimeConfig(Section, frozen=True):
     keep_checkpoints: bool = Field(
         default=False, description="a finished stage keeps its last checkpoints, for mpo verify; false: its model alone"
     )
+    bucket: str | None = Field(
+        default=None,
+        pattern=r"^(gs|s3|file)://.+",
+        description="gs://, s3:// or file:// folder that keeps what workdir holds, for other hosts and after this one",
+    )
+
+    @model_validator(mode="after")
+    def _one_place_for_checkpoints(self) -> "RuntimeConfig":
+        if self.keep_checkpoints and self.bucket is not None:
+            raise ValueError("keep_checkpoints=true keeps them in workdir, and bucket takes them from there: set one")
+        return self
 
     @property
     def token_cache_folder(self) -> Path | None:

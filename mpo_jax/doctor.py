@@ -22,13 +22,16 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mpo_jax import flags
+from mpo_jax.bucket import Bucket
 from mpo_jax.config import Config, MeshConfig
+from mpo_jax.errors import UserError
 from mpo_jax.runtime import PACKAGES
 from mpo_jax.sharding import mesh_of, replicated
 
 Verdict = Literal["ok", "warn", "fail"]
 GIB = 2**30
 DISK_MIB = 256
+BUCKET_MIB = 16
 SLOW_DISK_MBS = 100
 LITTLE_SPACE_GIB = 20
 HUB_TIMEOUT_S = 3.0
@@ -61,6 +64,8 @@ def examine(config: Config) -> Iterator[Check]:
     yield memory()
     yield interconnect()
     yield disk(Path(config.workdir))
+    if config.runtime.bucket is not None:
+        yield bucket(config.runtime.bucket)
     yield cache(config.runtime.compilation_cache)
     yield hub(os.environ)
     yield clocks()
@@ -195,6 +200,30 @@ def disk(workdir: Path) -> Check:
     if written < SLOW_DISK_MBS:
         return Check("disk", "warn", text, "checkpoints of large models will hold up training: raise checkpoint_every")
     return Check("disk", "ok", text)
+
+
+def bucket(url: str) -> Check:
+    """Whether the bucket takes a file, gives it back and forgets it, and how fast."""
+    with tempfile.TemporaryDirectory() as folder:
+        sent, back, name = Path(folder) / "sent", Path(folder) / "back", f".mpo-doctor-{os.getpid()}"
+        sent.mkdir()
+        (sent / "bytes").write_bytes(np.random.default_rng(0).bytes(BUCKET_MIB * 2**20))
+        try:
+            store = Bucket(url)
+            begin = time.perf_counter()
+            store.send(sent, name)
+            between = time.perf_counter()
+            store.fetch(name, back)
+            end = time.perf_counter()
+            store.remove(name)
+        except UserError as error:
+            return Check("bucket", "fail", url, str(error))
+    size = BUCKET_MIB * 2**20 / 1e6
+    text = f"{url}: {size / (between - begin):.0f} MB/s sent, {size / (end - between):.0f} MB/s fetched"
+    if not store.takes_checkpoints:
+        return Check("bucket", "warn", text, "checkpoints stay in workdir, since Orbax does not write to s3://: "
+                     "a machine that is lost takes those of the stage at hand with it")  # fmt: skip
+    return Check("bucket", "ok", text)
 
 
 def _disk_speed(folder: Path, mebibytes: int) -> tuple[float, float]:

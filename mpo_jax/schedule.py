@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from mpo_jax import runtime
 from mpo_jax.artifacts import artifact_name, make_recipe
+from mpo_jax.bucket import Bucket
 from mpo_jax.config import Config, TrainConfig
 from mpo_jax.data.batches import num_steps
 from mpo_jax.data.corpus import Corpus, base_tokenizer, load_corpus
@@ -66,8 +67,8 @@ class Planned:
 class Listing:
     """A store that makes nothing: it names what would be made and opens what there is."""
 
-    def __init__(self, workdir: Path):
-        self.folder = workdir / "stages"
+    def __init__(self, workdir: Path, bucket: Bucket | None = None):
+        self.folder, self._bucket = workdir / "stages", bucket
 
     def build(
         self,
@@ -79,15 +80,20 @@ class Listing:
         recipe = make_recipe(stage, settings, parents)
         path = self.folder / artifact_name(recipe)
         finished = path / "manifest.json"
-        return Artifact(path, json.loads(finished.read_text(encoding="utf-8")) if finished.is_file() else recipe)
+        if finished.is_file():
+            return Artifact(path, json.loads(finished.read_text(encoding="utf-8")))
+        there = None if self._bucket is None else self._bucket.read(f"stages/{path.name}/manifest.json")
+        return Artifact(path, there or recipe)
 
 
 def seed_config(config: Config, seed: int) -> Config:
     """The configuration of one seed of a table, in `<workdir>/seed-N`; the toy world is another one for every seed."""
     toy = config.data.toy.model_copy(update={"seed": config.data.toy.seed + seed})
     data = config.data.model_copy(update={"toy": toy})
-    workdir = str(Path(config.workdir) / f"seed-{seed}")
-    return config.model_copy(update={"seed": seed, "workdir": workdir, "data": data})
+    workdir, machine = str(Path(config.workdir) / f"seed-{seed}"), config.runtime
+    if machine.bucket is not None:
+        machine = machine.model_copy(update={"bucket": f"{machine.bucket.rstrip('/')}/seed-{seed}"})
+    return config.model_copy(update={"seed": seed, "workdir": workdir, "data": data, "runtime": machine})
 
 
 def plan_table(config: Config) -> list[Planned]:
@@ -95,7 +101,7 @@ def plan_table(config: Config) -> list[Planned]:
     stages: list[Planned] = []
     for seed in config.table.seeds:
         own = seed_config(config, seed)
-        pipeline = Pipeline(own, Listing(Path(own.workdir)))
+        pipeline = Pipeline(own, Listing(Path(own.workdir), Bucket.of(own)))
         found: dict[str, Planned] = {}
         for variant in table_variants(config.table, config.select):
             for role, artifact in pipeline.experiment(variant.name).artifacts.items():

@@ -14,6 +14,7 @@ import optax
 from jax.sharding import Mesh
 
 from mpo_jax.artifacts import RECIPE
+from mpo_jax.bucket import Bucket, checkpoint_folder
 from mpo_jax.checkpoint import Checkpoints, leaf_hashes, state_hash
 from mpo_jax.config import Config, OptimConfig, TrainConfig, to_yaml
 from mpo_jax.data.batches import Buckets, TrainBatches, num_steps
@@ -178,8 +179,9 @@ def fit(
         if is_main():
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        bucket = Bucket.of(config)
         checkpoints = Checkpoints(
-            folder / "checkpoints",
+            checkpoint_folder(bucket, folder),
             keep=train.keep_checkpoints,
             best=train.best_mode if train.best_metric else None,
             recipe=_recipe(folder),
@@ -218,6 +220,9 @@ def fit(
                 value = _value(logged, train, stage) if due else None
                 carried = tracker.unlogged()
                 with tracker.untimed():
+                    if bucket is not None and bucket.takes_checkpoints and is_main():
+                        # before the checkpoint: one that is there has all of its metrics beside it
+                        bucket.send(folder, f"stages/{folder.name}")
                     checkpoints.save(number, state, hashes=hashes, value=value, carried=carried)
             if stop:
                 raise Preempted(number)

@@ -8,6 +8,7 @@ from rich.markup import escape
 
 from mpo_jax import __version__, runtime
 from mpo_jax.artifacts import Store, write_json
+from mpo_jax.bucket import Bucket
 from mpo_jax.config import Config, ExperimentName
 from mpo_jax.errors import UserError
 from mpo_jax.experiments import EXPERIMENTS
@@ -32,7 +33,7 @@ def _start(config: Config) -> None:
 
 def _build(config: Config) -> None:
     begin = time.perf_counter()
-    store = Store(Path(config.workdir))
+    store = Store(Path(config.workdir), bucket=Bucket.of(config))
     pipeline = Pipeline(config, store)
     runs = []
     for name in config.experiment:
@@ -43,6 +44,8 @@ def _build(config: Config) -> None:
     workdir = Path(config.workdir)
     finished = results.collect(workdir, tuple(made.name for made in runs))
     page = _report(workdir, config)
+    if store.bucket is not None:
+        store.bucket.send_results(workdir)
     console.print(results.terminal_table(results.main_rows(finished), "Held-out prompts: mean ± standard error"))
     _show_samples(finished)
     made, reused = len(store.made), len(store.reused)
@@ -92,7 +95,7 @@ def run_until(config: Config, stage: StageName) -> None:
         raise UserError(
             f"experiment={','.join(config.experiment)} has no {stage} step: choose another, experiment=NAME"
         )
-    pipeline = Pipeline(config, Store(Path(config.workdir)))
+    pipeline = Pipeline(config, Store(Path(config.workdir), bucket=Bucket.of(config)))
     for name in names:
         made = pipeline.experiment(name, until=stage)
         if stage == "evaluate":

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from mpo_jax import runtime
 from mpo_jax.artifacts import Store, write_text
+from mpo_jax.bucket import Bucket
 from mpo_jax.config import Config, to_yaml
 from mpo_jax.errors import NothingSelected
 from mpo_jax.experiments import table_variants
@@ -53,12 +54,14 @@ def table(config: Config) -> None:
     for folder in ("tables", "figures"):
         console.print(f"{folder}: {workdir / folder}", soft_wrap=True)
     page = write_report(workdir, resamples=resamples, by_seed=by_seed, evidence=evidence)
+    if (bucket := Bucket.of(config)) is not None:
+        bucket.send_results(workdir)
     console.print(f"report: {page}", soft_wrap=True)
 
 
 def _make(config: Config, whole: Config, overall: Overall, stages: list[Planned], left_out: dict[str, str]) -> None:
     """All runs of one seed."""
-    store = Store(Path(config.workdir), overall)
+    store = Store(Path(config.workdir), overall, bucket=Bucket.of(config))
     pipeline = Pipeline(config, store)
     for variant in table_variants(whole.table, whole.select):
         try:
