@@ -63,12 +63,12 @@ class Bucket:
         """Whether Orbax can write to it."""
         return not self.url.startswith("s3://")
 
-    def checkpoints(self, folder: Path) -> epath.Path:
-        """Where the checkpoints of the stage that is made in `folder` lie."""
+    def checkpoints(self, folder: Path) -> Path | epath.Path:
+        """Where the checkpoints of the stage that is made in `folder` lie: a Path where that is on a disk."""
         if not self.takes_checkpoints:
-            return epath.Path(folder / CHECKPOINTS)
-        root = self._root if self._is_mounted else self.url
-        return epath.Path(root) / "stages" / folder.name / CHECKPOINTS
+            return folder / CHECKPOINTS
+        root = Path(self._root) if self._is_mounted else epath.Path(self.url)
+        return root / "stages" / folder.name / CHECKPOINTS
 
     def read(self, name: str) -> dict[str, Any] | None:
         """A JSON file; None where there is none."""
@@ -163,6 +163,6 @@ def _tell(what: str, files: Iterable[Path], folder: Path, begin: float, moved: P
         console.print(f"  {what}: {size / 1e6:,.0f} MB in {time.perf_counter() - begin:.0f} s", soft_wrap=True)
 
 
-def checkpoint_folder(bucket: Bucket | None, folder: Path) -> epath.Path:
+def checkpoint_folder(bucket: Bucket | None, folder: Path) -> Path | epath.Path:
     """Where the stage that is made in `folder` keeps its checkpoints."""
-    return epath.Path(folder / CHECKPOINTS) if bucket is None else bucket.checkpoints(folder)
+    return folder / CHECKPOINTS if bucket is None else bucket.checkpoints(folder)

@@ -42,10 +42,11 @@ class Checkpoints:
     ):
         """
         Args:
+          folder: a Path on a disk, or a bucket's.
           recipe: what the stage is made from; a checkpoint of another recipe is refused.
           clean: removes what a killed process left half-written. Only for the one that writes here.
         """
-        self._folder, self._recipe = epath.Path(folder), recipe
+        self._folder, self._recipe = folder, recipe
         self._kept = _Kept(keep, best)
         self._manager = ocp.CheckpointManager(
             self._folder.resolve() if isinstance(self._folder, Path) else self._folder,

@@ -156,11 +156,20 @@ def log(workdir: Path) -> Path:
     return folder_of(workdir, "sft") / "metrics.jsonl"
 
 
-def test_a_killed_stage_goes_on_in_another_workdir_to_the_same_bits(url: str, tmp_path: Path) -> None:
+LONG = ("sft", str(MICRO), "sft.train.steps=15", "sft.train.checkpoint_every=3", CACHE, "runtime.cpu_devices=1")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workdir in which SFT was made without a kill."""
+    workdir = tmp_path_factory.mktemp("whole")
+    subprocess.run([*COMMAND, *LONG, f"workdir={workdir}"], check=True, capture_output=True)
+    return workdir
+
+
+def test_a_killed_stage_goes_on_in_another_workdir_to_the_same_bits(url: str, whole: Path, tmp_path: Path) -> None:
     """The machine is lost with its disk: its checkpoints and metrics are in the bucket."""
-    long = ("sft.train.steps=20", "sft.train.checkpoint_every=3", CACHE, "runtime.cpu_devices=1")
-    command = [*COMMAND, "sft", str(MICRO), *long]
-    subprocess.run([*command, f"workdir={tmp_path / 'whole'}"], check=True, capture_output=True)
+    command = [*COMMAND, *LONG]
     with (tmp_path / "said").open("w") as said:
         begun = subprocess.Popen(
             [*command, f"workdir={tmp_path / 'lost'}", f"runtime.bucket={url}"], stdout=said, stderr=said
@@ -184,7 +193,7 @@ def test_a_killed_stage_goes_on_in_another_workdir_to_the_same_bits(url: str, tm
         [*command, f"workdir={tmp_path / 'new'}", f"runtime.bucket={url}"], capture_output=True, text=True
     )
     assert found.returncode == 0, found.stdout + found.stderr
-    assert_same(folder_of(tmp_path / "whole", "sft"), folder_of(tmp_path / "new", "sft"))
+    assert_same(folder_of(whole, "sft"), folder_of(tmp_path / "new", "sft"))
     # the new process made the later steps alone
     lines = [json.loads(line) for line in log(tmp_path / "new").read_text().splitlines()]
     firsts = [line["step"] for line in lines if "timing_s/compile" in line]

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +50,17 @@ def save(folder, states: dict[int, TrainState], keep: int = 1, recipe: dict | No
     for step, state in states.items():
         checkpoints.save(step, state)
     checkpoints.close()
+
+
+def test_a_folder_as_seen_from_here(tmp_path, monkeypatch):
+    """As a workdir in a configuration usually is."""
+    monkeypatch.chdir(tmp_path)
+    state = make_state(0)
+    save(Path("runs"), {2: state})
+    assert (tmp_path / "runs" / "2").is_dir()
+    step, found = restore(Path("runs"), make_state(1))
+    assert step == 2
+    check_same(found, state)
 
 
 def restore(folder, state, recipe: dict | None = None):

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -13,7 +14,7 @@ CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 FEWER = (
     "sft.train.steps=1000", "reward.train.steps=250", "select.num_prompts=1500", "ppo.train.steps=40",
     "data.toy.num_demonstrations=20000", "data.toy.num_pairs=8000", "experiment=sft,mpo",
-    "runtime.compilation_cache=null",
+    f"runtime.compilation_cache={jax.config.jax_compilation_cache_dir}",
 )  # fmt: skip
 
 
