@@ -52,6 +52,14 @@ def save(folder, states: dict[int, TrainState], keep: int = 1, recipe: dict | No
     checkpoints.close()
 
 
+def restore(folder, state, recipe: dict | None = None):
+    checkpoints = Checkpoints(folder, keep=1, recipe=recipe, clean=True)
+    try:
+        return checkpoints.restore(state)
+    finally:
+        checkpoints.close()
+
+
 def test_a_folder_as_seen_from_here(tmp_path, monkeypatch):
     """As a workdir in a configuration usually is."""
     monkeypatch.chdir(tmp_path)
@@ -61,14 +69,6 @@ def test_a_folder_as_seen_from_here(tmp_path, monkeypatch):
     step, found = restore(Path("runs"), make_state(1))
     assert step == 2
     check_same(found, state)
-
-
-def restore(folder, state, recipe: dict | None = None):
-    checkpoints = Checkpoints(folder, keep=1, recipe=recipe, clean=True)
-    try:
-        return checkpoints.restore(state)
-    finally:
-        checkpoints.close()
 
 
 def test_without_a_checkpoint_the_state_is_the_given_one(tmp_path):

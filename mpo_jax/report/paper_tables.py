@@ -145,7 +145,10 @@ def _reward_rows(by_seed: BySeed, names: list[str], reported: Callable[[RunResul
                 one[title] = row[column]
                 one[f"{title}_se_seeds"] = row[f"{column}_se"] if row["error_over"] == "seeds" else None
                 one[f"{title}_se_prompts"] = row[f"{column}_se_prompts"]
-        rows.append(one | reported(result).cells())
+            if column == "score":
+                # beside our rewards, since they are rewards
+                one |= reported(result).cells()
+        rows.append(one)
     return rows
 
 
