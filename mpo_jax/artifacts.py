@@ -68,7 +68,7 @@ class Store:
       bucket: keeps every finished stage too, and is asked for what the workdir lacks.
 
     Raises:
-      UserError: if the workdir cannot be written.
+      UserError: if the workdir or the bucket cannot be written.
     """
 
     def __init__(self, workdir: Path, overall: Overall | None = None, *, bucket: Bucket | None = None):
@@ -83,6 +83,8 @@ class Store:
             raise UserError(
                 f"cannot write to workdir {workdir}: {error.strerror}; choose another with workdir=DIR"
             ) from error
+        if bucket is not None and is_main():
+            bucket.check()
         self.made: list[str] = []
         self.reused: list[str] = []
 

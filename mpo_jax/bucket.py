@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -69,6 +70,13 @@ class Bucket:
             return folder / CHECKPOINTS
         root = Path(self._root) if self._is_mounted else epath.Path(self.url)
         return root / "stages" / folder.name / CHECKPOINTS
+
+    def check(self) -> None:
+        """Writes and removes a small file, so that a bucket that refuses is known before anything is computed."""
+        with self._told("write to it"):
+            path = f"{self._root}/.probe-{os.getpid()}"
+            self._fs.pipe_file(path, b"")
+            self._fs.rm_file(path)
 
     def read(self, name: str) -> dict[str, Any] | None:
         """A JSON file; None where there is none."""

@@ -142,8 +142,10 @@ def test_a_stage_is_whole_only_with_its_manifest(tmp_path: Path, monkeypatch: py
 
 def test_a_stage_that_could_not_be_sent_is_there_and_is_sent_later(tmp_path: Path) -> None:
     calls: list[str] = []
-    (tmp_path / "bucket").write_text("a file where a folder should be")
+    (tmp_path / "bucket").mkdir()
     store = Store(tmp_path / "a", bucket=Bucket(f"file://{tmp_path}/bucket"))
+    (tmp_path / "bucket").rmdir()
+    (tmp_path / "bucket").write_text("a file where a folder should be")
     with pytest.raises(UserError, match="cannot send stages/sft-"):
         store.build("sft", {}, {}, writes("w", calls))
     assert [path.name for path in (tmp_path / "a" / "stages").glob("sft-*")]
@@ -283,4 +285,4 @@ def test_addresses_and_packages(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_such_bucket_is_one_message(google: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert mpo("sft", str(MICRO), CACHE, f"workdir={tmp_path}", "runtime.bucket=gs://nobody-s/x") == 2
     told = capsys.readouterr().err
-    assert "runtime.bucket=gs://nobody-s/x: cannot" in told and "Traceback" not in told
+    assert "runtime.bucket=gs://nobody-s/x: cannot write to it" in told and "Traceback" not in told
