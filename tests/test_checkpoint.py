@@ -31,7 +31,8 @@ def make_state(seed: int, rows: int = 16, dtype=jnp.bfloat16) -> TrainState:
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), SPECS)
     params = jax.tree.map(jax.device_put, params, shardings)
     tx = make_optimizer(OptimConfig(weight_decay=0.1))
-    _, opt_state = tx.update(params, tx.init(params), params)  # moments that are not 0
+    # moments that are not 0; in one program: eager reductions over eight devices, many at once, can starve two cores
+    _, opt_state = jax.jit(tx.update)(params, tx.init(params), params)
     return jax.tree.map(
         lambda x: x if len(x.sharding.device_set) == 8 else jax.device_put(x, NamedSharding(mesh, PartitionSpec())),
         TrainState(jnp.asarray(seed, jnp.int32), params, opt_state),
