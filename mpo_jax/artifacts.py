@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from filelock import FileLock
 
 from mpo_jax import __version__
-from mpo_jax.bucket import CHECKPOINTS, Bucket
+from mpo_jax.bucket import CHECKPOINTS, Bucket, stage_place
 from mpo_jax.config import load_config
 from mpo_jax.errors import UserError
 from mpo_jax.processes import agree, is_main, wait
@@ -132,22 +132,22 @@ class Store:
             # processes that share a disk fetch once; the stage's own lock may be held by this very process
             with FileLock(self.folder / f".{final.name}.fetch.lock"):
                 if not _is_whole(final):
-                    self.bucket.fetch(f"stages/{final.name}", final)
+                    self.bucket.fetch(stage_place(final), final)
         return Artifact(final, json.loads((final / "manifest.json").read_text(encoding="utf-8")))
 
     def _keep(self, final: Path) -> None:
         """Sends a finished stage to the bucket, if it is not there, and removes there what it was made from."""
         if self.bucket is not None:
             if not self.bucket.has(_manifest(final)):
-                self.bucket.send(final, f"stages/{final.name}", last="manifest.json")
-            self.bucket.remove(f"stages/{_partial(final).name}")
+                self.bucket.send(final, stage_place(final), last="manifest.json")
+            self.bucket.remove(stage_place(_partial(final)))
 
     def _make(self, recipe: Mapping[str, Any], final: Path, partial: Path, run: Callable[[Path], Any]) -> Artifact:
         console.print(f"[bold]make {final.name}[/bold]")
         if is_main():
-            if self.bucket is not None and self.bucket.has(f"stages/{partial.name}/{RECIPE}"):
+            if self.bucket is not None and self.bucket.has(f"{stage_place(partial)}/{RECIPE}"):
                 # perhaps another machine's work: its metrics go with the checkpoints there
-                self.bucket.fetch(f"stages/{partial.name}", partial)
+                self.bucket.fetch(stage_place(partial), partial)
             partial.mkdir(exist_ok=True)
             write_json(partial / RECIPE, recipe)
         wait(f"{final.name} begun")
@@ -177,7 +177,7 @@ def _partial(final: Path) -> Path:
 
 
 def _manifest(final: Path) -> str:
-    return f"stages/{final.name}/manifest.json"
+    return f"{stage_place(final)}/manifest.json"
 
 
 def _is_whole(final: Path) -> bool:

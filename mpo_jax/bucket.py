@@ -69,7 +69,7 @@ class Bucket:
         if not self.takes_checkpoints:
             return folder / CHECKPOINTS
         root = Path(self._root) if self._is_mounted else epath.Path(self.url)
-        return root / "stages" / folder.name / CHECKPOINTS
+        return root / stage_place(folder) / CHECKPOINTS
 
     def check(self) -> None:
         """Writes and removes a small file, so that a bucket that refuses is known before anything is computed."""
@@ -124,9 +124,9 @@ class Bucket:
             for parent in {target.parent for target in targets}:
                 parent.mkdir(parents=True, exist_ok=True)
             self._fs.get(found, [str(target) for target in targets])
+        _tell(f"fetched {name}", targets, begin)
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
-        _tell(f"fetched {name}", targets, folder, begin, temporary)
 
     def remove(self, name: str) -> None:
         """Removes a folder, if it is there."""
@@ -142,7 +142,7 @@ class Bucket:
             targets = ["/".join([*parts, path.relative_to(folder).as_posix()]) for path in files]
             if files:
                 self._fs.put([str(path) for path in files], targets)
-        _tell(f"sent {name or 'results'}", files, folder, begin, folder)
+        _tell(f"sent {name or 'results'}", files, begin)
 
     @contextlib.contextmanager
     def _told(self, what: str) -> Iterator[None]:
@@ -165,10 +165,15 @@ def _files(folder: Path) -> list[Path]:
     return [path for path in inside if path.is_file()]
 
 
-def _tell(what: str, files: Iterable[Path], folder: Path, begin: float, moved: Path) -> None:
-    size = sum((folder / path.relative_to(moved)).stat().st_size for path in files)
+def _tell(what: str, files: Iterable[Path], begin: float) -> None:
+    size = sum(path.stat().st_size for path in files)
     if size >= TELL_BYTES:
         console.print(f"  {what}: {size / 1e6:,.0f} MB in {time.perf_counter() - begin:.0f} s", soft_wrap=True)
+
+
+def stage_place(folder: Path) -> str:
+    """The name in a bucket of a stage's folder, finished or not."""
+    return f"stages/{folder.name}"
 
 
 def checkpoint_folder(bucket: Bucket | None, folder: Path) -> Path | epath.Path:

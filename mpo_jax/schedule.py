@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from mpo_jax import runtime
 from mpo_jax.artifacts import artifact_name, make_recipe
-from mpo_jax.bucket import Bucket
+from mpo_jax.bucket import Bucket, stage_place
 from mpo_jax.config import Config, TrainConfig
 from mpo_jax.data.batches import num_steps
 from mpo_jax.data.corpus import Corpus, base_tokenizer, load_corpus
@@ -82,7 +82,7 @@ class Listing:
         finished = path / "manifest.json"
         if finished.is_file():
             return Artifact(path, json.loads(finished.read_text(encoding="utf-8")))
-        there = None if self._bucket is None else self._bucket.read(f"stages/{path.name}/manifest.json")
+        there = None if self._bucket is None else self._bucket.read(f"{stage_place(path)}/manifest.json")
         return Artifact(path, there or recipe)
 
 

@@ -14,7 +14,7 @@ import optax
 from jax.sharding import Mesh
 
 from mpo_jax.artifacts import RECIPE
-from mpo_jax.bucket import Bucket, checkpoint_folder
+from mpo_jax.bucket import Bucket, checkpoint_folder, stage_place
 from mpo_jax.checkpoint import Checkpoints, leaf_hashes, state_hash
 from mpo_jax.config import Config, OptimConfig, TrainConfig, to_yaml
 from mpo_jax.data.batches import Buckets, TrainBatches, num_steps
@@ -222,7 +222,7 @@ def fit(
                 with tracker.untimed():
                     if bucket is not None and bucket.takes_checkpoints and is_main():
                         # before the checkpoint: one that is there has all of its metrics beside it
-                        bucket.send(folder, f"stages/{folder.name}")
+                        bucket.send(folder, stage_place(folder))
                     checkpoints.save(number, state, hashes=hashes, value=value, carried=carried)
             if stop:
                 raise Preempted(number)

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
-import jax
 import pytest
 from fsspec.core import url_to_fs
 from fsspec.registry import _registry as remembered
@@ -24,13 +23,10 @@ from mpo_jax.config import load_config
 from mpo_jax.errors import UserError
 from mpo_jax.schedule import plan_table
 from tests.test_kills import MICRO, assert_same, folder_of
-from tests.test_multi_process import Pair
+from tests.test_multi_process import CACHE, COMMAND, Pair
 from tests.test_pipeline import mpo, stages
 
 pytestmark = pytest.mark.unoptimised
-
-COMMAND = [sys.executable, "-c", "from mpo_jax.cli import main; main()"]
-CACHE = f"runtime.compilation_cache={jax.config.jax_compilation_cache_dir}"
 
 
 @pytest.fixture(scope="module")

@@ -76,11 +76,10 @@ def human_rows(results: dict[Path, dict[str, Any]]) -> Rows:
 def reward_rows(by_seed: BySeed, first: str, second: str) -> Rows:
     """One run against another by each column of the evaluation: shares of prompts, the mean over seeds."""
     one, other = of_run(by_seed, first), of_run(by_seed, second)
+    answers = [(one[seed].samples(), other[seed].samples()) for seed in sorted(one.keys() & other.keys())]
     rows: Rows = []
     for column, judge in (("score", "own reward model"), ("utility", "true utility")):
-        pairs = [
-            paired(one[seed].samples(), other[seed].samples(), column) for seed in sorted(one.keys() & other.keys())
-        ]
+        pairs = [paired(first_rows, second_rows, column) for first_rows, second_rows in answers]
         signs = [np.sign(pair_N2[:, 0] - pair_N2[:, 1]) for pair_N2 in pairs if len(pair_N2)]
         if signs:
             shares = {
