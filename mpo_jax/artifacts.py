@@ -19,10 +19,11 @@ from mpo_jax.config import load_config
 from mpo_jax.errors import UserError
 from mpo_jax.processes import agree, is_main, wait
 from mpo_jax.progress import Overall
+from mpo_jax.stage_warnings import collect_warnings
 from mpo_jax.tracker import console
 from mpo_jax.types import Artifact
 
-FORMAT = 3
+FORMAT = 4
 """Raise it when what a stage computes or writes changes: artifacts of another format are not reused."""
 
 RECIPE = "recipe.json"
@@ -152,13 +153,14 @@ class Store:
             write_json(partial / RECIPE, recipe)
         wait(f"{final.name} begun")
         begin = time.time()
-        with self._overall.making(final.name) if self._overall else contextlib.nullcontext():
+        making = self._overall.making(final.name) if self._overall else contextlib.nullcontext()
+        with making, collect_warnings() as warnings:
             summary = run(partial)
         wait(f"{final.name} written")
         if is_main():
             (partial / RECIPE).unlink()
-            manifest = {**recipe, "version": __version__, "seconds": round(time.time() - begin, 1), "summary": summary}
-            write_json(partial / "manifest.json", manifest)
+            made = {"version": __version__, "seconds": round(time.time() - begin, 1), "warnings": warnings}
+            write_json(partial / "manifest.json", {**recipe, **made, "summary": summary})
             os.rename(partial, final)
             # not before: a kill in between would cost all of the training
             if not _keeps_checkpoints(final):

@@ -2,12 +2,12 @@
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from mpo_jax.errors import UserError
 
@@ -150,11 +150,11 @@ class DataConfig(Section, frozen=True):
 
 
 class OptimConfig(Section, frozen=True):
-    """AdamW with warm-up; DeepSpeed-Chat's constants where the paper is silent."""
+    """AdamW with warm-up; DeepSpeed-Chat's constants where the paper is silent. Rates and decay differ by stage."""
 
     learning_rate: float = Field(default=5e-5, ge=0)
     schedule: Literal["cosine", "constant"] = "cosine"
-    warmup_steps: int = Field(default=0, ge=0)
+    warmup_steps: int | None = Field(default=None, ge=0, description="null: a tenth of the updates, at most 500")
     weight_decay: float = Field(default=0.0, ge=0, description="not applied to norms and biases")
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.95, ge=0, lt=1)
@@ -167,7 +167,8 @@ class TrainConfig(Section, frozen=True):
 
     epochs: float = Field(default=1.0, gt=0)
     steps: int | None = Field(default=None, gt=0, description="in place of epochs")
-    batch_size: int = Field(default=128, gt=0)
+    # the paper's 64 to 512 would leave a set of a thousand rows with a handful of updates
+    batch_size: int = Field(default=32, gt=0)
     accumulation: int = Field(default=1, gt=0, description="micro-batches an update")
     shuffle: bool = Field(default=True, description="false: rows in file order, again from the first after the last")
     log_every: int = Field(default=10, gt=0)
@@ -193,12 +194,34 @@ class TrainConfig(Section, frozen=True):
         return self
 
 
+def _stage_defaults(defaults: dict[str, Any]) -> BeforeValidator:
+    """Fills what a stage's section leaves out with the stage's own defaults, at any depth."""
+
+    def merge(given: Any, defaults: dict[str, Any] = defaults) -> Any:
+        if not isinstance(given, dict):
+            return given
+        filled = {key: merge(given[key], value) if isinstance(value, dict) and key in given else given.get(key, value)
+                  for key, value in defaults.items()}  # fmt: skip
+        return {**given, **filled}
+
+    return BeforeValidator(merge)
+
+
+# Rates and weight decays by stage: Table 9 of the paper, its HH-RLHF column; SFT's are those of OptimConfig.
+_REWARD_OPTIM = {"learning_rate": 5e-6, "weight_decay": 0.1}
+_DPO_OPTIM = {"learning_rate": 5e-6, "weight_decay": 0.1}
+_ACTOR_OPTIM = {"learning_rate": 3e-6, "weight_decay": 0.1}
+_CRITIC_OPTIM = {"learning_rate": 5e-6, "weight_decay": 0.1}
+
+
 class SftConfig(Section, frozen=True):
     train: TrainConfig = Field(default_factory=lambda: TrainConfig())
 
 
 class RewardConfig(Section, frozen=True):
-    train: TrainConfig = Field(default_factory=lambda: TrainConfig())
+    train: Annotated[TrainConfig, _stage_defaults({"optim": _REWARD_OPTIM})] = Field(
+        default_factory=lambda: TrainConfig(optim=OptimConfig.model_validate(_REWARD_OPTIM))
+    )
     path: str | None = Field(
         default=None,
         description="a finished reward model (as model.path) with the policy's tokenizer: nothing is trained",
@@ -238,7 +261,9 @@ class SelectConfig(Section, frozen=True):
 
 
 class DpoConfig(Section, frozen=True):
-    train: TrainConfig = Field(default_factory=lambda: TrainConfig())
+    train: Annotated[TrainConfig, _stage_defaults({"optim": _DPO_OPTIM})] = Field(
+        default_factory=lambda: TrainConfig(optim=OptimConfig.model_validate(_DPO_OPTIM))
+    )
     beta: float = Field(default=0.1, gt=0)
     loss: Literal["dpo", "cdpo", "ipo"] = "dpo"
     label_smoothing: float = Field(default=0.1, ge=0, lt=0.5, description="of loss=cdpo")
@@ -249,7 +274,7 @@ class DpoConfig(Section, frozen=True):
 class KlConfig(Section, frozen=True):
     """The penalty that keeps PPO near its reference, and what changes or stops it."""
 
-    coef: float = Field(default=0.1, ge=0)
+    coef: float = Field(default=0.4, ge=0, description="the paper: 0.4 for HH-RLHF, 0.1 for TL;DR")
     adaptive: bool = False
     target: float = Field(default=6.0, gt=0, description="nats a response, of adaptive")
     horizon: float = Field(default=10000.0, gt=0, description="responses, of adaptive")
@@ -273,8 +298,12 @@ class PpoExtrasConfig(Section, frozen=True):
 class PpoConfig(Section, frozen=True):
     """`train.batch_size` is prompts an iteration; each iteration samples, scores and updates on them."""
 
-    train: TrainConfig = Field(default_factory=lambda: TrainConfig())
-    critic_optim: OptimConfig = Field(default_factory=lambda: OptimConfig())
+    train: Annotated[TrainConfig, _stage_defaults({"optim": _ACTOR_OPTIM})] = Field(
+        default_factory=lambda: TrainConfig(optim=OptimConfig.model_validate(_ACTOR_OPTIM))
+    )
+    critic_optim: Annotated[OptimConfig, _stage_defaults(_CRITIC_OPTIM)] = Field(
+        default_factory=lambda: OptimConfig.model_validate(_CRITIC_OPTIM)
+    )
     epochs: int = Field(default=1, gt=0, description="passes over an iteration's rollouts")
     minibatches: int = Field(default=1, gt=0, description="updates a pass")
     kl: KlConfig = Field(default_factory=lambda: KlConfig())

@@ -13,16 +13,29 @@ from mpo_jax.types import Params
 NO_DECAY = ("norm", "bias", "scale")
 
 
+MAX_WARMUP_STEPS = 500
+"""The longest warm-up that is chosen here, and the paper's for SFT and the reward model."""
+
+
+def warmup_steps(config: OptimConfig, num_steps: int) -> int:
+    """Updates of warm-up in a run of `num_steps`: a tenth of them, at most 500, unless the configuration says.
+
+    A cosine schedule needs an update after its warm-up, so there it is at most `num_steps` - 1.
+    """
+    if config.warmup_steps is None:
+        return min(MAX_WARMUP_STEPS, num_steps // 10)
+    return config.warmup_steps if config.schedule == "constant" else min(config.warmup_steps, max(num_steps - 1, 0))
+
+
 def make_schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
     """Linear warm-up from 0, then cosine to 0 at `num_steps`, or constant. Update k (from 0) uses schedule(k)."""
+    warmup, peak = warmup_steps(config, num_steps), config.learning_rate
     if config.schedule == "constant":
-        warmup = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps) if config.warmup_steps else None
-        constant = optax.constant_schedule(config.learning_rate)
-        return optax.join_schedules([warmup, constant], [config.warmup_steps]) if warmup else constant
-    # a run shorter than its warm-up (a debug run of a real config) still gets a valid schedule
-    warmup_steps = min(config.warmup_steps, max(num_steps - 1, 0))
-    start = 0.0 if warmup_steps else config.learning_rate
-    return optax.warmup_cosine_decay_schedule(start, config.learning_rate, warmup_steps, max(num_steps, 1), 0.0)
+        constant = optax.constant_schedule(peak)
+        return (
+            optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), constant], [warmup]) if warmup else constant
+        )
+    return optax.warmup_cosine_decay_schedule(0.0 if warmup else peak, peak, warmup, max(num_steps, 1), 0.0)
 
 
 def decay_mask(params: Params) -> Params:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from mpo_jax import runtime
 from mpo_jax.artifacts import Builder, write_json
 from mpo_jax.config import Config, to_yaml
-from mpo_jax.data import corpus
+from mpo_jax.data import corpus, pair_table
 from mpo_jax.errors import UserError
 from mpo_jax.experiments import EXPERIMENTS, Step, Variant
 from mpo_jax.processes import is_main
@@ -63,6 +63,17 @@ class Pipeline:
             "select", select.run, {"sft": sft, "reward": reward}, {"text"}, {"select": settings, **self._data}
         )
 
+    def selected(self, steps: tuple[Step, ...], sft: Artifact, reward: Artifact) -> Artifact:
+        """The selection, from which every one of the steps has something to learn.
+
+        Raises:
+          NothingSelected: before any of the steps is trained, if a step's subset is empty.
+        """
+        artifact = self.select(sft, reward)
+        if (artifact.path / pair_table.FILE).is_file():
+            pair_table.check_subsets(artifact.path, (step.subset for step in steps), self.config.select)
+        return artifact
+
     def step(self, step: Step, init: Artifact, sft: Artifact, reward: Artifact) -> Artifact:
         """One DPO or PPO step from the policy `init`."""
         parents = {"init": init, "reference": sft if step.reference == "sft" else init}
@@ -106,9 +117,9 @@ class Pipeline:
         split = self._split_at(variant)
         policy = made["sft"]
         steps = EXPERIMENTS[variant.experiment]
+        if any(step.needs_selection for step in steps):
+            made["select"] = split.selected(steps, made["sft"], made["reward"])
         for number, step in enumerate(steps):
-            if step.needs_selection:
-                made["select"] = self.select(made["sft"], made["reward"])
             policy = made[f"{number + 1}-{step.algorithm}"] = split.step(step, policy, made["sft"], made["reward"])
             if until == step.algorithm and all(later.algorithm != until for later in steps[number + 1 :]):
                 return Run(name, made)

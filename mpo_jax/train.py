@@ -23,11 +23,12 @@ from mpo_jax.errors import Preempted, UserError
 from mpo_jax.guard import Guard
 from mpo_jax.model import functional
 from mpo_jax.model.functional import Model
-from mpo_jax.optim import make_optimizer, make_schedule, state_shardings
+from mpo_jax.optim import make_optimizer, make_schedule, state_shardings, warmup_steps
 from mpo_jax.preemption import Preemption
 from mpo_jax.processes import is_main
 from mpo_jax.runtime import data_seed
 from mpo_jax.sharding import check_batch, place_batch, replicated
+from mpo_jax.stage_warnings import warn
 from mpo_jax.tracker import Tracker
 from mpo_jax.types import Mean, Metrics, Params, Skips, TrainState
 
@@ -263,6 +264,7 @@ def fit_examples(
     steps = num_steps(len(examples), epochs=train.epochs, steps=train.steps, batch_size=train.batch_size)
     buckets = Buckets.of(examples, config.text.length_buckets)
     batches = TrainBatches(examples, buckets, train.batch_size, data_seed(config.seed, stage), train.shuffle)
+    check_schedule(f"{stage}.train.optim", train.optim, steps)
     learning_rate = make_learning_rate(train.optim, steps)
 
     def one(state: TrainState, k: int) -> tuple[TrainState, Metrics, Any]:
@@ -286,6 +288,32 @@ def make_learning_rate(optim: OptimConfig, num_steps: int) -> Callable[[int], ja
     """The schedule's value at update k, computed on the host side of the step."""
     schedule = make_schedule(optim, num_steps)
     return lambda k: jnp.asarray(schedule(k), jnp.float32)
+
+
+MIN_UPDATES = 20
+"""Fewer updates than these teach a model little, whatever its learning rate."""
+LONG_WARMUP = 0.3
+"""The share of a stage's updates above which a warm-up is worth a warning."""
+
+
+def check_schedule(key: str, optim: OptimConfig, num_updates: int) -> None:
+    """Warns where a stage makes few updates or spends many of them warming up.
+
+    Args:
+      key: of the section with the optimiser, such as `sft.train.optim`.
+    """
+    if num_updates < MIN_UPDATES:
+        warn(
+            f"{key.partition('.')[0]} makes {num_updates} updates, which hardly train a model: lower its "
+            "train.batch_size, raise its train.epochs, or give it more rows"
+        )
+    asked, given = optim.warmup_steps, warmup_steps(optim, num_updates)
+    if asked is not None and asked > LONG_WARMUP * num_updates:
+        shortened = f" and is shortened to {given}" if given < asked else ""
+        warn(
+            f"{key}.warmup_steps={asked} is {asked / num_updates:.0%} of the {num_updates} updates{shortened}: "
+            "lower it, or set it to null for a tenth of the updates"
+        )
 
 
 def check_sizes(config: Config, train: TrainConfig, key: str, *, minibatches: int = 1) -> None:

@@ -84,7 +84,7 @@ def test_the_manifest_tells_what_made_it(tmp_path):
     assert 0 <= seconds < 60
     assert manifest == {
         "format": FORMAT, "stage": "dpo", "settings": {"beta": 0.0}, "parents": {"init": sft.id},
-        "version": __version__, "summary": {"loss": 0.5, "name": "ü"},
+        "version": __version__, "warnings": [], "summary": {"loss": 0.5, "name": "ü"},
     }  # fmt: skip
     assert dpo.path == tmp_path / "stages" / dpo.id
     assert dpo.model == dpo.path / "model"

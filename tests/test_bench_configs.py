@@ -134,7 +134,7 @@ def test_they_are_what_other_trainers_do(stage):
     train = getattr(config, stage).train
     optims = [train.optim, *([config.ppo.critic_optim] if stage == "ppo" else [])]
     for optim in optims:
-        assert optim == OptimConfig(learning_rate=1e-5, schedule="constant", beta2=0.999, clip_norm=1.0)
+        assert optim == OptimConfig(learning_rate=1e-5, schedule="constant", warmup_steps=0, beta2=0.999, clip_norm=1.0)
         assert (optim.weight_decay, optim.warmup_steps, optim.beta1, optim.eps) == (0, 0, 0.9, 1e-8)
     assert (train.shuffle, train.log_every, train.accumulation) == (False, 1, 1)
     assert train.checkpoint_every > 10**5 and config.text.length_buckets == 1 and not config.data.holds_out

@@ -46,6 +46,13 @@ def test_a_training_command_s_short_keys_are_its_stage_s(tmp_path):
         load_config(path, ("train.stepz=7",), stage="dpo")
 
 
+def test_a_section_that_is_given_in_part_keeps_its_stage_s_defaults(tmp_path):
+    config = load(tmp_path, "dpo: {train: {batch_size: 8, optim: {beta1: 0.8}}}", "ppo.train.optim.learning_rate=0")
+    assert (config.dpo.train.optim.learning_rate, config.dpo.train.optim.beta1) == (5e-6, 0.8)
+    assert (config.ppo.train.optim.learning_rate, config.ppo.train.optim.weight_decay) == (0.0, 0.1)
+    assert load(tmp_path, to_yaml(config)) == config
+
+
 @pytest.mark.parametrize("key", ["train.steps", "train"])
 def test_elsewhere_a_short_key_is_an_error_that_asks_for_the_stage(tmp_path, key):
     with pytest.raises(UserError, match=rf"which stage's\? Write sft\.{key} or reward.*mpo sft, reward, dpo, ppo"):

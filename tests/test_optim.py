@@ -34,7 +34,11 @@ def params():
         ({"warmup_steps": 4}, 12, {0: 0, 1: 0.25, 2: 0.5, 4: 1, 8: 0.5, 12: 0, 99: 0}),
         ({"warmup_steps": 0}, 10, {0: 1, 5: 0.5, 10: 0}),
         ({"warmup_steps": 4, "schedule": "constant"}, 12, {0: 0, 1: 0.25, 4: 1, 5: 1, 12: 1, 99: 1}),
-        ({"schedule": "constant"}, 12, {0: 1, 12: 1}),
+        ({"schedule": "constant", "warmup_steps": 0}, 12, {0: 1, 12: 1}),
+        ({"schedule": "constant"}, 20, {0: 0, 1: 0.5, 2: 1, 20: 1}),  # a tenth of the updates
+        ({}, 20, {0: 0, 1: 0.5, 2: 1, 11: 0.5, 20: 0}),
+        ({}, 9, {0: 1}),
+        ({}, 50_000, {0: 0, 250: 0.5, 500: 1}),  # 500 at most
         ({"warmup_steps": 500}, 5, {0: 0, 2: 0.5, 4: 1, 5: 0}),  # a run shorter than its warm-up
         ({"warmup_steps": 500}, 1, {0: 1}),
     ],

@@ -111,6 +111,17 @@ def test_selection_keeps_every_pair_and_splits_by_filter(finished):
     assert easy + hard == len(table) and abs(easy - len(table) / 2) <= 1
 
 
+def test_what_a_result_does_not_mean_is_in_the_manifests(finished):
+    """Few updates in every stage that trains; a reward model of four updates that is no better than a coin."""
+    for role, stage in (("sft", "sft"), ("reward", "reward"), ("1-dpo", "dpo"), ("2-ppo", "ppo")):
+        assert any(f"{stage} makes" in warning for warning in manifest(finished, "mpo", role)["warnings"])
+    reward = manifest(finished, "mpo", "reward")
+    low, high = reward["summary"]["held_out_accuracy_interval"]
+    assert low <= 0.5 <= high
+    assert any("does not beat chance" in warning for warning in reward["warnings"])
+    assert manifest(finished, "mpo", "select")["warnings"] == manifest(finished, "mpo", "evaluate")["warnings"] == []
+
+
 def test_a_second_run_does_nothing_and_says_so(finished, capsys):
     before, page = stages(finished), finished / "report" / "index.html"
     written = page.stat().st_mtime_ns

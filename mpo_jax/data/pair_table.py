@@ -1,6 +1,7 @@
 """The table of scored response pairs that selection writes and that DPO, PPO and the report read."""
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ import pyarrow.parquet as pq
 from mpo_jax.config import SelectConfig
 from mpo_jax.errors import NothingSelected
 from mpo_jax.selection import split, threshold_for_fraction
+from mpo_jax.stage_warnings import warn
 
 Subset = Literal["all", "easy", "hard"]
 FILE = "pairs.parquet"
@@ -68,29 +70,27 @@ class PairTable:
 
     def threshold(self, config: SelectConfig) -> float:
         """The configured threshold, or the one that gives the configured easy fraction."""
-        if config.easy_fraction is not None:
-            return threshold_for_fraction(self.gap, config.easy_fraction)
-        assert config.threshold is not None
-        return config.threshold
+        return _threshold(self.gap, config)
 
     def rows(self, subset: Subset, config: SelectConfig) -> np.ndarray:
-        """Indices of the easy, the hard or all rows.
+        """Indices of the easy, the hard or all rows. Warns where easy or hard rows are all that there are.
 
         Raises:
           NothingSelected: if there are none, with the gaps' range.
         """
-        if subset == "all":
-            return np.arange(len(self))
-        threshold = self.threshold(config)
-        easy = np.asarray(split(self.gap, threshold))
-        rows = np.flatnonzero(easy if subset == "easy" else ~easy)
-        if not len(rows):
-            raise NothingSelected(
-                f"no pair is {subset} at threshold {threshold:g}: gaps run from {self.gap.min():.3g} to "
-                f"{self.gap.max():.3g} (median {np.median(self.gap):.3g}); "
-                f"{'lower' if subset == 'easy' else 'raise'} select.threshold, or set select.easy_fraction"
-            )
+        rows = _rows(self.gap, subset, config)
+        if subset != "all":
+            self.warn_if_one_sided(config)
         return rows
+
+    def warn_if_one_sided(self, config: SelectConfig) -> None:
+        """Warns where the configured split leaves the easy or the hard side empty."""
+        sides: tuple[Subset, Subset] = ("easy", "hard")
+        for side in sides:
+            try:
+                _rows(self.gap, side, config)
+            except NothingSelected as error:
+                warn(str(error))
 
     @property
     def truth(self) -> np.ndarray:
@@ -102,3 +102,32 @@ class PairTable:
         signed = self.truth[rows]
         decided = np.isfinite(signed) & (signed != 0)
         return float((signed[decided] > 0).mean()) if decided.any() else None
+
+
+def check_subsets(folder: Path, subsets: Iterable[Subset], config: SelectConfig) -> None:
+    """Raises NothingSelected if a subset of the table in `folder` is empty; reads nothing but the gaps."""
+    gap_N = pq.read_table(folder / FILE, columns=["gap"])["gap"].to_numpy()
+    for subset in subsets:
+        _rows(gap_N, subset, config)
+
+
+def _threshold(gap_N: np.ndarray, config: SelectConfig) -> float:
+    if config.easy_fraction is not None:
+        return threshold_for_fraction(gap_N, config.easy_fraction)
+    assert config.threshold is not None
+    return config.threshold
+
+
+def _rows(gap_N: np.ndarray, subset: Subset, config: SelectConfig) -> np.ndarray:
+    if subset == "all":
+        return np.arange(len(gap_N))
+    threshold = _threshold(gap_N, config)
+    easy_N = np.asarray(split(gap_N, threshold))
+    rows = np.flatnonzero(easy_N if subset == "easy" else ~easy_N)
+    if not len(rows):
+        raise NothingSelected(
+            f"no pair is {subset} at threshold {threshold:g}: gaps run from {gap_N.min():.3g} to "
+            f"{gap_N.max():.3g} (median {np.median(gap_N):.3g}); "
+            f"{'lower' if subset == 'easy' else 'raise'} select.threshold, or set select.easy_fraction"
+        )
+    return rows

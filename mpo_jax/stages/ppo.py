@@ -40,6 +40,7 @@ from mpo_jax.stages.ppo_objective import (
 from mpo_jax.text import TextCodec, load_tokenizer
 from mpo_jax.train import (
     apply_if_finite,
+    check_schedule,
     check_sizes,
     fit,
     init_state,
@@ -218,6 +219,8 @@ def run(
     iterations = num_steps(len(examples), epochs=ppo.train.epochs, steps=ppo.train.steps, batch_size=size)
     batches = TrainBatches(examples, buckets, size, data_seed(config.seed, "ppo"), ppo.train.shuffle)
     demonstrations = _demonstrations(config, codec) if ppo.extras.ptx_coef else None
+    for key, optim in (("train.optim", ppo.train.optim), ("critic_optim", ppo.critic_optim)):
+        check_schedule(f"ppo.{key}", optim, iterations * ppo.epochs * ppo.minibatches)
     truth = known_utility(config.data)
     loop = Loop(config, mesh, codec, actor_model, reward_model, ref_params, reward_params, iterations, truth)
 

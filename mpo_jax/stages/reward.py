@@ -17,6 +17,7 @@ from mpo_jax.data.corpus import Corpus, base_tokenizer, load_corpus
 from mpo_jax.data.tokens import tokenize
 from mpo_jax.errors import UserError
 from mpo_jax.evaluation.calibration import accuracy_by_gap, against_truth, write_gaps
+from mpo_jax.evaluation.verdicts import rate
 from mpo_jax.hub import local_model
 from mpo_jax.losses import bradley_terry_loss, span_reward_loss
 from mpo_jax.model import functional, loading
@@ -24,6 +25,7 @@ from mpo_jax.model.functional import Model
 from mpo_jax.processes import is_main
 from mpo_jax.runtime import stage_key
 from mpo_jax.sharding import place_batch, replicated
+from mpo_jax.stage_warnings import warn
 from mpo_jax.text import TextCodec, load_tokenizer
 from mpo_jax.train import check_sizes, fit_examples, make_update, state_sharding
 from mpo_jax.types import Artifact, Joined, Mean, Metrics, Params
@@ -132,7 +134,19 @@ def _measure(
         lambda batch: score(params, place_batch(batch, mesh)),
     )
     gap = score_BN[:, 0] - score_BN[:, 1]
-    summary = {"held_out_accuracy": float((gap > 0).mean()), "accuracy_by_gap": accuracy_by_gap(gap)}
+    accuracy = rate(int((gap > 0).sum()), len(gap))
+    assert accuracy is not None
+    if accuracy.low <= 0.5:
+        warn(
+            f"the reward model orders {accuracy} (95% interval) of {len(gap)} held-out pairs as they are labelled. "
+            "That does not beat chance: selection, PPO and rewards follow noise. Train it longer, on more pairs or "
+            "from a larger model"
+        )
+    summary = {
+        "held_out_accuracy": accuracy.value,
+        "held_out_accuracy_interval": [accuracy.low, accuracy.high],
+        "accuracy_by_gap": accuracy_by_gap(gap),
+    }
     truth = None
     if corpus.utility is not None:
         truth = np.asarray(

@@ -59,6 +59,7 @@ def run(config: Config, mesh: Mesh, folder: Path, *, sft: Artifact, reward: Arti
         table.write(folder)
     summary = describe(table, config.select)
     _show(summary)
+    table.warn_if_one_sided(config.select)
     return summary
 
 
