@@ -120,27 +120,51 @@ class DataConfig(Section, frozen=True):
     kind: Literal["toy", "hh", "tldr", "pairs"] = "toy"
     path: tuple[str, ...] = Field(default=(), description="preference rows: training and, by split, validation")
     sft_path: tuple[str, ...] = Field(default=(), description="demonstrations; absent: the chosen responses")
-    test_path: tuple[str, ...] = Field(default=(), description="preference rows to evaluate on; absent: validation")
+    test_path: tuple[str, ...] = Field(
+        default=(), description="preference rows that reward accuracy is measured on; absent: validation"
+    )
     prompt_path: tuple[str, ...] = Field(
         default=(), description="prompt-only rows for selection and PPO; absent: the prompts of the training pairs"
+    )
+    test_prompt_path: tuple[str, ...] = Field(
+        default=(),
+        description="rows of any kind whose prompts policies are evaluated on; absent: the held-out pairs' prompts",
+    )
+    prompts: Literal["rows", "unique"] = Field(
+        default="rows",
+        description="selection and PPO sample once a row of the preference data (or of prompt_path), as the paper; "
+        "unique: once a distinct prompt",
     )
     filter: Literal["strict", "none"] = "strict"
     keep_news: bool = Field(default=False, description="of tldr: keep the comparisons on news articles, without a post")
     validation_fraction: float = Field(
-        default=0.05, ge=0, lt=1, description="0 without test_path: nothing is held out, and nothing can be evaluated"
+        default=0.05,
+        ge=0,
+        lt=1,
+        description="of the prompts, whose pairs the reward model does not train on; without a test set nothing does",
     )
     max_rows: int | None = Field(default=None, gt=0, description="the first rows of each file only")
     toy: ToyConfig = Field(default_factory=lambda: ToyConfig())
 
-    @field_validator("path", "sft_path", "test_path", "prompt_path", mode="before")
+    @field_validator("path", "sft_path", "test_path", "prompt_path", "test_prompt_path", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
 
     @property
+    def has_test_set(self) -> bool:
+        """Whether there are rows apart to test on, so that validation rows are left out of the reward model alone."""
+        return self.kind == "toy" or bool(self.test_path) or bool(self.test_prompt_path)
+
+    @property
+    def has_test_prompts(self) -> bool:
+        """Whether there are prompts to evaluate policies on."""
+        return self.has_test_set or self.validation_fraction > 0
+
+    @property
     def holds_out(self) -> bool:
-        """Whether there are rows that nothing trains on."""
-        return self.kind == "toy" or bool(self.test_path) or self.validation_fraction > 0
+        """Whether there are preference rows that nothing trains on."""
+        return self.kind == "toy" or bool(self.test_path) or (self.validation_fraction > 0 and not self.has_test_set)
 
     @model_validator(mode="after")
     def _needs_path(self) -> "DataConfig":

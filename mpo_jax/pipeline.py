@@ -82,6 +82,9 @@ class Pipeline:
         extra: dict[str, Any] = {"subset": step.subset, **self._data}
         if step.subset != "all":
             extra |= self.config.select.model_dump(mode="json", include={"threshold", "easy_fraction"})
+        if not step.needs_selection:
+            # what sampling is limited to is the data of every experiment
+            extra["num_prompts"] = self.config.select.num_prompts
         if step.algorithm == "ppo":
             parents["reward"] = reward
         run = partial(dpo.run if step.algorithm == "dpo" else ppo.run, subset=step.subset)
@@ -101,10 +104,11 @@ class Pipeline:
         Raises:
           UserError: before anything is trained, if there is nothing to evaluate on.
         """
-        if until == "evaluate" and not self.config.data.holds_out:
+        if until == "evaluate" and not self.config.data.has_test_prompts:
             raise UserError(
-                "there are no held-out prompts to evaluate on: name preference rows as data.test_path, raise "
-                "data.validation_fraction above 0, or run single stages (mpo sft, reward, select, dpo, ppo)"
+                "there are no held-out prompts to evaluate on: name preference rows as data.test_path or prompts as "
+                "data.test_prompt_path, raise data.validation_fraction above 0, or run "
+                "single stages (mpo sft, reward, select, dpo, ppo)"
             )
         variant = Variant.of(name)
         made: dict[str, Artifact] = {"sft": self.sft()}

@@ -171,15 +171,21 @@ class Cost:
         return self._train(self.config.sft.train, len(self._corpus.demonstrations), 1, "vocab")
 
     def _reward(self, recipe: Mapping[str, Any]) -> Work:
-        measured = flops.forward(self._sizes, self._rows(len(self._corpus.held_out), 2), "scalar")
+        measured = flops.forward(self._sizes, self._rows(len(self._corpus.reward_test), 2), "scalar")
         if self.config.reward.path is not None:
             return measured
-        return measured + self._train(self.config.reward.train, len(self._corpus.pairs), 2, "scalar")
+        return measured + self._train(self.config.reward.train, len(self._corpus.reward_pairs), 2, "scalar")
+
+    @property
+    def _num_prompts(self) -> int:
+        return len(self._corpus.sampled_prompts(self.config.select.num_prompts))
+
+    @property
+    def _num_pairs(self) -> int:
+        return len(self._corpus.human_pairs(self.config.select.num_prompts))
 
     def _selected(self) -> int:
-        if self.config.select.pair_source == "human":
-            return len(self._corpus.pairs)
-        return len(self._corpus.prompts[: self.config.select.num_prompts])
+        return self._num_pairs if self.config.select.pair_source == "human" else self._num_prompts
 
     def _select(self, recipe: Mapping[str, Any]) -> Work:
         rows = self._rows(self._selected(), 2)
@@ -198,14 +204,14 @@ class Cost:
         return round({"all": 1.0, "easy": easy, "hard": 1.0 - easy}[settings["subset"]] * whole)
 
     def _dpo(self, recipe: Mapping[str, Any]) -> Work:
-        whole = self._selected() if "pairs" in recipe["parents"] else len(self._corpus.pairs)
+        whole = self._selected() if "pairs" in recipe["parents"] else self._num_pairs
         examples = self._examples(recipe, whole)
         reference = flops.forward(self._sizes, self._rows(examples, 2), "vocab")
         return reference + self._train(self.config.dpo.train, examples, 2, "vocab")
 
     def _ppo(self, recipe: Mapping[str, Any]) -> Work:
         ppo = self.config.ppo
-        whole = self._selected() if "pairs" in recipe["parents"] else len(self._corpus.prompts)
+        whole = self._selected() if "pairs" in recipe["parents"] else self._num_prompts
         rows = self._rows(ppo.train.batch_size, 1)
         scored = flops.forward(self._sizes, rows, "vocab") + flops.forward(self._sizes, rows, "scalar")
         updated = [flops.train(self._sizes, rows, head, self.config.model.remat) for head in ("vocab", "scalar")]

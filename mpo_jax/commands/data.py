@@ -19,6 +19,7 @@ def show(config: Config, *, num_examples: int) -> None:
     corpus = load_corpus(config)
     codec = TextCodec(base_tokenizer(config), config.text)
     console.print(_sources(corpus))
+    console.print(f"{corpus.sizes} (data.prompts={config.data.prompts})", soft_wrap=True)
     tokenized = {name: tokenize(codec, rows, cache=config.runtime.token_cache_folder) for name, rows in _sets(corpus)}
     console.print(_lengths(config, {name: report for name, (_, report) in tokenized.items()}))
     console.print(
@@ -39,8 +40,11 @@ def show(config: Config, *, num_examples: int) -> None:
 def _sets(corpus: Corpus) -> Iterable[tuple[str, Sequence[Row]]]:
     yield "demonstrations", [(row.prompt, (row.response,)) for row in corpus.demonstrations]
     yield "pairs", [(row.prompt, (row.chosen, row.rejected)) for row in corpus.pairs]
+    yield "reward model's pairs", [(row.prompt, (row.chosen, row.rejected)) for row in corpus.reward_pairs]
+    yield "validation", [(row.prompt, (row.chosen, row.rejected)) for row in corpus.validation]
     yield "held out", [(row.prompt, (row.chosen, row.rejected)) for row in corpus.held_out]
     yield "prompts", [(prompt, ()) for prompt in corpus.prompts]
+    yield "test prompts", [(prompt, ()) for prompt in corpus.test_prompts]
 
 
 def _sources(corpus: Corpus) -> Table:

@@ -3,46 +3,84 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, lru_cache, partial
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from mpo_jax.chat import Chat
 from mpo_jax.config import Config, DataConfig, ModelConfig, TextConfig
 from mpo_jax.data import hh, records, tldr, toy
-from mpo_jax.data.records import DataReport, Demonstration, Preference, Renderer, is_validation
+from mpo_jax.data.records import DataReport, Demonstration, Preference, Prompt, Renderer, is_validation
 from mpo_jax.data.sources import HUB, Source, fingerprint_files, open_source
 from mpo_jax.errors import UserError
 from mpo_jax.hub import local_model
 from mpo_jax.text import load_tokenizer
 
+T = TypeVar("T")
+TESTED = "also a test prompt"
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """All rows of a run.
+    """All rows of a run. No row of a training set has a test prompt.
 
     Attributes:
       demonstrations: SFT's training rows.
-      pairs: preference rows for the reward model, selection and DPO.
-      held_out: preference rows that nothing trains on: reward accuracy and evaluation prompts. Empty where
-        data.validation_fraction is 0 and there is no data.test_path.
-      prompts: for sampling, each once, in the order of their first row: of data.prompt_path, else of `pairs`.
+      pairs: preference rows for selection and DPO.
+      reward_pairs: those of `pairs` that the reward model trains on: without the validation rows.
+      validation: preference rows that the reward model does not train on; where there is a test set, other stages do.
+      held_out: preference rows that nothing trains on: data.test_path, or `validation` where there is no test set.
+      prompts: for sampling, of data.prompt_path, else of `pairs`; once a row or each once, as data.prompts says.
+      test_prompts: to evaluate policies on, each once: of data.test_prompt_path, else of `held_out`.
+      categories: of the test prompts that have one.
       reports: what was read and dropped, a source each.
+      pairs_by_prompt: whether `prompts` are the pairs' prompts, each once.
       utility: the toy world's true utility of (prompt, response); None for real data.
     """
 
     demonstrations: list[Demonstration]
     pairs: list[Preference]
+    reward_pairs: list[Preference]
+    validation: list[Preference]
     held_out: list[Preference]
     prompts: list[str]
+    test_prompts: list[str]
+    categories: Mapping[str, str]
     reports: list[DataReport]
+    pairs_by_prompt: bool
     utility: Callable[[str, str], float] | None = None
 
     @property
-    def test_prompts(self) -> list[str]:
-        return _each_once(self.held_out)
+    def sizes(self) -> str:
+        """The sets' sizes, in words."""
+        return (
+            f"{len(self.demonstrations)} demonstrations, {len(self.pairs)} pairs (the reward model trains on "
+            f"{len(self.reward_pairs)}, {len(self.validation)} are validation), {len(self.prompts)} prompts to sample "
+            f"from ({len(set(self.prompts))} distinct), {len(self.held_out)} held-out pairs, "
+            f"{len(self.test_prompts)} test prompts"
+        )
+
+    @property
+    def reward_test(self) -> list[Preference]:
+        """Preference rows that reward accuracy is reported on; the reward model trains on none of them."""
+        return self.held_out or self.validation
+
+    def category(self, prompt: str) -> str | None:
+        """The category of a test prompt; None where its rows name none, or several."""
+        return self.categories.get(prompt)
+
+    def sampled_prompts(self, num_prompts: int | None) -> list[str]:
+        """The prompts of selection and of PPO on all: the first `num_prompts`, or all."""
+        return self.prompts[:num_prompts]
+
+    def human_pairs(self, num_prompts: int | None) -> list[Preference]:
+        """The labelled pairs of the same part: those of `sampled_prompts`, or as many where prompts have own files."""
+        if not self.pairs_by_prompt:
+            return self.pairs[:num_prompts]
+        part = set(self.sampled_prompts(num_prompts))
+        return [row for row in self.pairs if row.prompt in part]
 
 
 def fingerprint(config: DataConfig) -> str:
@@ -51,13 +89,14 @@ def fingerprint(config: DataConfig) -> str:
     Raises:
       UserError: a source that is missing; a data set of the hub that cannot be loaded.
     """
+    options = {"validation_fraction", "prompts"}
     if config.kind == "toy":
-        content: Any = config.toy.model_dump(mode="json")
+        content: Any = {"world": config.toy.model_dump(mode="json")}
     else:
-        fields = ("path", "sft_path", "test_path", "prompt_path")
+        fields = ("path", "sft_path", "test_path", "prompt_path", "test_prompt_path")
         content = {field: _fingerprint_sources(getattr(config, field)) for field in fields}
-        options = {"filter", "keep_news", "validation_fraction", "max_rows"}
-        content["options"] = config.model_dump(mode="json", include=options)
+        options |= {"filter", "keep_news", "max_rows"}
+    content["options"] = config.model_dump(mode="json", include=options)
     return hashlib.sha256(json.dumps([config.kind, content], sort_keys=True).encode()).hexdigest()
 
 
@@ -85,7 +124,14 @@ def load_corpus(config: Config) -> Corpus:
 def _load(config: Config) -> Corpus:
     data = config.data
     corpus = _load_toy(config) if data.kind == "toy" else _load_sources(config)
-    needed = {"demonstrations": True, "pairs": True, "held_out": data.holds_out, "prompts": bool(data.prompt_path)}
+    needed = {
+        "demonstrations": True,
+        "pairs": True,
+        "reward_pairs": bool(corpus.pairs),
+        "held_out": data.holds_out,
+        "prompts": bool(data.prompt_path),
+        "test_prompts": bool(data.test_prompt_path),
+    }
     empty = [name for name, wanted in needed.items() if wanted and not getattr(corpus, name)]
     if empty:
         sources = "; ".join(
@@ -103,23 +149,116 @@ def known_utility(config: DataConfig) -> Callable[[str, str], float] | None:
     return toy.utility if config.kind == "toy" else None
 
 
+Part = tuple[list[T], DataReport]
+"""A source's rows, and what became of them."""
+
+
 def _load_toy(config: Config) -> Corpus:
     if config.text.chat:
         raise UserError("text.chat=true needs rows from files: the toy world has no conversations (data.kind=toy)")
+
+    def part(name: str, rows: list[T]) -> Part[T]:
+        return rows, DataReport(name, len(rows), len(rows))
+
     data, world = config.data, config.data.toy
-    pairs = toy.preferences(world, test=False)
+    return _assemble(
+        data,
+        demonstrations=[part("toy demonstrations", toy.demonstrations(world))],
+        pairs=[part("toy preferences", toy.preferences(world, test=False))],
+        tests=[part("toy test preferences", toy.preferences(world, test=True))],
+    )
+
+
+def _assemble(
+    data: DataConfig,
+    *,
+    demonstrations: list[Part[Demonstration]],
+    pairs: list[Part[Preference]],
+    tests: Sequence[Part[Preference]] = (),
+    prompts: Sequence[Part[Prompt]] = (),
+    test_prompts: Sequence[Part[Prompt]] = (),
+) -> Corpus:
+    """Splits what was read; rows that a set may not have are dropped from it and counted."""
+
+    def is_held(row: Preference | Demonstration) -> bool:
+        return is_validation(row.group, seed=0, fraction=data.validation_fraction)
+
+    held_out, asked = _rows_of(tests), _rows_of(test_prompts)
+    tested = {row.group for row in (*held_out, *asked)}
+    own = _keep(pairs, lambda row: TESTED if row.group in tested else None)
+    validation = [row for row in own if is_held(row)]
+    reward_pairs = [row for row in own if not is_held(row)]
+    if not data.has_test_set:
+        own, held_out = reward_pairs, validation
+        tested = {row.group for row in validation}
+
+    def unfit(row: Demonstration) -> str | None:
+        if row.group in tested:
+            return TESTED
+        return "validation prompt" if not data.has_test_set and is_held(row) else None
+
+    imitated = _keep(demonstrations, unfit)
+    sampled = [row.prompt for row in own]
+    if data.prompts == "unique":
+        sampled = list(dict.fromkeys(sampled))
+    if data.prompt_path:
+        sampled = [row.prompt for row in _keep(prompts, _unasked(tested, data.prompts == "unique"))]
+    evaluated = asked if data.test_prompt_path else held_out
     return Corpus(
-        demonstrations=toy.demonstrations(world),
-        pairs=pairs,
-        held_out=toy.preferences(world, test=True),
-        prompts=_each_once(pairs),
-        reports=[
-            DataReport("toy demonstrations", world.num_demonstrations, world.num_demonstrations),
-            DataReport("toy preferences", world.num_pairs, world.num_pairs),
-            DataReport("toy test preferences", world.num_test, world.num_test),
-        ],
+        demonstrations=imitated,
+        pairs=own,
+        reward_pairs=reward_pairs,
+        validation=validation,
+        held_out=held_out,
+        prompts=sampled,
+        test_prompts=list(dict.fromkeys(row.prompt for row in evaluated)),
+        categories=_categories(evaluated),
+        reports=[report for _, report in (*pairs, *tests, *demonstrations, *prompts, *test_prompts) if report.source],
+        pairs_by_prompt=data.prompts == "unique" and not data.prompt_path,
         utility=known_utility(data),
     )
+
+
+def _rows_of(parts: Iterable[Part[T]]) -> list[T]:
+    return [row for rows, _ in parts for row in rows]
+
+
+def _keep(parts: Iterable[Part[T]], reason: Callable[[T], str | None]) -> list[T]:
+    """The rows for which there is no reason to drop them; the others are counted in their source's report."""
+    kept = []
+    for rows, report in parts:
+        for row in rows:
+            why = reason(row)
+            if why is None:
+                kept.append(row)
+            else:
+                report.drop(why)
+        report.kept = report.read - report.dropped.total()
+    return kept
+
+
+def _unasked(tested: set[str], each_once: bool) -> Callable[[Prompt], str | None]:
+    """The reason not to sample a prompt: that it is tested on or, if `each_once`, that it has come before."""
+    seen: set[str] = set()
+
+    def reason(row: Prompt) -> str | None:
+        if row.group in tested:
+            return TESTED
+        if each_once and row.prompt in seen:
+            return "repeated prompt"
+        seen.add(row.prompt)
+        return None
+
+    return reason
+
+
+def _categories(rows: Sequence[Prompt | Preference]) -> dict[str, str]:
+    """The category of each prompt whose rows agree on one."""
+    found: dict[str, set[str]] = {}
+    for row in rows:
+        if row.category is not None:
+            found.setdefault(row.prompt, set()).add(row.category)
+    return {prompt: names.pop() for prompt, names in found.items() if len(names) == 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +267,7 @@ class _Readers:
 
     preferences: Callable[[Source], tuple[list[Preference], DataReport]]
     demonstrations: Callable[[Source], tuple[list[Demonstration], DataReport]]
-    prompts: Callable[[Source], tuple[list[str], DataReport]]
+    prompts: Callable[[Source], tuple[list[Prompt], DataReport]]
 
 
 def _readers(config: Config) -> _Readers:
@@ -152,64 +291,31 @@ def _readers(config: Config) -> _Readers:
 
 def _load_sources(config: Config) -> Corpus:
     data, readers = config.data, _readers(config)
-    reports: list[DataReport] = []
 
-    def held_out(row: Preference | Demonstration) -> bool:
-        return is_validation(row.group, seed=0, fraction=data.validation_fraction)
+    def read(specs: tuple[str, ...], reader: Callable[[Source], Part[T]]) -> list[Part[T]]:
+        return [reader(open_source(spec)) for spec in specs]
 
-    def pairs_of(source: Source) -> list[Preference]:
-        rows, report = readers.preferences(source)
-        reports.append(report)
-        return rows
-
-    def demonstrations_of(source: Source, name: str) -> list[Demonstration]:
-        rows, report = readers.demonstrations(source)
-        reports.append(dataclasses.replace(report, source=name))
-        return [row for row in rows if not held_out(row)]
-
-    training: list[Preference] = []
-    validation: list[Preference] = []
-    imitated: list[Demonstration] = []
+    pairs: list[Part[Preference]] = []
+    imitated = read(data.sft_path, readers.demonstrations)
     for source in map(open_source, data.path):
-        rows = pairs_of(source)
-        own = [row for row in rows if not held_out(row)]
-        training += own
-        validation += [row for row in rows if held_out(row)]
+        rows, report = readers.preferences(source)
+        pairs.append((rows, report))
         if data.sft_path:
             continue
         if data.kind == "tldr" and tldr.has_references(source):
-            imitated += demonstrations_of(source, f"{source.name} (references)")
+            references, own = readers.demonstrations(source)
+            imitated.append((references, dataclasses.replace(own, source=f"{source.name} (references)")))
         else:
-            imitated += [Demonstration(row.prompt, row.chosen, row.group) for row in own]
-    tests = [row for source in map(open_source, data.test_path) for row in pairs_of(source)]
-    for source in map(open_source, data.sft_path):
-        imitated += demonstrations_of(source, source.name)
-    held = tests if data.test_path else validation
-    prompts = _each_once(training)
-    if data.prompt_path:
-        prompts = _read_prompts(data.prompt_path, readers, set(_each_once(held)), reports)
-    return Corpus(imitated, training, held, prompts, reports)
-
-
-def _read_prompts(specs: tuple[str, ...], readers: _Readers, tests: set[str], reports: list[DataReport]) -> list[str]:
-    """The prompts of data.prompt_path, without repetitions and without those that are tested on."""
-    prompts: dict[str, None] = {}
-    for source in map(open_source, specs):
-        rows, report = readers.prompts(source)
-        for prompt in rows:
-            if prompt in tests:
-                report.drop("also a test prompt")
-            elif prompt in prompts:
-                report.drop("repeated prompt")
-            else:
-                prompts[prompt] = None
-        report.kept = report.read - report.dropped.total()
-        reports.append(report)
-    return list(prompts)
-
-
-def _each_once(rows: Iterable[Preference]) -> list[str]:
-    return list(dict.fromkeys(row.prompt for row in rows))
+            # counted with the pairs
+            imitated.append(([Demonstration(r.prompt, r.chosen, r.group, r.category) for r in rows], DataReport("")))
+    return _assemble(
+        data,
+        demonstrations=imitated,
+        pairs=pairs,
+        tests=read(data.test_path, readers.preferences),
+        prompts=read(data.prompt_path, readers.prompts),
+        test_prompts=read(data.test_prompt_path, readers.prompts),
+    )
 
 
 def fingerprint_model(path: str) -> str:

@@ -7,15 +7,18 @@ from mpo_jax.data.records import (
     DataReport,
     Drop,
     Preference,
+    Prompt,
     Renderer,
+    asked,
     collect,
     prompt_only,
-    said,
+    row_category,
     text_field,
 )
 from mpo_jax.data.sources import Row, Source
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+CATEGORIES = ("helpful", "harmless")
 _ROLES = {HUMAN: "user", ASSISTANT: "assistant"}
 
 
@@ -26,7 +29,7 @@ def read_hh(
 
     Strict drops, by counted reason: equal sides, a rejected side with another prompt, an empty response, turns that do
     not alternate. Otherwise every row is kept, a foreign rejected side with what follows its own last turn; as a chat,
-    every row that has a turn before the response. A group is the prompt as it stands in the file.
+    every row that has a turn before the response. A category that no field names is the source's (`source_category`).
     """
 
     def convert(place: str, row: Row) -> Preference:
@@ -39,23 +42,32 @@ def read_hh(
         if render.wrap:
             replies = replies[0].strip(), replies[1].strip()
         text, (first, second) = render.render(_context(prompt, render), replies, place)
-        return Preference(text, first, second, prompt)
+        category = row_category(row) or source_category(place)
+        return Preference(text, first, second, render.group(prompt), category)
 
     return collect(source, max_rows, convert)
 
 
 def read_hh_prompts(
     source: Source, *, strict: bool = True, max_rows: int | None = None, render: Renderer
-) -> tuple[list[str], DataReport]:
-    """The prompts of rows {prompt} (see `read_prompts`) or of HH-RLHF's own {chosen, rejected}. Drops empty ones."""
+) -> tuple[list[Prompt], DataReport]:
+    """The prompts of HH-RLHF's own {chosen, rejected}, or of any row that `read_prompts` takes. Drops empty ones."""
 
-    def convert(place: str, row: Row) -> str:
-        own = "prompt" not in row and "chosen" in row
-        prompt = _prompt(text_field(row, "chosen", place)) if own else said(row, "prompt", place)
+    def convert(place: str, row: Row) -> Prompt:
+        own = "prompt" not in row and isinstance(row.get("chosen"), str)
+        prompt = _prompt(text_field(row, "chosen", place)) if own else asked(row, place, render)
         context = _context(prompt, render) if isinstance(prompt, str) else prompt
-        return prompt_only(context, place, strict=strict, render=render)
+        category = row_category(row) or source_category(place)
+        return prompt_only(context, place, group=render.group(prompt), category=category, strict=strict, render=render)
 
     return collect(source, max_rows, convert)
+
+
+def source_category(place: str) -> str | None:
+    """`helpful` or `harmless`, as the last part of a file's, folder's or hub data set's name that says one of them."""
+    parts = re.split(r"[/:]", place.lower())
+    named = ({word for word in CATEGORIES if word in part} for part in reversed(parts))
+    return next((words.pop() for words in named if len(words) == 1), None)
 
 
 def dialogue_turns(prompt: str) -> list[Message]:

@@ -15,22 +15,39 @@ T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A prompt as the model is to see it.
+
+    Attributes:
+      group: the prompt's text before rendering, whatever layout and whitespace it came in (see `Renderer.group`). Rows
+        of one group are on one side of every split.
+      category: what tables are broken down by, where the row or its source names one.
+    """
+
+    prompt: str
+    group: str
+    category: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Demonstration:
-    """A prompt and a response to imitate. `group` decides on which side of the validation split the row falls."""
+    """A prompt and a response to imitate; `group` and `category` as of `Prompt`."""
 
     prompt: str
     response: str
     group: str
+    category: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Preference:
-    """A prompt with a preferred and a less preferred response."""
+    """A prompt with a preferred and a less preferred response; `group` and `category` as of `Prompt`."""
 
     prompt: str
     chosen: str
     rejected: str
     group: str
+    category: str | None = None
 
 
 @dataclasses.dataclass
@@ -86,6 +103,15 @@ class Renderer:
     wrap: bool = False
     turns: Callable[[str], list[Message]] = user_turn
 
+    def group(self, prompt: str | list[Message]) -> str:
+        """The group of a prompt: its text without differences in whitespace, or its turns' if it has several.
+
+        It does not depend on the model, and a plain prompt has the group of the conversation that it stands for.
+        """
+        turns = self.turns(prompt) if isinstance(prompt, str) else prompt
+        texts = [[turn["role"], one_line(turn["content"])] for turn in turns]
+        return texts[0][1] if len(texts) == 1 and texts[0][0] == "user" else json.dumps(texts)
+
     def render(self, prompt: str | list[Message], replies: Sequence[str], place: str) -> tuple[str, list[str]]:
         """Prompt and replies as the model is to see them.
 
@@ -127,12 +153,12 @@ def read_preferences(
         prompt = [] if implicit else said(row, "prompt", place)
         chosen, rejected = said(row, "chosen", place), said(row, "rejected", place)
         if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
-            return preference(prompt, chosen, rejected, place, strict=strict, render=render)
+            return preference(prompt, chosen, rejected, place, category=row_category(row), strict=strict, render=render)
         context, reply = _last_reply(prompt, chosen, f"{place}: field 'chosen'", render)
         other, other_reply = _last_reply(prompt, rejected, f"{place}: field 'rejected'", render)
         if strict and context != other:
             raise Drop("rejected has another prompt")
-        return preference(context, reply, other_reply, place, strict=strict, render=render)
+        return preference(context, reply, other_reply, place, category=row_category(row), strict=strict, render=render)
 
     return collect(source, max_rows, convert)
 
@@ -160,26 +186,42 @@ def read_demonstrations(
         response = said(row, field, place)
         if not isinstance(prompt, str) or not isinstance(response, str):
             prompt, response = _last_reply(prompt, response, f"{place}: field {field!r}", render)
-        return demonstration(prompt, response, place, strict=strict, render=render)
+        return demonstration(prompt, response, place, category=row_category(row), strict=strict, render=render)
 
     return collect(source, max_rows, convert)
 
 
 def read_prompts(
     source: Source, *, strict: bool = True, max_rows: int | None = None, render: Renderer
-) -> tuple[list[str], DataReport]:
-    """Rows {prompt}: a string, or a conversation that the assistant is to continue. Other fields are ignored.
-
-    Drops empty prompts, counted.
+) -> tuple[list[Prompt], DataReport]:
+    """The prompts of rows {prompt}, a string or a conversation that the assistant is to continue, or of rows that
+    `read_preferences` and `read_demonstrations` take. Drops empty prompts, counted.
 
     Raises:
       UserError: a missing field, or one of another type.
     """
 
-    def convert(place: str, row: Row) -> str:
-        return prompt_only(said(row, "prompt", place), place, strict=strict, render=render)
+    def convert(place: str, row: Row) -> Prompt:
+        prompt = asked(row, place, render)
+        return prompt_only(prompt, place, category=row_category(row), strict=strict, render=render)
 
     return collect(source, max_rows, convert)
+
+
+def asked(row: Row, place: str, render: Renderer) -> str | list[Message]:
+    """The prompt of a row of any layout, as the reader of that layout takes it.
+
+    Raises:
+      UserError: a missing field, or one of another type.
+    """
+    sides = ("chosen", "response", "completion")
+    field = next((name for name in sides if isinstance(row.get(name), list)), None)
+    if field is None and row.get("prompt") is None and row.get("messages") is not None:
+        field = "messages"
+    if field is None:
+        return said(row, "prompt", place)
+    prompt = [] if row.get("prompt") is None else said(row, "prompt", place)
+    return _last_reply(prompt, said(row, field, place), f"{place}: field {field!r}", render)[0]
 
 
 def preference(
@@ -189,10 +231,11 @@ def preference(
     place: str,
     *,
     group: str | None = None,
+    category: str | None = None,
     strict: bool,
     render: Renderer,
 ) -> Preference:
-    """A checked and rendered row; its group is the prompt before rendering unless given, whatever the model.
+    """A checked and rendered row; its group is the prompt's unless given.
 
     Raises:
       Drop: if the row is not to be used.
@@ -201,7 +244,7 @@ def preference(
         raise Drop("chosen equals rejected")
     _drop_empty(prompt, (chosen, rejected), strict)
     text, (first, second) = render.render(prompt, (chosen, rejected), place)
-    return Preference(text, first, second, _group(prompt) if group is None else group)
+    return Preference(text, first, second, render.group(prompt) if group is None else group, category)
 
 
 def demonstration(
@@ -210,19 +253,40 @@ def demonstration(
     place: str,
     *,
     group: str | None = None,
+    category: str | None = None,
     strict: bool,
     render: Renderer,
 ) -> Demonstration:
     """As `preference`, for a row with one response."""
     _drop_empty(prompt, (response,), strict)
     text, (reply,) = render.render(prompt, (response,), place)
-    return Demonstration(text, reply, _group(prompt) if group is None else group)
+    return Demonstration(text, reply, render.group(prompt) if group is None else group, category)
 
 
-def prompt_only(prompt: str | list[Message], place: str, *, strict: bool, render: Renderer) -> str:
+def prompt_only(
+    prompt: str | list[Message],
+    place: str,
+    *,
+    group: str | None = None,
+    category: str | None = None,
+    strict: bool,
+    render: Renderer,
+) -> Prompt:
     """As `preference`, for a row without a response."""
     _drop_empty(prompt, (), strict)
-    return render.render(prompt, (), place)[0]
+    text, _ = render.render(prompt, (), place)
+    return Prompt(text, render.group(prompt) if group is None else group, category)
+
+
+def row_category(row: Row) -> str | None:
+    """The row's own field `category`, where it holds a text."""
+    category = row.get("category")
+    return category.strip() or None if isinstance(category, str) else None
+
+
+def one_line(text: str) -> str:
+    """The text with every run of whitespace as one space, and none at its ends."""
+    return " ".join(text.split())
 
 
 def said(row: Row, field: str, place: str) -> str | list[Message]:
@@ -291,7 +355,3 @@ def _drop_empty(prompt: str | list[Message], replies: Sequence[str], strict: boo
         raise Drop("empty prompt")
     if strict and not all(reply.strip() for reply in replies):
         raise Drop("empty response")
-
-
-def _group(prompt: str | list[Message]) -> str:
-    return prompt if isinstance(prompt, str) else json.dumps([[m["role"], m["content"]] for m in prompt])

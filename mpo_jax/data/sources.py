@@ -68,7 +68,8 @@ def open_source(spec: str) -> Source:
         return _open_folder(spec, path)
     if not path.is_file():
         raise UserError(
-            f"no data file {spec}: check data.path, data.sft_path, data.test_path and data.prompt_path"
+            f"no data file {spec}: check data.path, data.sft_path, data.test_path, data.prompt_path and "
+            "data.test_prompt_path"
             f" (a data set of the Hugging Face hub is {HUB_FORM})"
         )
     return _open_file(spec, path)

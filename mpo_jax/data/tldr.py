@@ -3,15 +3,17 @@
 A query is `SUBREDDIT: r/{subreddit}\\n\\nTITLE: {title}\\n\\nPOST: {post}\\n\\nTL;DR:`, and a summary follows it after
 exactly one space. A row's layout is known by its fields:
 
-    {subreddit, title, post, summary}        a post and its author's summary; `id`, where present, is its group
+    {subreddit, title, post, summary}        a post and its author's summary
     {info, summaries, choice}                a post or news article in info, two summaries, the better one's index
     {prompt, reference, model_1b, preferred} a query, the author's summary, a model's, and which one is better, or null
     {prompt, label}, {prompt, completion}, {prompt, response}    a query and a summary
     {prompt, chosen, rejected}               a query and two summaries
 
-The group of a row is its post's id; without one, and where the query stands ready, the query.
+The group of a row is its query up to the final `TL;DR:`, so that a post has one group in all layouts. Its category is
+the subreddit.
 """
 
+import re
 from collections.abc import Sequence
 
 from mpo_jax.data.records import (
@@ -19,11 +21,14 @@ from mpo_jax.data.records import (
     Demonstration,
     Drop,
     Preference,
+    Prompt,
     Renderer,
     collect,
     demonstration,
+    one_line,
     preference,
     prompt_only,
+    row_category,
     text_field,
 )
 from mpo_jax.data.sources import Row, Source
@@ -42,6 +47,7 @@ SUMMARY_OF: dict[Layout, str] = {
     ("prompt", "response"): "response",
 }
 END = "TL;DR:"
+_SUBREDDIT = re.compile(r"\s*SUBREDDIT: (r/\S+)")
 
 
 def read_tldr_preferences(
@@ -58,7 +64,7 @@ def read_tldr_preferences(
 
     def convert(place: str, row: Row) -> Preference:
         layout = _layout(row, (COMPARISON, REFERENCE, PAIR), place)
-        query, group = _query(row, place, keep_news)
+        query = _query(row, place, keep_news)
         if layout == COMPARISON:
             chosen, rejected = _compared(row, place)
         elif layout == REFERENCE:
@@ -67,7 +73,7 @@ def read_tldr_preferences(
             chosen, rejected = text_field(row, "chosen", place), text_field(row, "rejected", place)
             query, chosen, rejected = _end_in_query(query, chosen, rejected)
         sides = _spaced(chosen), _spaced(rejected)
-        return preference(query, *sides, place, group=group, strict=strict, render=render)
+        return preference(query, *sides, place, **_named(query, row), strict=strict, render=render)
 
     return collect(source, max_rows, convert)
 
@@ -83,28 +89,28 @@ def read_tldr_demonstrations(
 
     def convert(place: str, row: Row) -> Demonstration:
         layout = _layout(row, tuple(SUMMARY_OF), place)
-        query, group = _query(row, place, keep_news=False)
+        query = _query(row, place, keep_news=False)
         summary = _spaced(text_field(row, SUMMARY_OF[layout], place))
-        return demonstration(query, summary, place, group=group, strict=strict, render=render)
+        return demonstration(query, summary, place, **_named(query, row), strict=strict, render=render)
 
     return collect(source, max_rows, convert)
 
 
 def read_tldr_prompts(
     source: Source, *, strict: bool = True, max_rows: int | None = None, render: Renderer, keep_news: bool = False
-) -> tuple[list[str], DataReport]:
+) -> tuple[list[Prompt], DataReport]:
     """The queries of rows of any layout, or {prompt} alone. Drops news articles unless `keep_news`, counted.
 
     Raises:
       UserError: a layout without a query, or a field that is missing or of another kind.
     """
 
-    def convert(place: str, row: Row) -> str:
+    def convert(place: str, row: Row) -> Prompt:
         layout = _layout(row, (COMPARISON, POST[:-1], PAIR, ("prompt",)), place)
-        query, _ = _query(row, place, keep_news)
+        query = _query(row, place, keep_news)
         if layout == PAIR:
             query, *_ = _end_in_query(query, *(text_field(row, side, place) for side in PAIR[1:]))
-        return prompt_only(query, place, strict=strict, render=render)
+        return prompt_only(query, place, **_named(query, row), strict=strict, render=render)
 
     return collect(source, max_rows, convert)
 
@@ -125,11 +131,9 @@ def _layout(row: Row, known: Sequence[Layout], place: str) -> Layout:
     )
 
 
-def _query(row: Row, place: str, keep_news: bool) -> tuple[str, str]:
-    """A row's query and group."""
+def _query(row: Row, place: str, keep_news: bool) -> str:
     if "prompt" in row:
-        prompt = text_field(row, "prompt", place)
-        return prompt, prompt
+        return text_field(row, "prompt", place)
     post = row.get("info", row)
     if not isinstance(post, dict):
         raise UserError(f"{place}: field 'info' must be an object, not {type(post).__name__}")
@@ -138,11 +142,18 @@ def _query(row: Row, place: str, keep_news: bool) -> tuple[str, str]:
     if not post.get("post") and post.get("article"):
         if not keep_news:
             raise Drop("news article")
-        query = f"Article:\n{text_field(post, 'article', where)}\n\n{END}"
-    else:
-        subreddit, title, body = (text_field(post, field, where) for field in ("subreddit", "title", "post"))
-        query = f"SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {body}\n\n{END}"
-    return query, query if post.get("id") is None else str(post["id"])
+        return f"Article:\n{text_field(post, 'article', where)}\n\n{END}"
+    subreddit, title, body = (text_field(post, field, where) for field in ("subreddit", "title", "post"))
+    return f"SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {body}\n\n{END}"
+
+
+def _named(query: str, row: Row) -> dict[str, str | None]:
+    """A row's group and category."""
+    found, field = _SUBREDDIT.match(query), row.get("subreddit")
+    subreddit = found and found[1]
+    if subreddit is None and isinstance(field, str) and field:
+        subreddit = f"r/{field.removeprefix('r/')}"
+    return {"group": one_line(query.rstrip().removesuffix(END)), "category": row_category(row) or subreddit}
 
 
 def _compared(row: Row, place: str) -> tuple[str, str]:

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import transformers
 from mpo_jax.text import CHUNK_TEXTS, TextCodec
 
 FORMAT = 1
+VISIT_STEP = 0x9E3779B9
 PERCENTILES = {"p50": 50, "p90": 90, "p99": 99, "max": 100}
 
 Ids = Sequence[int] | np.ndarray
@@ -26,16 +28,27 @@ Row = tuple[str, tuple[str, ...]]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Example:
-    """A tokenized prompt with its responses, and extra numbers that travel with the row."""
+    """A tokenized prompt with its responses, and extra numbers that travel with the row.
+
+    Attributes:
+      visit: how many rows before this one have the same prompt, where rows are sampled from (see `number_visits`).
+    """
 
     prompt: Ids
     responses: Sequence[Ids]
     extra: tuple[float, ...] = ()
+    visit: int = 0
+
+    @property
+    def fingerprint(self) -> int:
+        """32 bits of sha256 of the prompt's ids."""
+        return int.from_bytes(hashlib.sha256(np.asarray(self.prompt, np.int32).tobytes()).digest()[:4], "big")
 
     @property
     def key(self) -> int:
-        """32 bits of sha256 of the prompt's ids: what the row's random numbers are folded from."""
-        return int.from_bytes(hashlib.sha256(np.asarray(self.prompt, np.int32).tobytes()).digest()[:4], "big")
+        """32 bits that the row's random numbers are folded from: another key for every visit of a prompt."""
+        # an odd step is a permutation of the residues, so that no two visits share a key
+        return (self.fingerprint + self.visit * VISIT_STEP) % 2**32
 
 
 @dataclasses.dataclass
@@ -95,6 +108,18 @@ def tokenize(codec: TextCodec, rows: Sequence[Row], *, cache: Path | None = None
         if path is not None:
             _write(path, table)
     return _examples(table, rows, numbers), _report(table, rows, numbers)
+
+
+def number_visits(examples: Sequence[Example]) -> list[Example]:
+    """The same rows, those whose prompt has come before numbered, so that each row draws samples of its own."""
+    seen: Counter[int] = Counter()
+    numbered = []
+    for example in examples:
+        fingerprint = example.fingerprint
+        visit = seen[fingerprint]
+        seen[fingerprint] += 1
+        numbered.append(dataclasses.replace(example, visit=visit) if visit else example)
+    return numbered
 
 
 def _encode(codec: TextCodec, prompts: Sequence[str], responses: Sequence[str]) -> _Table:

@@ -98,11 +98,17 @@ def by_threshold(signed_gap_N: np.ndarray, thresholds: Sequence[float]) -> list[
 HELD_OUT = "held_out.parquet"
 
 
-def write_gaps(folder: Path, gap_N: np.ndarray, truth_N: np.ndarray | None) -> None:
-    """Writes `held_out.parquet`: score of chosen minus rejected of every held-out pair, and true utility likewise."""
+def write_gaps(
+    folder: Path, gap_N: np.ndarray, truth_N: np.ndarray | None, category_N: Sequence[str | None] = ()
+) -> None:
+    """Writes `held_out.parquet`: score of chosen minus rejected of every held-out pair, true utility likewise, and the
+    pair's category; the last two where any is known.
+    """
     columns: dict[str, Any] = {"gap": np.asarray(gap_N, np.float32)}
     if truth_N is not None:
         columns["truth"] = np.asarray(truth_N, np.float64)
+    if any(category is not None for category in category_N):
+        columns["category"] = pa.array(category_N, pa.string())
     pq.write_table(pa.table(columns), folder / HELD_OUT)
 
 

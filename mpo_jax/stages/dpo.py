@@ -132,7 +132,7 @@ def _reference_logps(config: Config, mesh: Mesh, reference: Artifact, examples: 
 
 
 def _human_examples(config: Config, codec: TextCodec) -> list[Example]:
-    rows = load_corpus(config).pairs
+    rows = load_corpus(config).human_pairs(config.select.num_prompts)
     texts = [(row.prompt, (row.chosen, row.rejected)) for row in rows]
     return tokenize(codec, texts, cache=config.runtime.token_cache_folder)[0]
 

@@ -94,7 +94,9 @@ def run(
     if is_main():
         with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
             for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-                values = {name: column[row].item() for name, column in columns.items()}
+                values: dict[str, Any] = {name: column[row].item() for name, column in columns.items()}
+                if (category := corpus.category(prompt)) is not None:
+                    values["category"] = category
                 file.write(json.dumps({"prompt": prompt, "response": response, **values}, ensure_ascii=False) + "\n")
     summary: dict[str, Any] = {"prompts": len(prompts), "truncated_prompts": report.truncated_prompts}
     for name, column in columns.items():

@@ -19,7 +19,7 @@ from mpo_jax.config import Config, OptimConfig, PpoConfig, TrainConfig
 from mpo_jax.data.batches import Buckets, TrainBatches, num_steps
 from mpo_jax.data.corpus import known_utility, load_corpus
 from mpo_jax.data.pair_table import PairTable, Subset
-from mpo_jax.data.tokens import tokenize
+from mpo_jax.data.tokens import number_visits, tokenize
 from mpo_jax.evaluation.truth import Truth, make_rollout_utility
 from mpo_jax.generate import Sampling, make_generate
 from mpo_jax.model import loading
@@ -213,7 +213,7 @@ def run(
     loading.save_description(folder / "critic", reward_model, codec, scalar=True)
 
     prompts = [(prompt, ()) for prompt in _prompts(config, pairs, subset)]
-    examples, _ = tokenize(codec, prompts, cache=config.runtime.token_cache_folder)
+    examples = number_visits(tokenize(codec, prompts, cache=config.runtime.token_cache_folder)[0])
     buckets = Buckets.of(examples, config.text.length_buckets)
     size = ppo.train.batch_size
     iterations = num_steps(len(examples), epochs=ppo.train.epochs, steps=ppo.train.steps, batch_size=size)
@@ -394,9 +394,10 @@ class _timed:
 
 def _prompts(config: Config, pairs: Artifact | None, subset: Subset) -> list[str]:
     if pairs is None:
-        return load_corpus(config).prompts
+        return load_corpus(config).sampled_prompts(config.select.num_prompts)
     table = PairTable.read(pairs.path)
-    return list(dict.fromkeys(table.prompt[row] for row in table.rows(subset, config.select)))
+    prompts = [table.prompt[row] for row in table.rows(subset, config.select)]
+    return prompts if config.data.prompts == "rows" else list(dict.fromkeys(prompts))
 
 
 def _demonstrations(config: Config, codec: TextCodec) -> TrainBatches:

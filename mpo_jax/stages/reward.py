@@ -92,7 +92,7 @@ def _train(
         model, params = loading.load_base(config, codec, mesh, stage_key(config.seed, "init"))
     params = loading.to_scalar(model, params, mesh)
     loading.save_description(folder / "model", model, codec, scalar=True)
-    rows = [(row.prompt, (row.chosen, row.rejected)) for row in corpus.pairs]
+    rows = [(row.prompt, (row.chosen, row.rejected)) for row in corpus.reward_pairs]
     examples, report = tokenize(codec, rows, cache=config.runtime.token_cache_folder)
     step = make_step(model, train.optim, config.reward.loss, train.accumulation, mesh)
     params, trained = fit_examples(
@@ -122,9 +122,9 @@ def _measure(
     config: Config, mesh: Mesh, folder: Path, model: Model, params: Params, corpus: Corpus, codec: TextCodec
 ) -> dict[str, Any]:
     """Accuracy on the held-out pairs, against their labels and, where it is known, the truth; writes their gaps."""
-    if not corpus.held_out:
+    if not corpus.reward_test:
         return {"held_out_accuracy": None, "accuracy_by_gap": None}
-    rows = [(row.prompt, (row.chosen, row.rejected)) for row in corpus.held_out]
+    rows = [(row.prompt, (row.chosen, row.rejected)) for row in corpus.reward_test]
     held_out, _ = tokenize(codec, rows, cache=config.runtime.token_cache_folder)
     score = functional.make_score_pairs(model, mesh)
     score_BN = map_batches(
@@ -150,12 +150,12 @@ def _measure(
     truth = None
     if corpus.utility is not None:
         truth = np.asarray(
-            [corpus.utility(r.prompt, r.chosen) - corpus.utility(r.prompt, r.rejected) for r in corpus.held_out]
+            [corpus.utility(r.prompt, r.chosen) - corpus.utility(r.prompt, r.rejected) for r in corpus.reward_test]
         )
         decided = truth != 0
         summary["true_accuracy"] = float(((gap > 0) == (truth > 0))[decided].mean())
         summary["true_accuracy_by_gap"] = accuracy_by_gap(against_truth(gap, truth))
         summary["label_accuracy"] = float((truth > 0)[decided].mean())
     if is_main():
-        write_gaps(folder, gap, truth)
+        write_gaps(folder, gap, truth, [row.category for row in corpus.reward_test])
     return summary

@@ -15,7 +15,7 @@ from mpo_jax.config import Config, SelectConfig
 from mpo_jax.data.batches import Buckets, map_batches
 from mpo_jax.data.corpus import Corpus, load_corpus
 from mpo_jax.data.pair_table import PairTable
-from mpo_jax.data.tokens import Example, tokenize
+from mpo_jax.data.tokens import Example, number_visits, tokenize
 from mpo_jax.evaluation.calibration import accuracy_by_gap, against_truth
 from mpo_jax.generate import Sampling
 from mpo_jax.model import functional, loading
@@ -41,9 +41,10 @@ def run(config: Config, mesh: Mesh, folder: Path, *, sft: Artifact, reward: Arti
         examples, prompts = _sampled(config, mesh, folder, corpus, codec, sft)
         labels = None
     else:
-        rows = [(row.prompt, (row.chosen, row.rejected)) for row in corpus.pairs]
+        pairs = corpus.human_pairs(config.select.num_prompts)
+        rows = [(row.prompt, (row.chosen, row.rejected)) for row in pairs]
         examples, _ = tokenize(codec, rows, cache=config.runtime.token_cache_folder)
-        prompts = [row.prompt for row in corpus.pairs]
+        prompts = [row.prompt for row in pairs]
         labels = np.zeros(len(prompts), np.int32)
 
     reward_model, reward_params = loading.load(reward.model, config, mesh, scalar=True, frozen=True)
@@ -74,8 +75,9 @@ def _sampled(
         temperature=config.select.temperature,
         top_p=config.select.top_p,
     )
-    prompts = corpus.prompts[: config.select.num_prompts]
+    prompts = corpus.sampled_prompts(config.select.num_prompts)
     examples, _ = tokenize(codec, [(prompt, ()) for prompt in prompts], cache=config.runtime.token_cache_folder)
+    examples = number_visits(examples)
     tracker = Tracker(folder, "select", len(examples), tensorboard=False)
     found = sample_all(
         model,

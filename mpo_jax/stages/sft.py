@@ -104,7 +104,7 @@ def _show(corpus: Corpus, tokens: TokenReport) -> None:
         dropped = "".join(f", {count} dropped: {reason}" for reason, count in source.dropped.items())
         console.print(f"  {source.source}: {source.read} rows read, {source.kept} kept{dropped}", soft_wrap=True)
     console.print(
-        f"  {len(corpus.demonstrations)} demonstrations, {len(corpus.pairs)} pairs, {len(corpus.held_out)} held out; "
+        f"  {corpus.sizes}; "
         f"cut to fit: {tokens.truncated_prompts} prompts, {tokens.truncated_responses} responses of the demonstrations",
         soft_wrap=True,
     )

@@ -8,7 +8,7 @@ import pytest
 from mpo_jax.config import Config, DataConfig, ModelConfig, SftConfig, TextConfig, ToyConfig
 from mpo_jax.data import corpus as corpora
 from mpo_jax.data import toy
-from mpo_jax.data.corpus import base_tokenizer, fingerprint
+from mpo_jax.data.corpus import TESTED, base_tokenizer, fingerprint
 from mpo_jax.data.records import is_validation
 from mpo_jax.errors import UserError
 
@@ -58,7 +58,9 @@ def test_files_are_split_by_prompt_into_disjoint_sets(tmp_path, kind, make):
 
 def test_all_rows_of_a_prompt_fall_on_one_side(tmp_path):
     path = write(tmp_path / "a.jsonl", pairs(0, 50, times=4))
-    corpus = load_corpus(DataConfig(kind="pairs", path=path, validation_fraction=0.3))
+    config = DataConfig(kind="pairs", path=path, validation_fraction=0.3)
+    assert load_corpus(config).prompts == [row.prompt for row in load_corpus(config).pairs]
+    corpus = load_corpus(config.model_copy(update={"prompts": "unique"}))
     assert len(corpus.pairs) + len(corpus.held_out) == 200
     assert not prompts(corpus.pairs) & prompts(corpus.held_out)
     assert corpus.prompts == list(dict.fromkeys(row.prompt for row in corpus.pairs))
@@ -73,16 +75,25 @@ def test_demonstrations_of_their_own_stay_out_of_the_held_out_prompts(tmp_path):
     assert all(d.response.startswith(" own") for d in corpus.demonstrations)
     assert not prompts(corpus.demonstrations) & prompts(corpus.held_out)
     assert prompts(corpus.demonstrations) >= prompts(corpus.pairs)
-    assert corpus.reports[-1].source == sft
+    report = corpus.reports[-1]
+    assert (report.source, report.kept) == (sft, len(corpus.demonstrations))
+    assert dict(report.dropped) == {
+        TESTED: len(corpus.held_out),
+        "validation prompt": 250 - len(corpus.held_out) - len(corpus.demonstrations),
+    }
 
 
 def test_test_files_replace_the_validation_rows(tmp_path):
     path, test = write(tmp_path / "a.jsonl", pairs(0, 200)), write(tmp_path / "t.jsonl", pairs(500, 520))
     corpus = load_corpus(DataConfig(kind="pairs", path=path, test_path=test, validation_fraction=0.2))
     assert corpus.test_prompts == [f"prompt {i}" for i in range(500, 520)]
-    assert not any(is_validation(row.group, seed=0, fraction=0.2) for row in corpus.pairs)
+    # the validation rows are kept from the reward model alone
+    assert len(corpus.pairs) == len(corpus.demonstrations) == len(corpus.prompts) == 200
+    assert corpus.validation == [row for row in corpus.pairs if is_validation(row.group, seed=0, fraction=0.2)]
+    assert corpus.reward_pairs == [row for row in corpus.pairs if row not in corpus.validation]
+    assert 17 <= len(corpus.validation) <= 63  # 4 standard deviations around 40
     everything = load_corpus(DataConfig(kind="pairs", path=path, test_path=test, validation_fraction=0.0))
-    assert len(everything.pairs) == 200
+    assert everything.reward_pairs == everything.pairs == corpus.pairs and everything.validation == []
 
 
 def test_filter_and_max_rows_reach_the_reader(tmp_path):
@@ -111,7 +122,7 @@ def test_the_kind_chooses_the_readers(tmp_path):
     row = {"prompt": "p", "chosen": f"{dialogue} y", "rejected": f"{dialogue} z"}
     path = write(tmp_path / "a.jsonl", [row])
     found = {
-        kind: load_corpus(DataConfig(kind=kind, path=path, test_path=path, validation_fraction=0.0)).pairs[0]
+        kind: load_corpus(DataConfig(kind=kind, path=path, validation_fraction=0.0)).pairs[0]
         for kind in ("pairs", "hh", "tldr")
     }
     assert [(row.prompt, row.chosen) for row in found.values()] == [
@@ -148,25 +159,24 @@ def test_tldr_imitates_all_references_of_the_training_side(tmp_path):
     corpus = load_corpus(DataConfig(kind="tldr", path=path, validation_fraction=0.2))
     assert len(corpus.pairs) + len(corpus.held_out) == 200 and len(corpus.demonstrations) > len(corpus.pairs)
     assert {d.response for d in corpus.demonstrations} == {
-        f" own {i}" for i in range(300) if not is_validation(f"POST: {i}\n\nTL;DR:", seed=0, fraction=0.2)
+        f" own {i}" for i in range(300) if not is_validation(f"POST: {i}", seed=0, fraction=0.2)
     }
     assert not prompts(corpus.demonstrations) & prompts(corpus.held_out)
     reports = [(r.source, r.read, r.kept, dict(r.dropped)) for r in corpus.reports]
-    assert reports == [(path, 300, 200, {"no preference": 100}), (f"{path} (references)", 300, 300, {})]
+    assert reports[0] == (path, 300, 200, {"no preference": 100})
+    kept, tested = len(corpus.demonstrations), len(corpus.held_out)
+    dropped = {TESTED: tested, "validation prompt": 300 - kept - tested}
+    assert reports[1:] == [(f"{path} (references)", 300, kept, dropped)]
 
 
 def test_tldr_imitates_chosen_summaries_or_files_of_its_own(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"prompt": f"{i} TL;DR:", "chosen": "a", "rejected": "b"} for i in range(99)])
     corpus = load_corpus(DataConfig(kind="tldr", path=path))
     assert [(d.prompt, d.response) for d in corpus.demonstrations] == [(p.prompt, " a") for p in corpus.pairs]
-    posts = [{"id": f"{i} TL;DR:", "subreddit": "s", "title": "t", "post": str(i), "summary": "own"} for i in range(99)]
-    both = (path, write(tmp_path / "b.jsonl", tldr(0, 99)))
-    sft = write(tmp_path / "sft.jsonl", posts)
-    corpus = load_corpus(DataConfig(kind="tldr", path=both, sft_path=sft))
+    sft = write(tmp_path / "sft.jsonl", [{"prompt": f"{i} TL;DR:", "label": "own"} for i in range(99)])
+    corpus = load_corpus(DataConfig(kind="tldr", path=path, sft_path=sft))
     assert {d.response for d in corpus.demonstrations} == {" own"}
-    # the post's id keeps a held-out post out of SFT, whatever its text
-    trained = {d.prompt.partition("POST: ")[2].partition("\n")[0] for d in corpus.demonstrations}
-    assert trained == {p.prompt.split()[0] for p in corpus.pairs if p.prompt[0].isdigit()} and len(trained) < 99
+    assert prompts(corpus.demonstrations) == prompts(corpus.pairs) and len(corpus.pairs) < 99
 
 
 def test_news_are_kept_on_request(tmp_path):
@@ -201,6 +211,10 @@ def test_prompts_of_their_own_are_used_as_they_are_but_for_the_tests(tmp_path, k
     rows = [{"prompt": prompt} for prompt in (*fresh, *held_out[:2], "fresh 3", " ")]
     own = write(tmp_path / "p.jsonl", rows), write(tmp_path / "q.jsonl", [{"prompt": "fresh 1"}, {"prompt": "last"}])
     corpus = load_corpus(config.model_copy(update={"prompt_path": own}))
+    assert corpus.prompts == [*fresh, "fresh 3", "fresh 1", "last"]
+    dropped = {"empty prompt": 1, "also a test prompt": 2}
+    assert corpus.reports[-2].to_dict() == {"source": own[0], "read": 104, "kept": 101, "dropped": dropped}
+    corpus = load_corpus(config.model_copy(update={"prompt_path": own, "prompts": "unique"}))
     assert corpus.prompts == [*fresh, "last"]
     assert any(is_validation(prompt, seed=0, fraction=0.2) for prompt in corpus.prompts)
     assert corpus.test_prompts == held_out and corpus.pairs == load_corpus(config).pairs
@@ -216,7 +230,8 @@ def test_prompts_of_their_own_are_used_as_they_are_but_for_the_tests(tmp_path, k
 
 def test_no_prompts_left_is_an_error(tmp_path):
     path = write(tmp_path / "a.jsonl", pairs(0, 20))
-    config = DataConfig(kind="pairs", path=path, test_path=path, prompt_path=path, validation_fraction=0.0)
+    test = write(tmp_path / "t.jsonl", pairs(20, 40))
+    config = DataConfig(kind="pairs", path=path, test_path=test, prompt_path=test, validation_fraction=0.0)
     with pytest.raises(UserError, match=r"no prompts rows.*'also a test prompt': 20"):
         load_corpus(config)
 
@@ -285,10 +300,26 @@ def test_the_toy_world_has_no_chats():
 def test_the_toy_world_brings_its_utility():
     corpus = load_corpus(DataConfig(toy=TOY))
     assert (len(corpus.demonstrations), len(corpus.pairs), len(corpus.held_out)) == (30, 40, 10)
-    assert [report.kept for report in corpus.reports] == [30, 40, 10]
+    assert {report.source: report.kept for report in corpus.reports} == {
+        "toy preferences": 40, "toy test preferences": 10, "toy demonstrations": 30
+    }  # fmt: skip
     assert corpus.utility is toy.utility
     assert corpus.prompts == [row.prompt for row in toy.preferences(TOY, test=False)]
     assert (corpus.pairs, corpus.held_out) == (toy.preferences(TOY, test=False), toy.preferences(TOY, test=True))
+
+
+def test_the_toy_world_is_split_like_any_other():
+    """A world so small that training posts are test posts too."""
+    small = ToyConfig(num_demonstrations=300, num_pairs=300, num_test=8, num_values=2, num_attempts=1, num_fillers=0)
+    corpus = load_corpus(DataConfig(toy=small, validation_fraction=0.2))
+    tests = {row.prompt for row in toy.preferences(small, test=True)}
+    assert not tests & (prompts(corpus.pairs) | prompts(corpus.demonstrations) | set(corpus.prompts))
+    assert corpus.pairs == [row for row in toy.preferences(small, test=False) if row.prompt not in tests]
+    assert [(r.read - r.kept, r.dropped[TESTED]) for r in corpus.reports] == [
+        (300 - len(corpus.pairs),) * 2, (0, 0), (300 - len(corpus.demonstrations),) * 2
+    ]  # fmt: skip
+    assert len(corpus.pairs) < 300 and len(set(corpus.prompts)) < len(corpus.prompts) == len(corpus.pairs)
+    assert corpus.validation and not prompts(corpus.validation) & prompts(corpus.reward_pairs)
 
 
 def test_an_empty_set_says_what_was_read_and_dropped(tmp_path):

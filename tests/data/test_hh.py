@@ -7,7 +7,7 @@ import pytest
 from mpo_jax.chat import Chat
 from mpo_jax.data import toy
 from mpo_jax.data.hh import dialogue_turns, read_hh, read_hh_prompts
-from mpo_jax.data.records import Preference, Renderer
+from mpo_jax.data.records import Preference, Prompt, Renderer
 from mpo_jax.data.sources import open_source
 from mpo_jax.errors import UserError
 
@@ -29,7 +29,8 @@ def refuse():
     raise AssertionError("these rows need no chat template")
 
 
-PLAIN, WRAP = Renderer(refuse), Renderer(make_chat, wrap=True)
+GROUP = json.dumps([["user", "hi"], ["assistant", "hello"], ["user", "why?"]])
+PLAIN, WRAP = Renderer(refuse, turns=dialogue_turns), Renderer(make_chat, wrap=True, turns=dialogue_turns)
 
 
 def source_of(tmp_path, *rows):
@@ -58,7 +59,8 @@ def test_real_hh_has_the_papers_row_counts(shared_data, name, read, distinct, st
     assert report.dropped["chosen equals rejected"] == read - distinct
     whole = {(row["chosen"], row["rejected"]) for row in raw}
     for row in kept:
-        assert row.prompt.endswith(A) and row.group == row.prompt
+        assert row.prompt.endswith(A) and row.group == PLAIN.group(row.prompt)
+        assert row.category == name.removesuffix("-base")
         assert (row.prompt + row.chosen, row.prompt + row.rejected) in whole
     assert any("\n\n" in row.chosen for row in kept)
 
@@ -77,16 +79,16 @@ def test_real_hh_as_a_chat_is_the_same_rows(shared_data):
 def test_hh_prompt_ends_at_the_last_assistant_turn(tmp_path):
     source = source_of(tmp_path, hh(PROMPT + " because", PROMPT + " no idea"))
     rows, report = read_hh(source, render=PLAIN)
-    assert rows == [Preference(PROMPT, " because", " no idea", PROMPT)]
+    assert rows == [Preference(PROMPT, " because", " no idea", GROUP)]
     assert report.to_dict() == {"source": source.name, "read": 1, "kept": 1, "dropped": {}}
 
 
 def test_blank_lines_inside_a_turn_stay(tmp_path):
     prompt = f"{H} one\n\ntwo\n\n\nthree{A}"
     source = source_of(tmp_path, hh(f"{prompt} x\n\ny\n", f"{prompt} \n\nz"))
-    assert read_hh(source, render=PLAIN)[0] == [Preference(prompt, " x\n\ny\n", " \n\nz", prompt)]
+    assert read_hh(source, render=PLAIN)[0] == [Preference(prompt, " x\n\ny\n", " \n\nz", "one two three")]
     asked = "<user>one\n\ntwo\n\n\nthree<eos><assistant>"
-    assert read_hh(source, render=WRAP)[0] == [Preference(asked, "x\n\ny", "z", prompt)]
+    assert read_hh(source, render=WRAP)[0] == [Preference(asked, "x\n\ny", "z", "one two three")]
 
 
 @pytest.mark.parametrize(
@@ -173,7 +175,7 @@ def test_the_turns_of_a_dialogue(prompt, turns):
 def test_a_chat_has_the_turns_and_stripped_replies(tmp_path):
     source = source_of(tmp_path, hh(PROMPT + "  because\n", PROMPT + " no idea"))
     asked = "<user>hi<eos><assistant>hello<eos><user>why?<eos><assistant>"
-    assert read_hh(source, render=WRAP)[0] == [Preference(asked, "because", "no idea", PROMPT)]
+    assert read_hh(source, render=WRAP)[0] == [Preference(asked, "because", "no idea", GROUP)]
 
 
 def test_a_chat_needs_a_turn_before_the_reply(tmp_path):
@@ -188,7 +190,11 @@ def test_prompts_of_dialogues_and_of_prompt_rows(tmp_path):
     source = source_of(tmp_path, hh(PROMPT + " x", "whatever"), both, *alone, hh("no turn", "x"))
     asked = ["<user>hi<eos><assistant>hello<eos><user>why?<eos><assistant>"] * 2 + ["<user>hi<eos><assistant>"]
     rows, report = read_hh_prompts(source, render=WRAP)
-    assert rows == asked and (report.read, report.kept, dict(report.dropped)) == (5, 3, {"empty prompt": 2})
-    assert read_hh_prompts(source, max_rows=2, render=PLAIN)[0] == [PROMPT, PROMPT]
+    assert [row.prompt for row in rows] == asked and (report.read, report.kept, dict(report.dropped)) == (
+        5,
+        3,
+        {"empty prompt": 2},
+    )
+    assert read_hh_prompts(source, max_rows=2, render=PLAIN)[0] == [Prompt(PROMPT, GROUP)] * 2
     with pytest.raises(UserError, match=r"a\.jsonl:1: the row has no field 'prompt'; it has: text"):
         read_hh_prompts(source_of(tmp_path, {"text": "x"}), render=PLAIN)

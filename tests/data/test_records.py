@@ -12,6 +12,7 @@ from mpo_jax.data.records import (
     DataReport,
     Demonstration,
     Preference,
+    Prompt,
     Renderer,
     is_validation,
     read_demonstrations,
@@ -47,6 +48,10 @@ def source_of(tmp_path, *rows):
     return open_source(str(path))
 
 
+def texts(rows):
+    return [row.prompt for row in rows]
+
+
 def user(content):
     return {"role": "user", "content": content}
 
@@ -72,7 +77,7 @@ def test_preferences(tmp_path):
     ]
     source = source_of(tmp_path, *rows)
     kept, report = read_preferences(source, render=PLAIN)
-    assert kept == [Preference("p\n\nq", " a", " b", "p\n\nq")]
+    assert kept == [Preference("p\n\nq", " a", " b", "p q")]
     dropped = {"chosen equals rejected": 1, "empty prompt": 1, "empty response": 2}
     assert report == DataReport(source.name, 5, 1, report.dropped) and dict(report.dropped) == dropped
     assert report.to_dict() == {"source": source.name, "read": 5, "kept": 1, "dropped": dropped}
@@ -109,10 +114,10 @@ def test_demonstrations(tmp_path):
 def test_prompts(tmp_path):
     source = source_of(tmp_path, {"prompt": " p\n"}, {"prompt": "\n"}, {"prompt": "q", "chosen": 3}, {"prompt": ""})
     assert read_prompts(source, render=PLAIN) == (
-        [" p\n", "q"],
+        [Prompt(" p\n", "p"), Prompt("q", "q")],
         DataReport(source.name, 4, 2, Counter({"empty prompt": 2})),
     )
-    assert read_prompts(source, strict=False, render=PLAIN)[0] == [" p\n", "\n", "q"]
+    assert texts(read_prompts(source, strict=False, render=PLAIN)[0]) == [" p\n", "\n", "q"]
 
 
 @pytest.mark.parametrize(
@@ -176,7 +181,7 @@ def test_a_conversation_in_any_layout_is_one_row(tmp_path, row, render):
 
 def test_a_plain_prompt_beside_replies_is_a_user_turn(tmp_path):
     rows, _ = read_preferences(source_of(tmp_path, pair("why?", [reply("a")], [reply("b")])), render=CHAT)
-    assert rows == [Preference("<user>why?<eos><assistant>", "a", "b", '[["user", "why?"]]')]
+    assert rows == [Preference("<user>why?<eos><assistant>", "a", "b", "why?")]
 
 
 @pytest.mark.parametrize(
@@ -217,16 +222,18 @@ def test_demonstrations_of_conversations(tmp_path, row):
 def test_prompts_of_conversations(tmp_path):
     source = source_of(tmp_path, {"prompt": TALK}, {"prompt": []}, {"prompt": "plain"})
     rows, report = read_prompts(source, render=CHAT)
-    assert rows == [TALK_TEXT, "plain"] and dict(report.dropped) == {"empty prompt": 1}
+    assert rows == [Prompt(TALK_TEXT, TALK_GROUP), Prompt("plain", "plain")] and dict(report.dropped) == {
+        "empty prompt": 1
+    }
 
 
 def test_as_a_chat_plain_prompts_are_user_turns(tmp_path):
     """The space that joins plain text is no part of the reply; the group is the same with every model."""
     source = source_of(tmp_path, pair(" why?\n", "  a", "b "))
     asked = "<user> why?\n<eos><assistant>"
-    assert read_preferences(source, render=WRAP)[0] == [Preference(asked, " a", "b ", " why?\n")]
-    assert read_preferences(source, render=CHAT)[0] == [Preference(" why?\n", "  a", "b ", " why?\n")]
-    assert read_prompts(source, render=WRAP)[0] == [asked]
+    assert read_preferences(source, render=WRAP)[0] == [Preference(asked, " a", "b ", "why?")]
+    assert read_preferences(source, render=CHAT)[0] == [Preference(" why?\n", "  a", "b ", "why?")]
+    assert read_prompts(source, render=WRAP)[0] == [Prompt(asked, "why?")]
     source = source_of(tmp_path, {"prompt": "why?", "response": " a"})
     assert read_demonstrations(source, render=WRAP)[0] == [Demonstration("<user>why?<eos><assistant>", "a", "why?")]
 

@@ -6,7 +6,7 @@ import pytest
 
 from mpo_jax.chat import Chat
 from mpo_jax.data import toy
-from mpo_jax.data.records import Demonstration, Preference, Renderer
+from mpo_jax.data.records import Demonstration, Preference, Prompt, Renderer
 from mpo_jax.data.sources import open_source
 from mpo_jax.data.tldr import (
     has_references,
@@ -19,7 +19,9 @@ from mpo_jax.errors import UserError
 QUERY = "SUBREDDIT: r/work\n\nTITLE: My boss\n\nPOST: Lost {keys}.\n\n He yells.\n\nTL;DR:"
 BODY = {"subreddit": "work", "title": "My boss", "post": "Lost {keys}.\n\n He yells."}
 POST = {"id": "t3_1", **BODY, "summary": "boss lost keys"}
+GROUP = "SUBREDDIT: r/work TITLE: My boss POST: Lost {keys}. He yells."
 NEWS_QUERY = "Article:\nIt rained.\n\nTL;DR:"
+NEWS_GROUP = "Article: It rained."
 
 
 def refuse():
@@ -67,9 +69,12 @@ def pair(chosen, rejected, prompt=QUERY):
 def test_real_rows_have_their_counts(shared_data):
     source = open_source(str(shared_data / "tldr" / "tldr_1945.sft_and_pairs.jsonl.gz"))
     raw = [row for _, row in source.rows()]
+    groups = [" ".join(row["prompt"].removesuffix("TL;DR:").split()) for row in raw]
+    subreddits = [row["prompt"].splitlines()[0].removeprefix("SUBREDDIT: ") for row in raw]
     rows, report = read_tldr_demonstrations(source, render=PLAIN)
     assert (report.read, report.kept, dict(report.dropped)) == (1945, 1945, {})
-    assert rows == [Demonstration(row["prompt"], " " + row["reference"], row["prompt"]) for row in raw]
+    assert rows == [Demonstration(row["prompt"], " " + row["reference"], group, category)
+                    for row, group, category in zip(raw, groups, subreddits, strict=True)]  # fmt: skip
     rows, report = read_tldr_preferences(source, render=PLAIN)
     assert (report.read, report.kept, dict(report.dropped)) == (1945, 1000, {"no preference": 945})
     labelled = [row for row in raw if row["preferred"]]
@@ -77,8 +82,9 @@ def test_real_rows_have_their_counts(shared_data):
     assert all({p.chosen, p.rejected} == {" " + row["reference"], " " + row["model_1b"]}
                for p, row in zip(rows, labelled, strict=True))  # fmt: skip
     prompts, report = read_tldr_prompts(source, render=PLAIN)
-    assert prompts == [row["prompt"] for row in raw] and report.kept == 1945
-    assert all(prompt.startswith("SUBREDDIT: r/") and prompt.endswith("\n\nTL;DR:") for prompt in prompts)
+    assert [p.prompt for p in prompts] == [row["prompt"] for row in raw] and report.kept == 1945
+    assert [p.group for p in prompts] == groups
+    assert all(p.prompt.startswith("SUBREDDIT: r/") and p.prompt.endswith("\n\nTL;DR:") for p in prompts)
     assert has_references(source)
 
 
@@ -86,45 +92,45 @@ def test_real_rows_have_their_counts(shared_data):
 
 
 @pytest.mark.parametrize(
-    ("row", "group"),
+    "row",
     [
-        (POST, "t3_1"),
-        ({**POST, "id": 7}, "7"),
-        ({name: POST[name] for name in POST if name != "id"}, QUERY),
-        ({**POST, "id": None}, QUERY),
-        ({"prompt": QUERY, "label": "boss lost keys"}, QUERY),
-        ({"prompt": QUERY, "completion": " boss lost keys"}, QUERY),
-        ({"prompt": QUERY, "response": "\n  boss lost keys"}, QUERY),
-        (referenced("boss lost keys", "x", None), QUERY),
-        (referenced("boss lost keys", "x", "model_1b"), QUERY),
+        POST,
+        {**POST, "id": 7},
+        {name: POST[name] for name in POST if name != "id"},
+        {**POST, "id": None},
+        {"prompt": QUERY, "label": "boss lost keys"},
+        {"prompt": QUERY, "completion": " boss lost keys"},
+        {"prompt": QUERY, "response": "\n  boss lost keys"},
+        referenced("boss lost keys", "x", None),
+        referenced("boss lost keys", "x", "model_1b"),
     ],
 )
-def test_demonstrations_of_every_layout(tmp_path, row, group):
+def test_demonstrations_of_every_layout(tmp_path, row):
     rows, _ = read_tldr_demonstrations(source_of(tmp_path, row), render=PLAIN)
-    assert rows == [Demonstration(QUERY, " boss lost keys", group)]
+    assert rows == [Demonstration(QUERY, " boss lost keys", GROUP, "r/work")]
 
 
 @pytest.mark.parametrize(
-    ("row", "group"),
+    "row",
     [
-        (comparison(" good", " bad", 0), "t3_1"),
-        (comparison("bad", "\n  good", 1), "t3_1"),
-        (comparison("good", "bad", 0, id=None), QUERY),
-        (comparison("good", "bad", 0, article="ignored"), "t3_1"),
-        (referenced("good", "bad", "reference"), QUERY),
-        (referenced("bad", "good", "model_1b"), QUERY),
-        (pair("good", " bad"), QUERY),
+        comparison(" good", " bad", 0),
+        comparison("bad", "\n  good", 1),
+        comparison("good", "bad", 0, id=None),
+        comparison("good", "bad", 0, article="ignored"),
+        referenced("good", "bad", "reference"),
+        referenced("bad", "good", "model_1b"),
+        pair("good", " bad"),
     ],
 )
-def test_preferences_of_every_layout(tmp_path, row, group):
+def test_preferences_of_every_layout(tmp_path, row):
     rows, _ = read_tldr_preferences(source_of(tmp_path, row), render=PLAIN)
-    assert rows == [Preference(QUERY, " good", " bad", group)]
+    assert rows == [Preference(QUERY, " good", " bad", GROUP, "r/work")]
 
 
 @pytest.mark.parametrize("row", [POST, BODY, comparison("a", "a", 0), referenced("", "", None), pair("", ""),
                                  {"prompt": QUERY}, {"prompt": QUERY, "label": ""}])  # fmt: skip
 def test_prompts_of_every_layout(tmp_path, row):
-    assert read_tldr_prompts(source_of(tmp_path, row), render=PLAIN)[0] == [QUERY]
+    assert read_tldr_prompts(source_of(tmp_path, row), render=PLAIN)[0] == [Prompt(QUERY, GROUP, "r/work")]
 
 
 def test_an_end_at_the_summaries_start_belongs_to_the_query(tmp_path):
@@ -139,7 +145,9 @@ def test_an_end_at_the_summaries_start_belongs_to_the_query(tmp_path):
     assert [(row.prompt, row.chosen, row.rejected) for row in rows] == [
         (f"{query}\nTL;DR:", " good", " bad"), (QUERY, " TL;DR: good", " TL;DR: bad"), (query, " TL;DR: good", " bad"),
     ]  # fmt: skip
-    assert read_tldr_prompts(source, render=PLAIN)[0] == [f"{query}\nTL;DR:", QUERY, query]
+    found = read_tldr_prompts(source, render=PLAIN)[0]
+    assert [row.prompt for row in found] == [f"{query}\nTL;DR:", QUERY, query]
+    assert found[0].group == found[2].group == rows[0].group == "SUBREDDIT: r/work TITLE: x POST: y"
 
 
 def test_only_rows_with_an_authors_summary_have_references(tmp_path):
@@ -152,7 +160,7 @@ def test_only_rows_with_an_authors_summary_have_references(tmp_path):
 def test_as_a_chat_the_query_is_a_user_turn(tmp_path):
     source, render = source_of(tmp_path, comparison(" good", " bad", 0)), Renderer(make_chat, wrap=True)
     rows, _ = read_tldr_preferences(source, render=render)
-    assert rows == [Preference(f"<user>{QUERY}<eos><assistant>", "good", "bad", "t3_1")]
+    assert rows == [Preference(f"<user>{QUERY}<eos><assistant>", "good", "bad", GROUP, "r/work")]
 
 
 # what is left out
@@ -164,10 +172,11 @@ def test_news_are_left_out_unless_kept(tmp_path):
     rows, report = read_tldr_preferences(source, strict=False, render=PLAIN)
     assert [row.prompt for row in rows] == [QUERY] and dict(report.dropped) == {"news article": 2}
     rows, report = read_tldr_preferences(source, render=PLAIN, keep_news=True)
-    news = [Preference(NEWS_QUERY, " a", " b", "9f"), Preference(NEWS_QUERY, " b", " a", "8e")]
+    news = [Preference(NEWS_QUERY, " a", " b", NEWS_GROUP), Preference(NEWS_QUERY, " b", " a", NEWS_GROUP)]
     assert rows[1:] == news and report.kept == 3
     assert read_tldr_prompts(source, render=PLAIN)[1].dropped == {"news article": 2}
-    assert read_tldr_prompts(source, render=PLAIN, keep_news=True)[0] == [QUERY, NEWS_QUERY, NEWS_QUERY]
+    found = read_tldr_prompts(source, render=PLAIN, keep_news=True)[0]
+    assert [row.prompt for row in found] == [QUERY, NEWS_QUERY, NEWS_QUERY]
 
 
 def test_equal_and_empty_summaries_are_left_out_unless_nothing_is_filtered(tmp_path):
