@@ -257,6 +257,11 @@ def test_ppo_interrupted_in_mid_stage_goes_on_and_ends_equal(finished, copied, m
         assert files[0].read_bytes() == files[1].read_bytes()
 
 
+def test_a_critic_warmup_that_leaves_the_actor_nothing_is_an_error(copied, capsys):
+    assert mpo("ppo", MICRO, f"workdir={copied}", "ppo.extras.critic_warmup=3") == 2
+    assert "ppo.extras.critic_warmup=3 leaves the actor none of the 3 iterations" in capsys.readouterr().err
+
+
 def test_every_option_of_ppo_runs_and_shows(copied):
     """The options that are off by default, all on at once, and what each leaves in the metrics."""
     options = (

@@ -220,7 +220,7 @@ class Stages:
             return
 
         score = ppo_programs.make_score(self.model, self.model, config, self.mesh)
-        normalised = config.score == "normalised"
+        moments: Any = [self.scalar()] * 3
         arguments = (
             (actor.params, frozen[0]),
             (critic.params, frozen[1]),
@@ -228,7 +228,7 @@ class Stages:
             has_eos,
             self.allowed(),
             self.scalar(),
-            Moments(*(self.scalar() for _ in range(3))) if normalised else None,
+            Moments(*moments) if config.score == "normalised" else None,
         )
         held = (actor.opt_state, critic.opt_state, *ema)
         yield self._infer("ppo", "ppo score", score, arguments, held, scoring.times(2), key="ppo.train.batch_size")

@@ -34,8 +34,7 @@ def test_normalised_scores_follow_the_running_moments_of_all_raw_scores(shape):
     with jax.set_mesh(mesh):
         run = ppo_programs.make_score(MODEL, MODEL, config, mesh)
         actor, critic, judge = (place(random_params(DECODER, s, scalar=s > 0)) for s in (0, 5, 6))
-        fresh = jax.device_put(Moments(*jnp.zeros((3,))), replicated(mesh))
-        moments = fresh
+        moments = jax.device_put(Moments(*jnp.zeros((3,))), replicated(mesh))
         for number in range(3):
             samples = batch([4, 3, 6, 5], [[6], [2], [1], [5]], seed=number)
             samples = dataclasses.replace(samples, response=np.maximum(samples.response, 2))
