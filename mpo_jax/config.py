@@ -316,7 +316,9 @@ class PpoExtrasConfig(Section, frozen=True):
     missing_eos_penalty: float = Field(default=1.0, ge=0)
     ptx_coef: float = Field(default=0.0, ge=0, description="weight of the SFT loss on demonstrations")
     ema_decay: float | None = Field(default=None, gt=0, lt=1, description="export this average of the actor instead")
-    critic_warmup: int = Field(default=0, ge=0, description="iterations that train the critic alone")
+    critic_warmup: int = Field(
+        default=0, ge=0, description="iterations that train the critic alone; the actor's schedule starts after them"
+    )
 
 
 class PpoConfig(Section, frozen=True):
@@ -335,14 +337,19 @@ class PpoConfig(Section, frozen=True):
     trace: float = Field(default=0.95, ge=0, le=1)
     policy_clip: float = Field(default=0.2, gt=0)
     value_clip: float = Field(default=0.2, gt=0)
-    score_clip: float = Field(default=5.0, gt=0)
+    score: Literal["raw", "normalised"] = Field(
+        default="raw", description="normalised: less the running mean, over the running standard deviation"
+    )
+    score_clip: float = Field(default=5.0, gt=0, description="of the score that the reward takes: to +-score_clip")
     reward_at: Literal["last_valid", "ds_chat"] = "last_valid"
     greedy: bool = False
     temperature: float = Field(default=1.0, gt=0)
     top_p: float = 1.0
     top_k: int = 0
     one_pass: bool = Field(
-        default=False, description="an iteration's only update differentiates the forward pass that scores its rollouts"
+        default=False,
+        description="an iteration's only update differentiates the forward pass that scores its rollouts; no effect "
+        "with several updates an iteration, critic_warmup, ptx_coef, score=normalised, or whitening with accumulation",
     )
     extras: PpoExtrasConfig = Field(default_factory=lambda: PpoExtrasConfig())
 

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from mpo_jax.types import Moments
+
 
 def masked_sum(x_BT: Float[Array, "B T"], mask_BT: Bool[Array, "B T"]) -> Float[Array, " B"]:
     """Row sums over the kept tokens; what a dropped token holds (NaN included) has no influence."""
@@ -36,6 +38,27 @@ def whiten(
     var = (centred_BT**2).sum() / jnp.maximum(count - 1, 1)
     white_BT = centred_BT * jax.lax.rsqrt(var + eps)
     return white_BT if shift_mean else jnp.where(mask_BT, white_BT + mean, 0.0)
+
+
+def add_to_moments(moments: Moments, x_B: Float[Array, " B"], mask_B: Bool[Array, " B"]) -> Moments:
+    """The moments with the kept numbers added, all at once; a kept NaN or infinity leaves the moments unchanged.
+
+    Pairwise update of Chan, Golub and LeVeque (1983), eq. 1.5: m2 = m2_a + m2_b + delta^2 n_a n_b / (n_a + n_b).
+    """
+    added = mask_B.sum().astype(jnp.float32)
+    mean = jnp.where(mask_B, x_B, 0.0).sum() / jnp.maximum(added, 1.0)
+    m2 = (jnp.where(mask_B, x_B - mean, 0.0) ** 2).sum()
+    delta, share = mean - moments.mean, added / jnp.maximum(moments.count + added, 1.0)
+    merged = Moments(
+        moments.count + added, moments.mean + delta * share, moments.m2 + m2 + delta**2 * moments.count * share
+    )
+    finite = jnp.isfinite(merged.mean) & jnp.isfinite(merged.m2)
+    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), merged, moments)
+
+
+def normalise(x_B: Float[Array, " B"], moments: Moments) -> Float[Array, " B"]:
+    """(x - mean) / std; x - mean where the standard deviation is 0."""
+    return (x_B - moments.mean) / jnp.where(moments.std > 0, moments.std, 1.0)
 
 
 def kl_k1(logp: Float[Array, "*S"], ref_logp: Float[Array, "*S"]) -> Float[Array, "*S"]:
@@ -82,7 +105,8 @@ def shape_rewards_ds_chat(
     """`shape_rewards` with the score one index after the last response token, where there is such an index.
 
     DeepSpeed-Chat's placement: its rewards, KL charge included, run one token past EOS. Returns the rewards and the
-    mask of the indices that carry one, over which advantages must be estimated; losses still use `mask_BT`.
+    mask of the indices that carry one. Advantages must be estimated over that mask, with the value of the state after
+    the response at the index added; losses still use `mask_BT`.
     """
     after_B = jnp.minimum(last_index(mask_BT) + 1, mask_BT.shape[-1] - 1)
     index_T = jnp.arange(mask_BT.shape[-1])[None]

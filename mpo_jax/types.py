@@ -42,6 +42,27 @@ class Mean:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Moments:
+    """Running mean and spread of a stream of numbers.
+
+    Attributes:
+      count: [] how many numbers.
+      mean: [] their mean.
+      m2: [] the sum of their squared differences from the mean.
+    """
+
+    count: Float[Array, ""]
+    mean: Float[Array, ""]
+    m2: Float[Array, ""]
+
+    @property
+    def std(self) -> Array:
+        """Unbiased standard deviation; 0 for fewer than two numbers."""
+        return jnp.sqrt(self.m2 / jnp.maximum(self.count - 1.0, 1.0))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Skips:
     """Updates left out because a loss or a gradient was not finite.
 
@@ -111,7 +132,8 @@ class Rollout:
       mask: [B S] True at real response tokens.
       behavior_logp: log-probability in nats under the policy that sampled, by the training forward pass.
       ref_logp: the same under the KL reference.
-      value: the critic's value of the state before each token.
+      value: the critic's value of the state before each token, and at the column behind the last token, where there
+        is one, of the state after it.
       score: [B] raw reward-model score of the whole response.
       has_eos: [B] True where the response ended by itself.
     """

@@ -80,6 +80,8 @@ def plain(request, tmp_path_factory):
         f"mesh.fsdp={devices}", f"runtime.cpu_devices={devices}", f"ppo.one_pass={str(one_pass).lower()}",
         "ppo.kl.adaptive=true",
     )  # fmt: skip
+    if not one_pass:
+        settings += ("ppo.score=normalised", "ppo.epochs=2", f"ppo.minibatches={2 if devices == 1 else 1}")
     assert mpo("ppo", MICRO, f"workdir={workdir}", *settings) == 0
     return workdir, settings
 

@@ -95,4 +95,5 @@ def test_presets_change_no_global_batch(name, preset):
 def test_ds_chat_is_greedy_and_rewards_after_the_end():
     changed = config("hh_llama2_7b", str(CONFIGS / "presets" / "ds_chat.yaml"))
     assert (changed.ppo.greedy, changed.ppo.reward_at) == (True, "ds_chat")
+    assert changed.reward.loss == "ds_span"
     assert changed.mesh == config("hh_llama2_7b").mesh

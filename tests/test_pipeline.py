@@ -269,13 +269,18 @@ def test_ppo_interrupted_in_mid_stage_goes_on_and_ends_equal(finished, copied, m
         assert files[0].read_bytes() == files[1].read_bytes()
 
 
+def test_a_critic_warmup_that_leaves_the_actor_nothing_is_an_error(copied, capsys):
+    assert mpo("ppo", MICRO, f"workdir={copied}", "ppo.extras.critic_warmup=3") == 2
+    assert "ppo.extras.critic_warmup=3 leaves the actor none of the 3 iterations" in capsys.readouterr().err
+
+
 def test_every_option_of_ppo_runs_and_shows(copied):
     """The options that are off by default, all on at once, and what each leaves in the metrics."""
     options = (
         "ppo.epochs=2", "ppo.minibatches=2", "ppo.train.accumulation=2", "ppo.extras.whiten_rewards=true",
         "ppo.extras.whiten_advantages=true", "ppo.extras.missing_eos=replace", "ppo.extras.ptx_coef=0.1",
         "ppo.extras.ema_decay=0.9", "ppo.extras.critic_warmup=1", "ppo.kl.adaptive=true", "ppo.kl.stop=1.0e-9",
-        "ppo.kl.horizon=40", "ppo.reward_at=ds_chat", "ppo.greedy=true", "ppo.temperature=0.7",
+        "ppo.kl.horizon=40", "ppo.reward_at=ds_chat", "ppo.greedy=true", "ppo.temperature=0.7", "ppo.score=normalised",
     )  # fmt: skip
     before = set(stages(copied))
     assert mpo("ppo", MICRO, f"workdir={copied}", *options) == 0
@@ -283,6 +288,8 @@ def test_every_option_of_ppo_runs_and_shows(copied):
     rows = [json.loads(line) for line in (copied / "stages" / name / "metrics.jsonl").read_text().splitlines()]
     assert "loss/policy_avg" not in rows[0] and "loss/value_avg" in rows[0], "the critic warms up alone"
     assert rows[1]["loss/ptx"] > 0
+    raw = [row["objective/scores"] for row in rows]
+    np.testing.assert_allclose([row["objective/score_running_mean"] for row in rows], np.cumsum(raw) / [1, 2, 3], 1e-4)
     # the controller lowers the coefficient by a fifth of n / horizon while KL is under its target
     np.testing.assert_allclose(rows[1]["objective/kl_coef"], 0.1 * (1 - 0.2 * 8 / 40), rtol=1e-5)
     model = lambda stage: (copied / "stages" / stage / "model" / "model.safetensors").read_bytes()  # noqa: E731

@@ -22,7 +22,7 @@ from mpo_jax.model.decoder import DecoderConfig
 from mpo_jax.model.functional import Model
 from mpo_jax.refill import sample_all
 from mpo_jax.runtime import data_seed, stage_key
-from mpo_jax.sharding import place_batch, replicated
+from mpo_jax.sharding import place_batch
 from mpo_jax.stages import dpo, ppo, reward, sft
 from mpo_jax.text import TextCodec
 from mpo_jax.train import init_state
@@ -191,14 +191,7 @@ class Bench:
         scalar = loading.to_scalar(model, params, self.mesh)
         codec: Any = SimpleNamespace(eos_id=self._eos(), allowed=lambda _: self._allowed())
         loop = ppo.Loop(config, self.mesh, codec, model, model, params, scalar, self.steps)
-        state = [
-            ppo.PpoState(
-                init_state(params, train.optim, self.mesh),
-                init_state(scalar, method.critic_optim, self.mesh),
-                jax.device_put(jnp.asarray(method.kl.coef, jnp.float32), replicated(self.mesh)),
-                None,
-            )
-        ]
+        state = [ppo.init_ppo_state(method, params, scalar, self.mesh, loop.offload)]
         batches = self._batches(self._examples(0))
         workload = Workload("ppo", lambda k: None, [], [], [], [])
 

@@ -23,9 +23,9 @@ from mpo_jax.model.functional import Model
 from mpo_jax.optim import make_optimizer
 from mpo_jax.runtime import frozen_dtype
 from mpo_jax.sharding import batch_sharding, replicated
-from mpo_jax.stages import dpo, evaluate, ppo, reward, sft
+from mpo_jax.stages import dpo, evaluate, ppo_programs, reward, sft
 from mpo_jax.train import check_sizes, state_sharding
-from mpo_jax.types import Joined, Params, TrainState
+from mpo_jax.types import Joined, Moments, Params, TrainState
 
 STAGES = ("sft", "reward", "select", "dpo", "ppo", "evaluate")
 
@@ -210,8 +210,8 @@ class Stages:
 
         joined, has_eos = self.joined(rows), self.array(rows.count, 1, dtype=jnp.bool_)
         scoring = flops.forward(sizes, rows, "vocab") + flops.forward(sizes, rows, "scalar")
-        if ppo.updates_in_one_pass(config):
-            update = ppo.make_one_pass(self.model, self.model, config, self.mesh)
+        if ppo_programs.updates_in_one_pass(config):
+            update = ppo_programs.make_one_pass(self.model, self.model, config, self.mesh)
             rates = self.scalar(), self.scalar()
             arguments = (actor, critic, frozen, joined, has_eos, self.allowed(), self.scalar(), rates)
             training = [flops.train(sizes, rows, head, self.model.remat) for head in ("vocab", "scalar")]
@@ -219,7 +219,8 @@ class Stages:
             yield Program("ppo", "ppo update", train, key, update, lambda _: arguments, ema, work)
             return
 
-        score = ppo.make_score(self.model, self.model, config, self.mesh)
+        score = ppo_programs.make_score(self.model, self.model, config, self.mesh)
+        moments: Any = [self.scalar()] * 3
         arguments = (
             (actor.params, frozen[0]),
             (critic.params, frozen[1]),
@@ -227,6 +228,7 @@ class Stages:
             has_eos,
             self.allowed(),
             self.scalar(),
+            Moments(*moments) if config.score == "normalised" else None,
         )
         held = (actor.opt_state, critic.opt_state, *ema)
         yield self._infer("ppo", "ppo score", score, arguments, held, scoring.times(2), key="ppo.train.batch_size")
@@ -236,7 +238,7 @@ class Stages:
         whole = (scored,) if config.minibatches > 1 else ()
         scored = jax.tree.map(lambda x: self.array(part.count, *x.shape[1:], dtype=x.dtype), scored)
         demonstrations = self.joined(part) if config.extras.ptx_coef else None
-        update_actor, update_critic = ppo.make_updates(self.model, self.model, config, self.mesh)
+        update_actor, update_critic = ppo_programs.make_updates(self.model, self.model, config, self.mesh)
         yield self._train(
             "ppo", "ppo critic", train, update_critic, (critic, scored, self.scalar()),
             (actor, *frozen, *ema, *whole), part, "scalar",

@@ -6,7 +6,6 @@ shape rewards; estimate advantages; update on minibatches. Sources: arXiv:1707.0
 
 import dataclasses
 import time
-from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,170 +14,68 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from mpo_jax.config import Config, OptimConfig, PpoConfig, TrainConfig
+from mpo_jax.config import Config, PpoConfig, TrainConfig
 from mpo_jax.data.batches import Buckets, TrainBatches, num_steps
 from mpo_jax.data.corpus import known_utility, load_corpus
 from mpo_jax.data.pair_table import PairTable, Subset
 from mpo_jax.data.tokens import number_visits, tokenize
+from mpo_jax.errors import UserError
 from mpo_jax.evaluation.truth import Truth, make_rollout_utility
 from mpo_jax.generate import Sampling, make_generate
 from mpo_jax.model import loading
 from mpo_jax.model.functional import Model
 from mpo_jax.offload import Offload, to_devices
 from mpo_jax.ops import adaptive_kl_coef
-from mpo_jax.optim import make_optimizer
 from mpo_jax.runtime import data_seed, stage_key
-from mpo_jax.sharding import batch_sharding, check_batch, place_batch, replicated
-from mpo_jax.stages.ppo_objective import (
-    actor_objective,
-    critic_objective,
-    estimate,
-    one_pass,
-    rollout_metrics,
-    score_rollout,
+from mpo_jax.sharding import check_batch, place_batch, replicated
+from mpo_jax.stages.ppo_programs import (
+    average,
+    make_minibatch,
+    make_one_pass,
+    make_score,
+    make_updates,
+    named,
+    updates_in_one_pass,
 )
 from mpo_jax.text import TextCodec, load_tokenizer
-from mpo_jax.train import (
-    apply_if_finite,
-    check_schedule,
-    check_sizes,
-    fit,
-    init_state,
-    make_learning_rate,
-    make_update,
-    micro_batches,
-    state_sharding,
-)
-from mpo_jax.types import Artifact, Joined, Mean, Metrics, Params, PpoBatch, Skips, TrainState
+from mpo_jax.train import check_schedule, check_sizes, fit, init_state, make_learning_rate
+from mpo_jax.types import Artifact, Joined, Mean, Metrics, Moments, Params, PpoBatch, Skips, TrainState
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PpoState:
-    """All that changes: both models, the KL coefficient, and the actor's average where one is kept."""
+    """All that changes.
+
+    Attributes:
+      actor: and `critic`, the two models.
+      kl_coef: of the penalty.
+      ema: the actor's average, where one is kept.
+      scores: running moments of the raw scores, where scores are normalised.
+    """
 
     actor: TrainState
     critic: TrainState
     kl_coef: Float[Array, ""]
-    ema: Params | None
+    ema: Params | None = None
+    scores: Moments | None = None
 
 
-@lru_cache
-def make_score(actor_model: Model, reward_model: Model, config: PpoConfig, mesh: Mesh) -> Any:
-    """A jitted (policies, judges, joined, has_eos, allowed_V, kl_coef) -> (PpoBatch, metrics)."""
+def init_ppo_state(
+    config: PpoConfig, actor_params: Params, critic_params: Params, mesh: Mesh, offload: Offload
+) -> PpoState:
+    """The state before the first iteration; it holds copies of the parameters."""
 
-    def score(policies, judges, joined, has_eos_BN, allowed_V, kl_coef):
-        rollout, entropy_BS = score_rollout(
-            actor_model, reward_model, config.temperature, policies, judges, joined, has_eos_BN[:, 0], allowed_V
-        )
-        batch, _ = estimate(rollout, config, kl_coef)
-        return batch, rollout_metrics(batch, entropy_BS, kl_coef)
+    def number(value: float) -> Array:
+        return jax.device_put(jnp.asarray(value, jnp.float32), replicated(mesh))
 
-    return jax.jit(score, out_shardings=(batch_sharding(mesh), replicated(mesh)))
-
-
-@lru_cache
-def make_updates(actor_model: Model, reward_model: Model, config: PpoConfig, mesh: Mesh) -> tuple[Any, Any]:
-    """The jitted updates of actor and critic, each (state, batch, learning_rate, *fixed) -> (state, metrics)."""
-    accumulation = config.train.accumulation
-
-    def update(objective: Any, optim: OptimConfig, model: Model, scalar: bool) -> Any:
-        return jax.jit(
-            make_update(objective, optim, accumulation=accumulation),
-            donate_argnums=0,
-            out_shardings=(state_sharding(model, optim, mesh, scalar=scalar), replicated(mesh)),
-        )
-
-    return (
-        update(partial(actor_objective, actor_model, config), config.train.optim, actor_model, False),
-        update(partial(critic_objective, reward_model, config), config.critic_optim, reward_model, True),
+    return PpoState(
+        actor=offload.state(init_state(actor_params, config.train.optim, mesh)),
+        critic=offload.state(init_state(critic_params, config.critic_optim, mesh)),
+        kl_coef=number(config.kl.coef),
+        ema=jax.tree.map(jnp.copy, actor_params) if config.extras.ema_decay is not None else None,
+        scores=Moments(number(0.0), number(0.0), number(0.0)) if config.score == "normalised" else None,
     )
-
-
-def updates_in_one_pass(config: PpoConfig) -> bool:
-    """Whether an iteration's only update takes its old log-probabilities and values from its own forward pass.
-
-    Not where a statistic of the whole batch stands between scores and losses of micro-batches, where there are further
-    losses, or where the actor waits. Not unless asked for: a forward pass that is to be differentiated is compiled
-    otherwise than the reference's, so that the first KL is 0 to rounding in place of exactly.
-    """
-    extras, single = config.extras, config.one_pass and config.epochs * config.minibatches == 1
-    whitens = (extras.whiten_advantages or extras.whiten_rewards) and config.train.accumulation > 1
-    return single and not (whitens or extras.ptx_coef or extras.critic_warmup)
-
-
-@lru_cache
-def make_one_pass(actor_model: Model, reward_model: Model, config: PpoConfig, mesh: Mesh) -> Any:
-    """The jitted scoring and update in one:
-
-    (actor, critic, frozen, joined, has_eos [B 1], allowed_V, kl_coef, rates) -> (actor, critic, PpoBatch, metrics),
-    where `frozen` is reference and reward model, and `rates` the learning rates of actor and critic.
-    """
-    accumulation = config.train.accumulation
-    transforms = make_optimizer(config.train.optim), make_optimizer(config.critic_optim)
-
-    def update(actor, critic, frozen, joined, has_eos_BN, allowed_V, kl_coef, rates):
-        real_B1 = (joined.prompt_len > 0)[:, None]
-        count = jnp.where(real_B1, joined.response_len, 0).sum().astype(jnp.float32)
-
-        def part(rows):
-            responses, has_eos_B = rows
-            return one_pass(
-                actor_model,
-                reward_model,
-                config,
-                (actor.params, critic.params),
-                frozen,
-                responses,
-                has_eos_B,
-                allowed_V,
-                kl_coef,
-                count,
-            )
-
-        rows = joined, has_eos_BN[:, 0]
-        if accumulation == 1:
-            grads, (batch, entropy_BS), found = part(rows)
-        else:
-            rows = micro_batches(rows, accumulation)
-
-            def add(total, rows):
-                grads, kept, found = part(rows)
-                return jax.tree.map(jnp.add, total, (grads, found)), kept
-
-            shapes = jax.eval_shape(part, jax.tree.map(lambda x: x[0], rows))
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0], shapes[2]))
-            (grads, found), kept = jax.lax.scan(add, zeros, rows)
-            batch, entropy_BS = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), kept)
-        metrics = rollout_metrics(batch, entropy_BS, kl_coef)
-        states = []
-        for name, state, grad, own, rate, tx in zip(
-            ("policy", "critic"), (actor, critic), grads, found, rates, transforms, strict=True
-        ):
-            loss = sum(mean.value for key, mean in own.items() if key.startswith("loss/"))
-            state, own = apply_if_finite(state, jnp.asarray(loss), grad, own, rate, tx)
-            states.append(state)
-            metrics |= _named(name, own)
-        return *states, batch, metrics
-
-    everywhere = replicated(mesh)
-    shardings = (
-        state_sharding(actor_model, config.train.optim, mesh),
-        state_sharding(reward_model, config.critic_optim, mesh, scalar=True),
-    )
-    return jax.jit(update, donate_argnums=(0, 1), out_shardings=(*shardings, batch_sharding(mesh), everywhere))
-
-
-@partial(jax.jit, static_argnames=("count",))
-def minibatch(batch: Any, index: Array, count: int) -> Any:
-    """Part `index` of `count`, interleaved so that every device keeps its own rows."""
-    return jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:])[:, index], batch)
-
-
-@partial(jax.jit, donate_argnums=0)
-def average(ema: Params, params: Params, decay: float) -> Params:
-    """decay * ema + (1 - decay) * params."""
-    return jax.tree.map(lambda a, p: decay * a + (1.0 - decay) * p, ema, params)
 
 
 def run(
@@ -217,22 +114,24 @@ def run(
     buckets = Buckets.of(examples, config.text.length_buckets)
     size = ppo.train.batch_size
     iterations = num_steps(len(examples), epochs=ppo.train.epochs, steps=ppo.train.steps, batch_size=size)
+    if ppo.extras.critic_warmup >= iterations:
+        raise UserError(
+            f"ppo.extras.critic_warmup={ppo.extras.critic_warmup} leaves the actor none of the {iterations} "
+            "iterations: lower it, or train longer with ppo.train.epochs or ppo.train.steps"
+        )
     batches = TrainBatches(examples, buckets, size, data_seed(config.seed, "ppo"), ppo.train.shuffle)
     demonstrations = _demonstrations(config, codec) if ppo.extras.ptx_coef else None
-    for key, optim in (("train.optim", ppo.train.optim), ("critic_optim", ppo.critic_optim)):
-        check_schedule(f"ppo.{key}", optim, iterations * ppo.epochs * ppo.minibatches)
+    own_iterations = iterations - ppo.extras.critic_warmup
+    for key, optim, made in (("train.optim", ppo.train.optim, own_iterations),
+                             ("critic_optim", ppo.critic_optim, iterations)):  # fmt: skip
+        check_schedule(f"ppo.{key}", optim, made * ppo.epochs * ppo.minibatches)
     truth = known_utility(config.data)
     loop = Loop(config, mesh, codec, actor_model, reward_model, ref_params, reward_params, iterations, truth)
 
     def step(state: PpoState, k: int) -> tuple[PpoState, Metrics, Any]:
         return loop.iteration(state, k, batches, demonstrations)
 
-    state = PpoState(
-        actor=offload.state(init_state(actor_params, ppo.train.optim, mesh)),
-        critic=offload.state(init_state(critic_params, ppo.critic_optim, mesh)),
-        kl_coef=jax.device_put(jnp.asarray(ppo.kl.coef, jnp.float32), replicated(mesh)),
-        ema=jax.tree.map(jnp.copy, actor_params) if ppo.extras.ema_decay is not None else None,
-    )
+    state = init_ppo_state(ppo, actor_params, critic_params, mesh, offload)
     del actor_params, critic_params
     state, logged = fit(
         state,
@@ -282,9 +181,13 @@ class Loop:
         self.allowed_V = jnp.asarray(self.codec.allowed(self.actor_model.decoder.vocab_size))
         self.utility = make_rollout_utility(self.truth, self.codec)
         self.key = stage_key(self.config.seed, "ppo")
-        num_updates = self.iterations * ppo.epochs * ppo.minibatches
-        self.actor_rate = make_learning_rate(ppo.train.optim, num_updates)
-        self.critic_rate = make_learning_rate(ppo.critic_optim, num_updates)
+        self.minibatch = make_minibatch(ppo.minibatches, self.mesh)
+        self.minibatch_key = stage_key(self.config.seed, "ppo minibatches")
+        updates_each = ppo.epochs * ppo.minibatches
+        # each model's schedule counts its own updates: the actor's starts when the critic has warmed up
+        own_iterations = max(self.iterations - ppo.extras.critic_warmup, 0)
+        self.actor_rate = make_learning_rate(ppo.train.optim, own_iterations * updates_each)
+        self.critic_rate = make_learning_rate(ppo.critic_optim, self.iterations * updates_each)
 
     def iteration(
         self, state: PpoState, k: int, batches: TrainBatches, demonstrations: TrainBatches | None
@@ -305,7 +208,7 @@ class Loop:
             state = dataclasses.replace(state, actor=self.offload.state(actor), critic=self.offload.state(critic))
         else:
             with _timed(timing, "timing_s/score", k, ppo.train.log_every) as wait:
-                scored, metrics = wait(
+                scored, metrics, scores = wait(
                     self.score(
                         (state.actor.params, to_devices(self.ref_params)),
                         (state.critic.params, to_devices(self.reward_params)),
@@ -313,8 +216,10 @@ class Loop:
                         has_eos,
                         self.allowed_V,
                         state.kl_coef,
+                        state.scores,
                     )
                 )
+                state = dataclasses.replace(state, scores=scores)
             with _timed(timing, "timing_s/update", k, ppo.train.log_every) as wait:
                 state, update_metrics = wait(self._updates(state, k, (scored, shown)))
             metrics |= update_metrics
@@ -341,25 +246,22 @@ class Loop:
         ppo = self.config.ppo
         collected: list[Metrics] = []
         actor, critic = state.actor, state.critic
-        for update in range(ppo.epochs * ppo.minibatches):
+        updates_each, own_k = ppo.epochs * ppo.minibatches, k - ppo.extras.critic_warmup
+        for update in range(updates_each):
             part = batch
             if ppo.minibatches > 1:
-                part = minibatch(batch, jnp.asarray(update % ppo.minibatches), ppo.minibatches)
-            number = k * ppo.epochs * ppo.minibatches + update
-            critic, metrics = self.update_critic(critic, part[0], self.critic_rate(number))
-            metrics = _named("critic", metrics)
-            if k >= ppo.extras.critic_warmup:
-                actor, actor_metrics = self.update_actor(actor, part, self.actor_rate(number), self.allowed_V)
-                metrics |= _named("policy", actor_metrics)
+                epoch, index = divmod(update, ppo.minibatches)
+                part = self.minibatch(batch, self.minibatch_key, k, epoch, index)
+            critic, metrics = self.update_critic(critic, part[0], self.critic_rate(k * updates_each + update))
+            metrics = named("critic", metrics)
+            if own_k >= 0:
+                rate = self.actor_rate(own_k * updates_each + update)
+                actor, actor_metrics = self.update_actor(actor, part, rate, self.allowed_V)
+                metrics |= named("policy", actor_metrics)
             collected.append(metrics)
             if ppo.kl.stop is not None and _exceeds(metrics.get("policy/approxkl_avg"), ppo.kl.stop):
                 break
         return dataclasses.replace(state, actor=actor, critic=critic), _mean_of(collected)
-
-
-def _named(model: str, metrics: Metrics) -> Metrics:
-    """An update's metrics, those that both models have under the model's name."""
-    return {(f"{model}/{name}" if name in ("grad_norm", "skipped") else name): m for name, m in metrics.items()}
 
 
 def _exceeds(mean: Mean | None, limit: float) -> bool:

@@ -18,11 +18,12 @@ from mpo_jax.ops import (
     kl_k2,
     kl_k3,
     masked_sum,
+    normalise,
     shape_rewards,
     shape_rewards_ds_chat,
     whiten,
 )
-from mpo_jax.types import Joined, Mean, Metrics, Params, PpoBatch, Rollout, Tokens
+from mpo_jax.types import Joined, Mean, Metrics, Moments, Params, PpoBatch, Rollout
 
 
 def score_rollout(
@@ -45,16 +46,28 @@ def score_rollout(
     behavior_BS, entropy_BS = functional.token_logp(
         actor_model, policies[0], tokens, temperature=temperature, allowed_V=allowed_V, with_entropy=True
     )
-    value_BS = values(reward_model, judges[0], tokens)
+    value_BS = with_end(*values(reward_model, judges[0], joined), joined)
     frozen = policies[1], judges[1]
     rollout = judge(actor_model, reward_model, temperature, frozen, joined, has_eos_B, allowed_V, behavior_BS, value_BS)
     return rollout, entropy_BS
 
 
-def values(model: Model, critic: Params, tokens: Tokens) -> Float[Array, "B S"]:
-    """The critic's value of the state before each response token; 0 elsewhere."""
-    value_BS = functional.values_before(functional.scores(model, critic, tokens), tokens)
-    return jnp.where(tokens.loss_mask[:, tokens.scored_from :], value_BS, 0.0)
+def values(model: Model, critic: Params, joined: Joined) -> tuple[Float[Array, "B S"], Float[Array, "B 1"]]:
+    """The critic's value of the state before each response token, 0 elsewhere; and of the state after the last."""
+    tokens = functional.join(joined)
+    score_BT = functional.scores(model, critic, tokens)
+    value_BS = functional.values_before(score_BT, tokens)
+    value_BS = jnp.where(tokens.loss_mask[:, tokens.scored_from :], value_BS, 0.0)
+    return value_BS, functional.response_scores(score_BT, joined)
+
+
+def with_end(value_BS: Float[Array, "B S"], end_B1: Float[Array, "B 1"], joined: Joined) -> Float[Array, "B S"]:
+    """The values with that of the state after the last token in the column behind it, where there is one.
+
+    That state is the one before the column, so it stands where the alignment law puts it.
+    """
+    behind_BS = jnp.arange(value_BS.shape[1])[None] == joined.response_len[:, :1]
+    return jnp.where(behind_BS & (joined.prompt_len > 0)[:, None], end_B1, value_BS)
 
 
 def judge(
@@ -83,17 +96,29 @@ def judge(
     )
 
 
-def estimate(rollout: Rollout, config: PpoConfig, kl_coef: Float[Array, ""]) -> tuple[PpoBatch, Float[Array, "B S"]]:
-    """Advantages and returns of a rollout, and its shaped rewards."""
-    score_B = rollout.score
+def rewarded_score(rollout: Rollout, config: PpoConfig, moments: Moments | None) -> Float[Array, " B"]:
+    """The score that the reward takes, before it is clipped: normalised by `moments` if given, then penalised."""
+    score_B = rollout.score if moments is None else normalise(rollout.score, moments)
     if config.extras.missing_eos == "replace":
-        score_B = jnp.where(rollout.has_eos, score_B, -config.extras.missing_eos_penalty)
-    elif config.extras.missing_eos == "subtract":
-        score_B = jnp.where(rollout.has_eos, score_B, score_B - config.extras.missing_eos_penalty)
+        return jnp.where(rollout.has_eos, score_B, -config.extras.missing_eos_penalty)
+    if config.extras.missing_eos == "subtract":
+        return jnp.where(rollout.has_eos, score_B, score_B - config.extras.missing_eos_penalty)
+    return score_B
 
+
+def estimate(
+    rollout: Rollout, config: PpoConfig, kl_coef: Float[Array, ""], moments: Moments | None = None
+) -> tuple[PpoBatch, Float[Array, "B S"]]:
+    """Advantages and returns of a rollout, and its shaped rewards.
+
+    Args:
+      moments: of the raw scores, this rollout's included, where scores are normalised.
+    """
+    score_B = rewarded_score(rollout, config, moments)
     place = {"kl_coef": kl_coef, "clip": config.score_clip}
     if config.reward_at == "ds_chat":
-        # beyond the response both log-probs are 0 here, so the token after EOS carries the score and no KL
+        # The token after EOS carries the score, the value of the state after EOS, and the KL of the rollout's
+        # log-probs there. Those of `token_logp` are 0: no policy can sample the padding token.
         reward_BS, carry_BS = shape_rewards_ds_chat(
             rollout.behavior_logp, rollout.ref_logp, score_B, rollout.mask, **place
         )
@@ -109,9 +134,20 @@ def estimate(rollout: Rollout, config: PpoConfig, kl_coef: Float[Array, ""]) -> 
     return PpoBatch(rollout, advantage_BS, jnp.where(rollout.mask, returns_BS, 0.0)), reward_BS
 
 
-def rollout_metrics(batch: PpoBatch, entropy_BS: Array, kl_coef: Array) -> Metrics:
+def rollout_metrics(
+    batch: PpoBatch, entropy_BS: Array, kl_coef: Array, config: PpoConfig, moments: Moments | None = None
+) -> Metrics:
     """What the rollout says about the policy, before any update; sums run over a response, means over responses."""
     r = batch.rollout
+    real_B = r.mask.any(-1)
+    clipped_B = jnp.abs(rewarded_score(r, config, moments)) > config.score_clip
+    normalised: Metrics = {}
+    if moments is not None:
+        normalised = {
+            "objective/scores_normalised": Mean.of(normalise(r.score, moments), real_B),
+            "objective/score_running_mean": moments.mean,
+            "objective/score_running_std": moments.std,
+        }
     kl_B = masked_sum(kl_k1(r.behavior_logp, r.ref_logp), r.mask)
     length_B = r.mask.sum(-1)
     return {
@@ -120,6 +156,8 @@ def rollout_metrics(batch: PpoBatch, entropy_BS: Array, kl_coef: Array) -> Metri
         "objective/kl_k3": Mean.of(masked_sum(kl_k3(r.behavior_logp, r.ref_logp), r.mask)),
         "objective/entropy": Mean.of(-masked_sum(r.behavior_logp, r.mask)),
         "objective/scores": Mean.of(r.score),
+        "objective/score_clipfrac": Mean.of(clipped_B, real_B),
+        **normalised,
         "objective/non_score_reward": Mean.of(-kl_coef * kl_B),
         "objective/rlhf_reward": Mean.of(r.score - kl_coef * kl_B),
         "objective/kl_coef": kl_coef,
@@ -170,7 +208,7 @@ def actor_objective(
 
 def critic_objective(model: Model, config: PpoConfig, params: Params, ppo: PpoBatch) -> tuple[Metrics, Metrics]:
     """The clipped value loss."""
-    return value_terms(values(model, params, functional.join(ppo.rollout.joined)), ppo, config)
+    return value_terms(values(model, params, ppo.rollout.joined)[0], ppo, config)
 
 
 def value_terms(value_BS: Float[Array, "B S"], ppo: PpoBatch, config: PpoConfig) -> tuple[Metrics, Metrics]:
@@ -214,9 +252,12 @@ def one_pass(
         )
 
     logp_BS, pull_policy, entropy_BS = jax.vjp(policy, trained[0], has_aux=True)
-    value_BS, pull_value = jax.vjp(lambda params: values(reward_model, params, tokens), trained[1])
+    value_BS, pull_value, end_B1 = jax.vjp(
+        lambda params: values(reward_model, params, joined), trained[1], has_aux=True
+    )
+    kept_BS = with_end(value_BS, end_B1, joined)
     rollout = judge(
-        actor_model, reward_model, config.temperature, frozen, joined, has_eos_B, allowed_V, logp_BS, value_BS
+        actor_model, reward_model, config.temperature, frozen, joined, has_eos_B, allowed_V, logp_BS, kept_BS
     )
     ppo, _ = estimate(rollout, config, kl_coef)
 

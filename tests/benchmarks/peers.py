@@ -324,9 +324,8 @@ def mpo_jax_ppo(one_pass: bool, folder: Path, channel: Channel) -> None:
     from mpo_jax.data.batches import Buckets, TrainBatches, Widths, collate
     from mpo_jax.data.tokens import Example
     from mpo_jax.model import functional, loading
-    from mpo_jax.sharding import make_mesh, place_batch, replicated
+    from mpo_jax.sharding import make_mesh, place_batch
     from mpo_jax.stages import ppo
-    from mpo_jax.train import init_state
 
     lengths = (f"ppo.train.batch_size={ROLLOUTS}", f"text.max_response_tokens={LENGTH}")
     config = _bench_config("ppo", folder, f"ppo.one_pass={str(one_pass).lower()}", *lengths)
@@ -345,12 +344,7 @@ def mpo_jax_ppo(one_pass: bool, folder: Path, channel: Channel) -> None:
         logps = functional.make_response_logps(model, mesh)(params, fixed)
         loop = ppo.Loop(config, mesh, codec, model, judge, params, judge_params, ROWS // ROLLOUTS)
         # each state holds a copy, so that reference and reward model stay as they are
-        state = ppo.PpoState(
-            init_state(params, config.ppo.train.optim, mesh),
-            init_state(judge_params, config.ppo.critic_optim, mesh),
-            jax.device_put(jnp.asarray(config.ppo.kl.coef, jnp.float32), replicated(mesh)),
-            None,
-        )
+        state = ppo.init_ppo_state(config.ppo, params, judge_params, mesh, loop.offload)
         params, judge_params, k = None, None, 0
         channel.ready([float(x) for x in (*np.ravel(scores), *np.ravel(logps))])
 

@@ -70,6 +70,12 @@ def gae(reward, value, mask, discount=1.0, trace=0.95):
     return advantage, returns
 
 
+def running_moments(scores):
+    """Mean and unbiased standard deviation of all scores so far, from the whole list."""
+    mean = math.fsum(scores) / len(scores)
+    return mean, math.sqrt(math.fsum((score - mean) ** 2 for score in scores) / (len(scores) - 1))
+
+
 def adaptive_kl_coef(kl_coef, kl, target, horizon, num_samples):
     error = min(max(kl / target - 1.0, -0.2), 0.2)
     return kl_coef * (1.0 + error * num_samples / horizon)

@@ -18,7 +18,7 @@ from mpo_jax.generate import Decoder, Sampling
 from mpo_jax.model import functional
 from mpo_jax.model.functional import Model
 from mpo_jax.sharding import place_batch
-from mpo_jax.stages import dpo, ppo, reward, sft
+from mpo_jax.stages import dpo, ppo_programs, reward, sft
 from mpo_jax.train import init_state
 from mpo_jax.types import Mean, TrainState
 from tests.model.tiny import DECODER, FAST, batch, mesh_of, random_params, trees_close
@@ -66,10 +66,10 @@ def scored(shape: tuple[int, int, int]) -> Any:
     policies = tuple(on_mesh(random_params(DECODER, seed), mesh) for seed in (0, 1))
     judges = tuple(on_mesh(random_params(DECODER, seed, scalar=True), mesh) for seed in (5, 6))
     with jax.set_mesh(mesh):
-        score = ppo.make_score(MODEL, MODEL, PPO, mesh)
+        score = ppo_programs.make_score(MODEL, MODEL, PPO, mesh)
         joined, ended = place_batch((SAMPLES, ENDED[:, None]), mesh)
         arguments = policies, judges, joined, ended, ALLOWED, jnp.asarray(0.1)
-        return jax.device_get(score.lower(*arguments).compile(FAST)(*arguments))
+        return jax.device_get(score.lower(*arguments).compile(FAST)(*arguments)[:2])
 
 
 def nearby(seed: int, *, scalar: bool = False) -> Any:
@@ -91,7 +91,7 @@ def case(name: str, mesh: jax.sharding.Mesh, accumulation: int) -> tuple[Any, An
         return step, random_params(DECODER, scalar=True), (PAIRS,)
     rollouts, _ = scored(ONE)
     train = PPO.train.model_copy(update={"accumulation": accumulation})
-    actor, critic = ppo.make_updates(MODEL, MODEL, PPO.model_copy(update={"train": train}), mesh)
+    actor, critic = ppo_programs.make_updates(MODEL, MODEL, PPO.model_copy(update={"train": train}), mesh)
     if name == "ppo_actor":
         return actor, nearby(0), ((rollouts, None), ALLOWED)
     return critic, nearby(5, scalar=True), (rollouts,)
