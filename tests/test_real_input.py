@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from mpo_jax.data.pair_table import PairTable
@@ -37,6 +38,9 @@ def test_hh_rows_and_a_real_llama_go_through_every_stage(shared_data, tmp_path):
     assert "utility" not in evaluation and 0 <= evaluation["has_eos"] <= 1
     samples = (tmp_path / "runs/mpo/evaluate/samples.jsonl").read_text().splitlines()
     assert len(samples) == 16 and all("\n\nAssistant:" in json.loads(line)["prompt"] for line in samples)
+    assert {json.loads(line)["category"] for line in samples} == {"helpful"}  # the first of the two files
+    gaps = pq.read_table(tmp_path / "runs" / "mpo" / "reward" / "held_out.parquet")
+    assert set(gaps["category"].to_pylist()) == {"helpful", "harmless"}
 
 
 def test_own_preference_rows_need_only_a_model(shared_data, tmp_path):
@@ -66,12 +70,14 @@ def test_tldr_posts_go_through_every_stage(shared_data, tmp_path):
     assert mpo("run", config, f"workdir={tmp_path}", model, *keys, *sizes, *SHORT) == 0
     summary = manifest(tmp_path, "mpo", "sft")["summary"]
     pairs, references, prompts = summary["data"]
-    assert pairs["read"] == references["kept"] == prompts["read"] == 80 and pairs["kept"] < 81
+    assert pairs["read"] == references["read"] == prompts["read"] == 80 and pairs["kept"] < 81
+    assert references["dropped"]["also a test prompt"] == 80 - prompts["kept"]
     assert prompts["dropped"] == {"also a test prompt": 80 - prompts["kept"]}
     # posts are longer than 48 tokens, and what is cut is the post: every prompt still ends with its question
     assert summary["tokens"]["truncated_prompts"] == summary["tokens"]["rows"] and summary["tokens"]["prompt_tokens"]
     samples = (tmp_path / "runs/mpo/evaluate/samples.jsonl").read_text().splitlines()
     assert all(json.loads(line)["prompt"].endswith("TL;DR:") for line in samples)
+    assert all(json.loads(line)["category"] in json.loads(line)["prompt"].splitlines()[0] for line in samples)
 
 
 def test_an_instruct_model_knows_the_capital_of_france(smollm2, capsys):

@@ -84,7 +84,7 @@ class Corpus:
 
 
 def fingerprint(config: DataConfig) -> str:
-    """A hash of everything that the rows depend on; files count by content, not by name.
+    """A hash of everything that the rows depend on; files count by content, not by name, unless it names a category.
 
     Raises:
       UserError: a source that is missing; a data set of the hub that cannot be loaded.
@@ -95,6 +95,8 @@ def fingerprint(config: DataConfig) -> str:
     else:
         fields = ("path", "sft_path", "test_path", "prompt_path", "test_prompt_path")
         content = {field: _fingerprint_sources(getattr(config, field)) for field in fields}
+        if config.kind == "hh":
+            content["categories"] = [_named_categories(getattr(config, field)) for field in fields]
         options |= {"filter", "keep_news", "max_rows"}
     content["options"] = config.model_dump(mode="json", include=options)
     return hashlib.sha256(json.dumps([config.kind, content], sort_keys=True).encode()).hexdigest()
@@ -104,6 +106,11 @@ def _fingerprint_sources(specs: tuple[str, ...]) -> list[Any]:
     # splits of one hub data set can share their files, so there the name counts too
     hub = [spec for spec in specs if spec.startswith(HUB)]
     return [hub, fingerprint_files(file for spec in specs for file in open_source(spec).files())]
+
+
+def _named_categories(specs: tuple[str, ...]) -> list[str | None]:
+    local = (spec for spec in specs if not spec.startswith(HUB))
+    return [hh.source_category(str(file)) for spec in local for file in open_source(spec).files()]
 
 
 def load_corpus(config: Config) -> Corpus:

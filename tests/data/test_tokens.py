@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mpo_jax.config import TextConfig
 from mpo_jax.data import tokens, toy
-from mpo_jax.data.tokens import Example, TokenReport, tokenize
+from mpo_jax.data.tokens import Example, TokenReport, number_visits, tokenize
 from mpo_jax.text import TextCodec, load_tokenizer
 
 LIMITS = TextConfig(max_prompt_tokens=3, max_response_tokens=4)
@@ -55,6 +55,19 @@ def test_a_key_depends_on_the_prompts_ids_alone():
     assert 0 <= key < 2**32
     assert len({Example(list(ids), []).key for n in range(4) for ids in itertools.product(range(6), repeat=n)}) == 259
     assert Example([1, 2], []).key == 0x34FB5C82  # sha256 of two little-endian int32; samples depend on it
+
+
+def test_every_visit_of_a_prompt_has_a_key_of_its_own():
+    prompts = [[5, 6], [7], [5, 6], [5, 6], [8], [7]]
+    numbered = number_visits([Example(ids, []) for ids in prompts])
+    assert [example.visit for example in numbered] == [0, 0, 1, 2, 0, 1]
+    assert len({example.key for example in numbered}) == 6
+    # a prompt's first visit draws what it drew when it came once
+    assert [example.key for example in numbered if not example.visit] == [
+        Example(ids, []).key for ids in ([5, 6], [7], [8])
+    ]
+    assert len({Example([5, 6], [], visit=visit).key for visit in range(50000)}) == 50000
+    assert all(0 <= Example([5, 6], [], visit=visit).key < 2**32 for visit in (1, 2, 10**6))
 
 
 def test_tokenize_counts_what_it_cuts():

@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from scipy.special import expit
 
 from mpo_jax.evaluation.calibration import (
+    HELD_OUT,
     accuracy_by_gap,
     against_truth,
     by_threshold,
@@ -79,3 +81,10 @@ def test_gaps_are_read_as_they_were_written(tmp_path: Path, truth: np.ndarray | 
     assert (kept[1] is None) == (truth is None)
     if truth is not None:
         np.testing.assert_array_equal(kept[1], truth)
+
+
+def test_gaps_carry_the_categories_that_are_known(tmp_path: Path) -> None:
+    write_gaps(tmp_path, np.asarray([0.25, -3.0]), None, [None, "harmless"])
+    assert pq.read_table(tmp_path / HELD_OUT)["category"].to_pylist() == [None, "harmless"]
+    write_gaps(tmp_path, np.asarray([0.25, -3.0]), None, [None, None])
+    assert pq.read_table(tmp_path / HELD_OUT).column_names == ["gap"]
