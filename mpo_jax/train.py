@@ -190,13 +190,13 @@ def fit(
         )
         closing.callback(checkpoints.close)
         start, state = checkpoints.restore(state)
-        online = stage_run(config, folder, stage, artifact_name(recipe) if recipe else folder.name)
+        wandb_run = stage_run(config, folder, stage, artifact_name(recipe) if recipe else folder.name)
         tracker = Tracker(
             folder,
             stage,
             num_steps,
             tensorboard=config.runtime.tensorboard,
-            sinks=() if online is None else (online,),
+            sinks=() if wandb_run is None else (wandb_run,),
             every_step=train.log_every == 1,
             start_step=start,
             sums=checkpoints.carried,

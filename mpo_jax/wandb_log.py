@@ -149,8 +149,8 @@ class WandbRun:
             # its text could quote what was sent
             message = str(error) if isinstance(error, UserError) else type(error).__name__
             _session.warn(
-                f"W&B could not {what} a run: {message}. The command goes on; what W&B has of the run is in the workdir's "
-                "folder wandb"
+                f"W&B could not {what} a run: {message}. The command goes on; what W&B has of the run is in the "
+                "workdir's folder wandb"
             )
 
 

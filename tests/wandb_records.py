@@ -11,8 +11,8 @@ BLOCK = 32768
 def records(log: Path) -> Iterator[Any]:
     """Protobuf records of a `.wandb` file: 7 bytes of header, then LevelDB's log format.
 
-    A fragment is crc (4 bytes), length (2, little-endian) and kind (1), and none crosses the end of a block; kinds 1 and
-    4 end a record.
+    A fragment leads with crc (4 bytes), length (2, little-endian) and kind (1); none crosses the end of a block, and
+    kinds 1 and 4 end a record.
     """
     from wandb.proto import wandb_internal_pb2
 
@@ -51,8 +51,14 @@ class Written:
 
 
 def written(workdir: Path) -> list[Written]:
-    """The runs in a workdir, in the order in which they began."""
-    logs = (workdir / "wandb").glob("*/run-*.wandb")
+    """The offline runs in a workdir, in the order in which they began.
+
+    W&B's service is ended first: it may write the last records after a run's `finish`.
+    """
+    import wandb
+
+    wandb.teardown()
+    logs = (workdir / "wandb").glob("offline-run-*/run-*.wandb")
     return [Written(log) for log in sorted(logs, key=lambda log: log.parent.stat().st_ctime_ns)]
 
 
