@@ -1,7 +1,9 @@
 """Weights & Biases without a network: what an offline run holds, and that nothing W&B does can end a stage."""
 
+import http.server
 import json
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -127,6 +129,52 @@ def test_a_server_that_does_not_answer_is_asked_once(tmp_path, monkeypatch, caps
     told = capsys.readouterr().out
     assert told.count(f"{NOWHERE} cannot be used") == 1 and KEY not in told
     assert [(run.run.display_name, len(run.rows)) for run in written(tmp_path / "work")] == [("sft-1", 2), ("sft-2", 2)]
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A W&B server that answers until `went_away` is set, as far as starting a run needs it."""
+    went_away = threading.Event()
+    bucket = {
+        "id": "b", "name": "run", "displayName": "run", "config": "{}", "historyLineCount": 0,
+        "project": {"id": "p", "name": "mine", "entity": {"id": "e", "name": "team"}},
+    }  # fmt: skip
+    answers = {
+        "RunResumeStatus": {"model": None},
+        "UpsertBucket": {"upsertBucket": {"bucket": bucket, "inserted": True}},
+    }
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["Content-Length"] or 0)).decode()
+            asked = next((name for name in answers if name in body), None)
+            self.send_response(503 if went_away.is_set() else 200)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(json.dumps({"data": answers.get(asked, {})}).encode())
+
+        do_GET = do_PUT = do_POST
+
+        def log_message(self, *arguments):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:
+        threading.Thread(target=listening.serve_forever, daemon=True).start()
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{listening.server_port}")
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        yield went_away
+        wandb.teardown()
+        listening.shutdown()
+
+
+def test_a_server_that_goes_away_holds_no_stage_up(server, tmp_path, monkeypatch, capsys):
+    """The stage ends once the time for the rest is over; the next one is kept on disk from the start."""
+    monkeypatch.setattr(wandb_log, "FINISH_TIMEOUT_S", 0.5)
+    config = configured(tmp_path, "online")
+    run_fit(tmp_path / "stages" / "sft-1", steps=2, config=config, at=lambda k: server.set())
+    assert "team/mine/runs/" in (told := capsys.readouterr().out) and "could not end a run: TimeoutError" in told
+    run_fit(tmp_path / "stages" / "sft-2", steps=2, config=config)
+    assert [(run.run.display_name, len(run.rows)) for run in written(tmp_path)] == [("sft-2", 2)]
 
 
 def test_errors_of_the_package_end_no_stage(tmp_path, capsys):
