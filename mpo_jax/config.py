@@ -437,6 +437,17 @@ class ProcessesConfig(Section, frozen=True):
     timeout_s: int = Field(default=100, gt=0, description="seconds without a sign of life after which the others stop")
 
 
+class WandbConfig(Section, frozen=True):
+    """Weights & Biases (the extra `wandb`). Its key is WANDB_API_KEY or that of `wandb login`: it has no place here."""
+
+    project: str = Field(default="mpo_jax", pattern=r"^[^/\\#?%:]{1,128}$")
+    entity: str | None = Field(default=None, min_length=1, description="user or team; null: the account's own default")
+    mode: Literal["online", "offline", "disabled"] | None = Field(
+        default=None,
+        description="offline: runs stay in workdir/wandb, for `wandb sync`; null: what WANDB_MODE says, else online",
+    )
+
+
 class RuntimeConfig(Section, frozen=True):
     """The machine, not the method: nothing here changes results beyond rounding or enters an artifact's hash."""
 
@@ -449,6 +460,7 @@ class RuntimeConfig(Section, frozen=True):
     processes: ProcessesConfig = Field(default_factory=lambda: ProcessesConfig())
     token_cache: str | None = Field(default="~/.cache/mpo_jax/tokens", description="folder; null: none")
     tensorboard: bool = True
+    wandb: WandbConfig | None = Field(default=None, description="{project, entity, mode}; null: no Weights & Biases")
     offload_frozen: bool = Field(
         default=False, description="PPO's reference and reward model lie in host memory but while they score"
     )
@@ -577,7 +589,9 @@ def _refuse_unknown(key: str, where: str) -> None:
         if fields is None or part not in fields:
             known = list(fields) if fields else []
             raise UserError(f"unknown key {'.'.join(parts[: depth + 1])} {where}{_suggest(part, known)}")
-        section = fields[part].annotation
+        kind: Any = fields[part].annotation
+        # of a section that may be absent, the section
+        section = next((one for one in get_args(kind) if hasattr(one, "model_fields")), kind)
 
 
 def _suggest(part: str, known: list[str]) -> str:

@@ -21,9 +21,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mpo_jax import flags
+from mpo_jax import flags, wandb_log
 from mpo_jax.bucket import Bucket
-from mpo_jax.config import Config, MeshConfig
+from mpo_jax.config import Config, MeshConfig, WandbConfig
 from mpo_jax.errors import UserError
 from mpo_jax.runtime import PACKAGES
 from mpo_jax.sharding import mesh_of, replicated
@@ -68,6 +68,8 @@ def examine(config: Config) -> Iterator[Check]:
         yield bucket(config.runtime.bucket)
     yield cache(config.runtime.compilation_cache)
     yield hub(os.environ)
+    if config.runtime.wandb is not None:
+        yield wandb(config.runtime.wandb)
     yield clocks()
     yield matmul()
     yield collective()
@@ -271,6 +273,31 @@ def hub(environment: Any) -> Check:
         return Check(
             "hub", "warn", f"not reached in {HUB_TIMEOUT_S:g} s ({reason}); {token}",
             "hub ids and hub: data fail here: download elsewhere (`hf download`), name folders, set HF_HUB_OFFLINE=1",
+        )  # fmt: skip
+
+
+def wandb(config: WandbConfig) -> Check:
+    """Whether runs can be logged to Weights & Biases: package, credentials, server."""
+    try:
+        mode = wandb_log.check(config)
+    except UserError as error:
+        return Check("wandb", "fail", config.mode or "online", str(error))
+    if mode is None:
+        return Check("wandb", "ok", "disabled")
+    text = f"{_version('wandb')}, {mode}, project {config.project}"
+    if mode == "offline":
+        return Check("wandb", "ok", f"{text}: runs stay in workdir/wandb")
+    server = wandb_log.server()
+    try:
+        with urllib.request.urlopen(server, timeout=HUB_TIMEOUT_S):
+            return Check("wandb", "ok", f"{text}: {server} reached")
+    except urllib.error.HTTPError:
+        return Check("wandb", "ok", f"{text}: {server} reached")
+    except (urllib.error.URLError, OSError, ValueError) as error:
+        reason = type(getattr(error, "reason", error)).__name__
+        return Check(
+            "wandb", "warn", f"{text}: {server} not reached in {HUB_TIMEOUT_S:g} s ({reason})",
+            "runs will stay in workdir/wandb: set runtime.wandb.mode=offline and upload them with `wandb sync`",
         )  # fmt: skip
 
 

@@ -1,4 +1,5 @@
-"""Metrics of one stage: metrics.jsonl, TensorBoard, and progress on the terminal. Of several processes one writes."""
+"""Metrics of one stage: metrics.jsonl, sinks such as TensorBoard, and progress on the terminal. Of several processes
+one writes."""
 
 import contextlib
 import dataclasses
@@ -7,9 +8,9 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -42,6 +43,35 @@ Sums = dict[str, tuple[float, float | None]]
 """Totals and counts of metrics by name, in float64; without a count where the total itself is what is logged."""
 
 
+class Sink(Protocol):
+    """A further place for what metrics.jsonl gets, in the main process."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """The metrics of one step."""
+        ...
+
+    def close(self, *, failed: bool = False) -> None:
+        """No more steps follow; `failed`: since the stage broke off."""
+        ...
+
+
+class TensorBoard:
+    """Event files, in which the stage leads every metric's name; steps after `start_step` are made again."""
+
+    def __init__(self, folder: Path, stage: str, start_step: int):
+        from tensorboardX import SummaryWriter
+
+        self._stage = stage
+        self._writer = SummaryWriter(str(folder), purge_step=start_step + 1)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(f"{self._stage}/{name}", value, step)
+
+    def close(self, *, failed: bool = False) -> None:
+        self._writer.close()
+
+
 class _Eta(TimeRemainingColumn):
     """The time that a task's own field gives, else what rich finds from the speed so far."""
 
@@ -54,6 +84,7 @@ class Tracker:
     """Writes one line of metrics a logged step, and shows progress: a bar on a terminal, plain lines elsewhere.
 
     Args:
+      sinks: what else takes the logged metrics.
       every_step: off a terminal, show each logged step as one line of names and values, for programs to read.
       start_step: the steps already made; lines of later ones are dropped from the file.
       sums: what `unlogged` gave at that step.
@@ -66,6 +97,7 @@ class Tracker:
         num_steps: int,
         *,
         tensorboard: bool,
+        sinks: Iterable[Sink] = (),
         every_step: bool = False,
         start_step: int = 0,
         sums: Mapping[str, Any] | None = None,
@@ -76,11 +108,9 @@ class Tracker:
         if is_main():
             _forget_after(self._path, start_step)
         self._file = self._path.open("a", encoding="utf-8")
-        self._board = None
+        self._sinks = list(sinks)
         if tensorboard and is_main():
-            from tensorboardX import SummaryWriter
-
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+            self._sinks.append(TensorBoard(folder / "tensorboard", stage, start_step))
         self._pending: list[Mapping[str, Any]] = []
         self._sums: Sums = {name: (total, count) for name, (total, count) in (sums or {}).items()}
         self._begin = self._last_log = self._last_line = time.perf_counter()
@@ -167,7 +197,7 @@ class Tracker:
         return values
 
     def write(self, step: int, values: Mapping[str, float], *, state_hash: str | None = None) -> None:
-        """One line of metrics.jsonl, flushed, and the same to TensorBoard; one with a hash is on the disk after it."""
+        """One line of metrics.jsonl, flushed, and the same to the sinks; one with a hash is on the disk after it."""
         line: dict[str, Any] = {"step": step, **{k: float(v) for k, v in values.items()}}
         if state_hash is not None:
             line["state_hash"] = state_hash
@@ -175,9 +205,8 @@ class Tracker:
         self._file.flush()
         if state_hash is not None and is_main():
             os.fsync(self._file.fileno())
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(f"{self.stage}/{name}", value, step)
+        for sink in self._sinks:
+            sink.write(step, values)
 
     def _show(self, step: int, values: Mapping[str, float], now: float) -> None:
         note = "  ".join(f"{name.split('/')[-1]} {values[name]:.4g}" for name in self._headline(values))
@@ -201,11 +230,12 @@ class Tracker:
         wanted = ("loss", "accuracy", "rewards/accuracies", "objective/scores", "objective/kl", "perf/tokens_per_s")
         return [name for name in wanted if name in values]
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
+        """Ends the display and the files; `failed`: the stage broke off."""
         if self._bar is not None:
             self._bar.stop()
-        if self._board is not None:
-            self._board.close()
+        for sink in self._sinks:
+            sink.close(failed=failed)
         self._file.flush()
         if is_main():
             os.fsync(self._file.fileno())

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from mpo_jax.artifacts import RECIPE
+from mpo_jax.artifacts import RECIPE, artifact_name
 from mpo_jax.bucket import Bucket, checkpoint_folder, stage_place
 from mpo_jax.checkpoint import Checkpoints, leaf_hashes, state_hash
 from mpo_jax.config import Config, OptimConfig, TrainConfig, to_yaml
@@ -31,6 +31,7 @@ from mpo_jax.sharding import check_batch, place_batch, replicated
 from mpo_jax.stage_warnings import warn
 from mpo_jax.tracker import Tracker
 from mpo_jax.types import Mean, Metrics, Params, Skips, TrainState
+from mpo_jax.wandb_log import stage_run
 
 State = Any
 
@@ -180,26 +181,28 @@ def fit(
         if is_main():
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-        bucket = Bucket.of(config)
+        bucket, recipe = Bucket.of(config), _recipe(folder)
         checkpoints = Checkpoints(
             checkpoint_folder(bucket, folder),
             keep=train.keep_checkpoints,
             best=train.best_mode if train.best_metric else None,
-            recipe=_recipe(folder),
+            recipe=recipe,
             clean=True,
         )
         closing.callback(checkpoints.close)
         start, state = checkpoints.restore(state)
+        wandb_run = stage_run(config, folder, stage, artifact_name(recipe) if recipe else folder.name)
         tracker = Tracker(
             folder,
             stage,
             num_steps,
             tensorboard=config.runtime.tensorboard,
+            sinks=() if wandb_run is None else (wandb_run,),
             every_step=train.log_every == 1,
             start_step=start,
             sums=checkpoints.carried,
         )
-        closing.callback(tracker.close)
+        closing.push(lambda kind, error, trace: tracker.close(failed=kind is not None))
         guard = Guard(folder / "bad_batches", stage, train.stop_after_skipped)
         logged: dict[str, float] = {}
         for number in range(start + 1, num_steps + 1):

@@ -15,6 +15,7 @@ import pytest
 from mpo_jax import cli
 from mpo_jax.data.pair_table import PairTable
 from mpo_jax.model import families
+from tests.wandb_records import written
 
 pytestmark = pytest.mark.unoptimised
 
@@ -131,6 +132,20 @@ def test_a_second_run_does_nothing_and_says_so(finished, capsys):
     assert time.perf_counter() - begin < 10
     assert stages(finished) == before and page.stat().st_mtime_ns == written
     assert "nothing was computed" in " ".join(capsys.readouterr().out.split())
+
+
+def test_wandb_redoes_nothing_and_gets_the_report(copied, monkeypatch):
+    pytest.importorskip("wandb")
+    for name in ("DATA_DIR", "CACHE_DIR", "CONFIG_DIR"):
+        monkeypatch.setenv(f"WANDB_{name}", str(copied / "home"))
+    before = stages(copied)
+    assert mpo("run", MICRO, f"workdir={copied}", "runtime.wandb.mode=offline") == 0
+    assert stages(copied) == before
+    (run,) = written(copied)
+    (artifact,) = run.artifacts
+    assert (run.run.job_type, artifact.type) == ("report", "report")
+    assert {"report/index.html", "report/tables/main.csv"} < {entry.path for entry in artifact.manifest.contents}
+    assert run.config["runtime"]["wandb"]["mode"] == "offline" and np.isfinite(run.summary["mpo/score"])
 
 
 def test_a_changed_key_redoes_what_depends_on_it(copied):

@@ -108,14 +108,14 @@ def test_update_on_a_mesh_equals_one_device(shape, name):
     np.testing.assert_allclose(many_norm, one_norm, rtol=1e-5)
 
 
-def run_fit(folder, *, steps=7, broken=(), die_at=None, at=None, carry_on=False, **train):
+def run_fit(folder, *, steps=7, broken=(), die_at=None, at=None, carry_on=False, config=None, **train):
     """SFT steps through `fit`; batches `broken` give no finite number, and `at(k)` is called in step k.
 
     `carry_on`: without the guard, as a reference for what a run without the broken batches gives.
     """
     objective, params, data = cases()["sft"]
     mesh, optim = mesh_of(1, 1, 1), OptimConfig(learning_rate=0.01)
-    config = Config(runtime=RuntimeConfig(tensorboard=False))
+    config = config or Config(runtime=RuntimeConfig(tensorboard=False))
     train = TrainConfig(steps=steps, batch_size=8, optim=optim, **{"log_every": 1, "checkpoint_every": 2, **train})
 
     def poisoned(params, batch):

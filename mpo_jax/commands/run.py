@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.markup import escape
 
-from mpo_jax import __version__, runtime
+from mpo_jax import __version__, runtime, wandb_log
 from mpo_jax.artifacts import Store, write_json
 from mpo_jax.bucket import Bucket
 from mpo_jax.config import Config, ExperimentName
@@ -29,6 +29,8 @@ def run(config: Config) -> None:
 def _start(config: Config) -> None:
     runtime.start(config.runtime)
     console.quiet = not is_main()
+    if is_main():
+        wandb_log.check(config.runtime.wandb)
 
 
 def _build(config: Config) -> None:
@@ -66,6 +68,7 @@ def _report(workdir: Path, config: Config) -> Path:
     by_seed = {config.seed: results.collect(workdir)}
     page = write_report(workdir, resamples=config.evaluate.bootstrap_resamples, by_seed=by_seed)
     write_json(record, inputs)
+    wandb_log.log_report(config, workdir)
     return page
 
 
@@ -109,4 +112,5 @@ def report(workdir: Path) -> None:
     by_seed = collect_seeds(workdir)
     config = next(iter(by_seed.values()))[0].config
     page = write_report(workdir, resamples=config.evaluate.bootstrap_resamples, by_seed=by_seed)
+    wandb_log.log_report(config, workdir)
     console.print(f"report: {page}", soft_wrap=True)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mpo_jax import runtime
+from mpo_jax import runtime, wandb_log
 from mpo_jax.artifacts import Store, write_text
 from mpo_jax.bucket import Bucket
 from mpo_jax.config import Config, to_yaml
@@ -28,6 +28,8 @@ def table(config: Config) -> None:
     """
     runtime.start(config.runtime)
     console.quiet = not is_main()
+    if is_main():
+        wandb_log.check(config.runtime.wandb)
     workdir = Path(config.workdir)
     stages = plan_table(config)
     overall = Overall(estimates(config, stages))
@@ -56,6 +58,7 @@ def table(config: Config) -> None:
     page = write_report(workdir, resamples=resamples, by_seed=by_seed, evidence=evidence)
     if (bucket := Bucket.of(config)) is not None:
         bucket.send_results(workdir)
+    wandb_log.log_report(config, workdir)
     console.print(f"report: {page}", soft_wrap=True)
 
 

@@ -121,7 +121,7 @@ def _recorded(path: Path) -> dict[int, str]:
 def _same(workdir: Path, folder: Path, name: str, recipe: Mapping[str, Any], stretch: Stretch, *, first: bool) -> bool:
     """Trains the stretch in a scratch folder, and prints and returns whether it ends as recorded."""
     config = load_config(folder / "config.yaml")
-    single = config.runtime.model_copy(update={"processes": ProcessesConfig(), "bucket": None})
+    single = config.runtime.model_copy(update={"processes": ProcessesConfig(), "bucket": None, "wandb": None})
     config = config.model_copy(update={"workdir": str(workdir), "runtime": single})
     if first:
         runtime.start(config.runtime)

@@ -9,6 +9,7 @@ import pytest
 from filelock import FileLock
 from safetensors.numpy import load_file, save_file
 
+from mpo_jax.config import load_config
 from tests.test_pipeline import MICRO, mpo
 
 pytestmark = pytest.mark.unoptimised
@@ -64,6 +65,14 @@ def test_one_stage_can_be_asked_for(made, capsys, by):
     assert mpo("verify", made, "--stage", "reward" if by == "kind" else name) == 0
     out = said(capsys)
     assert f"{name}: steps 2 to 4 identical" in out and out.count("identical") == 1
+
+
+def test_what_is_trained_again_is_not_logged_to_wandb_again(copied):
+    path = folder_of(copied, "reward") / "config.yaml"
+    path.write_text(path.read_text().replace("  wandb: null\n", "  wandb: {mode: offline}\n"))
+    assert load_config(path).runtime.wandb is not None
+    assert mpo("verify", copied, "--stage", "reward") == 0
+    assert not (copied / "wandb").exists()
 
 
 def test_another_input_is_found_with_the_first_leaf_that_differs(copied, capsys):
