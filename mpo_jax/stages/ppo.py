@@ -29,6 +29,7 @@ from mpo_jax.ops import adaptive_kl_coef
 from mpo_jax.optim import make_optimizer
 from mpo_jax.runtime import data_seed, stage_key
 from mpo_jax.sharding import batch_sharding, check_batch, place_batch, replicated
+from mpo_jax.stages import ppo_eval
 from mpo_jax.stages.ppo_objective import (
     actor_objective,
     critic_objective,
@@ -231,7 +232,7 @@ def run(
         ema=jax.tree.map(jnp.copy, actor_params) if ppo.extras.ema_decay is not None else None,
     )
     del actor_params, critic_params
-    state, logged = fit(
+    state, trained = fit(
         state,
         step,
         config=config,
@@ -239,11 +240,12 @@ def run(
         num_steps=iterations,
         folder=folder,
         stage="ppo",
+        evaluate=ppo_eval.make_evaluate(config, codec, loop, buckets),
+        warmup=ppo.extras.critic_warmup,
     )
-    exported = state.actor.params if state.ema is None else state.ema
-    loading.save(folder / "model", actor_model, exported, codec)
+    loading.save(folder / "model", actor_model, ppo_eval.exported(state), codec)
     loading.save(folder / "critic", reward_model, state.critic.params, codec)
-    return {"prompts": len(examples), "steps": iterations, "train": logged}
+    return {"prompts": len(examples), **trained}
 
 
 @dataclasses.dataclass
