@@ -14,7 +14,9 @@ from mpo_jax.bucket import Bucket, checkpoint_folder
 from mpo_jax.checkpoint import Checkpoints, leaf_hashes, state_hash
 from mpo_jax.config import Config, RuntimeConfig, TrainConfig, load_config
 from mpo_jax.errors import Preempted, UserError
+from mpo_jax.pipeline import Pipeline
 from mpo_jax.preemption import stopping_at
+from mpo_jax.schedule import Listing
 from mpo_jax.train import fit
 from mpo_jax.types import Mean, Skips
 from mpo_jax.validation import first_rows, means
@@ -233,3 +235,24 @@ def test_the_same_first_rows_are_taken_each_time():
 def test_what_cannot_be_measured_is_refused_before_anything_is_trained(overrides, message):
     with pytest.raises(UserError, match=message):
         load_config(None, overrides)
+
+
+def name_of(tmp_path, *overrides: str) -> str:
+    return Pipeline(load_config(None, overrides), Listing(tmp_path)).sft().id
+
+
+def test_measures_change_a_stage_s_name_only_where_they_choose_the_state(tmp_path):
+    """A metric on held-out rows by when and on what it is measured; a metric of training by where it is averaged."""
+    every, rows, mode = "sft.train.eval_every=2", "sft.train.eval_rows=9", "sft.train.best_mode=max"
+    saved, log = "sft.train.checkpoint_every=3", "sft.train.log_every=3"
+    plain = name_of(tmp_path)
+    assert {name_of(tmp_path, key) for key in (every, rows, mode, saved, log)} == {plain}
+    held_out = (every, "sft.train.best_metric=eval/loss")
+    chosen = name_of(tmp_path, *held_out)
+    changed = [name_of(tmp_path, *held_out, key) for key in (rows, mode, "sft.train.eval_every=3")]
+    assert len({plain, chosen, *changed}) == 5
+    assert {name_of(tmp_path, *held_out, key) for key in (saved, log, "sft.train.keep_checkpoints=7")} == {chosen}
+    training = "sft.train.best_metric=loss"
+    chosen = name_of(tmp_path, training)
+    assert len({plain, chosen, *(name_of(tmp_path, training, key) for key in (saved, log, mode))}) == 5
+    assert {name_of(tmp_path, training, key) for key in (every, rows)} == {chosen}
