@@ -67,16 +67,13 @@ class Checkpoints:
         Raises:
           UserError: if the checkpoint holds other shapes than this configuration's, or is of another recipe.
         """
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+        abstract = abstract_state(state)
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
             try:
                 record = self.record(step)
                 self._refuse_other(step, record, state)
-                arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-                found = self._manager.restore(step, args=arguments)["state"]
-                if leaf := first_difference(record["hashes"], leaf_hashes(found)):
-                    raise ValueError(f"{leaf} has other bytes than were saved")
+                found = self._read(step, abstract, record)
             except (UserError, PermissionError, MemoryError, jax.errors.JaxRuntimeError):
                 raise
             except Exception as error:
@@ -88,6 +85,39 @@ class Checkpoints:
         if steps:
             console.print("[yellow]no checkpoint is left: the stage starts anew[/yellow]")
         return 0, state
+
+    def best(self) -> tuple[int, float] | None:
+        """The step and value of the best checkpoint, the earliest of equals; None where none has a value."""
+        return self._kept.best_of(sorted(self._kept.values))
+
+    def improves(self, value: float) -> bool:
+        """Whether no checkpoint has a value as good as this one."""
+        best = self.best()
+        return best is None or (value > best[1] if self._kept.best == "max" else value < best[1])
+
+    def load(self, step: int, abstract: Any) -> Any:
+        """The state of one checkpoint, placed as `abstract` says.
+
+        Raises:
+          UserError: if it cannot be read, or its bytes are not those that were saved.
+        """
+        self._manager.wait_until_finished()
+        try:
+            return self._read(step, abstract, self.record(step))
+        except (PermissionError, MemoryError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:
+            raise UserError(
+                f"{self._folder / str(step)} is broken: {type(error).__name__}: {error}. Remove it, and the same "
+                "command goes on from the last checkpoint, with the best of the others"
+            ) from error
+
+    def _read(self, step: int, abstract: Any, record: Mapping[str, Any]) -> Any:
+        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        found = self._manager.restore(step, args=arguments)["state"]
+        if leaf := first_difference(record["hashes"], leaf_hashes(found)):
+            raise ValueError(f"{leaf} has other bytes than were saved")
+        return found
 
     def restore_params(self, params: Any, shardings: Any, *, critic: bool) -> tuple[int, Any]:
         """The newest checkpoint's step and its model alone: the trained one, PPO's actor, or PPO's critic.
@@ -215,9 +245,19 @@ class _Kept(PreservationPolicy):
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         steps = [checkpoint.step for checkpoint in checkpoints]
         kept = set(steps[-self.last :])
-        if known := [step for step in steps if step in self.values]:
-            kept.add((max if self.best == "max" else min)(known, key=self.values.__getitem__))
+        if (best := self.best_of(steps)) is not None:
+            kept.add(best[0])
         return [step in kept for step in steps]
+
+    def best_of(self, steps: Sequence[int]) -> tuple[int, float] | None:
+        """Of the steps that have a value, the first with the best one, and that value."""
+        known = [(step, self.values[step]) for step in steps if step in self.values]
+        return (max if self.best == "max" else min)(known, key=lambda item: item[1], default=None)
+
+
+def abstract_state(state: Any) -> Any:
+    """Shapes, types and places of a state's arrays, without the arrays."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
 
 def leaf_hashes(state: Any) -> dict[str, str]:

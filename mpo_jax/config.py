@@ -21,6 +21,27 @@ TRAINED = ("sft", "reward", "dpo", "ppo")
 """The stages with a section `train`."""
 
 
+EVAL = "eval/"
+"""What the names of measures on held-out rows begin with; the rest is the training metric's own name."""
+
+MEASURES = {
+    "sft": ("loss",),
+    "reward": ("loss", "accuracy", "score/chosen", "score/rejected", "gap"),
+    "dpo": (
+        "loss", "loss/nll", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
+        "logps/chosen", "logps/rejected",
+    ),
+    "ppo": (
+        "objective/kl", "objective/kl_k2", "objective/kl_k3", "objective/entropy", "objective/scores",
+        "objective/scores_normalised", "objective/score_clipfrac", "objective/non_score_reward",
+        "objective/rlhf_reward", "policy/entropy_avg", "response_length/mean", "response_length/clip_ratio",
+    ),
+}  # fmt: skip
+"""What each stage measures on held-out rows, so that a name that is none of them is known before any training."""
+
+HIGHER_IS_BETTER = ("accura", "margin", "score", "reward", "gap", "utility", "explained_variance", "logps")
+
+
 class Section(BaseModel, frozen=True):
     """A part of the configuration: immutable, hashable, defaults checked like given values, unknown keys refused."""
 
@@ -197,17 +218,34 @@ class TrainConfig(Section, frozen=True):
     shuffle: bool = Field(default=True, description="false: rows in file order, again from the first after the last")
     log_every: int = Field(default=10, gt=0)
     checkpoint_every: int = Field(default=500, gt=0, description="updates; such a step is logged too, with state_hash")
+    eval_every: int | None = Field(
+        default=None, gt=0, description="updates between measures on held-out rows (and after the last); null: never"
+    )
+    eval_rows: int | None = Field(
+        default=None, gt=0, description="the first held-out rows, or of ppo test prompts; null: 256, of ppo 64"
+    )
     keep_checkpoints: int = Field(
         default=2, gt=0, description="the last ones kept while the stage trains; 1: none to fall back on"
     )
     best_metric: str | None = Field(
-        default=None, description="logged metric; the checkpoint with its best value is kept besides the last ones"
+        default=None,
+        description="logged metric: the state with its best value is exported, in place of the last; eval/NAME "
+        "compares all states that eval_every measures, others those at checkpoints",
     )
-    best_mode: Literal["min", "max"] = "min"
+    best_mode: Literal["min", "max"] | None = Field(
+        default=None, description="null: max of accuracies, margins, scores, rewards and gaps, min of all else"
+    )
     stop_after_skipped: int = Field(
         default=5, gt=0, description="updates in a row without a finite loss and gradient; each is skipped"
     )
     optim: OptimConfig = Field(default_factory=lambda: OptimConfig())
+
+    @property
+    def better(self) -> Literal["min", "max"]:
+        """Which values of `best_metric` are better."""
+        if self.best_mode is not None:
+            return self.best_mode
+        return "max" if any(word in (self.best_metric or "") for word in HIGHER_IS_BETTER) else "min"
 
     @model_validator(mode="after")
     def _divides(self) -> "TrainConfig":
@@ -510,6 +548,30 @@ class Config(Section, frozen=True):
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         return tuple(name.strip() for name in value.split(",")) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _can_measure(self) -> "Config":
+        for stage in TRAINED:
+            train: TrainConfig = getattr(self, stage).train
+            if train.eval_every is not None and not self.data.holds_out:
+                raise ValueError(
+                    f"{stage}.train.eval_every={train.eval_every} needs held-out rows: name preference rows as "
+                    "data.test_path, or raise data.validation_fraction above 0"
+                )
+            if train.best_metric is None or not train.best_metric.startswith(EVAL):
+                continue
+            if train.eval_every is None:
+                raise ValueError(
+                    f"{stage}.train.best_metric={train.best_metric} is measured on held-out rows: set "
+                    f"{stage}.train.eval_every, the updates between two measures"
+                )
+            known = [EVAL + name for name in MEASURES[stage]]
+            if train.best_metric not in known:
+                raise ValueError(
+                    f"{stage}.train.best_metric={train.best_metric} is no measure of {stage}"
+                    f"{_suggest(train.best_metric, known)}"
+                )
+        return self
 
 
 def load_config(path: str | Path | None, overrides: tuple[str, ...] = (), *, stage: str | None = None) -> Config:

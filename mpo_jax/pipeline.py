@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from mpo_jax import runtime
 from mpo_jax.artifacts import Builder, write_json
-from mpo_jax.config import Config, to_yaml
+from mpo_jax.config import EVAL, Config, to_yaml
 from mpo_jax.data import corpus, pair_table
 from mpo_jax.errors import UserError
 from mpo_jax.experiments import EXPERIMENTS, Step, Variant
@@ -22,8 +22,14 @@ from mpo_jax.sharding import make_mesh
 from mpo_jax.stages import dpo, evaluate, ppo, reward, select, sft
 from mpo_jax.types import Artifact
 
-BOOKKEEPING = ("log_every", "checkpoint_every", "keep_checkpoints", "best_metric", "best_mode", "stop_after_skipped")
+BOOKKEEPING = (
+    "log_every", "checkpoint_every", "keep_checkpoints", "eval_every", "eval_rows", "best_metric", "best_mode",
+    "stop_after_skipped",
+)  # fmt: skip
 """Keys of a train section that change no result: how often to log, what to save, when to give up."""
+
+CHOICE = ("best_metric", "best_mode")
+"""Those that do where a best state is exported, with those that say which states are compared, and by what."""
 
 StageName = Literal["sft", "reward", "select", "dpo", "ppo", "evaluate"]
 
@@ -184,4 +190,9 @@ def _without_bookkeeping(settings: Any) -> Any:
     """The settings without what changes no result."""
     if not isinstance(settings, dict):
         return settings
-    return {key: _without_bookkeeping(value) for key, value in settings.items() if key not in BOOKKEEPING}
+    dropped = set(BOOKKEEPING)
+    if metric := settings.get("best_metric"):
+        # a metric of training is an average since the line logged before
+        compared = ("eval_every", "eval_rows") if metric.startswith(EVAL) else ("checkpoint_every", "log_every")
+        dropped -= {*CHOICE, *compared}
+    return {key: _without_bookkeeping(value) for key, value in settings.items() if key not in dropped}

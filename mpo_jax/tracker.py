@@ -27,6 +27,7 @@ from rich.progress import (
 from rich.text import Text
 
 from mpo_jax import progress
+from mpo_jax.config import EVAL
 from mpo_jax.processes import is_main
 from mpo_jax.types import Mean, Skips
 
@@ -112,6 +113,7 @@ class Tracker:
         if tensorboard and is_main():
             self._sinks.append(TensorBoard(folder / "tensorboard", stage, start_step))
         self._pending: list[Mapping[str, Any]] = []
+        self._measures: dict[str, float] = {}
         self._sums: Sums = {name: (total, count) for name, (total, count) in (sums or {}).items()}
         self._begin = self._last_log = self._last_line = time.perf_counter()
         self.step = self._first_step = start_step
@@ -133,9 +135,17 @@ class Tracker:
             self._bar.start()
 
     def update(
-        self, step: int, metrics: Mapping[str, Any], *, log: bool, state_hash: str | None = None
+        self,
+        step: int,
+        metrics: Mapping[str, Any],
+        *,
+        log: bool,
+        measures: Mapping[str, float] | None = None,
+        state_hash: str | None = None,
     ) -> dict[str, float] | None:
         """Takes one step's metrics (on the device); when `log`, fetches and writes their averages since the last log.
+
+        `measures` are of this step's state alone: they are written as they are, also where the metrics are not.
 
         The host waits for the device only when it logs. This process's first step is told as `timing_s/compile`, with
         all later compilations, and is left out of the time of a step.
@@ -158,20 +168,23 @@ class Tracker:
         else:
             self._steps_since += 1
         if not log:
+            if measures:
+                self.write(step, measures, state_hash=state_hash)
+                self._show(step, measures, now)
             return None
         self._sums = {}
         tokens = values.pop("tokens", None)
-        values |= self._timing(now, tokens)
+        values |= self._timing(now, tokens) | dict(measures or {})
         self.write(step, values, state_hash=state_hash)
         self._show(step, values, now)
         return values
 
     @contextlib.contextmanager
     def untimed(self) -> Iterator[None]:
-        """What is done within, such as saving, is left out of the time of a step."""
-        begin = time.perf_counter()
+        """What is done within, such as saving, is left out of the time of a step; compilation is left out anyway."""
+        begin, compiled = time.perf_counter(), self._compiled.seconds
         yield
-        self._untimed += time.perf_counter() - begin
+        self._untimed += time.perf_counter() - begin - (self._compiled.seconds - compiled)
 
     def unlogged(self) -> Sums:
         """The sums of the steps since the last logged one, as JSON: what a run that goes on from here needs."""
@@ -209,13 +222,18 @@ class Tracker:
             sink.write(step, values)
 
     def _show(self, step: int, values: Mapping[str, float], now: float) -> None:
-        note = "  ".join(f"{name.split('/')[-1]} {values[name]:.4g}" for name in self._headline(values))
+        measured = any(name.startswith(EVAL) for name in values)
+        if self._bar is not None:
+            # a bar has one line: the last measures stay on it until there are new ones
+            self._measures = {k: v for k, v in values.items() if k.startswith(EVAL)} if measured else self._measures
+            values = {**values, **self._measures}
+        note = "  ".join(f"{_short(name)} {values[name]:.4g}" for name in self._headline(values))
         if self._bar is not None:
             self._bar.update(self._task, note=note)
         elif self._every_step:
             # rich flushes what it prints
             console.print(step_line(self.stage, step, values), soft_wrap=True, markup=False)
-        elif step >= self.num_steps or now - self._last_line > PLAIN_SECONDS:
+        elif measured or step >= self.num_steps or now - self._last_line > PLAIN_SECONDS:
             self._last_line = now
             rate = (now - self._begin) / max(step - self._first_step, 1)
             eta = (
@@ -227,8 +245,9 @@ class Tracker:
 
     @staticmethod
     def _headline(values: Mapping[str, float]) -> list[str]:
-        wanted = ("loss", "accuracy", "rewards/accuracies", "objective/scores", "objective/kl", "perf/tokens_per_s")
-        return [name for name in wanted if name in values]
+        wanted = ("loss", "accuracy", "rewards/accuracies", "objective/scores", "objective/kl")
+        names = (*wanted, "perf/tokens_per_s", *(EVAL + name for name in wanted))
+        return [name for name in names if name in values]
 
     def close(self, *, failed: bool = False) -> None:
         """Ends the display and the files; `failed`: the stage broke off."""
@@ -246,11 +265,20 @@ LINE_FIELDS = {
     "loss/value_avg": ("value_loss", ".6g"),
     "objective/scores": ("score", ".6g"),
     "objective/kl": ("kl", ".6g"),
+    "eval/loss": ("eval_loss", ".7g"),
+    "eval/accuracy": ("eval_accuracy", ".6g"),
+    "eval/rewards/accuracies": ("eval_accuracy", ".6g"),
+    "eval/objective/scores": ("eval_score", ".6g"),
+    "eval/objective/kl": ("eval_kl", ".6g"),
     "timing_s/compile": ("compile_s", ".3f"),
     "timing_s/step": ("step_time_s", ".4g"),
     "perf/tokens_per_s": ("tokens_per_s", ".0f"),
 }
 """What a step's line holds besides its loss, where it is logged: metric to name and format."""
+
+
+def _short(name: str) -> str:
+    return ("eval " if name.startswith(EVAL) else "") + name.split("/")[-1]
 
 
 def step_line(stage: str, step: int, values: Mapping[str, float]) -> str:

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ from jax.sharding import Mesh
 
 from mpo_jax.artifacts import RECIPE, artifact_name
 from mpo_jax.bucket import Bucket, checkpoint_folder, stage_place
-from mpo_jax.checkpoint import Checkpoints, leaf_hashes, state_hash
+from mpo_jax.checkpoint import Checkpoints, abstract_state, leaf_hashes, state_hash
 from mpo_jax.config import Config, OptimConfig, TrainConfig, to_yaml
 from mpo_jax.data.batches import Buckets, TrainBatches, num_steps
 from mpo_jax.data.tokens import Example
-from mpo_jax.errors import Preempted, UserError
+from mpo_jax.errors import Preempted
 from mpo_jax.guard import Guard
 from mpo_jax.model import functional
 from mpo_jax.model.functional import Model
@@ -31,6 +31,7 @@ from mpo_jax.sharding import check_batch, place_batch, replicated
 from mpo_jax.stage_warnings import warn
 from mpo_jax.tracker import Tracker
 from mpo_jax.types import Mean, Metrics, Params, Skips, TrainState
+from mpo_jax.validation import Best, Evaluate, measure_now
 from mpo_jax.wandb_log import stage_run
 
 State = Any
@@ -167,14 +168,24 @@ def fit(
     num_steps: int,
     folder: Path,
     stage: str,
-) -> tuple[State, dict[str, float]]:
+    evaluate: Evaluate | None = None,
+    warmup: int = 0,
+) -> tuple[State, dict[str, Any]]:
     """Runs `step(state, k)` for k up to `num_steps`, from the newest sound checkpoint in `folder` if there is one.
 
     A step returns the next state, metrics, and its batch: a pytree of arrays to be kept if its update is skipped.
-    Returns the last state and the last logged metrics.
+
+    Args:
+      evaluate: measures a state on held-out rows, every `train.eval_every` steps and after the last.
+      warmup: how many of the first steps may log fewer metrics than later ones.
+
+    Returns:
+      The last state, or the best one where `train.best_metric` is set; and for the manifest `steps`, the last logged
+      metrics as `train`, and as `best` the step, metric and value of the best state, or None.
 
     Raises:
-      UserError: if too many updates in a row were skipped, or a checkpoint is of another configuration.
+      UserError: if too many updates in a row were skipped, a checkpoint is of another configuration, or there is no
+        metric of the name `train.best_metric`.
       Preempted: after SIGTERM, once a checkpoint of the step at hand is saved.
     """
     with Preemption() as preemption, contextlib.ExitStack() as closing:
@@ -185,7 +196,7 @@ def fit(
         checkpoints = Checkpoints(
             checkpoint_folder(bucket, folder),
             keep=train.keep_checkpoints,
-            best=train.best_mode if train.best_metric else None,
+            best=train.better if train.best_metric else None,
             recipe=recipe,
             clean=True,
         )
@@ -204,24 +215,31 @@ def fit(
         )
         closing.push(lambda kind, error, trace: tracker.close(failed=kind is not None))
         guard = Guard(folder / "bad_batches", stage, train.stop_after_skipped)
+        best = Best(train, stage, checkpoints, warmup=warmup)
         logged: dict[str, float] = {}
         for number in range(start + 1, num_steps + 1):
             state, metrics, batch = step(state, number - 1)
             guard.look(number, metrics, batch)
             last, due = number == num_steps, number % train.checkpoint_every == 0
-            hashes = None
-            if due or last:
+            measures: dict[str, float] = {}
+            if evaluate is not None and train.eval_every is not None and (last or number % train.eval_every == 0):
+                jax.block_until_ready(state)
+                with tracker.untimed():
+                    measures = measure_now(evaluate, state, number, stage)
+            improved, hashes = best.improves(measures), None
+            if due or last or improved:
                 jax.block_until_ready(state)
                 with tracker.untimed():
                     hashes = leaf_hashes(state)
             log = last or due or number % train.log_every == 0 or number == 1
             digest = state_hash(hashes) if hashes else None
-            logged = tracker.update(number, metrics, log=log, state_hash=digest) or logged
+            line = tracker.update(number, metrics, log=log, measures=measures, state_hash=digest)
+            logged = line or logged
+            value = best.value(number, line or {}, measures, compared=due or last)
             stop = preemption.asked(number, last=last)
-            if stop or last or due:
+            if stop or last or due or improved:
                 guard.settle()
-            if stop or (due and not last):
-                value = _value(logged, train, stage) if due else None
+            if stop or ((due or improved) and not last):
                 carried = tracker.unlogged()
                 with tracker.untimed():
                     if bucket is not None and bucket.takes_checkpoints and is_main():
@@ -230,23 +248,19 @@ def fit(
                     checkpoints.save(number, state, hashes=hashes, value=value, carried=carried)
             if stop:
                 raise Preempted(number)
-    return state, logged
+        chosen = best.choose(num_steps)
+        if chosen is not None and chosen["step"] != num_steps:
+            # the last state leaves the devices before the best one comes
+            abstract = abstract_state(state)
+            del state
+            state = checkpoints.load(chosen["step"], abstract)
+    return state, {"steps": num_steps, "train": logged, "best": chosen}
 
 
 def _recipe(folder: Path) -> dict[str, Any] | None:
     """What the stage in this folder is made from, where a store made the folder."""
     path = folder / RECIPE
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def _value(logged: dict[str, float], train: TrainConfig, stage: str) -> float | None:
-    """The metric by which checkpoints are compared; None where the updates that it would tell of were skipped."""
-    if train.best_metric is None or train.best_metric in logged:
-        return logged.get(train.best_metric or "")
-    if any(name.endswith("skipped") and count > 0 for name, count in logged.items()):
-        return None
-    known = ", ".join(name for name in logged if not name.startswith(("timing_s", "perf")))
-    raise UserError(f"{stage}.train.best_metric={train.best_metric} is not logged; known here: {known}")
 
 
 def fit_examples(
@@ -259,10 +273,11 @@ def fit_examples(
     mesh: Mesh,
     folder: Path,
     stage: str,
+    evaluate: Callable[[Params], Mapping[str, float]] | None = None,
 ) -> tuple[Params, dict[str, Any]]:
     """Trains on batches of examples; rows with extra numbers give the step (rows, extra), others rows alone.
 
-    Returns the trained parameters, and the steps made and last logged metrics for the manifest.
+    Returns the parameters to export, and what `fit` says for the manifest.
     """
     steps = num_steps(len(examples), epochs=train.epochs, steps=train.steps, batch_size=train.batch_size)
     buckets = Buckets.of(examples, config.text.length_buckets)
@@ -272,10 +287,9 @@ def fit_examples(
 
     def one(state: TrainState, k: int) -> tuple[TrainState, Metrics, Any]:
         batch = batches[k]
-        data = (batch.rows, batch.extra) if batch.extra.shape[1] else batch.rows
-        return *step(state, place_batch(data, mesh), learning_rate(k)), {"rows": batch.rows, "extra": batch.extra}
+        return *step(state, place_batch(batch.data, mesh), learning_rate(k)), {"rows": batch.rows, "extra": batch.extra}
 
-    state, logged = fit(
+    state, summary = fit(
         init_state(params, train.optim, mesh),
         one,
         config=config,
@@ -283,8 +297,9 @@ def fit_examples(
         num_steps=steps,
         folder=folder,
         stage=stage,
+        evaluate=None if evaluate is None else lambda state: evaluate(state.params),
     )
-    return state.params, {"steps": steps, "train": logged}
+    return state.params, summary
 
 
 def make_learning_rate(optim: OptimConfig, num_steps: int) -> Callable[[int], jax.Array]:

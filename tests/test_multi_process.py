@@ -23,6 +23,7 @@ pytestmark = pytest.mark.unoptimised
 
 COMMAND = [sys.executable, "-c", "from mpo_jax.cli import main; main()"]
 MESH = ("mesh.data=2", "mesh.fsdp=4")
+MEASURED = tuple(f"{stage}.train.eval_every=2" for stage in ("sft", "reward", "dpo", "ppo"))
 CACHE = f"runtime.compilation_cache={jax.config.jax_compilation_cache_dir}"
 
 
@@ -63,7 +64,7 @@ def metrics(workdir: Path, role: str) -> list[dict]:
 def together(tmp_path_factory) -> tuple[Path, Pair]:
     folder = tmp_path_factory.mktemp("two")
     resting = ("runtime.offload_frozen=true", "runtime.offload_moments=true")
-    pair = Pair(folder, "run", str(MICRO), f"workdir={folder / 'w'}", *MESH, *resting)
+    pair = Pair(folder, "run", str(MICRO), f"workdir={folder / 'w'}", *MESH, *MEASURED, *resting)
     assert pair.wait() == [0, 0], pair.text(0)[-3000:] + pair.text(1)[-3000:]
     return folder / "w", pair
 
@@ -71,7 +72,7 @@ def together(tmp_path_factory) -> tuple[Path, Pair]:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("one")
-    assert mpo("run", MICRO, f"workdir={workdir}", *MESH, "runtime.cpu_devices=8", CACHE) == 0
+    assert mpo("run", MICRO, f"workdir={workdir}", *MESH, *MEASURED, "runtime.cpu_devices=8", CACHE) == 0
     return workdir
 
 

@@ -115,6 +115,30 @@ def test_a_real_compilation_is_heard(tmp_path):
     tracker.close()
 
 
+def test_compilation_that_is_not_timed_is_not_subtracted_twice(tmp_path, monkeypatch):
+    """A step of 2 s, then measures of 5 s of which the compiler takes 4."""
+    clock = iter([100.0, 110.0, 112.0, 117.0, 117.0])
+    monkeypatch.setattr("mpo_jax.tracker.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    tracker = Tracker(tmp_path, "sft", 9, tensorboard=False)
+    tracker.update(1, {}, log=True)
+    with tracker.untimed():
+        jax.monitoring.record_event_duration_secs(COMPILE_EVENT, 4.0)
+    assert tracker.update(2, {}, log=True) == {"timing_s/compile": 4.0, "timing_s/step": 2.0}
+    tracker.close()
+
+
+def test_measures_are_written_as_they_are_with_the_step_s_line_or_by_themselves(tmp_path, capsys):
+    tracker = Tracker(tmp_path, "sft", 9, tensorboard=False)
+    assert tracker.update(1, {"loss": mean(2, 1)}, log=False, measures={"eval/loss": 0.5}) is None
+    found = tracker.update(2, {"loss": mean(4, 1)}, log=True, measures={"eval/loss": 0.25})
+    tracker.close()
+    assert found is not None and (found["loss"], found["eval/loss"]) == (3, 0.25)
+    first, second = lines(tmp_path)
+    assert first == {"step": 1, "eval/loss": 0.5} and (second["loss"], second["eval/loss"]) == (3, 0.25)
+    printed = capsys.readouterr().out
+    assert "sft 1/9  eval loss 0.5" in printed and "sft 2/9  loss 3  eval loss 0.25" in printed
+
+
 def test_a_line_holds_the_state_s_hash(tmp_path):
     tracker = Tracker(tmp_path, "sft", 9, tensorboard=False)
     values = tracker.update(1, {"loss": mean(1, 2)}, log=True, state_hash="abc")

@@ -156,7 +156,7 @@ def test_fit_resumes_and_ends_equal_to_an_uninterrupted_run(tmp_path):
     resumed, resumed_last = run_fit(tmp_path / "killed")
     assert int(resumed.step) == 7
     chex.assert_trees_all_equal(jax.device_get(whole), jax.device_get(resumed))
-    assert last["loss"] == resumed_last["loss"]
+    assert last["train"]["loss"] == resumed_last["train"]["loss"]
     assert logged(tmp_path / "whole") == logged(tmp_path / "killed")
     hashes = [row.get("state_hash") for row in logged(tmp_path / "whole")]
     assert [bool(digest) for digest in hashes] == [False, True, False, True, False, True, True]

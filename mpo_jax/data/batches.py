@@ -6,7 +6,7 @@ ids are small, and nothing is assumed about which rows a process's devices hold.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -89,6 +89,13 @@ class Buckets:
         prompt, response = _lengths(examples)
         return self.widths[int(self._first(prompt.max(keepdims=True), response.max(keepdims=True))[0])]
 
+    def widened(self, examples: Sequence[Example]) -> "Buckets":
+        """These widths, and one that holds all of the examples where one of them fits into none."""
+        widest, needed = self.widths[-1], Widths.of(examples)
+        if needed.prompt <= widest.prompt and needed.response <= widest.response:
+            return self
+        return Buckets((*self.widths, needed))
+
     def num_batches(self, examples: Sequence[Example], batch_size: int) -> int:
         """How often `map_batches` calls its function."""
         return int((-(-np.bincount(self.place(examples)) // batch_size)).sum())
@@ -161,6 +168,11 @@ class Batch(NamedTuple):
     rows: Joined
     extra: np.ndarray
     epoch: np.ndarray
+
+    @property
+    def data(self) -> Any:
+        """What an objective takes: (rows, extra) where the rows have extra numbers, else the rows alone."""
+        return (self.rows, self.extra) if self.extra.shape[1] else self.rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,18 +268,27 @@ def map_batches(
     """
     if not examples:
         raise UserError("there are no rows to run a model on: the data set is empty; check its files and filters")
-    bucket = buckets.place(examples)
     places, parts = [], []
-    for number, widths in enumerate(buckets.widths):
-        rows = np.flatnonzero(bucket == number)
-        for begin in range(0, len(rows), batch_size):
-            part = rows[begin : begin + batch_size]
-            batch = collate(
-                [examples[row] for row in part], widths, num_responses=len(examples[0].responses), size=batch_size
-            )
-            places.append(part)
-            parts.append(jax.tree.map(partial(_first, len(part)), function(batch)))
+    for rows, batch in padded_batches(examples, buckets, batch_size):
+        places.append(rows)
+        parts.append(jax.tree.map(partial(_first, len(rows)), function(batch.rows)))
     return jax.tree.map(lambda *xs: _scatter(places, xs), *parts)
+
+
+def padded_batches(
+    examples: Sequence[Example], buckets: Buckets, batch_size: int
+) -> Iterator[tuple[np.ndarray, Batch]]:
+    """Every example once, in batches of one size: the examples' numbers, and the batch, with filler rows at its end."""
+    bucket = buckets.place(examples)
+    for number, widths in enumerate(buckets.widths):
+        members = np.flatnonzero(bucket == number)
+        for begin in range(0, len(members), batch_size):
+            rows = members[begin : begin + batch_size]
+            chosen = [examples[row] for row in rows]
+            joined = collate(chosen, widths, num_responses=len(examples[0].responses), size=batch_size)
+            extra = np.zeros((batch_size, len(examples[0].extra)), np.float32)
+            extra[: len(rows)] = [example.extra for example in chosen]
+            yield rows, Batch(joined, extra, np.zeros(batch_size, np.uint32))
 
 
 def _first(count: int, x: Any) -> np.ndarray:

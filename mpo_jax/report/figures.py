@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import binomtest
 
+from mpo_jax.config import EVAL
 from mpo_jax.report.canvas import COLORS, MARKERS, QUIET, Chart, finish, legend, new_axes, style
 from mpo_jax.report.results import COLUMNS
 
@@ -25,7 +27,7 @@ PANELS = {
     "sft": (Panel("loss", "SFT: loss", "nats a token"),),
     "reward": (
         Panel("loss", "Reward model: loss", "nats a pair"),
-        Panel("accuracy", "Reward model: accuracy on training pairs", "share"),
+        Panel("accuracy", "Reward model: pairs ordered right", "share"),
     ),
     "dpo": (
         Panel("loss", "DPO: loss", "nats a pair"),
@@ -82,31 +84,45 @@ def curves(stage: str, series: Sequence[Series]) -> list[Chart]:
     """A chart for each of a stage's panels that any series has."""
     charts = []
     for panel in PANELS[stage]:
-        lines = [line.points(panel.metric) for line in series]
-        rows = [row for line in lines for row in line]
+        lines = [(line.points(panel.metric), line.points(EVAL + panel.metric)) for line in series]
+        rows = [row for line in lines for points in line for row in points]
         if rows:
             name = f"{stage}_{panel.metric.replace('/', '_')}"
             charts.append(finish(name, panel.title, _curve(panel, series, lines), rows))
     return charts
 
 
-def _curve(panel: Panel, series: Sequence[Series], lines: list[list[dict[str, Any]]]) -> Figure:
+Points = list[dict[str, Any]]
+
+HELD_OUT: dict[str, Any] = {"linestyle": (0, (4, 2)), "markerfacecolor": "white", "linewidth": 1.1}
+"""How a curve on held-out rows differs from the training curve of its colour and marker."""
+
+
+def _curve(panel: Panel, series: Sequence[Series], lines: list[tuple[Points, Points]]) -> Figure:
+    """Each series' points in training, and on held-out rows."""
     figure, axes = new_axes("update", panel.unit)
-    metric, drawn = panel.metric, 0
-    for line, points in zip(series, lines, strict=True):
-        if points:
-            # a marker on every point would hide the line
-            every = max(1, len(points) // 8)
-            looks = style(line.runs[0]) | {"markersize": 4, "linewidth": 1.4, "markevery": every}
-            steps = [row["step"] for row in points]
-            axes.plot(steps, [row[metric] for row in points], label=line.label, **looks)
-            if f"{metric}_low" in points[0]:
-                low, high = ([row[f"{metric}_{end}"] for row in points] for end in ("low", "high"))
-                axes.fill_between(steps, low, high, color=looks["color"], alpha=0.15, linewidth=0)
-            drawn += 1
-    if drawn > 1:
+    drawn = [(line, *points) for line, points in zip(series, lines, strict=True) if any(points)]
+    for line, training, held_out in drawn:
+        looks = style(line.runs[0]) | {"markersize": 4, "linewidth": 1.4}
+        _draw(axes, panel.metric, training, looks | {"label": line.label})
+        _draw(axes, EVAL + panel.metric, held_out, looks | HELD_OUT)
+    if measured := any(held_out for *_, held_out in drawn):
+        axes.plot([], [], color=QUIET, marker="o", markersize=4, label="on held-out rows", **HELD_OUT)
+    if measured or len(drawn) > 1:
         legend(figure)
     return figure
+
+
+def _draw(axes: Axes, metric: str, points: Points, looks: dict[str, Any]) -> None:
+    """One curve, and the range over seeds where there are several."""
+    if not points:
+        return
+    steps = [row["step"] for row in points]
+    # a marker on every point would hide the line
+    axes.plot(steps, [row[metric] for row in points], markevery=max(1, len(points) // 8), **looks)
+    if f"{metric}_low" in points[0]:
+        low, high = ([row[f"{metric}_{end}"] for row in points] for end in ("low", "high"))
+        axes.fill_between(steps, low, high, color=looks["color"], alpha=0.15, linewidth=0)
 
 
 def pareto(rows: list[dict[str, Any]], column: str) -> list[bool]:

@@ -28,6 +28,7 @@ from mpo_jax.offload import Offload, to_devices
 from mpo_jax.ops import adaptive_kl_coef
 from mpo_jax.runtime import data_seed, stage_key
 from mpo_jax.sharding import check_batch, place_batch, replicated
+from mpo_jax.stages import ppo_eval
 from mpo_jax.stages.ppo_programs import (
     average,
     make_minibatch,
@@ -133,7 +134,7 @@ def run(
 
     state = init_ppo_state(ppo, actor_params, critic_params, mesh, offload)
     del actor_params, critic_params
-    state, logged = fit(
+    state, trained = fit(
         state,
         step,
         config=config,
@@ -141,11 +142,12 @@ def run(
         num_steps=iterations,
         folder=folder,
         stage="ppo",
+        evaluate=ppo_eval.make_evaluate(config, codec, loop, buckets),
+        warmup=ppo.extras.critic_warmup,
     )
-    exported = state.actor.params if state.ema is None else state.ema
-    loading.save(folder / "model", actor_model, exported, codec)
+    loading.save(folder / "model", actor_model, ppo_eval.exported(state), codec)
     loading.save(folder / "critic", reward_model, state.critic.params, codec)
-    return {"prompts": len(examples), "steps": iterations, "train": logged}
+    return {"prompts": len(examples), **trained}
 
 
 @dataclasses.dataclass

@@ -151,21 +151,21 @@ def rollout_metrics(
     kl_B = masked_sum(kl_k1(r.behavior_logp, r.ref_logp), r.mask)
     length_B = r.mask.sum(-1)
     return {
-        "objective/kl": Mean.of(kl_B),
-        "objective/kl_k2": Mean.of(masked_sum(kl_k2(r.behavior_logp, r.ref_logp), r.mask)),
-        "objective/kl_k3": Mean.of(masked_sum(kl_k3(r.behavior_logp, r.ref_logp), r.mask)),
-        "objective/entropy": Mean.of(-masked_sum(r.behavior_logp, r.mask)),
-        "objective/scores": Mean.of(r.score),
+        "objective/kl": Mean.of(kl_B, real_B),
+        "objective/kl_k2": Mean.of(masked_sum(kl_k2(r.behavior_logp, r.ref_logp), r.mask), real_B),
+        "objective/kl_k3": Mean.of(masked_sum(kl_k3(r.behavior_logp, r.ref_logp), r.mask), real_B),
+        "objective/entropy": Mean.of(-masked_sum(r.behavior_logp, r.mask), real_B),
+        "objective/scores": Mean.of(r.score, real_B),
         "objective/score_clipfrac": Mean.of(clipped_B, real_B),
         **normalised,
-        "objective/non_score_reward": Mean.of(-kl_coef * kl_B),
-        "objective/rlhf_reward": Mean.of(r.score - kl_coef * kl_B),
+        "objective/non_score_reward": Mean.of(-kl_coef * kl_B, real_B),
+        "objective/rlhf_reward": Mean.of(r.score - kl_coef * kl_B, real_B),
         "objective/kl_coef": kl_coef,
         "policy/entropy_avg": Mean.of(entropy_BS, r.mask),
         "critic/explained_variance": explained_variance(r.value, batch.returns, r.mask),
         "val/num_eos_tokens": r.has_eos.sum(),
-        "response_length/mean": Mean.of(length_B),
-        "response_length/clip_ratio": Mean.of(~r.has_eos),
+        "response_length/mean": Mean.of(length_B, real_B),
+        "response_length/clip_ratio": Mean.of(~r.has_eos, real_B),
         "tokens": length_B.sum() + jnp.asarray(r.joined.prompt_len).sum(),
     }
 

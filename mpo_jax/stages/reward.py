@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from mpo_jax.config import Config, OptimConfig
 from mpo_jax.data.batches import Buckets, map_batches
@@ -29,6 +29,7 @@ from mpo_jax.stage_warnings import warn
 from mpo_jax.text import TextCodec, load_tokenizer
 from mpo_jax.train import check_sizes, fit_examples, make_update, state_sharding
 from mpo_jax.types import Artifact, Joined, Mean, Metrics, Params
+from mpo_jax.validation import first_rows, make_evaluate, make_measure
 
 
 def objective(model: Model, loss: str, params: Params, batch: Joined) -> tuple[Metrics, Metrics]:
@@ -37,22 +38,26 @@ def objective(model: Model, loss: str, params: Params, batch: Joined) -> tuple[M
     score_BT = functional.scores(model, params, tokens)
     score_BN = functional.response_scores(score_BT, batch)
     chosen_B, rejected_B = score_BN[:, 0], score_BN[:, 1]
-    term = _span_term(score_BT, batch) if loss == "ds_span" else bradley_terry_loss(chosen_B, rejected_B)
+    valid_B = jnp.asarray(batch.prompt_len) > 0
+    if loss == "ds_span":
+        term = _span_term(score_BT, batch, valid_B)
+    else:
+        term = bradley_terry_loss(chosen_B, rejected_B, valid_B)
     metrics = {
-        "accuracy": Mean.of(chosen_B > rejected_B),
-        "score/chosen": Mean.of(chosen_B),
-        "score/rejected": Mean.of(rejected_B),
-        "gap": Mean.of(chosen_B - rejected_B),
+        "accuracy": Mean.of(chosen_B > rejected_B, valid_B),
+        "score/chosen": Mean.of(chosen_B, valid_B),
+        "score/rejected": Mean.of(rejected_B, valid_B),
+        "gap": Mean.of(chosen_B - rejected_B, valid_B),
         "tokens": (tokens.segment > 0).sum(),
     }
     return {"loss": term}, metrics
 
 
-def _span_term(score_BT: Float[Array, "B T"], batch: Joined) -> Mean:
+def _span_term(score_BT: Float[Array, "B T"], batch: Joined, valid_B: Bool[Array, " B"]) -> Mean:
     """The span loss over response columns: the sides share the prompt, so they cannot differ before them."""
     P = batch.prompt.shape[1]
     score_BNS = rearrange(score_BT[:, P:], "b (n s) -> b n s", n=2)
-    return span_reward_loss(score_BNS, jnp.asarray(batch.response), jnp.asarray(batch.response_len))
+    return span_reward_loss(score_BNS, jnp.asarray(batch.response), jnp.asarray(batch.response_len), valid_B)
 
 
 @lru_cache
@@ -63,6 +68,12 @@ def make_step(model: Model, optim: OptimConfig, loss: str, accumulation: int, me
         donate_argnums=0,
         out_shardings=(state_sharding(model, optim, mesh, scalar=True), replicated(mesh)),
     )
+
+
+@lru_cache
+def make_held_out(model: Model, loss: str, mesh: Mesh) -> Any:
+    """The jitted (params, batch) -> means on held-out rows."""
+    return make_measure(partial(objective, model, loss), mesh)
 
 
 def run(config: Config, mesh: Mesh, folder: Path, *, sft: Artifact) -> dict[str, Any]:
@@ -94,9 +105,20 @@ def _train(
     loading.save_description(folder / "model", model, codec, scalar=True)
     rows = [(row.prompt, (row.chosen, row.rejected)) for row in corpus.reward_pairs]
     examples, report = tokenize(codec, rows, cache=config.runtime.token_cache_folder)
-    step = make_step(model, train.optim, config.reward.loss, train.accumulation, mesh)
+    held_out = first_rows(corpus.validation, train, "reward")
+    rows = [(row.prompt, (row.chosen, row.rejected)) for row in held_out]
+    measured, _ = tokenize(codec, rows, cache=config.runtime.token_cache_folder)
+    measure = make_held_out(model, config.reward.loss, mesh)
     params, trained = fit_examples(
-        params, step, examples, config=config, train=train, mesh=mesh, folder=folder, stage="reward"
+        params,
+        make_step(model, train.optim, config.reward.loss, train.accumulation, mesh),
+        examples,
+        config=config,
+        train=train,
+        mesh=mesh,
+        folder=folder,
+        stage="reward",
+        evaluate=make_evaluate(measure, measured, buckets=config.text.length_buckets, train=train, mesh=mesh),
     )
     sources = [source.to_dict() for source in corpus.reports]
     return model, params, {"data": sources, "tokens": report.to_dict(), **trained}

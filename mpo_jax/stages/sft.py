@@ -21,6 +21,7 @@ from mpo_jax.text import TextCodec
 from mpo_jax.tracker import console
 from mpo_jax.train import check_sizes, fit_examples, make_update, state_sharding
 from mpo_jax.types import Joined, Metrics, Params
+from mpo_jax.validation import first_rows, make_evaluate, make_measure
 
 
 def objective(model: Model, params: Params, batch: Joined) -> tuple[Metrics, Metrics]:
@@ -39,6 +40,12 @@ def make_step(model: Model, optim: OptimConfig, accumulation: int, mesh: Mesh) -
         donate_argnums=0,
         out_shardings=(state_sharding(model, optim, mesh), replicated(mesh)),
     )
+
+
+@lru_cache
+def make_held_out(model: Model, mesh: Mesh) -> Any:
+    """The jitted (params, batch) -> means on held-out rows."""
+    return make_measure(partial(objective, model), mesh)
 
 
 @lru_cache
@@ -67,9 +74,20 @@ def run(config: Config, mesh: Mesh, folder: Path) -> dict[str, Any]:
     cache = config.runtime.token_cache_folder
     examples, report = tokenize(codec, [(row.prompt, (row.response,)) for row in corpus.demonstrations], cache=cache)
     _show(corpus, report)
-    step = make_step(model, train.optim, train.accumulation, mesh)
+    rows = first_rows(corpus.held_out, train, "sft")
+    measured, _ = tokenize(codec, [(row.prompt, (row.chosen,)) for row in rows], cache=cache)
     params, trained = fit_examples(
-        params, step, examples, config=config, train=train, mesh=mesh, folder=folder, stage="sft"
+        params,
+        make_step(model, train.optim, train.accumulation, mesh),
+        examples,
+        config=config,
+        train=train,
+        mesh=mesh,
+        folder=folder,
+        stage="sft",
+        evaluate=make_evaluate(
+            make_held_out(model, mesh), measured, buckets=config.text.length_buckets, train=train, mesh=mesh
+        ),
     )
     loading.save(folder / "model", model, params, codec)
 
