@@ -27,14 +27,19 @@ def made_up(
     seeds: int = 3,
     configs: dict[str, Config] | None = None,
     noise: float = 1.0,
+    shared: bool = False,
 ) -> BySeed:
-    """Runs whose reward on every prompt is a mean of their own plus noise; seeds also share what a prompt is worth."""
+    """Runs whose reward on every prompt is a mean of their own plus noise; a seed's runs share what a prompt is worth.
+
+    Args:
+      shared: all seeds have the same prompts; else each has its own.
+    """
     rng = np.random.default_rng(0)
     for seed in range(seeds):
         base = rng.normal(0, 5, PROMPTS)
         sampled: dict[str, Any] = {
             run: [
-                {"prompt": f"p{i}", "response": run, "score": float(base[i] + mean + noise * rng.normal())}
+                {"prompt": f"p{i}" if shared else f"{seed}: p{i}", "response": run, "score": float(base[i] + mean + noise * rng.normal())}
                 for i in range(PROMPTS)
             ]
             for run, mean in means.items()

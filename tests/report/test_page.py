@@ -19,9 +19,9 @@ from mpo_jax.report import canvas
 from mpo_jax.report.canvas import Chart
 from mpo_jax.report.figures import pareto
 from mpo_jax.report.page import write_report
-from mpo_jax.report.results import collect, difference_rows
+from mpo_jax.report.results import collect
 from mpo_jax.report.samples import side_by_side
-from mpo_jax.report.seeds import over_seeds
+from mpo_jax.report.seeds import over_seeds, pair_differences
 from tests.report import workdirs
 
 RESAMPLES = 50
@@ -171,7 +171,7 @@ def test_tables_as_csv_equal_the_rows(workdir: Path) -> None:
     results = collect(workdir)
     tables = workdir / "report" / "tables"
     assert read_csv(tables / "main.csv") == as_text(over_seeds({0: results}))
-    assert read_csv(tables / "differences.csv") == as_text(difference_rows(results, resamples=RESAMPLES))
+    assert read_csv(tables / "differences.csv") == as_text(pair_differences({0: results}, resamples=RESAMPLES))
     assert read_csv(tables / "data.csv") == as_text([{**workdirs.REPORT, "dropped": '{"empty & void": 2}'}])
     assert [(row["artifact"], row["truncated_prompts"]) for row in read_csv(tables / "truncation.csv")] == [
         ("sft-1", "3"), ("reward-1", "3"), ("evaluate-sft", "0"), ("evaluate-dpo", "0"), ("evaluate-mpo", "0"),
