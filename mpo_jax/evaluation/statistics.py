@@ -16,7 +16,7 @@ Seeds = np.ndarray | Sequence[np.ndarray]
 
 
 class Interval(NamedTuple):
-    """A mean, its 95% interval, and the two-sided p-value of a mean of 0; p is below 0.05 iff the interval excludes 0."""
+    """A mean, its 95% interval, and the two-sided p-value of 0, which is below 0.05 iff the interval excludes 0."""
 
     mean: float
     low: float

@@ -19,7 +19,7 @@ def unblind(item: Item, choice: Choice) -> Outcome:
 
 
 def summary(study: Study, sheets: Sequence[Sheet], *, resamples: int, seed: int) -> dict[str, Any]:
-    """Tallies of items, each by the most votes, and all votes, in all and by category; Fleiss' kappa of two or more people.
+    """Tallies of items, each by the most votes, all votes, and Fleiss' kappa of two or more people; also by category.
 
     Rates are of items, which are independent; votes for one item are not.
     """

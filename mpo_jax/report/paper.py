@@ -68,8 +68,8 @@ HUMAN = {"helpful": (93, 29, 28, 0.55), "harmless": (24, 117, 9, 0.52)}
 6.0%: three people's on 50 items each), and Fleiss' kappa."""
 
 CONTRADICTION = (
-    "The paper contradicts itself on thresholds: the header and the caption of its Table 5 name different ones, and its "
-    "easy sets at 1.0 and 2.0 have sizes that its own rule, easy above the threshold, cannot give."
+    "The paper contradicts itself on thresholds: the header and the caption of its Table 5 name different ones, and "
+    "its easy sets at 1.0 and 2.0 have sizes that its own rule, easy above the threshold, cannot give."
 )
 
 SUBSET_REWARD = {"dpo_easy": Reported(hh=1.907), "dpo": Reported(hh=1.859)}
@@ -103,8 +103,6 @@ class Claim:
     def at(self, split: str) -> Reported:
         """The paper's difference at a split."""
         return self.by_split.get(split, self.paper)
-
-
 
 
 def _mpo_claim(worse: str, name: str) -> Claim:

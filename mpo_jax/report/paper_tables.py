@@ -225,8 +225,8 @@ def human(verdicts: Verdicts) -> PaperTable:
     rows += human_rows(verdicts.human) or [{"of": "ours", "win": None}]
     note = (
         "A study needs people: `mpo human export A B --out WORKDIR/human/NAME`, then `mpo human import` of the filled "
-        "sheets; what lies in the folder `human` of the workdir is shown here. The paper's shares are of votes; those of "
-        "items, each by the most votes for it, stand beside them. Intervals are 95%: Wilson's for shares of items, a "
-        f"bootstrap over items for kappa; votes for one item are not independent and have none. {paper.CONTRADICTION}"
+        "sheets; what lies in the folder `human` of the workdir is shown here. The paper's shares are of votes; those "
+        "of items, each by the most votes for it, stand beside them. Intervals are 95%: Wilson's for shares of items, "
+        f"a bootstrap over items for kappa; votes for one item are not independent and have none. {paper.CONTRADICTION}"
     )
     return PaperTable("table5", "Table 5: MPO against PPO, judged by people", note, rows)

@@ -127,7 +127,8 @@ class RunResult:
     def of_category(self, name: str) -> "RunResult":
         """The same run, judged by its prompts and held-out pairs of one category alone."""
         view = dataclasses.replace(self, category=name)
-        view.__dict__["measured"] = self.measured.only(name)  # what is read already is not read again
+        # what is read already is not read again
+        view.__dict__.update(measured=self.measured.only(name), config=self.config)
         return view
 
     @property

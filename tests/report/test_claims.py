@@ -37,10 +37,11 @@ def made_up(
     rng = np.random.default_rng(0)
     for seed in range(seeds):
         base = rng.normal(0, 5, PROMPTS)
+        names = [f"p{i}" if shared else f"{seed}: p{i}" for i in range(PROMPTS)]
         sampled: dict[str, Any] = {
             run: [
-                {"prompt": f"p{i}" if shared else f"{seed}: p{i}", "response": run, "score": float(base[i] + mean + noise * rng.normal())}
-                for i in range(PROMPTS)
+                {"prompt": name, "response": run, "score": float(base[i] + mean + noise * rng.normal())}
+                for i, name in enumerate(names)
             ]
             for run, mean in means.items()
         }
@@ -119,7 +120,8 @@ def test_every_claim_of_the_paper_has_the_sign_of_its_numbers_somewhere() -> Non
     """On one of the two data sets at least: on TL;DR the paper's own DPO is below DPO-base."""
     assert paper.CLAIMS[0].paper == paper.Reported(0.36, -0.095)
     for claim in paper.CLAIMS:
-        assert max(number for number in (claim.paper.hh, claim.paper.tldr) if number is not None) > 0, claim.text
+        numbers = [number for number in (claim.paper.hh, claim.paper.tldr) if number is not None]
+        assert not numbers or max(numbers) > 0, claim.text
 
 
 def test_what_is_resampled_is_said(tmp_path: Path) -> None:

@@ -317,7 +317,7 @@ def test_an_interval_that_holds_zero_is_no_clear_difference(tmp_path: Path) -> N
     def scored(*scores: float) -> list[dict[str, Any]]:
         return [{"prompt": str(i), "response": "r", "score": score} for i, score in enumerate(scores)]
 
-    sampled = {"sft": scored(0, 0, 0, 0), "dpo": scored(2, -1, 1, -1), "mpo": scored(-3, -3, -3, -2)}
+    sampled = {"sft": scored(0, 0, 0, 0), "dpo": scored(2, -1, 1, -1), "mpo": scored(-2, -3, -2, -4)}
     made = workdirs.make(tmp_path, utility=False, sampled=sampled)
     assert "MPO better than DPO: contradicted, -3.000 reward" in small_page(made).text
     # where the paper claims nothing, runs are set against SFT
