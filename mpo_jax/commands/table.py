@@ -46,7 +46,7 @@ def table(config: Config) -> None:
     by_seed = {seed: results.collect(workdir / f"seed-{seed}", names) for seed in config.table.seeds}
     resamples = config.evaluate.bootstrap_resamples
     evidence = gather(by_seed, find_verdicts(workdir), resamples=resamples)
-    title = f"{len(by_seed)} seed{'s' * (len(by_seed) > 1)}: mean ± standard error over {evidence.errors}"
+    title = f"{len(by_seed)} seed{'s' * (len(by_seed) > 1)}: mean ± standard error over {evidence.error_over}"
     console.print(results.terminal_table(evidence.over, title))
     show_categories(by_seed)
     claims = write_evidence(workdir, evidence, resamples=resamples, left_out=left_out)

@@ -56,7 +56,7 @@ class Evidence:
         return f"{RULE} {unit(self.by_seed)}"
 
     @property
-    def errors(self) -> str:
+    def error_over(self) -> str:
         """Over what the standard errors of `over` are."""
         if len(self.by_seed) == 1:
             return "prompts"
@@ -141,7 +141,7 @@ def document(evidence: Evidence, left_out: dict[str, str]) -> dict[str, str]:
     for table in evidence.tables:
         parts[table.name] = section(table.title, table.note, table.rows)
     note = (
-        f"Mean over seeds; standard errors over {evidence.errors}, then of the spread of the seeds' means alone, and "
+        f"Mean over seeds; standard errors over {evidence.error_over}, then of the spread of the seeds' means alone, and "
         "over prompts alone."
     )
     parts["seeds"] = section("All runs on held-out prompts", note, evidence.over)
