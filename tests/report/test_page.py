@@ -384,7 +384,7 @@ def test_a_table_s_seeds_make_one_page(tmp_path: Path) -> None:
         config = Config(workdir="w", seed=seed)
         workdirs.make(tmp_path / f"seed-{seed}", ("sft", "mpo"), configs={"sft": config, "mpo": config}, metrics=True)
     page = small_page(tmp_path)
-    assert "2 runs (sft, mpo)" in page.text and "seeds 0, 1" in page.text and "Resampled are seeds" in page.text
+    assert "2 runs (sft, mpo)" in page.text and "seeds 0, 1" in page.text and "(crossed)" in page.text
     assert ["seed", "0", "seed 0: sft, seed 0: mpo"] in page.rows
     folder = tmp_path / "report" / "figures"
     # both seeds logged the same, so the band has no width
