@@ -113,7 +113,9 @@ def in_order(names: Iterable[str]) -> list[str]:
 def table_variants(table: TableConfig, select: SelectConfig) -> list[Variant]:
     """The runs of `mpo table`, in the order in which they are made: `AT_SPLITS` also at every further split."""
     variants = {Variant(name) for name in table.experiment}
-    for name in (name for name in AT_SPLITS if name in table.experiment):
+    for name in AT_SPLITS:
+        if name not in table.experiment:
+            continue
         variants |= {Variant(name, threshold=t) for t in table.thresholds if t != select.threshold}
         variants |= {Variant(name, easy_fraction=f) for f in table.easy_fractions if f != select.easy_fraction}
     return sorted(variants, key=lambda variant: variant.rank)

@@ -141,8 +141,8 @@ def document(evidence: Evidence, left_out: dict[str, str]) -> dict[str, str]:
     for table in evidence.tables:
         parts[table.name] = section(table.title, table.note, table.rows)
     note = (
-        f"Mean over seeds; standard errors over {evidence.error_over}, then of the spread of the seeds' means alone, and "
-        "over prompts alone."
+        f"Mean over seeds; standard errors over {evidence.error_over}, then of the spread of the seeds' means alone, "
+        "and over prompts alone."
     )
     parts["seeds"] = section("All runs on held-out prompts", note, evidence.over)
     if evidence.errors:

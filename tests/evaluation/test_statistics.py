@@ -26,7 +26,9 @@ def half_width(interval: tuple[float, ...]) -> float:
 def test_one_seed_is_the_plain_bootstrap_over_prompts(shared: bool) -> None:
     x = np.random.default_rng(0).gamma(2.0, 1.0, 300)
     mean, low, high, p = paired_bootstrap(x[None], shared_prompts=shared, resamples=40000, seed=1)
-    theirs = stats.bootstrap((x,), np.mean, n_resamples=40000, batch=4000, method="percentile", rng=np.random.default_rng(2))
+    theirs = stats.bootstrap(
+        (x,), np.mean, n_resamples=40000, batch=4000, method="percentile", rng=np.random.default_rng(2)
+    )
     interval, se = theirs.confidence_interval, mean_and_se(x)[1]
     assert (mean, p) == (pytest.approx(x.mean()), pytest.approx(2 / 40001))
     np.testing.assert_allclose([low, high], [interval.low, interval.high], atol=0.12 * se)
