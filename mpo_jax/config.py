@@ -418,7 +418,7 @@ class EvaluateConfig(Section, frozen=True):
 
 
 class TableConfig(Section, frozen=True):
-    """What `mpo table` runs, once a seed: the experiments, and MPO also at further splits of the pairs.
+    """What `mpo table` runs, once a seed: the experiments, and MPO and Figure 4 also at further splits.
 
     A split that is also the one of the section `select` is run once, as `mpo`.
     """

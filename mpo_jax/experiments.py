@@ -46,6 +46,9 @@ EXPERIMENTS: dict[ExperimentName, tuple[Step, ...]] = {
     "ppo_hard": (Step("ppo", "hard"),),
 }
 
+AT_SPLITS: tuple[ExperimentName, ...] = ("mpo", "dpo_easy", "dpo_hard", "ppo_easy", "ppo_hard")
+"""Experiments that a table runs at every split of the pairs: MPO (Table 3) and the parts of Figure 4."""
+
 _NAME = re.compile(r"(?P<experiment>\w+?)(?:_(?P<kind>[tf])(?P<value>-?\d[\d.e+-]*))?")
 
 
@@ -108,9 +111,11 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 def table_variants(table: TableConfig, select: SelectConfig) -> list[Variant]:
-    """The runs of `mpo table`, in the order in which they are made: its experiments, and MPO at every further split."""
+    """The runs of `mpo table`, in the order in which they are made: `AT_SPLITS` also at every further split."""
     variants = {Variant(name) for name in table.experiment}
-    if "mpo" in table.experiment:
-        variants |= {Variant("mpo", threshold=t) for t in table.thresholds if t != select.threshold}
-        variants |= {Variant("mpo", easy_fraction=f) for f in table.easy_fractions if f != select.easy_fraction}
+    for name in AT_SPLITS:
+        if name not in table.experiment:
+            continue
+        variants |= {Variant(name, threshold=t) for t in table.thresholds if t != select.threshold}
+        variants |= {Variant(name, easy_fraction=f) for f in table.easy_fractions if f != select.easy_fraction}
     return sorted(variants, key=lambda variant: variant.rank)

@@ -17,6 +17,7 @@ from mpo_jax.experiments import EXPERIMENTS, Variant, in_order, is_run, table_va
         (Variant("mpo", threshold=1e-7), "mpo_t1e-07"),
         (Variant("mpo", easy_fraction=0.5), "mpo_f0.5"),
         (Variant("mpo_reverse_sft"), "mpo_reverse_sft"),
+        (Variant("dpo_easy", threshold=2.0), "dpo_easy_t2"),
     ],
 )
 def test_names_lead_back_to_their_variants(variant: Variant, name: str) -> None:
@@ -47,12 +48,15 @@ def test_a_table_has_every_run_of_the_paper_in_order() -> None:
     # threshold 1 is the configuration's own, so it is `mpo`
     assert names == [
         "sft", "dpo_base", "dpo", "ppo", "mpo", "mpo_f0.5", "mpo_t2", "mpo_t3", "mpo_sft_kl", "mpo_reverse",
-        "mpo_reverse_sft", "dpo_easy", "dpo_hard", "ppo_easy", "ppo_hard",
+        "mpo_reverse_sft", "dpo_easy", "dpo_easy_f0.5", "dpo_easy_t2", "dpo_easy_t3", "dpo_hard", "dpo_hard_f0.5",
+        "dpo_hard_t2", "dpo_hard_t3", "ppo_easy", "ppo_easy_f0.5", "ppo_easy_t2", "ppo_easy_t3", "ppo_hard",
+        "ppo_hard_f0.5", "ppo_hard_t2", "ppo_hard_t3",
     ]  # fmt: skip
     assert set(EXPERIMENTS) < set(names)
     assert in_order(reversed(names)) == names
 
 
-def test_splits_are_of_mpo_alone() -> None:
-    config = Config(table={"experiment": "ppo,sft"})  # type: ignore[arg-type]
-    assert [variant.name for variant in table_variants(config.table, config.select)] == ["sft", "ppo"]
+def test_splits_are_of_runs_that_compare_them() -> None:
+    config = Config(table={"experiment": "ppo,sft,mpo_reverse,dpo_easy"})  # type: ignore[arg-type]
+    names = [variant.name for variant in table_variants(config.table, config.select)]
+    assert names == ["sft", "ppo", "mpo_reverse", "dpo_easy", "dpo_easy_t2"]

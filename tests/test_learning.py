@@ -8,6 +8,7 @@ import pytest
 
 from mpo_jax.data.pair_table import PairTable
 from mpo_jax.report import results
+from mpo_jax.report.seeds import pair_differences
 from tests.test_pipeline import manifest, mpo
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
@@ -27,7 +28,7 @@ def workdir(tmp_path_factory) -> Path:
 
 def test_mpo_is_better_than_sft_by_more_than_three_standard_errors(workdir):
     """By the true utility, which no model has seen; paired by prompt."""
-    rows = results.difference_rows(results.collect(workdir), resamples=100)
+    rows = pair_differences({0: results.collect(workdir)}, resamples=100)
     (truth,) = [row for row in rows if (row["run"], row["against"], row["column"]) == ("mpo", "sft", "utility")]
     assert truth["mean"] > 3 * truth["se"] > 0
 

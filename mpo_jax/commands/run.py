@@ -9,6 +9,7 @@ from rich.markup import escape
 from mpo_jax import __version__, runtime, wandb_log
 from mpo_jax.artifacts import Store, write_json
 from mpo_jax.bucket import Bucket
+from mpo_jax.commands.summary import show_categories, show_cautions
 from mpo_jax.config import Config, ExperimentName
 from mpo_jax.errors import UserError
 from mpo_jax.experiments import EXPERIMENTS
@@ -49,7 +50,10 @@ def _build(config: Config) -> None:
     if store.bucket is not None:
         store.bucket.send_results(workdir)
     console.print(results.terminal_table(results.main_rows(finished), "Held-out prompts: mean ± standard error"))
+    by_seed = {config.seed: finished}
+    show_categories(by_seed)
     _show_samples(finished)
+    show_cautions(by_seed)
     made, reused = len(store.made), len(store.reused)
     console.print(
         f"{made} stages made, {reused} reused in {time.perf_counter() - begin:.0f} s"

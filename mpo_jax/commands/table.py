@@ -5,6 +5,7 @@ from pathlib import Path
 from mpo_jax import runtime, wandb_log
 from mpo_jax.artifacts import Store, write_text
 from mpo_jax.bucket import Bucket
+from mpo_jax.commands.summary import show_categories, show_cautions
 from mpo_jax.config import Config, to_yaml
 from mpo_jax.errors import NothingSelected
 from mpo_jax.experiments import table_variants
@@ -45,14 +46,14 @@ def table(config: Config) -> None:
         return
     names = tuple(variant.name for variant in table_variants(config.table, config.select))
     by_seed = {seed: results.collect(workdir / f"seed-{seed}", names) for seed in config.table.seeds}
-    title = f"{len(by_seed)} seed{'s' * (len(by_seed) > 1)}: mean ± standard error over seeds"
-    if len(by_seed) == 1:
-        title = "1 seed: mean ± standard error over prompts"
     resamples = config.evaluate.bootstrap_resamples
     evidence = gather(by_seed, find_verdicts(workdir), resamples=resamples)
+    title = f"{len(by_seed)} seed{'s' * (len(by_seed) > 1)}: mean ± standard error over {evidence.error_over}"
     console.print(results.terminal_table(evidence.over, title))
+    show_categories(by_seed)
     claims = write_evidence(workdir, evidence, resamples=resamples, left_out=left_out)
     console.print(f"\n{claims}", markup=False, soft_wrap=True)
+    show_cautions(by_seed)
     for folder in ("tables", "figures"):
         console.print(f"{folder}: {workdir / folder}", soft_wrap=True)
     page = write_report(workdir, resamples=resamples, by_seed=by_seed, evidence=evidence)

@@ -121,6 +121,13 @@ def read_gaps(folder: Path) -> tuple[np.ndarray, np.ndarray | None] | None:
     return table["gap"].to_numpy(), truth
 
 
+def read_gap_categories(folder: Path) -> list[str | None] | None:
+    """The category of every pair of `read_gaps`; None where the file names none, or where there is no file."""
+    if not (folder / HELD_OUT).is_file() or "category" not in pq.read_schema(folder / HELD_OUT).names:
+        return None
+    return pq.read_table(folder / HELD_OUT, columns=["category"])["category"].to_pylist()
+
+
 def against_truth(gap_N: np.ndarray, truth_N: np.ndarray) -> np.ndarray:
     """Gaps signed by whether the truth agrees, of the pairs whose truth is known and no tie.
 

@@ -19,7 +19,7 @@ def unblind(item: Item, choice: Choice) -> Outcome:
 
 
 def summary(study: Study, sheets: Sequence[Sheet], *, resamples: int, seed: int) -> dict[str, Any]:
-    """Tallies of items, each by the most votes, in all and by category; all votes; Fleiss' kappa of two or more people.
+    """Tallies of items, each by the most votes, all votes, and Fleiss' kappa of two or more people; also by category.
 
     Rates are of items, which are independent; votes for one item are not.
     """
@@ -32,10 +32,13 @@ def summary(study: Study, sheets: Sequence[Sheet], *, resamples: int, seed: int)
         "items": len(votes),
         "annotators": len(sheets),
         "verdict": Tally.of(outcomes).to_dict(),
-        "votes": {name: sum(found.count(name) for found in votes) for name in OUTCOMES},
+        "votes": _counts(votes),
     }
     if tallies := by_category(categories, outcomes):
         result["by_category"] = {name: tally.to_dict() for name, tally in tallies.items()}
+        result["votes_by_category"] = {
+            name: _counts([found for found, c in zip(votes, categories, strict=True) if c == name]) for name in tallies
+        }
     left = sum(choice == "left" for sheet in sheets for choice in sheet.choices.values())
     right = sum(choice == "right" for sheet in sheets for choice in sheet.choices.values())
     result["sides"] = {"left": left, "right": right}
@@ -47,6 +50,10 @@ def summary(study: Study, sheets: Sequence[Sheet], *, resamples: int, seed: int)
             for name in tallies
         }
     return result
+
+
+def _counts(votes: Sequence[Sequence[Outcome]]) -> dict[str, int]:
+    return {name: sum(found.count(name) for found in votes) for name in OUTCOMES}
 
 
 def _kappa(found: Kappa) -> dict[str, Any]:

@@ -1,15 +1,18 @@
 """The paper's claims, tested on our runs: paired over prompts and seeds, corrected for their number."""
 
+import dataclasses
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
-
-from mpo_jax.evaluation.statistics import LEVEL, bootstrap_p, holm, resampled_means, verdict
+from mpo_jax.evaluation.statistics import LEVEL, holm, verdict
+from mpo_jax.experiments import EXPERIMENTS
 from mpo_jax.report.paper import CLAIMS, Claim, fraction_claim, threshold_claim
-from mpo_jax.report.seeds import BySeed, Rows, differences, of_run, run_names
+from mpo_jax.report.results import split_label
+from mpo_jax.report.seeds import BySeed, Repeated, Rows, differences, of_run, run_names, share_prompts
 
 COMPARED = ("score", "utility")
+TOO_FEW = "too few prompts"
+"""Instead of a verdict."""
 
 RULE = (
     "Rule: a claim is supported where the difference has the claimed sign and its Holm-adjusted p-value is below "
@@ -18,34 +21,53 @@ RULE = (
 )
 
 
+COVERAGE = {2: "88%", 3: "89%", 4: "90%"}
+"""Of seeds, that of nominal 95% intervals where seeds differ and the prompts' noise hides it: the lowest of the
+simulations that `evaluation.statistics.paired_bootstrap` tells of."""
+
+
 def unit(by_seed: BySeed) -> str:
-    """What the bootstrap resamples, and how far that carries, in a sentence."""
-    if len(by_seed) == 1:
+    """What is resampled, and how far that carries, in sentences."""
+    seeds = len(by_seed)
+    if seeds == 1:
         return (
             "One seed: only prompts are resampled. Intervals and p-values hold for these trained models, and say "
             "nothing of what another seed would give."
         )
-    sentence = f"{len(by_seed)} seeds: the bootstrap resamples seeds, and prompts within each."
-    if len(by_seed) < 5:
-        sentence += " So few seeds make its intervals too narrow."
+    design = "each seed has test prompts of its own (nested), which are resampled within it"
+    if share_prompts(by_seed):
+        design = "all seeds share their test prompts (crossed), so one draw of prompts serves them all"
+    sentence = (
+        f"{seeds} seeds: {design}; to that is added what seeds differ beyond it, by Student's t with {seeds - 1} "
+        f"degree{'s' * (seeds > 2)} of freedom."
+    )
+    if seeds in COVERAGE:
+        sentence += (
+            f" What {seeds} seeds cannot tell is how much seeds differ: a spread of about the prompts' noise is easily "
+            f"missed, and then a 95% interval holds in about {COVERAGE[seeds]} of cases. Five seeds or more repair "
+            "that."
+        )
     return sentence
 
 
 def claims_of(by_seed: BySeed) -> list[Claim]:
-    """The claims whose two runs are there, and those between MPO's neighbouring splits."""
-    names = run_names(by_seed)
-    claims = [claim for claim in CLAIMS if claim.better in names and claim.worse in names]
+    """The claims whose two runs are there, at every split that was run, and those between MPO's neighbouring splits."""
+    at: dict[str, dict[str, str]] = {}
     thresholds: dict[float, str] = {}
     fractions: dict[float, str] = {}
-    for name in names:
+    whole: dict[str, str] = {}
+    for name in run_names(by_seed):
         result = next(iter(of_run(by_seed, name).values()))
-        if result.experiment != "mpo":
+        if not depends_on_split(result.experiment):
+            whole[result.experiment] = name
             continue
         select = result.config.select
-        if select.easy_fraction is not None:
+        at.setdefault(split_label(select), {}).setdefault(result.experiment, name)
+        if result.experiment == "mpo" and select.easy_fraction is not None:
             fractions.setdefault(select.easy_fraction, name)
-        elif select.threshold is not None:
+        elif result.experiment == "mpo" and select.threshold is not None:
             thresholds.setdefault(select.threshold, name)
+    claims = [one for claim in CLAIMS for one in _at_splits(claim, whole, at)]
     claims += [
         threshold_claim(low, high, thresholds[low], thresholds[high]) for low, high in pairwise(sorted(thresholds))
     ]
@@ -56,41 +78,64 @@ def claims_of(by_seed: BySeed) -> list[Claim]:
     return claims
 
 
-def claim_rows(by_seed: BySeed, *, resamples: int, seed: int = 0) -> Rows:
-    """A row a claim and measure, with the difference, its 95% percentile interval, p-values and verdict.
+def depends_on_split(experiment: str) -> bool:
+    """Whether what the experiment trains on depends on where pairs are split."""
+    return any(step.subset != "all" for step in EXPERIMENTS[experiment])  # type: ignore[index]
+
+
+def _at_splits(claim: Claim, whole: dict[str, str], at: dict[str, dict[str, str]]) -> list[Claim]:
+    """The claim between runs: once, or at every split that has both, whose name it bears where there are several."""
+    if not depends_on_split(claim.better) and not depends_on_split(claim.worse):
+        at = {"": {}}
+    found = {split: whole | own for split, own in at.items() if {claim.better, claim.worse} <= {*whole, *own}}
+    several = len(found) > 1
+    return [
+        dataclasses.replace(
+            claim, text=f"{claim.text}, {split}" if several else claim.text, better=runs[claim.better],
+            worse=runs[claim.worse], paper=claim.at(split),
+        )
+        for split, runs in found.items()
+    ]  # fmt: skip
+
+
+def claim_rows(by_seed: BySeed, *, resamples: int, seed: int = 0, at_least: int = 1) -> Rows:
+    """A row a claim and measure, with the difference, its 95% interval, p-values and verdict.
 
     The measures are the reward and, where it is known, the true utility; each is a family of its own to Holm.
+
+    Args:
+      at_least: prompts; a claim over fewer is not tested, and counts in no family.
     """
     rows: Rows = []
     for column in COMPARED:
-        family: Rows = []
-        for claim in claims_of(by_seed):
-            groups = differences(by_seed, claim.better, claim.worse, column)
-            if groups:
-                family.append(_row(claim, column, groups, resamples, seed))
-        for row, adjusted in zip(family, holm([row["p"] for row in family]), strict=True):
+        found = [(claim, differences(by_seed, claim.better, claim.worse, column)) for claim in claims_of(by_seed)]
+        family = [_row(claim, column, paired, resamples, seed) for claim, paired in found if paired is not None]
+        tested = [row for row in family if row["prompts"] >= at_least]
+        for row, adjusted in zip(tested, holm([row["p"] for row in tested]), strict=True):
             row |= {"p_holm": adjusted, "verdict": verdict(row["difference"], adjusted)}
+        for row in family:
+            if "verdict" not in row:
+                row |= {"ci_low": None, "ci_high": None, "p": None, "p_holm": None, "verdict": TOO_FEW}
             # the verdict is what people look for, the paper's numbers are beside it
             row |= {key: row.pop(key) for key in ("paper_hh", "paper_tldr")}
         rows += family
     return rows
 
 
-def _row(claim: Claim, column: str, groups: list[np.ndarray], resamples: int, seed: int) -> dict[str, Any]:
-    mean_R = resampled_means(groups, resamples=resamples, seed=seed)
-    low, high = np.percentile(mean_R, [2.5, 97.5])
+def _row(claim: Claim, column: str, paired: Repeated, resamples: int, seed: int) -> dict[str, Any]:
+    mean, low, high, p = paired.interval(resamples=resamples, seed=seed)
     return {
         "claim": claim.text,
         "source": claim.source,
         "better": claim.better,
         "worse": claim.worse,
         "measure": {"score": "reward", "utility": "true utility"}[column],
-        "seeds": len(groups),
-        "prompts": sum(map(len, groups)),
-        "difference": float(np.mean([group.mean() for group in groups])),
-        "ci_low": float(low),
-        "ci_high": float(high),
-        "p": bootstrap_p(mean_R),
+        "seeds": len(paired.groups),
+        "prompts": paired.num_prompts,
+        "difference": mean,
+        "ci_low": low,
+        "ci_high": high,
+        "p": p,
         # a difference in the paper is of rewards: it says nothing of a utility
         **(claim.paper.cells() if column == "score" else {"paper_hh": None, "paper_tldr": None}),
     }

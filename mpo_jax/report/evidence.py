@@ -6,12 +6,14 @@ from pathlib import Path
 from mpo_jax.artifacts import write_text
 from mpo_jax.report import calibration, figures, paper_figures
 from mpo_jax.report.canvas import Chart
+from mpo_jax.report.categories import category_tables
 from mpo_jax.report.claims import RULE, claim_rows, unit
 from mpo_jax.report.curves import stage_series
 from mpo_jax.report.markdown import section
 from mpo_jax.report.paper_tables import PaperTable, gap_bins, paper_tables
 from mpo_jax.report.results import write_csv
-from mpo_jax.report.seeds import BySeed, Rows, over_seeds, seed_differences, seed_rows
+from mpo_jax.report.seeds import BySeed, Rows, over_seeds, seed_differences, seed_rows, share_prompts
+from mpo_jax.report.summary import cautions
 from mpo_jax.report.verdict_rows import Verdicts
 
 
@@ -23,6 +25,7 @@ class Evidence:
       over: a row a run.
       claims: a row a claim and measure.
       tables: the paper's, ours beside them.
+      by_category: all of these by category, where rows name one.
       calibration: the bins of the reliability curve, errors by source, and what thresholds do.
       charts: by what they are part of.
     """
@@ -31,6 +34,7 @@ class Evidence:
     over: Rows
     claims: Rows
     tables: list[PaperTable]
+    by_category: list[PaperTable]
     gaps: Rows
     reliability: Rows
     errors: Rows
@@ -51,11 +55,18 @@ class Evidence:
         """How verdicts come about, and over what the bootstrap resamples."""
         return f"{RULE} {unit(self.by_seed)}"
 
+    @property
+    def error_over(self) -> str:
+        """Over what the standard errors of `over` are."""
+        if len(self.by_seed) == 1:
+            return "prompts"
+        return "seeds and prompts" if share_prompts(self.by_seed) else "seeds"
+
     def named(self) -> dict[str, Rows]:
         """Every table's rows by file name."""
         named = {"seeds": self.over, "claims": self.claims, "reliability": self.reliability}
         named |= {"calibration_error": self.errors, "thresholds": self.thresholds}
-        named |= {table.name: table.rows for table in self.tables}
+        named |= {table.name: table.rows for table in (*self.tables, *self.by_category)}
         return {name: rows for name, rows in named.items() if rows}
 
 
@@ -80,6 +91,7 @@ def gather(by_seed: BySeed, verdicts: Verdicts, *, resamples: int) -> Evidence:
         over=over,
         claims=claims,
         tables=tables,
+        by_category=category_tables(by_seed, resamples=resamples),
         gaps=gaps,
         reliability=curve,
         errors=errors,
@@ -128,14 +140,20 @@ def document(evidence: Evidence, left_out: dict[str, str]) -> dict[str, str]:
         parts["claims"] = section("The paper's claims", evidence.rule, evidence.claims)
     for table in evidence.tables:
         parts[table.name] = section(table.title, table.note, table.rows)
-    note = "Mean over seeds; standard errors over seeds (with one seed: prompts), and over these seeds' prompts alone."
+    note = (
+        f"Mean over seeds; standard errors over {evidence.error_over}, then of the spread of the seeds' means alone, "
+        "and over prompts alone."
+    )
     parts["seeds"] = section("All runs on held-out prompts", note, evidence.over)
     if evidence.errors:
         note = "Of sigmoid(|gap|) as the confidence in an order; ten bins."
         parts["calibration_error"] = section("Expected calibration error", note, evidence.errors)
         note = "Easy: |gap| above the threshold. Accuracy: share ordered right by the reward model."
         parts["thresholds"] = section("What a threshold does", note, evidence.thresholds)
+    for table in evidence.by_category:
+        parts[table.name] = section(table.title, table.note, table.rows)
     missing = "".join(f"- {name} was left out: {reason}\n" for name, reason in left_out.items())
+    missing += "".join(f"- {caution}\n" for caution in cautions(evidence.by_seed))
     seeds = ", ".join(map(str, evidence.by_seed))
     whole = f"# Tables over seed{'s' * (len(evidence.by_seed) > 1)} {seeds}\n\n{missing}\n" + "\n".join(parts.values())
     return {**parts, "all": whole}

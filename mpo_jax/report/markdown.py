@@ -15,7 +15,7 @@ def cell(key: str, value: Any) -> str:
         return "yes" if value else "no"
     if not isinstance(value, float):
         return str(value)
-    if key.removesuffix("_low").removesuffix("_high") in SHARES or key.endswith("_accuracy"):
+    if key.removeprefix("votes_").removesuffix("_low").removesuffix("_high") in SHARES or key.endswith("_accuracy"):
         return f"{value:.1%}"
     if key in ("threshold", "low", "high") and value == round(value, 2):
         return f"{value:g}"

@@ -13,6 +13,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from mpo_jax import __version__
 from mpo_jax.report import canvas, figures, provenance, summary
+from mpo_jax.report.categories import SHOWN, largest
+from mpo_jax.report.claims import unit
 from mpo_jax.report.curves import distinct, stage_series
 from mpo_jax.report.evidence import Evidence, gather
 from mpo_jax.report.markdown import cell, heading
@@ -87,11 +89,13 @@ def _environment() -> Environment:
         "percent": lambda value: "-" if value is None else f"{value:.1%}",
         "gap_label": figures.gap_label,
         "heading": heading,
+        "largest": largest,
     }
     script = (resources.files("mpo_jax.report") / "page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
     environment.globals |= {
         "columns": COLUMNS,
+        "most_categories": SHOWN,
         "cell": _cell,
         "plain": cell,
         "color": lambda run: canvas.style(run)["color"],
@@ -127,6 +131,7 @@ def _content(shown: Shown, workdir: Path, evidence: Evidence, resamples: int) ->
         "verdicts": summary.verdicts(rows, evidence.claims),
         "claims": [{key: row[key] for key in CLAIM_COLUMNS} for row in evidence.claims],
         "cautions": summary.cautions(by_seed),
+        "design": unit(by_seed),
         "rows": rows,
         "best": best,
         "evidence": evidence,

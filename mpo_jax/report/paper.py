@@ -5,6 +5,7 @@ known here is empty.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -62,8 +63,14 @@ VARIANT_REWARD = {
 JUDGED = {"HH-RLHF": (0.386, 0.390, 0.224), "TL;DR": (0.640, 0.262, 0.094)}
 """Table 4: GPT-4's verdicts on MPO at threshold 1 against PPO: shares of win, tie, lose."""
 
-HUMAN = {"helpful": (0.620, 0.193, 0.187, 0.55), "harmless": (0.160, 0.780, 0.060, 0.52)}
-"""Table 5: people's verdicts on MPO against PPO, HH-RLHF: shares of win, tie, lose, and Fleiss' kappa."""
+HUMAN = {"helpful": (93, 29, 28, 0.55), "harmless": (24, 117, 9, 0.52)}
+"""Table 5: people's votes on MPO against PPO, HH-RLHF: win, tie, lose of 150 (62.0%, 19.3%, 18.7%, and 16.0%, 78.0%,
+6.0%: three people's on 50 items each), and Fleiss' kappa."""
+
+CONTRADICTION = (
+    "The paper contradicts itself on thresholds: the header and the caption of its Table 5 name different ones, and "
+    "its easy sets at 1.0 and 2.0 have sizes that its own rule, easy above the threshold, cannot give."
+)
 
 SUBSET_REWARD = {"dpo_easy": Reported(hh=1.907), "dpo": Reported(hh=1.859)}
 """Figure 4: DPO on the 20K easy pairs and on all 80K, HH-RLHF."""
@@ -82,7 +89,8 @@ class Claim:
       source: table or figure.
       better: the run that is above,
       worse: the one that is below, by their names.
-      paper: the paper's difference of the two.
+      paper: the paper's difference of the two; of MPO at threshold 1 where it has several.
+      by_split: the difference at other splits, by the split's label.
     """
 
     text: str
@@ -90,20 +98,37 @@ class Claim:
     better: str
     worse: str
     paper: Reported
+    by_split: Mapping[str, Reported] = dataclasses.field(default_factory=dict)
+
+    def at(self, split: str) -> Reported:
+        """The paper's difference at a split."""
+        return self.by_split.get(split, self.paper)
+
+
+def _mpo_claim(worse: str, name: str) -> Claim:
+    """MPO, which the paper has at two thresholds, is better than a run that depends on none."""
+    by_split = {f"threshold {threshold:g}": mpo - MEAN_REWARD[worse] for threshold, mpo in MPO_REWARD.items()}
+    return Claim(f"MPO better than {name}", "Table 3", "mpo", worse, by_split["threshold 1"], by_split)
 
 
 CLAIMS = (
     Claim("DPO better than DPO-base", "Table 3", "dpo", "dpo_base", MEAN_REWARD["dpo"] - MEAN_REWARD["dpo_base"]),
     Claim("PPO better than DPO", "Table 3", "ppo", "dpo", MEAN_REWARD["ppo"] - MEAN_REWARD["dpo"]),
-    Claim("MPO better than DPO", "Table 3", "mpo", "dpo", MPO_REWARD[1.0] - MEAN_REWARD["dpo"]),
-    Claim("MPO better than PPO", "Table 3", "mpo", "ppo", MPO_REWARD[1.0] - MEAN_REWARD["ppo"]),
+    _mpo_claim("dpo", "DPO"),
+    _mpo_claim("ppo", "PPO"),
     Claim("reverse worse than PPO", "Table 6", "ppo", "mpo_reverse",
           VARIANT_REWARD["ppo"] - VARIANT_REWARD["mpo_reverse"]),
     Claim("sft-kl drops", "Table 6", "mpo", "mpo_sft_kl", VARIANT_REWARD["mpo"] - VARIANT_REWARD["mpo_sft_kl"]),
+    Claim("reverse better than reverse-sft", "Table 6", "mpo_reverse", "mpo_reverse_sft",
+          VARIANT_REWARD["mpo_reverse"] - VARIANT_REWARD["mpo_reverse_sft"]),
     Claim("DPO on the easy pairs better than on all", "Figure 4", "dpo_easy", "dpo",
           SUBSET_REWARD["dpo_easy"] - SUBSET_REWARD["dpo"]),
+    Claim("DPO on the easy pairs better than on the hard", "Figure 4", "dpo_easy", "dpo_hard", NOTHING),
+    Claim("PPO on all prompts better than on the easy", "Figure 4", "ppo", "ppo_easy", NOTHING),
+    Claim("PPO on the easy prompts better than on the hard", "Figure 4", "ppo_easy", "ppo_hard", NOTHING),
 )  # fmt: skip
-"""All but those on thresholds, which depend on what was run. On TL;DR the paper's own DPO is below its DPO-base, and on
+"""All but those between thresholds, which depend on what was run; each is tested at every split that was run. The
+paper draws PPO's bars of Figure 4 without numbers. On TL;DR the paper's own DPO is below its DPO-base, and on
 HH-RLHF its MPO at threshold 2 is below PPO."""
 
 

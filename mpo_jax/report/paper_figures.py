@@ -1,5 +1,6 @@
 """Figures of the table: claims with intervals, Figure 4, calibration, and reward over-optimisation along PPO."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ VERDICT_LOOKS = {"supported": ("#0072B2", "o"), "contradicted": ("#D55E00", "X")
 
 def claims(rows: Sequence[dict[str, Any]], measure: str) -> Chart | None:
     """Each claim's difference with its 95% interval; right of 0 is as claimed. `rows` are of `claim_rows`."""
-    shown = [row for row in rows if row["measure"] == measure]
+    shown = [row for row in rows if row["measure"] == measure and math.isfinite(row["ci_low"])]
     if not shown:
         return None
     figure, axes = new_axes(f"difference in {measure}, as claimed", "")
@@ -34,7 +35,9 @@ def claims(rows: Sequence[dict[str, Any]], measure: str) -> Chart | None:
 
 
 def subsets(rows: Sequence[dict[str, Any]], measure: str) -> Chart | None:
-    """Figure 4: DPO and PPO on easy, hard and all, with standard errors: over seeds, or over prompts with one seed.
+    """Figure 4: DPO and PPO on easy and hard at every split, and on all, with standard errors.
+
+    They are over seeds, or over prompts with one seed.
 
     Args:
       rows: of the table `figure4`.
@@ -43,22 +46,29 @@ def subsets(rows: Sequence[dict[str, Any]], measure: str) -> Chart | None:
     shown = [row for row in rows if measure in row]
     if not shown:
         return None
-    parts = ["easy", "hard", "all"]
+    order = ("easy", "hard", "all")
+    parts = sorted(dict.fromkeys(map(_part, shown)), key=lambda part: order.index(part[0]))
     figure, axes = new_axes("trained on", f"mean {'true utility' if measure == 'utility' else 'reward'}")
     for number, algorithm in enumerate(("DPO", "PPO")):
         own = [row for row in shown if row["algorithm"] == algorithm]
         if own:
-            x = [parts.index(row["subset"]) + 0.12 * (number - 0.5) for row in own]
-            errors = [row[f"{measure}_se_seeds"] or row[f"{measure}_se_prompts"] for row in own]
+            x = [parts.index(_part(row)) + 0.12 * (number - 0.5) for row in own]
+            errors = [row[f"{measure}_se_seeds"] or row[f"{measure}_se_prompts"] or 0.0 for row in own]
             looks: dict[str, Any] = style(algorithm.lower()) | {"linestyle": "none"}
             axes.errorbar(
                 x, [row[measure] for row in own], yerr=errors, label=algorithm, markersize=6, capsize=3, **looks
             )
-    axes.set_xticks(range(len(parts)), parts)
+    several = len({split for _, split in parts if split}) > 1
+    axes.set_xticks(range(len(parts)), ["\n".join(filter(None, part)) if several else part[0] for part in parts])
     axes.margins(x=0.15)
     legend(figure)
     name = "figure4" if measure == "reward" else f"figure4_{measure}"
     return finish(name, "Figure 4: easy, hard and all", figure, [dict(row) for row in shown])
+
+
+def _part(row: dict[str, Any]) -> tuple[str, str | None]:
+    """What a row of Figure 4 was trained on: the subset, and where it was split off."""
+    return row["subset"], row["split"]
 
 
 def reliability(rows: Sequence[dict[str, Any]]) -> Chart | None:

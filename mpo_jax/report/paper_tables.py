@@ -8,11 +8,13 @@ import numpy as np
 
 from mpo_jax.evaluation.calibration import pooled
 from mpo_jax.evaluation.statistics import mean_and_se
+from mpo_jax.evaluation.verdicts import OUTCOMES
+from mpo_jax.experiments import Variant
 from mpo_jax.report import paper
 from mpo_jax.report.paper import NOTHING, Reported
-from mpo_jax.report.results import RunResult
+from mpo_jax.report.results import RunResult, split_label
 from mpo_jax.report.seeds import BySeed, Rows, of_run, over_seeds, run_names
-from mpo_jax.report.verdict_rows import Verdicts, human_rows, judge_rows, reward_rows
+from mpo_jax.report.verdict_rows import Verdicts, human_rows, judge_rows, reward_rows, vote_shares
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +70,7 @@ def sizes(by_seed: BySeed) -> PaperTable:
 def reward_accuracy(by_seed: BySeed) -> PaperTable:
     """Table 2: how often the reward model orders held-out pairs as their labels and, where known, the truth do."""
     rows: Rows = []
-    summaries = [results[0].artifacts["reward"].manifest["summary"] for results in by_seed.values()]
+    summaries = [results[0].reward_summary for results in by_seed.values()]
     measures = {
         "held_out_accuracy": "labels",
         "true_accuracy": "true utility",
@@ -85,6 +87,7 @@ def reward_accuracy(by_seed: BySeed) -> PaperTable:
                     "accuracy": mean,
                     "se_seeds_accuracy": error if len(values) > 1 else None,
                     "seeds": len(values),
+                    "pairs": sum(summary.get("pairs", 0) for summary in summaries) or None,
                     "paper_hh_accuracy": reported.hh,
                     "paper_tldr_accuracy": reported.tldr,
                 }
@@ -101,8 +104,10 @@ def gap_bins(by_seed: BySeed) -> dict[str, list[dict[str, Any]]]:
         for result in results:
             for artifact in result.artifacts.values():
                 stage, summary = artifact.manifest["stage"], artifact.manifest["summary"]
-                if artifact.id in seen or stage not in ("reward", "select"):
+                # selected pairs name no category
+                if artifact.id in seen or stage not in (("reward",) if result.category else ("reward", "select")):
                     continue
+                summary = result.reward_summary if stage == "reward" else summary
                 seen.add(artifact.id)
                 pairs = {"sampled": "sampled", "human": "labelled"}[result.config.select.pair_source]
                 names = {
@@ -143,7 +148,7 @@ def _reward_rows(by_seed: BySeed, names: list[str], reported: Callable[[RunResul
         for column, title in (("score", "reward"), ("utility", "utility")):
             if column in row:
                 one[title] = row[column]
-                one[f"{title}_se_seeds"] = row[f"{column}_se"] if row["error_over"] == "seeds" else None
+                one[f"{title}_se_seeds"] = row.get(f"{column}_se_seeds")
                 one[f"{title}_se_prompts"] = row[f"{column}_se_prompts"]
             if column == "score":
                 # beside our rewards, since they are rewards
@@ -152,8 +157,12 @@ def _reward_rows(by_seed: BySeed, names: list[str], reported: Callable[[RunResul
     return rows
 
 
+SUBSETS = tuple(f"{algorithm}{part}" for algorithm in ("dpo", "ppo") for part in ("_easy", "_hard", ""))
+"""Figure 4's experiments in its order."""
+
 ERRORS = (
-    "Standard errors: over seeds (empty with one seed), and over the prompts of these seeds alone. The paper's rewards "
+    "Standard errors: of the spread of the seeds' means (empty with one seed), and over the prompts of these seeds "
+    "alone; where seeds share their prompts, the latter is that of values averaged over seeds. The paper's rewards "
     "are of another reward model on another scale: orders and signs compare, sizes do not."
 )
 
@@ -174,13 +183,20 @@ def variants(by_seed: BySeed) -> PaperTable:
 
 
 def subsets(by_seed: BySeed) -> PaperTable:
-    """Figure 4: DPO and PPO on easy, hard and all."""
-    names = [f"{algorithm}{part}" for algorithm in ("dpo", "ppo") for part in ("_easy", "_hard", "")]
+    """Figure 4: DPO and PPO on easy and hard, at every split that was run, and on all."""
+    names = [
+        name
+        for experiment in SUBSETS
+        for name in run_names(by_seed)
+        if Variant.of(name).experiment == experiment
+    ]  # fmt: skip
     rows = _reward_rows(by_seed, names, lambda result: paper.SUBSET_REWARD.get(result.experiment, NOTHING))
     for row in rows:
-        algorithm, _, part = row["run"].partition("_")
-        row |= {"algorithm": algorithm.upper(), "subset": part or "all"}
-    note = f"Of the paper's figure only DPO on the easy pairs and on all is known here. {ERRORS}"
+        result = next(iter(of_run(by_seed, row["run"]).values()))
+        algorithm, _, part = result.experiment.partition("_")
+        split = split_label(result.config.select) if part else None
+        row |= {"algorithm": algorithm.upper(), "subset": part or "all", "split": split}
+    note = f"Of the paper's figure only DPO on the easy pairs and on all is known here. {ERRORS} {paper.CONTRADICTION}"
     return PaperTable("figure4", "Figure 4: DPO and PPO on easy, hard and all", note, rows)
 
 
@@ -202,14 +218,15 @@ def judged(by_seed: BySeed, verdicts: Verdicts) -> PaperTable:
 def human(verdicts: Verdicts) -> PaperTable:
     """Table 5: people's verdicts, the paper's and ours."""
     rows: Rows = [
-        {"of": "paper", "a": "MPO(1)", "b": "PPO", "category": name, "win": win, "tie": tie, "lose": lose,
-         "fleiss_kappa": kappa}
-        for name, (win, tie, lose, kappa) in paper.HUMAN.items()
+        {"of": "paper", "a": "MPO(1)", "b": "PPO", "category": name, "people": 3,
+         **vote_shares(dict(zip(OUTCOMES, votes, strict=True))), "fleiss_kappa": kappa}
+        for name, (*votes, kappa) in paper.HUMAN.items()
     ]  # fmt: skip
     rows += human_rows(verdicts.human) or [{"of": "ours", "win": None}]
     note = (
         "A study needs people: `mpo human export A B --out WORKDIR/human/NAME`, then `mpo human import` of the filled "
-        "sheets; what lies in the folder `human` of the workdir is shown here. Intervals are 95%: Wilson's for shares "
-        "of items, a bootstrap over items for kappa."
+        "sheets; what lies in the folder `human` of the workdir is shown here. The paper's shares are of votes; those "
+        "of items, each by the most votes for it, stand beside them. Intervals are 95%: Wilson's for shares of items, "
+        f"a bootstrap over items for kappa; votes for one item are not independent and have none. {paper.CONTRADICTION}"
     )
     return PaperTable("table5", "Table 5: MPO against PPO, judged by people", note, rows)

@@ -4,18 +4,24 @@ import csv
 import dataclasses
 import io
 import json
+import math
+import sys
+from collections import Counter
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.markup import escape
 from rich.table import Table
 
 from mpo_jax.artifacts import write_bytes
 from mpo_jax.config import Config, SelectConfig, load_config
 from mpo_jax.errors import UserError
-from mpo_jax.evaluation.statistics import paired_difference
-from mpo_jax.experiments import Variant, in_order, is_run
+from mpo_jax.evaluation.answers import CATEGORY, SAMPLES
+from mpo_jax.evaluation.calibration import accuracy_by_gap, against_truth, read_gap_categories, read_gaps
+from mpo_jax.evaluation.statistics import mean_and_se
+from mpo_jax.experiments import AT_SPLITS, Variant, in_order, is_run
 from mpo_jax.types import Artifact
 
 COLUMNS = {
@@ -53,16 +59,101 @@ def split_label(select: SelectConfig) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
+class Measured:
+    """An evaluation's numbers, without its texts, which would not fit into memory for all runs of a table.
+
+    Attributes:
+      prompts: the test prompts. One that comes again has its number after it, so that all differ.
+      category: of each prompt, None where its row names none.
+      columns: by name the value of each prompt, NaN where its row has none.
+    """
+
+    prompts: list[str]
+    category: list[str | None]
+    columns: dict[str, np.ndarray]
+
+    @classmethod
+    def of(cls, rows: list[dict[str, Any]]) -> "Measured":
+        """The numbers of an evaluation's samples."""
+        seen: Counter[str] = Counter()
+        prompts = []
+        for row in rows:
+            prompt, number = row["prompt"], seen[row["prompt"]]
+            seen[prompt] += 1
+            # runs have the same prompts: one string for all of them
+            prompts.append(sys.intern(f"{prompt}\0{number}" if number else prompt))
+        columns = {
+            name: np.asarray([row.get(name, math.nan) for row in rows], np.float64)
+            for name in COLUMNS
+            if any(name in row for row in rows)
+        }
+        return cls(prompts, [row.get(CATEGORY) for row in rows], columns)
+
+    def only(self, category: str) -> "Measured":
+        """The prompts of one category."""
+        places = [place for place, name in enumerate(self.category) if name == category]
+        columns = {name: values[places] for name, values in self.columns.items()}
+        return Measured([self.prompts[place] for place in places], [category] * len(places), columns)
+
+    def values(self, column: str) -> dict[str, float]:
+        """A column by prompt, without prompts that lack it."""
+        values = self.columns.get(column, np.empty(0))
+        return {prompt: float(x) for prompt, x in zip(self.prompts, values, strict=False) if not math.isnan(x)}
+
+    def summary(self) -> dict[str, Any]:
+        """As a run's evaluation summarises itself; errors are NaN for a single prompt."""
+        summary: dict[str, Any] = {"prompts": len(self.prompts)}
+        for name, values in self.columns.items():
+            known = values[~np.isnan(values)]
+            if len(known):
+                mean, error = mean_and_se(known)
+                summary |= {name: mean, f"{name}_se": error if len(known) > 1 else math.nan}
+        return summary
+
+
+@dataclasses.dataclass(frozen=True)
 class RunResult:
-    """One finished run: its artifacts by role and its evaluation's summary."""
+    """One finished run: its artifacts by role and its evaluation.
+
+    Attributes:
+      category: the only one whose prompts and pairs count; None: all of them.
+    """
 
     name: str
     folder: Path
     artifacts: dict[str, Artifact]
+    category: str | None = None
+
+    def of_category(self, name: str) -> "RunResult":
+        """The same run, judged by its prompts and held-out pairs of one category alone."""
+        view = dataclasses.replace(self, category=name)
+        # what is read already is not read again
+        view.__dict__.update(measured=self.measured.only(name), config=self.config)
+        return view
 
     @property
     def summary(self) -> dict[str, Any]:
-        return self.artifacts["evaluate"].manifest["summary"]
+        """The evaluation's means, standard errors and counts."""
+        return self.artifacts["evaluate"].manifest["summary"] if self.category is None else self.measured.summary()
+
+    @property
+    def reward_summary(self) -> dict[str, Any]:
+        """How often the reward model is right, as its stage wrote it, or on the held-out pairs of the category."""
+        artifact = self.artifacts["reward"]
+        if self.category is None:
+            return artifact.manifest["summary"]
+        kept, names = read_gaps(artifact.path), read_gap_categories(artifact.path)
+        inside = np.asarray([name == self.category for name in names or []], bool)
+        if kept is None or not inside.any():
+            return {}
+        gap, truth = kept[0][inside], None if kept[1] is None else kept[1][inside]
+        summary: dict[str, Any] = {"pairs": len(gap), "held_out_accuracy": float((gap > 0).mean())}
+        summary["accuracy_by_gap"] = accuracy_by_gap(gap)
+        signed = np.empty(0) if truth is None else against_truth(gap, truth)
+        if truth is not None and len(signed):
+            summary |= {"true_accuracy": float((signed > 0).mean()), "true_accuracy_by_gap": accuracy_by_gap(signed)}
+            summary["label_accuracy"] = float((truth[np.isfinite(truth) & (truth != 0)] > 0).mean())
+        return summary
 
     @cached_property
     def config(self) -> Config:
@@ -75,13 +166,18 @@ class RunResult:
 
     @property
     def label(self) -> str:
-        """The run as tables for people name it; MPO with its split."""
+        """The run as tables for people name it, with its split where the same experiment is run at several."""
         label = LABELS[self.experiment]
-        return f"{label}, {split_label(self.config.select)}" if self.experiment == "mpo" else label
+        return f"{label}, {split_label(self.config.select)}" if self.experiment in AT_SPLITS else label
+
+    @cached_property
+    def measured(self) -> Measured:
+        """The numbers of the evaluation's samples."""
+        return Measured.of(self.samples())
 
     def samples(self) -> list[dict[str, Any]]:
-        """The evaluation's samples, a row a test prompt."""
-        with (self.artifacts["evaluate"].path / "samples.jsonl").open(encoding="utf-8") as file:
+        """The evaluation's samples, a row a test prompt of whatever category."""
+        with (self.artifacts["evaluate"].path / SAMPLES).open(encoding="utf-8") as file:
             return [json.loads(line) for line in file]
 
 
@@ -109,49 +205,30 @@ def collect(workdir: Path, names: tuple[str, ...] | None = None) -> list[RunResu
 
 
 def main_rows(results: list[RunResult]) -> list[dict[str, Any]]:
-    """A row a run: mean and standard error of each column that the evaluations have."""
+    """A row a run: mean and standard error of each column; no error of a single prompt in a category."""
     rows = []
     for result in results:
-        row: dict[str, Any] = {"run": result.name, "prompts": result.summary["prompts"]}
+        summary = result.summary
+        row: dict[str, Any] = {"run": result.name, "prompts": summary["prompts"]}
         for column in COLUMNS:
-            if column in result.summary:
-                row[column], row[f"{column}_se"] = result.summary[column], result.summary[f"{column}_se"]
+            if column in summary:
+                error = summary[f"{column}_se"]
+                row[column], row[f"{column}_se"] = summary[column], None if math.isnan(error) else error
         rows.append(row)
     return rows
-
-
-def difference_rows(results: list[RunResult], *, resamples: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Every run against SFT and MPO against every other run, paired by prompt, with 95% bootstrap intervals."""
-    by_name = {result.name: result.samples() for result in results}
-    pairs = [(name, "sft") for name in by_name if name != "sft" and "sft" in by_name]
-    pairs += [("mpo", name) for name in by_name if "mpo" in by_name and name not in ("mpo", "sft")]
-    rows = []
-    for a, b in pairs:
-        for column in ("score", "utility"):
-            pair_N2 = paired(by_name[a], by_name[b], column)
-            if not len(pair_N2):
-                continue
-            difference = paired_difference(*pair_N2.T, resamples=resamples, seed=seed)
-            rows.append({"run": a, "against": b, "column": column, "prompts": len(pair_N2), **difference})
-    return rows
-
-
-def paired(first: list[dict[str, Any]], second: list[dict[str, Any]], column: str) -> np.ndarray:
-    """[N, 2] a column of two runs' samples over the prompts that both answered; N is 0 where they share none."""
-    values = [{row["prompt"]: row[column] for row in rows if column in row} for rows in (first, second)]
-    shared = [prompt for prompt in values[0] if prompt in values[1]]
-    return np.asarray([[side[prompt] for side in values] for prompt in shared], np.float64).reshape(-1, 2)
 
 
 def terminal_table(rows: list[dict[str, Any]], title: str) -> Table:
     """The main table for the terminal: mean ± standard error."""
     table = Table(title=title, title_justify="left")
-    table.add_column("run")
+    keys = [key for key in (CATEGORY, "run") if any(key in row for row in rows)]
+    for key in keys:
+        table.add_column(key)
     present = [column for column in COLUMNS if any(column in row for row in rows)]
     for column in present:
         table.add_column(COLUMNS[column], justify="right")
     for row in rows:
-        table.add_row(row["run"], *(_cell(row, column) for column in present))
+        table.add_row(*(escape(row[key]) for key in keys), *(_cell(row, column) for column in present))
     return table
 
 
@@ -160,7 +237,10 @@ def _cell(row: dict[str, Any], column: str) -> str:
         return "-"
     if column == "has_eos":
         return f"{row[column]:.1%}"
-    return f"{row[column]:.3f} ± {row[f'{column}_se']:.3f}" if column != "length" else f"{row[column]:.1f}"
+    if column == "length":
+        return f"{row[column]:.1f}"
+    error = row[f"{column}_se"]
+    return f"{row[column]:.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from safetensors import safe_open
 
 from mpo_jax.config import Config
+from mpo_jax.report.curves import distinct
 from mpo_jax.report.results import COLUMNS, RunResult
 from mpo_jax.report.seeds import BySeed, Rows
 from mpo_jax.types import Artifact
@@ -96,8 +97,21 @@ def outcome(rows: Rows, differences: Rows, best: dict[str, str], *, compare: boo
 
 
 def cautions(by_seed: BySeed) -> list[str]:
-    """What makes the runs' numbers incomparable, each said once."""
-    return list(dict.fromkeys(caution for results in by_seed.values() for caution in _cautions(results)))
+    """What makes the runs' numbers incomparable, and what stages warned of, each said once."""
+    incomparable = (caution for results in by_seed.values() for caution in _cautions(results))
+    return list(dict.fromkeys([*incomparable, *_warnings(by_seed)]))
+
+
+def _warnings(by_seed: BySeed) -> list[str]:
+    """What the stages' manifests warn of, each with its stage, the runs that use it, and its seed."""
+    found = []
+    for seed, results in by_seed.items():
+        for stage in ("sft", "reward", "select", "dpo", "ppo", "evaluate"):
+            for artifact, runs in distinct(results, stage):
+                users = ", ".join(runs) if len(runs) < 4 else f"{', '.join(runs[:2])} and {len(runs) - 2} more"
+                place = f"{stage} of {users}, seed {seed}"
+                found += [f"{place}: {warning}" for warning in artifact.manifest.get("warnings", [])]
+    return found
 
 
 def _cautions(results: list[RunResult]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,7 @@ import numpy as np
 
 from mpo_jax.errors import UserError
 from mpo_jax.evaluation.verdicts import OUTCOMES
-from mpo_jax.report.results import paired
-from mpo_jax.report.seeds import BySeed, Rows, of_run
+from mpo_jax.report.seeds import BySeed, Rows, differences
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,27 +68,30 @@ def human_rows(results: dict[Path, dict[str, Any]]) -> Rows:
             if kappa is not None:
                 agreement = {"fleiss_kappa": kappa["value"], "fleiss_kappa_low": kappa["low"]}
                 agreement |= {"fleiss_kappa_high": kappa["high"], "agreement": kappa["band"]}
-            people = {"people": result["annotators"]}
+            votes = result.get("votes") if category is None else result.get("votes_by_category", {}).get(category)
+            people = {"people": result["annotators"]} | (vote_shares(votes) if votes else {})
             rows.append({**_sides(result), "category": category, **people, **_shares(tally), **agreement})
     return rows
 
 
+def vote_shares(votes: Mapping[str, int]) -> dict[str, Any]:
+    """The number of votes and the share of each outcome among them."""
+    total = sum(votes[outcome] for outcome in OUTCOMES)
+    return {"votes": total} | {f"votes_{outcome}": votes[outcome] / total for outcome in OUTCOMES}
+
+
 def reward_rows(by_seed: BySeed, first: str, second: str) -> Rows:
     """One run against another by each column of the evaluation: shares of prompts, the mean over seeds."""
-    one, other = of_run(by_seed, first), of_run(by_seed, second)
-    answers = [(one[seed].samples(), other[seed].samples()) for seed in sorted(one.keys() & other.keys())]
     rows: Rows = []
     for column, judge in (("score", "own reward model"), ("utility", "true utility")):
-        pairs = [paired(first_rows, second_rows, column) for first_rows, second_rows in answers]
-        signs = [np.sign(pair_N2[:, 0] - pair_N2[:, 1]) for pair_N2 in pairs if len(pair_N2)]
-        if signs:
+        found = differences(by_seed, first, second, column)
+        if found is not None:
             shares = {
-                name: float(np.mean([(sign_N == wanted).mean() for sign_N in signs]))
+                name: float(np.mean([(np.sign(x_P) == wanted).mean() for x_P in found.groups]))
                 for name, wanted in zip(OUTCOMES, (1, 0, -1), strict=True)
             }
-            rows.append(
-                {"of": "ours", "a": first, "b": second, "judge": judge, "items": sum(map(len, signs)), **shares}
-            )
+            items = sum(map(len, found.groups))
+            rows.append({"of": "ours", "a": first, "b": second, "judge": judge, "items": items, **shares})
     return rows
 
 

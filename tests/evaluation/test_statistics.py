@@ -7,44 +7,135 @@ from hypothesis import strategies as st
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
-from mpo_jax.evaluation.statistics import bootstrap_p, holm, mean_and_se, resampled_means, verdict
+from mpo_jax.evaluation.statistics import (
+    bootstrap_p,
+    holm,
+    mean_and_se,
+    paired_bootstrap,
+    paired_difference,
+    standard_errors,
+    verdict,
+)
 
 
-def test_one_group_is_the_plain_bootstrap_over_prompts() -> None:
+def half_width(interval: tuple[float, ...]) -> float:
+    return (interval[2] - interval[1]) / 2
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_one_seed_is_the_plain_bootstrap_over_prompts(shared: bool) -> None:
     x = np.random.default_rng(0).gamma(2.0, 1.0, 300)
-    ours = resampled_means([x], resamples=4000, seed=1)
-    theirs = stats.bootstrap((x,), np.mean, n_resamples=4000, method="percentile", rng=np.random.default_rng(2))
-    se = mean_and_se(x)[1]
-    assert ours.mean() == pytest.approx(x.mean(), abs=0.1 * se)
-    assert ours.std() == pytest.approx(theirs.standard_error, rel=0.05)
-    interval = theirs.confidence_interval
-    np.testing.assert_allclose(np.percentile(ours, [2.5, 97.5]), [interval.low, interval.high], atol=0.15 * se)
+    mean, low, high, p = paired_bootstrap(x[None], shared_prompts=shared, resamples=40000, seed=1)
+    theirs = stats.bootstrap(
+        (x,), np.mean, n_resamples=40000, batch=4000, method="percentile", rng=np.random.default_rng(2)
+    )
+    interval, se = theirs.confidence_interval, mean_and_se(x)[1]
+    assert (mean, p) == (pytest.approx(x.mean()), pytest.approx(2 / 40001))
+    np.testing.assert_allclose([low, high], [interval.low, interval.high], atol=0.12 * se)
 
 
-def test_spread_is_that_of_seeds_and_of_prompts_within_them() -> None:
-    """Variance of the resampled mean: (variance of the seeds' means, and the mean of their prompts' / n) / seeds."""
-    rng = np.random.default_rng(3)
-    groups = [rng.normal(shift, 1.0, size) for shift, size in ((0.0, 40), (1.0, 60), (3.0, 50))]
-    expected = (np.var([g.mean() for g in groups]) + np.mean([g.var() / len(g) for g in groups])) / 3
-    drawn = resampled_means(groups, resamples=20000, seed=4)
-    assert drawn.var() == pytest.approx(expected, rel=0.03)
+def test_a_paired_difference_is_the_case_of_one_seed() -> None:
+    a, b = np.random.default_rng(3).normal(size=(2, 50))
+    found = paired_difference(a, b, resamples=200, seed=4)
+    mean, low, high, _ = paired_bootstrap([a - b], shared_prompts=True, resamples=200, seed=4)
+    assert found == {"mean": pytest.approx(mean), "se": pytest.approx(stats.sem(a - b)), "low": low, "high": high}
+
+
+def coverage(*, shared: bool, seeds: int = 5, seed_deviation: float = 0.0, data_sets: int = 400) -> float:
+    """Share of intervals that hold 0, the truth, with 500 prompts, prompt deviation 1 and noise 0.5."""
+    rng, held = np.random.default_rng(5), 0
+    for _ in range(data_sets):
+        prompt_SP = rng.normal(size=(1 if shared else seeds, 500))
+        noise_SP = rng.normal(0, 0.5, (seeds, 500))
+        difference_SP = rng.normal(0, seed_deviation, (seeds, 1)) + prompt_SP + noise_SP
+        _, low, high, p = paired_bootstrap(difference_SP, shared_prompts=shared, resamples=400, seed=6)
+        assert (p < 0.05) == (low > 0 or high < 0)
+        held += low <= 0 <= high
+    return held / data_sets
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["crossed", "nested"])
+def test_a_95_percent_interval_holds_the_truth_in_95_percent_of_data_sets(shared: bool) -> None:
+    assert 0.92 <= coverage(shared=shared) <= 0.98
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["crossed", "nested"])
+def test_it_does_so_where_seeds_differ(shared: bool) -> None:
+    assert 0.92 <= coverage(shared=shared, seed_deviation=0.3) <= 0.98
+
+
+def test_crossed_data_taken_for_nested_miss_far_more() -> None:
+    """The mistake that the two designs are there for: prompts that are shared do not average out over seeds."""
+    rng, missed = np.random.default_rng(7), 0
+    for _ in range(200):
+        difference_SP = rng.normal(size=(1, 500)) + rng.normal(0, 0.5, (5, 500))
+        _, low, high, _ = paired_bootstrap(difference_SP, shared_prompts=False, resamples=400, seed=8)
+        missed += not low <= 0 <= high
+    assert missed > 50
+
+
+def test_errors_are_those_of_the_analysis_of_variance() -> None:
+    """Crossed, by hand: seeds' means 1 and 3, prompts' means 0, 2, 4; residuals are 0, so no noise is taken off."""
+    errors = standard_errors(np.asarray([[-1.0, 1.0, 3.0], [1.0, 3.0, 5.0]]), shared_prompts=True)
+    assert errors.prompts == pytest.approx(2 / np.sqrt(3))
+    assert errors.seeds == pytest.approx(np.sqrt(2.0 / 2))
+    assert errors.total == pytest.approx(np.sqrt(4 / 3 + 1))
+    # nested: each seed's mean has the error 2 / sqrt 3, which explains 4/3 of the variance 2 of the means
+    errors = standard_errors(np.asarray([[-1.0, 1.0, 3.0], [1.0, 3.0, 5.0]]), shared_prompts=False)
+    assert errors.prompts == pytest.approx(np.sqrt(2 * 4 / 3) / 2)
+    assert errors.seeds == pytest.approx(np.sqrt((2 - 4 / 3) / 2))
+
+
+def test_the_interval_has_the_width_of_its_errors() -> None:
+    """Many seeds and prompts, where Student's t is near the normal: 1.96 total errors to each side."""
+    rng = np.random.default_rng(9)
+    x_SP = rng.normal(0, 0.2, (60, 1)) + rng.normal(size=(1, 300)) + rng.normal(0, 0.5, (60, 300))
+    for shared in (True, False):
+        found = paired_bootstrap(x_SP, shared_prompts=shared, resamples=8000, seed=10)
+        total = standard_errors(x_SP, shared_prompts=shared).total
+        assert half_width(found) == pytest.approx(1.96 * total, rel=0.05)
+        assert found.mean == pytest.approx(x_SP.mean())
+
+
+def test_seeds_with_prompts_of_their_own_may_have_more_or_fewer() -> None:
+    rng = np.random.default_rng(11)
+    groups = [rng.normal(shift, 1.0, size) for shift, size in ((0.0, 40), (1.0, 60), (3.0, 5))]
+    found = paired_bootstrap(groups, shared_prompts=False, resamples=400, seed=12)
     # seeds weigh alike, whatever their numbers of prompts
-    assert drawn.mean() == pytest.approx(np.mean([g.mean() for g in groups]), abs=0.02)
+    assert found.mean == pytest.approx(np.mean([group.mean() for group in groups]))
+    with pytest.raises(ValueError, match="share prompts have equally many"):
+        paired_bootstrap(groups, shared_prompts=True, resamples=400, seed=12)
+    with pytest.raises(ValueError, match="there must be a seed"):
+        paired_bootstrap([], shared_prompts=False, resamples=400, seed=12)
 
 
-def test_prompts_are_drawn_anew_where_a_seed_is_drawn_twice() -> None:
-    """Two equal seeds give the spread of twice the prompts, which a shared draw would not."""
-    x = np.random.default_rng(5).normal(size=100)
-    two = resampled_means([x, x], resamples=20000, seed=6)
-    assert two.var() == pytest.approx(x.var() / 200, rel=0.05)
+def test_two_seeds_that_differ_say_little() -> None:
+    """Student's t with 1 degree of freedom: 12.7 standard errors of the seeds to each side."""
+    x_SP = np.asarray([[0.0], [1.0]]) + 0.001 * np.random.default_rng(13).normal(size=(2, 50))
+    for shared in (True, False):
+        found = paired_bootstrap(x_SP, shared_prompts=shared, resamples=2000, seed=14)
+        assert half_width(found) == pytest.approx(12.7 * 0.5, rel=0.05)
+        assert found.p > 0.05
 
 
-def test_portions_change_nothing_in_distribution() -> None:
-    """So many prompts that a group's draws are made in several portions: every resample still has its own mean."""
-    x = np.random.default_rng(7).normal(size=50_000)
-    drawn = resampled_means([x], resamples=200, seed=8)
-    assert len(np.unique(drawn)) == 200
-    assert drawn.std() == pytest.approx(x.std() / np.sqrt(len(x)), rel=0.2)
+def test_a_handful_of_prompts_has_student_s_interval() -> None:
+    rng, held = np.random.default_rng(15), 0
+    for _ in range(400):
+        _, low, high, _ = paired_bootstrap(rng.normal(size=(1, 5)), shared_prompts=True, resamples=400, seed=16)
+        held += low <= 0 <= high
+    assert held > 0.92 * 400
+
+
+def test_one_value_says_nothing_and_equal_values_leave_no_doubt() -> None:
+    assert paired_bootstrap([[3.0]], shared_prompts=True, resamples=100, seed=0) == (3.0, -np.inf, np.inf, 1.0)
+    found = paired_bootstrap(np.full((3, 7), 0.1), shared_prompts=True, resamples=100, seed=0)
+    assert found == pytest.approx((0.1, 0.1, 0.1, 2 / 101))
+
+
+def test_the_seed_of_the_resampling_alone_decides() -> None:
+    x_SP = np.random.default_rng(17).normal(size=(3, 40))
+    first, again, other = (paired_bootstrap(x_SP, shared_prompts=True, resamples=100, seed=s) for s in (0, 0, 1))
+    assert first == again != other
 
 
 def test_p_is_twice_the_smaller_tail_and_never_zero() -> None:
@@ -56,7 +147,7 @@ def test_p_is_twice_the_smaller_tail_and_never_zero() -> None:
 
 def test_p_agrees_with_the_t_test_on_many_prompts() -> None:
     x = np.random.default_rng(9).normal(0.1, 1.0, 400)
-    ours = bootstrap_p(resampled_means([x], resamples=20000, seed=10))
+    ours = paired_bootstrap([x], shared_prompts=True, resamples=20000, seed=10).p
     assert ours == pytest.approx(stats.ttest_1samp(x, 0.0).pvalue, rel=0.25)
 
 

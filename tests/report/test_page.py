@@ -19,9 +19,9 @@ from mpo_jax.report import canvas
 from mpo_jax.report.canvas import Chart
 from mpo_jax.report.figures import pareto
 from mpo_jax.report.page import write_report
-from mpo_jax.report.results import collect, difference_rows
+from mpo_jax.report.results import collect
 from mpo_jax.report.samples import side_by_side
-from mpo_jax.report.seeds import over_seeds
+from mpo_jax.report.seeds import over_seeds, pair_differences
 from tests.report import workdirs
 
 RESAMPLES = 50
@@ -171,7 +171,7 @@ def test_tables_as_csv_equal_the_rows(workdir: Path) -> None:
     results = collect(workdir)
     tables = workdir / "report" / "tables"
     assert read_csv(tables / "main.csv") == as_text(over_seeds({0: results}))
-    assert read_csv(tables / "differences.csv") == as_text(difference_rows(results, resamples=RESAMPLES))
+    assert read_csv(tables / "differences.csv") == as_text(pair_differences({0: results}, resamples=RESAMPLES))
     assert read_csv(tables / "data.csv") == as_text([{**workdirs.REPORT, "dropped": '{"empty & void": 2}'}])
     assert [(row["artifact"], row["truncated_prompts"]) for row in read_csv(tables / "truncation.csv")] == [
         ("sft-1", "3"), ("reward-1", "3"), ("evaluate-sft", "0"), ("evaluate-dpo", "0"), ("evaluate-mpo", "0"),
@@ -317,7 +317,7 @@ def test_an_interval_that_holds_zero_is_no_clear_difference(tmp_path: Path) -> N
     def scored(*scores: float) -> list[dict[str, Any]]:
         return [{"prompt": str(i), "response": "r", "score": score} for i, score in enumerate(scores)]
 
-    sampled = {"sft": scored(0, 0, 0, 0), "dpo": scored(2, -1, 1, -1), "mpo": scored(-3, -3, -3, -2)}
+    sampled = {"sft": scored(0, 0, 0, 0), "dpo": scored(2, -1, 1, -1), "mpo": scored(-2, -3, -2, -4)}
     made = workdirs.make(tmp_path, utility=False, sampled=sampled)
     assert "MPO better than DPO: contradicted, -3.000 reward" in small_page(made).text
     # where the paper claims nothing, runs are set against SFT
@@ -384,7 +384,7 @@ def test_a_table_s_seeds_make_one_page(tmp_path: Path) -> None:
         config = Config(workdir="w", seed=seed)
         workdirs.make(tmp_path / f"seed-{seed}", ("sft", "mpo"), configs={"sft": config, "mpo": config}, metrics=True)
     page = small_page(tmp_path)
-    assert "2 runs (sft, mpo)" in page.text and "seeds 0, 1" in page.text and "Resampled are seeds" in page.text
+    assert "2 runs (sft, mpo)" in page.text and "seeds 0, 1" in page.text and "(crossed)" in page.text
     assert ["seed", "0", "seed 0: sft, seed 0: mpo"] in page.rows
     folder = tmp_path / "report" / "figures"
     # both seeds logged the same, so the band has no width

@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 
 from mpo_jax.errors import UserError
-from mpo_jax.report.results import collect, difference_rows, main_rows, terminal_table, write_csv
+from mpo_jax.report.results import collect, main_rows, terminal_table, write_csv
+from mpo_jax.report.seeds import pair_differences
 from tests.report import workdirs
 
 
@@ -65,7 +66,7 @@ def test_differences_are_paired_by_prompt_not_by_row(tmp_path: Path) -> None:
         "sft": rows_of({"a": 0.0, "b": 10.0, "c": 20.0, "only sft": 99.0}),
         "dpo": rows_of({"only dpo": -99.0, "c": 21.0, "b": 11.0, "a": 1.0}),
     }
-    (row,) = difference_rows(collect(workdirs.make(tmp_path, ("sft", "dpo"), sampled=sampled)), resamples=50)
+    (row,) = pair_differences({0: collect(workdirs.make(tmp_path, ("sft", "dpo"), sampled=sampled))}, resamples=50)
     # each difference is exactly 1, so there is no spread; by row it would be large
     expected = {"run": "dpo", "against": "sft", "column": "score", "prompts": 3, "mean": 1.0, "se": 0.0}
     assert row == {**expected, "low": 1.0, "high": 1.0}
@@ -80,7 +81,7 @@ def test_difference_has_mean_error_and_interval_of_the_differences(tmp_path: Pat
         "sft": rows_of(dict(zip(prompts, base.tolist(), strict=True))),
         "dpo": rows_of(dict(zip(prompts, (base + d).tolist(), strict=True))),
     }
-    (row,) = difference_rows(collect(workdirs.make(tmp_path, ("sft", "dpo"), sampled=sampled)), resamples=2000)
+    (row,) = pair_differences({0: collect(workdirs.make(tmp_path, ("sft", "dpo"), sampled=sampled))}, resamples=2000)
     se = d.std(ddof=1) / math.sqrt(400)
     assert row["mean"] == pytest.approx(d.mean(), abs=1e-9)
     assert row["se"] == pytest.approx(se, rel=1e-9)
@@ -102,14 +103,14 @@ def test_difference_has_mean_error_and_interval_of_the_differences(tmp_path: Pat
 def test_every_run_against_sft_and_mpo_against_the_others(
     tmp_path: Path, runs: tuple[str, ...], expected: list[tuple[str, str]]
 ) -> None:
-    rows = difference_rows(collect(workdirs.make(tmp_path, runs)), resamples=20)
+    rows = pair_differences({0: collect(workdirs.make(tmp_path, runs))}, resamples=20)
     assert [(row["run"], row["against"]) for row in rows if row["column"] == "score"] == expected
     assert [(row["run"], row["against"]) for row in rows if row["column"] == "utility"] == expected
 
 
 def test_differences_leave_out_columns_and_runs_that_share_nothing(tmp_path: Path) -> None:
     sampled = {"sft": rows_of({"a": 0.0}), "dpo": rows_of({"b": 0.0}), "mpo": rows_of({"a": 5.0})}
-    rows = difference_rows(collect(workdirs.make(tmp_path, sampled=sampled)), resamples=20)
+    rows = pair_differences({0: collect(workdirs.make(tmp_path, sampled=sampled))}, resamples=20)
     assert [(row["run"], row["against"], row["column"], row["mean"]) for row in rows] == [("mpo", "sft", "score", 5.0)]
 
 

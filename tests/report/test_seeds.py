@@ -8,8 +8,17 @@ import pytest
 
 from mpo_jax.config import Config
 from mpo_jax.errors import UserError
-from mpo_jax.report.results import RunResult
-from mpo_jax.report.seeds import collect_seeds, differences, over_seeds, pair_differences, seed_differences, seed_rows
+from mpo_jax.report.results import Measured, RunResult
+from mpo_jax.report.seeds import (
+    Repeated,
+    collect_seeds,
+    differences,
+    over_seeds,
+    pair_differences,
+    seed_differences,
+    seed_rows,
+    share_prompts,
+)
 from mpo_jax.types import Artifact
 from tests.report import workdirs
 
@@ -17,7 +26,9 @@ from tests.report import workdirs
 def result(run: str, **summary: float) -> RunResult:
     filled = summary | {f"{name}_se": 123.0 for name in summary}
     manifest: dict[str, Any] = {"summary": {"prompts": 5, **filled}}
-    return RunResult(run, Path("nowhere"), {"evaluate": Artifact(Path("nowhere"), manifest)})
+    made = RunResult(run, Path("nowhere"), {"evaluate": Artifact(Path("nowhere"), manifest)})
+    made.__dict__["measured"] = Measured([], [], {})  # no prompt in common: each seed has its own
+    return made
 
 
 def test_mean_and_error_are_over_seeds_not_over_prompts() -> None:
@@ -31,8 +42,8 @@ def test_mean_and_error_are_over_seeds_not_over_prompts() -> None:
     prompts = pytest.approx(123 / math.sqrt(3))
     assert sft == {
         "run": "sft", "seeds": 3, "prompts": 15, "error_over": "seeds",
-        "score": 4.0, "score_se": pytest.approx(math.sqrt(13 / 3)), "score_se_prompts": prompts,
-        "kl": 0.0, "kl_se": 0.0, "kl_se_prompts": prompts,
+        "score": 4.0, "score_se": pytest.approx(math.sqrt(13 / 3)), "score_se_seeds": pytest.approx(math.sqrt(13 / 3)),
+        "score_se_prompts": prompts, "kl": 0.0, "kl_se": 0.0, "kl_se_seeds": 0.0, "kl_se_prompts": prompts,
     }  # fmt: skip
     # 4, 4.5, 6.5: mean 5, variance (1 + 0.25 + 2.25) / 2 = 1.75
     assert mpo["score"] == 5.0
@@ -52,14 +63,14 @@ def test_a_column_that_one_seed_lacks_is_left_out() -> None:
     assert "utility" not in row
 
 
-def two_seeds(folder: Path) -> Path:
+def two_seeds(folder: Path, *, shared: bool = True) -> Path:
     """Seeds 3 and 4 of SFT and DPO on three prompts, whose rewards differ by 1, 11 and 21, and utilities by 0.5."""
-    prompts = ["a", "b", "c"]
-    shifted = [
-        {**row, "score": row["score"] + 10.0 * index} for index, row in enumerate(workdirs.samples("dpo", prompts))
-    ]
-    sampled = {"sft": workdirs.samples("sft", prompts), "dpo": shifted}
     for seed in (4, 3):
+        prompts = ["a", "b", "c"] if shared else [f"{seed}: {name}" for name in "abc"]
+        shifted = [
+            {**row, "score": row["score"] + 10.0 * index} for index, row in enumerate(workdirs.samples("dpo", prompts))
+        ]
+        sampled = {"sft": workdirs.samples("sft", prompts), "dpo": shifted}
         workdirs.make(folder / f"seed-{seed}", ("sft", "dpo"), sampled=sampled)
     return folder
 
@@ -91,13 +102,41 @@ def test_rows_and_differences_a_seed(tmp_path: Path) -> None:
     assert (utility["column"], utility["mean"]) == ("utility", 0.5) and math.isnan(utility["z"])
 
 
-def test_differences_over_seeds_pair_prompts_within_each(tmp_path: Path) -> None:
-    by_seed = collect_seeds(two_seeds(tmp_path))
-    assert [group.tolist() for group in differences(by_seed, "dpo", "sft", "score")] == [[1.0, 11.0, 21.0]] * 2
-    assert differences(by_seed, "mpo", "sft", "score") == []
+@pytest.mark.parametrize("shared", [True, False], ids=["crossed", "nested"])
+def test_the_design_is_read_from_the_prompts(tmp_path: Path, shared: bool) -> None:
+    by_seed = collect_seeds(two_seeds(tmp_path, shared=shared))
+    assert share_prompts(by_seed) is shared
+    found = differences(by_seed, "dpo", "sft", "score")
+    assert found is not None and found.shared_prompts is shared
+    assert [group.tolist() for group in found.groups] == [[1.0, 11.0, 21.0]] * 2
+    assert differences(by_seed, "mpo", "sft", "score") is None
     score, utility = pair_differences(by_seed, resamples=400)
-    assert (score["run"], score["against"], score["mean"], score["prompts"]) == ("dpo", "sft", 11.0, 6)
-    # six draws of 1, 11 and 21: variance 200 / 3 / 6
-    assert score["se"] == pytest.approx(math.sqrt(200 / 18), rel=0.1)
-    assert 1 < score["low"] < 11 < score["high"] < 21
+    assert (score["run"], score["against"], score["mean"]) == ("dpo", "sft", 11.0)
+    # equal seeds say nothing new of shared prompts, and as much again of prompts of their own
+    assert score["prompts"] == (3 if shared else 6)
+    assert score["se"] == pytest.approx(10 / math.sqrt(3) if shared else 10 / math.sqrt(6))
+    assert score["low"] < 11 < score["high"]
     assert (utility["low"], utility["mean"], utility["high"]) == (0.5, 0.5, 0.5)
+
+
+def test_shared_prompts_count_once_in_the_errors(tmp_path: Path) -> None:
+    """DPO's rewards are 1.25, 12.25 and 23.25 in both seeds: seeds have no spread, prompts that of one seed."""
+    # made-up summaries count 4 prompts a seed, the samples three
+    for shared, prompts, error in ((True, 3, 11 / math.sqrt(3)), (False, 2 * 4, 0.0)):
+        rows = over_seeds(collect_seeds(two_seeds(tmp_path / str(shared), shared=shared)))
+        dpo = next(row for row in rows if row["run"] == "dpo")
+        assert (dpo["prompts"], dpo["error_over"]) == (prompts, "seeds and prompts" if shared else "seeds")
+        assert dpo["score_se"] == pytest.approx(error) and dpo["score_se_seeds"] == 0.0
+
+
+def test_seeds_meet_in_the_prompts_that_all_of_them_have() -> None:
+    found = Repeated.of([{"a": 1.0, "b": 2.0, "c": 3.0}, {"c": 6.0, "b": 5.0}])
+    assert found.shared_prompts and [group.tolist() for group in found.groups] == [[2.0, 3.0], [5.0, 6.0]]
+    # a prompt that seeds share by chance makes no crossed design
+    apart = Repeated.of([{"a": 1.0, "b": 2.0, "c": 3.0}, {"c": 6.0, "d": 5.0, "e": 0.0}])
+    assert not apart.shared_prompts and apart.num_prompts == 6
+
+
+def test_a_prompt_that_comes_twice_is_paired_by_its_number() -> None:
+    rows = [{"prompt": "a", "score": 1.0}, {"prompt": "a", "score": 2.0}, {"prompt": "b"}]
+    assert list(Measured.of(rows).values("score").values()) == [1.0, 2.0]

@@ -9,8 +9,12 @@ from mpo_jax.artifacts import write_json
 from mpo_jax.commands.human import import_sheets
 from mpo_jax.errors import UserError
 from mpo_jax.evaluation.answers import Pair
-from mpo_jax.human.sheets import make_study
+from mpo_jax.evaluation.verdicts import OUTCOMES
+from mpo_jax.human.agreement import summary
+from mpo_jax.human.importing import Sheet
+from mpo_jax.human.sheets import Choice, Item, make_study
 from mpo_jax.judge import verdict
+from mpo_jax.report.markdown import cell
 from mpo_jax.report.page import write_report
 from mpo_jax.report.paper_tables import human, judged
 from mpo_jax.report.seeds import collect_seeds
@@ -63,6 +67,30 @@ def test_results_in_the_workdir_stand_beside_the_paper_s(tmp_path: Path) -> None
         None: (0.5, 0.5, 3, 1.0), "helpful": (1.0, 0.0, 3, 1.0), "harmless": (0.0, 1.0, 3, 1.0),
     }  # fmt: skip
     assert people[None]["agreement"] == "almost perfect"
+
+
+def test_table_5_has_the_shares_of_votes_beside_those_of_items(tmp_path: Path) -> None:
+    """Two of three people prefer A on every helpful prompt: two thirds of the votes, and all of the items."""
+    made = make_study(PAIRS, (A, B), n=None, by=None, seed=3)
+    sheets = []
+    for name in ("Ann", "Bob", "Cy"):
+
+        def choice(item: Item, name: str = name) -> Choice:
+            return item.a_is if item.category == "helpful" and name != "Cy" else "tie"
+
+        sheets.append(Sheet(tmp_path / name, name, {item.number: choice(item) for item in made.items}))
+    result = {"a": A, "b": B, **summary(made, sheets, resamples=20, seed=0)}
+    rows = human(Verdicts(human={tmp_path: result})).rows
+    ours = {row["category"]: (row["votes"], row["votes_win"], row["win"]) for row in rows if row["of"] == "ours"}
+    assert ours == {None: (24, 8 / 24, 0.5), "helpful": (12, 8 / 12, 1.0), "harmless": (12, 0.0, 0.0)}
+    theirs = next(row for row in rows if row["of"] == "paper")
+    # 62.0%, 19.3% and 18.7% of three people's votes on 50 items
+    assert (theirs["category"], theirs["votes"], "win" in theirs) == ("helpful", 150, False)
+    assert [cell(f"votes_{o}", theirs[f"votes_{o}"]) for o in OUTCOMES] == ["62.0%", "19.3%", "18.7%"]
+    # studies from before votes were counted by category
+    del result["votes_by_category"]
+    old = human(Verdicts(human={tmp_path: result})).rows
+    assert [("votes" in row) for row in old if row["of"] == "ours"] == [True, False, False]
 
 
 def test_the_report_shows_them(tmp_path: Path) -> None:
