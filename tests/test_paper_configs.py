@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 
 from mpo_jax.config import Config, load_config
+from mpo_jax.data.batches import num_steps
+from mpo_jax.data.sources import _HUB_PATTERN, HUB
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 DEVICES = 8
@@ -76,6 +78,43 @@ def test_what_the_paper_leaves_open_is_deepspeed_chat_s(name):
     assert (resolved.ppo.epochs, resolved.select.threshold) == (1, 1.0)
     assert (resolved.select.temperature, resolved.select.top_p, resolved.ppo.greedy) == (1.0, 1.0, False)
     assert resolved.model.path == "meta-llama/Llama-2-7b-hf"
+
+
+def test_policies_are_evaluated_on_the_papers_test_sets():
+    for name in NAMES:
+        assert config(name).data.prompts == "rows" and config(name).data.validation_fraction == 0.05
+    hh, tldr = (config(name).data for name in NAMES)
+    assert hh.test_prompt_path == tldr.test_path == () and len(hh.test_path) == 2
+    (tests,) = tldr.test_prompt_path
+    found = _HUB_PATTERN.fullmatch(tests.removeprefix(HUB))
+    assert found is not None and found.group("name", "folder", "split") == ("trl-lib/tldr", "", "test")
+    assert tldr.has_test_set and not tldr.holds_out, "the validation rows are kept from the reward model alone"
+
+
+def launch_rows() -> dict[str, list[str]]:
+    lines = (CONFIGS.parent / "launch" / "README.md").read_text(encoding="utf-8").splitlines()
+    begin = next(i for i, line in enumerate(lines) if line.startswith("| stage, one epoch"))
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[begin : begin + 8]]
+    return {row[0]: row[1:] for row in table}
+
+
+@pytest.mark.parametrize("stage", BATCHES)
+@pytest.mark.parametrize("column", [0, 5], ids=NAMES)
+def test_the_launch_table_counts_updates_as_the_stages_do(stage, column):
+    names = {"sft": "SFT", "reward": "reward model", "dpo": "DPO on all pairs", "ppo": "PPO on all prompts"}
+    (row,) = (cells for name, cells in launch_rows().items() if name.startswith(names[stage]))
+    rows, updates = (int(cell.split()[0].replace(",", "")) for cell in row[column : column + 2])
+    train = getattr(config(NAMES[column > 0]), stage).train
+    assert updates == num_steps(rows, epochs=train.epochs, steps=train.steps, batch_size=train.batch_size)
+
+
+def test_the_launch_table_counts_the_papers_rows():
+    rows = [[int(row[i].split()[0].replace(",", "")) for i in (0, 5)] for row in list(launch_rows().values())[2:]]
+    sft, reward, selection, dpo, ppo, evaluation = rows
+    comparisons = 92858 + 86086 - 2284
+    assert sft == [43774 + 42537, 116722] and evaluation == [2352 + 2312, 6553]
+    assert selection == dpo == ppo == [sft[0], comparisons]
+    assert reward == [round(0.95 * sft[0]), round(0.95 * comparisons)]
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -38,7 +38,7 @@ def test_hh_rows_and_a_real_llama_go_through_every_stage(shared_data, tmp_path):
     assert "utility" not in evaluation and 0 <= evaluation["has_eos"] <= 1
     samples = (tmp_path / "runs/mpo/evaluate/samples.jsonl").read_text().splitlines()
     assert len(samples) == 16 and all("\n\nAssistant:" in json.loads(line)["prompt"] for line in samples)
-    assert {json.loads(line)["category"] for line in samples} == {"helpful"}  # the first of the two files
+    assert {json.loads(line)["category"] for line in samples} == {"helpful", "harmless"}
     gaps = pq.read_table(tmp_path / "runs" / "mpo" / "reward" / "held_out.parquet")
     assert set(gaps["category"].to_pylist()) == {"helpful", "harmless"}
 

@@ -56,10 +56,9 @@ class Corpus:
     def sizes(self) -> str:
         """The sets' sizes, in words."""
         return (
-            f"{len(self.demonstrations)} demonstrations, {len(self.pairs)} pairs (the reward model trains on "
-            f"{len(self.reward_pairs)}, {len(self.validation)} are validation), {len(self.prompts)} prompts to sample "
-            f"from ({len(set(self.prompts))} distinct), {len(self.held_out)} held-out pairs, "
-            f"{len(self.test_prompts)} test prompts"
+            f"{len(self.demonstrations)} demonstrations, {len(self.pairs)} pairs ({len(self.reward_pairs)} of them for "
+            f"the reward model), {len(self.prompts)} prompts to sample from ({len(set(self.prompts))} distinct), "
+            f"{len(self.held_out)} held-out pairs, {len(self.test_prompts)} test prompts"
         )
 
     @property

@@ -43,6 +43,9 @@ def test_counts_and_rows(config, capsys, monkeypatch):
     training, held_out = int(counts["pairs"][0]), int(counts["held out"][0])
     assert training + held_out == 30 and 3 < held_out < 20
     assert int(counts["demonstrations"][0]) == int(counts["prompts"][0]) == training
+    assert int(counts["reward model's pairs"][0]) == training
+    assert int(counts["validation"][0]) == int(counts["test prompts"][0]) == held_out
+    assert f"{training} prompts to sample from ({training} distinct)" in shown and "(data.prompts=rows)" in shown
     # " should i quit<eos>" is four tokens in every row; the rejected side has up to sixty-one
     assert counts["demonstrations"][3:] == ["4/4/4/4", "0"]
     assert int(counts["pairs"][4]) > 0 and counts["pairs"][3].startswith("4/")
