@@ -136,3 +136,14 @@ def test_ds_chat_is_greedy_and_rewards_after_the_end():
     assert (changed.ppo.greedy, changed.ppo.reward_at) == (True, "ds_chat")
     assert changed.reward.loss == "ds_span"
     assert changed.mesh == config("hh_llama2_7b").mesh
+
+
+@pytest.mark.parametrize(
+    "name", ["quickstart", "hh_stories260k", "hh_smollm2", "tldr_smollm2", "hh_llama2_7b", "tldr_llama2_7b"]
+)
+def test_every_method_sees_the_same_prompts_once(name):
+    """Equal data, as the paper says: an epoch each of DPO and PPO, not a number of updates."""
+    config = load_config(CONFIGS / f"{name}.yaml")
+    for train in (config.dpo.train, config.ppo.train):
+        assert (train.steps, train.epochs) == (None, 1.0)
+    assert config.ppo.epochs == 1
