@@ -238,7 +238,7 @@ def _state(tokenizer: Any) -> bytes:
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """A tokenizer from a Hugging Face folder, or from inside a GGUF file.
+    """A tokenizer from a Hugging Face folder, or from inside a GGUF file. Python code in the folder is never run.
 
     Raises:
       UserError: if there is none or it cannot be read.
@@ -251,8 +251,13 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer.model").is_file():
         raise UserError(f"{folder} holds no tokenizer.json or tokenizer.model: a model folder needs its tokenizer")
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the parser in Rust raises nothing more special
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{folder}: its tokenizer is Python code (auto_map in tokenizer_config.json), which is never run here: "
+                "use a folder whose tokenizer_class is one of transformers' own"
+            ) from error
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot read the tokenizer in {folder}: {reason}") from error
     return tokenizer
