@@ -113,8 +113,21 @@ class TextCodec:
         Raises:
           UserError: if nothing is left, since a response needs a token to follow; or if the section to cut is missing.
         """
-        templated = [self.config.prompt_template.replace("{prompt}", text) for text in texts]
+        templated = [self.templated(text) for text in texts]
         return [self._fit_prompt(text, ids) for text, ids in zip(templated, self._encode(templated), strict=True)]
+
+    def templated(self, text: str) -> str:
+        """The prompt in `text.prompt_template`."""
+        return self.config.prompt_template.replace("{prompt}", text)
+
+    def as_seen(self, texts: Sequence[str]) -> list[str]:
+        """What a model reads of these prompts, as text without BOS: templated, and cut where they are too long."""
+        return [
+            self.tokenizer.decode(self._split_bos(fitted.ids)[1], clean_up_tokenization_spaces=False)
+            if fitted.truncated
+            else self.templated(text)
+            for text, fitted in zip(texts, self.prompts(texts), strict=True)
+        ]
 
     def response(self, text: str) -> Fitted:
         """`responses` of one text."""

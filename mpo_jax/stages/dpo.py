@@ -128,6 +128,7 @@ def _reference_logps(config: Config, mesh: Mesh, reference: Artifact, examples: 
         Buckets.of(examples, config.text.length_buckets),
         config.dpo.train.batch_size,
         lambda batch: logps(params, place_batch(batch, mesh)),
+        models=str(reference.model),
     )
 
 

@@ -14,6 +14,7 @@ from mpo_jax.config import Config
 from mpo_jax.data.batches import Buckets, map_batches
 from mpo_jax.data.corpus import load_corpus
 from mpo_jax.data.tokens import tokenize
+from mpo_jax.evaluation.answers import SHOWN
 from mpo_jax.evaluation.statistics import mean_and_se
 from mpo_jax.generate import Sampling
 from mpo_jax.model import functional, loading
@@ -48,6 +49,9 @@ def run(
 ) -> dict[str, Any]:
     """Writes `samples.jsonl`, a line a prompt, and returns means with standard errors.
 
+    A line holds the prompt as the corpus has it, by which runs are paired, and as the field `shown` what the policy
+    read, where that differs.
+
     All policies draw from the same random numbers, so that differences between them pair up by prompt.
     """
     evaluate = config.evaluate
@@ -73,6 +77,7 @@ def run(
         buckets=Buckets.of(examples, config.text.length_buckets),
         batch_size=evaluate.batch_size,
         mesh=mesh,
+        name=str(policy.model),
         tell=partial(tracker.update, log=True),
     )
     tracker.close()
@@ -85,16 +90,21 @@ def run(
 
     answered = with_responses(examples, found)
     buckets = Buckets.of(answered, config.text.length_buckets)
-    scores, kls = map_batches(answered, buckets, evaluate.batch_size, measure)
+    models = str(reward.model), f"{policy.model} against {sft.model}"
+    scores, kls = map_batches(answered, buckets, evaluate.batch_size, measure, models=models)
     ids, length, has_eos = found.ids[:, 0], found.length[:, 0], found.has_eos[:, 0]
     responses = [codec.decode(row[:n]) for row, n in zip(ids, length, strict=True)]
     columns: dict[str, np.ndarray] = {"score": scores, "kl": kls, "length": length, "has_eos": has_eos}
     if corpus.utility is not None:
         columns["utility"] = np.asarray([corpus.utility(p, r) for p, r in zip(prompts, responses, strict=True)])
     if is_main():
+        shown = codec.as_seen(prompts)
         with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
             for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-                values = {name: column[row].item() for name, column in columns.items()}
+                values: dict[str, Any] = {name: column[row].item() for name, column in columns.items()}
+                # of a chat the prompt is rendered already: the field says so to whoever reads the file
+                if config.text.chat or shown[row] != prompt:
+                    values[SHOWN] = shown[row]
                 file.write(json.dumps({"prompt": prompt, "response": response, **values}, ensure_ascii=False) + "\n")
     summary: dict[str, Any] = {"prompts": len(prompts), "truncated_prompts": report.truncated_prompts}
     for name, column in columns.items():

@@ -130,6 +130,7 @@ def _measure(
         Buckets.of(held_out, config.text.length_buckets),
         config.reward.train.batch_size,
         lambda batch: score(params, place_batch(batch, mesh)),
+        models=config.reward.path or str(folder / "model"),
     )
     gap = score_BN[:, 0] - score_BN[:, 1]
     summary = {"held_out_accuracy": float((gap > 0).mean()), "accuracy_by_gap": accuracy_by_gap(gap)}

@@ -53,6 +53,7 @@ def run(config: Config, mesh: Mesh, folder: Path, *, sft: Artifact, reward: Arti
         Buckets.of(examples, config.text.length_buckets),
         config.select.batch_size,
         lambda batch: score(reward_params, place_batch(batch, mesh)),
+        models=str(reward.model),
     )
     table = _table(prompts, examples, score_BN, labels, codec, corpus)
     if is_main():
@@ -87,6 +88,7 @@ def _sampled(
         buckets=Buckets.of(examples, config.text.length_buckets),
         batch_size=config.select.batch_size,
         mesh=mesh,
+        name=str(sft.model),
         tell=partial(tracker.update, log=True),
     )
     tracker.close()
