@@ -7,7 +7,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from omegaconf.grammar_parser import OmegaConfGrammarParser, parse
+from omegaconf.grammar.gen.OmegaConfGrammarParser import OmegaConfGrammarParser
+from omegaconf.grammar_parser import parse
 
 from mpo_jax.errors import UserError
 

@@ -123,7 +123,7 @@ class TextCodec:
     def as_seen(self, texts: Sequence[str]) -> list[str]:
         """What a model reads of these prompts, as text without BOS: templated, and cut where they are too long."""
         return [
-            self.tokenizer.decode(self._split_bos(fitted.ids)[1], clean_up_tokenization_spaces=False)
+            str(self.tokenizer.decode(self._split_bos(fitted.ids)[1], clean_up_tokenization_spaces=False))
             if fitted.truncated
             else self.templated(text)
             for text, fitted in zip(texts, self.prompts(texts), strict=True)

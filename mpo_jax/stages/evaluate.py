@@ -1,5 +1,6 @@
 """Evaluation of one policy on held-out prompts: raw reward, true utility where known, length, EOS rate, KL to SFT."""
 
+import contextlib
 import json
 from functools import lru_cache, partial
 from pathlib import Path
@@ -64,23 +65,24 @@ def run(
 
     prompts = corpus.test_prompts[: evaluate.num_prompts]
     examples, report = tokenize(codec, [(prompt, ()) for prompt in prompts], cache=config.runtime.token_cache_folder)
-    tracker = Tracker(folder, "evaluate", len(examples), tensorboard=False)
     allowed_V = jnp.asarray(codec.allowed(model.decoder.vocab_size))
-    found = sample_all(
-        model,
-        params,
-        examples,
-        sampling=Sampling(config.text.max_response_tokens, temperature=evaluate.temperature, greedy=evaluate.greedy),
-        eos_id=codec.eos_id,
-        allowed_V=allowed_V,
-        key=stage_key(config.seed, "evaluate"),
-        buckets=Buckets.of(examples, config.text.length_buckets),
-        batch_size=evaluate.batch_size,
-        mesh=mesh,
-        name=str(policy.model),
-        tell=partial(tracker.update, log=True),
-    )
-    tracker.close()
+    with contextlib.closing(Tracker(folder, "evaluate", len(examples), tensorboard=False)) as tracker:
+        found = sample_all(
+            model,
+            params,
+            examples,
+            sampling=Sampling(
+                config.text.max_response_tokens, temperature=evaluate.temperature, greedy=evaluate.greedy
+            ),
+            eos_id=codec.eos_id,
+            allowed_V=allowed_V,
+            key=stage_key(config.seed, "evaluate"),
+            buckets=Buckets.of(examples, config.text.length_buckets),
+            batch_size=evaluate.batch_size,
+            mesh=mesh,
+            name=str(policy.model),
+            tell=partial(tracker.update, log=True),
+        )
     score = functional.make_score_pairs(reward_model, mesh)
     kl = make_kl(model, evaluate.temperature, mesh)
 

@@ -13,6 +13,7 @@ from tests.test_pipeline import mpo
 pytestmark = pytest.mark.unoptimised
 
 TEMPLATE = "my boss: {prompt} should i quit"
+PLAIN = ("my boss", "x")
 
 
 def stage(workdir, decoder, name, *, scalar=False, chat=False, kind="toy", **text):
@@ -108,7 +109,7 @@ def runs(tmp_path):
             folder = tmp_path / "runs" / name
             (folder / "evaluate").mkdir(parents=True)
             (folder / "env.json").write_text("{}")
-            rows = [{"prompt": prompt, "response": f"{name} {prompt}"} for prompt in ("my boss", "x")]
+            rows = [{"prompt": prompt, "response": f"{name} {prompt}"} for prompt in PLAIN]
             for row in rows if template else []:
                 row["shown"] = template.replace("{prompt}", row["prompt"])
             write(folder / "evaluate" / "samples.jsonl", rows)
@@ -121,7 +122,7 @@ def runs(tmp_path):
 @pytest.mark.parametrize("alike", [True, False])
 def test_judges_and_people_see_the_prompt_as_the_policies_did(runs, tmp_path, decoder, capsys, alike):
     sides = runs(TEMPLATE if alike else None)
-    seen = [TEMPLATE.replace("{prompt}", p) if alike else p for p in ("my boss", "x")]
+    seen = [TEMPLATE.replace("{prompt}", p) if alike else p for p in PLAIN]
     path = tmp_path / "prompt.txt"
     path.write_text("<{instruction}> {response_1} {response_2}")
     judged = ("judge", *sides, "--prompt-file", path, "--cache", tmp_path / "cache", "--no-swap")
@@ -139,10 +140,7 @@ def test_judges_and_people_see_the_prompt_as_the_policies_did(runs, tmp_path, de
     if alike:  # a reward model reads what the policies read, not its own template around it
         reward = stage(tmp_path, decoder, "reward-a", scalar=True, prompt_template="should {prompt}")
         assert mpo(*judged, "--out", tmp_path / "r", "--model", reward, NO_CACHE) == 0
-        pairs = [
-            {"prompt": TEMPLATE.replace("{prompt}", p), "chosen": f"a {p}", "rejected": f"b {p}"}
-            for p in ("my boss", "x")
-        ]
+        pairs = [{"prompt": TEMPLATE.replace("{prompt}", p), "chosen": f"a {p}", "rejected": f"b {p}"} for p in PLAIN]
         free = ("text.prompt_template='{prompt}'", NO_CACHE, "--batch-size", "64")
         assert mpo("score", reward, write(tmp_path / "p.jsonl", pairs), "--out", tmp_path / "s", *free) == 0
         expected = [(row["score_chosen"], row["score_rejected"]) for row in lines(tmp_path / "s")]
