@@ -137,16 +137,16 @@ def generate(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="text, or - for standard input")],
     overrides: Overrides = None,
     system: Annotated[str | None, typer.Option(help="system turn of a chat")] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="continue the text, without the chat template")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="continue the text, without chat and template")] = False,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="default 256, or half the model's positions")
+        int | None, typer.Option(min=1, help="default: as in its training, else 256, or half its positions")
     ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
     num_samples: Annotated[int, typer.Option(min=1)] = 1,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
-    """Answer a prompt (in the chat template, where there is one) or continue a text."""
+    """Answer a prompt, or continue a text: in the template and chat of the model's training, where they are known."""
     from mpo_jax.commands import generate as command
     from mpo_jax.generate import Sampling
 

@@ -10,6 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from mpo_jax.errors import UserError
+from mpo_jax.interpolation import literal, refuse_resolvers
 
 ExperimentName = Literal[
     "sft", "dpo_base", "dpo", "ppo", "mpo", "mpo_sft_kl", "mpo_reverse", "mpo_reverse_sft",
@@ -582,6 +583,9 @@ def load_config(path: str | Path | None, overrides: tuple[str, ...] = (), *, sta
       overrides: each `key.sub=value`, or the path of a further YAML file to merge.
       stage: in whose section `train.KEY=value` lies; None: such a short key is an error.
 
+    `${a.b}` stands for another key's value. `${name:...}` is refused: a resolver such as `oc.env` would put secrets of
+    the environment into what a run prints and stores.
+
     Raises:
       UserError: naming the file and line, or the key, and what to do.
     """
@@ -594,6 +598,7 @@ def load_config(path: str | Path | None, overrides: tuple[str, ...] = (), *, sta
                 key = _whole_key(key.strip(), stage)
                 _refuse_unknown(key, "on the command line")
                 update = OmegaConf.from_dotlist([f"{key}={value}"])
+                refuse_resolvers(update, "the command line")
             else:
                 update = _read_yaml(Path(override))
             merged = OmegaConf.merge(merged, update)
@@ -611,7 +616,8 @@ def load_config(path: str | Path | None, overrides: tuple[str, ...] = (), *, sta
 
 def to_yaml(config: BaseModel) -> str:
     """The resolved configuration as YAML that `load_config` reads back to an equal object."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    values = literal(config.model_dump(mode="json"))
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def _read_yaml(path: Path) -> Any:
@@ -628,6 +634,7 @@ def _read_yaml(path: Path) -> Any:
         raise UserError(f"cannot read {path}: {_first_line(error)}") from error
     if not OmegaConf.is_dict(loaded):
         raise UserError(f"{path}: a configuration is a mapping of keys to values, not a list")
+    refuse_resolvers(loaded, path)
     return loaded
 
 

@@ -8,6 +8,17 @@ class UserError(Exception):
     """
 
 
+class NotFinite(UserError):
+    """A model's outputs hold NaN or infinity, so whatever was made of them would mean nothing."""
+
+    def __init__(self, model: str, what: str):
+        super().__init__(
+            f"{model}: {what} are not finite (NaN or infinity). Its weights are damaged, or its arithmetic overflows: "
+            "try model.compute_dtype=float32; if that does not help, fetch the model again, or export an earlier "
+            "checkpoint of its training"
+        )
+
+
 class NothingSelected(UserError):
     """A split of the pairs leaves nothing to train on: one run of a table that the others can do without."""
 

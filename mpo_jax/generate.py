@@ -114,6 +114,7 @@ class Decoding:
       ids: [B S] tokens, 0 after the end.
       length: [B] tokens drawn, EOS included.
       ended: [B] True where EOS came, and at filler rows.
+      finite: [B] False where the logits of a token were not: what was drawn since means nothing.
       prompt_len: [B] tokens of the prompt.
       key: [B] what the row's random numbers are folded from.
       caches: keys and values [B G P+room K] of the prompt and of all tokens drawn but the last.
@@ -122,6 +123,7 @@ class Decoding:
     ids: Int[Array, "B S"]
     length: Int[Array, " B"]
     ended: Bool[Array, " B"]
+    finite: Bool[Array, " B"]
     prompt_len: Int[Array, " B"]
     key: Any
     caches: Caches
@@ -162,7 +164,7 @@ class Decoder:
         decoder = self.model.decoder
         spec = spec_for(CACHE_AXES, (mesh.size, decoder.num_kv_heads, 1, 1), dict(mesh.shape))
         caches: Any = ((NamedSharding(mesh, spec),) * 2,) * decoder.num_layers
-        return Decoding(rows, rows, rows, rows, rows, caches)
+        return Decoding(rows, rows, rows, rows, rows, rows, caches)
 
     def begin(
         self, params: Params, prompts: Joined, key: Array, index_B: Array, allowed_V: Bool[Array, " V"] | None
@@ -177,7 +179,8 @@ class Decoder:
         lengths = jnp.repeat(prompts.prompt_len, N)
         empty = jnp.zeros((len(lengths), self.sampling.max_new_tokens), jnp.int32)
         keys = row_keys(prompts, key, index_B, N)
-        state = Decoding(empty, jnp.zeros_like(lengths), lengths == 0, lengths, keys, caches)
+        finite = jnp.ones_like(lengths, bool)
+        state = Decoding(empty, jnp.zeros_like(lengths), lengths == 0, finite, lengths, keys, caches)
         return self._draw(state, functional.head_matrix(self.model, params), hidden_BD, allowed_V)
 
     def advance(self, weights: Params, state: Decoding, allowed_V: Bool[Array, " V"] | None) -> Decoding:
@@ -228,6 +231,8 @@ class Decoder:
             temperature=self.sampling.temperature,
             allowed_V=allowed_V,
         )
+        # of a division over the vocabulary's parts only the hidden state is sure to carry a NaN
+        finite_B = jnp.isfinite(hidden_BD).all(-1) & jnp.isfinite(logits[:, 0].max(-1))
         token_B = jnp.where(state.active, choose(logits[:, 0], u_B, self.sampling), 0)
         here_BS = jnp.arange(state.ids.shape[1])[None] == jnp.where(state.active, state.length, -1)[:, None]
         return dataclasses.replace(
@@ -235,6 +240,7 @@ class Decoder:
             ids=jnp.where(here_BS, token_B[:, None], state.ids),
             length=state.length + state.active,
             ended=state.ended | (state.active & (token_B == self.eos_id)),
+            finite=state.finite & (finite_B | ~state.active),
         )
 
 
@@ -305,17 +311,23 @@ def make_generate(model: Model, sampling: Sampling, eos_id: int, mesh: Mesh) -> 
 
 @lru_cache
 def make_stream(model: Model, sampling: Sampling, eos_id: int, chunk: int) -> Any:
-    """Like `make_generate`, but an iterator over what is there after every `chunk` tokens, for reading along."""
+    """Like `make_generate`, but an iterator over what is there after every `chunk` tokens, for reading along.
+
+    It yields (Joined, has_eos [B N], finite [B N]).
+    """
     decoder = Decoder(model, sampling, eos_id, chunk)
     begin, advance = jax.jit(decoder.begin), jax.jit(decoder.advance, donate_argnums=1)
 
     def stream(params, prompts, key, index_B, allowed_V):
+        def look(state):
+            return *gathered(prompts, state), state.finite.reshape(len(prompts.prompt), -1)
+
         state = begin(params, prompts, key, index_B, allowed_V)
         weights = make_for_decoding(model)(params)
-        yield gathered(prompts, state)
+        yield look(state)
         while bool(state.active.any()):
             state = advance(weights, state, allowed_V)
-            yield gathered(prompts, state)
+            yield look(state)
 
     return stream
 

@@ -8,8 +8,8 @@ from huggingface_hub.errors import GatedRepoError, HFValidationError, Repository
 
 from mpo_jax.errors import UserError
 
-WANTED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
-"""What a checkpoint consists of here. Pickled weights (*.bin, *.pt) are never fetched."""
+WANTED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "mpo_config.yaml")
+"""What a checkpoint consists of here. Pickled weights (*.bin, *.pt) and Python code are never fetched."""
 
 
 def hub_id(path: str) -> tuple[str, str | None]:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool
 
 from mpo_jax.data.batches import Buckets, Widths, collate
 from mpo_jax.data.tokens import Example
-from mpo_jax.errors import UserError
+from mpo_jax.errors import NotFinite, UserError
 from mpo_jax.generate import Decoder, Decoding, Sampling, make_for_decoding
 from mpo_jax.model.functional import Model
 from mpo_jax.processes import to_host
@@ -56,7 +56,7 @@ def programs(model: Model, sampling: Sampling, eos_id: int, mesh: Mesh) -> tuple
     """The jitted parts: rows that have all ended, prompts into some of them, and a chunk of decoding.
 
     (params, prompts, key, allowed_V, num_rows) -> state; (params, state, prompts, row_R, key, allowed_V) -> state;
-    (weights, state, allowed_V) -> (state, active).
+    (weights, state, allowed_V) -> (state, [2 B] which rows are active, and whose logits were finite).
     """
     decoder = Decoder(model, sampling, eos_id)
     shardings = decoder.shardings(mesh)
@@ -75,9 +75,10 @@ def programs(model: Model, sampling: Sampling, eos_id: int, mesh: Mesh) -> tuple
         put = lambda old, new: old.at[row_R].set(new, mode="drop", unique_indices=True)  # noqa: E731
         return jax.tree.map(put, state, begin(params, prompts, key, allowed_V))
 
-    def advance(weights: Params, state: Decoding, allowed_V: Array) -> tuple[Decoding, Bool[Array, " B"]]:
+    def advance(weights: Params, state: Decoding, allowed_V: Array) -> tuple[Decoding, Bool[Array, "2 B"]]:
         state = decoder.advance(weights, state, allowed_V)
-        return state, state.active
+        # one array, which the host fetches at once
+        return state, jnp.stack([state.active, state.finite])
 
     return (
         jax.jit(start, static_argnums=4, out_shardings=shardings),
@@ -103,16 +104,18 @@ def sample_all(
     buckets: Buckets,
     batch_size: int,
     mesh: Mesh,
+    name: str = "the model",
     tell: Callable[[int, Mapping[str, Any]], Any] | None = None,
 ) -> Samples:
     """`sampling.num_samples` samples of every prompt, `batch_size` prompts at a time.
 
     Args:
       examples: prompts; their responses are not looked at.
+      name: what the user calls the model, for messages.
       tell: hears, as it goes, how many prompts are done, and tokens and the rate of ends of those since the last time.
 
     Raises:
-      UserError: if there are no prompts.
+      UserError: if there are no prompts, or as soon as the model's logits are not finite.
     """
     if not examples:
         raise UserError("there are no prompts to sample from: the data set is empty; check its files and filters")
@@ -145,7 +148,7 @@ def sample_all(
         size = min(batch_size, -(-len(queue) // shards) * shards)
         if len(queue):
             prompts = _Queue(examples, queue, widths, portion(size, shards), sampling.num_samples)
-            _drain(parts, params, weights, prompts, size * sampling.num_samples, key, allowed_V, mesh, take)
+            _drain(parts, params, weights, prompts, size * sampling.num_samples, key, allowed_V, mesh, take, name)
     return found
 
 
@@ -176,6 +179,7 @@ def _drain(
     allowed_V: Array,
     mesh: Mesh,
     take: Callable[[int, np.ndarray, int, bool], None],
+    name: str,
 ) -> None:
     """Decodes until the queue is empty and all rows have ended; `take` gets each sample as it ends."""
     start, insert, advance = parts
@@ -194,8 +198,11 @@ def _drain(
             rows = np.concatenate([free[: len(samples)], np.arange(samples_in - len(samples)) + num_rows])
             holds[rows[: len(samples)]], free = samples, free[len(samples) :]
             state = insert(params, state, placed, rows.astype(np.int32), key, allowed_V)
-        state, active = advance(weights, state, allowed_V)
-        ended = np.flatnonzero((holds >= 0) & ~to_host(active))
+        state, flags = advance(weights, state, allowed_V)
+        active, finite = to_host(flags)
+        if not finite[holds >= 0].all():
+            raise NotFinite(name, "the logits of its next tokens")
+        ended = np.flatnonzero((holds >= 0) & ~active)
         if len(ended):
             ids, length, has_eos = (to_host(x) for x in (state.ids, state.length, state.ended))
             for row in ended:

@@ -113,8 +113,21 @@ class TextCodec:
         Raises:
           UserError: if nothing is left, since a response needs a token to follow; or if the section to cut is missing.
         """
-        templated = [self.config.prompt_template.replace("{prompt}", text) for text in texts]
+        templated = [self.templated(text) for text in texts]
         return [self._fit_prompt(text, ids) for text, ids in zip(templated, self._encode(templated), strict=True)]
+
+    def templated(self, text: str) -> str:
+        """The prompt in `text.prompt_template`."""
+        return self.config.prompt_template.replace("{prompt}", text)
+
+    def as_seen(self, texts: Sequence[str]) -> list[str]:
+        """What a model reads of these prompts, as text without BOS: templated, and cut where they are too long."""
+        return [
+            str(self.tokenizer.decode(self._split_bos(fitted.ids)[1], clean_up_tokenization_spaces=False))
+            if fitted.truncated
+            else self.templated(text)
+            for text, fitted in zip(texts, self.prompts(texts), strict=True)
+        ]
 
     def response(self, text: str) -> Fitted:
         """`responses` of one text."""
@@ -238,7 +251,7 @@ def _state(tokenizer: Any) -> bytes:
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """A tokenizer from a Hugging Face folder, or from inside a GGUF file.
+    """A tokenizer from a Hugging Face folder, or from inside a GGUF file. Python code in the folder is never run.
 
     Raises:
       UserError: if there is none or it cannot be read.
@@ -251,8 +264,13 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer.model").is_file():
         raise UserError(f"{folder} holds no tokenizer.json or tokenizer.model: a model folder needs its tokenizer")
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the parser in Rust raises nothing more special
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{folder}: its tokenizer is Python code (auto_map in tokenizer_config.json), which is never run here: "
+                "use a folder whose tokenizer_class is one of transformers' own"
+            ) from error
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot read the tokenizer in {folder}: {reason}") from error
     return tokenizer

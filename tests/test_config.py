@@ -6,6 +6,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from pydantic import BaseModel, ValidationError
 
 from mpo_jax.config import Config, load_config, to_yaml
@@ -199,7 +200,58 @@ def test_the_paper_divisions_are_accepted(tmp_path):
     assert config.model_copy(update={"seed": 5}).seed == 5
 
 
-text = st.text(st.characters(codec="utf-8", exclude_characters="${}"), max_size=8)
+SECRET = "hunter2-not-for-logs"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "${oc.env:MPO_TEST_SECRET}",
+        "a ${oc.env:MPO_TEST_SECRET,none} b",
+        "${oc.env:${model.path}}",
+        "${oc.${seed}:MPO_TEST_SECRET}",
+        "${oc.decode:${oc.env:MPO_TEST_SECRET}}",
+        "${oc.select:seed}",
+        "${oc.create:{a: 1}}",
+        "${mpo_test_own:1}",
+        "\\\\${oc.env:MPO_TEST_SECRET}",
+    ],
+)
+@pytest.mark.parametrize("place", ["file", "list", "override", "second file"])
+def test_no_resolver_is_run(tmp_path, monkeypatch, value, place):
+    monkeypatch.setenv("MPO_TEST_SECRET", SECRET)
+    called = []
+    register = getattr(OmegaConf, "register_resolver", OmegaConf.register_new_resolver)  # of omegaconf 2.4 and 2.3
+    register("mpo_test_own", called.append)
+    quoted, second = f"'{value}'", tmp_path / "second.yaml"
+    second.write_text(f"model: {{path: {quoted}}}", encoding="utf-8")
+    text, overrides, where, key = {
+        "file": (f"model: {{path: {quoted}}}", (), tmp_path / "run.yaml", "model.path"),
+        "list": (f"data: {{path: [a, {quoted}]}}", (), tmp_path / "run.yaml", "data.path[1]"),
+        "override": ("", (f"model.path={quoted}",), "the command line", "model.path"),
+        "second file": ("", (str(second),), second, "model.path"),
+    }[place]
+    try:
+        with pytest.raises(UserError) as caught:
+            load(tmp_path, text, *overrides)
+    finally:
+        OmegaConf.clear_resolver("mpo_test_own")
+    said = str(caught.value)
+    assert f"{where}: {key} calls a resolver" in said and SECRET not in said and not called
+
+
+def test_other_keys_and_escaped_dollars_are_read(tmp_path):
+    config = load(tmp_path, r"""{seed: 3, workdir: 'runs/${seed}', model: {path: '\${oc.env:HOME}'}}""")
+    assert (config.workdir, config.model.path) == ("runs/3", "${oc.env:HOME}")
+
+
+text = st.lists(
+    st.one_of(
+        st.characters(codec="utf-8", exclude_characters="{}"),
+        st.sampled_from(["\\", "${", "${seed}", "${oc.env:HOME}"]),
+    ),
+    max_size=8,
+).map("".join)
 
 
 @given(

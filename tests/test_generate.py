@@ -321,7 +321,7 @@ def test_a_stream_grows_to_the_same_samples(params, reference, chunk):
     with jax.set_mesh(mesh_of(1, 1, 1)):
         looks = [
             [np.asarray(x) for x in (joined.response, joined.response_len, has_eos)]
-            for joined, has_eos in stream(params, prompts(), jax.random.key(0), index, jnp.asarray(ALLOWED))
+            for joined, has_eos, _ in stream(params, prompts(), jax.random.key(0), index, jnp.asarray(ALLOWED))
         ]
     same(looks[-1], reference)
     assert len(looks) == 1 + -(-(reference[1].max() - 1) // chunk)

@@ -7,7 +7,7 @@ import pytest
 
 from mpo_jax.data.batches import Buckets, Widths, collate
 from mpo_jax.data.tokens import Example
-from mpo_jax.errors import UserError
+from mpo_jax.errors import NotFinite, UserError
 from mpo_jax.generate import Sampling, make_generate
 from mpo_jax.model import functional
 from mpo_jax.model.functional import Model
@@ -141,3 +141,17 @@ def test_no_prompts(params):
             MODEL, params, [], sampling=SAMPLING, eos_id=EOS, allowed_V=jnp.asarray(ALLOWED), key=jax.random.key(0),
             buckets=None, batch_size=8, mesh=mesh_of(1, 1, 1),
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_logit_that_is_not_finite_ends_it_at_once(params, examples, reference, value):
+    """One row of the head is damaged: nothing else would show it but the samples."""
+    head = np.array(params["head"])
+    seen = []
+    damaged = {**params, "head": jnp.asarray(np.where(np.arange(head.shape[1]) == 5, value, head))}
+    with pytest.raises(NotFinite, match=r"the model: the logits of its next tokens are not finite"):
+        sample(damaged, examples, tell=lambda *_: seen.append(_))
+    assert not seen
+    # an id that is never sampled does not count
+    harmless = {**params, "head": jnp.asarray(np.where(np.arange(head.shape[1]) == 3, value, head))}
+    same(sample(harmless, examples), reference)

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
-from mpo_jax.chat import Chat, Message
+from mpo_jax.chat import Message
 from mpo_jax.commands.models import OpenModel, open_model
 from mpo_jax.data.batches import Widths, collate
 from mpo_jax.data.tokens import Example
-from mpo_jax.errors import UserError
+from mpo_jax.errors import NotFinite, UserError
 from mpo_jax.generate import Sampling, make_stream
 from mpo_jax.model import loading
 from mpo_jax.runtime import stage_key
@@ -36,24 +36,34 @@ def generate(
     """Prints `sampling.num_samples` answers; the first or only one as it grows, others once they are done.
 
     Args:
-      prompt: the user's turn where the tokenizer has a chat template, else the text to continue; "-" reads it from
-        standard input.
+      prompt: the user's turn where the model was trained on chats, or comes from elsewhere with a chat template; else
+        the text to continue, in the template of its training; "-" reads it from standard input.
       system: the system turn of a chat.
-      raw: continue the text even where there is a chat template.
-      max_new_tokens: absent: 256, or half the model's positions where they are few.
+      raw: continue the text, without chat and template.
+      max_new_tokens: absent: as in training; of a model from elsewhere 256, or half its positions where they are few.
     """
     opened = open_model(path, overrides)
     if opened.source.scalar:
         raise UserError(f"{path} is a reward model and writes no text: use `mpo score`")
-    room = min(NEW_TOKENS, opened.source.decoder.max_positions // 2) if max_new_tokens is None else max_new_tokens
+    room = max_new_tokens
+    if room is None:
+        few = min(NEW_TOKENS, opened.source.decoder.max_positions // 2)
+        room = opened.config.text.max_response_tokens if opened.knows("max_response_tokens") else few
     opened, sampling = opened.with_room_for(room), dataclasses.replace(sampling, max_new_tokens=room)
     text = sys.stdin.read() if prompt == "-" else prompt
-    chat = not raw and bool(opened.codec.tokenizer.chat_template)
+    if raw and "prompt_template" not in opened.given:
+        opened = opened.with_text(prompt_template="{prompt}")
+    chat = not raw and opened.chat
     if system is not None and not chat:
-        raise UserError("--system needs a tokenizer with a chat template" + (" and no --raw" if raw else ""))
+        raise UserError(
+            "--system needs a tokenizer with a chat template" + (" and no --raw" if raw else "")
+            if raw or not opened.knows("chat")
+            else f"--system needs a chat, and {path} was trained without (text.chat=false): text.chat=true overrides it"
+        )
     if chat:
         turns: list[Message] = [] if system is None else [{"role": "system", "content": system}]
-        text = Chat(opened.codec.tokenizer).prompt([*turns, {"role": "user", "content": text}])
+        renderer = opened.renderer
+        text = renderer.chat().prompt([*turns, *renderer.turns(text)])
     first = ""
     for answers, done in _answers(opened, text, sampling):
         # a character may come in several tokens: what is not whole yet waits
@@ -81,10 +91,12 @@ def _answers(opened: OpenModel, text: str, sampling: Sampling) -> Iterator[tuple
         allowed_V = jnp.asarray(codec.allowed(model.decoder.vocab_size))
         visit = jnp.zeros_like(placed.prompt_len, jnp.uint32)
         answers: list[str] = []
-        for joined, _ in make_stream(model, sampling, codec.eos_id, CHUNK)(
+        for joined, _, finite in make_stream(model, sampling, codec.eos_id, CHUNK)(
             params, placed, stage_key(config.seed, "generate"), visit, allowed_V
         ):
-            ids, length = jax.device_get((joined.response[0], joined.response_len[0]))
+            ids, length, fine = jax.device_get((joined.response[0], joined.response_len[0], finite[0]))
+            if not fine.all():
+                raise NotFinite(str(opened.path), "the logits of its next tokens")
             answers = [codec.decode(row[:n]) for row, n in zip(ids, length, strict=True)]
             yield answers, False
         yield answers, True

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mpo_jax.artifacts import write_json, write_lines
-from mpo_jax.commands.answers import compared, with_room
+from mpo_jax.commands.answers import compared
 from mpo_jax.commands.models import OpenModel, open_model
 from mpo_jax.commands.verdicts import share, table
 from mpo_jax.errors import UserError
@@ -73,7 +73,7 @@ def judge(
         judged, about["cut"] = _by_reward_model(opened, pairs)
         _finish(judged, about, out, opened.config.evaluate.bootstrap_resamples)
         return
-    who = remote or LocalJudge(opened.path, opened.config, opened.codec, opened.mesh)  # type: ignore[union-attr]
+    who = remote or _local(opened)
     calls = make_calls(who, pairs, prompt, swap=swap)
     cache = Cache(cache_folder.expanduser() / "answers.jsonl", console)
     try:
@@ -105,7 +105,16 @@ def _open(model: str, overrides: tuple[str, ...], max_tokens: int) -> OpenModel:
     except UserError as error:
         raise UserError(f"--model without --endpoint names a model on this machine. {error}") from error
     check_batch(opened.config.evaluate.batch_size, opened.config.mesh, "evaluate.batch_size")
-    return opened if opened.source.scalar else with_room(opened, overrides, max_tokens)
+    if opened.source.scalar or opened.given & {"max_prompt_tokens", "max_response_tokens"}:
+        return opened
+    # what a judge reads holds two answers and more, however long its prompts were in training
+    room = min(max_tokens, opened.source.decoder.max_positions // 2)
+    return opened.with_room_for(room, whole_prompts=True)
+
+
+def _local(opened: OpenModel | None) -> LocalJudge:
+    assert opened is not None
+    return LocalJudge(opened.path, opened.config, opened.codec, opened.mesh, opened.chat)
 
 
 def _object(fields: str | None) -> dict[str, Any]:
@@ -120,8 +129,9 @@ def _object(fields: str | None) -> dict[str, Any]:
 
 def _by_reward_model(opened: OpenModel, pairs: Sequence[Pair]) -> tuple[list[Judged], dict[str, Any]]:
     totals, cut = reward_totals(
-        opened.path, opened.config, opened.codec, opened.mesh, pairs, tell=_every(lambda n: f"  {n} batches scored")
-    )
+        opened.path, opened.config, opened.codec, opened.mesh, pairs,
+        render=opened.renderer, tell=_every(lambda n: f"  {n} batches scored"),
+    )  # fmt: skip
     lost = {name: cut[name] for name in ("truncated_prompts", "truncated_responses")}
     if any(lost.values()):
         console.print(

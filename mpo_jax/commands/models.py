@@ -1,35 +1,77 @@
-"""A model named on the command line, opened with its tokenizer and with limits that fit it."""
+"""A model named on the command line, opened with its tokenizer and the text settings that it was trained under."""
 
 import dataclasses
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 from jax.sharding import Mesh
 
 from mpo_jax import runtime
-from mpo_jax.config import Config, load_config
+from mpo_jax.chat import Chat
+from mpo_jax.config import Config, TextConfig, load_config
+from mpo_jax.data import hh
+from mpo_jax.data.records import Renderer, user_turn
 from mpo_jax.errors import UserError
 from mpo_jax.hub import local_model
 from mpo_jax.model import loading
+from mpo_jax.report.card import trained_config
 from mpo_jax.sharding import make_mesh
 from mpo_jax.text import TextCodec, load_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
 class OpenModel:
-    """A model on disk and the configuration under which a command uses it; weights are read later."""
+    """A model on disk and the configuration under which a command uses it; weights are read later.
+
+    Attributes:
+      config: the command line's. Its section `text` is the one that the model was trained under, where that is known;
+        keys on the command line win.
+      trained: the configuration that it was trained under, where that is known.
+      given: keys of `text` that the command line gave.
+    """
 
     path: Path
     source: loading.Source
     config: Config
     codec: TextCodec
+    trained: Config | None
+    given: frozenset[str]
 
     @cached_property
     def mesh(self) -> Mesh:
         return make_mesh(self.config.mesh)
 
-    def with_room_for(self, new_tokens: int) -> "OpenModel":
+    def knows(self, key: str) -> bool:
+        """Whether training or the command line has set `text.KEY`."""
+        return self.trained is not None or key in self.given
+
+    @property
+    def chat(self) -> bool:
+        """Whether it is talked to in turns: as in training; a model from elsewhere, if it has a chat template."""
+        return self.config.text.chat if self.knows("chat") else bool(self.codec.tokenizer.chat_template)
+
+    @property
+    def renderer(self) -> Renderer:
+        """How rows become prompts, as in training; plain prompts of a model from elsewhere stay as they are."""
+        dialogues = self.trained is not None and self.trained.data.kind == "hh"
+        chat = cache(lambda: Chat(self.codec.tokenizer))
+        return Renderer(chat, wrap=self.config.text.chat, turns=hh.dialogue_turns if dialogues else user_turn)
+
+    def with_text(self, **settings: str | int | bool) -> "OpenModel":
+        """The same model under other settings of the section `text`."""
+        text = self.config.text.model_copy(update=settings)
+        config = self.config.model_copy(update={"text": text})
+        return dataclasses.replace(self, config=config, codec=TextCodec(self.codec.tokenizer, text))
+
+    def for_rendered_prompts(self) -> "OpenModel":
+        """The same model for prompts that hold all that it is to see: neither chat nor template is added."""
+        return self.with_text(chat=False, prompt_template="{prompt}")
+
+    def with_room_for(self, new_tokens: int, *, whole_prompts: bool = False) -> "OpenModel":
         """The same model with limits for a prompt and so many tokens to be drawn.
+
+        Args:
+          whole_prompts: the prompt may have all other positions, however long prompts were in training.
 
         Raises:
           UserError: if that leaves no room for a prompt.
@@ -37,10 +79,10 @@ class OpenModel:
         positions = self.source.decoder.max_positions
         if new_tokens >= positions:
             raise UserError(f"{new_tokens} new tokens leave no room for a prompt: the model has {positions} positions")
-        limits = {"max_prompt_tokens": positions - new_tokens, "max_response_tokens": new_tokens}
-        text = self.config.text.model_copy(update=limits)
-        config = self.config.model_copy(update={"text": text})
-        return dataclasses.replace(self, config=config, codec=TextCodec(self.codec.tokenizer, text))
+        room = positions - new_tokens
+        if self.knows("max_prompt_tokens") and not whole_prompts:
+            room = min(room, self.config.text.max_prompt_tokens)
+        return self.with_text(max_prompt_tokens=room, max_response_tokens=new_tokens)
 
 
 def find_model(path: str, *, critic: bool = False) -> Path:
@@ -64,16 +106,19 @@ def find_model(path: str, *, critic: bool = False) -> Path:
 
 
 def open_model(path: str, overrides: tuple[str, ...]) -> OpenModel:
-    """A model from any path that `find_model` takes; prompt and response may have half its positions each, unless the
-    overrides say otherwise.
+    """A model from any path that `find_model` takes, under the template, chat setting, BOS and lengths of its training.
+
+    A run's or stage's folder and an exported one know these. Of a model from elsewhere prompt and response may have
+    half of its positions each. The overrides win over both.
     """
     config = load_config(None, overrides)
     runtime.start(config.runtime)
     found = find_model(path)
     source = loading.open_model(found)
-    half = source.decoder.max_positions // 2
-    given = {override.partition("=")[0].strip() for override in overrides}
-    limits = {key: half for key in ("max_prompt_tokens", "max_response_tokens") if f"text.{key}" not in given}
-    codec = TextCodec(load_tokenizer(found), config.text.model_copy(update=limits))
+    trained, half = trained_config(found), source.decoder.max_positions // 2
+    own = TextConfig(max_prompt_tokens=half, max_response_tokens=half) if trained is None else trained.text
+    given = config.text.model_fields_set
+    codec = TextCodec(load_tokenizer(found), own.model_copy(update={key: getattr(config.text, key) for key in given}))
     loading.check_vocabulary(codec, source.decoder, found)
-    return OpenModel(found, source, config.model_copy(update={"text": codec.config}), codec)
+    config = config.model_copy(update={"text": codec.config})
+    return OpenModel(found, source, config, codec, trained, frozenset(given))

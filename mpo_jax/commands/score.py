@@ -1,6 +1,7 @@
 """`mpo score`: what a model thinks of the rows of a file, a line each, in the file's order."""
 
-from functools import cache
+import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,13 @@ import jax
 import numpy as np
 
 from mpo_jax.artifacts import write_lines
-from mpo_jax.chat import Chat
 from mpo_jax.commands.models import OpenModel, open_model
 from mpo_jax.data import hh, records
 from mpo_jax.data.batches import Buckets, map_batches
-from mpo_jax.data.sources import Source, open_source
+from mpo_jax.data.sources import Row, Source, open_source
 from mpo_jax.data.tokens import Example, tokenize
 from mpo_jax.errors import UserError
+from mpo_jax.evaluation.answers import SHOWN
 from mpo_jax.model import functional, loading
 from mpo_jax.sharding import check_batch, place_batch
 from mpo_jax.tracker import console
@@ -27,11 +28,16 @@ def score(
 
     A language model gives the summed log-probability in nats of each response, EOS included; a reward model its raw
     score. Fields are logp or score, and tokens: with the suffix _chosen and _rejected for {prompt, chosen,
-    rejected} rows (or HH-RLHF's two dialogues), without for {prompt, completion} rows.
+    rejected} rows (or HH-RLHF's two dialogues), without for {prompt, completion} rows. Prompts are put into the
+    template and chat of the model's training, except for rows with a field `shown`, such as an evaluation's samples:
+    that is the prompt as the policy saw it.
     """
     opened = open_model(path, overrides)
     check_batch(batch_size, opened.config.mesh, "--batch-size")
-    sides, rows = _read(opened, open_source(data), max_rows)
+    source = open_source(data)
+    if any(row.get(SHOWN) is not None for _, row in source.rows(1)):
+        opened, source = opened.for_rendered_prompts(), _Shown(source)
+    sides, rows = _read(opened, source, max_rows)
     if not rows:
         raise UserError(f"{data} holds no rows")
     cache_folder = opened.config.runtime.token_cache_folder
@@ -64,16 +70,34 @@ def score(
     console.print(f"wrote {out}", soft_wrap=True)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Shown:
+    """A source whose rows' prompts are those that a policy saw."""
+
+    whole: Source
+
+    @property
+    def name(self) -> str:
+        return self.whole.name
+
+    def files(self) -> list[Path]:
+        return self.whole.files()
+
+    def rows(self, max_rows: int | None = None) -> Iterator[tuple[str, Row]]:
+        for place, row in self.whole.rows(max_rows):
+            yield place, row if row.get(SHOWN) is None else {**row, "prompt": row[SHOWN]}
+
+
 def _read(
     opened: OpenModel, source: Source, max_rows: int | None
 ) -> tuple[tuple[str, ...], list[tuple[str, tuple[str, ...]]]]:
     """The suffixes of the fields, and (prompt, responses) of every row."""
     first = next((row for _, row in source.rows(1)), {})
-    chat = cache(lambda: Chat(opened.codec.tokenizer))
     pairs = "chosen" in first
     dialogues = pairs and "prompt" not in first and isinstance(first["chosen"], str)
-    turns = hh.dialogue_turns if dialogues else records.user_turn
-    render = records.Renderer(chat, wrap=opened.config.text.chat, turns=turns)
+    render = opened.renderer
+    if dialogues:
+        render = dataclasses.replace(render, turns=hh.dialogue_turns)
     options: Any = {"strict": False, "max_rows": max_rows, "render": render}
     rows: list[tuple[str, tuple[str, ...]]]
     if pairs:
@@ -95,4 +119,10 @@ def _values(opened: OpenModel, examples: list[Example], batch_size: int) -> np.n
         model, params = loading.load(opened.path, config, mesh, scalar=scalar, frozen=True)
         function = (functional.make_score_pairs if scalar else functional.make_response_logps)(model, mesh)
         buckets = Buckets.of(examples, config.text.length_buckets)
-        return map_batches(examples, buckets, batch_size, lambda batch: function(params, place_batch(batch, mesh)))
+        return map_batches(
+            examples,
+            buckets,
+            batch_size,
+            lambda batch: function(params, place_batch(batch, mesh)),
+            models=str(opened.path),
+        )

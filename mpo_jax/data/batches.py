@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from mpo_jax.data.tokens import Example
-from mpo_jax.errors import UserError
+from mpo_jax.errors import NotFinite, UserError
 from mpo_jax.processes import to_host
 from mpo_jax.types import Joined
 
@@ -254,17 +254,22 @@ def map_batches(
     buckets: Buckets,
     batch_size: int,
     function: Callable[[Joined], Any],
+    *,
+    models: Any = None,
 ) -> Any:
     """Applies `function` (a batch to a pytree of [B ...] NumPy arrays) to all examples; drops the filler.
 
     Every example is padded to the widths of its own bucket, whatever lies beside it.
+
+    Args:
+      models: like the function's result, what made each array, for messages; None: numbers are not checked.
 
     Returns:
       One pytree of arrays that lead with len(examples), in the examples' order. Where buckets give arrays of different
       trailing axes, the smaller are padded with zeros at the end.
 
     Raises:
-      UserError: if there are no examples.
+      UserError: if there are no examples, or as soon as one of the models gives NaN or infinity.
     """
     if not examples:
         raise UserError("there are no rows to run a model on: the data set is empty; check its files and filters")
@@ -272,6 +277,8 @@ def map_batches(
     for rows, batch in padded_batches(examples, buckets, batch_size):
         places.append(rows)
         parts.append(jax.tree.map(partial(_first, len(rows)), function(batch.rows)))
+        if models is not None:
+            jax.tree.map(_check_finite, models, parts[-1])
     return jax.tree.map(lambda *xs: _scatter(places, xs), *parts)
 
 
@@ -293,6 +300,11 @@ def padded_batches(
 
 def _first(count: int, x: Any) -> np.ndarray:
     return to_host(x)[:count]
+
+
+def _check_finite(model: str, values: np.ndarray) -> None:
+    if not np.isfinite(values).all():
+        raise NotFinite(model, "its outputs")
 
 
 def _scatter(places: Sequence[np.ndarray], parts: Sequence[np.ndarray]) -> np.ndarray:

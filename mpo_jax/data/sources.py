@@ -226,6 +226,9 @@ def _open_hub(spec: str) -> Source:
     if parts is None:
         raise UserError(f"{spec!r} names no data set of the hub: write {HUB_FORM}")
     name, revision, folder, split = parts.group("name", "revision", "folder", "split")
+    if name == "pandas":
+        # no data set but a reader of `datasets`, which in some versions unpickles files: those can run any code
+        raise UserError(f"{spec!r} would read pickled files, which can run code: save them as .parquet or .jsonl")
     return _Saved(spec, lambda: _load_hub(spec, name, revision, folder or None, split or "train"))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mpo_jax.chat import Message
-from mpo_jax.data.records import said
+from mpo_jax.data.records import said, text_field
 from mpo_jax.data.sources import HUB, JSON_SUFFIXES, Row, open_source
 from mpo_jax.errors import UserError
 
@@ -17,6 +17,9 @@ Key = tuple[str, int]
 
 CATEGORY = "category"
 """The field of a row that names its category, where no other field is asked for."""
+
+SHOWN = "shown"
+"""The field of a row that holds its prompt as the model saw it; `prompt` is then the prompt as the data has it."""
 
 SAMPLES = "samples.jsonl"
 """What an evaluation leaves in its folder."""
@@ -39,21 +42,40 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """A prompt's text, a response to it, which may be empty, and the row's category, where it has one."""
+    """A prompt and a response to it, which may be empty.
+
+    Attributes:
+      prompt: its text, by which the two sides' answers are paired.
+      category: of the row, where it has one.
+      shown: the prompt as the model saw it (chat, template, cut to length), where that is known to differ.
+    """
 
     prompt: str
     response: str
     category: str | None = None
+    shown: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """Both sides' responses to one prompt."""
+    """Both sides' responses to one prompt.
+
+    Attributes:
+      shown: the prompt as both models saw it, where that differs.
+      alike: whether both saw the same; where they did not, `shown` is None.
+    """
 
     prompt: str
     a: str
     b: str
     category: str | None = None
+    shown: str | None = None
+    alike: bool = True
+
+    @property
+    def seen(self) -> str:
+        """What judges and people are to see."""
+        return self.prompt if self.shown is None else self.shown
 
 
 def find_answers(path: str) -> str | None:
@@ -83,6 +105,8 @@ def find_answers(path: str) -> str | None:
 def read_answers(path: str, by: str = CATEGORY) -> list[Answer]:
     """Rows {prompt, response} or {prompt, completion}, strings or conversations, of which the last message responds.
 
+    A field `shown`, where it is there, is the prompt as the model saw it.
+
     Args:
       by: the field that holds a row's category, where it has one.
 
@@ -102,7 +126,8 @@ def read_answers(path: str, by: str = CATEGORY) -> list[Answer]:
             if not response:
                 raise UserError(f"{place}: field {field!r} is an empty conversation; it must end with the answer")
             response = response[-1]["content"]
-        answers.append(Answer(as_text(said(row, "prompt", place)), response, _category(row, by, place)))
+        shown = None if row.get(SHOWN) is None else text_field(row, SHOWN, place)
+        answers.append(Answer(as_text(said(row, "prompt", place)), response, _category(row, by, place), shown))
     if not answers:
         raise UserError(f"{path} holds no rows: it needs a line {{prompt, response}} for each answer")
     return answers
@@ -165,7 +190,9 @@ def match(
         known = {c for c in (category, first.category, second.category) if c is not None}
         if len(known) > 1:
             raise UserError(f"the prompt {key[0][:60]!r} has the categories {', '.join(sorted(known))}: give it one")
-        pairs.append(Pair(key[0], first.response, second.response, next(iter(known), None)))
+        alike = (first.shown or key[0]) == (second.shown or key[0])
+        shown = (first.shown or second.shown) if alike else None
+        pairs.append(Pair(key[0], first.response, second.response, next(iter(known), None), shown, alike))
     return pairs
 
 

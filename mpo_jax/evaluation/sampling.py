@@ -27,11 +27,15 @@ def sample_texts(
     *,
     sampling: Sampling,
     key: jax.Array,
+    name: str,
     tell: Callable[[int, Mapping[str, Any]], Any] | None = None,
 ) -> tuple[list[str], int]:
     """One response to each rendered prompt, `evaluate.batch_size` at a time, and how many prompts were cut to fit.
 
     A response depends on its prompt, the key and the model alone. To be called under the mesh.
+
+    Args:
+      name: what the user calls the model, for messages.
     """
     rows = [(prompt, ()) for prompt in prompts]
     examples, report = tokenize(codec, rows, cache=config.runtime.token_cache_folder)
@@ -46,6 +50,7 @@ def sample_texts(
         buckets=Buckets.of(examples, config.text.length_buckets),
         batch_size=config.evaluate.batch_size,
         mesh=mesh,
+        name=name,
         tell=tell,
     )
     ids, length = found.ids[:, 0], found.length[:, 0]

@@ -24,7 +24,7 @@ class Item:
 
     Attributes:
       number: from 1, in the order of the sheet.
-      prompt: what both sides answered.
+      prompt: what both sides answered, as they saw it.
       left: the response on that side, as `right`.
       a_is: where A's stands: part of the key, and on no sheet.
       category: where the study has any; on no sheet either, since it might colour the choice.
@@ -96,7 +96,7 @@ def make_study(pairs: Sequence[Pair], names: tuple[str, str], *, n: int | None, 
     for number, place in enumerate(rng.permutation(len(drawn)), 1):
         pair, a_is = drawn[place]
         left, right = (pair.a, pair.b) if a_is == "left" else (pair.b, pair.a)
-        items.append(Item(number, pair.prompt, left, right, a_is, pair.category))
+        items.append(Item(number, pair.seen, left, right, a_is, pair.category))
     return Study(*names, seed, tuple(items))
 
 

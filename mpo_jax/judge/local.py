@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,17 @@ BATCHES = 4
 
 @dataclasses.dataclass(frozen=True)
 class LocalJudge:
-    """A language model that answers greedily, through its chat template where it has one."""
+    """A language model that answers greedily.
+
+    Attributes:
+      chat: whether it is asked through its chat template.
+    """
 
     path: Path
     config: Config
     codec: TextCodec
     mesh: Mesh
+    chat: bool
 
     @property
     def max_tokens(self) -> int | None:
@@ -49,7 +54,7 @@ class LocalJudge:
         return fingerprint_files(files)
 
     def key(self, prompt: str) -> str:
-        return content_key("local", self._fingerprint, str(self.max_tokens), self._render(prompt))
+        return content_key("local", self._fingerprint, str(self.max_tokens), self.codec.templated(self._render(prompt)))
 
     def count_tokens(self, calls: Sequence[Call]) -> tuple[int, str]:
         fitted = self.codec.prompts([self._render(call.prompt) for call in calls])
@@ -74,13 +79,13 @@ class LocalJudge:
                 found, _ = sample_texts(
                     model, params, self.codec, self.config, self.mesh, [text for _, text in part],
                     sampling=Sampling(self.config.text.max_response_tokens, greedy=True),
-                    key=stage_key(self.config.seed, "judge"),
+                    key=stage_key(self.config.seed, "judge"), name=str(self.path),
                 )  # fmt: skip
                 for (call, _), answer in zip(part, found, strict=True):
                     done(call, Reply(answer))
 
     def _render(self, prompt: str) -> str:
-        return self._chat.prompt(user_turn(prompt)) if self.codec.tokenizer.chat_template else prompt
+        return self._chat.prompt(user_turn(prompt)) if self.chat else prompt
 
     @cached_property
     def _chat(self) -> Chat:
@@ -94,17 +99,21 @@ def reward_totals(
     mesh: Mesh,
     pairs: Sequence[Pair],
     *,
+    render: Renderer,
     tell: Callable[[int], None],
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """[pairs, 2] a reward model's raw scores of A's and B's responses, and what was cut to fit.
 
-    Plain prompts become the user's turn where `text.chat` is set.
+    It reads prompts as the policies saw them; where that is not known, in its own template and by `render`.
     """
-    render = Renderer(cache(lambda: Chat(codec.tokenizer)), wrap=config.text.chat)
     rows: list[tuple[str, tuple[str, ...]]] = []
     for number, pair in enumerate(pairs, 1):
+        if pair.shown is not None:
+            rows.append((pair.shown, (pair.a, pair.b)))
+            continue
         prompt, replies = render.render(pair.prompt, (pair.a, pair.b), f"prompt {number}")
-        rows.append((prompt, tuple(replies)))
+        rows.append((codec.templated(prompt), tuple(replies)))
+    codec = TextCodec(codec.tokenizer, config.text.model_copy(update={"prompt_template": "{prompt}"}))
     examples, report = tokenize(codec, rows, cache=config.runtime.token_cache_folder)
     count = 0
     with jax.set_mesh(mesh):
@@ -118,5 +127,5 @@ def reward_totals(
             return score(params, place_batch(batch, mesh))
 
         buckets = Buckets.of(examples, config.text.length_buckets)
-        scores = map_batches(examples, buckets, config.evaluate.batch_size, measure)
+        scores = map_batches(examples, buckets, config.evaluate.batch_size, measure, models=str(path))
     return np.asarray(scores, np.float64), report.to_dict()

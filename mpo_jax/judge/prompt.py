@@ -72,5 +72,5 @@ def read_prompt(path: Path | None) -> str:
 def fill(prompt: str, pair: Pair, *, swapped: bool) -> str:
     """The prompt for a pair; A is response 1, or response 2 where swapped. Braces inside the texts stay as they are."""
     first, second = (pair.b, pair.a) if swapped else (pair.a, pair.b)
-    texts: dict[str, str] = dict(zip(PLACES, (pair.prompt, first, second), strict=True))
+    texts: dict[str, str] = dict(zip(PLACES, (pair.seen, first, second), strict=True))
     return re.sub("{(" + "|".join(PLACES) + ")}", lambda place: texts[place[1]].strip(), prompt)

@@ -135,6 +135,8 @@ def sampling(sizes: DecoderConfig, prompt_len_B: np.ndarray, response_len_BN: np
     Args:
       bytes_each: of an element of weights and cache.
     """
+    # batches hold lengths as int32, in which a product with a model's size overflows
+    prompt_len_B, response_len_BN = prompt_len_B.astype(np.int64), response_len_BN.astype(np.int64)
     response = response_len_BN.reshape(len(prompt_len_B), -1)
     read = np.maximum(response - 1, 0)
     forward_flops = necessary(sizes, prompt_len_B, read, "scalar")
@@ -143,4 +145,4 @@ def sampling(sizes: DecoderConfig, prompt_len_B: np.ndarray, response_len_BN: np
     prompt = prompt_len_B[:, None].astype(np.float64)
     slots = (read * prompt + read * (read + 1) / 2).sum()
     cache = 2 * sizes.num_layers * sizes.num_kv_heads * sizes.head_dim * slots
-    return Work(float(forward_flops + logits), decode_reads=float(bytes_each * (read.max() * matrices + cache)))
+    return Work(float(forward_flops + logits), decode_reads=float(bytes_each * (int(read.max()) * matrices + cache)))

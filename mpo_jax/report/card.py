@@ -59,13 +59,31 @@ def find_origin(model: Path) -> Origin | None:
         lineage[name], parents = parent, parent["parents"]
     lineage = dict(reversed(lineage.items()))
     run, folder = _run_of(stage)
-    kept = [path for path in (folder / "config.yaml" if folder else None, stage / "config.yaml") if path]
-    config = next((load_config(path) for path in kept if path.is_file()), None)
+    config = _stage_config(stage, folder)
     if config is None:
         return None
     env = folder / "env.json" if folder else stage / "env.json"
     command = json.loads(env.read_text(encoding="utf-8")).get("command", []) if env.is_file() else []
     return Origin(lineage, config, run, _evaluation_of(stage), command)
+
+
+def trained_config(model: Path) -> Config | None:
+    """The configuration that a model was trained under; None for a model from elsewhere.
+
+    Args:
+      model: a stage's `model/` or `critic/`, or the folder of an exported model.
+    """
+    exported = model / CONFIG_FILE
+    if exported.is_file():
+        return load_config(exported)
+    stage = model.resolve().parent
+    return None if _manifest(stage) is None else _stage_config(stage, _run_of(stage)[1])
+
+
+def _stage_config(stage: Path, run: Path | None) -> Config | None:
+    """A run that used a stage has its settings; a stage that trained has them too."""
+    kept = [path for path in (run / "config.yaml" if run else None, stage / "config.yaml") if path]
+    return next((load_config(path) for path in kept if path.is_file()), None)
 
 
 def _manifest(stage: Path) -> dict[str, Any] | None:
@@ -104,7 +122,7 @@ def _evaluation_of(stage: Path) -> dict[str, Any] | None:
 
 
 def write_card(folder: Path, model: Path, source: str, *, name: str, kind: str, dtype: str) -> None:
-    """Writes `README.md`, and `mpo_config.yaml` where the model was made here.
+    """Writes `README.md`, and `mpo_config.yaml` where the model was made here or came with one.
 
     Args:
       folder: of the exported model.
@@ -117,8 +135,9 @@ def write_card(folder: Path, model: Path, source: str, *, name: str, kind: str, 
     origin = find_origin(model)
     text = _foreign(source, kind, dtype) if origin is None else _card(origin, name, kind, dtype)
     write_text(folder / "README.md", [text])
-    if origin is not None:
-        write_text(folder / CONFIG_FILE, [to_yaml(origin.config)])
+    config = trained_config(model) if origin is None else origin.config
+    if config is not None:
+        write_text(folder / CONFIG_FILE, [to_yaml(config)])
 
 
 def _front(kind: str, base: str | None, tags: list[str], datasets: list[str]) -> str:

@@ -153,7 +153,7 @@ def _with_reference(config: Config, mesh: Mesh, reference: Artifact, *sets: list
 
     def extended(examples: list[Example]) -> list[Example]:
         buckets = Buckets.of(examples, config.text.length_buckets)
-        ref_BN = map_batches(examples, buckets, config.dpo.train.batch_size, measure)
+        ref_BN = map_batches(examples, buckets, config.dpo.train.batch_size, measure, models=str(reference.model))
         pairs = zip(examples, ref_BN, strict=True)
         return [dataclasses.replace(example, extra=tuple(map(float, ref))) for example, ref in pairs]
 

@@ -1,5 +1,6 @@
 """Evaluation of one policy on held-out prompts: raw reward, true utility where known, length, EOS rate, KL to SFT."""
 
+import contextlib
 import json
 from functools import lru_cache, partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from mpo_jax.config import Config
 from mpo_jax.data.batches import Buckets, map_batches
 from mpo_jax.data.corpus import load_corpus
 from mpo_jax.data.tokens import tokenize
+from mpo_jax.evaluation.answers import SHOWN
 from mpo_jax.evaluation.statistics import mean_and_se
 from mpo_jax.generate import Sampling
 from mpo_jax.model import functional, loading
@@ -48,6 +50,9 @@ def run(
 ) -> dict[str, Any]:
     """Writes `samples.jsonl`, a line a prompt, and returns means with standard errors.
 
+    A line holds the prompt as the corpus has it, by which runs are paired, and as the field `shown` what the policy
+    read, where that differs.
+
     All policies draw from the same random numbers, so that differences between them pair up by prompt.
     """
     evaluate = config.evaluate
@@ -60,22 +65,24 @@ def run(
 
     prompts = corpus.test_prompts[: evaluate.num_prompts]
     examples, report = tokenize(codec, [(prompt, ()) for prompt in prompts], cache=config.runtime.token_cache_folder)
-    tracker = Tracker(folder, "evaluate", len(examples), tensorboard=False)
     allowed_V = jnp.asarray(codec.allowed(model.decoder.vocab_size))
-    found = sample_all(
-        model,
-        params,
-        examples,
-        sampling=Sampling(config.text.max_response_tokens, temperature=evaluate.temperature, greedy=evaluate.greedy),
-        eos_id=codec.eos_id,
-        allowed_V=allowed_V,
-        key=stage_key(config.seed, "evaluate"),
-        buckets=Buckets.of(examples, config.text.length_buckets),
-        batch_size=evaluate.batch_size,
-        mesh=mesh,
-        tell=partial(tracker.update, log=True),
-    )
-    tracker.close()
+    with contextlib.closing(Tracker(folder, "evaluate", len(examples), tensorboard=False)) as tracker:
+        found = sample_all(
+            model,
+            params,
+            examples,
+            sampling=Sampling(
+                config.text.max_response_tokens, temperature=evaluate.temperature, greedy=evaluate.greedy
+            ),
+            eos_id=codec.eos_id,
+            allowed_V=allowed_V,
+            key=stage_key(config.seed, "evaluate"),
+            buckets=Buckets.of(examples, config.text.length_buckets),
+            batch_size=evaluate.batch_size,
+            mesh=mesh,
+            name=str(policy.model),
+            tell=partial(tracker.update, log=True),
+        )
     score = functional.make_score_pairs(reward_model, mesh)
     kl = make_kl(model, evaluate.temperature, mesh)
 
@@ -85,18 +92,23 @@ def run(
 
     answered = with_responses(examples, found)
     buckets = Buckets.of(answered, config.text.length_buckets)
-    scores, kls = map_batches(answered, buckets, evaluate.batch_size, measure)
+    models = str(reward.model), f"{policy.model} against {sft.model}"
+    scores, kls = map_batches(answered, buckets, evaluate.batch_size, measure, models=models)
     ids, length, has_eos = found.ids[:, 0], found.length[:, 0], found.has_eos[:, 0]
     responses = [codec.decode(row[:n]) for row, n in zip(ids, length, strict=True)]
     columns: dict[str, np.ndarray] = {"score": scores, "kl": kls, "length": length, "has_eos": has_eos}
     if corpus.utility is not None:
         columns["utility"] = np.asarray([corpus.utility(p, r) for p, r in zip(prompts, responses, strict=True)])
     if is_main():
+        shown = codec.as_seen(prompts)
         with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
             for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
                 values: dict[str, Any] = {name: column[row].item() for name, column in columns.items()}
                 if (category := corpus.category(prompt)) is not None:
                     values["category"] = category
+                # of a chat the prompt is rendered already: the field says so to whoever reads the file
+                if config.text.chat or shown[row] != prompt:
+                    values[SHOWN] = shown[row]
                 file.write(json.dumps({"prompt": prompt, "response": response, **values}, ensure_ascii=False) + "\n")
     summary: dict[str, Any] = {"prompts": len(prompts), "truncated_prompts": report.truncated_prompts}
     for name, column in columns.items():

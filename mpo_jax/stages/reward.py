@@ -154,6 +154,7 @@ def _measure(
         Buckets.of(held_out, config.text.length_buckets),
         config.reward.train.batch_size,
         lambda batch: score(params, place_batch(batch, mesh)),
+        models=config.reward.path or str(folder / "model"),
     )
     gap = score_BN[:, 0] - score_BN[:, 1]
     accuracy = rate(int((gap > 0).sum()), len(gap))

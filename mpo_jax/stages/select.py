@@ -3,6 +3,7 @@
 The split into easy and hard is a filter over the stored table, so this stage does not depend on the threshold.
 """
 
+import contextlib
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ def run(config: Config, mesh: Mesh, folder: Path, *, sft: Artifact, reward: Arti
         Buckets.of(examples, config.text.length_buckets),
         config.select.batch_size,
         lambda batch: score(reward_params, place_batch(batch, mesh)),
+        models=str(reward.model),
     )
     table = _table(prompts, examples, score_BN, labels, codec, corpus)
     if is_main():
@@ -78,21 +80,21 @@ def _sampled(
     prompts = corpus.sampled_prompts(config.select.num_prompts)
     examples, _ = tokenize(codec, [(prompt, ()) for prompt in prompts], cache=config.runtime.token_cache_folder)
     examples = number_visits(examples)
-    tracker = Tracker(folder, "select", len(examples), tensorboard=False)
-    found = sample_all(
-        model,
-        params,
-        examples,
-        sampling=sampling,
-        eos_id=codec.eos_id,
-        allowed_V=jnp.asarray(codec.allowed(model.decoder.vocab_size)),
-        key=stage_key(config.seed, "select"),
-        buckets=Buckets.of(examples, config.text.length_buckets),
-        batch_size=config.select.batch_size,
-        mesh=mesh,
-        tell=partial(tracker.update, log=True),
-    )
-    tracker.close()
+    with contextlib.closing(Tracker(folder, "select", len(examples), tensorboard=False)) as tracker:
+        found = sample_all(
+            model,
+            params,
+            examples,
+            sampling=sampling,
+            eos_id=codec.eos_id,
+            allowed_V=jnp.asarray(codec.allowed(model.decoder.vocab_size)),
+            key=stage_key(config.seed, "select"),
+            buckets=Buckets.of(examples, config.text.length_buckets),
+            batch_size=config.select.batch_size,
+            mesh=mesh,
+            name=str(sft.model),
+            tell=partial(tracker.update, log=True),
+        )
     return with_responses(examples, found), prompts
 
 

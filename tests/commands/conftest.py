@@ -1,9 +1,12 @@
 """Small models on disk, with the toy world's tokenizer, for the commands to open."""
 
+import shutil
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from mpo_jax.config import TextConfig
 from mpo_jax.data import toy
@@ -36,6 +39,16 @@ def write_model(
     codec = TextCodec(tokenizer, TextConfig())
     with jax.default_device(jax.devices()[0]):
         loading.save(folder, Model(decoder), random_params(decoder, seed, scalar=scalar), codec)
+    return folder
+
+
+def damaged(model: Path, folder: Path, value: float = np.nan) -> Path:
+    """A copy of the model, of which one weight of the last norm is `value`."""
+    shutil.copytree(model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].copy()
+    tensors["model.norm.weight"][3] = value
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 

@@ -12,6 +12,7 @@ from mpo_jax.data.tokens import Example
 from mpo_jax.model import functional, loading
 from mpo_jax.model.functional import Model
 from mpo_jax.text import TextCodec, load_tokenizer
+from tests.commands.conftest import damaged
 from tests.model.tiny import mesh_of
 from tests.test_pipeline import mpo
 
@@ -89,3 +90,12 @@ def test_a_reward_model_writes_no_text(reward_model, tmp_path, capsys):
 def test_a_long_prompt_is_cut_and_said_so(language_model, capsys):
     assert mpo("generate", str(language_model), PROMPT + " my boss" * 200, NO_CACHE, "--max-new-tokens", "4") == 0
     assert "the prompt is cut to its last 92 of" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_numbers_that_are_not_finite_are_said(language_model, tmp_path, capsys, value):
+    folder = damaged(language_model, tmp_path / "damaged", value)
+    assert mpo("generate", str(folder), PROMPT, NO_CACHE, "--max-new-tokens", "12") == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{folder}: the logits of its next tokens are not finite (NaN or infinity)" in said
+    assert "model.compute_dtype=float32" in said

@@ -13,6 +13,7 @@ from mpo_jax.config import TextConfig
 from mpo_jax.judge import client
 from mpo_jax.judge.parse import parse_totals
 from mpo_jax.text import TextCodec, load_tokenizer
+from tests.commands.conftest import damaged
 from tests.commands.test_generate import greedy_answer
 from tests.commands.test_score import CHOSEN, NO_CACHE, PROMPTS, REJECTED
 from tests.judge.server import Act, by_words, scores, serving, words
@@ -291,3 +292,13 @@ def test_the_sides_may_be_runs(judge, tmp_path):
     with serving(lambda prompt, before: Act(by_words(prompt))) as server:
         assert judge(*remote(server), sides=runs) == 0
     assert counts(result(tmp_path)) == [2, 1, 1, 0] and result(tmp_path)["a"] == runs[0]
+
+
+@pytest.mark.parametrize("name", ["language_model", "reward_model"])
+def test_a_judge_whose_numbers_are_not_finite_gives_no_verdict(judge, request, tmp_path, capsys, name):
+    folder = damaged(request.getfixturevalue(name), tmp_path / "damaged")
+    path = tmp_path / "prompt.txt"
+    path.write_text("my {instruction} {response_1} or {response_2}")
+    assert judge("--model", folder, "--prompt-file", path, "--max-tokens", "6", *NO_CACHE) == 2
+    assert f"{folder}: " in (said := " ".join(capsys.readouterr().err.split())) and "are not finite" in said
+    assert not (tmp_path / "out").exists()

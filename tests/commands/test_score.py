@@ -10,6 +10,7 @@ from mpo_jax.model import functional, loading
 from mpo_jax.model.functional import Model
 from mpo_jax.text import TextCodec, load_tokenizer
 from mpo_jax.types import Tokens
+from tests.commands.conftest import damaged
 from tests.model.tiny import mesh_of
 from tests.test_pipeline import mpo
 
@@ -123,4 +124,12 @@ def test_rows_that_cannot_be_scored_leave_no_file(language_model, tmp_path, caps
         data.write_text(text)
         assert mpo("score", str(language_model), str(data), "--out", str(out), *NO_CACHE) == 2
         assert says in capsys.readouterr().err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["language_model", "reward_model"])
+def test_numbers_that_are_not_finite_leave_no_file(request, pairs, tmp_path, capsys, name):
+    folder, out = damaged(request.getfixturevalue(name), tmp_path / "damaged"), tmp_path / "scores.jsonl"
+    assert mpo("score", str(folder), str(pairs), "--out", str(out), "--batch-size", "2", *NO_CACHE) == 2
+    assert f"{folder}: its outputs are not finite" in " ".join(capsys.readouterr().err.split())
     assert not out.exists()

@@ -1,18 +1,22 @@
 """Counts against hand-computed ones, and against XLA's own where no loop hides anything from it."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
-from mpo_jax.model import flops, functional
+from mpo_jax.model import flops, functional, weights
+from mpo_jax.model.decoder import DecoderConfig
 from mpo_jax.model.flops import Rows
 from mpo_jax.model.functional import Model
+from mpo_jax.plan.programs import device_bytes, shaped
 from mpo_jax.plan.sizes import LLAMA_2_7B
 from mpo_jax.types import Joined
-from tests.model.tiny import DECODER
+from tests.model.tiny import DECODER, mesh_of
 
 
 def test_the_matrices_of_llama_2_7b():
@@ -88,3 +92,48 @@ def test_what_sampling_reads_by_hand():
     assert work.decode_reads == 2 * (2 * matrices + 2 * 2 * (4 + 5))
     drawn = flops.necessary(sizes, np.asarray([3, 1]), np.asarray([[2], [0]]), "scalar")
     assert work.flops == drawn + 2 * 4 * 5 * 4
+
+
+SMOLLM2 = DecoderConfig(
+    vocab_size=49152, hidden_size=576, intermediate_size=1536, num_layers=30, num_heads=9, num_kv_heads=3, head_dim=64,
+    max_positions=8192, tie_embeddings=True,
+)  # fmt: skip
+LLAMA_2_70B = dataclasses.replace(
+    LLAMA_2_7B, hidden_size=8192, intermediate_size=28672, num_layers=80, num_heads=64, num_kv_heads=8
+)
+
+
+@pytest.mark.parametrize("sizes", [SMOLLM2, LLAMA_2_7B, LLAMA_2_70B], ids=["135M", "7B", "70B"])
+def test_work_of_large_models_from_a_batch_s_own_lengths(sizes):
+    """Lengths of 32 bits, as batches hold them; each figure is that of unlimited integers, and no size is lost."""
+    B, P, S = 512, 4096, 1024
+    prompt, response = np.full(B, P, np.int32), np.full((B, 1), S, np.int32)
+    params = functional.abstract_params(sizes)
+    elements = sum(math.prod(x.shape) for x in jax.tree.leaves(params["layers"]) if len(x.shape) > 2)
+    assert flops.layer_matrices(sizes) == elements
+    read = S - 1
+    matrices = elements + sizes.hidden_size * sizes.vocab_size
+    slots = B * (read * P + read * (read + 1) // 2)
+    reads = read * matrices + 2 * sizes.num_layers * sizes.num_kv_heads * sizes.head_dim * slots
+    work = flops.sampling(sizes, prompt, response, 2)
+    assert work.decode_reads == 2 * reads
+    visible = B * P * (P + 1) // 2 + slots
+    attended = 4 * sizes.num_layers * sizes.num_heads * sizes.head_dim * visible
+    outputs = 2 * sizes.hidden_size * (B + sizes.vocab_size * B * S)
+    assert work.flops == pytest.approx(2 * elements * B * (P + read) + attended + outputs, rel=1e-12)
+    passed = 2 * elements * B * (P + S) + attended
+    assert flops.necessary(sizes, prompt, response, "scalar") == pytest.approx(passed, rel=2e-3)
+    plain = flops.decode(sizes, Rows(B, P, 1, S), shards=1, bytes_each=2)
+    assert reads < plain.decode_reads / 2 * 1.2 and plain.flops > 2 * elements * B * S
+
+
+def test_bytes_of_a_large_model_on_each_device():
+    """A 70B model has leaves of more than 2^31 elements."""
+    mesh = mesh_of(1, 8, 1)
+    shapes = functional.abstract_params(LLAMA_2_70B)
+    assert max(math.prod(x.shape) for x in jax.tree.leaves(shapes)) > 2**34
+    placed = shaped(shapes, functional.param_shardings(shapes, mesh))
+    whole = 4 * sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
+    assert whole / 8 <= device_bytes(placed) < whole / 8 * 1.001
+    written = sum(export.nbytes for _, export in weights._exports(flatten_dict(shapes), LLAMA_2_70B, "bfloat16"))
+    assert written == whole / 2

@@ -1,0 +1,61 @@
+"""Interpolations in configuration files: other keys' values may be used, and nothing is called."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from omegaconf.grammar.gen.OmegaConfGrammarParser import OmegaConfGrammarParser
+from omegaconf.grammar_parser import parse
+
+from mpo_jax.errors import UserError
+
+
+def refuse_resolvers(loaded: Any, where: str | Path) -> None:
+    """Checks an OmegaConf container before anything is resolved; merging resolves too.
+
+    Raises:
+      UserError: for `${name:...}` at any depth. Resolvers such as `oc.env` read the environment, and what they return
+        would be printed and stored with the run.
+    """
+    for key, text in _texts(OmegaConf.to_container(loaded, resolve=False), ""):
+        if "${" not in text:
+            continue
+        try:
+            called = _calls_resolver(parse(text))
+        except OmegaConfBaseException as error:
+            raise UserError(f"{where}: {key}: broken interpolation: write ${{section.key}}, or \\${{") from error
+        if called:
+            raise UserError(
+                f"{where}: {key} calls a resolver, ${{name:...}}. Resolvers are never run, since they can read secrets "
+                "from the environment: write the value itself, give it on the command line, or refer to another key, "
+                "as in ${seed}"
+            )
+
+
+def literal(value: Any) -> Any:
+    """The same nested values with every `${` escaped, so that OmegaConf reads it as text."""
+    if isinstance(value, dict):
+        return {key: literal(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [literal(part) for part in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+
+def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
+    """All strings with their keys."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict):
+        for name, part in value.items():
+            yield from _texts(part, f"{key}.{name}".removeprefix("."))
+    elif isinstance(value, list):
+        for number, part in enumerate(value):
+            yield from _texts(part, f"{key}[{number}]")
+
+
+def _calls_resolver(tree: Any) -> bool:
+    resolver = isinstance(tree, OmegaConfGrammarParser.InterpolationResolverContext)
+    return resolver or any(map(_calls_resolver, getattr(tree, "children", None) or ()))
