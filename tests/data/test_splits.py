@@ -3,18 +3,24 @@
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 
-from mpo_jax.config import Config, DataConfig, ModelConfig, TextConfig, load_config
+from mpo_jax.config import Config, DataConfig, ModelConfig, SelectConfig, TextConfig, ToyConfig, load_config
 from mpo_jax.data import corpus as corpora
 from mpo_jax.data import toy
 from mpo_jax.data.corpus import TESTED, fingerprint
 from mpo_jax.data.hh import source_category
+from mpo_jax.data.pair_table import PairTable
 from mpo_jax.data.records import is_validation
 from mpo_jax.experiments import EXPERIMENTS
 from mpo_jax.pipeline import Pipeline
-from mpo_jax.schedule import Listing
+from mpo_jax.schedule import Cost, Listing
+from mpo_jax.stages import dpo, ppo
+from mpo_jax.types import Artifact
 from tests.test_pipeline import MICRO
+
+TOY = ToyConfig(num_demonstrations=20, num_pairs=30, num_test=5)
 
 
 def write(path, rows) -> Any:
@@ -260,3 +266,24 @@ def test_the_part_is_in_every_step_s_name(tmp_path, experiment):
         sft = pipeline.sft()
         names.append(pipeline.step(EXPERIMENTS[experiment][0], sft, sft, pipeline.reward(sft)).id)
     assert len(set(names)) == 3
+
+
+@pytest.mark.parametrize(("prompts", "expected"), [("rows", ["p", "q", "p"]), ("unique", ["p", "q"])])
+def test_ppo_on_a_subset_has_its_rows(tmp_path, prompts, expected):
+    none = np.full((4, 2), np.nan)
+    gap = np.asarray([0.5, 2.0, 0.25, 0.75], np.float32)
+    pair: Any = [([1], [2])] * 4
+    PairTable(["p", "x", "q", "p"], [("a", "b")] * 4, pair, none, np.zeros(4, np.int32), gap, none).write(tmp_path)
+    config = Config(data=DataConfig(prompts=prompts))
+    assert ppo._prompts(config, Artifact(tmp_path, {}), "hard") == expected
+
+
+def test_the_stages_take_their_part(monkeypatch):
+    """Selection, PPO on all and DPO-base: the same five rows of the toy world."""
+    config = Config(data=DataConfig(toy=TOY), select=SelectConfig(num_prompts=5))
+    corpus = corpora.load_corpus(config)
+    assert ppo._prompts(config, None, "all") == corpus.prompts[:5]
+    codec: Any = None
+    monkeypatch.setattr(dpo, "tokenize", lambda _codec, rows, **_: (rows, None))
+    assert dpo._human_examples(config, codec) == [(r.prompt, (r.chosen, r.rejected)) for r in corpus.pairs[:5]]
+    assert (Cost(config)._num_pairs, Cost(config)._num_prompts, Cost(config)._selected()) == (5, 5, 5)
