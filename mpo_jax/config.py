@@ -552,9 +552,16 @@ class Config(Section, frozen=True):
 
     @model_validator(mode="after")
     def _can_measure(self) -> "Config":
+        data = self.data
+        measurable = {
+            "sft": data.holds_out,
+            "reward": data.holds_out or data.validation_fraction > 0,
+            "dpo": data.holds_out,
+            "ppo": data.has_test_prompts,
+        }
         for stage in TRAINED:
             train: TrainConfig = getattr(self, stage).train
-            if train.eval_every is not None and not self.data.holds_out:
+            if train.eval_every is not None and not measurable[stage]:
                 raise ValueError(
                     f"{stage}.train.eval_every={train.eval_every} needs held-out rows: name preference rows as "
                     "data.test_path, or raise data.validation_fraction above 0"

@@ -54,6 +54,16 @@ def test_a_section_that_is_given_in_part_keeps_its_stage_s_defaults(tmp_path):
     assert load(tmp_path, to_yaml(config)) == config
 
 
+def test_each_stage_is_measured_where_it_has_rows_that_it_does_not_train_on(tmp_path):
+    """With test prompts alone, SFT and DPO train on all pairs; the reward model has its validation rows."""
+    data = "data: {kind: pairs, path: a.jsonl, test_prompt_path: b.jsonl}"
+    for stage in ("reward", "ppo"):
+        load(tmp_path, data, f"{stage}.train.eval_every=1")
+    for stage in ("sft", "dpo"):
+        with pytest.raises(UserError, match=rf"{stage}\.train\.eval_every=1 needs held-out rows"):
+            load(tmp_path, data, f"{stage}.train.eval_every=1")
+
+
 @pytest.mark.parametrize("key", ["train.steps", "train"])
 def test_elsewhere_a_short_key_is_an_error_that_asks_for_the_stage(tmp_path, key):
     with pytest.raises(UserError, match=rf"which stage's\? Write sft\.{key} or reward.*mpo sft, reward, dpo, ppo"):

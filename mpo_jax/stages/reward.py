@@ -105,7 +105,7 @@ def _train(
     loading.save_description(folder / "model", model, codec, scalar=True)
     rows = [(row.prompt, (row.chosen, row.rejected)) for row in corpus.reward_pairs]
     examples, report = tokenize(codec, rows, cache=config.runtime.token_cache_folder)
-    held_out = first_rows(corpus.validation, train, "reward")
+    held_out = first_rows(corpus.validation or corpus.held_out, train, "reward")
     rows = [(row.prompt, (row.chosen, row.rejected)) for row in held_out]
     measured, _ = tokenize(codec, rows, cache=config.runtime.token_cache_folder)
     measure = make_held_out(model, config.reward.loss, mesh)
