@@ -34,7 +34,7 @@ MEASURES = {
     ),
     "ppo": (
         "objective/kl", "objective/kl_k2", "objective/kl_k3", "objective/entropy", "objective/scores",
-        "objective/scores_normalised", "objective/score_clipfrac", "objective/non_score_reward",
+        "objective/score_clipfrac", "objective/non_score_reward",
         "objective/rlhf_reward", "policy/entropy_avg", "response_length/mean", "response_length/clip_ratio",
     ),
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from mpo_jax.checkpoint import Checkpoints
 from mpo_jax.config import EVAL, MEASURES, TRAINED, Config, load_config
 from mpo_jax.data.batches import Buckets
 from mpo_jax.data.corpus import load_corpus
+from mpo_jax.data.records import Preference
 from mpo_jax.data.tokens import Example, tokenize
 from mpo_jax.generate import Sampling
 from mpo_jax.model import functional, loading
@@ -26,7 +28,7 @@ from tests.test_pipeline import MICRO, mpo, stages
 
 pytestmark = pytest.mark.unoptimised
 
-MEASURED = (*(f"{stage}.train.eval_every=2" for stage in TRAINED), "dpo.nll_coef=0.1")
+MEASURED = (*(f"{stage}.train.eval_every=2" for stage in TRAINED), "dpo.nll_coef=0.1", "data.validation_fraction=0.3")
 """Twelve test prompts in batches of eight, and held-out rows in batches of eight and sixteen: filler among them."""
 ROWS = ("ppo.train.eval_rows=12", "dpo.train.eval_rows=13")
 
@@ -66,14 +68,13 @@ def load(workdir: Path, stage: str, *, scalar: bool = False) -> tuple[Any, Any, 
     return model, params, TextCodec(load_tokenizer(folder), config.text)
 
 
-def held_out(workdir: Path, codec: TextCodec, count: int) -> list[Example]:
-    pairs = load_corpus(config_of(workdir, "sft")).held_out[:count]
+def examples_of(codec: TextCodec, pairs: Sequence[Preference]) -> list[Example]:
     return tokenize(codec, [(row.prompt, (row.chosen, row.rejected)) for row in pairs])[0]
 
 
 def test_training_with_and_without_is_the_same_to_the_bit(measured, tmp_path):
     """Under the same names, with the same models, and with the same lines besides the measures."""
-    assert mpo("ppo", MICRO, f"workdir={tmp_path}", "dpo.nll_coef=0.1") == 0
+    assert mpo("ppo", MICRO, f"workdir={tmp_path}", "dpo.nll_coef=0.1", "data.validation_fraction=0.3") == 0
     assert set(stages(tmp_path)) == set(stages(measured))
     for stage in TRAINED:
         for model in ("model", "critic") if stage == "ppo" else ("model",):
@@ -97,15 +98,18 @@ def test_each_stage_measures_what_its_configuration_may_name(measured, stage):
         assert row["timing_s/eval"] > 0
 
 
-def test_sft_s_loss_and_reward_s_accuracy_are_the_stages_own_at_the_end(measured):
+def test_sft_s_loss_and_reward_s_accuracy_are_those_of_held_out_rows(measured):
+    """SFT's of the test set; the reward model's of its validation rows, on which the other stages train."""
     np.testing.assert_allclose(last(measured, "sft")["loss"], summary(measured, "sft")["held_out_nll"], rtol=1e-6)
-    assert last(measured, "reward")["accuracy"] == summary(measured, "reward")["held_out_accuracy"]
     model, params, codec = load(measured, "reward", scalar=True)
     score = functional.make_score_pairs(model, mesh_of(1, 1, 1))
     gap = []
-    for example in held_out(measured, codec, 16):
+    validation = load_corpus(config_of(measured, "sft")).validation
+    for example in examples_of(codec, validation):
         score_N = np.asarray(score(params, one_row(example)), np.float64)[0]
         gap.append(score_N[0] - score_N[1])
+    assert len(gap) > 5
+    np.testing.assert_allclose(last(measured, "reward")["accuracy"], np.mean(np.asarray(gap) > 0), rtol=1e-6)
     np.testing.assert_allclose(last(measured, "reward")["loss"], np.log1p(np.exp(-np.asarray(gap))).mean(), rtol=1e-5)
     np.testing.assert_allclose(last(measured, "reward")["gap"], np.mean(gap), rtol=1e-4, atol=1e-6)
 
@@ -141,7 +145,7 @@ def test_dpo_s_measures_are_those_of_the_held_out_human_pairs(measured):
     """Margins, accuracy, loss and log-probabilities from the models on disk."""
     model, policy, codec = load(measured, "dpo")
     _, reference, _ = load(measured, "sft")
-    examples = held_out(measured, codec, 13)
+    examples = examples_of(codec, load_corpus(config_of(measured, "dpo")).held_out[:13])
     policy_B2, ref_B2 = (np.asarray([logp(model, params, e) for e in examples]) for params in (policy, reference))
     rewards = 0.1 * (policy_B2 - ref_B2)
     margin = rewards[:, 0] - rewards[:, 1]
@@ -182,7 +186,9 @@ def test_ppo_s_measures_are_those_of_its_policy_on_the_test_prompts(measured):
     measures = last(measured, "ppo")
     np.testing.assert_allclose(measures["objective/scores"], np.mean(scores), rtol=1e-4)
     np.testing.assert_allclose(measures["objective/kl"], np.mean(kls), rtol=1e-3, atol=1e-5)
-    np.testing.assert_allclose(measures["objective/rlhf_reward"], np.mean(scores) - 0.1 * np.mean(kls), rtol=1e-4)
+    np.testing.assert_allclose(
+        measures["objective/rlhf_reward"], np.mean(scores) - config.ppo.kl.coef * np.mean(kls), rtol=1e-4
+    )
     assert measures["response_length/mean"] == found.length.mean()
     np.testing.assert_allclose(measures["response_length/clip_ratio"], 1 - found.has_eos.mean(), rtol=1e-6)
 

@@ -119,7 +119,7 @@ def test_ds_chat_ends_with_the_critics_value_after_eos():
 
     The first row fills the columns: no room for a token after its last one.
     """
-    config = PpoConfig(train=TrainConfig(batch_size=4), reward_at="ds_chat", score_clip=0.5)
+    config = PpoConfig(train=TrainConfig(batch_size=4), reward_at="ds_chat", score_clip=0.5, kl=KlConfig(coef=0.1))
     samples = allowed_samples()
     estimated, shaped, _ = score(
         random_params(DECODER), random_params(DECODER, 1), config=config, samples=samples, has_eos=jnp.ones(4, bool)
