@@ -40,6 +40,8 @@ MEASURES = {
 }  # fmt: skip
 """What each stage measures on held-out rows, so that a name that is none of them is known before any training."""
 
+LOWER_IS_BETTER = ("rejected", "clipfrac")
+"""Parts of metrics' names, and of the others those whose metrics are better where they are higher."""
 HIGHER_IS_BETTER = ("accura", "margin", "score", "reward", "gap", "utility", "explained_variance", "logps")
 
 
@@ -190,6 +192,9 @@ class DataConfig(Section, frozen=True):
 
     @model_validator(mode="after")
     def _needs_path(self) -> "DataConfig":
+        given = [name for name in type(self).model_fields if name.endswith("path") and getattr(self, name)]
+        if self.kind == "toy" and given:
+            raise ValueError(f"data.{given[0]} names files: say how to read them, data.kind=hh, tldr or pairs")
         if self.kind != "toy" and not self.path:
             raise ValueError(f"data.kind={self.kind} needs data.path: name one or more files, folders or hub data sets")
         return self
@@ -246,7 +251,9 @@ class TrainConfig(Section, frozen=True):
         """Which values of `best_metric` are better."""
         if self.best_mode is not None:
             return self.best_mode
-        return "max" if any(word in (self.best_metric or "") for word in HIGHER_IS_BETTER) else "min"
+        metric = self.best_metric or ""
+        lower = any(word in metric for word in LOWER_IS_BETTER)
+        return "max" if not lower and any(word in metric for word in HIGHER_IS_BETTER) else "min"
 
     @model_validator(mode="after")
     def _divides(self) -> "TrainConfig":
@@ -573,7 +580,7 @@ class Config(Section, frozen=True):
                     f"{stage}.train.best_metric={train.best_metric} is measured on held-out rows: set "
                     f"{stage}.train.eval_every, the updates between two measures"
                 )
-            known = [EVAL + name for name in MEASURES[stage]]
+            known = [EVAL + name for name in MEASURES[stage] if name != "loss/nll" or self.dpo.nll_coef]
             if train.best_metric not in known:
                 raise ValueError(
                     f"{stage}.train.best_metric={train.best_metric} is no measure of {stage}"

@@ -52,6 +52,11 @@ AT_SPLITS: tuple[ExperimentName, ...] = ("mpo", "dpo_easy", "dpo_hard", "ppo_eas
 _NAME = re.compile(r"(?P<experiment>\w+?)(?:_(?P<kind>[tf])(?P<value>-?\d[\d.e+-]*))?")
 
 
+def _exact(value: float) -> str:
+    """The shortest text that reads back as the same number: 2, 0.25."""
+    return repr(float(value)).removesuffix(".0")
+
+
 @dataclasses.dataclass(frozen=True)
 class Variant:
     """A run: an experiment, and where its pairs are split if not where the section `select` says.
@@ -69,8 +74,8 @@ class Variant:
     def name(self) -> str:
         """The run's folder: `mpo`, `mpo_t2` at threshold 2, `mpo_f0.25` with a quarter easy."""
         if self.threshold is not None:
-            return f"{self.experiment}_t{self.threshold:g}"
-        return self.experiment if self.easy_fraction is None else f"{self.experiment}_f{self.easy_fraction:g}"
+            return f"{self.experiment}_t{_exact(self.threshold)}"
+        return self.experiment if self.easy_fraction is None else f"{self.experiment}_f{_exact(self.easy_fraction)}"
 
     @classmethod
     def of(cls, name: str) -> "Variant":

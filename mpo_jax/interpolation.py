@@ -30,8 +30,8 @@ def refuse_resolvers(loaded: Any, where: str | Path) -> None:
         if called:
             raise UserError(
                 f"{where}: {key} calls a resolver, ${{name:...}}. Resolvers are never run, since they can read secrets "
-                "from the environment: write the value itself, give it on the command line, or refer to another key, "
-                "as in ${seed}"
+                "from the environment: write the value itself, give it on the command line, or refer to another key of "
+                "the same file, as in ${seed}"
             )
 
 

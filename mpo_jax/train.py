@@ -19,7 +19,7 @@ from mpo_jax.checkpoint import Checkpoints, abstract_state, leaf_hashes, state_h
 from mpo_jax.config import Config, OptimConfig, TrainConfig, to_yaml
 from mpo_jax.data.batches import Buckets, TrainBatches, num_steps
 from mpo_jax.data.tokens import Example
-from mpo_jax.errors import Preempted
+from mpo_jax.errors import Preempted, UserError
 from mpo_jax.guard import Guard
 from mpo_jax.model import functional
 from mpo_jax.model.functional import Model
@@ -248,6 +248,7 @@ def fit(
                     checkpoints.save(number, state, hashes=hashes, value=value, carried=carried)
             if stop:
                 raise Preempted(number)
+        _check_skipped(state, stage, num_steps)
         chosen = best.choose(num_steps)
         if chosen is not None and chosen["step"] != num_steps:
             # the last state leaves the devices before the best one comes
@@ -255,6 +256,25 @@ def fit(
             del state
             state = checkpoints.load(chosen["step"], abstract)
     return state, {"steps": num_steps, "train": logged, "best": chosen}
+
+
+def _check_skipped(state: State, stage: str, num_steps: int) -> None:
+    """Warns of skipped updates, which the state has counted through all resumptions.
+
+    Raises:
+      UserError: if a model of the state was never updated: it would be exported as trained.
+    """
+    is_state = lambda node: isinstance(node, TrainState)  # noqa: E731
+    for part in filter(is_state, jax.tree.leaves(state, is_leaf=is_state)):
+        made, skipped = int(part.step), int(part.skipped)
+        if skipped and not made:
+            raise UserError(
+                f"{stage}: the loss or the gradient was not finite in any of its {skipped} updates, so nothing was "
+                "trained. Check that the weights it starts from are finite, look at the rows in bad_batches/, or lower "
+                "the learning rate"
+            )
+        if skipped:
+            warn(f"{stage} skipped {skipped} of {num_steps} steps' updates: their loss or gradient was not finite")
 
 
 def _recipe(folder: Path) -> dict[str, Any] | None:
@@ -282,6 +302,7 @@ def fit_examples(
     steps = num_steps(len(examples), epochs=train.epochs, steps=train.steps, batch_size=train.batch_size)
     buckets = Buckets.of(examples, config.text.length_buckets)
     batches = TrainBatches(examples, buckets, train.batch_size, data_seed(config.seed, stage), train.shuffle)
+    check_rows(stage, len(examples), train.batch_size)
     check_schedule(f"{stage}.train.optim", train.optim, steps)
     learning_rate = make_learning_rate(train.optim, steps)
 
@@ -315,15 +336,17 @@ LONG_WARMUP = 0.3
 
 
 def check_schedule(key: str, optim: OptimConfig, num_updates: int) -> None:
-    """Warns where a stage makes few updates or spends many of them warming up.
+    """Warns where a model gets few updates or spends many of them warming up.
 
     Args:
       key: of the section with the optimiser, such as `sft.train.optim`.
     """
+    stage = key.partition(".")[0]
+    whose = "ppo's critic" if key == "ppo.critic_optim" else stage
     if num_updates < MIN_UPDATES:
         warn(
-            f"{key.partition('.')[0]} makes {num_updates} updates, which hardly train a model: lower its "
-            "train.batch_size, raise its train.epochs, or give it more rows"
+            f"{whose} makes {num_updates} updates, which hardly train a model: give it more rows, lower "
+            f"{stage}.train.batch_size, or raise {stage}.train.epochs (or train.steps, which comes before them)"
         )
     asked, given = optim.warmup_steps, warmup_steps(optim, num_updates)
     if asked is not None and asked > LONG_WARMUP * num_updates:
@@ -331,6 +354,15 @@ def check_schedule(key: str, optim: OptimConfig, num_updates: int) -> None:
         warn(
             f"{key}.warmup_steps={asked} is {asked / num_updates:.0%} of the {num_updates} updates{shortened}: "
             "lower it, or set it to null for a tenth of the updates"
+        )
+
+
+def check_rows(stage: str, num_rows: int, batch_size: int) -> None:
+    """Warns where a batch holds rows more than once."""
+    if num_rows < batch_size:
+        warn(
+            f"{stage} has {num_rows} rows for batches of {batch_size}, which hold each of them several times: lower "
+            f"{stage}.train.batch_size"
         )
 
 

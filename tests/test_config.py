@@ -54,6 +54,23 @@ def test_a_section_that_is_given_in_part_keeps_its_stage_s_defaults(tmp_path):
     assert load(tmp_path, to_yaml(config)) == config
 
 
+def test_files_need_a_kind(tmp_path):
+    """Else a user who names only model and data would train on the toy world."""
+    for key in ("path", "sft_path", "test_path", "prompt_path", "test_prompt_path"):
+        with pytest.raises(UserError, match=rf"data\.{key} names files: say how to read them, data\.kind=hh"):
+            load(tmp_path, f"data: {{{key}: a.jsonl}}")
+
+
+def test_best_is_lower_where_less_is_better_and_must_be_measured(tmp_path):
+    best = lambda metric: load(tmp_path, "ppo: {train: {eval_every: 1}}", f"ppo.train.best_metric={metric}").ppo.train  # noqa: E731
+    assert best("eval/objective/scores").better == "max"
+    assert best("eval/objective/score_clipfrac").better == best("eval/objective/kl").better == "min"
+    keys = ("dpo.train.eval_every=1", "dpo.train.best_metric=eval/loss/nll")
+    with pytest.raises(UserError, match="is no measure of dpo"):
+        load(tmp_path, "", *keys)
+    assert load(tmp_path, "dpo: {nll_coef: 0.1}", *keys).dpo.train.better == "min"
+
+
 def test_each_stage_is_measured_where_it_has_rows_that_it_does_not_train_on(tmp_path):
     """With test prompts alone, SFT and DPO train on all pairs; the reward model has its validation rows."""
     data = "data: {kind: pairs, path: a.jsonl, test_prompt_path: b.jsonl}"
@@ -100,8 +117,8 @@ def test_every_section_is_frozen_and_refuses_unknown_keys():
         ("experiment=sft,dpo_base", "experiment", ("sft", "dpo_base")),
         ("experiment=sft, dpo_base", "experiment", ("sft", "dpo_base")),
         ("experiment=[mpo,mpo_sft_kl]", "experiment", ("mpo", "mpo_sft_kl")),
-        ("data.path=one.jsonl", "data.path", ("one.jsonl",)),
-        ("data.path=[one.jsonl,two.jsonl]", "data.path", ("one.jsonl", "two.jsonl")),
+        ("table.thresholds=1.5", "table.thresholds", (1.5,)),
+        ("table.thresholds=[1.5,2]", "table.thresholds", (1.5, 2.0)),
         ("select={threshold: null, easy_fraction: 0.0}", "select.easy_fraction", 0.0),
     ],
 )
@@ -144,7 +161,7 @@ def test_files_and_keys_merge_in_order(tmp_path):
     assert load(tmp_path, base, str(more), "seed=3").seed == 3
     assert load(tmp_path, base, "seed=3", str(more)).seed == 2
     assert load(tmp_path, base, str(more), "ppo.kl.coef=0.0").ppo.kl.coef == 0.0
-    assert load(tmp_path, "data: {path: [a, b]}", "data.path=[c]").data.path == ("c",)
+    assert load(tmp_path, "data: {kind: pairs, path: [a, b]}", "data.path=[c]").data.path == ("c",)
 
 
 REFUSED = {
@@ -272,7 +289,7 @@ text = st.lists(
             "seed": st.integers(0, 2**31 - 1),
             "experiment": st.lists(st.sampled_from(["sft", "mpo", "ppo_hard"]), max_size=3),
             "text": st.fixed_dictionaries({"prompt_template": st.tuples(text, text).map("{prompt}".join)}),
-            "data": st.fixed_dictionaries({"path": st.lists(text, max_size=2), "kind": st.just("toy")}),
+            "data": st.fixed_dictionaries({"path": st.lists(text, min_size=1, max_size=2), "kind": st.just("pairs")}),
             "select": st.one_of(
                 st.fixed_dictionaries({"easy_fraction": st.floats(0, 1)}),
                 st.fixed_dictionaries({"threshold": st.floats(allow_nan=False, allow_infinity=False)}),

@@ -15,6 +15,7 @@ from mpo_jax.experiments import EXPERIMENTS, Variant, in_order, is_run, table_va
         (Variant("mpo", threshold=0.25), "mpo_t0.25"),
         (Variant("mpo", threshold=-1.5), "mpo_t-1.5"),
         (Variant("mpo", threshold=1e-7), "mpo_t1e-07"),
+        (Variant("mpo", threshold=1.2345678), "mpo_t1.2345678"),
         (Variant("mpo", easy_fraction=0.5), "mpo_f0.5"),
         (Variant("mpo_reverse_sft"), "mpo_reverse_sft"),
         (Variant("dpo_easy", threshold=2.0), "dpo_easy_t2"),

@@ -8,7 +8,7 @@ from mpo_jax.config import Config, OptimConfig, SelectConfig
 from mpo_jax.data.pair_table import PairTable, check_subsets
 from mpo_jax.errors import NothingSelected
 from mpo_jax.stage_warnings import collect_warnings, warn
-from mpo_jax.train import check_schedule
+from mpo_jax.train import check_rows, check_schedule
 
 
 def table_of(*gaps: float) -> PairTable:
@@ -53,6 +53,13 @@ def test_few_updates_and_long_warm_ups(optim, updates, says):
         check_schedule("dpo.train.optim", OptimConfig(**optim), updates)
     assert len(warnings) == len(says)
     assert all(text in warning for text, warning in zip(says, warnings, strict=True))
+
+
+def test_a_batch_that_holds_rows_twice():
+    with collect_warnings() as warnings:
+        check_rows("dpo", 32, 32)
+        check_rows("dpo", 5, 32)
+    assert len(warnings) == 1 and "dpo has 5 rows for batches of 32" in warnings[0]
 
 
 @pytest.mark.parametrize(("threshold", "empty"), [(1.0, None), (5.0, "easy"), (0.1, "hard")])

@@ -18,6 +18,7 @@ from mpo_jax.errors import Preempted, UserError
 from mpo_jax.model.functional import Model
 from mpo_jax.preemption import stopping_at
 from mpo_jax.sharding import place_batch
+from mpo_jax.stage_warnings import collect_warnings
 from mpo_jax.stages import dpo, reward, sft
 from mpo_jax.train import fit, init_state, make_update, state_sharding
 from mpo_jax.types import Mean
@@ -173,6 +174,14 @@ def test_steps_with_a_checkpoint_are_logged(tmp_path):
     assert logged(tmp_path / "whole") == logged(tmp_path / "killed")
 
 
+def test_skipped_updates_are_warned_of_and_a_model_without_any_is_no_result(tmp_path):
+    with collect_warnings() as warnings:
+        run_fit(tmp_path / "some", steps=4, broken=(2,))
+    assert warnings == ["sft skipped 1 of 4 steps' updates: their loss or gradient was not finite"]
+    with pytest.raises(UserError, match="sft: the loss or the gradient was not finite in any of its 3 updates"):
+        run_fit(tmp_path / "none", steps=3, broken=(0, 1, 2))
+
+
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize("what", ["gradient", "loss"])
 def test_an_update_that_is_not_finite_changes_nothing(what, accumulation):
@@ -222,7 +231,7 @@ def test_fit_goes_on_after_a_broken_batch_and_keeps_it(tmp_path, capsys):
         assert set(batch) == {f"rows.{name}" for name in ("prompt", "prompt_len", "response", "response_len", "key")}
         np.testing.assert_array_equal(batch["rows.response"], np.roll(data.response, 2, 0))
     printed = " ".join(capsys.readouterr().out.split())
-    assert printed.count("not finite") == 1
+    assert printed.count("the update is skipped") == 1
     assert "sft step 3: loss or gradient is not finite, the update is skipped (1 in a row); batch in" in printed
 
 

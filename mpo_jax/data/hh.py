@@ -66,7 +66,7 @@ def read_hh_prompts(
 def source_category(place: str) -> str | None:
     """`helpful` or `harmless`, as the last part of a file's, folder's or hub data set's name that says one of them."""
     parts = re.split(r"[/:]", place.lower())
-    named = ({word for word in CATEGORIES if word in part} for part in reversed(parts))
+    named = (set(CATEGORIES) & set(re.split(r"[^a-z]+", part)) for part in reversed(parts))
     return next((words.pop() for words in named if len(words) == 1), None)
 
 

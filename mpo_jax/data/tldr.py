@@ -144,7 +144,7 @@ def _query(row: Row, place: str, keep_news: bool) -> str:
             raise Drop("news article")
         return f"Article:\n{text_field(post, 'article', where)}\n\n{END}"
     subreddit, title, body = (text_field(post, field, where) for field in ("subreddit", "title", "post"))
-    return f"SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {body}\n\n{END}"
+    return f"SUBREDDIT: r/{subreddit.removeprefix('r/')}\n\nTITLE: {title}\n\nPOST: {body}\n\n{END}"
 
 
 def _named(query: str, row: Row) -> dict[str, str | None]:

@@ -90,14 +90,18 @@ def paired_bootstrap(difference_SP: Seeds, *, shared_prompts: bool, resamples: i
       seed: of the resampling.
 
     Returns:
-      Percentiles of the resampled means. A single value has the interval (-inf, inf) and p = 1.
+      Percentiles of the resampled means. A prompt alone has the interval (-inf, inf) and p = 1.
 
     Raises:
-      ValueError: without values, or where seeds are said to share prompts and differ in their number.
+      ValueError: without values, for values that are not finite, or where seeds are said to share prompts and differ
+        in their number.
     """
     groups = _groups(difference_SP, shared_prompts)
     mean = float(np.mean([x_P.mean() for x_P in groups]))
-    if len(groups) == 1 and len(groups[0]) == 1:
+    if resamples < 1:
+        raise ValueError(f"resamples={resamples} must be 1 or more")
+    if all(len(x_P) == 1 for x_P in groups):
+        # how much prompts differ cannot be known
         return Interval(mean, -np.inf, np.inf, 1.0)
     rng = np.random.default_rng(seed)
     drawn = [np.mean(groups, axis=0)] if shared_prompts else groups
@@ -144,6 +148,8 @@ def _groups(values_SP: Seeds, shared_prompts: bool) -> list[np.ndarray]:
     groups = [np.asarray(x_P, np.float64) for x_P in values_SP]
     if not groups or any(x_P.ndim != 1 or not len(x_P) for x_P in groups):
         raise ValueError("every seed needs an array of one value a prompt, and there must be a seed")
+    if not all(np.isfinite(x_P).all() for x_P in groups):
+        raise ValueError("a mean over values that are not finite has no interval: leave those prompts out")
     if shared_prompts and len({len(x_P) for x_P in groups}) > 1:
         raise ValueError(f"seeds that share prompts have equally many, not {sorted({len(x) for x in groups})}")
     return groups

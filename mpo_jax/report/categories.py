@@ -3,6 +3,8 @@
 from collections import Counter
 from collections.abc import Callable
 
+import numpy as np
+
 from mpo_jax.evaluation.answers import CATEGORY
 from mpo_jax.evaluation.calibration import read_gap_categories
 from mpo_jax.report.claims import RULE, TOO_FEW, claim_rows, unit
@@ -101,6 +103,6 @@ def largest(rows: Rows, count: int = SHOWN) -> Rows:
     sizes: Counter[str] = Counter()
     for row in rows:
         if row.get(CATEGORY) is not None and row.get("of") != "paper":
-            sizes[row[CATEGORY]] += next((row[key] for key in COUNTS if row.get(key)), 0)
+            sizes[row[CATEGORY]] += next((row[key] for key in COUNTS if isinstance(row.get(key), int | np.integer)), 0)
     kept = {name for name, _ in sizes.most_common(count)}
     return [row for row in rows if row.get(CATEGORY) is None or row.get("of") == "paper" or row[CATEGORY] in kept]

@@ -39,7 +39,7 @@ from mpo_jax.stages.ppo_programs import (
     updates_in_one_pass,
 )
 from mpo_jax.text import TextCodec, load_tokenizer
-from mpo_jax.train import check_schedule, check_sizes, fit, init_state, make_learning_rate
+from mpo_jax.train import check_rows, check_schedule, check_sizes, fit, init_state, make_learning_rate
 from mpo_jax.types import Artifact, Joined, Mean, Metrics, Moments, Params, PpoBatch, Skips, TrainState
 
 
@@ -122,6 +122,7 @@ def run(
         )
     batches = TrainBatches(examples, buckets, size, data_seed(config.seed, "ppo"), ppo.train.shuffle)
     demonstrations = _demonstrations(config, codec) if ppo.extras.ptx_coef else None
+    check_rows("ppo", len(examples), size)
     own_iterations = iterations - ppo.extras.critic_warmup
     for key, optim, made in (("train.optim", ppo.train.optim, own_iterations),
                              ("critic_optim", ppo.critic_optim, iterations)):  # fmt: skip

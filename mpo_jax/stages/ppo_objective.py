@@ -142,9 +142,10 @@ def rollout_metrics(
     real_B = r.mask.any(-1)
     clipped_B = jnp.abs(rewarded_score(r, config, moments)) > config.score_clip
     normalised: Metrics = {}
+    optimised_B = r.score if moments is None else normalise(r.score, moments)
     if moments is not None:
         normalised = {
-            "objective/scores_normalised": Mean.of(normalise(r.score, moments), real_B),
+            "objective/scores_normalised": Mean.of(optimised_B, real_B),
             "objective/score_running_mean": moments.mean,
             "objective/score_running_std": moments.std,
         }
@@ -159,7 +160,7 @@ def rollout_metrics(
         "objective/score_clipfrac": Mean.of(clipped_B, real_B),
         **normalised,
         "objective/non_score_reward": Mean.of(-kl_coef * kl_B, real_B),
-        "objective/rlhf_reward": Mean.of(r.score - kl_coef * kl_B, real_B),
+        "objective/rlhf_reward": Mean.of(optimised_B - kl_coef * kl_B, real_B),
         "objective/kl_coef": kl_coef,
         "policy/entropy_avg": Mean.of(entropy_BS, r.mask),
         "critic/explained_variance": explained_variance(r.value, batch.returns, r.mask),

@@ -113,6 +113,7 @@ def _held_out_nll(
         Buckets.of(held_out, config.text.length_buckets),
         config.sft.train.batch_size,
         lambda batch: nll(params, place_batch(batch, mesh)),
+        models=("the SFT model", "the SFT model"),
     )
     return float(total.sum() / count.sum())
 

@@ -197,6 +197,7 @@ def test_the_fingerprint_has_the_new_keys(tmp_path):
         ("hh/harmless-base/test.parquet row 1", "harmless"),
         ("helpful-and-harmless/test.jsonl:1", None),
         ("hh/test.jsonl:1", None),
+        ("/data/unhelpful/rows.jsonl:2", None),
     ],
 )
 def test_hh_s_sources_name_categories(place, category):
@@ -285,5 +286,6 @@ def test_the_stages_take_their_part(monkeypatch):
     assert ppo._prompts(config, None, "all") == corpus.prompts[:5]
     codec: Any = None
     monkeypatch.setattr(dpo, "tokenize", lambda _codec, rows, **_: (rows, None))
-    assert dpo._human_examples(config, codec) == [(r.prompt, (r.chosen, r.rejected)) for r in corpus.pairs[:5]]
+    rows = corpus.human_pairs(config.select.num_prompts)
+    assert dpo._human_examples(config, codec, rows) == [(r.prompt, (r.chosen, r.rejected)) for r in corpus.pairs[:5]]
     assert (Cost(config)._num_pairs, Cost(config)._num_prompts, Cost(config)._selected()) == (5, 5, 5)

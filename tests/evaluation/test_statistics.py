@@ -109,6 +109,19 @@ def test_seeds_with_prompts_of_their_own_may_have_more_or_fewer() -> None:
         paired_bootstrap([], shared_prompts=False, resamples=400, seed=12)
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_what_cannot_be_known_is_no_evidence(shared: bool) -> None:
+    """One prompt a seed says nothing of other prompts, and NaN compares with nothing."""
+    for one in ([[1.0], [1.0]], [[1.0]]):
+        found = paired_bootstrap(np.asarray(one), shared_prompts=shared, resamples=400, seed=0)
+        assert (found.mean, found.low, found.high, found.p) == (1.0, -np.inf, np.inf, 1.0)
+    for broken in (np.nan, np.inf):
+        with pytest.raises(ValueError, match="not finite"):
+            paired_bootstrap(np.asarray([[broken, 1.0, 2.0]]), shared_prompts=shared, resamples=400, seed=0)
+    with pytest.raises(ValueError, match="resamples=0"):
+        paired_bootstrap(np.ones((1, 3)), shared_prompts=shared, resamples=0, seed=0)
+
+
 def test_two_seeds_that_differ_say_little() -> None:
     """Student's t with 1 degree of freedom: 12.7 standard errors of the seeds to each side."""
     x_SP = np.asarray([[0.0], [1.0]]) + 0.001 * np.random.default_rng(13).normal(size=(2, 50))
