@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 
 from mpo_jax.artifacts import Store
-from mpo_jax.config import Config, OptimConfig, SelectConfig
+from mpo_jax.config import Config, ModelConfig, OptimConfig, SelectConfig
 from mpo_jax.data.pair_table import PairTable, check_subsets
+from mpo_jax.data.tokens import TokenReport
 from mpo_jax.errors import NothingSelected
 from mpo_jax.stage_warnings import collect_warnings, warn
+from mpo_jax.stages import sft
 from mpo_jax.train import check_rows, check_schedule
 
 
@@ -60,6 +62,19 @@ def test_a_batch_that_holds_rows_twice():
         check_rows("dpo", 32, 32)
         check_rows("dpo", 5, 32)
     assert len(warnings) == 1 and "dpo has 5 rows for batches of 32" in warnings[0]
+
+
+def test_a_pretrained_model_on_the_toy_world_and_prompts_that_are_cut():
+    config, few = Config(model=ModelConfig(path="somewhere")), TokenReport(rows=10, truncated_prompts=5)
+    with collect_warnings() as warnings:
+        sft._warn_of_inputs(Config(), few)
+        assert not warnings
+        sft._warn_of_inputs(config, few)
+        sft._warn_of_inputs(Config(), TokenReport(rows=10, truncated_prompts=6))
+    assert [warning.split(",")[0] for warning in warnings] == [
+        "model.path is set and data.kind is toy: a pretrained model learns the toy world. Name data.path and data.kind",
+        "6 of 10 demonstrations' prompts are cut to text.max_prompt_tokens=512: raise it",
+    ]
 
 
 @pytest.mark.parametrize(("threshold", "empty"), [(1.0, None), (5.0, "easy"), (0.1, "hard")])

@@ -17,6 +17,7 @@ from mpo_jax.model.functional import Model
 from mpo_jax.ops import masked_sum
 from mpo_jax.runtime import stage_key
 from mpo_jax.sharding import place_batch, replicated
+from mpo_jax.stage_warnings import warn
 from mpo_jax.text import TextCodec
 from mpo_jax.tracker import console
 from mpo_jax.train import check_sizes, fit_examples, make_update, state_sharding
@@ -74,6 +75,7 @@ def run(config: Config, mesh: Mesh, folder: Path) -> dict[str, Any]:
     cache = config.runtime.token_cache_folder
     examples, report = tokenize(codec, [(row.prompt, (row.response,)) for row in corpus.demonstrations], cache=cache)
     _show(corpus, report)
+    _warn_of_inputs(config, report)
     rows = first_rows(corpus.held_out, train, "sft")
     measured, _ = tokenize(codec, [(row.prompt, (row.chosen,)) for row in rows], cache=cache)
     params, trained = fit_examples(
@@ -116,6 +118,18 @@ def _held_out_nll(
         models=("the SFT model", "the SFT model"),
     )
     return float(total.sum() / count.sum())
+
+
+def _warn_of_inputs(config: Config, tokens: TokenReport) -> None:
+    if config.data.kind == "toy" and config.model.path is not None:
+        warn(
+            "model.path is set and data.kind is toy, so a pretrained model learns the toy world: name data.path and kind"
+        )
+    if 2 * tokens.truncated_prompts > tokens.rows:
+        warn(
+            f"{tokens.truncated_prompts} of {tokens.rows} demonstrations' prompts are cut to "
+            f"text.max_prompt_tokens={config.text.max_prompt_tokens}: raise it"
+        )
 
 
 def _show(corpus: Corpus, tokens: TokenReport) -> None:

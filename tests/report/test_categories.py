@@ -1,8 +1,8 @@
 """Tables by category: only that category's prompts and pairs, the largest on the page, and nothing made up of few."""
 
 import csv
-import re
 import json
+import re
 from pathlib import Path
 from typing import Any
 
