@@ -71,10 +71,9 @@ def test_a_pretrained_model_on_the_toy_world_and_prompts_that_are_cut():
         assert not warnings
         sft._warn_of_inputs(config, few)
         sft._warn_of_inputs(Config(), TokenReport(rows=10, truncated_prompts=6))
-    assert [warning.split(",")[0] for warning in warnings] == [
-        "model.path is set and data.kind is toy: a pretrained model learns the toy world. Name data.path and data.kind",
-        "6 of 10 demonstrations' prompts are cut to text.max_prompt_tokens=512: raise it",
-    ]
+    first, second = warnings
+    assert "a pretrained model learns the toy world" in first
+    assert second == "6 of 10 demonstrations' prompts are cut to text.max_prompt_tokens=512: raise it"
 
 
 @pytest.mark.parametrize(("threshold", "empty"), [(1.0, None), (5.0, "easy"), (0.1, "hard")])

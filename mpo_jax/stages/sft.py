@@ -123,7 +123,8 @@ def _held_out_nll(
 def _warn_of_inputs(config: Config, tokens: TokenReport) -> None:
     if config.data.kind == "toy" and config.model.path is not None:
         warn(
-            "model.path is set and data.kind is toy, so a pretrained model learns the toy world: name data.path and kind"
+            "model.path is set and data.kind is toy: a pretrained model learns the toy world. To train on rows of your "
+            "own, name data.path and data.kind"
         )
     if 2 * tokens.truncated_prompts > tokens.rows:
         warn(
