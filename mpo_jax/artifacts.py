@@ -46,7 +46,9 @@ def artifact_name(recipe: Mapping[str, Any]) -> str:
 
 
 class Builder(Protocol):
-    """What a pipeline asks for its stages."""
+    """What a pipeline asks for its stages. `makes`: whether they are made, or only named."""
+
+    makes: bool
 
     def build(
         self,
@@ -71,6 +73,8 @@ class Store:
     Raises:
       UserError: if the workdir or the bucket cannot be written.
     """
+
+    makes = True
 
     def __init__(self, workdir: Path, overall: Overall | None = None, *, bucket: Bucket | None = None):
         self._overall, self.bucket = overall, bucket

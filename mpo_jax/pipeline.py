@@ -76,7 +76,7 @@ class Pipeline:
           NothingSelected: before any of the steps is trained, if a step's subset is empty.
         """
         artifact = self.select(sft, reward)
-        if (artifact.path / pair_table.FILE).is_file():
+        if self.store.makes:
             pair_table.check_subsets(artifact.path, (step.subset for step in steps), self.config.select)
         return artifact
 

@@ -67,6 +67,8 @@ class Planned:
 class Listing:
     """A store that makes nothing: it names what would be made and opens what there is."""
 
+    makes = False
+
     def __init__(self, workdir: Path, bucket: Bucket | None = None):
         self.folder, self._bucket = workdir / "stages", bucket
 

@@ -295,7 +295,8 @@ def test_every_option_of_ppo_runs_and_shows(copied):
         "ppo.epochs=2", "ppo.minibatches=2", "ppo.train.accumulation=2", "ppo.extras.whiten_rewards=true",
         "ppo.extras.whiten_advantages=true", "ppo.extras.missing_eos=replace", "ppo.extras.ptx_coef=0.1",
         "ppo.extras.ema_decay=0.9", "ppo.extras.critic_warmup=1", "ppo.kl.adaptive=true", "ppo.kl.stop=1.0e-9",
-        "ppo.kl.horizon=40", "ppo.kl.coef=0.1", "ppo.reward_at=ds_chat", "ppo.greedy=true", "ppo.temperature=0.7", "ppo.score=normalised",
+        "ppo.kl.horizon=40", "ppo.kl.coef=0.1", "ppo.reward_at=ds_chat", "ppo.greedy=true", "ppo.temperature=0.7",
+        "ppo.score=normalised",
     )  # fmt: skip
     before = set(stages(copied))
     assert mpo("ppo", MICRO, f"workdir={copied}", *options) == 0
