@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax
 
-from mpo_jax.config import OptimConfig, ToyConfig, load_config
+from mpo_jax.config.load import load_config
+from mpo_jax.config.schema import OptimConfig, ToyConfig
 from mpo_jax.data import toy
 from mpo_jax.types import Tokens
-from tests.commands.conftest import write_model
-from tests.model.tiny import DECODER, answers, load_folder
-from tests.test_pipeline import mpo
+from tests.cli.conftest import write_model
+from tests.models.tiny import DECODER, answers, load_folder
+from tests.pipeline.test_pipeline import mpo
 
 pytestmark = pytest.mark.unoptimised
 

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import jax
 import pytest
 
-from mpo_jax.config import RuntimeConfig
+from mpo_jax.config.schema import RuntimeConfig
 from mpo_jax.data.batches import TrainBatches
-from mpo_jax.tracker import Tracker
-from tests.test_pipeline import MICRO, mpo
+from mpo_jax.training.tracker import Tracker
+from tests.pipeline.test_pipeline import MICRO, mpo
 
 pytestmark = pytest.mark.unoptimised
 

@@ -7,14 +7,15 @@ import sys
 
 import pytest
 
-from mpo_jax.config import Config, ModelConfig, RewardConfig, TextConfig
+from mpo_jax.config.schema import Config, ModelConfig, RewardConfig, TextConfig
 from mpo_jax.data.sources import open_source
+from mpo_jax.data.text import TextCodec
 from mpo_jax.errors import UserError
+from mpo_jax.models.hf.tokenizer import load_tokenizer
 from mpo_jax.stages import reward
-from mpo_jax.text import TextCodec, load_tokenizer
-from tests.commands.conftest import decoder, language_model, reward_model  # noqa: F401 (fixtures)
-from tests.model.tiny import mesh_of
-from tests.test_pipeline import mpo
+from tests.cli.conftest import decoder, language_model, reward_model  # noqa: F401 (fixtures)
+from tests.models.tiny import mesh_of
+from tests.pipeline.test_pipeline import mpo
 
 CODE = """
 from pathlib import Path

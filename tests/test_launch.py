@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from mpo_jax.config import Config, load_config
+from mpo_jax.config.load import load_config
+from mpo_jax.config.schema import Config
 
 pytestmark = pytest.mark.unoptimised
 
@@ -20,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
 SCRIPTS = [*sorted(LAUNCH.glob("*.sh")), LAUNCH / "slurm.sbatch", ROOT / ".ci" / "run"]
 JOBSETS = {"gpu": LAUNCH / "k8s_gpu_jobset.yaml", "tpu": LAUNCH / "k8s_tpu_jobset.yaml"}
-COMMAND = [sys.executable, "-c", "from mpo_jax.cli import main; main()"]
+COMMAND = [sys.executable, "-c", "from mpo_jax.cli.app import main; main()"]
 
 
 def resolved(arguments: list[str]) -> Config:

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from mpo_jax.data.pair_table import PairTable
-from mpo_jax.report import results
-from mpo_jax.report.seeds import pair_differences
-from tests.test_pipeline import manifest, mpo
+from mpo_jax.tools.report import results
+from mpo_jax.tools.report.seeds import pair_differences
+from tests.pipeline.test_pipeline import manifest, mpo
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 FEWER = (

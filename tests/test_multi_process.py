@@ -15,13 +15,13 @@ import jax
 import numpy as np
 import pytest
 
-from mpo_jax import processes
 from mpo_jax.data.pair_table import PairTable
-from tests.test_pipeline import MICRO, mpo, stages
+from mpo_jax.runtime import processes
+from tests.pipeline.test_pipeline import MICRO, mpo, stages
 
 pytestmark = pytest.mark.unoptimised
 
-COMMAND = [sys.executable, "-c", "from mpo_jax.cli import main; main()"]
+COMMAND = [sys.executable, "-c", "from mpo_jax.cli.app import main; main()"]
 MESH = ("mesh.data=2", "mesh.fsdp=4")
 MEASURED = tuple(f"{stage}.train.eval_every=2" for stage in ("sft", "reward", "dpo", "ppo"))
 CACHE = f"runtime.compilation_cache={jax.config.jax_compilation_cache_dir}"

@@ -8,13 +8,13 @@ import numpy as np
 import optax
 import pytest
 
-from mpo_jax.config import OptimConfig
-from mpo_jax.model.functional import Model
-from mpo_jax.sharding import place_batch
+from mpo_jax.config.schema import OptimConfig
+from mpo_jax.models.forward import Model
+from mpo_jax.runtime.sharding import place_batch
 from mpo_jax.stages import sft
-from mpo_jax.train import init_state, make_update
+from mpo_jax.training.loop import init_state, make_update
 from mpo_jax.types import Mean, Params
-from tests.model.tiny import DECODER, FAST, mesh_of, random_params, trees_close
+from tests.models.tiny import DECODER, FAST, mesh_of, random_params, trees_close
 from tests.stages.test_sharded import MODEL, ONE, OPTIM, SINGLES, metrics_close, run_step
 
 pytestmark = pytest.mark.unoptimised

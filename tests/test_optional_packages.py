@@ -10,7 +10,7 @@ import pytest
 pytestmark = pytest.mark.unoptimised
 
 MICRO = Path(__file__).parent / "configs" / "micro.yaml"
-WITHOUT = "import sys; sys.modules.update(dict.fromkeys({names!r})); from mpo_jax.cli import main; main()"
+WITHOUT = "import sys; sys.modules.update(dict.fromkeys({names!r})); from mpo_jax.cli.app import main; main()"
 
 
 def mpo_without(names: list[str], *arguments: str) -> subprocess.CompletedProcess[str]:

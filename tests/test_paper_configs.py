@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from mpo_jax.config import Config, load_config
+from mpo_jax.config.load import load_config
+from mpo_jax.config.schema import Config
 from mpo_jax.data.batches import num_steps
 from mpo_jax.data.sources import _HUB_PATTERN, HUB
 

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mpo_jax.data.pair_table import PairTable
-from tests.test_pipeline import manifest, mpo
+from tests.pipeline.test_pipeline import manifest, mpo
 
 pytestmark = pytest.mark.unoptimised
 

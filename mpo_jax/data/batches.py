@@ -16,7 +16,7 @@ import numpy as np
 
 from mpo_jax.data.tokens import Example
 from mpo_jax.errors import NotFinite, UserError
-from mpo_jax.processes import to_host
+from mpo_jax.runtime.processes import to_host
 from mpo_jax.types import Joined
 
 WINDOW = 64  # batches among which rows of similar length are brought together

@@ -9,14 +9,14 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from mpo_jax.chat import Chat
-from mpo_jax.config import Config, DataConfig, ModelConfig, TextConfig
+from mpo_jax.config.schema import Config, DataConfig, ModelConfig, TextConfig
 from mpo_jax.data import hh, records, tldr, toy
+from mpo_jax.data.chat import Chat
 from mpo_jax.data.records import DataReport, Demonstration, Preference, Prompt, Renderer, is_validation
 from mpo_jax.data.sources import HUB, Source, fingerprint_files, open_source
 from mpo_jax.errors import UserError
-from mpo_jax.hub import local_model
-from mpo_jax.text import load_tokenizer
+from mpo_jax.models.hf.hub import local_model
+from mpo_jax.models.hf.tokenizer import load_tokenizer
 
 T = TypeVar("T")
 TESTED = "also a test prompt"

@@ -2,7 +2,7 @@
 
 import re
 
-from mpo_jax.chat import Message
+from mpo_jax.data.chat import Message
 from mpo_jax.data.records import (
     DataReport,
     Drop,

@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mpo_jax.config import SelectConfig
+from mpo_jax.config.schema import SelectConfig
 from mpo_jax.errors import NothingSelected
+from mpo_jax.runtime.stage_warnings import warn
 from mpo_jax.selection import split, threshold_for_fraction
-from mpo_jax.stage_warnings import warn
 
 Subset = Literal["all", "easy", "hard"]
 FILE = "pairs.parquet"

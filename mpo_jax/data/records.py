@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from mpo_jax.chat import Chat, Message
+from mpo_jax.data.chat import Chat, Message
 from mpo_jax.data.sources import Row, Source
 from mpo_jax.errors import UserError
 

@@ -13,7 +13,7 @@ import numpy as np
 import tokenizers
 import transformers
 
-from mpo_jax.text import CHUNK_TEXTS, TextCodec
+from mpo_jax.data.text import CHUNK_TEXTS, TextCodec
 
 FORMAT = 1
 VISIT_STEP = 0x9E3779B9

@@ -22,7 +22,7 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from mpo_jax.config import ToyConfig
+from mpo_jax.config.schema import ToyConfig
 from mpo_jax.data.records import Demonstration, Preference
 
 WEIGHTS = {"who": 1.0, "problem": 1.5, "attempt": 0.5, "question": 1.0}

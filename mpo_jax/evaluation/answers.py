@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mpo_jax.chat import Message
+from mpo_jax.data.chat import Message
 from mpo_jax.data.records import said, text_field
 from mpo_jax.data.sources import HUB, JSON_SUFFIXES, Row, open_source
 from mpo_jax.errors import UserError

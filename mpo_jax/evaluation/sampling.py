@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from mpo_jax.config import Config
+from mpo_jax.config.schema import Config
 from mpo_jax.data.batches import Buckets
+from mpo_jax.data.text import TextCodec
 from mpo_jax.data.tokens import tokenize
-from mpo_jax.generate import Sampling
-from mpo_jax.model.functional import Model
-from mpo_jax.refill import sample_all
-from mpo_jax.text import TextCodec
+from mpo_jax.models.forward import Model
+from mpo_jax.models.generate import Sampling
+from mpo_jax.training.refill import sample_all
 from mpo_jax.types import Params
 
 

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from mpo_jax.processes import to_host
-from mpo_jax.text import TextCodec
+from mpo_jax.data.text import TextCodec
+from mpo_jax.runtime.processes import to_host
 from mpo_jax.types import Joined, Mean
 
 Truth = Callable[[str, str], float]

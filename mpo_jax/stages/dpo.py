@@ -11,20 +11,21 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from mpo_jax.config import Config, DpoConfig, OptimConfig
+from mpo_jax.config.schema import Config, DpoConfig, OptimConfig
 from mpo_jax.data.batches import Buckets, map_batches
 from mpo_jax.data.corpus import load_corpus
 from mpo_jax.data.pair_table import PairTable, Subset
 from mpo_jax.data.records import Preference
+from mpo_jax.data.text import TextCodec
 from mpo_jax.data.tokens import Example, tokenize
 from mpo_jax.losses import cdpo_loss, chosen_nll_loss, dpo_loss, ipo_loss
-from mpo_jax.model import functional, loading
-from mpo_jax.model.functional import Model
-from mpo_jax.sharding import place_batch, replicated
-from mpo_jax.text import TextCodec, load_tokenizer
-from mpo_jax.train import check_sizes, fit_examples, make_update, state_sharding
+from mpo_jax.models import forward, loading
+from mpo_jax.models.forward import Model
+from mpo_jax.models.hf.tokenizer import load_tokenizer
+from mpo_jax.runtime.sharding import place_batch, replicated
+from mpo_jax.training.loop import check_sizes, fit_examples, make_update, state_sharding
+from mpo_jax.training.validation import first_rows, make_evaluate, make_measure
 from mpo_jax.types import Artifact, Joined, Mean, Metrics, Params
-from mpo_jax.validation import first_rows, make_evaluate, make_measure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +55,8 @@ def objective(
 ) -> tuple[Metrics, Metrics]:
     """The preference loss, and the NLL term where it has a weight. `batch`: pairs, reference log-probs."""
     joined, ref_logp_BN = batch
-    tokens = functional.join(joined)
-    sum_BN = functional.response_logps(model, params, joined)
+    tokens = forward.join(joined)
+    sum_BN = forward.response_logps(model, params, joined)
     scale_BN = jnp.maximum(joined.response_len, 1) if loss.length_normalised else jnp.ones_like(joined.response_len)
     logp_BN, ref_BN = sum_BN / scale_BN, ref_logp_BN / scale_BN
     valid_B = jnp.asarray(joined.prompt_len) > 0
@@ -146,7 +147,7 @@ def _with_reference(config: Config, mesh: Mesh, reference: Artifact, *sets: list
     Each set has buckets of its own, so that what is computed of one does not depend on another.
     """
     model, params = loading.load(reference.model, config, mesh, frozen=True)
-    logps = functional.make_response_logps(model, mesh)
+    logps = forward.make_response_logps(model, mesh)
 
     def measure(batch: Joined) -> Any:
         return logps(params, place_batch(batch, mesh))

@@ -11,22 +11,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from mpo_jax.config import Config
+from mpo_jax.config.schema import Config
 from mpo_jax.data.batches import Buckets, map_batches
 from mpo_jax.data.corpus import load_corpus
+from mpo_jax.data.text import TextCodec
 from mpo_jax.data.tokens import tokenize
 from mpo_jax.evaluation.answers import SHOWN
 from mpo_jax.evaluation.statistics import mean_and_se
-from mpo_jax.generate import Sampling
-from mpo_jax.model import functional, loading
-from mpo_jax.model.functional import Model
+from mpo_jax.models import forward, loading
+from mpo_jax.models.forward import Model
+from mpo_jax.models.generate import Sampling
+from mpo_jax.models.hf.tokenizer import load_tokenizer
 from mpo_jax.ops import kl_k1, masked_sum
-from mpo_jax.processes import is_main
-from mpo_jax.refill import sample_all, with_responses
-from mpo_jax.runtime import stage_key
-from mpo_jax.sharding import check_batch, place_batch, replicated
-from mpo_jax.text import TextCodec, load_tokenizer
-from mpo_jax.tracker import Tracker
+from mpo_jax.runtime.processes import is_main
+from mpo_jax.runtime.seeds import stage_key
+from mpo_jax.runtime.sharding import check_batch, place_batch, replicated
+from mpo_jax.training.refill import sample_all, with_responses
+from mpo_jax.training.tracker import Tracker
 from mpo_jax.types import Artifact, Joined, Params
 
 
@@ -35,9 +36,9 @@ def make_kl(model: Model, temperature: float, mesh: Mesh) -> Any:
     """A jitted (policy, sft, joined, allowed_V) -> sampled KL(policy || SFT) of each response, k1 in nats [B]."""
 
     def kl(policy: Params, sft: Params, joined: Joined, allowed_V: jax.Array) -> jax.Array:
-        tokens = functional.join(joined)
+        tokens = forward.join(joined)
         logp_BS, ref_BS = (
-            functional.token_logp(model, params, tokens, temperature=temperature, allowed_V=allowed_V)[0]
+            forward.token_logp(model, params, tokens, temperature=temperature, allowed_V=allowed_V)[0]
             for params in (policy, sft)
         )
         return masked_sum(kl_k1(logp_BS, ref_BS), tokens.loss_mask[:, tokens.scored_from :])
@@ -83,7 +84,7 @@ def run(
             name=str(policy.model),
             tell=partial(tracker.update, log=True),
         )
-    score = functional.make_score_pairs(reward_model, mesh)
+    score = forward.make_score_pairs(reward_model, mesh)
     kl = make_kl(model, evaluate.temperature, mesh)
 
     def measure(batch: Joined) -> Any:

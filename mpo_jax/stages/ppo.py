@@ -14,20 +14,22 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from mpo_jax.config import Config, PpoConfig, TrainConfig
+from mpo_jax.config.schema import Config, PpoConfig, TrainConfig
 from mpo_jax.data.batches import Buckets, TrainBatches, num_steps
 from mpo_jax.data.corpus import known_utility, load_corpus
 from mpo_jax.data.pair_table import PairTable, Subset
+from mpo_jax.data.text import TextCodec
 from mpo_jax.data.tokens import number_visits, tokenize
 from mpo_jax.errors import UserError
 from mpo_jax.evaluation.truth import Truth, make_rollout_utility
-from mpo_jax.generate import Sampling, make_generate
-from mpo_jax.model import loading
-from mpo_jax.model.functional import Model
-from mpo_jax.offload import Offload, to_devices
+from mpo_jax.models import loading
+from mpo_jax.models.forward import Model
+from mpo_jax.models.generate import Sampling, make_generate
+from mpo_jax.models.hf.tokenizer import load_tokenizer
 from mpo_jax.ops import adaptive_kl_coef
-from mpo_jax.runtime import data_seed, stage_key
-from mpo_jax.sharding import check_batch, place_batch, replicated
+from mpo_jax.runtime.offload import Offload, to_devices
+from mpo_jax.runtime.seeds import data_seed, stage_key
+from mpo_jax.runtime.sharding import check_batch, place_batch, replicated
 from mpo_jax.stages import ppo_eval
 from mpo_jax.stages.ppo_programs import (
     average,
@@ -38,8 +40,7 @@ from mpo_jax.stages.ppo_programs import (
     named,
     updates_in_one_pass,
 )
-from mpo_jax.text import TextCodec, load_tokenizer
-from mpo_jax.train import check_rows, check_schedule, check_sizes, fit, init_state, make_learning_rate
+from mpo_jax.training.loop import check_rows, check_schedule, check_sizes, fit, init_state, make_learning_rate
 from mpo_jax.types import Artifact, Joined, Mean, Metrics, Moments, Params, PpoBatch, Skips, TrainState
 
 

@@ -3,16 +3,16 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from mpo_jax.config import Config
+from mpo_jax.config.schema import Config
 from mpo_jax.data.batches import Buckets, padded_batches
 from mpo_jax.data.corpus import load_corpus
+from mpo_jax.data.text import TextCodec
 from mpo_jax.data.tokens import tokenize
-from mpo_jax.offload import to_devices
-from mpo_jax.runtime import stage_key
-from mpo_jax.sharding import place_batch
-from mpo_jax.text import TextCodec
+from mpo_jax.runtime.offload import to_devices
+from mpo_jax.runtime.seeds import stage_key
+from mpo_jax.runtime.sharding import place_batch
+from mpo_jax.training.validation import first_rows, means, only_means
 from mpo_jax.types import Params
-from mpo_jax.validation import first_rows, means, only_means
 
 if TYPE_CHECKING:
     from mpo_jax.stages.ppo import Loop, PpoState

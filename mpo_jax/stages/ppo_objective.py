@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from mpo_jax.config import PpoConfig
+from mpo_jax.config.schema import PpoConfig
 from mpo_jax.losses import ppo_policy_loss, sft_loss, value_loss
-from mpo_jax.model import functional
-from mpo_jax.model.functional import Model
+from mpo_jax.models import forward
+from mpo_jax.models.forward import Model
 from mpo_jax.ops import (
     explained_variance,
     gae,
@@ -42,8 +42,8 @@ def score_rollout(
       policies: parameters of actor and reference.
       judges: parameters of critic and reward model.
     """
-    tokens = functional.join(joined)
-    behavior_BS, entropy_BS = functional.token_logp(
+    tokens = forward.join(joined)
+    behavior_BS, entropy_BS = forward.token_logp(
         actor_model, policies[0], tokens, temperature=temperature, allowed_V=allowed_V, with_entropy=True
     )
     value_BS = with_end(*values(reward_model, judges[0], joined), joined)
@@ -54,11 +54,11 @@ def score_rollout(
 
 def values(model: Model, critic: Params, joined: Joined) -> tuple[Float[Array, "B S"], Float[Array, "B 1"]]:
     """The critic's value of the state before each response token, 0 elsewhere; and of the state after the last."""
-    tokens = functional.join(joined)
-    score_BT = functional.scores(model, critic, tokens)
-    value_BS = functional.values_before(score_BT, tokens)
+    tokens = forward.join(joined)
+    score_BT = forward.scores(model, critic, tokens)
+    value_BS = forward.values_before(score_BT, tokens)
     value_BS = jnp.where(tokens.loss_mask[:, tokens.scored_from :], value_BS, 0.0)
-    return value_BS, functional.response_scores(score_BT, joined)
+    return value_BS, forward.response_scores(score_BT, joined)
 
 
 def with_end(value_BS: Float[Array, "B S"], end_B1: Float[Array, "B 1"], joined: Joined) -> Float[Array, "B S"]:
@@ -82,9 +82,9 @@ def judge(
     value_BS: Float[Array, "B S"],
 ) -> Rollout:
     """The rollout, with what the frozen models (reference, reward model) say of it."""
-    tokens = functional.join(joined)
-    ref_BS, _ = functional.token_logp(actor_model, frozen[0], tokens, temperature=temperature, allowed_V=allowed_V)
-    score_BN = functional.response_scores(functional.scores(reward_model, frozen[1], tokens), joined)
+    tokens = forward.join(joined)
+    ref_BS, _ = forward.token_logp(actor_model, frozen[0], tokens, temperature=temperature, allowed_V=allowed_V)
+    score_BN = forward.response_scores(forward.scores(reward_model, frozen[1], tokens), joined)
     return Rollout(
         joined=joined,
         mask=tokens.loss_mask[:, tokens.scored_from :],
@@ -196,12 +196,12 @@ def actor_objective(
     `batch` is the rollouts, and demonstrations or None.
     """
     ppo, demonstrations = batch
-    tokens = functional.join(ppo.rollout.joined)
-    logp_BS, _ = functional.token_logp(model, params, tokens, temperature=config.temperature, allowed_V=allowed_V)
+    tokens = forward.join(ppo.rollout.joined)
+    logp_BS, _ = forward.token_logp(model, params, tokens, temperature=config.temperature, allowed_V=allowed_V)
     terms, metrics = policy_terms(logp_BS, ppo, config)
     if demonstrations is not None:
-        shown = functional.join(demonstrations)
-        shown_BS, _ = functional.token_logp(model, params, shown)
+        shown = forward.join(demonstrations)
+        shown_BS, _ = forward.token_logp(model, params, shown)
         ptx = sft_loss(shown_BS, shown.loss_mask[:, shown.scored_from :])
         terms["loss/ptx"] = Mean(config.extras.ptx_coef * ptx.total, ptx.count)
     return terms, metrics
@@ -245,10 +245,10 @@ def one_pass(
     Returns:
       Gradients of actor and critic; the batch with its policy's entropy; terms and metrics of actor and critic.
     """
-    tokens = functional.join(joined)
+    tokens = forward.join(joined)
 
     def policy(params: Params) -> tuple[Array, Array]:
-        return functional.token_logp(
+        return forward.token_logp(
             actor_model, params, tokens, temperature=config.temperature, allowed_V=allowed_V, with_entropy=True
         )
 

@@ -8,11 +8,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from mpo_jax.config import OptimConfig, PpoConfig
-from mpo_jax.model.functional import Model
+from mpo_jax.config.schema import OptimConfig, PpoConfig
+from mpo_jax.models.forward import Model
 from mpo_jax.ops import add_to_moments
-from mpo_jax.optim import make_optimizer
-from mpo_jax.sharding import batch_sharding, replicated
+from mpo_jax.runtime.sharding import batch_sharding, replicated
 from mpo_jax.stages.ppo_objective import (
     actor_objective,
     critic_objective,
@@ -21,7 +20,8 @@ from mpo_jax.stages.ppo_objective import (
     rollout_metrics,
     score_rollout,
 )
-from mpo_jax.train import apply_if_finite, make_update, micro_batches, state_sharding
+from mpo_jax.training.loop import apply_if_finite, make_update, micro_batches, state_sharding
+from mpo_jax.training.optimizer import make_optimizer
 from mpo_jax.types import Metrics, Params
 
 

@@ -11,32 +11,33 @@ from einops import rearrange
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
-from mpo_jax.config import Config, OptimConfig
+from mpo_jax.config.schema import Config, OptimConfig
 from mpo_jax.data.batches import Buckets, map_batches
 from mpo_jax.data.corpus import Corpus, base_tokenizer, load_corpus
+from mpo_jax.data.text import TextCodec
 from mpo_jax.data.tokens import tokenize
 from mpo_jax.errors import UserError
 from mpo_jax.evaluation.calibration import accuracy_by_gap, against_truth, write_gaps
 from mpo_jax.evaluation.verdicts import rate
-from mpo_jax.hub import local_model
 from mpo_jax.losses import bradley_terry_loss, span_reward_loss
-from mpo_jax.model import functional, loading
-from mpo_jax.model.functional import Model
-from mpo_jax.processes import is_main
-from mpo_jax.runtime import stage_key
-from mpo_jax.sharding import place_batch, replicated
-from mpo_jax.stage_warnings import warn
-from mpo_jax.text import TextCodec, load_tokenizer
-from mpo_jax.train import check_sizes, fit_examples, make_update, state_sharding
+from mpo_jax.models import forward, loading
+from mpo_jax.models.forward import Model
+from mpo_jax.models.hf.hub import local_model
+from mpo_jax.models.hf.tokenizer import load_tokenizer
+from mpo_jax.runtime.processes import is_main
+from mpo_jax.runtime.seeds import stage_key
+from mpo_jax.runtime.sharding import place_batch, replicated
+from mpo_jax.runtime.stage_warnings import warn
+from mpo_jax.training.loop import check_sizes, fit_examples, make_update, state_sharding
+from mpo_jax.training.validation import first_rows, make_evaluate, make_measure
 from mpo_jax.types import Artifact, Joined, Mean, Metrics, Params
-from mpo_jax.validation import first_rows, make_evaluate, make_measure
 
 
 def objective(model: Model, loss: str, params: Params, batch: Joined) -> tuple[Metrics, Metrics]:
     """Bradley-Terry on the last token's scores, or DeepSpeed-Chat's over the span where the sides differ."""
-    tokens = functional.join(batch)
-    score_BT = functional.scores(model, params, tokens)
-    score_BN = functional.response_scores(score_BT, batch)
+    tokens = forward.join(batch)
+    score_BT = forward.scores(model, params, tokens)
+    score_BN = forward.response_scores(score_BT, batch)
     chosen_B, rejected_B = score_BN[:, 0], score_BN[:, 1]
     valid_B = jnp.asarray(batch.prompt_len) > 0
     if loss == "ds_span":
@@ -148,7 +149,7 @@ def _measure(
         return {"held_out_accuracy": None, "accuracy_by_gap": None}
     rows = [(row.prompt, (row.chosen, row.rejected)) for row in corpus.reward_test]
     held_out, _ = tokenize(codec, rows, cache=config.runtime.token_cache_folder)
-    score = functional.make_score_pairs(model, mesh)
+    score = forward.make_score_pairs(model, mesh)
     score_BN = map_batches(
         held_out,
         Buckets.of(held_out, config.text.length_buckets),

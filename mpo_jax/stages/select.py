@@ -12,21 +12,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from mpo_jax.config import Config, SelectConfig
+from mpo_jax.config.schema import Config, SelectConfig
 from mpo_jax.data.batches import Buckets, map_batches
 from mpo_jax.data.corpus import Corpus, load_corpus
 from mpo_jax.data.pair_table import PairTable
+from mpo_jax.data.text import TextCodec
 from mpo_jax.data.tokens import Example, number_visits, tokenize
 from mpo_jax.evaluation.calibration import accuracy_by_gap, against_truth
-from mpo_jax.generate import Sampling
-from mpo_jax.model import functional, loading
-from mpo_jax.processes import is_main
-from mpo_jax.refill import sample_all, with_responses
-from mpo_jax.runtime import stage_key
+from mpo_jax.models import forward, loading
+from mpo_jax.models.generate import Sampling
+from mpo_jax.models.hf.tokenizer import load_tokenizer
+from mpo_jax.runtime.console import console
+from mpo_jax.runtime.processes import is_main
+from mpo_jax.runtime.seeds import stage_key
+from mpo_jax.runtime.sharding import check_batch, place_batch
 from mpo_jax.selection import rank, split
-from mpo_jax.sharding import check_batch, place_batch
-from mpo_jax.text import TextCodec, load_tokenizer
-from mpo_jax.tracker import Tracker, console
+from mpo_jax.training.refill import sample_all, with_responses
+from mpo_jax.training.tracker import Tracker
 from mpo_jax.types import Artifact
 
 THRESHOLDS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
@@ -49,7 +51,7 @@ def run(config: Config, mesh: Mesh, folder: Path, *, sft: Artifact, reward: Arti
         labels = np.zeros(len(prompts), np.int32)
 
     reward_model, reward_params = loading.load(reward.model, config, mesh, scalar=True, frozen=True)
-    score = functional.make_score_pairs(reward_model, mesh)
+    score = forward.make_score_pairs(reward_model, mesh)
     score_BN = map_batches(
         examples,
         Buckets.of(examples, config.text.length_buckets),

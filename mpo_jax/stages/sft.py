@@ -7,28 +7,28 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from mpo_jax.config import Config, OptimConfig
+from mpo_jax.config.schema import Config, OptimConfig
 from mpo_jax.data.batches import Buckets, map_batches
 from mpo_jax.data.corpus import Corpus, base_tokenizer, load_corpus
+from mpo_jax.data.text import TextCodec
 from mpo_jax.data.tokens import TokenReport, tokenize
 from mpo_jax.losses import sft_loss
-from mpo_jax.model import functional, loading
-from mpo_jax.model.functional import Model
+from mpo_jax.models import forward, loading
+from mpo_jax.models.forward import Model
 from mpo_jax.ops import masked_sum
-from mpo_jax.runtime import stage_key
-from mpo_jax.sharding import place_batch, replicated
-from mpo_jax.stage_warnings import warn
-from mpo_jax.text import TextCodec
-from mpo_jax.tracker import console
-from mpo_jax.train import check_sizes, fit_examples, make_update, state_sharding
+from mpo_jax.runtime.console import console
+from mpo_jax.runtime.seeds import stage_key
+from mpo_jax.runtime.sharding import place_batch, replicated
+from mpo_jax.runtime.stage_warnings import warn
+from mpo_jax.training.loop import check_sizes, fit_examples, make_update, state_sharding
+from mpo_jax.training.validation import first_rows, make_evaluate, make_measure
 from mpo_jax.types import Joined, Metrics, Params
-from mpo_jax.validation import first_rows, make_evaluate, make_measure
 
 
 def objective(model: Model, params: Params, batch: Joined) -> tuple[Metrics, Metrics]:
     """Response NLL in nats per token, EOS included."""
-    tokens = functional.join(batch)
-    logp_BS, _ = functional.token_logp(model, params, tokens)
+    tokens = forward.join(batch)
+    logp_BS, _ = forward.token_logp(model, params, tokens)
     loss = sft_loss(logp_BS, tokens.loss_mask[:, tokens.scored_from :])
     return {"loss": loss}, {"tokens": (tokens.segment > 0).sum()}
 
@@ -54,8 +54,8 @@ def make_nll(model: Model, mesh: Mesh) -> Any:
     """A jitted (params, batch) -> each row's summed response NLL [B] and response tokens [B]."""
 
     def nll(params: Params, batch: Joined) -> tuple[jax.Array, jax.Array]:
-        tokens = functional.join(batch)
-        logp_BS, _ = functional.token_logp(model, params, tokens)
+        tokens = forward.join(batch)
+        logp_BS, _ = forward.token_logp(model, params, tokens)
         mask_BS = tokens.loss_mask[:, tokens.scored_from :]
         return -masked_sum(logp_BS, mask_BS), mask_BS.sum(-1)
 

@@ -23,22 +23,23 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, repeat
 
-from mpo_jax import runtime
-from mpo_jax.commands.bench import SIZES
-from mpo_jax.config import load_config
+from mpo_jax.cli.bench import SIZES
+from mpo_jax.config.load import load_config
 from mpo_jax.data.batches import Buckets, TrainBatches, map_batches
 from mpo_jax.data.corpus import load_corpus
+from mpo_jax.data.text import TextCodec
 from mpo_jax.data.tokens import Example, tokenize
-from mpo_jax.generate import Sampling, make_generate
 from mpo_jax.losses import bradley_terry_loss
-from mpo_jax.model import functional
-from mpo_jax.model.decoder import DecoderConfig
-from mpo_jax.model.functional import Model
-from mpo_jax.refill import sample_all
-from mpo_jax.sharding import make_mesh, place_batch, replicated
+from mpo_jax.models import forward
+from mpo_jax.models.decoder import DecoderConfig
+from mpo_jax.models.forward import Model
+from mpo_jax.models.generate import Sampling, make_generate
+from mpo_jax.models.hf.tokenizer import load_tokenizer
+from mpo_jax.runtime import machine
+from mpo_jax.runtime.sharding import make_mesh, place_batch, replicated
 from mpo_jax.stages import dpo, reward
-from mpo_jax.text import TextCodec, load_tokenizer
-from mpo_jax.train import init_state, make_update, state_sharding
+from mpo_jax.training.loop import init_state, make_update, state_sharding
+from mpo_jax.training.refill import sample_all
 from mpo_jax.types import Joined, Mean
 
 RATE = np.float32(1e-5)
@@ -58,14 +59,14 @@ def two_rows(joined: Joined) -> Joined:
 
 def padded_dpo(model: Model, params: Any, batch: tuple[Joined, jax.Array]) -> tuple[dict[str, Mean], dict[str, Any]]:
     joined, reference = batch
-    logp = functional.response_logps(model, params, two_rows(joined)).reshape(-1, 2)
+    logp = forward.response_logps(model, params, two_rows(joined)).reshape(-1, 2)
     loss = dpo.DpoLoss("dpo", 0.1, 0.0, False, 0.0)
     return {"loss": loss.preference(logp[:, 0] - logp[:, 1], reference[:, 0] - reference[:, 1])}, {}
 
 
 def padded_reward(model: Model, params: Any, joined: Joined) -> tuple[dict[str, Mean], dict[str, Any]]:
     rows = two_rows(joined)
-    score = functional.response_scores(functional.scores(model, params, functional.join(rows)), rows).reshape(-1, 2)
+    score = forward.response_scores(forward.scores(model, params, forward.join(rows)), rows).reshape(-1, 2)
     return {"loss": bradley_terry_loss(score[:, 0], score[:, 1])}, {}
 
 
@@ -76,13 +77,13 @@ class Comparison:
         data = f"data.path=[{', '.join(given.data)}]"
         sizes = (f"text.max_prompt_tokens={given.lengths[0]}", f"text.max_response_tokens={given.lengths[1]}")
         self.config = load_config(None, ("data.kind=hh", data, f"model.path={given.tokenizer}", *sizes))
-        runtime.start(self.config.runtime)
+        machine.start(self.config.runtime)
         self.mesh = make_mesh(self.config.mesh)
         self.codec = TextCodec(load_tokenizer(given.tokenizer), self.config.text)
         vocab = len(self.codec.tokenizer)
         decoder = DecoderConfig(vocab_size=vocab, max_positions=2 * sum(given.lengths), **SIZES)
         self.ours, self.plain = Model(decoder, remat="dots"), Model(decoder, remat="dots", attention="xla")
-        self.params = jax.jit(functional.init_params, static_argnums=0)(decoder, jax.random.key(0))
+        self.params = jax.jit(forward.init_params, static_argnums=0)(decoder, jax.random.key(0))
         self.batch, self.rows, self.mean_length = given.batch, given.rows, given.mean_length
         corpus = load_corpus(self.config)
         pairs = [(row.prompt, (row.chosen, row.rejected)) for row in corpus.pairs[: given.rows]]
@@ -92,7 +93,7 @@ class Comparison:
     def updates(self, name: str) -> tuple[Callable[[], float], Callable[[], float]]:
         """A pass of updates over all pairs, ours and padded; each returns its loss at the first step."""
         optim, scalar = self.config.dpo.train.optim, name == "reward"
-        params = functional.with_score_head(self.params, self.ours.decoder) if scalar else self.params
+        params = forward.with_score_head(self.params, self.ours.decoder) if scalar else self.params
         if scalar:
             ours = reward.make_step(self.ours, optim, "last_token", 1, self.mesh)
         else:

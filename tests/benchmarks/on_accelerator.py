@@ -14,18 +14,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpo_jax.commands.bench import SIZES
-from mpo_jax.config import MeshConfig, OptimConfig
+from mpo_jax.cli.bench import SIZES
+from mpo_jax.config.schema import MeshConfig, OptimConfig
 from mpo_jax.data.batches import Buckets, Widths, collate
 from mpo_jax.data.tokens import Example
-from mpo_jax.generate import Sampling, make_generate
-from mpo_jax.model import functional
-from mpo_jax.model.decoder import DecoderConfig
-from mpo_jax.model.functional import Model
-from mpo_jax.refill import sample_all
-from mpo_jax.sharding import make_mesh
+from mpo_jax.models import forward
+from mpo_jax.models.decoder import DecoderConfig
+from mpo_jax.models.forward import Model
+from mpo_jax.models.generate import Sampling, make_generate
+from mpo_jax.runtime.sharding import make_mesh
 from mpo_jax.stages import sft
-from mpo_jax.train import init_state
+from mpo_jax.training.loop import init_state
+from mpo_jax.training.refill import sample_all
 from mpo_jax.types import Joined
 
 VOCAB, EOS = 4096, 7
@@ -55,17 +55,17 @@ def logps(model: Model, params: Any, joined: Joined, device: Any) -> np.ndarray:
     with jax.default_device(device):
         params, joined = jax.device_put((params, joined), device)
         value = jax.jit(
-            jax.value_and_grad(lambda p: (x := functional.response_logps(model, p, joined)).mean() + 0 * x.sum())
+            jax.value_and_grad(lambda p: (x := forward.response_logps(model, p, joined)).mean() + 0 * x.sum())
         )
         total, grads = value(params)
-        each = jax.jit(partial(functional.response_logps, model))(params, joined)
+        each = jax.jit(partial(forward.response_logps, model))(params, joined)
         norm = jnp.sqrt(sum(jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(grads)))
         return np.append(np.asarray(each).ravel(), [float(total), float(norm)])
 
 
 def numbers() -> None:
     here, cpu = jax.devices()[0], jax.devices("cpu")[0]
-    params = jax.jit(functional.init_params, static_argnums=0)(DECODER, jax.random.key(0))
+    params = jax.jit(forward.init_params, static_argnums=0)(DECODER, jax.random.key(0))
     joined, model = rows(), Model(DECODER, remat="dots")
     with jax.default_matmul_precision("highest"):
         wanted = logps(model, params, joined, cpu)
@@ -86,7 +86,7 @@ def determinism() -> None:
     """The same three updates twice, to the bit."""
     mesh, optim = make_mesh(MeshConfig()), OptimConfig()
     model = Model(DECODER, remat="dots", dtype="bfloat16")
-    params = jax.jit(functional.init_params, static_argnums=0)(DECODER, jax.random.key(0))
+    params = jax.jit(forward.init_params, static_argnums=0)(DECODER, jax.random.key(0))
     batch = jax.tree.map(jnp.asarray, rows(1))
 
     def train() -> list[bytes]:
@@ -104,7 +104,7 @@ def samples() -> None:
     """Refilled rows draw what a fixed batch draws, and cached decoding follows the full forward pass."""
     mesh = make_mesh(MeshConfig())
     model = Model(DECODER, remat="dots")
-    params = jax.jit(functional.init_params, static_argnums=0)(DECODER, jax.random.key(0))
+    params = jax.jit(forward.init_params, static_argnums=0)(DECODER, jax.random.key(0))
     rng = np.random.default_rng(1)
     examples = [Example(rng.integers(8, VOCAB, rng.integers(5, 60), np.int32), []) for _ in range(24)]
     allowed_V, key = (jnp.arange(VOCAB) >= 8).at[EOS].set(True), jax.random.key(0)

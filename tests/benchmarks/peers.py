@@ -232,13 +232,13 @@ def mpo_jax_worker(work: str, folder: Path, channel: Channel) -> None:
 
 
 def _bench_config(stage: str, folder: Path, *overrides: str) -> Any:
-    from mpo_jax import runtime
-    from mpo_jax.config import load_config
+    from mpo_jax.config.load import load_config
+    from mpo_jax.runtime import machine
 
     path = Path(__file__).resolve().parents[2] / "configs" / "bench" / f"{stage}.yaml"
     inputs = (f"model.path={folder / 'model'}", f"data.path={folder / 'rows.jsonl'}", f"workdir={folder}")
     config = load_config(path, (*inputs, "runtime.compilation_cache=null", *overrides), stage=stage)
-    runtime.start(config.runtime)
+    machine.start(config.runtime)
     return config
 
 
@@ -248,10 +248,10 @@ def mpo_jax_training(work: str, folder: Path, channel: Channel) -> None:
     import jax.numpy as jnp
 
     from mpo_jax.data.batches import Buckets, TrainBatches, map_batches
-    from mpo_jax.model import functional, loading
-    from mpo_jax.sharding import make_mesh, place_batch
+    from mpo_jax.models import forward, loading
+    from mpo_jax.runtime.sharding import make_mesh, place_batch
     from mpo_jax.stages import dpo, reward, sft
-    from mpo_jax.train import init_state
+    from mpo_jax.training.loop import init_state
 
     stage, size = work.removesuffix("_precomputed"), WORK[work][1]
     rows = ROWS if stage == "sft" else PAIRS
@@ -269,7 +269,7 @@ def mpo_jax_training(work: str, folder: Path, channel: Channel) -> None:
             update = reward.make_step(model, optim, config.reward.loss, 1, mesh)
         else:
             update = dpo.make_step(model, optim, dpo.DpoLoss.of(config.dpo), 1, mesh)
-        logps = functional.make_response_logps(model, mesh)
+        logps = forward.make_response_logps(model, mesh)
         known_EN = np.zeros((len(examples), 0), np.float32)
         if work == "dpo_precomputed":
             known_EN = map_batches(examples, buckets, size, partial(_placed, logps, params, mesh))
@@ -298,7 +298,7 @@ def mpo_jax_training(work: str, folder: Path, channel: Channel) -> None:
 
 
 def _placed(function: Any, params: Any, mesh: Any, rows: Any) -> Any:
-    from mpo_jax.sharding import place_batch
+    from mpo_jax.runtime.sharding import place_batch
 
     return function(params, place_batch(rows, mesh))
 
@@ -306,8 +306,8 @@ def _placed(function: Any, params: Any, mesh: Any, rows: Any) -> Any:
 def _examples(config: Any, stage: str) -> list[Any]:
     """The stage's tokenized rows in file order."""
     from mpo_jax.data.corpus import base_tokenizer, load_corpus
+    from mpo_jax.data.text import TextCodec
     from mpo_jax.data.tokens import tokenize
-    from mpo_jax.text import TextCodec
 
     corpus = load_corpus(config)
     rows = [(row.prompt, (row.chosen, row.rejected)) for row in corpus.pairs]
@@ -323,8 +323,8 @@ def mpo_jax_ppo(one_pass: bool, folder: Path, channel: Channel) -> None:
 
     from mpo_jax.data.batches import Buckets, TrainBatches, Widths, collate
     from mpo_jax.data.tokens import Example
-    from mpo_jax.model import functional, loading
-    from mpo_jax.sharding import make_mesh, place_batch
+    from mpo_jax.models import forward, loading
+    from mpo_jax.runtime.sharding import make_mesh, place_batch
     from mpo_jax.stages import ppo
 
     lengths = (f"ppo.train.batch_size={ROLLOUTS}", f"text.max_response_tokens={LENGTH}")
@@ -340,8 +340,8 @@ def mpo_jax_ppo(one_pass: bool, folder: Path, channel: Channel) -> None:
         model, params = loading.load(folder / "model", config, mesh)
         judge, judge_params = loading.load(folder / "reward", config, mesh, scalar=True)
         fixed = place_batch(collate(rows[:ROLLOUTS], Widths.of(rows[:ROLLOUTS]), num_responses=1), mesh)
-        scores = functional.make_score_pairs(judge, mesh)(judge_params, fixed)
-        logps = functional.make_response_logps(model, mesh)(params, fixed)
+        scores = forward.make_score_pairs(judge, mesh)(judge_params, fixed)
+        logps = forward.make_response_logps(model, mesh)(params, fixed)
         loop = ppo.Loop(config, mesh, codec, model, judge, params, judge_params, ROWS // ROLLOUTS)
         # each state holds a copy, so that reference and reward model stay as they are
         state = ppo.init_ppo_state(config.ppo, params, judge_params, mesh, loop.offload)
@@ -363,9 +363,9 @@ def mpo_jax_sampling(batch_size: int, folder: Path, channel: Channel) -> None:
 
     from mpo_jax.data.batches import Widths, collate
     from mpo_jax.data.tokens import Example
-    from mpo_jax.generate import Sampling, make_generate
-    from mpo_jax.model import loading
-    from mpo_jax.sharding import make_mesh, place_batch
+    from mpo_jax.models import loading
+    from mpo_jax.models.generate import Sampling, make_generate
+    from mpo_jax.runtime.sharding import make_mesh, place_batch
 
     config = _bench_config("ppo", folder)
     mesh = make_mesh(config.mesh)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from mpo_jax.config import Config, DataConfig, ModelConfig, SftConfig, TextConfig, ToyConfig
+from mpo_jax.config.schema import Config, DataConfig, ModelConfig, SftConfig, TextConfig, ToyConfig
 from mpo_jax.data import corpus as corpora
 from mpo_jax.data import toy
 from mpo_jax.data.corpus import TESTED, base_tokenizer, fingerprint

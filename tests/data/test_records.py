@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 
-from mpo_jax.chat import Chat
 from mpo_jax.data import toy
+from mpo_jax.data.chat import Chat
 from mpo_jax.data.records import (
     DataReport,
     Demonstration,

@@ -6,19 +6,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpo_jax.config import Config, DataConfig, ModelConfig, SelectConfig, TextConfig, ToyConfig, load_config
+from mpo_jax.config.load import load_config
+from mpo_jax.config.schema import Config, DataConfig, ModelConfig, SelectConfig, TextConfig, ToyConfig
 from mpo_jax.data import corpus as corpora
 from mpo_jax.data import toy
 from mpo_jax.data.corpus import TESTED, fingerprint
 from mpo_jax.data.hh import source_category
 from mpo_jax.data.pair_table import PairTable
 from mpo_jax.data.records import is_validation
-from mpo_jax.experiments import EXPERIMENTS
-from mpo_jax.pipeline import Pipeline
-from mpo_jax.schedule import Cost, Listing
+from mpo_jax.pipeline.experiments import EXPERIMENTS
+from mpo_jax.pipeline.pipeline import Pipeline
+from mpo_jax.pipeline.table import Cost, Listing
 from mpo_jax.stages import dpo, ppo
 from mpo_jax.types import Artifact
-from tests.test_pipeline import MICRO
+from tests.pipeline.test_pipeline import MICRO
 
 TOY = ToyConfig(num_demonstrations=20, num_pairs=30, num_test=5)
 

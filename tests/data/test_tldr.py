@@ -4,16 +4,11 @@ import json
 
 import pytest
 
-from mpo_jax.chat import Chat
 from mpo_jax.data import toy
+from mpo_jax.data.chat import Chat
 from mpo_jax.data.records import Demonstration, Preference, Prompt, Renderer
 from mpo_jax.data.sources import open_source
-from mpo_jax.data.tldr import (
-    has_references,
-    read_tldr_demonstrations,
-    read_tldr_preferences,
-    read_tldr_prompts,
-)
+from mpo_jax.data.tldr import has_references, read_tldr_demonstrations, read_tldr_preferences, read_tldr_prompts
 from mpo_jax.errors import UserError
 
 QUERY = "SUBREDDIT: r/work\n\nTITLE: My boss\n\nPOST: Lost {keys}.\n\n He yells.\n\nTL;DR:"

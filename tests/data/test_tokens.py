@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpo_jax.config import TextConfig
+from mpo_jax.config.schema import TextConfig
 from mpo_jax.data import tokens, toy
+from mpo_jax.data.text import TextCodec
 from mpo_jax.data.tokens import Example, TokenReport, number_visits, tokenize
-from mpo_jax.text import TextCodec, load_tokenizer
+from mpo_jax.models.hf.tokenizer import load_tokenizer
 
 LIMITS = TextConfig(max_prompt_tokens=3, max_response_tokens=4)
 ROWS = [

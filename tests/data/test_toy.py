@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from mpo_jax.config import ToyConfig
+from mpo_jax.config.schema import ToyConfig
 from mpo_jax.data import toy
 from mpo_jax.data.toy import Post, best_utility, utility
 

@@ -5,12 +5,12 @@ import json
 import jax
 import pytest
 
-from mpo_jax.config import Config
+from mpo_jax.config.schema import Config
 from mpo_jax.errors import NotFinite
 from mpo_jax.stages import evaluate, select
 from mpo_jax.types import Artifact
-from tests.commands.conftest import damaged, decoder, language_model, reward_model  # noqa: F401 (fixtures)
-from tests.model.tiny import mesh_of
+from tests.cli.conftest import damaged, decoder, language_model, reward_model  # noqa: F401 (fixtures)
+from tests.models.tiny import mesh_of
 
 pytestmark = pytest.mark.unoptimised
 

@@ -11,20 +11,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpo_jax.checkpoint import Checkpoints
-from mpo_jax.config import EVAL, MEASURES, TRAINED, Config, load_config
+from mpo_jax.config.load import load_config
+from mpo_jax.config.schema import EVAL, MEASURES, TRAINED, Config
 from mpo_jax.data.batches import Buckets
 from mpo_jax.data.corpus import load_corpus
 from mpo_jax.data.records import Preference
+from mpo_jax.data.text import TextCodec
 from mpo_jax.data.tokens import Example, tokenize
-from mpo_jax.generate import Sampling
-from mpo_jax.model import functional, loading
-from mpo_jax.refill import sample_all, with_responses
-from mpo_jax.runtime import stage_key
+from mpo_jax.models import forward, loading
+from mpo_jax.models.generate import Sampling
+from mpo_jax.models.hf.tokenizer import load_tokenizer
+from mpo_jax.runtime.seeds import stage_key
 from mpo_jax.stages.evaluate import make_kl
-from mpo_jax.text import TextCodec, load_tokenizer
-from tests.model.tiny import mesh_of
-from tests.test_pipeline import MICRO, mpo, stages
+from mpo_jax.training.checkpoints import Checkpoints
+from mpo_jax.training.refill import sample_all, with_responses
+from tests.models.tiny import mesh_of
+from tests.pipeline.test_pipeline import MICRO, mpo, stages
 
 pytestmark = pytest.mark.unoptimised
 
@@ -102,7 +104,7 @@ def test_sft_s_loss_and_reward_s_accuracy_are_those_of_held_out_rows(measured):
     """SFT's of the test set; the reward model's of its validation rows, on which the other stages train."""
     np.testing.assert_allclose(last(measured, "sft")["loss"], summary(measured, "sft")["held_out_nll"], rtol=1e-6)
     model, params, codec = load(measured, "reward", scalar=True)
-    score = functional.make_score_pairs(model, mesh_of(1, 1, 1))
+    score = forward.make_score_pairs(model, mesh_of(1, 1, 1))
     gap = []
     validation = load_corpus(config_of(measured, "sft")).validation
     for example in examples_of(codec, validation):
@@ -138,7 +140,7 @@ def logp(model: Any, params: Any, example: Example) -> list[float]:
     return totals
 
 
-LOGITS = jax.jit(lambda model, params, row: functional.logits(model, params, functional.join(row)), static_argnums=0)
+LOGITS = jax.jit(lambda model, params, row: forward.logits(model, params, forward.join(row)), static_argnums=0)
 
 
 def test_dpo_s_measures_are_those_of_the_held_out_human_pairs(measured):
@@ -181,7 +183,7 @@ def test_ppo_s_measures_are_those_of_its_policy_on_the_test_prompts(measured):
             key=stage_key(config.seed, "ppo/eval"), buckets=Buckets.of(examples, 1), batch_size=5, mesh=mesh,
         )  # fmt: skip
         answered = [one_row(example) for example in with_responses(examples, found)]
-        scores = [float(functional.make_score_pairs(judge, mesh)(reward_params, row)[0, 0]) for row in answered]
+        scores = [float(forward.make_score_pairs(judge, mesh)(reward_params, row)[0, 0]) for row in answered]
         kls = [float(make_kl(model, 1.0, mesh)(policy, reference, row, allowed)[0]) for row in answered]
     measures = last(measured, "ppo")
     np.testing.assert_allclose(measures["objective/scores"], np.mean(scores), rtol=1e-4)

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpo_jax.config import OptimConfig
-from mpo_jax.model import functional
-from mpo_jax.model.functional import Model
+from mpo_jax.config.schema import OptimConfig
+from mpo_jax.models import forward
+from mpo_jax.models.forward import Model
 from mpo_jax.stages import dpo, reward, sft
-from mpo_jax.train import init_state, make_update
-from tests.model.tiny import DECODER, batch, close, mesh_of, random_params
+from mpo_jax.training.loop import init_state, make_update
+from tests.models.tiny import DECODER, batch, close, mesh_of, random_params
 
 pytestmark = pytest.mark.unoptimised
 
@@ -26,8 +26,8 @@ PAIRS = batch([4, 3, 6, 5], [[9, 1], [2, 2], [1, 9], [5, 4]])
 def test_sft_loss_is_the_nll_of_response_tokens_alone():
     params = random_params(DECODER)
     one = batch([4, 3, 6], [[5], [2], [7]])
-    tokens = functional.join(one)
-    logits = np.asarray(functional.logits(MODEL, params, tokens), np.float64)
+    tokens = forward.join(one)
+    logits = np.asarray(forward.logits(MODEL, params, tokens), np.float64)
     total = count = 0
     for b in range(3):
         row = np.concatenate([one.prompt[b, : one.prompt_len[b]], one.response[b, 0, : one.response_len[b, 0]]])
@@ -44,7 +44,7 @@ def test_sft_loss_is_the_nll_of_response_tokens_alone():
 
 def test_reward_starts_at_log_2_and_half_right_is_not_counted():
     """A zero head scores every response 0: log 2 a pair, and a tie is not accurate."""
-    params = functional.with_score_head(random_params(DECODER), DECODER)
+    params = forward.with_score_head(random_params(DECODER), DECODER)
     terms, metrics = reward.objective(MODEL, "last_token", params, PAIRS)
     close(terms["loss"].value, math.log(2))
     assert metrics["accuracy"].value == 0
@@ -65,7 +65,7 @@ def test_reward_reads_the_last_real_token():
 def test_dpo_at_policy_equals_reference(kind, expected):
     """log 2 for DPO whatever the smoothing, (1 / 2 beta)^2 for IPO; implicit rewards 0."""
     params = random_params(DECODER)
-    ref = functional.response_logps(MODEL, params, PAIRS)
+    ref = forward.response_logps(MODEL, params, PAIRS)
     terms, metrics = dpo.objective(MODEL, dpo.DpoLoss(kind, 0.1, 0.1, False, 0.0), params, (PAIRS, ref))
     close(terms["loss"].value, expected)
     assert (
@@ -75,21 +75,21 @@ def test_dpo_at_policy_equals_reference(kind, expected):
 
 def test_dpo_gradient_raises_chosen_and_lowers_rejected():
     params = random_params(DECODER)
-    ref = functional.response_logps(MODEL, params, PAIRS)
+    ref = forward.response_logps(MODEL, params, PAIRS)
     objective = partial(dpo.objective, MODEL, dpo.DpoLoss("dpo", 0.1, 0.0, False, 0.0))
     optim = OptimConfig(clip_norm=None, eps=1.0)  # with a small eps Adam's first direction is the gradient's sign
     update = jax.jit(make_update(objective, optim, accumulation=1))
     state, _ = update(init_state(params, optim, mesh_of(1, 1, 1)), (PAIRS, ref), jnp.asarray(1e-3))
     moved = state.params
-    after = functional.response_logps(MODEL, moved, PAIRS)
+    after = forward.response_logps(MODEL, moved, PAIRS)
     margin = lambda logp: (logp[:, 0] - logp[:, 1]).mean()  # noqa: E731
     assert margin(after) > margin(ref)
 
 
 def test_dpo_length_normalisation_divides_both_sides():
     params, other = random_params(DECODER), random_params(DECODER, 1)
-    ref = functional.response_logps(MODEL, other, PAIRS)
-    policy = functional.response_logps(MODEL, params, PAIRS)
+    ref = forward.response_logps(MODEL, other, PAIRS)
+    policy = forward.response_logps(MODEL, params, PAIRS)
     terms, metrics = dpo.objective(MODEL, dpo.DpoLoss("dpo", 0.5, 0.0, True, 0.0), params, (PAIRS, ref))
     scaled = np.asarray((policy - ref) / PAIRS.response_len)
     close(terms["loss"].value, np.mean(np.log1p(np.exp(-0.5 * (scaled[:, 0] - scaled[:, 1])))), rtol=2e-5)

@@ -6,12 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpo_jax.config import KlConfig, PpoConfig, PpoExtrasConfig, TrainConfig
-from mpo_jax.model import functional
-from mpo_jax.model.functional import Model
+from mpo_jax.config.schema import KlConfig, PpoConfig, PpoExtrasConfig, TrainConfig
+from mpo_jax.models import forward
+from mpo_jax.models.forward import Model
 from mpo_jax.stages import ppo_objective, sft
 from mpo_jax.types import Rollout
-from tests.model.tiny import DECODER, batch, close, random_params
+from tests.models.tiny import DECODER, batch, close, random_params
 from tests.reference import rl
 
 pytestmark = pytest.mark.unoptimised
@@ -86,7 +86,7 @@ def test_value_is_read_before_the_action():
     estimated, _, _ = score(random_params(DECODER), random_params(DECODER))
     samples = batch([4, 3, 6, 5], [[6], [2], [1], [5]])
     critic = random_params(DECODER, 5, scalar=True)
-    scores = functional.scores(MODEL, critic, functional.join(samples))
+    scores = forward.scores(MODEL, critic, forward.join(samples))
     expected = [scores[b, n - 1] for b, n in enumerate(samples.prompt_len)]
     np.testing.assert_array_equal(estimated.rollout.value[:, 0], jnp.stack(expected))
 
@@ -125,7 +125,7 @@ def test_ds_chat_ends_with_the_critics_value_after_eos():
         random_params(DECODER), random_params(DECODER, 1), config=config, samples=samples, has_eos=jnp.ones(4, bool)
     )
     r, mask = estimated.rollout, np.asarray(estimated.rollout.mask)
-    read = np.asarray(functional.scores(MODEL, random_params(DECODER, 5, scalar=True), functional.join(samples)))
+    read = np.asarray(forward.scores(MODEL, random_params(DECODER, 5, scalar=True), forward.join(samples)))
     value, width = np.zeros(mask.shape), samples.prompt.shape[1]
     for b, length in enumerate(samples.response_len[:, 0]):
         places = [

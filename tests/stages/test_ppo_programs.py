@@ -10,15 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpo_jax.config import Config, KlConfig, OptimConfig, PpoConfig, PpoExtrasConfig, TrainConfig
-from mpo_jax.model import functional
+from mpo_jax.config.schema import Config, KlConfig, OptimConfig, PpoConfig, PpoExtrasConfig, TrainConfig
+from mpo_jax.models import forward
 from mpo_jax.ops import add_to_moments, normalise
-from mpo_jax.optim import make_schedule
-from mpo_jax.sharding import place_batch, replicated
+from mpo_jax.runtime.sharding import place_batch, replicated
 from mpo_jax.stages import ppo, ppo_programs
-from mpo_jax.train import init_state
+from mpo_jax.training.loop import init_state
+from mpo_jax.training.optimizer import make_schedule
 from mpo_jax.types import Mean, Moments
-from tests.model.tiny import DECODER, batch, close, mesh_of, random_params, trees_close
+from tests.models.tiny import DECODER, batch, close, mesh_of, random_params, trees_close
 from tests.reference import rl
 from tests.stages.test_ppo_objective import ALLOWED, MODEL, PAIRS, allowed_samples, score
 
@@ -30,7 +30,7 @@ def test_normalised_scores_follow_the_running_moments_of_all_raw_scores(shape):
     """Three batches against NumPy, this batch's scores counted before use; the third is broken and changes nothing."""
     config = PpoConfig(train=TrainConfig(batch_size=4), score="normalised", score_clip=1.0, kl=KlConfig(coef=0.0))
     mesh, seen = mesh_of(*shape), []
-    place = lambda params: jax.device_put(params, functional.param_shardings(params, mesh))  # noqa: E731
+    place = lambda params: jax.device_put(params, forward.param_shardings(params, mesh))  # noqa: E731
     with jax.set_mesh(mesh):
         run = ppo_programs.make_score(MODEL, MODEL, config, mesh)
         actor, critic, judge = (place(random_params(DECODER, s, scalar=s > 0)) for s in (0, 5, 6))
@@ -196,7 +196,7 @@ def test_one_pass_equals_scoring_and_then_updating(options, accumulation, shape)
     assert ppo_programs.updates_in_one_pass(config)
     rates = jnp.asarray(0.01), jnp.asarray(0.02)
     samples = dataclasses.replace(allowed_samples(), prompt_len=np.asarray([4, 3, 0, 5], np.int32))
-    place = lambda params: jax.device_put(params, functional.param_shardings(params, mesh))  # noqa: E731
+    place = lambda params: jax.device_put(params, forward.param_shardings(params, mesh))  # noqa: E731
     with jax.set_mesh(mesh):
         actor, ref = (place(random_params(DECODER, seed)) for seed in (0, 1))
         critic, reward_model = (place(random_params(DECODER, seed, scalar=True)) for seed in (5, 6))

@@ -12,16 +12,16 @@ import numpy as np
 import optax
 import pytest
 
-from mpo_jax.checkpoint import Checkpoints
-from mpo_jax.config import OptimConfig, PpoConfig, TrainConfig
-from mpo_jax.generate import Decoder, Sampling
-from mpo_jax.model import functional
-from mpo_jax.model.functional import Model
-from mpo_jax.sharding import place_batch
+from mpo_jax.config.schema import OptimConfig, PpoConfig, TrainConfig
+from mpo_jax.models import forward
+from mpo_jax.models.forward import Model
+from mpo_jax.models.generate import Decoder, Sampling
+from mpo_jax.runtime.sharding import place_batch
 from mpo_jax.stages import dpo, ppo_programs, reward, sft
-from mpo_jax.train import init_state
+from mpo_jax.training.checkpoints import Checkpoints
+from mpo_jax.training.loop import init_state
 from mpo_jax.types import Mean, TrainState
-from tests.model.tiny import DECODER, FAST, batch, mesh_of, random_params, trees_close
+from tests.models.tiny import DECODER, FAST, batch, mesh_of, random_params, trees_close
 
 pytestmark = pytest.mark.unoptimised
 
@@ -56,7 +56,7 @@ def steps_end_with_the_module() -> Iterator[None]:
 
 
 def on_mesh(params: Any, mesh: jax.sharding.Mesh) -> Any:
-    return jax.device_put(params, functional.param_shardings(params, mesh))
+    return jax.device_put(params, forward.param_shardings(params, mesh))
 
 
 @cache
@@ -167,7 +167,7 @@ def test_the_cases_are_worth_comparing():
 @pytest.mark.parametrize(("name", "shape"), CASES)
 def test_the_new_state_lies_like_its_parameters_and_the_old_one_is_donated(name, shape):
     done, mesh = run_step(name, shape), mesh_of(*shape)
-    wanted = functional.param_shardings(done.state.params, mesh)
+    wanted = forward.param_shardings(done.state.params, mesh)
     adam = done.state.opt_state
     for tree in (done.state.params, *(optax.tree_utils.tree_get(adam, moment) for moment in ("mu", "nu"))):
         assert jax.tree.structure(tree) == jax.tree.structure(wanted)
@@ -220,7 +220,7 @@ def test_the_cache_is_divided_over_batch_and_kv_heads(shape):
     decoder = Decoder(MODEL, Sampling(S, num_samples=N), 0)
 
     def decode(params, state):
-        return decoder.advance(functional.for_decoding(MODEL, params), state, None)
+        return decoder.advance(forward.for_decoding(MODEL, params), state, None)
 
     with jax.set_mesh(mesh):
         params, prompts = on_mesh(random_params(DECODER), mesh), place_batch(SINGLES, mesh)

@@ -1,0 +1,107 @@
+"""What A and B are on the command line: files and runs are read, models are sampled."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+
+from mpo_jax.cli.models import OpenModel, open_model
+from mpo_jax.data.records import Drop
+from mpo_jax.errors import UserError
+from mpo_jax.evaluation.answers import CATEGORY, Answer, Pair, Prompt, find_answers, match, read_answers, read_prompts
+from mpo_jax.evaluation.sampling import sample_texts
+from mpo_jax.models import loading
+from mpo_jax.models.generate import Sampling
+from mpo_jax.runtime.console import console
+from mpo_jax.runtime.files import write_lines
+from mpo_jax.runtime.seeds import stage_key
+from mpo_jax.runtime.sharding import check_batch
+
+NEW_TOKENS = 256
+"""Of a sampled answer at most, of a model whose training is not known, where text.max_response_tokens is not given."""
+
+
+def compared(
+    a: str, b: str, data: str | None, *, out: Path, overrides: tuple[str, ...], by: str = CATEGORY
+) -> list[Pair]:
+    """Both sides' responses to the same prompts.
+
+    A file of rows and a run's folder, whose evaluation has left samples, are read. Anything else is a model, of which
+    one response to each prompt of `data` is drawn by `evaluate.greedy`, `evaluate.temperature` and `seed`, under the
+    template, chat setting and lengths of its training unless the overrides give others. It is kept as
+    `answers-a.jsonl` or `answers-b.jsonl` in `out`.
+
+    Args:
+      data: rows {prompt}: the prompts to compare on; None: all that the sides answer.
+      by: the field that holds a row's category.
+
+    Raises:
+      UserError: if the sides do not answer the same prompts, or if a model comes without prompts.
+    """
+    prompts = None if data is None else read_prompts(data, by)
+    sides = []
+    for path, file in ((a, "answers-a.jsonl"), (b, "answers-b.jsonl")):
+        found = find_answers(path)
+        if found is not None:
+            sides.append(read_answers(found, by))
+            continue
+        if prompts is None:
+            raise UserError(
+                f"{path} is no file of rows and no run's folder. If it is a model, give the prompts that it is to "
+                "answer: --data FILE"
+            )
+        answers = sample(path, prompts, overrides)
+        write_lines(out / file, (dataclasses.asdict(answer) for answer in answers))
+        console.print(f"wrote {out / file}", soft_wrap=True)
+        sides.append(answers)
+    pairs = match(sides[0], sides[1], (a, b), prompts)
+    if unlike := [pair for pair in pairs if not pair.alike]:
+        console.print(
+            f"[yellow]A and B were asked under different templates, chat settings or lengths in {len(unlike)} of "
+            f"{len(pairs)} pairs: those prompts are shown as the data have them[/yellow]",
+            soft_wrap=True,
+        )
+    return pairs
+
+
+def sample(path: str, prompts: list[Prompt], overrides: tuple[str, ...]) -> list[Answer]:
+    """A model's response to each prompt; conversations (and plain prompts where text.chat is true) as a chat."""
+    opened = open_model(path, overrides)
+    if opened.source.scalar:
+        raise UserError(f"{path} is a reward model and writes no text: compare language models, runs or files")
+    opened = with_room(opened)
+    evaluate, limits = opened.config.evaluate, opened.config.text
+    check_batch(evaluate.batch_size, opened.config.mesh, "evaluate.batch_size")
+    texts = [_rendered(opened, prompt) for prompt in prompts]
+    sampling = Sampling(limits.max_response_tokens, temperature=evaluate.temperature, greedy=evaluate.greedy)
+    with jax.set_mesh(opened.mesh):
+        model, params = loading.load(opened.path, opened.config, opened.mesh, frozen=True)
+        key = stage_key(opened.config.seed, "evaluate")
+        found, cut = sample_texts(
+            model, params, opened.codec, opened.config, opened.mesh, texts, sampling=sampling, key=key, name=path,
+            tell=lambda done, _: console.print(f"  {path}: {done}/{len(texts)} answers", soft_wrap=True),
+        )  # fmt: skip
+    if cut:
+        console.print(f"[yellow]{path}: {cut} prompts cut to {limits.max_prompt_tokens} tokens[/yellow]")
+    seen = opened.codec.as_seen(texts)
+    return [
+        Answer(prompt.text, response, prompt.category, None if shown == prompt.text else shown)
+        for prompt, response, shown in zip(prompts, found, seen, strict=True)
+    ]
+
+
+def _rendered(opened: OpenModel, prompt: Prompt) -> str:
+    place = f"the prompt {prompt.text[:40]!r}"
+    try:
+        return opened.renderer.render(prompt.turns, (), place)[0]
+    except Drop as reason:
+        raise UserError(f"{place}: {reason}: drop the row") from reason
+
+
+def with_room(opened: OpenModel) -> OpenModel:
+    """Where neither training nor the command line has set lengths: `NEW_TOKENS` for what it writes, or half its
+    positions where they are few, and the others for what it reads.
+    """
+    if opened.knows("max_prompt_tokens") or opened.knows("max_response_tokens"):
+        return opened
+    return opened.with_room_for(min(NEW_TOKENS, opened.source.decoder.max_positions // 2))

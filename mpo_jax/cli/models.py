@@ -1,0 +1,126 @@
+"""A model named on the command line, opened with its tokenizer and the text settings that it was trained under."""
+
+import dataclasses
+from functools import cache, cached_property
+from pathlib import Path
+
+from jax.sharding import Mesh
+
+from mpo_jax.config.load import load_config
+from mpo_jax.config.schema import Config, TextConfig
+from mpo_jax.data import hh
+from mpo_jax.data.chat import Chat
+from mpo_jax.data.records import Renderer, user_turn
+from mpo_jax.data.text import TextCodec
+from mpo_jax.errors import UserError
+from mpo_jax.models import loading
+from mpo_jax.models.hf.hub import local_model
+from mpo_jax.models.hf.tokenizer import load_tokenizer
+from mpo_jax.runtime import machine
+from mpo_jax.runtime.sharding import make_mesh
+from mpo_jax.tools.report.card import trained_config
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenModel:
+    """A model on disk and the configuration under which a command uses it; weights are read later.
+
+    Attributes:
+      config: the command line's. Its section `text` is the one that the model was trained under, where that is known;
+        keys on the command line win.
+      trained: the configuration that it was trained under, where that is known.
+      given: keys of `text` that the command line gave.
+    """
+
+    path: Path
+    source: loading.Source
+    config: Config
+    codec: TextCodec
+    trained: Config | None
+    given: frozenset[str]
+
+    @cached_property
+    def mesh(self) -> Mesh:
+        return make_mesh(self.config.mesh)
+
+    def knows(self, key: str) -> bool:
+        """Whether training or the command line has set `text.KEY`."""
+        return self.trained is not None or key in self.given
+
+    @property
+    def chat(self) -> bool:
+        """Whether it is talked to in turns: as in training; a model from elsewhere, if it has a chat template."""
+        return self.config.text.chat if self.knows("chat") else bool(self.codec.tokenizer.chat_template)
+
+    @property
+    def renderer(self) -> Renderer:
+        """How rows become prompts, as in training; plain prompts of a model from elsewhere stay as they are."""
+        dialogues = self.trained is not None and self.trained.data.kind == "hh"
+        chat = cache(lambda: Chat(self.codec.tokenizer))
+        return Renderer(chat, wrap=self.config.text.chat, turns=hh.dialogue_turns if dialogues else user_turn)
+
+    def with_text(self, **settings: str | int | bool) -> "OpenModel":
+        """The same model under other settings of the section `text`."""
+        text = self.config.text.model_copy(update=settings)
+        config = self.config.model_copy(update={"text": text})
+        return dataclasses.replace(self, config=config, codec=TextCodec(self.codec.tokenizer, text))
+
+    def for_rendered_prompts(self) -> "OpenModel":
+        """The same model for prompts that hold all that it is to see: neither chat nor template is added."""
+        return self.with_text(chat=False, prompt_template="{prompt}")
+
+    def with_room_for(self, new_tokens: int, *, whole_prompts: bool = False) -> "OpenModel":
+        """The same model with limits for a prompt and so many tokens to be drawn.
+
+        Args:
+          whole_prompts: the prompt may have all other positions, however long prompts were in training.
+
+        Raises:
+          UserError: if that leaves no room for a prompt.
+        """
+        positions = self.source.decoder.max_positions
+        if new_tokens >= positions:
+            raise UserError(f"{new_tokens} new tokens leave no room for a prompt: the model has {positions} positions")
+        room = positions - new_tokens
+        if self.knows("max_prompt_tokens") and not whole_prompts:
+            room = min(room, self.config.text.max_prompt_tokens)
+        return self.with_text(max_prompt_tokens=room, max_response_tokens=new_tokens)
+
+
+def find_model(path: str, *, critic: bool = False) -> Path:
+    """The model's own folder or file: of a stage's folder its `model/` (or `critic/`), of a run's folder its policy.
+
+    Raises:
+      UserError: if there is no model.
+    """
+    folder = Path(path).expanduser()
+    part = "critic" if critic else "model"
+    if (folder / "env.json").is_file():
+        steps = sorted(
+            (step for step in folder.iterdir() if step.name[0].isdigit()), key=lambda s: int(s.name.split("-")[0])
+        )
+        folder = steps[-1] if steps else folder / "sft"
+    if (folder / part / "config.json").is_file():
+        return folder / part
+    if critic:
+        raise UserError(f"{path} holds no critic: only PPO's folders do")
+    return local_model(str(folder) if folder.exists() else path)
+
+
+def open_model(path: str, overrides: tuple[str, ...]) -> OpenModel:
+    """A model from any path that `find_model` takes, under the template, chat setting, BOS and lengths of its training.
+
+    A run's or stage's folder and an exported one know these. Of a model from elsewhere prompt and response may have
+    half of its positions each. The overrides win over both.
+    """
+    config = load_config(None, overrides)
+    machine.start(config.runtime)
+    found = find_model(path)
+    source = loading.open_model(found)
+    trained, half = trained_config(found), source.decoder.max_positions // 2
+    own = TextConfig(max_prompt_tokens=half, max_response_tokens=half) if trained is None else trained.text
+    given = config.text.model_fields_set
+    codec = TextCodec(load_tokenizer(found), own.model_copy(update={key: getattr(config.text, key) for key in given}))
+    loading.check_vocabulary(codec, source.decoder, found)
+    config = config.model_copy(update={"text": codec.config})
+    return OpenModel(found, source, config, codec, trained, frozenset(given))

@@ -1,0 +1,123 @@
+"""YAML files and `key.sub=value` overrides to a configuration, and back. Unknown keys are refused."""
+
+import difflib
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+
+from mpo_jax.config.interpolation import literal, refuse_resolvers
+from mpo_jax.config.schema import TRAINED, Config
+from mpo_jax.config.suggestion import suggest
+from mpo_jax.errors import UserError
+
+
+def load_config(path: str | Path | None, overrides: tuple[str, ...] = (), *, stage: str | None = None) -> Config:
+    """Reads YAML, merges the overrides in order and validates.
+
+    Args:
+      path: a YAML file; None for the defaults.
+      overrides: each `key.sub=value`, or the path of a further YAML file to merge.
+      stage: in whose section `train.KEY=value` lies; None: such a short key is an error.
+
+    `${a.b}` stands for another key's value. `${name:...}` is refused: a resolver such as `oc.env` would put secrets of
+    the environment into what a run prints and stores.
+
+    Raises:
+      UserError: naming the file and line, or the key, and what to do.
+    """
+    merged: Any = OmegaConf.create({}) if path is None else _read_yaml(Path(path))
+    path = path or "the command line"
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        try:
+            if equals:
+                key = _whole_key(key.strip(), stage)
+                _refuse_unknown(key, "on the command line")
+                update = OmegaConf.from_dotlist([f"{key}={value}"])
+                refuse_resolvers(update, "the command line")
+            else:
+                update = _read_yaml(Path(override))
+            merged = OmegaConf.merge(merged, update)
+        except (OmegaConfBaseException, yaml.YAMLError) as error:
+            raise UserError(f"cannot read the override {override!r}: {_first_line(error)}") from error
+    try:
+        values = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {_first_line(error)}") from error
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_explain(error, path)) from error
+
+
+def to_yaml(config: BaseModel) -> str:
+    """The resolved configuration as YAML that `load_config` reads back to an equal object."""
+    values = literal(config.model_dump(mode="json"))
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def _read_yaml(path: Path) -> Any:
+    if not path.exists():
+        nearby = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+        hint = f"; did you mean {path.parent / nearby[0]}?" if nearby else ""
+        raise UserError(f"no configuration file {path}{hint}")
+    try:
+        loaded = OmegaConf.load(path)
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{path}{line}: broken YAML: {error.problem}") from error
+    except (OmegaConfBaseException, yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {_first_line(error)}") from error
+    if not OmegaConf.is_dict(loaded):
+        raise UserError(f"{path}: a configuration is a mapping of keys to values, not a list")
+    refuse_resolvers(loaded, path)
+    return loaded
+
+
+def _whole_key(key: str, stage: str | None) -> str:
+    """The key from the root; `train...` alone means the stage that the command is named after."""
+    if key.partition(".")[0] != "train":
+        return key
+    if stage is None:
+        raise UserError(
+            f"{key} on the command line: which stage's? Write {' or '.join(f'{name}.{key}' for name in TRAINED)}. The "
+            f"short key is for the commands mpo {', '.join(TRAINED)}, which name the stage"
+        )
+    return f"{stage}.{key}"
+
+
+def _refuse_unknown(key: str, where: str) -> None:
+    section: Any = Config
+    parts = key.split(".")
+    for depth, part in enumerate(parts):
+        fields = getattr(section, "model_fields", None)
+        if fields is None or part not in fields:
+            known = list(fields) if fields else []
+            raise UserError(f"unknown key {'.'.join(parts[: depth + 1])} {where}{suggest(part, known)}")
+        kind: Any = fields[part].annotation
+        # of a section that may be absent, the section
+        section = next((one for one in get_args(kind) if hasattr(one, "model_fields")), kind)
+
+
+def _explain(error: ValidationError, path: str | Path) -> str:
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            try:
+                _refuse_unknown(key, f"in {path} or its overrides")
+            except UserError as unknown:
+                lines.append(str(unknown))
+                continue
+        message = problem["msg"].removeprefix("Value error, ")
+        given = "" if isinstance(problem["input"], dict | BaseModel) else f" (given: {problem['input']!r})"
+        lines.append(f"{path}: {key + ': ' if key else ''}{message}{given}")
+    return "\n".join(lines)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

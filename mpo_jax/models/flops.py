@@ -1,0 +1,148 @@
+"""Arithmetic and memory traffic of a program, counted from sizes: XLA counts the body of a scan once."""
+
+import dataclasses
+from typing import Literal
+
+import numpy as np
+
+from mpo_jax.models import attention
+from mpo_jax.models.decoder import DecoderConfig
+
+Head = Literal["vocab", "scalar"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a program has to do, over all devices.
+
+    Attributes:
+      flops: of matrix products, a multiply-add as two; padded tokens count, recomputation does not.
+      recomputed: further FLOPs that the backward pass spends on computing activations again.
+      decode_reads: bytes that a loop over tokens reads from memory, 0 where products dominate.
+    """
+
+    flops: float
+    recomputed: float = 0.0
+    decode_reads: float = 0.0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(
+            self.flops + other.flops, self.recomputed + other.recomputed, self.decode_reads + other.decode_reads
+        )
+
+    def times(self, count: float) -> "Work":
+        return Work(count * self.flops, count * self.recomputed, count * self.decode_reads)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """The shape of a batch: `count` prompts of P columns, each with N responses of S columns."""
+
+    count: int
+    prompt: int
+    num_responses: int
+    response: int
+
+    @property
+    def length(self) -> int:
+        return self.prompt + self.num_responses * self.response
+
+
+def layer_matrices(sizes: DecoderConfig) -> int:
+    """Elements of the matrices of all layers: each takes part in one multiply-add a token."""
+    heads = 2 * sizes.num_heads + 2 * sizes.num_kv_heads
+    a_layer = sizes.hidden_size * (heads * sizes.head_dim + 3 * sizes.intermediate_size)
+    return sizes.num_layers * a_layer
+
+
+def attention_flops(sizes: DecoderConfig, rows: Rows) -> float:
+    """Scores and weighted sums over whole rows, of the queries and keys that blocked attention multiplies."""
+    plan = attention.blocks(rows.length, rows.prompt, max(rows.num_responses, 1))
+    pairs = sum((block.end - block.begin) * sum(b - a for a, b in block.keys) for block in plan)
+    return 4.0 * rows.count * pairs * sizes.num_layers * sizes.num_heads * sizes.head_dim
+
+
+def head_flops(sizes: DecoderConfig, rows: Rows, head: Head) -> float:
+    """Logits at response columns, or scalar scores at all."""
+    if head == "scalar":
+        return 2.0 * sizes.hidden_size * rows.count * rows.length
+    return 2.0 * sizes.hidden_size * sizes.vocab_size * rows.count * rows.num_responses * rows.response
+
+
+def forward(sizes: DecoderConfig, rows: Rows, head: Head) -> Work:
+    """One forward pass."""
+    linear = 2.0 * layer_matrices(sizes) * rows.count * rows.length
+    return Work(linear + attention_flops(sizes, rows) + head_flops(sizes, rows, head))
+
+
+def train(sizes: DecoderConfig, rows: Rows, head: Head, remat: str) -> Work:
+    """Forward and backward, which is twice the forward's products; and what `remat` computes again.
+
+    The logits of a row that is longer than a chunk are computed again whatever `remat` says.
+    """
+    # the backward pass of attention makes the scores again, which is half of its forward pass
+    scores, linear = attention_flops(sizes, rows) / 2, 2.0 * layer_matrices(sizes) * rows.count * rows.length
+    again = {"none": scores, "dots": scores, "full": 3 * scores + linear}
+    logits = head_flops(sizes, rows, head) if head == "vocab" else 0.0
+    return Work(3.0 * forward(sizes, rows, head).flops, again[remat] + logits)
+
+
+def prefill(sizes: DecoderConfig, rows: Rows) -> Work:
+    """The prompts' forward pass, without logits."""
+    prompts = dataclasses.replace(rows, num_responses=0)
+    return Work(2.0 * layer_matrices(sizes) * prompts.count * prompts.length + attention_flops(sizes, prompts))
+
+
+def decode(sizes: DecoderConfig, rows: Rows, *, shards: int, bytes_each: int) -> Work:
+    """All response tokens drawn one after the other, to the last column.
+
+    Every token reads all matrices once for the samples of a device group and the whole cache of every sample.
+
+    Args:
+      shards: groups of devices that each hold a copy of the weights.
+      bytes_each: of an element of weights and cache.
+    """
+    samples = rows.count * rows.num_responses
+    slots = rows.prompt + rows.response
+    matrices = layer_matrices(sizes) + sizes.hidden_size * sizes.vocab_size
+    attention = 4.0 * sizes.num_layers * sizes.num_heads * sizes.head_dim * slots
+    flops = rows.response * samples * (2.0 * matrices + attention)
+    cache = 2 * sizes.num_layers * sizes.num_kv_heads * sizes.head_dim * slots * samples
+    return Work(flops, decode_reads=float(rows.response * bytes_each * (shards * matrices + cache)))
+
+
+def necessary(sizes: DecoderConfig, prompt_len_B: np.ndarray, response_len_BN: np.ndarray, head: Head) -> float:
+    """FLOPs of a forward pass that no arrangement of these rows can do without.
+
+    Matrices over real tokens, each prompt once; scores and weighted sums over visible keys; logits at response tokens,
+    or one score a response.
+    """
+    prompt, response = prompt_len_B.astype(np.float64)[:, None], response_len_BN.astype(np.float64)
+    tokens = prompt.sum() + response.sum()
+    visible = (prompt * (prompt + 1) / 2).sum() + (response * prompt + response * (response + 1) / 2).sum()
+    linear = 2.0 * layer_matrices(sizes) * tokens
+    attended = 4.0 * sizes.num_layers * sizes.num_heads * sizes.head_dim * visible
+    outputs = response.sum() * sizes.vocab_size if head == "vocab" else float((response > 0).sum())
+    return float(linear + attended + 2.0 * sizes.hidden_size * outputs)
+
+
+def sampling(sizes: DecoderConfig, prompt_len_B: np.ndarray, response_len_BN: np.ndarray, bytes_each: int) -> Work:
+    """Necessary FLOPs of drawing these responses, and the bytes that decoding them side by side must read.
+
+    The last token of a response is drawn and not read. Matrices are read once for each token of the longest response,
+    cached keys and values once for each token that sees them.
+
+    Args:
+      bytes_each: of an element of weights and cache.
+    """
+    # batches hold lengths as int32, in which a product with a model's size overflows
+    prompt_len_B, response_len_BN = prompt_len_B.astype(np.int64), response_len_BN.astype(np.int64)
+    response = response_len_BN.reshape(len(prompt_len_B), -1)
+    read = np.maximum(response - 1, 0)
+    forward_flops = necessary(sizes, prompt_len_B, read, "scalar")
+    logits = 2.0 * sizes.hidden_size * sizes.vocab_size * response.sum()
+    matrices = layer_matrices(sizes) + sizes.hidden_size * sizes.vocab_size
+    prompt = prompt_len_B[:, None].astype(np.float64)
+    slots = (read * prompt + read * (read + 1) / 2).sum()
+    cache = 2 * sizes.num_layers * sizes.num_kv_heads * sizes.head_dim * slots
+    return Work(float(forward_flops + logits), decode_reads=float(bytes_each * (int(read.max()) * matrices + cache)))

@@ -1,0 +1,378 @@
+"""The functional seam: parameters are plain dicts outside, NNX modules are merged inside jit.
+
+Parameters: {"embedding", "norm", "head"?, "layers": {... leading axis L}, "score"?: {"kernel"}}.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import lru_cache, partial
+from operator import itemgetter
+from typing import Any, Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+
+from mpo_jax.models import attention
+from mpo_jax.models.decoder import FLOAT32, PARAM_AXES, Block, DecoderConfig, ScalarHead, Trunk, fuse, rope_tables
+from mpo_jax.runtime.sharding import BATCH_AXES, constrain, replicated, shardings_for
+from mpo_jax.selection import make_pair_scorer
+from mpo_jax.types import Joined, Params, Tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What stays fixed about a model while its parameters change; hashable, a static argument of jitted functions.
+
+    Attributes:
+      decoder: sizes.
+      dtype: of the arithmetic; losses, log-softmax, norms and scores are float32 whatever it is.
+      remat: what the backward pass computes again: none, dots (keep matrix products), full (keep layer inputs).
+      attention: blocked (attention.py), or an implementation of jax.nn.dot_product_attention.
+      logit_chunk: tokens of the whole batch whose logits exist at one time.
+    """
+
+    decoder: DecoderConfig
+    dtype: str = "float32"
+    remat: Literal["none", "dots", "full"] = "none"
+    attention: str = "blocked"
+    logit_chunk: int = 1024
+
+
+def init_params(config: DecoderConfig, key: Array) -> Params:
+    """Fresh float32 parameters, normal with `init_std`, residual outputs scaled by 1 / sqrt(2 L)."""
+    trunk_key, layers_key = jax.random.split(key)
+    trunk = nnx.to_pure_dict(nnx.state(Trunk(config, rngs=nnx.Rngs(params=trunk_key)), nnx.Param))
+
+    def init_layer(layer_key):
+        return nnx.to_pure_dict(nnx.state(Block(config, rngs=nnx.Rngs(params=layer_key)), nnx.Param))
+
+    return {**trunk, "layers": jax.vmap(init_layer)(jax.random.split(layers_key, config.num_layers))}
+
+
+def with_score_head(params: Params, config: DecoderConfig) -> Params:
+    """A reward model or critic from a language model: the same trunk without its head, plus a zero scalar head."""
+    trunk = {name: leaf for name, leaf in params.items() if name != "head"}
+    return {**trunk, "score": nnx.to_pure_dict(nnx.state(ScalarHead(config), nnx.Param))}
+
+
+def abstract_params(config: DecoderConfig, *, scalar: bool = False) -> Params:
+    """Shapes and types of the parameters, without making any."""
+    params = jax.eval_shape(partial(init_params, config), jax.random.key(0))
+    return jax.eval_shape(partial(with_score_head, config=config), params) if scalar else params
+
+
+def param_shardings(params: Params, mesh: Mesh) -> Any:
+    """NamedShardings of a parameter tree (arrays or shapes) by the one table of logical axes."""
+    axes = {path: PARAM_AXES[".".join(path)] for path in flatten_dict(params)}
+    return shardings_for(unflatten_dict(axes), params, mesh)
+
+
+Caches: TypeAlias = tuple[tuple[Array, Array], ...]
+"""Keys and values [B G T K] of every layer."""
+
+
+@lru_cache
+def _graphs(config: DecoderConfig) -> tuple[Any, Any, Any, Any]:
+    """The NNX graph definitions of trunk, layer, scalar head and fused layer; no array is made."""
+    trunk = nnx.eval_shape(lambda: Trunk(config, rngs=nnx.Rngs(0)))
+    block = nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0)))
+    score = nnx.eval_shape(lambda: ScalarHead(config))
+    fused = nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0), fused=True))
+    return nnx.graphdef(trunk), nnx.graphdef(block), nnx.graphdef(score), nnx.graphdef(fused)
+
+
+def _trunk(model: Model, params: Params) -> Trunk:
+    names = ("embedding", "norm") if model.decoder.tie_embeddings else ("embedding", "norm", "head")
+    # a scalar model has no language-model head; an empty stand-in keeps one graph definition for both
+    parts = {name: params.get(name, jnp.zeros((0, 0))) for name in names}
+    return nnx.merge(_graphs(model.decoder)[0], parts)
+
+
+def _block(model: Model, layer_params: Params) -> Block:
+    return nnx.merge(_graphs(model.decoder)[1], layer_params)
+
+
+def for_decoding(model: Model, params: Params) -> Params:
+    """The parameters in the arithmetic's type and whole along `fsdp`, layers one by one and fused, the head a matrix.
+
+    Made once for a sampling phase: as training lays them out, every token would gather, cast and cut them anew.
+    Norms keep their type: they are computed in float32.
+    """
+
+    def gather(path: tuple[str, ...], leaf: Array) -> Array:
+        name = ".".join(path)
+        cast = leaf if name.endswith(FLOAT32) else leaf.astype(model.dtype)
+        return constrain(cast, *PARAM_AXES[name], without="fsdp")
+
+    flat: dict[Any, Any] = flatten_dict(params)
+    whole: Params = unflatten_dict({path: gather(path, leaf) for path, leaf in flat.items()})
+    layers = [fuse(jax.tree.map(itemgetter(i), whole["layers"])) for i in range(model.decoder.num_layers)]
+    return {**whole, "head": head_matrix(model, whole), "layers": layers}
+
+
+def join(joined: Joined) -> Tokens:
+    """One row a prompt, prompt-shared: [prompt | response 1 | ... | response N], padding where lengths end.
+
+    Returns Tokens [B, P + N S]; the first response token's predecessor is the prompt's last token.
+    """
+    B, P = joined.prompt.shape
+    _, N, S = joined.response.shape
+    prompt_mask = jnp.arange(P)[None] < joined.prompt_len[:, None]
+    response_mask = jnp.arange(S)[None, None] < joined.response_len[..., None]
+    prompt_position = jnp.broadcast_to(jnp.arange(P)[None], (B, P))
+    response_position = jnp.broadcast_to(joined.prompt_len[:, None, None] + jnp.arange(S)[None, None], (B, N, S))
+    branch = jnp.broadcast_to(jnp.arange(1, N + 1)[None, :, None], (B, N, S))
+
+    def row(prompt_part, response_part):
+        return jnp.concatenate([prompt_part, rearrange(response_part, "b n s -> b (n s)")], 1)
+
+    segment = row(prompt_mask, response_mask).astype(jnp.int32)
+    return Tokens(
+        ids=row(joined.prompt, joined.response),
+        position=row(prompt_position, response_position) * segment,
+        segment=segment,
+        branch=row(jnp.zeros((B, P), jnp.int32), branch),
+        loss_mask=row(jnp.zeros((B, P), bool), response_mask & (joined.prompt_len > 0)[:, None, None]),
+        scored_from=P,
+        # without responses the stretch after the prompt is one, of no width
+        num_responses=max(N, 1),
+    )
+
+
+def predecessor(tokens: Tokens) -> Int[Array, "B T"]:
+    """Index in the row of the token before each token: the one place where the shift by one happens.
+
+    t - 1 inside a branch; for a branch's first token the last token of its segment's prompt. A row's first token has no
+    predecessor: it gets 0 and must never be scored.
+    """
+    index = jnp.broadcast_to(jnp.arange(tokens.ids.shape[1])[None], tokens.ids.shape)
+    in_prompt = (tokens.branch == 0) & (tokens.segment > 0)
+    prompt_end = jax.lax.cummax(jnp.where(in_prompt, index, 0), axis=1)
+    before = jnp.maximum(index - 1, 0)
+    same = (jnp.take_along_axis(tokens.branch, before, 1) == tokens.branch) & (
+        jnp.take_along_axis(tokens.segment, before, 1) == tokens.segment
+    )
+    return jnp.where(same, before, prompt_end)
+
+
+def make_attention(model: Model, tokens: Tokens) -> Callable[[Array, Array, Array], Array]:
+    """The attention of every layer over these rows, as a function of queries [B T H K], keys and values [B T G K]."""
+    window = model.decoder.sliding_window
+    if model.attention == "blocked":
+        return attention.make_attend(tokens, window)
+    mask = attention.sees(tokens, tokens, window)[:, None]
+    implementation: Any = model.attention
+    return lambda q, k, v: jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
+
+
+def visible_slots(
+    model: Model,
+    prompt_len_B: Int[Array, " B"],
+    widths: tuple[int, int, int],
+    stored_B: Int[Array, " B"],
+    slot: int | Int[Array, ""],
+) -> Bool[Array, "B T"]:
+    """The cache slots that a row's newest token sees: its prompt, its response up to itself, within the window.
+
+    Args:
+      widths: of the three parts of T: prompts, stored responses, recent tokens.
+      stored_B: how many tokens of each row's response are stored.
+      slot: of the newest token among the recent ones.
+    """
+    prompt, response, recent = (jnp.arange(width)[None] for width in widths)
+    B = len(prompt_len_B)
+    part = lambda x: jnp.broadcast_to(x, (B, x.shape[1]))  # noqa: E731
+    visible_BT = jnp.concatenate(
+        [prompt < prompt_len_B[:, None], response < stored_B[:, None], part(recent <= slot)], 1
+    )
+    if model.decoder.sliding_window is None:
+        return visible_BT
+    ends_B1 = (prompt_len_B + stored_B)[:, None]
+    position_BT = jnp.concatenate([part(prompt), prompt_len_B[:, None] + response, ends_B1 + recent], 1)
+    return visible_BT & (ends_B1 + slot - position_BT < model.decoder.sliding_window)
+
+
+def hidden_states(model: Model, params: Params, tokens: Tokens) -> Float[Array, "B T D"]:
+    """Final hidden states after the last norm, of the model's dtype."""
+    return _run_layers(model, params, tokens, keep_cache=False)[0]
+
+
+def prefill(model: Model, params: Params, tokens: Tokens) -> tuple[Array, Caches]:
+    """Hidden states, and every layer's keys and values, each [B G T K]."""
+    hidden, caches = _run_layers(model, params, tokens, keep_cache=True)
+    key, value = (rearrange(x, "l b t g k -> l b g t k") for x in caches)
+    return hidden, tuple((key[i], value[i]) for i in range(model.decoder.num_layers))
+
+
+def _run_layers(model: Model, params: Params, tokens: Tokens, *, keep_cache: bool) -> tuple[Array, Any]:
+    trunk = _trunk(model, params)
+    x = constrain(trunk.embed(tokens.ids, jnp.dtype(model.dtype)), "batch", None, None)
+    cos, sin = rope_tables(model.decoder, tokens.position)
+    attend = make_attention(model, tokens)
+
+    def layer(x, layer_params):
+        x, cache = _block(model, layer_params).full(x, cos, sin, attend)
+        return x, cache if keep_cache else None
+
+    if model.remat == "full":
+        layer = jax.checkpoint(layer)
+    elif model.remat == "dots":
+        policies = jax.checkpoint_policies
+        keep = policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(attention.SAVED)
+        )
+        layer = jax.checkpoint(layer, policy=keep)
+    x, caches = jax.lax.scan(layer, x, params["layers"])
+    return trunk.norm(x), caches
+
+
+def decode_step(
+    model: Model,
+    weights: Params,
+    ids_B: Int[Array, " B"],
+    position_B: Int[Array, " B"],
+    stored: Caches,
+    recent: Caches,
+    visible_BT: Bool[Array, "B T"],
+    slot: Int[Array, ""],
+) -> tuple[Float[Array, "B D"], Caches]:
+    """One new token a row: its hidden state, and `recent` with the token written at `slot`.
+
+    The layers are not scanned: a scan would copy every layer's weights and caches out of a stack for every token.
+
+    Args:
+      weights: what `for_decoding` gives.
+      visible_BT: the slots of `stored` and then of `recent` that each row sees, the new one included.
+    """
+    trunk = _trunk(model, weights)
+    x = trunk.embed(ids_B[:, None], jnp.dtype(model.dtype))
+    cos, sin = rope_tables(model.decoder, position_B[:, None])
+    written = []
+    for layer, old, new in zip(weights["layers"], stored, recent, strict=True):
+        block = nnx.merge(_graphs(model.decoder)[3], layer)
+        x, new = block.cached(x, cos, sin, old, new, visible_BT, slot)
+        written.append(new)
+    return trunk.norm(x)[:, 0], tuple(written)
+
+
+def head_matrix(model: Model, params: Params) -> Float[Array, "D V"]:
+    """The language-model head; the embedding's transpose where it is tied."""
+    return params["embedding"].T if model.decoder.tie_embeddings else params["head"]
+
+
+def logits_from_hidden(
+    model: Model, hidden: Float[Array, "B T D"], head_DV: Array, *, temperature: float, allowed_V: Array | None
+) -> Float[Array, "B T V"]:
+    """float32 logits over temperature; ids that are not allowed get the lowest float, so their probability is 0."""
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    logits = jnp.matmul(rows, head_DV.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    logits = logits.reshape(*hidden.shape[:-1], -1)
+    if temperature != 1.0:
+        logits = logits / temperature
+    if allowed_V is None:
+        return logits
+    return jnp.where(allowed_V[None, None], logits, jnp.finfo(jnp.float32).min)
+
+
+def logits(model: Model, params: Params, tokens: Tokens) -> Float[Array, "B T V"]:
+    """All next-token logits; for tests and small inputs, since training never holds [B T V]."""
+    hidden = hidden_states(model, params, tokens)
+    return logits_from_hidden(model, hidden, head_matrix(model, params), temperature=1.0, allowed_V=None)
+
+
+def token_logp(
+    model: Model,
+    params: Params,
+    tokens: Tokens,
+    *,
+    temperature: float = 1.0,
+    allowed_V: Bool[Array, " V"] | None = None,
+    with_entropy: bool = False,
+) -> tuple[Float[Array, "B S"], Float[Array, "B S"]]:
+    """log p(ids[t] | what t sees) and the entropy there, in nats, for the columns from `tokens.scored_from` on.
+
+    Columns whose loss mask is False hold 0. The entropy is 0 unless asked for. Logits exist for `model.logit_chunk`
+    tokens at a time, in the backward pass too.
+    """
+    start = tokens.scored_from
+    hidden = hidden_states(model, params, tokens)
+    before_BS = predecessor(tokens)[:, start:]
+    hidden_BSD = jnp.take_along_axis(hidden, before_BS[..., None], 1)
+    ids_BS, mask_BS = tokens.ids[:, start:], tokens.loss_mask[:, start:]
+    # whole along D: divided there, the backward pass would gather a chunk's logits over the batch on every device
+    head_DV = constrain(head_matrix(model, params), None, "vocab")
+
+    def chunk(hidden, ids):
+        logits = logits_from_hidden(model, hidden, head_DV, temperature=temperature, allowed_V=allowed_V)
+        logits = constrain(logits, "batch", None, "vocab")
+        log_z = jax.nn.logsumexp(logits, -1)
+        logp = jnp.take_along_axis(logits, ids[..., None], -1)[..., 0] - log_z
+        if not with_entropy:
+            return logp, jnp.zeros_like(logp)
+        probability = jnp.exp(logits - log_z[..., None])
+        return logp, log_z - (probability * jnp.where(probability > 0, logits, 0.0)).sum(-1)
+
+    B, S = ids_BS.shape
+    width = max(1, min(S, model.logit_chunk // B))
+    if width == S:
+        logp, entropy = chunk(hidden_BSD, ids_BS)
+    else:
+        padding = -S % width
+        pad = lambda x: jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))  # noqa: E731
+        chunks = [rearrange(pad(x), "b (c w) ... -> c b w ...", w=width) for x in (hidden_BSD, ids_BS)]
+        logp, entropy = jax.lax.map(lambda xs: jax.checkpoint(chunk)(*xs), tuple(chunks))
+        logp, entropy = (rearrange(x, "c b w -> b (c w)")[:, :S] for x in (logp, entropy))
+    return jnp.where(mask_BS, logp, 0.0), jnp.where(mask_BS, entropy, 0.0)
+
+
+def scores(model: Model, params: Params, tokens: Tokens) -> Float[Array, "B T"]:
+    """The scalar head at every token, float32: a reward model's score or a critic's value after that token."""
+    head = nnx.merge(_graphs(model.decoder)[2], params["score"])
+    return head(hidden_states(model, params, tokens))
+
+
+def values_before(score_BT: Float[Array, "B T"], tokens: Tokens) -> Float[Array, "B S"]:
+    """value[:, t], the state's value *before* action t, from scores at predecessors; columns from `scored_from` on."""
+    return jnp.take_along_axis(score_BT, predecessor(tokens)[:, tokens.scored_from :], 1)
+
+
+def response_scores(score_BT: Float[Array, "B T"], joined: Joined) -> Float[Array, "B N"]:
+    """Each response's score: the scalar head at its last real token; 0 where there is none."""
+    P = joined.prompt.shape[1]
+    score_BNS = rearrange(score_BT[:, P:], "b (n s) -> b n s", n=joined.response.shape[1])
+    last_BN = jnp.maximum(joined.response_len - 1, 0)
+    picked_BN = jnp.take_along_axis(score_BNS, last_BN[..., None], -1)[..., 0]
+    return jnp.where(joined.response_len > 0, picked_BN, 0.0)
+
+
+def response_sums(x_BS: Float[Array, "B S"], num_responses: int) -> Float[Array, "B N"]:
+    """Sums of a response-token array (0 at padding) over each of a row's responses."""
+    return rearrange(x_BS, "b (n s) -> b n s", n=num_responses).sum(-1)
+
+
+def response_logps(model: Model, params: Params, joined: Joined) -> Float[Array, "B N"]:
+    """Each response's summed log-probability in nats, EOS included."""
+    logp_BS, _ = token_logp(model, params, join(joined))
+    return response_sums(logp_BS, joined.response.shape[1])
+
+
+@lru_cache
+def make_response_logps(model: Model, mesh: Mesh) -> Any:
+    """A jitted (params, batch) -> summed log-probabilities [B N]."""
+    return jax.jit(partial(response_logps, model), out_shardings=replicated(mesh))
+
+
+@lru_cache
+def make_score_pairs(model: Model, mesh: Mesh) -> Any:
+    """The batched vmap scoring pass: jitted (params, batch) -> raw scores [B N] of every prompt's responses."""
+
+    def score_row(params: Params, row: Joined) -> Float[Array, " N"]:
+        batch = jax.tree.map(lambda x: x[None], row)
+        return response_scores(scores(model, params, join(batch)), batch)[0]
+
+    return jax.jit(make_pair_scorer(score_row, spmd_axis_name=BATCH_AXES), out_shardings=replicated(mesh))

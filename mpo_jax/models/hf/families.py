@@ -1,0 +1,204 @@
+"""Which Hugging Face architectures are understood, and their config.json to our sizes and back."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+from mpo_jax.errors import UserError
+from mpo_jax.models.decoder import DecoderConfig, RopeScaling
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model_type: transformers' configuration class, the prefix of its model classes' names, what it always has."""
+
+    config: Any
+    prefix: str
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: bool = False
+
+
+FAMILIES = {
+    "llama": Family(LlamaConfig, "Llama"),
+    "mistral": Family(MistralConfig, "Mistral", sliding_window=True),
+    "qwen2": Family(Qwen2Config, "Qwen2", qkv_bias=True, sliding_window=True),
+    "qwen3": Family(Qwen3Config, "Qwen3", qk_norm=True, sliding_window=True),
+}
+
+
+def read_config(folder: str | Path) -> DecoderConfig:
+    """Sizes from a folder's config.json.
+
+    Raises:
+      UserError: a missing or broken file, or an architecture or option that is not supported; names the key.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise UserError(f"no model at {folder}: config.json is missing (model.path wants a Hugging Face folder)")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: broken JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: broken JSON: expected an object, found {type(raw).__name__}")
+    family = FAMILIES.get(str(raw.get("model_type")))
+    if family is None:
+        raise UserError(
+            f"{path}: model_type {raw.get('model_type')!r} is not supported; supported: {', '.join(FAMILIES)}"
+        )
+    try:
+        config: Any = family.config.from_dict(raw)
+        return check_sizes(_to_ours(config, family, path), path)
+    except (StrictDataclassError, KeyError, TypeError, ValueError, ArithmeticError) as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())}") from error
+
+
+def check_sizes(config: DecoderConfig, path: Path) -> DecoderConfig:
+    """The same sizes.
+
+    Raises:
+      UserError: if no model can have them; names the size and `path`.
+    """
+    names = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
+        "max_positions", "rope_theta", "sliding_window",
+    )  # fmt: skip
+    for name in names:
+        size = getattr(config, name)
+        if size is not None and not size > 0:
+            raise UserError(f"{path}: {name}={size} must be positive")
+    if config.num_heads % config.num_kv_heads:
+        raise UserError(f"{path}: num_heads={config.num_heads} is no multiple of num_kv_heads={config.num_kv_heads}")
+    if config.head_dim % 2:
+        raise UserError(f"{path}: head_dim={config.head_dim} is odd, but positions rotate pairs")
+    return config
+
+
+def is_scalar(folder: Path) -> bool:
+    """Whether a folder's config.json, which `read_config` has read, describes a reward model or critic."""
+    architectures = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or [""]
+    return architectures[0].endswith("ForSequenceClassification")
+
+
+def _to_ours(config: Any, family: Family, path: Path) -> DecoderConfig:
+    refused = {
+        "hidden_act": config.hidden_act != "silu",
+        "attention_bias": bool(getattr(config, "attention_bias", False)),
+        "mlp_bias": bool(getattr(config, "mlp_bias", False)),
+    }
+    for key, bad in refused.items():
+        if bad:
+            raise UserError(f"{path}: {key}={getattr(config, key)!r} is not supported")
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(f"{path}: quantization_config is not supported: take the model's unquantised weights")
+    rope: dict[str, Any] = dict(config.rope_parameters or {})
+    return DecoderConfig(
+        vocab_size=int(config.vocab_size),
+        hidden_size=int(config.hidden_size),
+        intermediate_size=int(config.intermediate_size),
+        num_layers=int(config.num_hidden_layers),
+        num_heads=int(config.num_attention_heads),
+        num_kv_heads=int(config.num_key_value_heads or config.num_attention_heads),
+        head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads),
+        max_positions=int(config.max_position_embeddings),
+        rope_theta=float(rope.get("rope_theta", 10000.0)),
+        norm_eps=float(config.rms_norm_eps),
+        tie_embeddings=bool(config.tie_word_embeddings),
+        init_std=float(config.initializer_range),
+        family=config.model_type,
+        qkv_bias=family.qkv_bias,
+        qk_norm=family.qk_norm,
+        rope_scaling=_rope_scaling(rope, path),
+        sliding_window=_sliding_window(config, path) if family.sliding_window else None,
+    )
+
+
+def _rope_scaling(rope: dict[str, Any], path: Path) -> RopeScaling | None:
+    kind = rope.get("rope_type", "default")
+    if float(rope.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise UserError(f"{path}: partial_rotary_factor={rope['partial_rotary_factor']!r} is not supported")
+    if kind == "default":
+        return None
+    if kind == "linear":
+        return RopeScaling("linear", float(rope["factor"]))
+    if kind == "llama3":
+        return RopeScaling(
+            "llama3",
+            float(rope["factor"]),
+            float(rope["low_freq_factor"]),
+            float(rope["high_freq_factor"]),
+            int(rope["original_max_position_embeddings"]),
+        )
+    raise UserError(f"{path}: rope_type={kind!r} is not supported; supported: default, linear, llama3")
+
+
+def _sliding_window(config: Any, path: Path) -> int | None:
+    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
+    if kinds == {"full_attention"}:
+        return None
+    if kinds != {"sliding_attention"}:
+        raise UserError(
+            f"{path}: layer_types {', '.join(sorted(kinds))} are not supported: all layers must be full_attention, or "
+            "all sliding_attention"
+        )
+    return None if config.sliding_window is None else int(config.sliding_window)
+
+
+def save_config(
+    folder: Path,
+    config: DecoderConfig,
+    *,
+    scalar: bool,
+    eos_id: int,
+    bos_id: int | None,
+    pad_id: int | None = None,
+    dtype: str = "float32",
+) -> None:
+    """Writes the config.json of an exported model: a causal language model, or a classifier with one label.
+
+    transformers finds the token that a classifier reads in a padded batch by `pad_id`.
+    """
+    family = FAMILIES[config.family]
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if (scaling := config.rope_scaling) is not None:
+        rope |= {"rope_type": scaling.kind, "factor": scaling.factor}
+        if scaling.kind == "llama3":
+            rope |= {
+                "low_freq_factor": scaling.low,
+                "high_freq_factor": scaling.high,
+                "original_max_position_embeddings": scaling.original_positions,
+            }
+    window: dict[str, Any] = {}
+    if family.sliding_window:
+        window["sliding_window"] = config.sliding_window
+    if family.sliding_window and family.prefix != "Mistral":
+        window |= {"use_sliding_window": config.sliding_window is not None, "max_window_layers": 0}
+    described = family.config(
+        architectures=[family.prefix + ("ForSequenceClassification" if scalar else "ForCausalLM")],
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        max_position_embeddings=config.max_positions,
+        rope_parameters=rope,
+        rms_norm_eps=config.norm_eps,
+        tie_word_embeddings=config.tie_embeddings,
+        initializer_range=config.init_std,
+        eos_token_id=eos_id,
+        bos_token_id=bos_id,
+        pad_token_id=pad_id,
+        **window,
+    )
+    if scalar:
+        described.num_labels = 1
+    described.dtype = dtype
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(described.to_json_string(use_diff=False), encoding="utf-8")

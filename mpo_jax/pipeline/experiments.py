@@ -1,0 +1,126 @@
+"""The named runs of the paper: each a list of steps that start from SFT. Table 6 and Figure 4 of the MPO paper."""
+
+import dataclasses
+import re
+from collections.abc import Iterable
+from typing import Literal
+
+from mpo_jax.config.schema import ExperimentName, SelectConfig, TableConfig
+from mpo_jax.data.pair_table import Subset
+from mpo_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One preference-learning step.
+
+    Attributes:
+      algorithm: dpo or ppo.
+      subset: which pairs (dpo) or prompts (ppo) of the selection.
+      reference: the policy that the step starts from, or SFT whatever it starts from.
+      human_pairs: dpo on the labelled pairs instead of the sampled ones, without a threshold.
+    """
+
+    algorithm: Literal["dpo", "ppo"]
+    subset: Subset = "all"
+    reference: Literal["init", "sft"] = "init"
+    human_pairs: bool = False
+
+    @property
+    def needs_selection(self) -> bool:
+        return not self.human_pairs and not (self.algorithm == "ppo" and self.subset == "all")
+
+
+EXPERIMENTS: dict[ExperimentName, tuple[Step, ...]] = {
+    "sft": (),
+    "dpo_base": (Step("dpo", human_pairs=True),),
+    "dpo": (Step("dpo"),),
+    "ppo": (Step("ppo"),),
+    "mpo": (Step("dpo", "easy"), Step("ppo", "hard")),
+    "mpo_sft_kl": (Step("dpo", "easy"), Step("ppo", "hard", reference="sft")),
+    "mpo_reverse": (Step("ppo", "hard"), Step("dpo", "easy")),
+    "mpo_reverse_sft": (Step("ppo", "hard"), Step("dpo", "easy", reference="sft")),
+    "dpo_easy": (Step("dpo", "easy"),),
+    "dpo_hard": (Step("dpo", "hard"),),
+    "ppo_easy": (Step("ppo", "easy"),),
+    "ppo_hard": (Step("ppo", "hard"),),
+}
+
+AT_SPLITS: tuple[ExperimentName, ...] = ("mpo", "dpo_easy", "dpo_hard", "ppo_easy", "ppo_hard")
+"""Experiments that a table runs at every split of the pairs: MPO (Table 3) and the parts of Figure 4."""
+
+_NAME = re.compile(r"(?P<experiment>\w+?)(?:_(?P<kind>[tf])(?P<value>-?\d[\d.e+-]*))?")
+
+
+def _exact(value: float) -> str:
+    """The shortest text that reads back as the same number: 2, 0.25."""
+    return repr(float(value)).removesuffix(".0")
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A run: an experiment, and where its pairs are split if not where the section `select` says.
+
+    Attributes:
+      threshold: the gap above which a pair is easy.
+      easy_fraction: the share of the pairs that is easy. At most one of the two is given.
+    """
+
+    experiment: ExperimentName
+    threshold: float | None = None
+    easy_fraction: float | None = None
+
+    @property
+    def name(self) -> str:
+        """The run's folder: `mpo`, `mpo_t2` at threshold 2, `mpo_f0.25` with a quarter easy."""
+        if self.threshold is not None:
+            return f"{self.experiment}_t{_exact(self.threshold)}"
+        return self.experiment if self.easy_fraction is None else f"{self.experiment}_f{_exact(self.easy_fraction)}"
+
+    @classmethod
+    def of(cls, name: str) -> "Variant":
+        """The variant of that name.
+
+        Raises:
+          UserError: if there is no such experiment.
+        """
+        found = _NAME.fullmatch(name)
+        if found is None or found["experiment"] not in EXPERIMENTS:
+            raise UserError(f"no run is called {name}: known are {', '.join(EXPERIMENTS)}, and mpo_t2 for threshold 2")
+        value = None if found["value"] is None else float(found["value"])
+        split = {"threshold" if found["kind"] == "t" else "easy_fraction": value}
+        return cls(found["experiment"], **split)  # type: ignore[arg-type]
+
+    def select(self, config: SelectConfig) -> SelectConfig:
+        """The section `select` under which this run splits its pairs."""
+        if self.threshold is None and self.easy_fraction is None:
+            return config
+        return config.model_copy(update={"threshold": self.threshold, "easy_fraction": self.easy_fraction})
+
+    @property
+    def rank(self) -> tuple[int, bool, float, float]:
+        """Where it stands in every table: experiments in the order above, thresholds and then fractions rising."""
+        place = list(EXPERIMENTS).index(self.experiment)
+        return place, self != Variant(self.experiment), self.threshold or 0.0, self.easy_fraction or 0.0
+
+
+def is_run(name: str) -> bool:
+    """Whether a folder's name is that of a run."""
+    found = _NAME.fullmatch(name)
+    return found is not None and found["experiment"] in EXPERIMENTS
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names of runs in the order of the tables."""
+    return sorted(names, key=lambda name: Variant.of(name).rank)
+
+
+def table_variants(table: TableConfig, select: SelectConfig) -> list[Variant]:
+    """The runs of `mpo table`, in the order in which they are made: `AT_SPLITS` also at every further split."""
+    variants = {Variant(name) for name in table.experiment}
+    for name in AT_SPLITS:
+        if name not in table.experiment:
+            continue
+        variants |= {Variant(name, threshold=t) for t in table.thresholds if t != select.threshold}
+        variants |= {Variant(name, easy_fraction=f) for f in table.easy_fractions if f != select.easy_fraction}
+    return sorted(variants, key=lambda variant: variant.rank)

@@ -1,0 +1,8 @@
+"""The terminal that all messages go to."""
+
+from rich.console import Console
+
+PLAIN_WIDTH = 110
+console = Console(highlight=False)
+if not console.is_terminal:
+    console = Console(highlight=False, width=PLAIN_WIDTH)

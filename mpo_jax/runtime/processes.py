@@ -1,0 +1,114 @@
+"""Several processes, one per host: joining them, and what only the first one does.
+
+All processes run the same commands on the same files (a shared file system); arrays span them. Only process 0 writes
+artifacts, metrics and the terminal; each writes its own errors.
+"""
+
+import os
+import socket
+import sys
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from mpo_jax.config.schema import ProcessesConfig
+from mpo_jax.errors import UserError
+from mpo_jax.runtime import fatal, offload
+
+
+def join(config: ProcessesConfig) -> None:
+    """Makes this process one of several, where the configuration or the machine says so. Before any device is used.
+
+    Raises:
+      UserError: if the others cannot be reached in time, or only some of the settings are given.
+    """
+    given = {name: getattr(config, name) for name in ("coordinator", "count", "index")}
+    explicit = any(value is not None for value in given.values())
+    if missing := [name for name, value in given.items() if value is None] if explicit else []:
+        raise UserError(
+            f"runtime.processes.{missing[0]} is missing: coordinator (host:port of process 0), count and index "
+            "go together"
+        )
+    if not explicit and not detected(os.environ):
+        return
+    global _name
+    _name = f" in process {config.index} of {config.count}" if explicit else f" on {socket.gethostname()}"
+    fatal.explain_aborts(_name)
+    try:
+        jax.distributed.initialize(
+            coordinator_address=config.coordinator,
+            num_processes=config.count,
+            process_id=config.index,
+            initialization_timeout=config.timeout_s,
+            heartbeat_timeout_seconds=config.timeout_s,
+            shutdown_timeout_seconds=config.timeout_s,
+        )
+    except (RuntimeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"the processes did not find each other within runtime.processes.timeout_s={config.timeout_s} s: {reason}. "
+            "Check that all of them run, with the same coordinator and count and different indices"
+        ) from error
+
+
+def detected(environment: Mapping[str, str]) -> bool:
+    """Whether a launcher that jax.distributed understands has started several processes: SLURM, Open MPI, TPU pods, or
+    Kubernetes with jobs of several pods.
+    """
+    several = any(int(environment.get(name) or 1) > 1 for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"))
+    in_step = "SLURM_PROCID" in environment or "OMPI_COMM_WORLD_RANK" in environment
+    pod = any("," in environment.get(name, "") for name in ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES"))
+    kubernetes = "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment
+    return (several and in_step) or pod or kubernetes
+
+
+def is_main() -> bool:
+    """Whether this process writes what all of them share."""
+    return jax.process_index() == 0
+
+
+def wait(name: str) -> None:
+    """Returns when all processes have come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def agree(value: bool) -> bool:
+    """Process 0's answer, for all: what one reads from a disk another may not see yet."""
+    if jax.process_count() == 1:
+        return value
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+
+
+_name = ""
+
+
+def name() -> str:
+    """Which one this is, for an error message; empty where there is only one. JAX is not asked: it may not answer."""
+    return _name
+
+
+def leave(status: int) -> NoReturn:
+    """Ends this process at once: an ordinary exit would wait for the others, which wait for this one in a collective.
+
+    They miss it, and stop within `runtime.processes.timeout_s`.
+    """
+    sys.stdout.flush()
+    fatal.finish()
+    os._exit(status)
+
+
+def broke_off(error: Exception) -> bool:
+    """Whether a computation over several processes failed, as it does in those that are left when one has died."""
+    return isinstance(error, jax.errors.JaxRuntimeError) and bool(name())
+
+
+def to_host(x: Any) -> np.ndarray:
+    """A whole array on every host, wherever its parts are."""
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+        # what is gathered passes through the devices, wherever it rests
+        return np.asarray(multihost_utils.process_allgather(offload.to_devices(x), tiled=True))
+    return np.asarray(x)

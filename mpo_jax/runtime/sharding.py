@@ -1,0 +1,146 @@
+"""The device mesh, the one table from logical axes to mesh axes, and placement of parameters and batches."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from mpo_jax.config.schema import MeshConfig
+from mpo_jax.errors import UserError
+
+BATCH_AXES = ("data", "fsdp")
+
+RULES: dict[str, Any] = {
+    "batch": BATCH_AXES,
+    "embed": "fsdp",
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "act_heads": "tensor",
+}
+"""Logical axis -> mesh axis. A logical axis without a rule is replicated."""
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+    """A mesh with axes data, fsdp and tensor over the first devices.
+
+    Raises:
+      UserError: if the mesh needs more devices than there are.
+    """
+    devices = jax.devices()
+    if jax.process_count() > 1 and config.num_devices != len(devices):
+        raise UserError(
+            f"mesh.data={config.data} x mesh.fsdp={config.fsdp} x mesh.tensor={config.tensor} is "
+            f"{config.num_devices} devices, but {jax.process_count()} processes have {len(devices)}: use them all"
+        )
+    if config.num_devices > len(devices):
+        raise UserError(
+            f"mesh.data={config.data} x mesh.fsdp={config.fsdp} x mesh.tensor={config.tensor} needs "
+            f"{config.num_devices} devices, but there are {len(devices)} ({devices[0].platform}): lower the mesh, "
+            f"or simulate CPU devices with runtime.cpu_devices={config.num_devices}"
+        )
+    return mesh_of(config, devices[: config.num_devices])
+
+
+def mesh_of(config: MeshConfig, devices: Sequence[Any]) -> Mesh:
+    """The mesh over exactly these devices, which need not be this process's: a plan compiles for devices elsewhere.
+
+    Raises:
+      UserError: if several TPU slices cannot be divided along `data`, which alone may cross the network between them.
+    """
+    # of GPUs every host counts as a slice, and JAX orders them by host by itself
+    slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"})
+    if slices > 1:
+        return _over_slices(config, devices, slices)
+    return jax.make_mesh(
+        (config.data, config.fsdp, config.tensor),
+        ("data", "fsdp", "tensor"),
+        # make_mesh defaults to Explicit axes, under which every array's type carries its sharding
+        axis_types=(AxisType.Auto,) * 3,
+        devices=devices,
+    )
+
+
+def _over_slices(config: MeshConfig, devices: Sequence[Any], slices: int) -> Mesh:
+    if config.data % slices:
+        raise UserError(
+            f"{slices} TPU slices, but mesh.data={config.data}: make it a multiple of {slices}, so that fsdp and "
+            "tensor stay inside a slice and only sums of gradients cross the network"
+        )
+    inside = (config.data // slices, config.fsdp, config.tensor)
+    placed = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices)
+    return Mesh(placed, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+
+def check_batch(batch_size: int, mesh: MeshConfig, key: str) -> None:
+    """Raises UserError where a global batch does not divide over the mesh's batch axes."""
+    if batch_size % mesh.batch_shards:
+        raise UserError(
+            f"{key}={batch_size} does not divide over mesh.data={mesh.data} x mesh.fsdp={mesh.fsdp} = "
+            f"{mesh.batch_shards} devices: make it a multiple of {mesh.batch_shards}, or change the mesh"
+        )
+
+
+def spec_for(
+    axes: tuple[str | None, ...], shape: tuple[int, ...], mesh_shape: dict[str, int], *, without: str | None = None
+) -> PartitionSpec:
+    """The rules' spec for an array with these logical axes; an axis that does not divide is replicated.
+
+    Args:
+      without: a mesh axis to replicate over, whatever the rules say.
+    """
+    return PartitionSpec(
+        *(_mesh_axis(axis, size, mesh_shape, without) for axis, size in zip(axes, shape, strict=True)),
+    )
+
+
+def _mesh_axis(axis: str | None, size: int, mesh_shape: dict[str, int], without: str | None) -> Any:
+    rule = RULES.get(axis) if axis else None
+    if rule is None or rule == without:
+        return None
+    names = (rule,) if isinstance(rule, str) else rule
+    parts = int(np.prod([mesh_shape.get(name, 1) for name in names]))
+    return rule if parts > 1 and size % parts == 0 else None
+
+
+def constrain(x: jax.Array, *axes: str | None, without: str | None = None) -> jax.Array:
+    """States how an array is laid out over the mesh in use, by the rules; does nothing outside a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec_for(axes, x.shape, dict(mesh.shape), without=without))
+
+
+def shardings_for(axes_tree: Any, shapes_tree: Any, mesh: Mesh) -> Any:
+    """NamedShardings for a tree of arrays (or shapes) from a like tree of tuples of logical axes."""
+    return jax.tree.map(
+        lambda axes, leaf: NamedSharding(mesh, spec_for(axes, leaf.shape, dict(mesh.shape))),
+        axes_tree,
+        shapes_tree,
+        is_leaf=lambda x: isinstance(x, tuple) and all(a is None or isinstance(a, str) for a in x),
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Leading axis over the batch axes of the mesh, the rest whole."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def place_batch(batch: Any, mesh: Mesh) -> Any:
+    """Puts a host batch (a pytree of whole [B ...] NumPy arrays) onto the mesh; a process places its devices' rows."""
+    sharding = batch_sharding(mesh)
+
+    def place(x: Any) -> jax.Array:
+        host = np.asarray(x)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(place, batch)

@@ -1,0 +1,156 @@
+"""Times, rates and memory of a workload, and of the matrix products that bound it."""
+
+import dataclasses
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mpo_jax.tools.bench.workloads import Workload
+from mpo_jax.tools.plan.targets import Kind, known
+
+DEFINITIONS = (
+    "tokens/s: real tokens, no padding. FLOPs: necessary ones, a multiply-add as two: matrices over real tokens, "
+    "scores of visible keys, logits at response tokens, backward twice forward, nothing recomputed. of matmul: their "
+    "rate over that of one large matrix product here. MFU: over the vendor's peak in bfloat16, known devices only."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What bounds every workload on this machine.
+
+    Attributes:
+      kind: as JAX names it.
+      matmul: measured FLOP/s of a large product of the arithmetic's type, over all devices of the mesh.
+      peak, bandwidth: the vendor's FLOP/s in bfloat16 and bytes/s, over all devices; None where they are not known.
+    """
+
+    kind: str
+    matmul: float
+    peak: float | None
+    bandwidth: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One workload's figures; rates are over the sum of all steps.
+
+    Attributes:
+      seconds: of each timed step, inputs prepared on the host included.
+      compile_s: of the first pass beyond the time of a timed one.
+      peak_bytes: the most that this process has had: on the first device, or resident on CPU.
+      parts: seconds of the parts of a step, where it has some.
+    """
+
+    name: str
+    seconds: list[float]
+    tokens: int
+    padded: int
+    flops: float
+    bytes_read: float
+    compile_s: float
+    peak_bytes: int | None
+    parts: dict[str, float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    def rate(self, amount: float) -> float:
+        """Of that much over all steps, a second."""
+        return amount / sum(self.seconds)
+
+    def to_dict(self, device: Device) -> dict[str, Any]:
+        """All figures by name, in seconds, bytes and FLOPs."""
+        flops = self.rate(self.flops)
+        return {
+            "name": self.name,
+            "steps": len(self.seconds),
+            "step_s": {"median": self.median, "min": min(self.seconds), "max": max(self.seconds)},
+            "tokens_per_s": self.rate(self.tokens),
+            "real_share_of_tokens": self.tokens / self.padded,
+            "flop_per_s": flops,
+            "share_of_matmul": flops / device.matmul,
+            "mfu": flops / device.peak if device.peak else None,
+            "share_of_bandwidth": self.rate(self.bytes_read) / device.bandwidth if device.bandwidth else None,
+            "bytes_read_per_s": self.rate(self.bytes_read) or None,
+            "peak_bytes": self.peak_bytes,
+            "compile_s": self.compile_s,
+            "parts_s": self.parts,
+        }
+
+
+def device(dtype: str, num_devices: int) -> Device:
+    """Measures the matrix rate of this machine's first device."""
+    first = jax.devices()[0]
+    kind = _known(first.device_kind)
+    return Device(
+        first.device_kind,
+        matmul_rate(dtype) * (num_devices if first.platform != "cpu" else 1),
+        kind and num_devices * kind.bf16_tflops * 1e12,
+        kind and num_devices * kind.hbm_gbs * 1e9,
+    )
+
+
+def _known(name: str) -> Kind | None:
+    kinds, _ = known()
+    return next((kind for kind in kinds.values() if kind.name == name), None)
+
+
+def matmul_rate(dtype: str, repeats: int = 8) -> float:
+    """FLOP/s of the best of some square products, sizes at which every device is busy."""
+    size = 2048 if jax.default_backend() == "cpu" else 8192
+    x = jnp.full((size, size), 1 / size, dtype)
+    product = jax.jit(lambda x: x @ x)
+    jax.block_until_ready(product(x))
+    return 2 * size**3 / min(_seconds(lambda: product(x)) for _ in range(repeats))
+
+
+def measure(workload: Workload, *, profile: str | None = None) -> Measured:
+    """Runs all steps once to compile and once to time them, waiting for the devices after each."""
+    begin = time.perf_counter()
+    for k in range(workload.steps):
+        jax.block_until_ready(workload.run(k))
+    first = time.perf_counter() - begin
+    workload.parts.clear()
+    if profile is not None:
+        with jax.profiler.trace(profile):
+            jax.block_until_ready(workload.run(0))
+        workload.parts.clear()
+    seconds = [_seconds(lambda k=k: workload.run(k)) for k in range(workload.steps)]
+    return Measured(
+        workload.name,
+        seconds,
+        sum(workload.tokens),
+        sum(workload.padded),
+        sum(workload.flops),
+        sum(workload.bytes_read),
+        max(first - sum(seconds), 0.0),
+        peak_bytes(),
+        {name: _mean(values) for name, values in workload.parts.items()},
+    )
+
+
+def peak_bytes() -> int | None:
+    """Of the first device's memory; on CPU, of this process's resident memory."""
+    first = jax.local_devices()[0]
+    if first.platform == "cpu":
+        # kilobytes, but bytes on macOS
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return (first.memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - begin
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

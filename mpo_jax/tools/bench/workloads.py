@@ -1,0 +1,286 @@
+"""What is timed: each stage's own jitted functions, on rows of given lengths or on a configuration's own rows."""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from mpo_jax.config.schema import Config
+from mpo_jax.data.batches import Buckets, TrainBatches
+from mpo_jax.data.corpus import base_tokenizer, load_corpus
+from mpo_jax.data.text import TextCodec
+from mpo_jax.data.tokens import Example, tokenize
+from mpo_jax.errors import UserError
+from mpo_jax.models import flops, forward, loading
+from mpo_jax.models.decoder import DecoderConfig
+from mpo_jax.models.forward import Model
+from mpo_jax.models.generate import Sampling, make_generate
+from mpo_jax.runtime.seeds import data_seed, stage_key
+from mpo_jax.runtime.sharding import place_batch
+from mpo_jax.stages import dpo, ppo, reward, sft
+from mpo_jax.training.loop import init_state
+from mpo_jax.training.refill import sample_all
+from mpo_jax.types import Params
+
+Name = Literal["sft", "reward", "dpo", "reference", "score", "generate", "sample", "ppo"]
+NAMES: tuple[Name, ...] = get_args(Name)
+ABOUT: dict[Name, str] = {
+    "sft": "one SFT update",
+    "reward": "one update of the reward model on pairs",
+    "dpo": "one DPO update on pairs, reference log-probabilities given",
+    "reference": "log-probabilities of pairs, as computed once before DPO",
+    "score": "pair scoring, as in data selection",
+    "generate": "one batch sampled to its end, as in a PPO rollout",
+    "sample": "all prompts sampled twice with rows refilled, as in data selection",
+    "ppo": "one PPO iteration: rollout, scores, updates of actor and critic",
+}
+RATE = np.float32(1e-5)
+
+
+@dataclasses.dataclass
+class Workload:
+    """Steps to be timed, each with what it does.
+
+    Attributes:
+      run: starts step k and returns what to wait for.
+      tokens, padded: real and padded tokens of each step; of sampling, drawn ones.
+      flops: necessary ones of each step.
+      bytes_read: that a decode loop must read, 0 elsewhere.
+      parts: seconds of the parts of a step, filled as it runs.
+    """
+
+    name: str
+    run: Callable[[int], Any]
+    tokens: list[int]
+    padded: list[int]
+    flops: list[float]
+    bytes_read: list[float]
+    parts: dict[str, list[float]] = dataclasses.field(default_factory=lambda: defaultdict(list))
+
+    @property
+    def steps(self) -> int:
+        return len(self.tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """Builds workloads.
+
+    Attributes:
+      rows: prompt and response lengths of made-up rows; None for the configuration's own rows.
+      vocab_size: of the model that is made up where the configuration names none.
+    """
+
+    config: Config
+    mesh: Mesh
+    batch: int
+    steps: int
+    rows: tuple[int, int] | None
+    vocab_size: int
+
+    def __call__(self, name: Name) -> Workload:
+        return getattr(self, f"_{name}")()
+
+    def _sft(self) -> Workload:
+        train, model = self.config.sft.train, self._model()
+        step = sft.make_step(model, train.optim, train.accumulation, self.mesh)
+        return self._update("sft", step, self._params(), train.optim, "vocab", 1, lambda batch: batch)
+
+    def _reward(self) -> Workload:
+        train, model = self.config.reward.train, self._model()
+        step = reward.make_step(model, train.optim, self.config.reward.loss, train.accumulation, self.mesh)
+        params = loading.to_scalar(model, self._params(), self.mesh)
+        return self._update("reward", step, params, train.optim, "scalar", 2, lambda batch: batch)
+
+    def _dpo(self) -> Workload:
+        train, loss = self.config.dpo.train, dpo.DpoLoss.of(self.config.dpo)
+        step = dpo.make_step(self._model(), train.optim, loss, train.accumulation, self.mesh)
+        reference = jnp.zeros((self.batch, 2))
+        return self._update("dpo", step, self._params(), train.optim, "vocab", 2, lambda batch: (batch, reference))
+
+    def _update(
+        self, name: Name, step: Any, params: Params, optim: Any, head: flops.Head, num_responses: int, inputs: Any
+    ) -> Workload:
+        state = [init_state(params, optim, self.mesh)]
+
+        def run(batch: Any) -> Any:
+            state[0], metrics = step(state[0], inputs(batch), RATE)
+            return metrics
+
+        return self._over_batches(name, run, num_responses, lambda work: 3 * work, head)
+
+    def _reference(self) -> Workload:
+        params, logps = self._params(), forward.make_response_logps(self._model(), self.mesh)
+        return self._over_batches("reference", lambda batch: logps(params, batch), 2, lambda work: work, "vocab")
+
+    def _score(self) -> Workload:
+        params = loading.to_scalar(self._model(), self._params(), self.mesh)
+        score = forward.make_score_pairs(self._model(), self.mesh)
+        return self._over_batches("score", lambda batch: score(params, batch), 2, lambda work: work, "scalar")
+
+    def _over_batches(
+        self, name: Name, run: Any, num_responses: int, total: Callable[[float], float], head: flops.Head
+    ) -> Workload:
+        examples = self._examples(num_responses)
+        batches = self._batches(examples)
+        rows = [batches[k].rows for k in range(self.steps)]
+        sizes = self._model().decoder
+        necessary = [flops.necessary(sizes, np.asarray(r.prompt_len), np.asarray(r.response_len), head) for r in rows]
+        return Workload(
+            name,
+            lambda k: run(place_batch(batches[k].rows, self.mesh)),
+            [int(np.sum(r.prompt_len) + np.sum(r.response_len)) for r in rows],
+            [int(r.prompt.size + r.response.size) for r in rows],
+            [total(work) for work in necessary],
+            [0.0] * self.steps,
+        )
+
+    def _generate(self) -> Workload:
+        model, params, (_, room) = self._model(), self._params(), self._lengths()
+        generate = make_generate(model, Sampling(room), self._eos(), self.mesh)
+        batches = self._batches(self._examples(0))
+        rows = [batches[k].rows for k in range(self.steps)]
+        visit, key = jnp.zeros((self.batch,), jnp.uint32), jax.random.key(0)
+        allowed_V = self._allowed()
+
+        def run(k: int) -> Any:
+            return generate(params, place_batch(batches[k].rows, self.mesh), key, visit, allowed_V)[0].response_len
+
+        lengths = [np.asarray(run(k)) for k in range(self.steps)]
+        itemsize = jnp.dtype(model.dtype).itemsize
+        works = [
+            flops.sampling(model.decoder, np.asarray(r.prompt_len), n, itemsize)
+            for r, n in zip(rows, lengths, strict=True)
+        ]
+        drawn = [int(n.sum()) for n in lengths]
+        return Workload(
+            "generate", run, drawn, [self.batch * int(n.max()) for n in lengths],
+            [work.flops for work in works], [work.decode_reads for work in works],
+        )  # fmt: skip
+
+    def _sample(self) -> Workload:
+        model, params, (_, room) = self._model(), self._params(), self._lengths()
+        examples = self._examples(0)[: self.batch * self.steps]
+
+        def draw() -> Any:
+            return sample_all(
+                model, params, examples, sampling=Sampling(room, num_samples=2), eos_id=self._eos(),
+                allowed_V=self._allowed(), key=jax.random.key(0), batch_size=self.batch, mesh=self.mesh,
+                buckets=Buckets.of(examples, self.config.text.length_buckets),
+            )  # fmt: skip
+
+        length = draw().length
+        prompts = np.asarray([len(example.prompt) for example in examples])
+        work = flops.sampling(model.decoder, prompts, length, jnp.dtype(model.dtype).itemsize)
+        drawn = int(length.sum())
+        return Workload("sample", lambda k: draw().length, [drawn], [drawn], [work.flops], [0.0])
+
+    def _ppo(self) -> Workload:
+        prompt, room = self._lengths()
+        train = self.config.ppo.train.model_copy(update={"batch_size": self.batch, "log_every": 1})
+        text = self.config.text.model_copy(update={"max_response_tokens": room})
+        method = self.config.ppo.model_copy(update={"train": train})
+        config = self.config.model_copy(update={"ppo": method, "text": text})
+        model, params = self._model(), self._params()
+        scalar = loading.to_scalar(model, params, self.mesh)
+        codec: Any = SimpleNamespace(eos_id=self._eos(), allowed=lambda _: self._allowed())
+        loop = ppo.Loop(config, self.mesh, codec, model, model, params, scalar, self.steps)
+        state = [ppo.init_ppo_state(method, params, scalar, self.mesh, loop.offload)]
+        batches = self._batches(self._examples(0))
+        workload = Workload("ppo", lambda k: None, [], [], [], [])
+
+        def run(k: int) -> Any:
+            state[0], metrics, kept = loop.iteration(state[0], k, batches, None)
+            for name, value in metrics.items():
+                if name.startswith("timing_s/"):
+                    workload.parts[name.removeprefix("timing_s/")].append(value)
+            return kept["rollouts"].rollout.joined.response_len
+
+        itemsize = jnp.dtype(model.dtype).itemsize
+        for k in range(self.steps):
+            prompts, lengths = np.asarray(batches[k].rows.prompt_len), np.asarray(run(k))
+            vocab, judge = (flops.necessary(model.decoder, prompts, lengths, head) for head in ("vocab", "scalar"))
+            drawn = flops.sampling(model.decoder, prompts, lengths, itemsize)
+            passes = 3 * method.epochs * (vocab + judge)
+            # reference and reward model; behaviour and values are those of the first update's own forward pass
+            scoring = vocab + judge
+            workload.flops.append(drawn.flops + passes + scoring)
+            workload.tokens.append(int(prompts.sum() + lengths.sum()))
+            workload.padded.append(self.batch * (prompt + room))
+            workload.bytes_read.append(0.0)
+        workload.run = run
+        return workload
+
+    # ---- inputs
+
+    def _lengths(self) -> tuple[int, int]:
+        return self.rows or (self.config.text.max_prompt_tokens, self.config.text.max_response_tokens)
+
+    def _codec(self) -> TextCodec:
+        return TextCodec(base_tokenizer(self.config), self.config.text)
+
+    def _eos(self) -> int:
+        # rows of given lengths are drawn to their end
+        return -1 if self.rows else self._codec().eos_id
+
+    def _allowed(self) -> Any:
+        size = self._model().decoder.vocab_size
+        return jnp.ones((size,), bool) if self.rows else jnp.asarray(self._codec().allowed(size))
+
+    def _model(self) -> Model:
+        if self.config.model.path is not None:
+            return loading.describe(loading.open_model(self.config.model.path).decoder, self.config)
+        sizes = self.config.model.architecture.model_dump()
+        vocab = self.vocab_size if self.rows else len(self._codec().tokenizer)
+        return loading.describe(DecoderConfig(vocab_size=vocab, **sizes), self.config)
+
+    def _params(self) -> Params:
+        """float32 master parameters on the mesh."""
+        if self.config.model.path is not None:
+            return loading.load(self.config.model.path, self.config, self.mesh)[1]
+        decoder = self._model().decoder
+        shardings = forward.param_shardings(forward.abstract_params(decoder), self.mesh)
+        return jax.jit(forward.init_params, static_argnums=0, out_shardings=shardings)(
+            decoder, stage_key(self.config.seed, "init")
+        )
+
+    def _batches(self, examples: Sequence[Example]) -> TrainBatches:
+        buckets = Buckets.of(examples, self.config.text.length_buckets)
+        return TrainBatches(examples, buckets, self.batch, data_seed(self.config.seed, "bench"))
+
+    def _examples(self, num_responses: int) -> list[Example]:
+        if self.rows is None:
+            return list(self._own_examples(num_responses))
+        rng = np.random.default_rng(0)
+        high, (P, S) = self._model().decoder.vocab_size, self.rows
+        draw = lambda n: rng.integers(0, high, n, np.int32)  # noqa: E731
+        return [Example(draw(P), [draw(S) for _ in range(num_responses)]) for _ in range(self.batch * self.steps)]
+
+    def _own_examples(self, num_responses: int) -> Iterator[Example]:
+        """The configuration's rows: demonstrations, pairs, or the prompts of selection."""
+        corpus = load_corpus(self.config)
+        rows: list[tuple[str, tuple[str, ...]]]
+        if num_responses == 2:
+            rows = [(row.prompt, (row.chosen, row.rejected)) for row in corpus.pairs]
+        elif num_responses == 1:
+            rows = [(row.prompt, (row.response,)) for row in corpus.demonstrations]
+        else:
+            rows = [(prompt, ()) for prompt in corpus.prompts]
+        yield from tokenize(self._codec(), rows, cache=self.config.runtime.token_cache_folder)[0]
+
+
+def check_names(names: Sequence[str]) -> tuple[Name, ...]:
+    """The workloads asked for, all of them if none is named.
+
+    Raises:
+      UserError: for a name that is none.
+    """
+    if unknown := [name for name in names if name not in NAMES]:
+        raise UserError(f"no workload is called {unknown[0]}; there are {', '.join(NAMES)}")
+    return tuple(name for name in NAMES if name in names) or NAMES

@@ -1,0 +1,60 @@
+"""What people chose, unblinded: win, tie and lose of A by the most votes, and how far they agree."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from mpo_jax.evaluation.verdicts import OUTCOMES, Kappa, Outcome, Tally, by_category, fleiss_kappa, plurality
+from mpo_jax.tools.human.importing import Sheet
+from mpo_jax.tools.human.sheets import Choice, Item, Study
+
+
+def unblind(item: Item, choice: Choice) -> Outcome:
+    """What a choice of a side is for A."""
+    if choice == "tie":
+        return "tie"
+    return "win" if choice == item.a_is else "lose"
+
+
+def summary(study: Study, sheets: Sequence[Sheet], *, resamples: int, seed: int) -> dict[str, Any]:
+    """Tallies of items, each by the most votes, all votes, and Fleiss' kappa of two or more people; also by category.
+
+    Rates are of items, which are independent; votes for one item are not.
+    """
+    votes: list[list[Outcome]] = [
+        [unblind(item, sheet.choices[item.number]) for sheet in sheets] for item in study.items
+    ]
+    outcomes: list[Outcome | None] = [plurality(found) for found in votes]
+    categories = [item.category for item in study.items]
+    result: dict[str, Any] = {
+        "items": len(votes),
+        "annotators": len(sheets),
+        "verdict": Tally.of(outcomes).to_dict(),
+        "votes": _counts(votes),
+    }
+    if tallies := by_category(categories, outcomes):
+        result["by_category"] = {name: tally.to_dict() for name, tally in tallies.items()}
+        result["votes_by_category"] = {
+            name: _counts([found for found, c in zip(votes, categories, strict=True) if c == name]) for name in tallies
+        }
+    left = sum(choice == "left" for sheet in sheets for choice in sheet.choices.values())
+    right = sum(choice == "right" for sheet in sheets for choice in sheet.choices.values())
+    result["sides"] = {"left": left, "right": right}
+    if len(sheets) > 1:
+        counts = np.asarray([[found.count(name) for name in OUTCOMES] for found in votes])
+        result["kappa"] = _kappa(fleiss_kappa(counts, resamples=resamples, seed=seed))
+        result["kappa_by_category"] = {
+            name: _kappa(fleiss_kappa(counts[[c == name for c in categories]], resamples=resamples, seed=seed))
+            for name in tallies
+        }
+    return result
+
+
+def _counts(votes: Sequence[Sequence[Outcome]]) -> dict[str, int]:
+    return {name: sum(found.count(name) for found in votes) for name in OUTCOMES}
+
+
+def _kappa(found: Kappa) -> dict[str, Any]:
+    return dataclasses.asdict(found)

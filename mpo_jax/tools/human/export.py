@@ -1,0 +1,61 @@
+"""Sheets for people: a page that needs no network, and a table for a spreadsheet. Neither says who wrote what."""
+
+import csv
+import io
+import json
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from mpo_jax.tools.human.sheets import Study
+
+COLUMNS = ("study", "item", "prompt", "left", "right", "choice", "annotator")
+
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
+"""A cell that begins so is computed by spreadsheets; an apostrophe before it keeps it text."""
+
+
+def page(study: Study) -> str:
+    """The HTML page: all of the study's texts, no name of a side, and nothing to load."""
+    shown = {
+        "study": study.id,
+        "items": [
+            {"item": i.number, "prompt": i.prompt.strip(), "left": i.left.strip(), "right": i.right.strip()}
+            for i in study.items
+        ],
+    }
+    environment = Environment(
+        loader=PackageLoader("mpo_jax.tools.human", "."),
+        undefined=StrictUndefined,
+        autoescape=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template("page.html.j2").render(study=study.id, data=_for_script(shown))
+
+
+def table(study: Study) -> str:
+    """CSV with a row an item and empty columns `choice` (left, right or tie) and `annotator`."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(COLUMNS)
+    for item in study.items:
+        cells = (_cell(cell) for cell in (item.prompt, item.left, item.right))
+        writer.writerow((study.id, item.number, *cells, "", ""))
+    return text.getvalue()
+
+
+def is_cell(cell: str, text: str) -> bool:
+    """Whether a cell of a table that came back holds the text; spreadsheets change white space."""
+    return cell.split() in (_cell(text).split(), text.split())
+
+
+def _cell(text: str) -> str:
+    text = text.strip()
+    return f"'{text}" if text.startswith((*FORMULA, "'")) else text
+
+
+def _for_script(value: object) -> str:
+    """JSON that no text can end: inside a script element `<` matters, and two line separators to older browsers."""
+    text = json.dumps(value, ensure_ascii=False)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text

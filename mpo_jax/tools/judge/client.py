@@ -1,0 +1,179 @@
+"""Calls of an OpenAI-compatible endpoint: several at once, each tried again after what passes."""
+
+import asyncio
+import email.utils
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import openai
+import tenacity
+
+from mpo_jax.errors import UserError
+from mpo_jax.tools.judge.calls import Call, Done, Failure, Reply
+from mpo_jax.tools.judge.endpoint import KEY, Endpoint
+
+BACKOFF_S = 1.0
+"""The first retry waits up to so long, drawn at random, each further one up to twice as long as the one before."""
+
+LONGEST_BACKOFF_S = 60.0
+LONGEST_WAIT_S = 300.0
+"""What a server may ask for by Retry-After; a daily quota asks for hours, which are better waited for elsewhere."""
+
+STOP_AFTER = 5
+"""Calls that fail one after another, each with all of its tries."""
+
+LONGEST_REASON = 300
+
+
+class Malformed(Exception):
+    """An answer of status 200 that is none."""
+
+
+def ask(endpoint: Endpoint, secret: str | None, calls: Sequence[Call], done: Done) -> None:
+    """Makes the calls, and tells each outcome as it comes.
+
+    Raises:
+      UserError: where every further call would fail too.
+    """
+    try:
+        asyncio.run(_Client(endpoint, secret, done).ask(iter(calls)))
+    except ExceptionGroup as group:
+        # of several workers that failed at once, one says enough
+        raise group.exceptions[0] from None
+
+
+class _Client:
+    def __init__(self, endpoint: Endpoint, secret: str | None, done: Done):
+        self._endpoint, self._secret, self._done = endpoint, secret, done
+        self._paused_until = 0.0
+        self._failed_in_row = 0
+
+    async def ask(self, calls: Iterator[Call]) -> None:
+        # retries are made here, where Retry-After holds all calls back and an answer's shape is looked at
+        async with openai.AsyncOpenAI(
+            base_url=self._endpoint.url, api_key=self._secret or "none", max_retries=0
+        ) as client:
+
+            async def work() -> None:
+                for call in calls:
+                    self._done(call, await self._one(client, call))
+
+            async with asyncio.TaskGroup() as group:
+                for _ in range(self._endpoint.concurrency):
+                    group.create_task(work())
+
+    async def _one(self, client: openai.AsyncOpenAI, call: Call) -> Reply | Failure:
+        retrying = tenacity.AsyncRetrying(
+            stop=tenacity.stop_after_attempt(self._endpoint.tries),
+            wait=self._wait,
+            retry=tenacity.retry_if_exception(_may_pass),
+            reraise=True,
+        )
+        try:
+            reply = await retrying(self._attempt, client, call.prompt)
+        except (openai.OpenAIError, TimeoutError, ValueError, Malformed) as error:
+            reason = self._said(error)
+            if advice := _hopeless(error):
+                raise UserError(f"{self._endpoint.url}: {reason}. {advice}") from None
+            self._failed_in_row += 1
+            if self._failed_in_row >= STOP_AFTER:
+                raise UserError(
+                    f"{self._endpoint.url}: {STOP_AFTER} calls in a row failed, the last with: {reason}. What was "
+                    "answered is kept: mend the cause, and the same command goes on"
+                ) from None
+            return Failure(reason)
+        self._failed_in_row = 0
+        return reply
+
+    async def _attempt(self, client: openai.AsyncOpenAI, prompt: str) -> Reply:
+        while (pause := self._paused_until - time.monotonic()) > 0:
+            await asyncio.sleep(pause)
+        # the client's own time-out counts from byte to byte, so that a slow stream might never end
+        async with asyncio.timeout(self._endpoint.timeout_s):
+            completion = await client.chat.completions.create(
+                model=self._endpoint.model,
+                messages=[{"role": "user", "content": prompt}],
+                extra_body=self._endpoint.fields,
+                timeout=self._endpoint.timeout_s,
+            )
+        reply = _reply(completion)
+        # a server that repeats the request's headers must not bring the key into the cache
+        return Reply(self._without_secret(reply.text), reply.prompt_tokens, reply.answer_tokens)
+
+    def _wait(self, state: tenacity.RetryCallState) -> float:
+        asked = _retry_after(state.outcome.exception() if state.outcome else None)
+        if asked is None:
+            return tenacity.wait_random_exponential(multiplier=BACKOFF_S, max=LONGEST_BACKOFF_S)(state)
+        self._paused_until = max(self._paused_until, time.monotonic() + asked)
+        return asked
+
+    def _said(self, error: Exception) -> str:
+        """An error in one line, without the key."""
+        if isinstance(error, TimeoutError | openai.APITimeoutError):
+            text = f"no whole answer within {self._endpoint.timeout_s:g} s"
+        elif isinstance(error, openai.APIConnectionError):
+            text = f"no connection, or one that broke off ({error.__cause__ or 'no reason given'})"
+        elif isinstance(error, ValueError):
+            text = f"an answer that is no JSON ({error})"
+        else:
+            text = str(error) or type(error).__name__
+        return self._without_secret(" ".join(text.split()))[:LONGEST_REASON]
+
+    def _without_secret(self, text: str) -> str:
+        return text if self._secret is None else text.replace(self._secret, "***")
+
+
+def _reply(completion: Any) -> Reply:
+    """The text of a completion; the client lets answers of any shape through.
+
+    Raises:
+      Malformed: where there is no text, and no reason why not.
+    """
+    try:
+        choice = completion.choices[0]
+        text, why = choice.message.content, choice.finish_reason
+    except (AttributeError, IndexError, TypeError):
+        raise Malformed("an answer without choices[0].message.content") from None
+    if text is None and why in ("length", "content_filter"):
+        text = ""  # all tokens went into thinking, or the judge refused: an answer, though one without scores
+    if not isinstance(text, str):
+        raise Malformed("an answer whose message has no text")
+    usage = getattr(completion, "usage", None)
+    prompt, answer = (getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens"))
+    return Reply(text, prompt if isinstance(prompt, int) else None, answer if isinstance(answer, int) else None)
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether another try may help."""
+    if isinstance(error, openai.APIStatusError):
+        passes = error.status_code >= 500 or error.status_code in (408, 409, 429)
+        return passes and error.code != "insufficient_quota" and (_retry_after(error) or 0.0) <= LONGEST_WAIT_S
+    passing = openai.APIConnectionError, openai.APIResponseValidationError, TimeoutError, ValueError, Malformed
+    return isinstance(error, passing)
+
+
+def _hopeless(error: Exception) -> str | None:
+    """What to do about an error that every other call would meet too; None for one that may be this call's own."""
+    if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
+        return f"Set the environment variable {KEY} to a key of this endpoint"
+    if isinstance(error, openai.NotFoundError):
+        return "Check --endpoint (the part before /chat/completions) and --model"
+    if isinstance(error, openai.RateLimitError) and not _may_pass(error):
+        return "What was answered is kept: the same command goes on once the limit is lifted"
+    return None
+
+
+def _retry_after(error: BaseException | None) -> float | None:
+    """Seconds that the server asks to wait, by a number or a date; never negative."""
+    headers = getattr(getattr(error, "response", None), "headers", {})
+    value = headers.get("retry-after")
+    if value is None:
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        date = email.utils.parsedate_tz(value)
+        seconds = math.nan if date is None else email.utils.mktime_tz(date) - time.time()
+    return None if math.isnan(seconds) else max(seconds, 0.0)

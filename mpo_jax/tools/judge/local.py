@@ -1,0 +1,131 @@
+"""Judges without a network: a language model on this machine that reads the same prompt, or a reward model."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from mpo_jax.config.schema import Config
+from mpo_jax.data.batches import Buckets, map_batches
+from mpo_jax.data.chat import Chat
+from mpo_jax.data.records import Renderer, user_turn
+from mpo_jax.data.sources import fingerprint_files
+from mpo_jax.data.text import TextCodec
+from mpo_jax.data.tokens import tokenize
+from mpo_jax.evaluation.answers import Pair
+from mpo_jax.evaluation.sampling import sample_texts
+from mpo_jax.models import forward, loading
+from mpo_jax.models.generate import Sampling
+from mpo_jax.runtime.seeds import stage_key
+from mpo_jax.runtime.sharding import place_batch
+from mpo_jax.tools.judge.cache import content_key
+from mpo_jax.tools.judge.calls import Call, Done, Failure, Reply
+
+BATCHES = 4
+"""Batches of answers between two writes to the disk: enough that rows which end early are refilled."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalJudge:
+    """A language model that answers greedily.
+
+    Attributes:
+      chat: whether it is asked through its chat template.
+    """
+
+    path: Path
+    config: Config
+    codec: TextCodec
+    mesh: Mesh
+    chat: bool
+
+    @property
+    def max_tokens(self) -> int | None:
+        return self.config.text.max_response_tokens
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        files = [self.path] if self.path.is_file() else sorted(p for p in self.path.iterdir() if p.is_file())
+        return fingerprint_files(files)
+
+    def key(self, prompt: str) -> str:
+        return content_key("local", self._fingerprint, str(self.max_tokens), self.codec.templated(self._render(prompt)))
+
+    def count_tokens(self, calls: Sequence[Call]) -> tuple[int, str]:
+        fitted = self.codec.prompts([self._render(call.prompt) for call in calls])
+        return sum(prompt.full for prompt in fitted), "counted by the judge's own tokenizer"
+
+    def ask(self, calls: Sequence[Call], done: Done) -> None:
+        texts = [self._render(call.prompt) for call in calls]
+        asked = []
+        for call, text, fitted in zip(calls, texts, self.codec.prompts(texts), strict=True):
+            if fitted.truncated:
+                room = self.config.text.max_prompt_tokens
+                done(call, Failure(f"a prompt of {fitted.full} tokens, for which the model has room of {room}"))
+            else:
+                asked.append((call, text))
+        if not asked:
+            return
+        with jax.set_mesh(self.mesh):
+            model, params = loading.load(self.path, self.config, self.mesh, frozen=True)
+            size = BATCHES * self.config.evaluate.batch_size
+            for begin in range(0, len(asked), size):
+                part = asked[begin : begin + size]
+                found, _ = sample_texts(
+                    model, params, self.codec, self.config, self.mesh, [text for _, text in part],
+                    sampling=Sampling(self.config.text.max_response_tokens, greedy=True),
+                    key=stage_key(self.config.seed, "judge"), name=str(self.path),
+                )  # fmt: skip
+                for (call, _), answer in zip(part, found, strict=True):
+                    done(call, Reply(answer))
+
+    def _render(self, prompt: str) -> str:
+        return self._chat.prompt(user_turn(prompt)) if self.chat else prompt
+
+    @cached_property
+    def _chat(self) -> Chat:
+        return Chat(self.codec.tokenizer)
+
+
+def reward_totals(
+    path: Path,
+    config: Config,
+    codec: TextCodec,
+    mesh: Mesh,
+    pairs: Sequence[Pair],
+    *,
+    render: Renderer,
+    tell: Callable[[int], None],
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """[pairs, 2] a reward model's raw scores of A's and B's responses, and what was cut to fit.
+
+    It reads prompts as the policies saw them; where that is not known, in its own template and by `render`.
+    """
+    rows: list[tuple[str, tuple[str, ...]]] = []
+    for number, pair in enumerate(pairs, 1):
+        if pair.shown is not None:
+            rows.append((pair.shown, (pair.a, pair.b)))
+            continue
+        prompt, replies = render.render(pair.prompt, (pair.a, pair.b), f"prompt {number}")
+        rows.append((codec.templated(prompt), tuple(replies)))
+    codec = TextCodec(codec.tokenizer, config.text.model_copy(update={"prompt_template": "{prompt}"}))
+    examples, report = tokenize(codec, rows, cache=config.runtime.token_cache_folder)
+    count = 0
+    with jax.set_mesh(mesh):
+        model, params = loading.load(path, config, mesh, scalar=True, frozen=True)
+        score = forward.make_score_pairs(model, mesh)
+
+        def measure(batch: Any) -> Any:
+            nonlocal count
+            count += 1
+            tell(count)
+            return score(params, place_batch(batch, mesh))
+
+        buckets = Buckets.of(examples, config.text.length_buckets)
+        scores = map_batches(examples, buckets, config.evaluate.batch_size, measure, models=str(path))
+    return np.asarray(scores, np.float64), report.to_dict()

@@ -1,0 +1,127 @@
+"""From a judge's totals to win, tie and lose."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from mpo_jax.evaluation.answers import Pair
+from mpo_jax.evaluation.statistics import mean_and_se, paired_difference
+from mpo_jax.evaluation.verdicts import Outcome, Rate, Tally, by_category, compare, rate
+from mpo_jax.tools.judge.calls import Call, Failure, Reply
+from mpo_jax.tools.judge.parse import parse_totals
+
+
+@dataclasses.dataclass(frozen=True)
+class Grade:
+    """What one call gave.
+
+    Attributes:
+      swapped: whether A was response 2.
+      totals: of A and of B, whichever came first; None without them.
+      status: "unparsed" is an answer that holds no totals, "failed" no answer.
+      text: the answer, or why there is none.
+    """
+
+    swapped: bool
+    totals: tuple[float, float] | None
+    status: Literal["ok", "unparsed", "failed"] = "ok"
+    text: str = ""
+
+
+def grade(call: Call, outcome: Reply | Failure) -> Grade:
+    """Reads an answer."""
+    if isinstance(outcome, Failure):
+        return Grade(call.swapped, None, "failed", outcome.reason)
+    found = parse_totals(outcome.text)
+    if found is None:
+        return Grade(call.swapped, None, "unparsed", outcome.text)
+    first, second = found
+    return Grade(call.swapped, (second, first) if call.swapped else found, "ok", outcome.text)
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """A pair with its grades, one an order."""
+
+    pair: Pair
+    grades: tuple[Grade, ...]
+
+    @property
+    def totals(self) -> tuple[float, float] | None:
+        """A's and B's totals, averaged over the orders; None unless every order gave both.
+
+        One order alone would count the judge's preference for a place as one for a side.
+        """
+        found = [grade.totals for grade in self.grades if grade.totals is not None]
+        if len(found) < len(self.grades):
+            return None
+        a, b = np.mean(np.asarray(found, np.float64), 0).tolist()
+        return a, b
+
+    @property
+    def outcome(self) -> Outcome | None:
+        return None if self.totals is None else compare(*self.totals)
+
+    @property
+    def status(self) -> Literal["ok", "unparsed", "failed"]:
+        statuses = [grade.status for grade in self.grades]
+        return "failed" if "failed" in statuses else "unparsed" if "unparsed" in statuses else "ok"
+
+    def to_dict(self) -> dict[str, Any]:
+        a, b = self.totals or (None, None)
+        grades = [dataclasses.asdict(grade) for grade in self.grades]
+        row = dataclasses.asdict(self.pair)
+        return {**row, "outcome": self.outcome, "status": self.status, "total_a": a, "total_b": b, "grades": grades}
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Whether a judge looks at the place of a response.
+
+    Attributes:
+      agree: of the pairs with a verdict, the share in which both orders give one outcome.
+      first: of parsed calls, how often response 1 has the higher total.
+      equal: how often both have the same.
+      second: how often response 2 has the higher total.
+    """
+
+    agree: Rate | None
+    first: int
+    equal: int
+    second: int
+
+
+def places(judged: Sequence[Judged]) -> Places:
+    """Position consistency of pairs that were judged in both orders."""
+    decided = [one for one in judged if one.outcome is not None]
+    same = sum(len({compare(*g.totals) for g in one.grades if g.totals is not None}) == 1 for one in decided)
+    parsed = [g.totals[::-1] if g.swapped else g.totals for one in judged for g in one.grades if g.totals is not None]
+    tally = Tally.of(compare(*totals) for totals in parsed)
+    return Places(rate(same, len(decided)), tally.win, tally.tie, tally.lose)
+
+
+def summary(judged: Sequence[Judged], *, resamples: int, seed: int) -> dict[str, Any]:
+    """Counts and rates with intervals, in all and by category; totals' means; differences paired by prompt."""
+    outcomes: list[Outcome | None] = [one.outcome for one in judged]
+    statuses = [one.status for one in judged]
+    result: dict[str, Any] = {
+        "prompts": len(judged),
+        "verdict": Tally.of(outcomes).to_dict(),
+        "unparsed": statuses.count("unparsed"),
+        "failed": statuses.count("failed"),
+    }
+    categories: Mapping[str, Tally] = by_category([one.pair.category for one in judged], outcomes)
+    if categories:
+        result["by_category"] = {name: tally.to_dict() for name, tally in categories.items()}
+    grades = [grade.status for one in judged for grade in one.grades]
+    result["calls"] = {name: grades.count(name) for name in ("ok", "unparsed", "failed")}
+    totals = np.asarray([one.totals for one in judged if one.totals is not None], np.float64)
+    if len(totals):
+        for side, column in (("a", totals[:, 0]), ("b", totals[:, 1])):
+            result[f"total_{side}"], result[f"total_{side}_se"] = mean_and_se(column)
+        result["difference"] = paired_difference(totals[:, 0], totals[:, 1], resamples=resamples, seed=seed)
+    if any(len(one.grades) > 1 for one in judged):
+        result["places"] = dataclasses.asdict(places(judged))
+    return result

@@ -1,0 +1,95 @@
+"""`--fit`: the remat and micro-batches with the shortest estimated steps that fit, global batches unchanged."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from mpo_jax.config.schema import Config
+from mpo_jax.tools.plan.advice import accumulations
+from mpo_jax.tools.plan.measure import Measured, prepare
+from mpo_jax.tools.plan.programs import Program
+from mpo_jax.tools.plan.targets import Target
+
+REMATS = ("none", "dots", "full")
+STAGES = ("sft", "reward", "dpo", "ppo")
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """One value of model.remat with each stage's fewest micro-batches that fit under it.
+
+    Attributes:
+      accumulation: by stage; a stage for which nothing fits is missing.
+      seconds: estimated time of one update of every stage, all stages together.
+    """
+
+    remat: str
+    accumulation: dict[str, int]
+    seconds: float
+
+    @property
+    def fits(self) -> bool:
+        return len(self.accumulation) == len(STAGES)
+
+    @property
+    def overrides(self) -> list[str]:
+        return [f"model.remat={self.remat}"] + [f"{s}.train.accumulation={a}" for s, a in self.accumulation.items()]
+
+
+def search(config: Config, target: Target, note: Callable[[str], None] = lambda _: None) -> list[Choice]:
+    """All three values of remat, the best first.
+
+    More micro-batches take less memory and gather the weights more often, so that each stage takes the fewest that
+    fit; they are found by bisection.
+    """
+    choices = []
+    for remat in REMATS:
+        accumulation, total = {}, 0.0
+        for stage in STAGES:
+            found = _fewest(config, target, remat, stage, note)
+            if found is None:
+                break
+            accumulation[stage], time = found
+            total += time
+        choices.append(Choice(remat, accumulation, total))
+    return sorted(choices, key=lambda c: (not c.fits, -len(c.accumulation), c.seconds))
+
+
+def _fewest(
+    config: Config, target: Target, remat: str, stage: str, note: Callable[[str], None]
+) -> tuple[int, float] | None:
+    """The fewest micro-batches with which a stage's updates fit, and their estimated seconds."""
+    candidates = accumulations(config, stage)
+    low, high, best = 0, len(candidates) - 1, None
+    while low <= high:
+        middle = (low + high) // 2
+        count = candidates[middle]
+        measured = _updates(config, target, remat, stage, count)
+        fits = all(one.fits for one in measured)
+        peak = max(one.peak for one in measured) / 2**30
+        note(f"{stage}: remat={remat} accumulation={count}: {peak:.1f} GiB, {'fits' if fits else 'does not fit'}")
+        if fits:
+            best = count, sum(one.seconds or 0.0 for one in measured)
+            high = middle - 1
+        else:
+            low = middle + 1
+    return best
+
+
+def _updates(config: Config, target: Target, remat: str, stage: str, accumulation: int) -> list[Measured]:
+    plan = prepare(
+        changed(config, {"model": {"remat": remat}, stage: {"train": {"accumulation": accumulation}}}), target
+    )
+    wanted: list[Program] = [p for p in plan.stages.of([stage]) if p.train is not None]
+    return plan.measure(wanted)
+
+
+def changed(config: Config, changes: dict[str, Any]) -> Config:
+    """The configuration with some values replaced, checked anew."""
+
+    def merge(values: Any, update: Any) -> Any:
+        if not isinstance(update, dict):
+            return update
+        return {**values, **{key: merge(values[key], value) for key, value in update.items()}}
+
+    return Config.model_validate(merge(config.model_dump(), changes))

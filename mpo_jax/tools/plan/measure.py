@@ -1,0 +1,220 @@
+"""Compiles programs for a target and reads from the compiler what they take."""
+
+import dataclasses
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from mpo_jax.config.schema import Config, MeshConfig
+from mpo_jax.errors import UserError
+from mpo_jax.models.flops import Work
+from mpo_jax.runtime.sharding import mesh_of
+from mpo_jax.tools.plan import compilers
+from mpo_jax.tools.plan.collectives import Traffic, traffic
+from mpo_jax.tools.plan.programs import Program, Stages, device_bytes
+from mpo_jax.tools.plan.sizes import decoder_sizes
+from mpo_jax.tools.plan.targets import GIB, Target, known
+
+_USED = re.compile(r"Used ([\d.]+)([KMGT]?)i?B? of [\d.]+")
+_TEMPORARIES = re.compile(r"HLO temporaries \(([\d.]+)([KMGT]?)i?B?\) exceeds")
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of one device.
+
+    Attributes:
+      arguments: what the program is called with; donated ones are reused for its results.
+      temporaries: scratch while it runs.
+      results: new arrays it leaves, beyond the donated ones.
+      code: of the program itself, where it lies in the device's memory.
+      held: what the stage keeps there besides.
+    """
+
+    arguments: int
+    temporaries: int
+    results: int
+    code: int
+    held: int
+
+    @property
+    def peak(self) -> int:
+        return self.arguments + self.temporaries + self.results + self.code + self.held
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One program, compiled for a target.
+
+    Attributes:
+      memory: None where the compiler gave up for lack of memory; then `refused` says what it needed, bytes a device.
+      seconds: estimate of one call at the assumed utilisations; None on the CPU.
+    """
+
+    program: Program
+    memory: Memory | None
+    refused: int | None
+    capacity: float
+    traffic: tuple[Traffic, ...]
+    compile_s: float
+    seconds: float | None
+
+    @property
+    def peak(self) -> int:
+        """Bytes of a device that must be there."""
+        if self.memory is not None:
+            return self.memory.peak
+        assert self.refused is not None
+        return self.refused + device_bytes(self.program.held)
+
+    @property
+    def fits(self) -> bool:
+        return self.memory is not None and self.peak <= self.capacity
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A configuration with its mesh over a target's devices, ready to be compiled."""
+
+    config: Config
+    target: Target
+    mesh: Mesh
+    stages: Stages
+    sizes_from: str
+
+    def measure(
+        self,
+        programs: Iterable[Program] | None = None,
+        *,
+        begin: Callable[[Program], None] = lambda _: None,
+        end: Callable[[Measured], None] = lambda _: None,
+    ) -> list[Measured]:
+        """Compiles the programs in order, all of them by default; `begin` and `end` hear of each."""
+        compiled: dict[str, Any] = {}
+        measured = []
+        for program in self.stages if programs is None else programs:
+            begin(program)
+            one = compile_one(program, self.mesh, self.target, self.config.mesh, compiled)
+            end(one)
+            measured.append(one)
+        return measured
+
+
+def prepare(config: Config, target: Target) -> Plan:
+    """The plan of a configuration; `compilers.prepare` comes first.
+
+    Raises:
+      UserError: if the mesh is not the target's, a batch does not divide over it, or the model's sizes are not known.
+    """
+    if config.mesh.num_devices != target.num_devices:
+        mesh = config.mesh
+        raise UserError(
+            f"mesh.data={mesh.data} x mesh.fsdp={mesh.fsdp} x mesh.tensor={mesh.tensor} is {mesh.num_devices} devices, "
+            f"but {target.name} has {target.num_devices}: add {_suggest_mesh(target)}"
+        )
+    if target.kind is not None and config.model.compute_dtype == "auto":
+        # runtime would ask this machine, whose CPU the plan is not for
+        model = config.model.model_copy(update={"compute_dtype": "bfloat16"})
+        config = config.model_copy(update={"model": model})
+    decoder, source = decoder_sizes(config)
+    mesh = mesh_of(config.mesh, compilers.devices(target))
+    return Plan(config, target, mesh, Stages(config, decoder, mesh), source)
+
+
+def _suggest_mesh(target: Target) -> str:
+    if target.spans_network:
+        return f"mesh.data={target.groups} mesh.fsdp={target.num_devices // target.groups}"
+    return f"mesh.fsdp={target.num_devices}"
+
+
+def compile_one(
+    program: Program, mesh: Mesh, target: Target, mesh_config: MeshConfig, compiled: dict[str, Any]
+) -> Measured:
+    """Compiles one program, and adds it to `compiled` by name."""
+    arguments = program.arguments(compiled)
+    kept = sum(compiled[name].memory_analysis().output_size_in_bytes for name in program.keeps if name in compiled)
+    with jax.set_mesh(mesh):
+        lowered = program.function.lower(*arguments)
+        begin = time.perf_counter()
+        try:
+            executable = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            used = used_bytes(str(error), device_bytes(arguments))
+            if used is None:
+                raise
+            elapsed = time.perf_counter() - begin
+            return Measured(program, None, used + kept, target.capacity, (), elapsed, None)
+        elapsed = time.perf_counter() - begin
+    compiled[program.name] = executable
+    found = tuple(traffic(executable.as_text(), loop_trips=program.loop_trips))
+    return Measured(
+        program=program,
+        memory=_memory(executable.memory_analysis(), device_bytes(program.held) + kept),
+        refused=None,
+        capacity=target.capacity,
+        traffic=found,
+        compile_s=elapsed,
+        seconds=seconds(program.work, found, target, mesh_config),
+    )
+
+
+def _memory(stats: Any, held: int) -> Memory:
+    return Memory(
+        arguments=stats.argument_size_in_bytes,
+        temporaries=stats.temp_size_in_bytes,
+        results=max(stats.output_size_in_bytes - stats.alias_size_in_bytes, 0),
+        code=stats.generated_code_size_in_bytes,
+        held=held,
+    )
+
+
+def used_bytes(message: str, arguments: int) -> int | None:
+    """The memory that a program needs, from a compiler's complaint that there is too little; None for other errors.
+
+    Args:
+      arguments: bytes of the program's arguments, since one complaint is about temporaries alone.
+    """
+    if "RESOURCE_EXHAUSTED" not in message:
+        return None
+    for pattern, besides in ((_USED, 0), (_TEMPORARIES, arguments)):
+        if found := pattern.search(message):
+            return int(float(found[1]) * _UNITS[found[2]]) + besides
+    return None
+
+
+def seconds(work: Work, found: Sequence[Traffic], target: Target, mesh: MeshConfig) -> float | None:
+    """The longest of arithmetic, reading (of a decode loop) and communication, as if the three overlapped."""
+    parts = time_parts(work, found, target, mesh)
+    return None if parts is None else max(parts.values())
+
+
+def time_parts(work: Work, found: Sequence[Traffic], target: Target, mesh: MeshConfig) -> Mapping[str, float] | None:
+    """Seconds of each part by itself, at the utilisations in targets.yaml; None on the CPU.
+
+    Collectives run over a group's own links, with two exceptions where there are several groups: the sums over `data`
+    (all-reduce), and all of them where `fsdp` x `tensor` is larger than a group.
+    """
+    if target.kind is None:
+        return None
+    kind, (_, share) = target.kind, known()
+    across = target.spans_network and mesh.fsdp * mesh.tensor > target.num_devices // target.groups
+    moved = 0.0
+    for one in found:
+        network = across or (target.spans_network and one.kind == "all-reduce" and mesh.data > 1)
+        bandwidth = (kind.network_gbs if network else kind.link_gbs) * 1e9 * share.link
+        # an all-reduce is a reduce-scatter and an all-gather
+        moved += (2 if one.kind == "all-reduce" else 1) * one.total_bytes / bandwidth
+    return {
+        "arithmetic": (work.flops + work.recomputed) / (target.num_devices * kind.bf16_tflops * 1e12 * share.matmul),
+        "reading": work.decode_reads / (target.num_devices * kind.hbm_gbs * 1e9 * share.bandwidth),
+        "communication": moved,
+    }
+
+
+def gib(size: float) -> float:
+    return size / GIB

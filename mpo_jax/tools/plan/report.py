@@ -1,0 +1,135 @@
+"""A plan as tables for the terminal and as JSON."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+
+from mpo_jax import __version__
+from mpo_jax.config.schema import Config
+from mpo_jax.tools.plan.advice import advice
+from mpo_jax.tools.plan.collectives import Traffic
+from mpo_jax.tools.plan.measure import Measured, Plan, gib, time_parts
+from mpo_jax.tools.plan.targets import known
+
+DEFINITIONS = """\
+GiB of one device. held: what the stage keeps besides the arguments (other models, optimiser states, the parameters a
+training started from). peak: arguments + temporaries + new results + held. FLOPs: matrix products of one call on all
+devices, padded tokens included, recomputation left out. estimate: seconds of one call, the longest of arithmetic
+(recomputation included), a decode loop's reading and communication, as if they overlapped. PPO's decode is counted to
+its last column; selection and evaluation refill their rows, so that prefill there is one portion of prompts, and decode
+one chunk of tokens for all rows. Collectives: bytes each device takes part in, once + in loops (all turns)."""
+
+
+def memory_table(measured: Sequence[Measured], plan: Plan) -> Table:
+    """Arguments, temporaries and peak of every program against the device's memory."""
+    table = Table(title=f"Memory on {plan.target.name}, GiB a device", title_justify="left")
+    table.add_column("program")
+    for name in ("arguments", "temporaries", "held", "peak", "usable", "fits", "compile s"):
+        table.add_column(name, justify="right")
+    for one in measured:
+        parts = ["-"] * 3
+        if one.memory is not None:
+            m = one.memory
+            parts = [f"{gib(size):.3g}" for size in (m.arguments, m.temporaries, m.held)]
+        verdict = "yes" if one.fits else "[red]NO[/red]"
+        peak, usable = f"{gib(one.peak):.3g}", f"{gib(one.capacity):.3g}"
+        table.add_row(one.program.name, *parts, peak, usable, verdict, f"{one.compile_s:.1f}")
+    return table
+
+
+def work_table(measured: Sequence[Measured], plan: Plan) -> Table:
+    """FLOPs, estimated time and collectives of every program."""
+    table = Table(title=f"Work and communication on {plan.target.name}", title_justify="left")
+    table.add_column("program")
+    for name in ("FLOPs", "estimate s", "bound by"):
+        table.add_column(name, justify="right")
+    table.add_column("collectives: GB once + in loops")
+    for one in measured:
+        estimate = "-" if one.seconds is None else f"{one.seconds:.3g}"
+        moved = ", ".join(_traffic(t) for t in one.traffic) or "none"
+        table.add_row(one.program.name, f"{one.program.work.flops:.3g}", estimate, bound(one, plan) or "-", moved)
+    return table
+
+
+def bound(one: Measured, plan: Plan) -> str | None:
+    """Which part of the estimate is the longest."""
+    parts = time_parts(one.program.work, one.traffic, plan.target, plan.config.mesh)
+    return None if parts is None or one.memory is None else max(parts, key=lambda name: parts[name])
+
+
+def _traffic(one: Traffic) -> str:
+    about = "" if one.exact else "~"
+    return f"{one.kind} {one.bytes / 1e9:.2g}+{about}{one.loop_bytes / 1e9:.3g}"
+
+
+def notes(plan: Plan) -> list[str]:
+    """What the numbers rest on."""
+    _, share = known()
+    target = plan.target
+    lines = [f"sizes: {plan.sizes_from}; mesh {dict(plan.mesh.shape)}; remat {plan.config.model.remat}"]
+    if target.kind is None:
+        lines.append(
+            "cpu: compiled by XLA's CPU backend, which fuses less and computes in float32 unless told otherwise. Taken "
+            "as an upper bound for accelerators; neither collectives nor memory are theirs, and no time is estimated"
+        )
+    else:
+        kind = target.kind
+        lines.append(
+            f"assumed, not measured: {share.matmul:.0%} of {kind.bf16_tflops:g} TFLOP/s, {share.bandwidth:.0%} of "
+            f"{kind.hbm_gbs:g} GB/s memory, {share.link:.0%} of {kind.link_gbs:g} GB/s links"
+            + (f" and of {kind.network_gbs:g} GB/s network" if target.spans_network else "")
+        )
+    return lines
+
+
+def unfit(config: Config, measured: Sequence[Measured]) -> list[str]:
+    """A paragraph for each program that does not fit: by how much, and what to change."""
+    lines = []
+    for one in measured:
+        if not one.fits:
+            lines.append(
+                f"{one.program.name} does not fit: {gib(one.peak):.3g} GiB of {gib(one.capacity):.3g}. Change one of:"
+            )
+            lines.extend(f"  {change}" for change in advice(config, one))
+    return lines
+
+
+def to_json(measured: Sequence[Measured], plan: Plan) -> dict[str, Any]:
+    """Everything as plain values; bytes, seconds and FLOPs."""
+    _, share = known()
+    kind = plan.target.kind
+    return {
+        "version": __version__,
+        "target": plan.target.name,
+        "upper_bound": kind is None,
+        "device": None if kind is None else kind.model_dump(mode="json"),
+        "devices": plan.target.num_devices,
+        "utilisation": share.model_dump(mode="json"),
+        "sizes": plan.sizes_from,
+        "mesh": dict(plan.mesh.shape),
+        "config": plan.config.model_dump(mode="json"),
+        "programs": [_program(one, plan) for one in measured],
+    }
+
+
+def _program(one: Measured, plan: Plan) -> dict[str, Any]:
+    memory = None
+    if one.memory is not None:
+        memory = dataclasses.asdict(one.memory)
+    return {
+        "stage": one.program.stage,
+        "name": one.program.name,
+        "memory": memory,
+        "peak": one.peak,
+        "usable": one.capacity,
+        "fits": one.fits,
+        "advice": advice(plan.config, one) if not one.fits else [],
+        "compile_s": round(one.compile_s, 2),
+        "flops": one.program.work.flops,
+        "recomputed_flops": one.program.work.recomputed,
+        "estimate_s": one.seconds,
+        "bound_by": bound(one, plan),
+        "collectives": [dataclasses.asdict(t) for t in one.traffic],
+    }

@@ -1,0 +1,77 @@
+"""A model's sizes without its weights: from its folder, from the table below, or from the hub's config.json."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import huggingface_hub
+
+from mpo_jax.config.schema import Config
+from mpo_jax.data.corpus import base_tokenizer
+from mpo_jax.data.text import TextCodec
+from mpo_jax.errors import UserError
+from mpo_jax.models import loading
+from mpo_jax.models.decoder import DecoderConfig, RopeScaling
+from mpo_jax.models.hf import families
+from mpo_jax.models.hf.hub import hub_id
+
+LLAMA_2_7B = DecoderConfig(
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=32,
+    head_dim=128,
+    max_positions=4096,
+)
+LLAMA_2_13B = replace(
+    LLAMA_2_7B, hidden_size=5120, intermediate_size=13824, num_layers=40, num_heads=40, num_kv_heads=40
+)
+MISTRAL_7B = replace(
+    LLAMA_2_7B, intermediate_size=14336, num_kv_heads=8, max_positions=32768, family="mistral", sliding_window=4096
+)
+LLAMA_31_8B = replace(
+    LLAMA_2_7B,
+    vocab_size=128256,
+    intermediate_size=14336,
+    num_kv_heads=8,
+    max_positions=131072,
+    rope_theta=500000.0,
+    rope_scaling=RopeScaling(kind="llama3", factor=8.0),
+)
+
+KNOWN: dict[str, DecoderConfig] = {
+    "meta-llama/Llama-2-7b-hf": LLAMA_2_7B,
+    "meta-llama/Llama-2-13b-hf": LLAMA_2_13B,
+    "meta-llama/Llama-3.1-8B": LLAMA_31_8B,
+    "mistralai/Mistral-7B-v0.1": MISTRAL_7B,
+}
+"""Sizes as in the published config.json; several of these repositories are gated, and a plan needs no weights."""
+
+
+def decoder_sizes(config: Config) -> tuple[DecoderConfig, str]:
+    """The base model's sizes, and where they come from, in words.
+
+    Raises:
+      UserError: if nothing says how large the model is.
+    """
+    path = config.model.path
+    if path is None:
+        codec = TextCodec(base_tokenizer(config), config.text)
+        return loading.scratch_sizes(config, codec.vocab_size), "model.architecture"
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return families.read_config(local), path
+    if local.exists():
+        return loading.open_model(path).decoder, path
+    repository, revision = hub_id(path)
+    if repository in KNOWN:
+        return KNOWN[repository], f"the published sizes of {repository}"
+    try:
+        file = huggingface_hub.hf_hub_download(repository, "config.json", revision=revision)
+    except Exception as error:  # OSError, and what the HTTP libraries raise of their own
+        raise UserError(
+            f"no sizes for model.path={path}: no such folder, none of {', '.join(KNOWN)}, and its config.json could "
+            f"not be fetched from the hub ({type(error).__name__})"
+        ) from error
+    return families.read_config(Path(file).parent), f"config.json of {path}"

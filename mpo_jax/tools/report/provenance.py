@@ -1,0 +1,156 @@
+"""Where a report's numbers come from: sources, cuts, configurations and how they differ, machines, commands."""
+
+import json
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from mpo_jax.config.schema import Config
+from mpo_jax.pipeline.experiments import EXPERIMENTS, Step
+from mpo_jax.tools.report.curves import distinct
+from mpo_jax.tools.report.results import RunResult, split_label
+from mpo_jax.tools.report.seeds import BySeed, Rows
+from mpo_jax.tools.report.shown import Shown
+
+TABLE_CONFIG = "table.yaml"
+"""In a table's workdir: the resolved configuration that `mpo table` was given."""
+
+
+def sources(shown: Shown, results: list[RunResult]) -> Rows:
+    """What was read, kept and dropped, a row a source."""
+    found = {
+        json.dumps(source, sort_keys=True): source
+        for stage in ("sft", "reward")
+        for artifact, _ in distinct(results, stage)
+        for source in artifact.manifest["summary"].get("data", [])
+    }
+    rows = list(found.values())
+    shown.table("data", [{**row, "dropped": json.dumps(row["dropped"], sort_keys=True)} for row in rows])
+    return rows
+
+
+def truncation(shown: Shown, results: list[RunResult]) -> Rows:
+    """How many texts were cut to the token limits, a row an artifact that says so."""
+    rows: Rows = []
+    for stage in ("sft", "reward"):
+        for artifact, _ in distinct(results, stage):
+            if "tokens" in artifact.manifest["summary"]:
+                rows.append({"artifact": artifact.id, **artifact.manifest["summary"]["tokens"]})
+    for artifact, _ in distinct(results, "evaluate"):
+        summary = artifact.manifest["summary"]
+        if "truncated_prompts" in summary:
+            cut = {"rows": summary["prompts"], "truncated_prompts": summary["truncated_prompts"]}
+            rows.append({"artifact": artifact.id, **cut})
+    return shown.table("truncation", rows)
+
+
+def steps(by_seed: BySeed) -> Rows:
+    """What each run does, in words, a row a run."""
+    rows: Rows = []
+    for results in by_seed.values():
+        for result in results:
+            if all(row["run"] != result.name for row in rows):
+                made = [_step(step) for step in EXPERIMENTS[result.experiment]]  # type: ignore[index]
+                splits = any(step.subset != "all" for step in EXPERIMENTS[result.experiment])  # type: ignore[index]
+                split = split_label(result.config.select) if splits else None
+                rows.append({"run": result.name, "steps": ", then ".join(made) or "no further step", "split": split})
+    return rows
+
+
+def _step(step: Step) -> str:
+    if step.human_pairs:
+        return "DPO on human pairs"
+    rows = {"dpo": "pairs", "ppo": "prompts"}[step.algorithm]
+    reference = ", reference SFT" if step.reference == "sft" else ""
+    return f"{step.algorithm.upper()} on {step.subset} {rows}{reference}"
+
+
+def config_differences(by_seed: BySeed) -> Rows:
+    """Keys in which the runs' configurations differ, a row a key and value with the runs that have it.
+
+    Left out is what names the runs and not how they are made: the workdir, and which experiments were asked for.
+    """
+    flat: dict[str, dict[str, Any]] = {}
+    for seed, results in by_seed.items():
+        for result in results:
+            prefix = f"seed {seed}: " if len(by_seed) > 1 else ""
+            flat[f"{prefix}{result.name}"] = _flat(result.config.model_dump(mode="json"))
+    keys = list(dict.fromkeys(key for values in flat.values() for key in values))
+    rows: Rows = []
+    for key in keys:
+        users: dict[str, list[str]] = {}
+        for run, values in flat.items():
+            users.setdefault(json.dumps(values.get(key)), []).append(run)
+        if len(users) > 1:
+            rows += [{"key": key, "value": value, "runs": ", ".join(runs)} for value, runs in users.items()]
+    return rows
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if not prefix and key in ("workdir", "experiment", "table"):
+            continue
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+def environments(results: list[RunResult]) -> list[dict[str, Any]]:
+    """The different machines and versions, each with the runs that it made; commands are told apart elsewhere."""
+    found: dict[str, dict[str, Any]] = {}
+    for result in results:
+        path = result.folder / "env.json"
+        if path.is_file():
+            env = json.loads(path.read_text(encoding="utf-8"))
+            env.pop("command", None)
+            one = found.setdefault(json.dumps(env, sort_keys=True), {"runs": [], "env": env})
+            one["runs"].append(result.name)
+    return list(found.values())
+
+
+def commands(workdir: Path, by_seed: BySeed) -> list[dict[str, Any]]:
+    """For each different configuration: the command that was given, and the one that repeats it from what is kept.
+
+    A table is repeated as a whole.
+    """
+    if len(by_seed) > 1 and (workdir / TABLE_CONFIG).is_file():
+        results = next(iter(by_seed.values()))
+        names = [result.name for part in by_seed.values() for result in part]
+        again = ["mpo", "table", str(workdir / TABLE_CONFIG), f"workdir={workdir}-again"]
+        command = {"runs": list(dict.fromkeys(names)), "seed": ", ".join(map(str, by_seed)), "world_seed": None}
+        return [{**command, "given": _given(results[0]), "again": shlex.join(again)}]
+    found: dict[Config, dict[str, Any]] = {}
+    for result in [result for results in by_seed.values() for result in results]:
+        config = result.config
+        command = {
+            "runs": [],
+            "seed": config.seed,
+            "world_seed": config.data.toy.seed if config.data.kind == "toy" else None,
+            "given": _given(result),
+            "again": shlex.join(["mpo", "run", str(result.folder / "config.yaml"), f"workdir={config.workdir}-again"]),
+        }
+        found.setdefault(config, command)["runs"].append(result.name)
+    return list(found.values())
+
+
+def _given(result: RunResult) -> str:
+    """The command that the run was made by."""
+    path = result.folder / "env.json"
+    given = json.loads(path.read_text(encoding="utf-8")).get("command", []) if path.is_file() else []
+    return shlex.join(["mpo", *given[1:]]) if len(given) > 1 else ""
+
+
+def artifacts(workdir: Path, by_seed: BySeed) -> Rows:
+    """Every run's artifacts by role, in the order they are made, with addresses as seen from the report's folder."""
+    order = {"sft": 0, "reward": 1, "select": 2, "evaluate": 4}
+    rows: Rows = []
+    for seed, results in by_seed.items():
+        for result in results:
+            roles = sorted(result.artifacts.items(), key=lambda item: order.get(item[0], 3))
+            # artifact paths have no links in them, so the folder that they are seen from must not either
+            address = {role: os.path.relpath(artifact.path, workdir.resolve() / "report") for role, artifact in roles}
+            links = [(role, artifact.id, quote(address[role]) + "/") for role, artifact in roles]
+            rows.append({"seed": seed, "run": result.name, "artifacts": links})
+    return rows

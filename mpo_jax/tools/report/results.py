@@ -1,0 +1,256 @@
+"""What a workdir's finished runs say, as plain rows: the source of every table, figure and page."""
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import sys
+from collections import Counter
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.markup import escape
+from rich.table import Table
+
+from mpo_jax.config.load import load_config
+from mpo_jax.config.schema import Config, SelectConfig
+from mpo_jax.errors import UserError
+from mpo_jax.evaluation.answers import CATEGORY, SAMPLES
+from mpo_jax.evaluation.calibration import accuracy_by_gap, against_truth, read_gap_categories, read_gaps
+from mpo_jax.evaluation.statistics import mean_and_se
+from mpo_jax.pipeline.experiments import AT_SPLITS, Variant, in_order, is_run
+from mpo_jax.runtime.files import write_bytes
+from mpo_jax.types import Artifact
+
+COLUMNS = {
+    "score": "reward",
+    "utility": "true utility",
+    "kl": "KL to SFT",
+    "length": "tokens",
+    "has_eos": "EOS rate",
+}
+"""Evaluation columns in the order of the table, with the names that people read."""
+
+
+LABELS = {
+    "sft": "SFT",
+    "dpo_base": "DPO-base, human pairs",
+    "dpo": "DPO, all sampled pairs",
+    "ppo": "PPO, all prompts",
+    "mpo": "MPO",
+    "mpo_sft_kl": "MPO, KL to SFT",
+    "mpo_reverse": "MPO reversed",
+    "mpo_reverse_sft": "MPO reversed, DPO's reference SFT",
+    "dpo_easy": "DPO, easy pairs",
+    "dpo_hard": "DPO, hard pairs",
+    "ppo_easy": "PPO, easy prompts",
+    "ppo_hard": "PPO, hard prompts",
+}
+"""Experiments as tables for people name them."""
+
+
+def split_label(select: SelectConfig) -> str:
+    """Where pairs are split: `threshold 1`, `25% easy`."""
+    if select.easy_fraction is not None:
+        return f"{select.easy_fraction:.0%} easy"
+    return f"threshold {select.threshold:g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """An evaluation's numbers, without its texts, which would not fit into memory for all runs of a table.
+
+    Attributes:
+      prompts: the test prompts. One that comes again has its number after it, so that all differ.
+      category: of each prompt, None where its row names none.
+      columns: by name the value of each prompt, NaN where its row has none.
+    """
+
+    prompts: list[str]
+    category: list[str | None]
+    columns: dict[str, np.ndarray]
+
+    @classmethod
+    def of(cls, rows: list[dict[str, Any]]) -> "Measured":
+        """The numbers of an evaluation's samples."""
+        seen: Counter[str] = Counter()
+        prompts = []
+        for row in rows:
+            prompt, number = row["prompt"], seen[row["prompt"]]
+            seen[prompt] += 1
+            # runs have the same prompts: one string for all of them
+            prompts.append(sys.intern(f"{prompt}\0{number}" if number else prompt))
+        columns = {
+            name: np.asarray([row.get(name, math.nan) for row in rows], np.float64)
+            for name in COLUMNS
+            if any(name in row for row in rows)
+        }
+        return cls(prompts, [row.get(CATEGORY) for row in rows], columns)
+
+    def only(self, category: str) -> "Measured":
+        """The prompts of one category."""
+        places = [place for place, name in enumerate(self.category) if name == category]
+        columns = {name: values[places] for name, values in self.columns.items()}
+        return Measured([self.prompts[place] for place in places], [category] * len(places), columns)
+
+    def values(self, column: str) -> dict[str, float]:
+        """A column by prompt, without prompts that lack it."""
+        values = self.columns.get(column, np.empty(0))
+        return {prompt: float(x) for prompt, x in zip(self.prompts, values, strict=False) if not math.isnan(x)}
+
+    def summary(self) -> dict[str, Any]:
+        """As a run's evaluation summarises itself; errors are NaN for a single prompt."""
+        summary: dict[str, Any] = {"prompts": len(self.prompts)}
+        for name, values in self.columns.items():
+            known = values[~np.isnan(values)]
+            if len(known):
+                mean, error = mean_and_se(known)
+                summary |= {name: mean, f"{name}_se": error if len(known) > 1 else math.nan}
+        return summary
+
+
+@dataclasses.dataclass(frozen=True)
+class RunResult:
+    """One finished run: its artifacts by role and its evaluation.
+
+    Attributes:
+      category: the only one whose prompts and pairs count; None: all of them.
+    """
+
+    name: str
+    folder: Path
+    artifacts: dict[str, Artifact]
+    category: str | None = None
+
+    def of_category(self, name: str) -> "RunResult":
+        """The same run, judged by its prompts and held-out pairs of one category alone."""
+        view = dataclasses.replace(self, category=name)
+        # what is read already is not read again
+        view.__dict__.update(measured=self.measured.only(name), config=self.config)
+        return view
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The evaluation's means, standard errors and counts."""
+        return self.artifacts["evaluate"].manifest["summary"] if self.category is None else self.measured.summary()
+
+    @property
+    def reward_summary(self) -> dict[str, Any]:
+        """How often the reward model is right, as its stage wrote it, or on the held-out pairs of the category."""
+        artifact = self.artifacts["reward"]
+        if self.category is None:
+            return artifact.manifest["summary"]
+        kept, names = read_gaps(artifact.path), read_gap_categories(artifact.path)
+        inside = np.asarray([name == self.category for name in names or []], bool)
+        if kept is None or not inside.any():
+            return {}
+        gap, truth = kept[0][inside], None if kept[1] is None else kept[1][inside]
+        summary: dict[str, Any] = {"pairs": len(gap), "held_out_accuracy": float((gap > 0).mean())}
+        summary["accuracy_by_gap"] = accuracy_by_gap(gap)
+        signed = np.empty(0) if truth is None else against_truth(gap, truth)
+        if truth is not None and len(signed):
+            summary |= {"true_accuracy": float((signed > 0).mean()), "true_accuracy_by_gap": accuracy_by_gap(signed)}
+            summary["label_accuracy"] = float((truth[np.isfinite(truth) & (truth != 0)] > 0).mean())
+        return summary
+
+    @cached_property
+    def config(self) -> Config:
+        """The resolved configuration, with the run's own split in the section `select`."""
+        return load_config(self.folder / "config.yaml")
+
+    @property
+    def experiment(self) -> str:
+        return Variant.of(self.name).experiment
+
+    @property
+    def label(self) -> str:
+        """The run as tables for people name it, with its split where the same experiment is run at several."""
+        label = LABELS[self.experiment]
+        return f"{label}, {split_label(self.config.select)}" if self.experiment in AT_SPLITS else label
+
+    @cached_property
+    def measured(self) -> Measured:
+        """The numbers of the evaluation's samples."""
+        return Measured.of(self.samples())
+
+    def samples(self) -> list[dict[str, Any]]:
+        """The evaluation's samples, a row a test prompt of whatever category."""
+        with (self.artifacts["evaluate"].path / SAMPLES).open(encoding="utf-8") as file:
+            return [json.loads(line) for line in file]
+
+
+def collect(workdir: Path, names: tuple[str, ...] | None = None) -> list[RunResult]:
+    """The finished runs below `<workdir>/runs`, or those of them that are named, in the order of the tables.
+
+    Raises:
+      UserError: if there is none.
+    """
+    results = []
+    folders = sorted((workdir / "runs").glob("*")) if names is None else [workdir / "runs" / name for name in names]
+    for folder in folders:
+        if not is_run(folder.name) or not (folder / "evaluate" / "manifest.json").is_file():
+            continue
+        artifacts = {
+            link.name: Artifact(link.resolve(), json.loads((link / "manifest.json").read_text(encoding="utf-8")))
+            for link in sorted(folder.iterdir())
+            if (link / "manifest.json").is_file()
+        }
+        results.append(RunResult(folder.name, folder, artifacts))
+    if not results:
+        raise UserError(f"no finished run in {workdir}: make one with `mpo run CONFIG workdir={workdir}`")
+    order = in_order(result.name for result in results)
+    return sorted(results, key=lambda result: order.index(result.name))
+
+
+def main_rows(results: list[RunResult]) -> list[dict[str, Any]]:
+    """A row a run: mean and standard error of each column; no error of a single prompt in a category."""
+    rows = []
+    for result in results:
+        summary = result.summary
+        row: dict[str, Any] = {"run": result.name, "prompts": summary["prompts"]}
+        for column in COLUMNS:
+            if column in summary:
+                error = summary[f"{column}_se"]
+                row[column], row[f"{column}_se"] = summary[column], None if math.isnan(error) else error
+        rows.append(row)
+    return rows
+
+
+def terminal_table(rows: list[dict[str, Any]], title: str) -> Table:
+    """The main table for the terminal: mean ± standard error."""
+    table = Table(title=title, title_justify="left")
+    keys = [key for key in (CATEGORY, "run") if any(key in row for row in rows)]
+    for key in keys:
+        table.add_column(key)
+    present = [column for column in COLUMNS if any(column in row for row in rows)]
+    for column in present:
+        table.add_column(COLUMNS[column], justify="right")
+    for row in rows:
+        table.add_row(*(escape(row[key]) for key in keys), *(_cell(row, column) for column in present))
+    return table
+
+
+def _cell(row: dict[str, Any], column: str) -> str:
+    if column not in row:
+        return "-"
+    if column == "has_eos":
+        return f"{row[column]:.1%}"
+    if column == "length":
+        return f"{row[column]:.1f}"
+    error = row[f"{column}_se"]
+    return f"{row[column]:.3f}" + ("" if error is None else f" ± {error:.3f}")
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Rows as CSV, whole or not at all; the columns are all keys in order of first appearance."""
+    fields = list(dict.fromkeys(key for row in rows for key in row))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fields)
+    writer.writeheader()
+    writer.writerows(rows)
+    # prompts may hold lone surrogates, which no file can
+    write_bytes(path, [text.getvalue().encode("utf-8", errors="replace")])

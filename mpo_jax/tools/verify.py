@@ -1,0 +1,174 @@
+"""`mpo verify`: trains a stretch between two stored states again, and compares the hashes of the states."""
+
+import dataclasses
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from filelock import FileLock, Timeout
+
+from mpo_jax.config.load import load_config
+from mpo_jax.config.schema import Config, ProcessesConfig
+from mpo_jax.errors import Preempted, UserError
+from mpo_jax.pipeline.artifacts import RECIPE
+from mpo_jax.runtime import machine
+from mpo_jax.runtime.console import console
+from mpo_jax.runtime.files import write_json
+from mpo_jax.runtime.preemption import stopping_at
+from mpo_jax.runtime.sharding import make_mesh
+from mpo_jax.stages import dpo, ppo, reward, sft
+from mpo_jax.training.checkpoints import Checkpoints, first_difference, state_hash
+from mpo_jax.types import Artifact
+
+RUNS: dict[str, Any] = {"sft": sft.run, "reward": reward.run, "dpo": dpo.run, "ppo": ppo.run}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stretch:
+    """What to train again, and what must come of it.
+
+    Attributes:
+      start: the checkpoint to begin with.
+      end: a later step whose state's hash is known.
+      expected: that hash.
+      leaves: the hash of each leaf, where there is a checkpoint of the end too.
+    """
+
+    start: int
+    end: int
+    expected: str
+    leaves: Mapping[str, str] | None
+
+
+def verify(workdir: Path, stage: str | None) -> bool:
+    """Whether every stage of the workdir that can be checked gives the recorded bits again; prints a line for each.
+
+    Equal bits are promised on the same devices, mesh and versions alone.
+
+    Args:
+      stage: a kind (sft, reward, dpo, ppo) or one stage's folder name; None for all.
+
+    Raises:
+      UserError: if there is nothing to check.
+    """
+    results = []
+    for folder, recipe in _trained(workdir, stage):
+        name = folder.name.removeprefix(".").removesuffix(".partial")
+        try:
+            with FileLock(workdir / "stages" / f".{name}.lock", timeout=0):
+                if (stretch := _stretch(folder)) is None:
+                    console.print(
+                        f"{name}: no two states are stored. Set runtime.keep_checkpoints=true, and checkpoint_every "
+                        "below the number of steps, for the run that makes it",
+                        soft_wrap=True,
+                    )
+                    continue
+                results.append(_same(workdir, folder, name, recipe, stretch, first=not results))
+        except Timeout:
+            console.print(f"{name}: another run is making it just now", soft_wrap=True)
+    if not results:
+        what = f"stage {stage}" if stage else "stage"
+        raise UserError(f"{workdir}: no {what} with two stored states to compare: see above, or check the names")
+    return all(results)
+
+
+def _trained(workdir: Path, stage: str | None) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The folders of stages that train, unfinished ones included, and what each is made from."""
+    for folder in sorted((workdir / "stages").glob("*")):
+        paths = [path for path in (folder / RECIPE, folder / "manifest.json") if path.is_file()]
+        if not paths or not (folder / "metrics.jsonl").is_file():
+            continue
+        made = json.loads(paths[0].read_text(encoding="utf-8"))
+        recipe = {key: made[key] for key in ("format", "stage", "settings", "parents")}
+        names = (recipe["stage"], folder.name, folder.name.removeprefix(".").removesuffix(".partial"))
+        if recipe["stage"] in RUNS and (stage is None or stage in names):
+            yield folder, recipe
+
+
+def _stretch(folder: Path) -> Stretch | None:
+    """From the last checkpoint but one to the last, or from the only one to the next recorded hash."""
+    if not (folder / "checkpoints").is_dir() or not (folder / "config.yaml").is_file():
+        return None
+    recorded = _recorded(folder / "metrics.jsonl")
+    checkpoints = Checkpoints(folder / "checkpoints", keep=1)
+    try:
+        steps = checkpoints.steps()
+        if len(steps) > 1:
+            start, end = steps[-2:]
+            leaves = checkpoints.record(end)["hashes"]
+            return Stretch(start, end, recorded.get(end, state_hash(leaves)), leaves)
+        later = [step for step in recorded if steps and step > steps[0]]
+        return Stretch(steps[0], min(later), recorded[min(later)], None) if later else None
+    finally:
+        checkpoints.close()
+
+
+def _recorded(path: Path) -> dict[int, str]:
+    """The hashes of states by step, up to a line that a kill left half-written."""
+    recorded = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        if "state_hash" in row:
+            recorded[row["step"]] = row["state_hash"]
+    return recorded
+
+
+def _same(workdir: Path, folder: Path, name: str, recipe: Mapping[str, Any], stretch: Stretch, *, first: bool) -> bool:
+    """Trains the stretch in a scratch folder, and prints and returns whether it ends as recorded."""
+    config = load_config(folder / "config.yaml")
+    single = config.runtime.model_copy(update={"processes": ProcessesConfig(), "bucket": None, "wandb": None})
+    config = config.model_copy(update={"workdir": str(workdir), "runtime": single})
+    if first:
+        machine.start(config.runtime)
+    with tempfile.TemporaryDirectory(prefix=".verify-", dir=workdir) as scratch:
+        found = _train_again(config, workdir, folder, Path(scratch), recipe, stretch)
+    if state_hash(found) == stretch.expected:
+        console.print(
+            f"{name}: steps {stretch.start} to {stretch.end} identical ({stretch.expected[:12]})", soft_wrap=True
+        )
+        return True
+    leaf = first_difference(stretch.leaves, found) if stretch.leaves else None
+    what = f"the first leaf that differs is {leaf}" if leaf else "which leaf differs is not recorded"
+    if stretch.leaves and not leaf:
+        what = "the stored checkpoint has the bits of this run, so it is the record that differs"
+    console.print(
+        f"{name}: steps {stretch.start} to {stretch.end} differ: state_hash {stretch.expected[:12]} was recorded and "
+        f"is {state_hash(found)[:12]} now; {what}",
+        soft_wrap=True,
+    )
+    return False
+
+
+def _train_again(
+    config: Config, workdir: Path, folder: Path, scratch: Path, recipe: Mapping[str, Any], stretch: Stretch
+) -> dict[str, str]:
+    """The hashes of the state's leaves after the stretch."""
+    place = Path("checkpoints") / str(stretch.start)
+    shutil.copytree(folder / place, scratch / place)
+    write_json(scratch / RECIPE, recipe)
+    inputs: dict[str, Any] = {}
+    for role, parent in recipe["parents"].items():
+        path = workdir / "stages" / parent
+        if not (path / "manifest.json").is_file():
+            raise UserError(f"{folder}: its {role} {path} is gone; without it the stage cannot be trained again")
+        inputs[role] = Artifact(path, json.loads((path / "manifest.json").read_text(encoding="utf-8")))
+    if "subset" in recipe["settings"]:
+        inputs["subset"] = recipe["settings"]["subset"]
+    mesh = make_mesh(config.mesh)
+    try:
+        with jax.set_mesh(mesh), stopping_at(stretch.end):
+            RUNS[recipe["stage"]](config, mesh, scratch, **inputs)
+    except Preempted:
+        pass
+    checkpoints = Checkpoints(scratch / "checkpoints", keep=1)
+    try:
+        return checkpoints.record(stretch.end)["hashes"]
+    finally:
+        checkpoints.close()

@@ -1,0 +1,296 @@
+"""Checkpoints inside an unfinished stage: Orbax, sharded, asynchronous, published atomically, checked when read."""
+
+import errno
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint.checkpoint_managers import PreservationPolicy
+
+from mpo_jax.errors import UserError
+from mpo_jax.runtime.console import console
+from mpo_jax.runtime.processes import to_host
+
+SPARE_BYTES = 2**20
+"""Room on the disk beyond the arrays themselves: metadata, and the metrics written meanwhile."""
+
+
+class Checkpoints:
+    """The checkpoints of one stage's training state, newest last.
+
+    The last `keep` are kept, and the one with the best value where `best` says which is better; others are deleted.
+
+    Attributes:
+      carried: what `save` was given with the state that `restore` returned.
+    """
+
+    def __init__(
+        self,
+        folder: Path | epath.Path,
+        *,
+        keep: int,
+        best: Literal["min", "max"] | None = None,
+        recipe: Mapping[str, Any] | None = None,
+        clean: bool = False,
+    ):
+        """
+        Args:
+          folder: a Path on a disk, or a bucket's.
+          recipe: what the stage is made from; a checkpoint of another recipe is refused.
+          clean: removes what a killed process left half-written. Only for the one that writes here.
+        """
+        self._folder, self._recipe = folder, recipe
+        self._kept = _Kept(keep, best)
+        self._manager = ocp.CheckpointManager(
+            self._folder.resolve() if isinstance(self._folder, Path) else self._folder,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=self._kept,
+                create=True,
+                enable_async_checkpointing=True,
+                cleanup_tmp_directories=clean,
+            ),
+        )
+        self.carried: dict[str, Any] = {}
+
+    def restore(self, state: Any) -> tuple[int, Any]:
+        """The newest sound checkpoint's step and state, placed like `state`; (0, state) where there is none.
+
+        A checkpoint that cannot be read, or whose bytes are not those that were saved, is removed with a warning.
+
+        Raises:
+          UserError: if the checkpoint holds other shapes than this configuration's, or is of another recipe.
+        """
+        abstract = abstract_state(state)
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
+            try:
+                record = self.record(step)
+                self._refuse_other(step, record, state)
+                found = self._read(step, abstract, record)
+            except (UserError, PermissionError, MemoryError, jax.errors.JaxRuntimeError):
+                raise
+            except Exception as error:
+                self._drop(step, error)
+                continue
+            self.carried = record["carried"]
+            self._kept.values |= {older: value for older in steps if (value := self._value(older)) is not None}
+            return step, found
+        if steps:
+            console.print("[yellow]no checkpoint is left: the stage starts anew[/yellow]")
+        return 0, state
+
+    def best(self) -> tuple[int, float] | None:
+        """The step and value of the best checkpoint, the earliest of equals; None where none has a value."""
+        return self._kept.best_of(sorted(self._kept.values))
+
+    def improves(self, value: float) -> bool:
+        """Whether no checkpoint has a value as good as this one."""
+        best = self.best()
+        return best is None or (value > best[1] if self._kept.best == "max" else value < best[1])
+
+    def load(self, step: int, abstract: Any) -> Any:
+        """The state of one checkpoint, placed as `abstract` says.
+
+        Raises:
+          UserError: if it cannot be read, or its bytes are not those that were saved.
+        """
+        self._manager.wait_until_finished()
+        try:
+            return self._read(step, abstract, self.record(step))
+        except (PermissionError, MemoryError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:
+            raise UserError(
+                f"{self._folder / str(step)} is broken: {type(error).__name__}: {error}. Remove it, and the same "
+                "command goes on from the last checkpoint, with the best of the others"
+            ) from error
+
+    def _read(self, step: int, abstract: Any, record: Mapping[str, Any]) -> Any:
+        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        found = self._manager.restore(step, args=arguments)["state"]
+        if leaf := first_difference(record["hashes"], leaf_hashes(found)):
+            raise ValueError(f"{leaf} has other bytes than were saved")
+        return found
+
+    def restore_params(self, params: Any, shardings: Any, *, critic: bool) -> tuple[int, Any]:
+        """The newest checkpoint's step and its model alone: the trained one, PPO's actor, or PPO's critic.
+
+        Args:
+          params: shapes and types of the model's parameters.
+          shardings: where to put them.
+
+        Raises:
+          UserError: if there is no checkpoint, or it is of another model.
+        """
+        step = self._manager.latest_step()
+        if step is None:
+            raise UserError(f"{self._folder} holds no checkpoint yet: the first one is saved at checkpoint_every steps")
+        wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, shardings)
+        stored = self.record(step)["leaves"]
+        prefix = (".actor" if any(name.startswith(".actor") for name in stored) else "") + ".params"
+        if critic:
+            prefix = ".critic.params"
+        described = {prefix + name: shape for name, shape in _describe(params).items()}
+        if differing := [name for name, shape in described.items() if stored.get(name) != shape]:
+            raise UserError(f"{self._folder / str(step)}: the checkpoint holds another model: {differing[0]} differs")
+        for part in reversed(prefix.strip(".").split(".")):
+            wanted = {part: wanted}
+        arguments = ocp.args.PyTreeRestore(
+            wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
+        )
+        restored = self._manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]
+        for part in prefix.strip(".").split("."):
+            restored = restored[part]
+        return step, restored
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        *,
+        hashes: Mapping[str, str] | None = None,
+        value: float | None = None,
+        carried: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Starts writing; the state may be donated to the next step as soon as this returns.
+
+        Args:
+          hashes: `leaf_hashes(state)`, where the caller has them already.
+          value: how good it is, for `best`.
+          carried: JSON to come back with the state.
+
+        Raises:
+          OSError: if the disk has no room for it. Asked beforehand: the writing threads would fail in the background,
+            each with a traceback of its own.
+        """
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + SPARE_BYTES
+        if isinstance(self._folder, Path) and shutil.disk_usage(self._folder).free < needed:
+            raise OSError(errno.ENOSPC, f"{needed} bytes are needed for a checkpoint", str(self._folder))
+        record = {
+            "leaves": _describe(state),
+            "hashes": hashes or leaf_hashes(state),
+            "recipe": self._recipe,
+            "value": value,
+            "carried": carried or {},
+        }
+        if value is not None:
+            self._kept.values[step] = value
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state), record=ocp.args.JsonSave({"json": json.dumps(record)})
+            ),
+        )
+
+    def steps(self) -> list[int]:
+        """The steps of which there is a checkpoint, in order."""
+        return sorted(self._manager.all_steps())
+
+    def record(self, step: int) -> dict[str, Any]:
+        """What stands beside the arrays: `leaves` (types and shapes), `hashes`, `recipe`, `value`, `carried`."""
+        stored = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))
+        return json.loads(stored["record"]["json"])
+
+    def close(self) -> None:
+        """Waits for writes under way."""
+        self._manager.close()
+
+    def _refuse_other(self, step: int, record: Mapping[str, Any], state: Any) -> None:
+        where = f"{self._folder / str(step)}: the checkpoint does not fit this configuration"
+        mend = "delete the folder or use another workdir"
+        if record["recipe"] is not None and self._recipe is not None:
+            stored, wanted = (_flat(json.loads(json.dumps(recipe))) for recipe in (record["recipe"], self._recipe))
+            if differing := [key for key in wanted | stored if wanted.get(key) != stored.get(key)]:
+                shown = ((key, stored.get(key, "absent"), wanted.get(key, "absent")) for key in differing)
+                listed = ", ".join(f"{key} is {there} there and {here} here" for key, there, here in shown)
+                raise UserError(f"{where}: {listed}; {mend}")
+        stored, wanted = record["leaves"], _describe(state)
+        if differing := [name for name in wanted | stored if wanted.get(name) != stored.get(name)]:
+            raise UserError(
+                f"{where}: {differing[0]} is {stored.get(differing[0], 'absent')} there and "
+                f"{wanted.get(differing[0], 'absent')} here ({len(differing)} differ); {mend}"
+            )
+
+    def _drop(self, step: int, error: Exception) -> None:
+        reason = (str(error).splitlines() or [""])[0]
+        console.print(
+            f"[yellow]{self._folder / str(step)} is broken and is removed: {type(error).__name__}: {reason}[/yellow]",
+            soft_wrap=True,
+        )
+        self._manager.delete(step)
+
+    def _value(self, step: int) -> float | None:
+        if self._kept.best is None:
+            return None
+        try:
+            return self.record(step)["value"]
+        except Exception:  # it is not the one that is restored, so it may be broken
+            return None
+
+
+class _Kept(PreservationPolicy):
+    """The last checkpoints and the best one. Orbax's own policy reads metrics at the start and fails on broken ones."""
+
+    def __init__(self, last: int, best: Literal["min", "max"] | None):
+        self.last, self.best = last, best
+        self.values: dict[int, float] = {}
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = set(steps[-self.last :])
+        if (best := self.best_of(steps)) is not None:
+            kept.add(best[0])
+        return [step in kept for step in steps]
+
+    def best_of(self, steps: Sequence[int]) -> tuple[int, float] | None:
+        """Of the steps that have a value, the first with the best one, and that value."""
+        known = [(step, self.values[step]) for step in steps if step in self.values]
+        return (max if self.best == "max" else min)(known, key=lambda item: item[1], default=None)
+
+
+def abstract_state(state: Any) -> Any:
+    """Shapes, types and places of a state's arrays, without the arrays."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+def leaf_hashes(state: Any) -> dict[str, str]:
+    """sha256 of every leaf's path, type, shape and bytes, by path in the tree's order.
+
+    One leaf at a time is fetched from the devices; the answer does not depend on where its parts lie.
+    """
+    hashes = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        name, array = jax.tree_util.keystr(path), np.ascontiguousarray(to_host(leaf))
+        digest = hashlib.sha256(f"{name} {array.dtype}{list(np.shape(leaf))}\n".encode())
+        digest.update(array.reshape(-1).view(np.uint8).data)
+        hashes[name] = digest.hexdigest()
+    return hashes
+
+
+def state_hash(hashes: Mapping[str, str]) -> str:
+    """One sha256 for all leaves: of their hashes in order."""
+    return hashlib.sha256("\n".join(hashes.values()).encode()).hexdigest()
+
+
+def first_difference(expected: Mapping[str, str], found: Mapping[str, str]) -> str | None:
+    """The first leaf whose hash differs or is there on one side only."""
+    return next((name for name in {**expected, **found} if expected.get(name) != found.get(name)), None)
+
+
+def _describe(state: Any) -> dict[str, str]:
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
+
+
+def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings as `key.sub`: value."""
+    if not isinstance(settings, dict):
+        return {prefix: settings}
+    return {k: v for key, part in settings.items() for k, v in _flat(part, f"{prefix}.{key}".strip(".")).items()}

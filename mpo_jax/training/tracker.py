@@ -1,0 +1,355 @@
+"""Metrics of one stage: metrics.jsonl, sinks such as TensorBoard, and progress on the terminal. Of several processes
+one writes."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from mpo_jax.config.schema import EVAL
+from mpo_jax.runtime import progress
+from mpo_jax.runtime.console import console
+from mpo_jax.runtime.processes import is_main
+from mpo_jax.types import Mean, Skips
+
+PLAIN_SECONDS = 15.0
+
+
+COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+
+Sums = dict[str, tuple[float, float | None]]
+"""Totals and counts of metrics by name, in float64; without a count where the total itself is what is logged."""
+
+
+class Sink(Protocol):
+    """A further place for what metrics.jsonl gets, in the main process."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """The metrics of one step."""
+        ...
+
+    def close(self, *, failed: bool = False) -> None:
+        """No more steps follow; `failed`: since the stage broke off."""
+        ...
+
+
+class TensorBoard:
+    """Event files, in which the stage leads every metric's name; steps after `start_step` are made again."""
+
+    def __init__(self, folder: Path, stage: str, start_step: int):
+        from tensorboardX import SummaryWriter
+
+        self._stage = stage
+        self._writer = SummaryWriter(str(folder), purge_step=start_step + 1)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(f"{self._stage}/{name}", value, step)
+
+    def close(self, *, failed: bool = False) -> None:
+        self._writer.close()
+
+
+class _Eta(TimeRemainingColumn):
+    """The time that a task's own field gives, else what rich finds from the speed so far."""
+
+    def render(self, task: Task) -> Text:
+        given = task.fields.get("eta")
+        return super().render(task) if given is None else Text(f"{given:>7}", style="progress.remaining")
+
+
+class Tracker:
+    """Writes one line of metrics a logged step, and shows progress: a bar on a terminal, plain lines elsewhere.
+
+    Args:
+      sinks: what else takes the logged metrics.
+      every_step: off a terminal, show each logged step as one line of names and values, for programs to read.
+      start_step: the steps already made; lines of later ones are dropped from the file.
+      sums: what `unlogged` gave at that step.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        stage: str,
+        num_steps: int,
+        *,
+        tensorboard: bool,
+        sinks: Iterable[Sink] = (),
+        every_step: bool = False,
+        start_step: int = 0,
+        sums: Mapping[str, Any] | None = None,
+    ):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.stage, self.num_steps, self._every_step = stage, num_steps, every_step
+        self._path = folder / "metrics.jsonl" if is_main() else Path(os.devnull)
+        if is_main():
+            _forget_after(self._path, start_step)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._sinks = list(sinks)
+        if tensorboard and is_main():
+            self._sinks.append(TensorBoard(folder / "tensorboard", stage, start_step))
+        self._pending: list[Mapping[str, Any]] = []
+        self._measures: dict[str, float] = {}
+        self._sums: Sums = {name: (total, count) for name, (total, count) in (sums or {}).items()}
+        self._begin = self._last_log = self._last_line = time.perf_counter()
+        self.step = self._first_step = start_step
+        self._steps_since = 0
+        self._compile_seconds = 0.0
+        self._compiled = _compile_clock()
+        self._compiled_before = self._untimed = 0.0
+        self._overall = progress.current()
+        self._bar: Progress | None = None
+        if console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            self._bar = Progress(*columns, TextColumn("ETA"), _Eta(), TextColumn("{task.fields[note]}"),
+                                 console=console)  # fmt: skip
+            self._task = self._bar.add_task(stage, total=num_steps, completed=start_step, note="")
+            if self._overall is not None:
+                self._table = self._bar.add_task(
+                    "table", total=self._overall.total, completed=self._overall.finished, note="stages", eta=""
+                )
+            self._bar.start()
+
+    def update(
+        self,
+        step: int,
+        metrics: Mapping[str, Any],
+        *,
+        log: bool,
+        measures: Mapping[str, float] | None = None,
+        state_hash: str | None = None,
+    ) -> dict[str, float] | None:
+        """Takes one step's metrics (on the device); when `log`, fetches and writes their averages since the last log.
+
+        `measures` are of this step's state alone: they are written as they are, also where the metrics are not.
+
+        The host waits for the device only when it logs. This process's first step is told as `timing_s/compile`, with
+        all later compilations, and is left out of the time of a step.
+        """
+        first = self.step == self._first_step
+        self._pending.append(metrics)
+        self.step = step
+        if self._overall is not None:
+            self._overall.at(step / self.num_steps)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+            if self._overall is not None:
+                self._bar.update(self._table, eta=progress.duration(self._overall.remaining()[0]))
+        values = mean_values(self._fetch()) if log else {}
+        now = time.perf_counter()
+        if first:
+            self._compile_seconds, self._untimed = now - self._begin - self._untimed, 0.0
+            self._compiled_before = self._compiled.seconds
+            self._last_log = now
+        else:
+            self._steps_since += 1
+        if not log:
+            if measures:
+                self.write(step, measures, state_hash=state_hash)
+                self._show(step, measures, now)
+            return None
+        self._sums = {}
+        tokens = values.pop("tokens", None)
+        values |= self._timing(now, tokens) | dict(measures or {})
+        self.write(step, values, state_hash=state_hash)
+        self._show(step, values, now)
+        return values
+
+    @contextlib.contextmanager
+    def untimed(self) -> Iterator[None]:
+        """What is done within, such as saving, is left out of the time of a step; compilation is left out anyway."""
+        begin, compiled = time.perf_counter(), self._compiled.seconds
+        yield
+        self._untimed += time.perf_counter() - begin - (self._compiled.seconds - compiled)
+
+    def unlogged(self) -> Sums:
+        """The sums of the steps since the last logged one, as JSON: what a run that goes on from here needs."""
+        return self._fetch()
+
+    def _fetch(self) -> Sums:
+        self._sums = add_up(jax.device_get(self._pending), self._sums)
+        self._pending = []
+        return self._sums
+
+    def _timing(self, now: float, tokens: float | None) -> dict[str, float]:
+        """Seconds of compilation since the last log, and of a step without them."""
+        later = self._compiled.seconds - self._compiled_before
+        compiled = self._compile_seconds + later
+        values = {"timing_s/compile": compiled} if compiled else {}
+        if self._steps_since:
+            seconds = max(now - self._last_log - later - self._untimed, 1e-9) / self._steps_since
+            values["timing_s/step"] = seconds
+            if tokens is not None:
+                values["perf/tokens_per_s"] = tokens / seconds
+        self._last_log, self._steps_since = now, 0
+        self._compile_seconds, self._compiled_before, self._untimed = 0.0, self._compiled.seconds, 0.0
+        return values
+
+    def write(self, step: int, values: Mapping[str, float], *, state_hash: str | None = None) -> None:
+        """One line of metrics.jsonl, flushed, and the same to the sinks; one with a hash is on the disk after it."""
+        line: dict[str, Any] = {"step": step, **{k: float(v) for k, v in values.items()}}
+        if state_hash is not None:
+            line["state_hash"] = state_hash
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        if state_hash is not None and is_main():
+            os.fsync(self._file.fileno())
+        for sink in self._sinks:
+            sink.write(step, values)
+
+    def _show(self, step: int, values: Mapping[str, float], now: float) -> None:
+        measured = any(name.startswith(EVAL) for name in values)
+        if self._bar is not None:
+            # a bar has one line: the last measures stay on it until there are new ones
+            self._measures = {k: v for k, v in values.items() if k.startswith(EVAL)} if measured else self._measures
+            values = {**values, **self._measures}
+        note = "  ".join(f"{_short(name)} {values[name]:.4g}" for name in self._headline(values))
+        if self._bar is not None:
+            self._bar.update(self._task, note=note)
+        elif self._every_step:
+            # rich flushes what it prints
+            console.print(step_line(self.stage, step, values), soft_wrap=True, markup=False)
+        elif measured or step >= self.num_steps or now - self._last_line > PLAIN_SECONDS:
+            self._last_line = now
+            rate = (now - self._begin) / max(step - self._first_step, 1)
+            eta = (
+                f"ETA {rate * (self.num_steps - step):.0f} s" if step < self.num_steps else f"{now - self._begin:.0f} s"
+            )
+            whole = f"  [{self._overall.text()}]" if self._overall is not None else ""
+            line = f"  {self.stage} {step}/{self.num_steps}  {note}  {eta}{whole}"
+            console.print(line, soft_wrap=True, markup=False)
+
+    @staticmethod
+    def _headline(values: Mapping[str, float]) -> list[str]:
+        wanted = ("loss", "accuracy", "rewards/accuracies", "objective/scores", "objective/kl")
+        names = (*wanted, "perf/tokens_per_s", *(EVAL + name for name in wanted))
+        return [name for name in names if name in values]
+
+    def close(self, *, failed: bool = False) -> None:
+        """Ends the display and the files; `failed`: the stage broke off."""
+        if self._bar is not None:
+            self._bar.stop()
+        for sink in self._sinks:
+            sink.close(failed=failed)
+        self._file.flush()
+        if is_main():
+            os.fsync(self._file.fileno())
+        self._file.close()
+
+
+LINE_FIELDS = {
+    "loss/value_avg": ("value_loss", ".6g"),
+    "objective/scores": ("score", ".6g"),
+    "objective/kl": ("kl", ".6g"),
+    "eval/loss": ("eval_loss", ".7g"),
+    "eval/accuracy": ("eval_accuracy", ".6g"),
+    "eval/rewards/accuracies": ("eval_accuracy", ".6g"),
+    "eval/objective/scores": ("eval_score", ".6g"),
+    "eval/objective/kl": ("eval_kl", ".6g"),
+    "timing_s/compile": ("compile_s", ".3f"),
+    "timing_s/step": ("step_time_s", ".4g"),
+    "perf/tokens_per_s": ("tokens_per_s", ".0f"),
+}
+"""What a step's line holds besides its loss, where it is logged: metric to name and format."""
+
+
+def _short(name: str) -> str:
+    return ("eval " if name.startswith(EVAL) else "") + name.split("/")[-1]
+
+
+def step_line(stage: str, step: int, values: Mapping[str, float]) -> str:
+    """`STAGE step K loss X ...`: names and values in turn, for programs to read.
+
+    The loss of PPO is the policy's; of an update that was skipped or not made it is nan. A step that compiled says
+    `compile_s`, and the first one has no `step_time_s`.
+    """
+    loss = values.get("loss", values.get("loss/policy_avg", math.nan))
+    fields = [f"{name} {values[metric]:{shape}}" for metric, (name, shape) in LINE_FIELDS.items() if metric in values]
+    return " ".join([f"{stage} step {step} loss {loss:.7g}", *fields])
+
+
+def add_up(steps: list[Mapping[str, Any]], sums: Sums) -> Sums:
+    """`sums` with those of further steps; in parts or at once, to the bit the same.
+
+    Scalars that are not finite do not count, since a skipped update has such ones.
+    """
+    sums = dict(sums)
+    for step in steps:
+        for name, value in step.items():
+            total, count = _parts(value)
+            before, counted = sums.get(name, (0.0, None if count is None else 0.0))
+            sums[name] = (before + total, None if count is None or counted is None else counted + count)
+    return sums
+
+
+def mean_values(sums: Sums) -> dict[str, float]:
+    """total / count of each metric that has a finite one; a Mean of nothing has none, and a sum of skips no count."""
+    values = {name: total if count is None else total / count for name, (total, count) in sums.items() if count != 0}
+    return {name: value for name, value in values.items() if math.isfinite(value)}
+
+
+def _parts(value: Any) -> tuple[float, float | None]:
+    if isinstance(value, Mean):
+        return float(np.asarray(value.total)), float(np.asarray(value.count))
+    if isinstance(value, Skips):
+        return float(np.asarray(value.count)), None
+    number = float(np.asarray(value, np.float64))
+    return (number, 1.0) if math.isfinite(number) else (0.0, 0.0)
+
+
+@dataclasses.dataclass
+class _CompileClock:
+    """Seconds that this process has spent in the compiler."""
+
+    seconds: float = 0.0
+
+    def hear(self, event: str, duration_secs: float, **kwargs: Any) -> None:
+        if event == COMPILE_EVENT:
+            self.seconds += duration_secs
+
+
+@functools.cache
+def _compile_clock() -> _CompileClock:
+    """The one of this process: JAX's listeners cannot be taken off again."""
+    clock = _CompileClock()
+    jax.monitoring.register_event_duration_secs_listener(clock.hear)
+    return clock
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Drops lines of steps that a resumed run will make again, and a line that a kill left half-written.
+
+    The file is cut, not written anew, so that a kill now loses nothing either.
+    """
+    if not path.exists():
+        return
+    kept = 0
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                    break
+            except (ValueError, KeyError):
+                break
+            kept += len(line)
+    os.truncate(path, kept)

@@ -1,0 +1,171 @@
+"""Measures on held-out rows while a stage trains, and which of the stage's states is the best by a metric."""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+from jax.sharding import Mesh
+
+from mpo_jax.config.schema import EVAL, TrainConfig
+from mpo_jax.data.batches import Buckets, padded_batches
+from mpo_jax.data.tokens import Example
+from mpo_jax.errors import UserError
+from mpo_jax.runtime.console import console
+from mpo_jax.runtime.sharding import place_batch, replicated
+from mpo_jax.training.checkpoints import Checkpoints
+from mpo_jax.training.tracker import add_up, mean_values
+from mpo_jax.types import Mean, Metrics, Params
+
+Row = TypeVar("Row")
+
+Evaluate = Callable[[Any], Mapping[str, float]]
+"""From a stage's state to its measures on held-out rows, by the names of the training metrics; it changes nothing."""
+
+
+def first_rows(rows: Sequence[Row], train: TrainConfig, stage: str, *, default: int = 256) -> Sequence[Row]:
+    """The rows that a stage is measured on, the same at every evaluation; none where it never is.
+
+    Raises:
+      UserError: if there is nothing to measure on.
+    """
+    if train.eval_every is None:
+        return []
+    if not rows:
+        raise UserError(
+            f"{stage}.train.eval_every={train.eval_every} needs held-out rows, and the data has none: name preference "
+            "rows as data.test_path, or raise data.validation_fraction above 0"
+        )
+    return rows[: default if train.eval_rows is None else train.eval_rows]
+
+
+def make_measure(objective: Callable[..., tuple[Metrics, Metrics]], mesh: Mesh) -> Any:
+    """The jitted forward pass of an objective: (params, batch) -> its terms and metrics that are means."""
+
+    def measure(params: Params, batch: Any) -> Metrics:
+        terms, metrics = objective(params, batch)
+        return only_means({**metrics, **terms})
+
+    return jax.jit(measure, out_shardings=replicated(mesh))
+
+
+def make_evaluate(
+    measure: Callable[[Params, Any], Metrics],
+    examples: Sequence[Example],
+    *,
+    buckets: int,
+    train: TrainConfig,
+    mesh: Mesh,
+) -> Callable[[Params], dict[str, float]] | None:
+    """From parameters to the exact means over all examples; None without examples.
+
+    A batch has the size of one of training's micro-batches, which is known to fit the devices.
+
+    Args:
+      measure: what `make_measure` gives.
+      buckets: widths that batches are padded to, at most.
+    """
+    if not examples:
+        return None
+    size = train.batch_size // train.accumulation
+    batches = [batch.data for _, batch in padded_batches(examples, Buckets.of(examples, buckets), size)]
+    return lambda params: means(measure(params, place_batch(batch, mesh)) for batch in batches)
+
+
+def only_means(metrics: Metrics) -> Metrics:
+    """Those that add up over batches; filler rows count in none of them."""
+    return {name: metric for name, metric in metrics.items() if isinstance(metric, Mean)}
+
+
+def means(batches: Iterable[Metrics]) -> dict[str, float]:
+    """Sums over all batches with one division each, in float64; not a number where it is not finite."""
+    sums = add_up([jax.device_get(metrics) for metrics in batches], {})
+    return {name: math.nan for name in sums} | mean_values(sums)
+
+
+def measure_now(evaluate: Evaluate, state: Any, step: int, stage: str) -> dict[str, float]:
+    """The measures as they are logged, with the seconds that they took; those that are not finite are left out."""
+    begin = time.perf_counter()
+    found = {f"{EVAL}{name}": value for name, value in evaluate(state).items()}
+    if broken := [name for name, value in found.items() if not math.isfinite(value)]:
+        console.print(
+            f"  [yellow]{stage} step {step}: not finite on the held-out rows: {', '.join(broken)}[/yellow]",
+            soft_wrap=True,
+        )
+    finite = {name: value for name, value in found.items() if name not in broken}
+    return {**finite, "timing_s/eval": time.perf_counter() - begin}
+
+
+class Best:
+    """Which of a stage's states has the best `train.best_metric`; of equals the earliest.
+
+    A measure on held-out rows compares the states that are measured. A metric of training compares those at
+    checkpoints, by its average since the line logged before. The last state is always among them.
+
+    Args:
+      warmup: during the first updates a metric may not be logged yet.
+    """
+
+    def __init__(self, train: TrainConfig, stage: str, checkpoints: Checkpoints, *, warmup: int = 0):
+        self.metric, self._train, self._stage, self._warmup = train.best_metric, train, stage, warmup
+        self._checkpoints = checkpoints
+        self.on_held_out = self.metric is not None and self.metric.startswith(EVAL)
+        self._last: tuple[int, float] | None = None
+
+    def improves(self, measures: Mapping[str, float]) -> bool:
+        """Whether a state with these measures on held-out rows is to be saved for being the best so far."""
+        value = measures.get(self.metric) if self.metric is not None and self.on_held_out else None
+        return value is not None and self._checkpoints.improves(value)
+
+    def value(
+        self, step: int, logged: Mapping[str, float], measures: Mapping[str, float], *, compared: bool
+    ) -> float | None:
+        """The metric by which the state of this step is compared with others.
+
+        Args:
+          logged: the step's line, empty where it has none.
+          compared: whether this is a step at which a metric of training is compared.
+
+        Returns:
+          None where there is no metric, or the updates that it would tell of were skipped.
+
+        Raises:
+          UserError: if the metric is none of the stage's.
+        """
+        found = measures if self.on_held_out else logged
+        if self.metric is None or not found:
+            return None
+        if self.metric not in found:
+            self._refuse_unknown(step, found)
+            return None
+        if not (compared or self.on_held_out):
+            return None
+        self._last = step, found[self.metric]
+        return found[self.metric]
+
+    def _refuse_unknown(self, step: int, found: Mapping[str, float]) -> None:
+        """Raises UserError, unless the metric may be absent just here."""
+        skipped = any(name.endswith("skipped") and count > 0 for name, count in found.items())
+        if skipped or self.on_held_out or step <= self._warmup:
+            return
+        known = ", ".join(name for name in found if not name.startswith(("timing_s", "perf", EVAL)))
+        raise UserError(f"{self._stage}.train.best_metric={self.metric} is not logged; known here: {known}")
+
+    def choose(self, last: int) -> dict[str, Any] | None:
+        """For the manifest: the best state's step, metric and value; None where nothing was compared."""
+        if self.metric is None:
+            return None
+        chosen = self._checkpoints.best()
+        if self._last is not None and self._last[0] == last and self._checkpoints.improves(self._last[1]):
+            chosen = self._last
+        if chosen is None:
+            console.print(
+                f"  [yellow]{self._stage}: {self.metric} has no finite value, so the last state is exported[/yellow]",
+                soft_wrap=True,
+            )
+            return None
+        step, value = chosen
+        told = f"the best {self.metric} is {value:.6g}, of step {step} of {last}: that state is exported"
+        console.print(f"  {self._stage}: {told}", soft_wrap=True)
+        return {"step": step, "metric": self.metric, "value": value}

@@ -1,0 +1,67 @@
+"""`mpo data`: the counts, and rows as the model gets them."""
+
+import json
+
+import pytest
+
+from mpo_jax.cli import data
+from mpo_jax.config.schema import TextConfig
+from mpo_jax.data import toy
+from mpo_jax.data.text import TextCodec
+from mpo_jax.data.tokens import tokenize
+from tests.pipeline.test_pipeline import mpo
+
+
+@pytest.fixture
+def config(language_model, tmp_path):
+    rows = [
+        {"prompt": f"my boss lost the keys {'too' * n}", "chosen": " should i quit", "rejected": " my uncle" * (n + 1)}
+        for n in range(30)
+    ]
+    rows += [
+        {"prompt": "my sister", "chosen": " no", "rejected": " no"},
+        {"prompt": " ", "chosen": "a", "rejected": "b"},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        f"model: {{path: {language_model}}}\n"
+        f"data: {{kind: pairs, path: {tmp_path / 'rows.jsonl'}, validation_fraction: 0.3}}\n"
+        "text: {max_prompt_tokens: 8, max_response_tokens: 20}\nruntime: {token_cache: null}\n"
+    )
+    return path
+
+
+def test_counts_and_rows(config, capsys, monkeypatch):
+    monkeypatch.setattr(data.console, "width", 200)
+    assert mpo("data", str(config), "--examples", "3") == 0
+    shown = capsys.readouterr().out
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if "│" in line]
+    counts = {row[0]: row[1:] for row in cells}
+    assert next(row[1:3] for row in cells if row[0].endswith("rows.jsonl")) == ["32", "30"]
+    assert "1: chosen equals rejected" in shown and "1: empty prompt" in shown
+    training, held_out = int(counts["pairs"][0]), int(counts["held out"][0])
+    assert training + held_out == 30 and 3 < held_out < 20
+    assert int(counts["demonstrations"][0]) == int(counts["prompts"][0]) == training
+    assert int(counts["reward model's pairs"][0]) == training
+    assert int(counts["validation"][0]) == int(counts["test prompts"][0]) == held_out
+    assert f"{training} prompts to sample from ({training} distinct)" in shown and "(data.prompts=rows)" in shown
+    # " should i quit<eos>" is four tokens in every row; the rejected side has up to sixty-one
+    assert counts["demonstrations"][3:] == ["4/4/4/4", "0"]
+    assert int(counts["pairs"][4]) > 0 and counts["pairs"][3].startswith("4/")
+    assert shown.count("demonstrations, row") == shown.count("pairs, row") == 3
+    assert "response: " in shown and " should| i| quit|<eos>" in shown
+
+
+def test_the_mask_is_what_is_coloured():
+    """Prompt tokens are dim, response tokens green, and special tokens inverted: EOS is in the loss, and shown."""
+    codec = TextCodec(toy.make_tokenizer(), TextConfig())
+    (example,), _ = tokenize(codec, [(" my boss", (" lost the keys", " my uncle"))])
+    text = data._row(codec, example)
+    styled = [(text.plain[span.start : span.end], str(span.style)) for span in text.spans]
+    by_style = {
+        style: [part for part, s in styled if s == style] for style in (data.PROMPT, data.RESPONSE, data.SPECIAL)
+    }
+    assert [part for part in by_style[data.PROMPT] if part != "|"] == [" my", " boss"]
+    assert by_style[data.RESPONSE] == [" lost", " the", " keys", " my", " uncle"]
+    assert by_style[data.SPECIAL] == ["<eos>", "<eos>"]

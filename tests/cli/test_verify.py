@@ -1,0 +1,135 @@
+"""`mpo verify` through the real command line: the same bits are found identical, and a change is found by name."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from filelock import FileLock
+from safetensors.numpy import load_file, save_file
+
+from mpo_jax.config.load import load_config
+from tests.pipeline.test_pipeline import MICRO, mpo
+
+pytestmark = pytest.mark.unoptimised
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A workdir whose trained stages kept their checkpoints; SFT's and DPO's only one each."""
+    workdir = tmp_path_factory.mktemp("made")
+    options = (
+        "runtime.keep_checkpoints=true",
+        "sft.train.keep_checkpoints=1",
+        "dpo.train.steps=3",
+        "ppo.train.steps=5",
+    )
+    assert mpo("ppo", MICRO, f"workdir={workdir}", *options) == 0
+    return workdir
+
+
+@pytest.fixture
+def copied(made, tmp_path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "copy"))
+
+
+def folder_of(workdir: Path, stage: str) -> Path:
+    (folder,) = workdir.glob(f"stages/{stage}-*")
+    return folder
+
+
+def rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def said(capsys) -> str:
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_every_stage_is_identical(made, capsys):
+    """From checkpoint to checkpoint, and from the only checkpoint to the hash recorded at the end."""
+    before = sorted(path.relative_to(made) for path in made.rglob("*") if "lock" not in path.suffix)
+    assert mpo("verify", made) == 0
+    out = said(capsys)
+    for stage, steps in {"sft": "4 to 6", "reward": "2 to 4", "dpo": "2 to 3", "ppo": "2 to 4"}.items():
+        folder = folder_of(made, stage)
+        recorded = {row["step"]: row.get("state_hash", "") for row in rows(folder)}
+        assert f"{folder.name}: steps {steps} identical ({recorded[int(steps[-1])][:12]})" in out
+    assert sorted(path.relative_to(made) for path in made.rglob("*") if "lock" not in path.suffix) == before
+
+
+@pytest.mark.parametrize("by", ["kind", "name"])
+def test_one_stage_can_be_asked_for(made, capsys, by):
+    name = folder_of(made, "reward").name
+    assert mpo("verify", made, "--stage", "reward" if by == "kind" else name) == 0
+    out = said(capsys)
+    assert f"{name}: steps 2 to 4 identical" in out and out.count("identical") == 1
+
+
+def test_what_is_trained_again_is_not_logged_to_wandb_again(copied):
+    path = folder_of(copied, "reward") / "config.yaml"
+    path.write_text(path.read_text().replace("  wandb: null\n", "  wandb: {mode: offline}\n"))
+    assert load_config(path).runtime.wandb is not None
+    assert mpo("verify", copied, "--stage", "reward") == 0
+    assert not (copied / "wandb").exists()
+
+
+def test_another_input_is_found_with_the_first_leaf_that_differs(copied, capsys):
+    """PPO's reward model is changed a little: the critic's gradients are others, and then its moments and all else."""
+    path = folder_of(copied, "reward") / "model" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["score.weight"] = tensors["score.weight"] + np.float32(0.5)
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert mpo("verify", copied, "--stage", "ppo") == 1
+    out = said(capsys)
+    assert "steps 2 to 4 differ: state_hash" in out and "the first leaf that differs is .actor.params" in out
+
+
+def test_a_record_that_was_changed_is_told(copied, capsys):
+    """A hash at a checkpoint, and one of a step without."""
+    for stage, step in (("ppo", 4), ("sft", 6)):
+        path = folder_of(copied, stage) / "metrics.jsonl"
+        changed = [{**row, "state_hash": "0" * 64} if row["step"] == step else row for row in rows(path.parent)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in changed))
+    assert mpo("verify", copied) == 1
+    out = said(capsys)
+    assert "steps 4 to 6 differ: state_hash 000000000000 was recorded" in out
+    assert "which leaf differs is not recorded" in out
+    assert "steps 2 to 4 differ: state_hash 000000000000 was recorded" in out
+    assert "so it is the record that differs" in out
+    assert out.count("identical") == 2, "the other stages are checked all the same"
+
+
+def test_an_unfinished_stage_is_verified_too(copied, capsys):
+    """As a kill leaves it: the hidden folder, and a line half-written."""
+    folder = folder_of(copied, "ppo")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    recipe = {key: manifest[key] for key in ("format", "stage", "settings", "parents")}
+    (folder / "manifest.json").unlink()
+    (folder / "recipe.json").write_text(json.dumps(recipe))
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+    folder.rename(folder.with_name(f".{folder.name}.partial"))
+    assert mpo("verify", copied, "--stage", "ppo") == 0
+    assert f"{folder.name}: steps 2 to 4 identical" in said(capsys)
+    with FileLock(copied / "stages" / f".{folder.name}.lock"):
+        assert mpo("verify", copied, "--stage", folder.name) == 2
+    assert "another run is making it just now" in said(capsys)
+
+
+def test_without_stored_states_it_says_what_to_set(copied, capsys):
+    for stage in ("sft", "reward"):
+        shutil.rmtree(folder_of(copied, stage) / "checkpoints")
+    assert mpo("verify", copied, "--stage", "sft") == 2
+    captured = capsys.readouterr()
+    assert "runtime.keep_checkpoints=true" in " ".join(captured.out.split())
+    assert "no stage sft with two stored states to compare" in captured.err
+    assert mpo("verify", copied, "--stage", "sfft") == 2
+    assert mpo("verify", copied / "nowhere") == 2
+
+
+def test_an_input_that_is_gone_is_named(copied, capsys):
+    shutil.rmtree(folder_of(copied, "reward"))
+    assert mpo("verify", copied, "--stage", "ppo") == 2
+    assert "its reward" in (error := capsys.readouterr().err) and "is gone" in error

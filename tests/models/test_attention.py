@@ -1,0 +1,138 @@
+"""mpo_jax.models.attention: blocks cover what is seen, and give what one masked softmax over the whole row gives."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mpo_jax.models import attention, forward
+from mpo_jax.types import Tokens
+from tests.models.tiny import batch, close
+
+K = 6
+
+rows = st.tuples(st.integers(0, 300), st.integers(1, 4), st.integers(1, 600))
+
+
+def attend(q, k, v, tokens, window=None):
+    return attention.make_attend(tokens, window)(q, k, v)
+
+
+@given(rows)
+def test_blocks_are_a_partition_of_the_queries(row):
+    prompt, responses, size = row
+    plan = attention.blocks(prompt + responses * size, prompt, responses)
+    assert [b.begin for b in plan] == [0, *(b.end for b in plan[:-1])] and plan[-1].end == prompt + responses * size
+    assert len(plan) <= attention.MAX_BLOCKS * (responses + 1)
+    for block in plan:
+        assert block.end - block.begin <= max(attention.MIN_BLOCK, -(-max(prompt, size) // attention.MAX_BLOCKS))
+
+
+@settings(max_examples=8)
+@given(st.tuples(st.integers(1, 300), st.integers(1, 3), st.integers(1, 300)), st.sampled_from([None, 40]))
+def test_no_seen_key_is_left_out_and_few_hidden_ones_are_multiplied(row, window):
+    prompt, responses, size = row
+    joined = batch([prompt], [[size] * responses], width=(prompt, size))
+    tokens = forward.join(joined)
+    seen = np.asarray(attention.sees(tokens, tokens, window))[0]
+    covered = np.zeros_like(seen)
+    for block in attention.blocks(seen.shape[1], tokens.scored_from, tokens.num_responses):
+        for begin, end in block.keys:
+            covered[block.begin : block.end, begin:end] = True
+    assert not (seen & ~covered).any()
+    if window is None:
+        assert (covered & ~seen).sum() <= len(seen) * 1.5 * max(attention.MIN_BLOCK, max(prompt, size) // 8)
+
+
+def case(prompt_len, response_len, width, heads, groups, dtype=np.float32):
+    tokens = forward.join(batch(prompt_len, response_len, width=width))
+    rng = np.random.default_rng(0)
+    B, T = tokens.ids.shape
+    q, k, v, weight = (jnp.asarray(rng.normal(size=(B, T, n, K)), dtype) for n in (heads, groups, groups, heads))
+    return tokens, (q, k, v), weight * (tokens.segment > 0)[..., None, None]
+
+
+def whole(q, k, v, tokens, window):
+    """One softmax over the row, in float64."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    repeat = q.shape[2] // k.shape[2]
+    scores = np.einsum("bthk,bshk->bhts", q, k.repeat(repeat, 2)) / np.sqrt(K)
+    seen = np.asarray(attention.sees(tokens, tokens, window))[:, None]
+    scores = np.where(seen, scores, -1e300)
+    p = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("bhts,bshk->bthk", p / p.sum(-1, keepdims=True), v.repeat(repeat, 2))
+
+
+CASES = {
+    "shared prompt": ([130, 7], [[150, 3], [149, 150]], (130, 150), 4, 4, None),
+    "plain": ([300, 1], [[140], [2]], (300, 140), 4, 2, None),
+    "three responses, one kv head": ([3, 16], [[200, 1, 64], [5, 200, 0]], (16, 200), 4, 1, None),
+    "window": ([130, 7], [[150, 3], [149, 150]], (130, 150), 4, 2, 37),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_one_softmax_over_the_row(name):
+    *sizes, window = CASES[name]
+    tokens, qkv, weight = case(*sizes)
+    real = np.asarray(tokens.segment)[..., None, None] > 0
+    out = attend(*qkv, tokens, window)
+    close(np.where(real, out, 0), np.where(real, whole(*qkv, tokens, window), 0), atol=1e-5)
+
+    def blocked(q, k, v):
+        return (attend(q, k, v, tokens, window) * weight).sum()
+
+    def plain(q, k, v):
+        mask = attention.sees(tokens, tokens, window)[:, None]
+        return (jax.nn.dot_product_attention(q, k, v, mask=mask) * weight).sum()
+
+    for found, wanted in zip(
+        jax.jit(jax.grad(blocked, (0, 1, 2)))(*qkv), jax.jit(jax.grad(plain, (0, 1, 2)))(*qkv), strict=True
+    ):
+        close(found, wanted, atol=2e-5)
+
+
+def test_packed_rows_are_parted_by_segment():
+    """Two sequences in one row without a prompt's stretch: each sees itself alone."""
+    ones = np.ones((1, 9), np.int32)
+    segment = np.asarray([[1, 1, 1, 1, 2, 2, 2, 2, 0]])
+    position = np.asarray([[0, 1, 2, 3, 0, 1, 2, 3, 0]])
+    tokens = Tokens(ones, position, segment, 0 * ones, ones > 0)
+    rng = np.random.default_rng(1)
+    q, k, v = (jnp.asarray(rng.normal(size=(1, 9, 2, K)), jnp.float32) for _ in range(3))
+    out = attend(q, k, v, tokens)
+    for begin in (0, 4):
+        part = jax.tree.map(lambda x, b=begin: x[:, b : b + 4], tokens)
+        cut = (x[:, begin : begin + 4] for x in (q, k, v))
+        close(out[:, begin : begin + 4], attend(*cut, part), atol=1e-6)
+
+
+def test_rows_that_see_nothing_are_finite():
+    tokens, qkv, weight = case([0, 5], [[0], [3]], (5, 4), 2, 2)
+    grads = jax.grad(lambda q, k, v: (attend(q, k, v, tokens) * weight).sum(), (0, 1, 2))(*qkv)
+    assert all(np.isfinite(x).all() for x in grads) and np.isfinite(attend(*qkv, tokens)).all()
+
+
+def test_bfloat16_keeps_its_type_and_sums_in_float32():
+    tokens, qkv, weight = case([30], [[100]], (30, 100), 4, 2, jnp.bfloat16)
+    out = attend(*qkv, tokens)
+    assert out.dtype == jnp.bfloat16
+    close(out.astype(jnp.float32), whole(*qkv, tokens, None), atol=2e-2)
+    grads = jax.grad(lambda q, k, v: (attend(q, k, v, tokens) * weight).sum().astype(jnp.float32), (0, 1, 2))
+    assert {x.dtype for x in grads(*qkv)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_a_checkpointed_layer_does_not_attend_again():
+    """What the backward pass needs is saved by name: one exponential a block forward, one backward, none between."""
+    tokens, qkv, weight = case([0], [[100]], (0, 100), 2, 2)
+
+    def count(policy):
+        saving = jax.checkpoint(attention.make_attend(tokens), policy=policy)
+        text = jax.jit(jax.grad(lambda *x: (saving(*x) ** 2 * weight).sum(), (0, 1, 2))).lower(*qkv).as_text()
+        return text.count("stablehlo.exponential")
+
+    policies = jax.checkpoint_policies
+    assert count(policies.save_only_these_names(attention.SAVED)) == 2
+    assert count(policies.nothing_saveable) == 3

@@ -1,0 +1,301 @@
+"""mpo_jax.models.decoder: each part against NumPy in float64, and relations between the parts."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from flax.traverse_util import flatten_dict
+
+from mpo_jax.models import decoder, forward
+from mpo_jax.models.decoder import MLP, PARAM_AXES, Block, RMSNorm, RopeScaling, ScalarHead
+from tests.models.tiny import DECODER, RECORDED, batch, close, load_folder, random_params
+
+B, T, D, H, G, K = 2, 7, DECODER.hidden_size, DECODER.num_heads, DECODER.num_kv_heads, DECODER.head_dim
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def f32(x):
+    return jnp.asarray(x, jnp.float32)
+
+
+def layer_params(seed=0):
+    return jax.tree.map(lambda x: x[0], random_params(DECODER, seed)["layers"])
+
+
+def block(params) -> Block:
+    return nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: Block(DECODER, rngs=nnx.Rngs(0)))), params)
+
+
+def part(module, params) -> Any:
+    return nnx.merge(nnx.graphdef(module), params)
+
+
+def softmax(x):
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_rms_norm(size):
+    x, scale = size * normal(B, T, D), normal(D, seed=1)
+    norm = part(RMSNorm(D, 1e-3), {"scale": f32(scale)})
+    close(norm(f32(x)), x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-3) * scale)
+
+
+def test_rms_norm_is_float32_inside():
+    """Squares that overflow float16 do no harm: only the result is rounded."""
+    norm = part(RMSNorm(D, 1e-5), {"scale": jnp.ones(D)})
+    x = f32(300 * normal(B, T, D)).astype(jnp.float16)
+    out = norm(x)
+    assert out.dtype == jnp.float16 and jnp.isfinite(out).all()
+    np.testing.assert_array_equal(out, norm(x.astype(jnp.float32)).astype(jnp.float16))
+
+
+def test_rope_rotates_each_pair_of_halves():
+    """Component j and j + K/2 are one complex number, turned by position * theta^(-2j / K)."""
+    config = dataclasses.replace(DECODER, head_dim=8, rope_theta=500.0)
+    x, position = normal(B, T, 3, 8), np.array([[0, 1, 2, 3, 4, 5, 6], [60, 3, 0, 0, 9, 1, 2]])
+    angle = position[..., None] * 500.0 ** (-2 * np.arange(4) / 8)
+    turned = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * angle)[:, :, None]
+    cos, sin = decoder.rope_tables(config, jnp.asarray(position))
+    assert cos.dtype == sin.dtype == jnp.float32
+    close(decoder.rotate(f32(x), cos, sin), np.concatenate([turned.real, turned.imag], -1), atol=1e-5)
+
+
+def test_rope_sees_distances_alone():
+    """Products of queries and keys do not change when all positions move."""
+    q, k = f32(normal(1, T, 1, K)), f32(normal(1, T, 1, K, seed=1))
+
+    def products(offset):
+        tables = decoder.rope_tables(DECODER, jnp.arange(T)[None] + offset)
+        return jnp.einsum("btk,bsk->bts", decoder.rotate(q, *tables)[:, :, 0], decoder.rotate(k, *tables)[:, :, 0])
+
+    close(products(20), products(0), atol=1e-5)
+    assert not np.allclose(products(0), jnp.einsum("btk,bsk->bts", q[:, :, 0], k[:, :, 0]), atol=0.1)
+
+
+@pytest.mark.parametrize("shape", [(D, 5), (D, 4, 3)])
+def test_linear_and_its_gradients(shape):
+    x, kernel, weight = f32(normal(B, T, D)), f32(normal(*shape)), f32(normal(B, T, *shape[1:], seed=2))
+    close(decoder.linear(x, kernel), jnp.tensordot(x, kernel, 1), atol=1e-5)
+    grads = jax.grad(lambda *xs: (decoder.linear(*xs) * weight).sum(), argnums=(0, 1))(x, kernel)
+    wanted = jax.grad(lambda *xs: (jnp.tensordot(*xs, 1) * weight).sum(), argnums=(0, 1))(x, kernel)
+    for actual, expected in zip(grads, wanted, strict=True):
+        close(actual, expected, atol=1e-4)
+    assert decoder.linear(x.astype(jnp.bfloat16), kernel).dtype == jnp.bfloat16
+
+
+def test_mlp():
+    params = layer_params()["mlp"]
+    x = normal(B, T, D)
+    gate, up, down = (np.asarray(params[name], np.float64) for name in ("gate", "up", "down"))
+    hidden = x @ gate
+    mlp = part(MLP(DECODER, rngs=nnx.Rngs(0)), params)
+    close(mlp(f32(x)), (hidden / (1 + np.exp(-hidden)) * (x @ up)) @ down, atol=1e-4)
+
+
+def test_scalar_head_starts_at_zero_and_is_float32():
+    head = ScalarHead(DECODER)
+    x = f32(normal(B, T, D)).astype(jnp.bfloat16)
+    assert not head(x).any()
+    kernel = normal(D, 1)
+    out = part(head, {"kernel": f32(kernel)})(x)
+    assert out.dtype == jnp.float32 and out.shape == (B, T)
+    close(out, np.asarray(x, np.float64) @ kernel[:, 0], atol=1e-5)
+
+
+def reference_block(params, x, cos, sin, mask):
+    """One layer in plain NumPy: every query head reads key/value head h // (H / G)."""
+    p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+
+    def norm(x, scale):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + DECODER.norm_eps) * scale
+
+    def rotate(x):
+        first, second = x[..., : K // 2], x[..., K // 2 :]
+        c, s = cos[:, :, None], sin[:, :, None]
+        return np.concatenate([first * c - second * s, second * c + first * s], -1)
+
+    normed = norm(x, p["attention_norm"]["scale"])
+    q, k = (rotate(np.einsum("btd,dhk->bthk", normed, p["attention"][name])) for name in ("q", "k"))
+    v = np.einsum("btd,dhk->bthk", normed, p["attention"]["v"])
+    for h in range(H):
+        logits = np.einsum("btk,bsk->bts", q[:, :, h], k[:, :, h // (H // G)]) / np.sqrt(K)
+        weights = softmax(np.where(mask[:, 0], logits, -1e300))
+        x = x + weights @ v[:, :, h // (H // G)] @ p["attention"]["o"][h]
+    normed = norm(x, p["mlp_norm"]["scale"])
+    gate = normed @ p["mlp"]["gate"]
+    return x + (gate / (1 + np.exp(-gate)) * (normed @ p["mlp"]["up"])) @ p["mlp"]["down"], k, v
+
+
+@pytest.fixture(scope="module")
+def layer_case():
+    x = normal(B, T, D)
+    cos, sin = decoder.rope_tables(DECODER, jnp.asarray([[0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 2, 3, 4]]))
+    visible = np.tril(np.ones((T, T), bool))[None].repeat(B, 0)
+    visible[1, 4:, 2:4] = False
+    return layer_params(), x, np.asarray(cos, np.float64), np.asarray(sin, np.float64), visible[:, None]
+
+
+def masked(mask):
+    return lambda q, k, v: jax.nn.dot_product_attention(q, k, v, mask=jnp.asarray(mask))
+
+
+def test_block_equals_numpy(layer_case):
+    params, x, cos, sin, mask = layer_case
+    out, (key, value) = block(params).full(f32(x), f32(cos), f32(sin), masked(mask))
+    wanted, wanted_key, wanted_value = reference_block(params, x, cos, sin, mask)
+    close(out, wanted, atol=1e-4)
+    close(key, wanted_key, atol=1e-5)
+    close(value, wanted_value, atol=1e-5)
+
+
+def test_cached_layer_equals_the_full_one(layer_case):
+    """Token by token, three of them stored and the others recent, with garbage in the slots still to be written."""
+    params, x, cos, sin, mask = layer_case
+    wanted, (wanted_key, wanted_value) = block(params).full(f32(x), f32(cos), f32(sin), masked(mask))
+    fill = lambda size, seed: f32(50 * normal(B, G, size, K, seed=seed))  # noqa: E731
+    stored = tuple(
+        fill(5, seed).at[:, :, :3].set(cache[:, :3].swapaxes(1, 2))
+        for seed, cache in ((3, wanted_key), (4, wanted_value))
+    )
+    recent = (fill(6, 5), fill(6, 6))
+    step = jax.jit(lambda *args: block(params).cached(*args))
+    for t in range(3, T):
+        seen = mask[:, 0, t]
+        visible = np.concatenate([np.pad(seen[:, :3], ((0, 0), (0, 2))), np.pad(seen[:, 3:], ((0, 0), (0, 2)))], 1)
+        row = slice(t, t + 1)
+        out, recent = step(
+            f32(x)[:, row], f32(cos)[:, row], f32(sin)[:, row], stored, recent, jnp.asarray(visible), jnp.asarray(t - 3)
+        )
+        close(out[:, 0], wanted[:, t], atol=1e-5)
+    close(recent[0][:, :, : T - 3], wanted_key[:, 3:].swapaxes(1, 2), atol=1e-5)
+
+
+def test_grouped_queries_equal_repeated_heads():
+    """G key/value heads give what H do when each is repeated H / G times, in order."""
+    many = dataclasses.replace(DECODER, num_kv_heads=H)
+    params = random_params(DECODER)
+    attention = params["layers"]["attention"]
+    repeated = {name: jnp.repeat(attention[name], H // G, axis=2) for name in ("k", "v")}
+    wide = {**params, "layers": {**params["layers"], "attention": {**attention, **repeated}}}
+    tokens = forward.join(batch([4], [[3]]))
+    few_logits = forward.logits(forward.Model(DECODER), params, tokens)
+    close(forward.logits(forward.Model(many), wide, tokens), few_logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mistral", "qwen2_score", "qwen3"])
+def test_decoding_with_a_cache_equals_the_full_forward(name):
+    """Token by token behind prompts of several lengths, with garbage in the slots still to be written."""
+    config, params = load_folder(RECORDED / name)
+    model, (P, S) = forward.Model(config), (9, 8)
+    joined = batch([4, 9, 1], [[8], [8], [8]], width=(P, S))
+    wanted = jax.jit(forward.hidden_states, static_argnums=0)(model, params, forward.join(joined))
+    prompts = dataclasses.replace(joined, response=joined.response[..., :0], response_len=0 * joined.response_len)
+    hidden, cache = jax.jit(forward.prefill, static_argnums=0)(model, params, forward.join(prompts))
+    prompt_len = jnp.asarray(joined.prompt_len)
+    for row, length in enumerate(joined.prompt_len):
+        close(hidden[row, :length], wanted[row, :length], atol=1e-4)
+    half = S // 2
+    cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, half), (0, 0)), constant_values=50.0), cache)
+    recent = jax.tree.map(lambda x: jnp.full_like(x[:, :, :half], 50.0), cache)
+    weights = forward.for_decoding(model, params)
+    step = jax.jit(forward.decode_step, static_argnums=0)
+    for t in range(S):
+        if t == half:
+            cache = jax.tree.map(lambda old, new: old.at[:, :, P:].set(new), cache, recent)
+        stored, slot = jnp.full(3, t // half * half), jnp.asarray(t % half)
+        visible = forward.visible_slots(model, prompt_len, (P, half, half), stored, slot)
+        out, recent = step(model, weights, joined.response[:, 0, t], prompt_len + t, cache, recent, visible, slot)
+        close(out, wanted[:, P + t], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("window", [1, 3, 5])
+def test_window_is_counted_by_position(window):
+    """Changing a token moves exactly the answers at most window - 1 positions later, through one layer."""
+    config = dataclasses.replace(DECODER, num_layers=1, sliding_window=window)
+    model, params = forward.Model(config), random_params(config)
+    joined = batch([6], [[5, 5]], width=(9, 5))  # a gap of padding between the prompt and its two responses
+    tokens = forward.join(joined)
+    position, branch = np.asarray(tokens.position)[0], np.asarray(tokens.branch)[0]
+    hidden = jax.jit(forward.hidden_states, static_argnums=0)
+    before = hidden(model, params, tokens)
+    for changed in (2, 5, 10):
+        other = dataclasses.replace(tokens, ids=tokens.ids.at[0, changed].add(1))
+        moved = np.abs(np.asarray(hidden(model, params, other) - before)[0]).max(-1) > 1e-6
+        distance = position - position[changed]
+        seen = (branch[changed] == 0) | (branch == branch[changed])
+        reached = seen & (distance >= 0) & (distance < window)
+        real = np.asarray(tokens.segment)[0] > 0
+        np.testing.assert_array_equal(moved[real], reached[real])
+
+
+def test_stretched_frequencies():
+    """By hand: turns within the pre-trained length decide; the ends stay or are divided, the middle blends."""
+    config = dataclasses.replace(DECODER, head_dim=8, rope_theta=1e4)
+    plain = np.array([1.0, 0.1, 0.01, 0.001])
+    close(decoder.rope_frequencies(config), plain)
+    linear = dataclasses.replace(config, rope_scaling=RopeScaling("linear", 4.0))
+    close(decoder.rope_frequencies(linear), plain / 4)
+    # 200 / wavelength: 31.8, 3.18, 0.318, 0.0318
+    llama3 = dataclasses.replace(config, rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 200))
+    kept = (20 / (2 * np.pi) - 1) / 3
+    close(decoder.rope_frequencies(llama3), [1.0, 0.1 * (kept + (1 - kept) / 8), 0.01 / 8, 0.001 / 8])
+
+
+def test_biases_and_norms_of_queries_and_keys():
+    """In NumPy: bias first, then the norm of each head, then the rotation; values have the bias alone."""
+    config = dataclasses.replace(DECODER, qkv_bias=True, qk_norm=True)
+    params = jax.tree.map(lambda x: x[0], random_params(config)["layers"]["attention"])
+    p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    attention = part(decoder.Attention(config, rngs=nnx.Rngs(0)), params)
+    x, position = normal(B, T, D), np.arange(T)[None].repeat(B, 0)
+    cos, sin = decoder.rope_tables(config, jnp.asarray(position))
+    q, k, v = attention.project(f32(x), cos, sin)
+
+    def reference(name, heads):
+        y = np.einsum("btd,dhk->bthk", x, p[name]) + p[f"{name}_bias"]
+        if name == "v":
+            return y
+        y = y / np.sqrt((y**2).mean(-1, keepdims=True) + config.norm_eps) * p[f"{name}_norm"]["scale"]
+        return np.asarray(decoder.rotate(f32(y), cos, sin))
+
+    for name, ours in zip("qkv", (q, k, v), strict=True):
+        close(ours, reference(name, ours.shape[2]), atol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("scalar", [False, True])
+def test_every_parameter_has_axes(tied, scalar):
+    config = dataclasses.replace(DECODER, tie_embeddings=tied, qkv_bias=not scalar, qk_norm=not scalar)
+    flat: dict[Any, Any] = flatten_dict(forward.abstract_params(config, scalar=scalar))
+    for path, leaf in flat.items():
+        assert len(PARAM_AXES[".".join(path)]) == leaf.ndim, path
+        assert leaf.dtype == jnp.float32
+    assert (("head",) in flat) == (not tied and not scalar)
+    assert (("score", "kernel") in flat) == scalar
+    if not tied and scalar is False:
+        assert {".".join(path) for path in flat} | {"score.kernel"} == PARAM_AXES.keys()
+
+
+def test_initial_parameters():
+    """Standard deviations as stated, norms at one, and no two layers alike."""
+    config = dataclasses.replace(DECODER, num_layers=8, init_std=0.1)
+    params = jax.jit(forward.init_params, static_argnums=0)(config, jax.random.key(0))
+    flat: dict[Any, Any] = flatten_dict(jax.device_get(params), sep=".")
+    for name, leaf in flat.items():
+        if name.endswith("scale"):
+            assert (leaf == 1).all()
+            continue
+        std = 0.1 / 4 if name.endswith((".o", ".down")) else 0.1
+        assert leaf.std() == pytest.approx(std, rel=0.1) and abs(leaf.mean()) < std / 10, name
+        if name.startswith("layers."):
+            assert len(np.unique(leaf.reshape(8, -1)[:, 0])) == 8, name
+    assert not np.array_equal(flat["layers.attention.k"], flat["layers.attention.v"])

@@ -1,0 +1,204 @@
+"""mpo_jax.models.hf.families: config.json of each architecture to sizes and back, and what is refused."""
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+from transformers import AutoConfig
+
+from mpo_jax.errors import UserError
+from mpo_jax.models.decoder import RopeScaling
+from mpo_jax.models.hf import families
+from tests.models.tiny import DECODER, LANGUAGE_MODELS, RECORDED, REWARD_MODELS
+
+NAMES = LANGUAGE_MODELS + REWARD_MODELS
+LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, 32)
+COMMON = (
+    "architectures", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_parameters", "tie_word_embeddings",
+    "hidden_act", "initializer_range",
+)  # fmt: skip
+OPTIONS = {
+    "llama": ("head_dim", "attention_bias", "mlp_bias"),
+    "mistral": ("head_dim", "sliding_window"),
+    "qwen2": ("use_sliding_window", "sliding_window", "layer_types"),
+    "qwen3": ("head_dim", "attention_bias", "use_sliding_window", "sliding_window", "layer_types"),
+}
+"""Options of transformers' configuration that change what a model computes."""
+
+
+def export(folder, config, *, scalar=False, **options: Any):
+    given: dict[str, Any] = {"eos_id": 2, "bos_id": 1} | options
+    families.save_config(folder, config, scalar=scalar, **given)
+    return folder
+
+
+def changed(tmp_path, name, **changes):
+    """A folder whose config.json is the recorded one of `name` with other values."""
+    raw = json.loads((RECORDED / name / "config.json").read_text()) | changes
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    return tmp_path
+
+
+def test_sizes_of_llama():
+    untied, tied = (families.read_config(RECORDED / name) for name in ("untied", "tied"))
+    assert (untied.num_heads, untied.num_kv_heads, untied.head_dim, untied.norm_eps) == (4, 2, 8, 1e-3)
+    assert (tied.num_kv_heads, tied.head_dim, tied.tie_embeddings, tied.rope_theta) == (1, 12, True, 500.0)
+    assert (untied.vocab_size, untied.hidden_size, untied.intermediate_size, untied.max_positions) == (40, 32, 36, 64)
+    assert (untied.num_layers, tied.num_layers, untied.tie_embeddings, untied.rope_theta) == (2, 3, False, 10000.0)
+    assert (tied.init_std, tied.family, tied.rope_scaling) == (0.25, "llama", None)
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "biased", "normed", "scaling", "window"),
+    [
+        ("llama3", "llama", False, False, LLAMA3, None),
+        ("linear", "llama", False, False, RopeScaling("linear", 4.0), None),
+        ("mistral", "mistral", False, False, None, 5),
+        ("qwen2", "qwen2", True, False, None, None),
+        ("qwen3", "qwen3", False, True, None, None),
+        ("qwen2_score", "qwen2", True, False, None, 4),
+    ],
+)
+def test_options_of_each_family(name, family, biased, normed, scaling, window):
+    config = families.read_config(RECORDED / name)
+    assert (config.family, config.qkv_bias, config.qk_norm) == (family, biased, normed)
+    assert (config.rope_scaling, config.sliding_window) == (scaling, window)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_exported_config_reads_the_same_here_and_in_transformers(name, tmp_path):
+    config, scalar = families.read_config(RECORDED / name), name in REWARD_MODELS
+    export(tmp_path, config, scalar=scalar, eos_id=7, bos_id=None, pad_id=3, dtype="bfloat16")
+    assert families.read_config(tmp_path) == config
+    assert families.is_scalar(tmp_path) == families.is_scalar(RECORDED / name) == scalar
+    read, original = AutoConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(RECORDED / name)
+    assert type(read) is type(original)
+    for field in COMMON + OPTIONS[config.family]:
+        assert getattr(read, field) == getattr(original, field), field
+    assert getattr(read, "head_dim", None) == config.head_dim
+    assert (read.eos_token_id, read.bos_token_id, read.pad_token_id) == (7, None, 3)
+    assert str(read.dtype).removeprefix("torch.") == "bfloat16"
+    assert not scalar or read.num_labels == 1
+
+
+@pytest.mark.parametrize("family", sorted(families.FAMILIES))
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("scaling", [None, RopeScaling("linear", 2.5), RopeScaling("llama3", 4.0, 2.0, 5.0, 512)])
+def test_every_option_survives_the_round_trip(family, window, scaling, tmp_path):
+    has = families.FAMILIES[family]
+    config = dataclasses.replace(
+        DECODER,
+        family=family,
+        qkv_bias=has.qkv_bias,
+        qk_norm=has.qk_norm,
+        rope_scaling=scaling,
+        rope_theta=1e6,
+        norm_eps=3e-6,
+        tie_embeddings=True,
+        init_std=0.01,
+        sliding_window=window if has.sliding_window else None,
+    )
+    assert families.read_config(export(tmp_path, config)) == config
+
+
+def test_config_of_older_transformers(tmp_path):
+    """Before version 5 rope_theta stood at the top, and fields with defaults could be absent."""
+    raw = json.loads((RECORDED / "tied" / "config.json").read_text())
+    del raw["rope_parameters"], raw["head_dim"], raw["num_key_value_heads"], raw["dtype"]
+    raw |= {"rope_theta": 1234.0, "rope_scaling": None, "torch_dtype": "float16", "transformers_version": "4.31.0"}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    config = families.read_config(tmp_path)
+    assert (config.rope_theta, config.head_dim, config.num_kv_heads) == (1234.0, 8, 4)
+
+
+@pytest.mark.parametrize("key", ["type", "rope_type"])
+def test_scaling_of_older_transformers(key, tmp_path):
+    folder = changed(tmp_path, "tied", rope_parameters=None, rope_theta=77.0, rope_scaling={key: "linear", "factor": 2})
+    config = families.read_config(folder)
+    assert (config.rope_theta, config.rope_scaling) == (77.0, RopeScaling("linear", 2.0))
+
+
+@pytest.mark.parametrize(
+    ("changes", "window"),
+    [
+        ({"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 0}, 6),
+        ({"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}, None),  # from layer 2 on: nowhere
+        ({"use_sliding_window": False, "sliding_window": 6, "max_window_layers": 0}, None),
+    ],
+)
+def test_windows_of_qwen(changes, window, tmp_path):
+    assert families.read_config(changed(tmp_path, "qwen3", layer_types=None, **changes)).sliding_window == window
+
+
+def test_mistral_without_a_window(tmp_path):
+    assert families.read_config(changed(tmp_path, "mistral", sliding_window=None)).sliding_window is None
+
+
+def test_missing_config(tmp_path):
+    with pytest.raises(UserError, match=r"no model at .*: config\.json is missing"):
+        families.read_config(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b'{"model_type": "llama",', b"[1, 2]", "\ufffe".encode("utf-16"), b""])
+def test_broken_config(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"config\.json: broken JSON"):
+        families.read_config(tmp_path)
+
+
+def rope(kind, **more):
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 1e4, **more}}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "names"),
+    [
+        ("tied", {"model_type": "gpt2"}, "model_type 'gpt2' is"),
+        ("tied", {"model_type": None}, "model_type None is"),
+        ("tied", {"model_type": ["llama"]}, r"model_type \['llama'\] is"),
+        ("tied", rope("yarn", factor=2.0, original_max_position_embeddings=64), "rope_type='yarn' is"),
+        ("tied", rope("dynamic", factor=2.0), "rope_type='dynamic' is"),
+        ("tied", rope("default", partial_rotary_factor=0.5), "partial_rotary_factor=0.5 is"),
+        ("tied", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is"),
+        ("tied", {"attention_bias": True}, "attention_bias=True is"),
+        ("qwen3", {"attention_bias": True}, "attention_bias=True is"),
+        ("tied", {"mlp_bias": True}, "mlp_bias=True is"),
+        ("tied", {"hidden_act": "gelu"}, "hidden_act='gelu' is"),
+        ("tied", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config is"),
+        ("qwen2", {"layer_types": ["full_attention", "sliding_attention"], "use_sliding_window": True},
+         "layer_types full_attention, sliding_attention are"),
+        ("qwen3", {"layer_types": None, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+         "layer_types full_attention, sliding_attention are"),
+        ("qwen3", {"layer_types": ["linear_attention", "full_attention"]},
+         "layer_types full_attention, linear_attention are"),
+    ],
+)  # fmt: skip
+def test_unsupported_option(tmp_path, name, changes, names):
+    with pytest.raises(UserError, match=rf"config\.json: {names} not supported"):
+        families.read_config(changed(tmp_path, name, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"num_hidden_layers": "many"}, "num_hidden_layers"),
+        ({"vocab_size": None}, "vocab_size"),
+        ({"num_attention_heads": 5, "head_dim": None}, "number of attention heads"),
+        ({"num_attention_heads": 0, "head_dim": None}, "zero"),
+        ({"num_hidden_layers": 0}, "num_layers=0 must be positive"),
+        ({"num_key_value_heads": 3}, "num_heads=4 is no multiple of num_kv_heads=3"),
+        ({"head_dim": 7}, "head_dim`?=7"),
+        (rope("linear"), "factor"),
+        (rope("llama3", factor=8.0), "low_freq_factor"),
+    ],
+)
+def test_impossible_values(tmp_path, changes, names):
+    with pytest.raises(UserError, match=rf"config\.json: .*{names}"):
+        families.read_config(changed(tmp_path, "tied", **changes))
+
+
+def test_window_that_sees_nothing(tmp_path):
+    with pytest.raises(UserError, match="sliding_window=0 must be positive"):
+        families.read_config(changed(tmp_path, "mistral", sliding_window=0))

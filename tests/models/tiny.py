@@ -1,0 +1,124 @@
+"""Tiny models and batches for the tests of the model and of generation, drawn here or recorded from transformers."""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import load_file
+
+from mpo_jax.config.schema import MeshConfig
+from mpo_jax.models import forward
+from mpo_jax.models.decoder import DecoderConfig
+from mpo_jax.models.forward import Model
+from mpo_jax.models.hf import families, weights
+from mpo_jax.runtime.sharding import make_mesh
+from mpo_jax.types import Joined, Params, Tokens
+
+RECORDED = Path(__file__).resolve().parents[1] / "fixtures" / "models"
+"""Folders that tests/fixtures/make_model_fixtures.py made, each named as in it."""
+LANGUAGE_MODELS = ("untied", "tied", "llama3", "linear", "mistral", "qwen2", "qwen3")
+REWARD_MODELS = ("llama_score", "qwen2_score")
+
+# grouped queries, heads narrower than hidden_size / num_heads would be; every size divides over 2, 4 and 8 devices
+DECODER = DecoderConfig(
+    vocab_size=40,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=6,
+    max_positions=64,
+)
+
+FAST: dict[str, Any] = {"xla_backend_optimization_level": 0}
+"""Compiler options that halve the time to compile; how a program is divided over devices is settled before."""
+
+
+def random_params(config: DecoderConfig, seed: int = 0, *, scalar: bool = False) -> Params:
+    """Parameters far from their initial values: no norm scale is one, no score is zero."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        is_scale = path[-1].key == "scale"
+        noise = rng.normal(0, 0.1 if is_scale else 0.25, leaf.shape)
+        return jnp.asarray(noise + is_scale, jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, forward.abstract_params(config, scalar=scalar))
+
+
+def batch(prompt_len, response_len, *, width=None, seed: int = 0, vocab: int = 40) -> Joined:
+    """A host batch of random ids; garbage where lengths end, since masks must come from lengths alone.
+
+    A prompt or response depends on its place in the batch, its length and `seed`, not on `width` (prompt, response).
+    """
+    prompt_len, response_len = np.asarray(prompt_len, np.int32), np.asarray(response_len, np.int32)
+    P, S = width or (prompt_len.max(), response_len.max())
+    B, N = response_len.shape
+    garbage = np.random.default_rng([seed, P, S])
+    prompt, response = garbage.integers(0, vocab, (B, P)), garbage.integers(0, vocab, (B, N, S))
+    for b in range(B):
+        prompt[b, : prompt_len[b]] = np.random.default_rng([seed, b]).integers(0, vocab, prompt_len[b])
+        for n in range(N):
+            ids = np.random.default_rng([seed, b, n]).integers(0, vocab, response_len[b, n])
+            response[b, n, : response_len[b, n]] = ids
+    return Joined(
+        prompt=prompt.astype(np.int32),
+        prompt_len=prompt_len,
+        response=response.astype(np.int32),
+        response_len=response_len,
+        key=np.arange(B, dtype=np.uint32) + 17,
+    )
+
+
+def mesh_of(data: int, fsdp: int, tensor: int) -> jax.sharding.Mesh:
+    return make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
+
+
+@lru_cache
+def recorded() -> dict[str, np.ndarray]:
+    """Inputs, and what transformers answers to them by each model."""
+    return load_file(RECORDED / "expected.safetensors")
+
+
+def recorded_tokens(config: DecoderConfig) -> Tokens:
+    """The recorded inputs, with positions far apart where the frequencies are stretched."""
+    segment = jnp.asarray(recorded()["attention_mask"], jnp.int32)
+    return Tokens(
+        ids=jnp.asarray(recorded()["input_ids"], jnp.int32),
+        position=jnp.asarray(recorded()["far_position_ids" if config.rope_scaling else "position_ids"], jnp.int32),
+        segment=segment,
+        branch=jnp.zeros_like(segment),
+        loss_mask=segment > 0,
+    )
+
+
+def load_folder(folder: Path, mesh=None, *, dtype="float32", scalar=None) -> tuple[DecoderConfig, Params]:
+    """Sizes and parameters; scalar where the weights are, unless `scalar` says otherwise."""
+    config, tensors = families.read_config(folder), weights.SafetensorsFolder(folder)
+    scalar = "score.weight" in tensors.names() if scalar is None else scalar
+    return config, weights.load_params(tensors, config, mesh or mesh_of(1, 1, 1), scalar=scalar, dtype=dtype)
+
+
+def answers(config: DecoderConfig, params: Params, tokens: Tokens) -> np.ndarray:
+    """Logits, or scores of a scalar model; compiled, as the stages run it."""
+    function = forward.scores if "score" in params else forward.logits
+    return np.asarray(jax.jit(function, static_argnums=0)(Model(config), params, tokens))
+
+
+def close(actual, expected, *, rtol=1e-5, atol=1e-6):
+    np.testing.assert_allclose(np.asarray(actual), np.asarray(expected), rtol=rtol, atol=atol)
+
+
+def trees_close(actual, expected, *, rtol=1e-5, atol=1e-6):
+    """Leaf by leaf, `atol` relative to each leaf's largest magnitude."""
+
+    def check(path, a, b):
+        a, b = np.asarray(a), np.asarray(b)
+        scale = np.abs(b).max() if b.size else 0.0
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol * scale, err_msg=jax.tree_util.keystr(path))
+
+    jax.tree_util.tree_map_with_path(check, actual, expected)
