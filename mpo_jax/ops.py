@@ -125,12 +125,12 @@ def gae(
     value_BT: Float[Array, "B T"],
     mask_BT: Bool[Array, "B T"],
     *,
-    discount: float = 1.0,
-    trace: float = 0.95,
+    gamma: float = 1.0,
+    gae_lambda: float = 0.95,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Generalised advantage estimation; returns (advantage, returns), both 0 at dropped tokens.
 
-    delta_t = r_t + discount V_{t+1} - V_t;  A_t = delta_t + discount trace A_{t+1};  returns = A + V.
+    delta_t = r_t + gamma V_{t+1} - V_t;  A_t = delta_t + gamma gae_lambda A_{t+1};  returns = A + V.
     V after the last kept token is 0, and dropped tokens are skipped as if they were not there. Eq. 16 of
     arXiv:1506.02438.
     """
@@ -138,8 +138,8 @@ def gae(
     def backwards(carry, x):
         next_value_B, next_advantage_B = carry
         reward_B, value_B, mask_B = x
-        delta_B = reward_B + discount * next_value_B - value_B
-        advantage_B = delta_B + discount * trace * next_advantage_B
+        delta_B = reward_B + gamma * next_value_B - value_B
+        advantage_B = delta_B + gamma * gae_lambda * next_advantage_B
         kept = (jnp.where(mask_B, value_B, next_value_B), jnp.where(mask_B, advantage_B, next_advantage_B))
         return kept, jnp.where(mask_B, advantage_B, 0.0)
 

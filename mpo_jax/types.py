@@ -2,12 +2,15 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+
+Head = Literal["lm", "value"]
+"""What a model has on its trunk: next-token logits, or one value a token (a reward model, a critic)."""
 
 Params: TypeAlias = dict[str, Any]
 """A model's parameters: nested plain dicts of arrays."""
@@ -80,7 +83,7 @@ class Skips:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Joined:
+class PromptBatch:
     """Prompts with N responses each, as ids with lengths; what batches are made of, on the host and on the device.
 
     Attributes:
@@ -138,7 +141,7 @@ class Rollout:
       has_eos: [B] True where the response ended by itself.
     """
 
-    joined: Joined
+    joined: PromptBatch
     mask: Bool[Array, "B S"]
     behavior_logp: Float[Array, "B S"]
     ref_logp: Float[Array, "B S"]

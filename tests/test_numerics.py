@@ -96,7 +96,7 @@ def no_gradient(params: Params, _: jax.Array) -> tuple[dict[str, Mean], dict[str
 
 def test_without_a_gradient_decay_leaves_norms_and_biases_alone():
     """Of a model with every kind of parameter; scalar heads and embeddings do shrink."""
-    scalar = random_params(BIASED, 1, scalar=True)["score"]
+    scalar = random_params(BIASED, 1, head="value")["score"]
     params = random_params(BIASED) | {"score": scalar}
     optim = OptimConfig(weight_decay=0.1)
     update = jax.jit(make_update(no_gradient, optim, accumulation=1))

@@ -61,7 +61,7 @@ def test_golden_ppo(case):
         reward_BT, carry_BT = ops.shape_rewards_ds_chat(logp_BT, ref_BT, score_B, mask_BT, kl_coef=0.1, clip=5.0)
     else:
         reward_BT, carry_BT = ops.shape_rewards(logp_BT, ref_BT, score_B, mask_BT, kl_coef=0.1, clip=5.0), mask_BT
-    advantage_BT, returns_BT = ops.gae(reward_BT, value_BT, carry_BT, discount=1.0, trace=0.95)
+    advantage_BT, returns_BT = ops.gae(reward_BT, value_BT, carry_BT, gamma=1.0, gae_lambda=0.95)
     np.testing.assert_array_equal(carry_BT, np.array([case["carry"]], bool))
     close(reward_BT, [case["reward"]])
     close(advantage_BT, [case["advantage"]])
@@ -93,8 +93,8 @@ MASKED = {
     ),
     "gae": (lambda a, b, c, m: ops.gae(a, b, m), lambda a, b, c, m: rl.gae(a, b, m)),
     "gae, discounted": (
-        lambda a, b, c, m: ops.gae(a, b, m, discount=0.9, trace=0.5),
-        lambda a, b, c, m: rl.gae(a, b, m, discount=0.9, trace=0.5),
+        lambda a, b, c, m: ops.gae(a, b, m, gamma=0.9, gae_lambda=0.5),
+        lambda a, b, c, m: rl.gae(a, b, m, gamma=0.9, gae_lambda=0.5),
     ),
     "explained_variance": (
         lambda a, b, c, m: ops.explained_variance(a, b, m),
@@ -166,24 +166,24 @@ def test_gae_agrees_with_rlax(case):
     """rlax's truncated_generalized_advantage_estimation, recorded; ours sees each row behind two dropped tokens."""
     reward_BT, value_BT = (jnp.asarray([[jnp.nan, jnp.inf, *case[name]]]) for name in ("reward", "value"))
     mask_BT = jnp.asarray([[False, False] + [True] * len(case["reward"])])
-    advantage_BT, _ = ops.gae(reward_BT, value_BT, mask_BT, discount=case["discount"], trace=case["trace"])
+    advantage_BT, _ = ops.gae(reward_BT, value_BT, mask_BT, gamma=case["discount"], gae_lambda=case["trace"])
     close(advantage_BT[0, 2:], case["advantage"])
 
 
 @given(floats(4), floats(4), masks)
 def test_gae_with_trace_one_is_future_reward_minus_value(reward, value, mask):
-    advantage_BT, returns_BT = ops.gae(*map(jnp.asarray, (reward, value, mask)), discount=1.0, trace=1.0)
+    advantage_BT, returns_BT = ops.gae(*map(jnp.asarray, (reward, value, mask)), gamma=1.0, gae_lambda=1.0)
     future = np.cumsum(np.where(mask, reward, 0.0)[:, ::-1].astype(np.float64), -1)[:, ::-1]
     close(advantage_BT, np.where(mask, future - value, 0.0), atol=1e-5)
     close(returns_BT, np.where(mask, future, 0.0), atol=1e-5)
 
 
 @given(floats(4), floats(4), masks, st.sampled_from([0.0, 0.5, 1.0]))
-def test_gae_with_trace_zero_is_the_temporal_difference(reward, value, mask, discount):
-    advantage_BT, _ = ops.gae(*map(jnp.asarray, (reward, value, mask)), discount=discount, trace=0.0)
+def test_gae_with_trace_zero_is_the_temporal_difference(reward, value, mask, gamma):
+    advantage_BT, _ = ops.gae(*map(jnp.asarray, (reward, value, mask)), gamma=gamma, gae_lambda=0.0)
     for b in range(SHAPE[0]):
         next_value = np.append(value[b, mask[b]][1:], 0.0)  # empty rows have no token to compare
-        delta = reward[b, mask[b]] + discount * next_value[: mask[b].sum()] - value[b, mask[b]]
+        delta = reward[b, mask[b]] + gamma * next_value[: mask[b].sum()] - value[b, mask[b]]
         close(advantage_BT[b, mask[b]], delta, atol=1e-5)
 
 

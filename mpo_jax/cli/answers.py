@@ -67,7 +67,7 @@ def compared(
 def sample(path: str, prompts: list[Prompt], overrides: tuple[str, ...]) -> list[Answer]:
     """A model's response to each prompt; conversations (and plain prompts where text.chat is true) as a chat."""
     opened = open_model(path, overrides)
-    if opened.source.scalar:
+    if opened.source.head == "value":
         raise UserError(f"{path} is a reward model and writes no text: compare language models, runs or files")
     opened = with_room(opened)
     evaluate, limits = opened.config.evaluate, opened.config.text

@@ -68,12 +68,12 @@ def _read(found: Path, mesh: Mesh, dtype: Dtype, *, critic: bool) -> tuple[Decod
     checkpoints = found.parent / "checkpoints"
     if checkpoints.is_dir() and not any(found.glob("*.safetensors")):
         decoder = families.read_config(found)
-        shapes = forward.abstract_params(decoder, scalar=families.is_scalar(found))
+        shapes = forward.abstract_params(decoder, head=families.read_head(found))
         manager = Checkpoints(checkpoints, keep=1)
         step, params = manager.restore_params(shapes, forward.param_shardings(shapes, mesh), critic=critic)
         manager.close()
         return decoder, params, f"step {step} of the unfinished {found.parent.name}"
     source = loading.open_model(found)
     # stored in the type to be written, so that the machine never holds a larger copy
-    params = weights.load_params(source.tensors, source.decoder, mesh, scalar=source.scalar, dtype=dtype)
+    params = weights.load_params(source.tensors, source.decoder, mesh, head=source.head, dtype=dtype)
     return source.decoder, params, str(found)

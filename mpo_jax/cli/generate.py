@@ -43,7 +43,7 @@ def generate(
       max_new_tokens: absent: as in training; of a model from elsewhere 256, or half its positions where they are few.
     """
     opened = open_model(path, overrides)
-    if opened.source.scalar:
+    if opened.source.head == "value":
         raise UserError(f"{path} is a reward model and writes no text: use `mpo score`")
     room = max_new_tokens
     if room is None:

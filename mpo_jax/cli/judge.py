@@ -64,7 +64,7 @@ def judge(
     remote = None if endpoint is None else Endpoint(endpoint, model, request, **limits)
     pairs = compared(a, b, data, out=out, overrides=overrides, by=by)
     about: dict[str, Any] = {"a": a, "b": b, "judge": model, "endpoint": None if remote is None else remote.url}
-    if opened is not None and opened.source.scalar:
+    if opened is not None and opened.source.head == "value":
         if dry_run:
             console.print(
                 f"{len(pairs)} pairs to score with the reward model {model}, on this machine: no calls", soft_wrap=True
@@ -105,7 +105,7 @@ def _open(model: str, overrides: tuple[str, ...], max_tokens: int) -> OpenModel:
     except UserError as error:
         raise UserError(f"--model without --endpoint names a model on this machine. {error}") from error
     check_batch(opened.config.evaluate.batch_size, opened.config.mesh, "evaluate.batch_size")
-    if opened.source.scalar or opened.given & {"max_prompt_tokens", "max_response_tokens"}:
+    if opened.source.head == "value" or opened.given & {"max_prompt_tokens", "max_response_tokens"}:
         return opened
     # what a judge reads holds two answers and more, however long its prompts were in training
     room = min(max_tokens, opened.source.decoder.max_positions // 2)

@@ -43,7 +43,7 @@ def score(
     cache_folder = opened.config.runtime.token_cache_folder
     examples, report = tokenize(opened.codec, rows, cache=cache_folder)
     values_BN = _values(opened, examples, batch_size)
-    name = "score" if opened.source.scalar else "logp"
+    name = "score" if opened.source.head == "value" else "logp"
     count_BN = np.asarray([[len(ids) for ids in example.responses] for example in examples])
     limits = opened.config.text
     lines = []
@@ -56,7 +56,7 @@ def score(
     for n, side in enumerate(sides):
         total, tokens = values_BN[:, n].sum(), count_BN[:, n].sum()
         shown = f"mean {name}{side} {total / len(lines):.4f}"
-        per_token = "" if opened.source.scalar else f", NLL per token {-total / tokens:.4f}"
+        per_token = "" if opened.source.head == "value" else f", NLL per token {-total / tokens:.4f}"
         console.print(f"{shown}{per_token}, {tokens / len(lines):.1f} tokens a response", soft_wrap=True)
     if len(sides) == 2:
         console.print(f"chosen above rejected in {np.mean(values_BN[:, 0] > values_BN[:, 1]):.1%} of {len(lines)} rows")
@@ -114,10 +114,10 @@ def _read(
 
 def _values(opened: OpenModel, examples: list[Example], batch_size: int) -> np.ndarray:
     """[rows, responses] log-probabilities or scores."""
-    config, mesh, scalar = opened.config, opened.mesh, opened.source.scalar
+    config, mesh, head = opened.config, opened.mesh, opened.source.head
     with jax.set_mesh(mesh):
-        model, params = loading.load(opened.path, config, mesh, scalar=scalar, frozen=True)
-        function = (forward.make_score_pairs if scalar else forward.make_response_logps)(model, mesh)
+        model, params = loading.load(opened.path, config, mesh, head=head, frozen=True)
+        function = (forward.make_score_pairs if head == "value" else forward.make_response_logps)(model, mesh)
         buckets = Buckets.of(examples, config.text.length_buckets)
         return map_batches(
             examples,

@@ -374,10 +374,10 @@ class PpoConfig(Section, frozen=True):
     epochs: int = Field(default=1, gt=0, description="passes over an iteration's rollouts")
     minibatches: int = Field(default=1, gt=0, description="updates a pass")
     kl: KlConfig = Field(default_factory=lambda: KlConfig())
-    discount: float = Field(default=1.0, ge=0, le=1)
-    trace: float = Field(default=0.95, ge=0, le=1)
-    policy_clip: float = Field(default=0.2, gt=0)
-    value_clip: float = Field(default=0.2, gt=0)
+    gamma: float = Field(default=1.0, ge=0, le=1)
+    gae_lambda: float = Field(default=0.95, ge=0, le=1)
+    clip_eps: float = Field(default=0.2, gt=0)
+    value_clip_eps: float = Field(default=0.2, gt=0)
     score: Literal["raw", "normalised"] = Field(
         default="raw", description="normalised: less the running mean, over the running standard deviation"
     )

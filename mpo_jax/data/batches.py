@@ -1,7 +1,7 @@
 """Examples to fixed-shape batches: length buckets, collation, and a deterministic order.
 
-A batch is a `Joined` of NumPy arrays. Batch k of a run is a function of the seed and k alone, so that resuming needs
-only the step count. Every process collates whole batches, of which sharding.place_batch takes its own devices' rows:
+A batch is a `PromptBatch` of NumPy arrays. Batch k of a run is a function of the seed and k alone, so that resuming
+needs only the step count. Every process collates whole batches, of which sharding.place_batch takes its own devices' rows:
 ids are small, and nothing is assumed about which rows a process's devices hold.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 from mpo_jax.data.tokens import Example
 from mpo_jax.errors import NotFinite, UserError
 from mpo_jax.runtime.processes import to_host
-from mpo_jax.types import Joined
+from mpo_jax.types import PromptBatch
 
 WINDOW = 64  # batches among which rows of similar length are brought together
 MIN_SAVING = 0.03  # of the padded tokens: what a bucket must save to be worth another compilation
@@ -144,7 +144,7 @@ def _greedy(rows: np.ndarray, cost: np.ndarray, count: int) -> list[tuple[int, i
     return chosen
 
 
-def collate(examples: Sequence[Example], widths: Widths, *, num_responses: int, size: int | None = None) -> Joined:
+def collate(examples: Sequence[Example], widths: Widths, *, num_responses: int, size: int | None = None) -> PromptBatch:
     """Right-pads examples into arrays; rows up to `size` are filler with a prompt length of 0."""
     size = len(examples) if size is None else size
     prompt = np.zeros((size, widths.prompt), np.int32)
@@ -159,13 +159,13 @@ def collate(examples: Sequence[Example], widths: Widths, *, num_responses: int, 
         for n, ids in enumerate(example.responses):
             response[b, n, : len(ids)] = ids
             response_len[b, n] = len(ids)
-    return Joined(prompt, prompt_len, response, response_len, key)
+    return PromptBatch(prompt, prompt_len, response, response_len, key)
 
 
 class Batch(NamedTuple):
     """A training batch: its rows, their extra numbers [B E] float32, and how often each was seen before [B] uint32."""
 
-    rows: Joined
+    rows: PromptBatch
     extra: np.ndarray
     epoch: np.ndarray
 
@@ -253,7 +253,7 @@ def map_batches(
     examples: Sequence[Example],
     buckets: Buckets,
     batch_size: int,
-    function: Callable[[Joined], Any],
+    function: Callable[[PromptBatch], Any],
     *,
     models: Any = None,
 ) -> Any:

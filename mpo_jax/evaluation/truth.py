@@ -6,12 +6,12 @@ import numpy as np
 
 from mpo_jax.data.text import TextCodec
 from mpo_jax.runtime.processes import to_host
-from mpo_jax.types import Joined, Mean
+from mpo_jax.types import Mean, PromptBatch
 
 Truth = Callable[[str, str], float]
 
 
-def make_rollout_utility(truth: Truth | None, codec: TextCodec) -> Callable[[Joined], dict[str, Mean]]:
+def make_rollout_utility(truth: Truth | None, codec: TextCodec) -> Callable[[PromptBatch], dict[str, Mean]]:
     """A function from a batch of responses to its metric `objective/utility`, or to none where no truth is known.
 
     It fetches the batch to the host, so an iteration waits for its samples; without a truth nothing is fetched.
@@ -19,7 +19,7 @@ def make_rollout_utility(truth: Truth | None, codec: TextCodec) -> Callable[[Joi
     if truth is None:
         return lambda joined: {}
 
-    def measure(joined: Joined) -> dict[str, Mean]:
+    def measure(joined: PromptBatch) -> dict[str, Mean]:
         prompt, prompt_len, response, response_len = map(
             to_host, (joined.prompt, joined.prompt_len, joined.response, joined.response_len)
         )

@@ -279,7 +279,7 @@ class Trunk(nnx.Module):
         return constrain(self.embedding[...].astype(dtype), "vocab", None)[ids]
 
 
-class ScalarHead(nnx.Module):
+class ValueHead(nnx.Module):
     """Linear(hidden, 1) without bias, read as float32; zero at the start so that all scores start equal."""
 
     def __init__(self, config: DecoderConfig):

@@ -1,14 +1,12 @@
 """Arithmetic and memory traffic of a program, counted from sizes: XLA counts the body of a scan once."""
 
 import dataclasses
-from typing import Literal
 
 import numpy as np
 
 from mpo_jax.models import attention
 from mpo_jax.models.decoder import DecoderConfig
-
-Head = Literal["vocab", "scalar"]
+from mpo_jax.types import Head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +61,8 @@ def attention_flops(sizes: DecoderConfig, rows: Rows) -> float:
 
 
 def head_flops(sizes: DecoderConfig, rows: Rows, head: Head) -> float:
-    """Logits at response columns, or scalar scores at all."""
-    if head == "scalar":
+    """Logits at response columns, or a value at every column."""
+    if head == "value":
         return 2.0 * sizes.hidden_size * rows.count * rows.length
     return 2.0 * sizes.hidden_size * sizes.vocab_size * rows.count * rows.num_responses * rows.response
 
@@ -83,7 +81,7 @@ def train(sizes: DecoderConfig, rows: Rows, head: Head, remat: str) -> Work:
     # the backward pass of attention makes the scores again, which is half of its forward pass
     scores, linear = attention_flops(sizes, rows) / 2, 2.0 * layer_matrices(sizes) * rows.count * rows.length
     again = {"none": scores, "dots": scores, "full": 3 * scores + linear}
-    logits = head_flops(sizes, rows, head) if head == "vocab" else 0.0
+    logits = head_flops(sizes, rows, head) if head == "lm" else 0.0
     return Work(3.0 * forward(sizes, rows, head).flops, again[remat] + logits)
 
 
@@ -122,7 +120,7 @@ def necessary(sizes: DecoderConfig, prompt_len_B: np.ndarray, response_len_BN: n
     visible = (prompt * (prompt + 1) / 2).sum() + (response * prompt + response * (response + 1) / 2).sum()
     linear = 2.0 * layer_matrices(sizes) * tokens
     attended = 4.0 * sizes.num_layers * sizes.num_heads * sizes.head_dim * visible
-    outputs = response.sum() * sizes.vocab_size if head == "vocab" else float((response > 0).sum())
+    outputs = response.sum() * sizes.vocab_size if head == "lm" else float((response > 0).sum())
     return float(linear + attended + 2.0 * sizes.hidden_size * outputs)
 
 
@@ -139,7 +137,7 @@ def sampling(sizes: DecoderConfig, prompt_len_B: np.ndarray, response_len_BN: np
     prompt_len_B, response_len_BN = prompt_len_B.astype(np.int64), response_len_BN.astype(np.int64)
     response = response_len_BN.reshape(len(prompt_len_B), -1)
     read = np.maximum(response - 1, 0)
-    forward_flops = necessary(sizes, prompt_len_B, read, "scalar")
+    forward_flops = necessary(sizes, prompt_len_B, read, "value")
     logits = 2.0 * sizes.hidden_size * sizes.vocab_size * response.sum()
     matrices = layer_matrices(sizes) + sizes.hidden_size * sizes.vocab_size
     prompt = prompt_len_B[:, None].astype(np.float64)

@@ -18,10 +18,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from mpo_jax.models import attention
-from mpo_jax.models.decoder import FLOAT32, PARAM_AXES, Block, DecoderConfig, ScalarHead, Trunk, fuse, rope_tables
+from mpo_jax.models.decoder import FLOAT32, PARAM_AXES, Block, DecoderConfig, Trunk, ValueHead, fuse, rope_tables
 from mpo_jax.runtime.sharding import BATCH_AXES, constrain, replicated, shardings_for
 from mpo_jax.selection import make_pair_scorer
-from mpo_jax.types import Joined, Params, Tokens
+from mpo_jax.types import Head, Params, PromptBatch, Tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,15 +55,15 @@ def init_params(config: DecoderConfig, key: Array) -> Params:
 
 
 def with_score_head(params: Params, config: DecoderConfig) -> Params:
-    """A reward model or critic from a language model: the same trunk without its head, plus a zero scalar head."""
+    """A reward model or critic from a language model: the same trunk without its head, plus a zero value head."""
     trunk = {name: leaf for name, leaf in params.items() if name != "head"}
-    return {**trunk, "score": nnx.to_pure_dict(nnx.state(ScalarHead(config), nnx.Param))}
+    return {**trunk, "score": nnx.to_pure_dict(nnx.state(ValueHead(config), nnx.Param))}
 
 
-def abstract_params(config: DecoderConfig, *, scalar: bool = False) -> Params:
+def abstract_params(config: DecoderConfig, *, head: Head = "lm") -> Params:
     """Shapes and types of the parameters, without making any."""
     params = jax.eval_shape(partial(init_params, config), jax.random.key(0))
-    return jax.eval_shape(partial(with_score_head, config=config), params) if scalar else params
+    return jax.eval_shape(partial(with_score_head, config=config), params) if head == "value" else params
 
 
 def param_shardings(params: Params, mesh: Mesh) -> Any:
@@ -78,17 +78,17 @@ Caches: TypeAlias = tuple[tuple[Array, Array], ...]
 
 @lru_cache
 def _graphs(config: DecoderConfig) -> tuple[Any, Any, Any, Any]:
-    """The NNX graph definitions of trunk, layer, scalar head and fused layer; no array is made."""
+    """The NNX graph definitions of trunk, layer, value head and fused layer; no array is made."""
     trunk = nnx.eval_shape(lambda: Trunk(config, rngs=nnx.Rngs(0)))
     block = nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0)))
-    score = nnx.eval_shape(lambda: ScalarHead(config))
+    score = nnx.eval_shape(lambda: ValueHead(config))
     fused = nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0), fused=True))
     return nnx.graphdef(trunk), nnx.graphdef(block), nnx.graphdef(score), nnx.graphdef(fused)
 
 
 def _trunk(model: Model, params: Params) -> Trunk:
     names = ("embedding", "norm") if model.decoder.tie_embeddings else ("embedding", "norm", "head")
-    # a scalar model has no language-model head; an empty stand-in keeps one graph definition for both
+    # a model with a value head has no language-model head; an empty stand-in keeps one graph definition for both
     parts = {name: params.get(name, jnp.zeros((0, 0))) for name in names}
     return nnx.merge(_graphs(model.decoder)[0], parts)
 
@@ -115,7 +115,7 @@ def for_decoding(model: Model, params: Params) -> Params:
     return {**whole, "head": head_matrix(model, whole), "layers": layers}
 
 
-def join(joined: Joined) -> Tokens:
+def join(joined: PromptBatch) -> Tokens:
     """One row a prompt, prompt-shared: [prompt | response 1 | ... | response N], padding where lengths end.
 
     Returns Tokens [B, P + N S]; the first response token's predecessor is the prompt's last token.
@@ -331,7 +331,7 @@ def token_logp(
 
 
 def scores(model: Model, params: Params, tokens: Tokens) -> Float[Array, "B T"]:
-    """The scalar head at every token, float32: a reward model's score or a critic's value after that token."""
+    """The value head at every token, float32: a reward model's score or a critic's value after that token."""
     head = nnx.merge(_graphs(model.decoder)[2], params["score"])
     return head(hidden_states(model, params, tokens))
 
@@ -341,8 +341,8 @@ def values_before(score_BT: Float[Array, "B T"], tokens: Tokens) -> Float[Array,
     return jnp.take_along_axis(score_BT, predecessor(tokens)[:, tokens.scored_from :], 1)
 
 
-def response_scores(score_BT: Float[Array, "B T"], joined: Joined) -> Float[Array, "B N"]:
-    """Each response's score: the scalar head at its last real token; 0 where there is none."""
+def response_scores(score_BT: Float[Array, "B T"], joined: PromptBatch) -> Float[Array, "B N"]:
+    """Each response's score: the value head at its last real token; 0 where there is none."""
     P = joined.prompt.shape[1]
     score_BNS = rearrange(score_BT[:, P:], "b (n s) -> b n s", n=joined.response.shape[1])
     last_BN = jnp.maximum(joined.response_len - 1, 0)
@@ -355,7 +355,7 @@ def response_sums(x_BS: Float[Array, "B S"], num_responses: int) -> Float[Array,
     return rearrange(x_BS, "b (n s) -> b n s", n=num_responses).sum(-1)
 
 
-def response_logps(model: Model, params: Params, joined: Joined) -> Float[Array, "B N"]:
+def response_logps(model: Model, params: Params, joined: PromptBatch) -> Float[Array, "B N"]:
     """Each response's summed log-probability in nats, EOS included."""
     logp_BS, _ = token_logp(model, params, join(joined))
     return response_sums(logp_BS, joined.response.shape[1])
@@ -371,7 +371,7 @@ def make_response_logps(model: Model, mesh: Mesh) -> Any:
 def make_score_pairs(model: Model, mesh: Mesh) -> Any:
     """The batched vmap scoring pass: jitted (params, batch) -> raw scores [B N] of every prompt's responses."""
 
-    def score_row(params: Params, row: Joined) -> Float[Array, " N"]:
+    def score_row(params: Params, row: PromptBatch) -> Float[Array, " N"]:
         batch = jax.tree.map(lambda x: x[None], row)
         return response_scores(scores(model, params, join(batch)), batch)[0]
 

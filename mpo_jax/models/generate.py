@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from mpo_jax.models import forward
 from mpo_jax.models.forward import Caches, Model
 from mpo_jax.runtime.sharding import batch_sharding, constrain, spec_for
-from mpo_jax.types import Joined, Params
+from mpo_jax.types import Params, PromptBatch
 
 BLOCK = 128
 BISECTIONS = 30
@@ -89,7 +89,7 @@ def choose(logits_BV: Float[Array, "B V"], u_B: Float[Array, " B"], sampling: Sa
 
 
 def prefill(
-    model: Model, params: Params, prompts: Joined, *, num_samples: int, room: int
+    model: Model, params: Params, prompts: PromptBatch, *, num_samples: int, room: int
 ) -> tuple[Float[Array, "B D"], Caches]:
     """The hidden state that predicts each first token, and caches [B*N G P+room K]."""
     B = prompts.prompt.shape[0]
@@ -167,7 +167,7 @@ class Decoder:
         return Decoding(rows, rows, rows, rows, rows, rows, caches)
 
     def begin(
-        self, params: Params, prompts: Joined, key: Array, index_B: Array, allowed_V: Bool[Array, " V"] | None
+        self, params: Params, prompts: PromptBatch, key: Array, index_B: Array, allowed_V: Bool[Array, " V"] | None
     ) -> Decoding:
         """Reads the prompts and draws the first token of each of their samples.
 
@@ -244,7 +244,7 @@ class Decoder:
         )
 
 
-def row_keys(prompts: Joined, key: Array, index_B: Array, num_samples: int) -> Any:
+def row_keys(prompts: PromptBatch, key: Array, index_B: Array, num_samples: int) -> Any:
     """[B*N] keys: `key` folded with the prompt's fingerprint and the sample index i N + n of visit i."""
 
     def fold(fingerprint, index):
@@ -261,7 +261,7 @@ class Generate:
     Attributes:
       begin: (params, prompts, key, index_B, allowed_V) -> Decoding.
       for_decoding: params -> weights.
-      finish: (weights, Decoding without caches, caches, prompts, allowed_V) -> (Joined, has_eos [B N], caches).
+      finish: (weights, Decoding without caches, caches, prompts, allowed_V) -> (PromptBatch, has_eos [B N], caches).
     """
 
     begin: Any
@@ -269,8 +269,8 @@ class Generate:
     finish: Any
 
     def __call__(
-        self, params: Params, prompts: Joined, key: Any, index_B: Any, allowed_V: Any
-    ) -> tuple[Joined, Bool[Array, "B N"]]:
+        self, params: Params, prompts: PromptBatch, key: Any, index_B: Any, allowed_V: Any
+    ) -> tuple[PromptBatch, Bool[Array, "B N"]]:
         state = self.begin(params, prompts, key, index_B, allowed_V)
         begun, weights = dataclasses.replace(state, caches=()), self.for_decoding(params)
         joined, has_eos, _ = self.finish(weights, begun, state.caches, prompts, allowed_V)
@@ -285,7 +285,7 @@ def make_for_decoding(model: Model) -> Any:
 
 @lru_cache
 def make_generate(model: Model, sampling: Sampling, eos_id: int, mesh: Mesh) -> Generate:
-    """A function (params, prompts, key, index_B, allowed_V) -> (Joined with N samples, has_eos [B N]).
+    """A function (params, prompts, key, index_B, allowed_V) -> (PromptBatch with N samples, has_eos [B N]).
 
     All prompts are decoded side by side until the last sample is done, without a word from the host.
     `index_B` tells apart repeated visits of a prompt: sample n of visit i draws from sample index i N + n.
@@ -313,7 +313,7 @@ def make_generate(model: Model, sampling: Sampling, eos_id: int, mesh: Mesh) -> 
 def make_stream(model: Model, sampling: Sampling, eos_id: int, chunk: int) -> Any:
     """Like `make_generate`, but an iterator over what is there after every `chunk` tokens, for reading along.
 
-    It yields (Joined, has_eos [B N], finite [B N]).
+    It yields (PromptBatch, has_eos [B N], finite [B N]).
     """
     decoder = Decoder(model, sampling, eos_id, chunk)
     begin, advance = jax.jit(decoder.begin), jax.jit(decoder.advance, donate_argnums=1)
@@ -332,7 +332,7 @@ def make_stream(model: Model, sampling: Sampling, eos_id: int, chunk: int) -> An
     return stream
 
 
-def gathered(prompts: Joined, state: Decoding) -> tuple[Joined, Bool[Array, "B N"]]:
+def gathered(prompts: PromptBatch, state: Decoding) -> tuple[PromptBatch, Bool[Array, "B N"]]:
     """The prompts with their samples, and where EOS came."""
     B = prompts.prompt.shape[0]
     joined = dataclasses.replace(

@@ -15,7 +15,7 @@ from mpo_jax.models.forward import Model
 from mpo_jax.models.hf import families, weights
 from mpo_jax.models.hf.hub import local_model
 from mpo_jax.runtime.machine import attention, compute_dtype, frozen_dtype
-from mpo_jax.types import Params
+from mpo_jax.types import Head, Params
 
 VOCAB_MULTIPLE = 8
 SPARE_ROWS = 1024
@@ -30,9 +30,9 @@ class Source:
     tensors: weights.Tensors
 
     @property
-    def scalar(self) -> bool:
-        """Whether it is a reward model or critic."""
-        return "score.weight" in self.tensors.names()
+    def head(self) -> Head:
+        """A value head makes it a reward model or critic."""
+        return "value" if "score.weight" in self.tensors.names() else "lm"
 
 
 def open_model(path: str | Path) -> Source:
@@ -87,13 +87,13 @@ def check_vocabulary(codec: TextCodec, decoder: DecoderConfig, folder: str | Pat
 
 
 def load(
-    path: str | Path, config: Config, mesh: Mesh, *, scalar: bool = False, frozen: bool = False
+    path: str | Path, config: Config, mesh: Mesh, *, head: Head = "lm", frozen: bool = False
 ) -> tuple[Model, Params]:
     """A model from disk: float32 master parameters, or `model.frozen_dtype` for one that will not train."""
     source = open_model(path)
     dtype = frozen_dtype(config.model) if frozen else "float32"
     model = describe(source.decoder, config)
-    return model, weights.load_params(source.tensors, source.decoder, mesh, scalar=scalar, dtype=dtype)
+    return model, weights.load_params(source.tensors, source.decoder, mesh, head=head, dtype=dtype)
 
 
 def load_base(config: Config, codec: TextCodec, mesh: Mesh, key: jax.Array) -> tuple[Model, Params]:
@@ -122,24 +122,24 @@ def scratch_sizes(config: Config, num_ids: int) -> DecoderConfig:
     return DecoderConfig(vocab_size=-(-num_ids // VOCAB_MULTIPLE) * VOCAB_MULTIPLE, **sizes.model_dump())
 
 
-def to_scalar(model: Model, params: Params, mesh: Mesh) -> Params:
-    """A reward model's starting point from a language model's parameters: the same trunk and a zero scalar head."""
-    shardings = forward.param_shardings(forward.abstract_params(model.decoder, scalar=True), mesh)
+def with_value_head(model: Model, params: Params, mesh: Mesh) -> Params:
+    """A reward model's starting point from a language model's parameters: the same trunk and a zero value head."""
+    shardings = forward.param_shardings(forward.abstract_params(model.decoder, head="value"), mesh)
     return jax.jit(lambda p: forward.with_score_head(p, model.decoder), out_shardings=shardings)(params)
 
 
 def save(folder: Path, model: Model, params: Params, codec: TextCodec, *, dtype: str = "float32") -> None:
     """Writes a Hugging Face folder: config.json, safetensors files and the tokenizer's files."""
     weights.save_params(folder, params, model.decoder, dtype=dtype)
-    save_description(folder, model, codec, scalar="score" in params, dtype=dtype)
+    save_description(folder, model, codec, head="value" if "score" in params else "lm", dtype=dtype)
 
 
 def save_description(
-    folder: Path, model: Model, codec: TextCodec, *, scalar: bool = False, dtype: str = "float32"
+    folder: Path, model: Model, codec: TextCodec, *, head: Head = "lm", dtype: str = "float32"
 ) -> None:
     """All of a model's folder but the weights, so that `mpo export` can read the checkpoints of unfinished training."""
     if jax.process_index() != 0:
         return
     special = {"eos_id": codec.eos_id, "bos_id": codec.special("bos"), "pad_id": codec.special("pad")}
-    families.save_config(folder, model.decoder, scalar=scalar, dtype=dtype, **special)
+    families.save_config(folder, model.decoder, head=head, dtype=dtype, **special)
     codec.save(folder)

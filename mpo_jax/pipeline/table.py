@@ -170,13 +170,13 @@ class Cost:
         return step.times(self._updates(train, examples))
 
     def _sft(self, recipe: Mapping[str, Any]) -> Work:
-        return self._train(self.config.sft.train, len(self._corpus.demonstrations), 1, "vocab")
+        return self._train(self.config.sft.train, len(self._corpus.demonstrations), 1, "lm")
 
     def _reward(self, recipe: Mapping[str, Any]) -> Work:
-        measured = flops.forward(self._sizes, self._rows(len(self._corpus.reward_test), 2), "scalar")
+        measured = flops.forward(self._sizes, self._rows(len(self._corpus.reward_test), 2), "value")
         if self.config.reward.path is not None:
             return measured
-        return measured + self._train(self.config.reward.train, len(self._corpus.reward_pairs), 2, "scalar")
+        return measured + self._train(self.config.reward.train, len(self._corpus.reward_pairs), 2, "value")
 
     @property
     def _num_prompts(self) -> int:
@@ -192,7 +192,7 @@ class Cost:
     def _select(self, recipe: Mapping[str, Any]) -> Work:
         rows = self._rows(self._selected(), 2)
         drawn = self._drawn(rows) if self.config.select.pair_source == "sampled" else Work(0.0)
-        return drawn + flops.forward(self._sizes, rows, "scalar")
+        return drawn + flops.forward(self._sizes, rows, "value")
 
     def _drawn(self, rows: Rows) -> Work:
         decoded = flops.decode(self._sizes, rows, shards=1, bytes_each=4)
@@ -208,21 +208,21 @@ class Cost:
     def _dpo(self, recipe: Mapping[str, Any]) -> Work:
         whole = self._selected() if "pairs" in recipe["parents"] else self._num_pairs
         examples = self._examples(recipe, whole)
-        reference = flops.forward(self._sizes, self._rows(examples, 2), "vocab")
-        return reference + self._train(self.config.dpo.train, examples, 2, "vocab")
+        reference = flops.forward(self._sizes, self._rows(examples, 2), "lm")
+        return reference + self._train(self.config.dpo.train, examples, 2, "lm")
 
     def _ppo(self, recipe: Mapping[str, Any]) -> Work:
         ppo = self.config.ppo
         whole = self._selected() if "pairs" in recipe["parents"] else self._num_prompts
         rows = self._rows(ppo.train.batch_size, 1)
-        scored = flops.forward(self._sizes, rows, "vocab") + flops.forward(self._sizes, rows, "scalar")
-        updated = [flops.train(self._sizes, rows, head, self.config.model.remat) for head in ("vocab", "scalar")]
+        scored = flops.forward(self._sizes, rows, "lm") + flops.forward(self._sizes, rows, "value")
+        updated = [flops.train(self._sizes, rows, head, self.config.model.remat) for head in ("lm", "value")]
         step = self._drawn(rows) + scored + (updated[0] + updated[1]).times(ppo.epochs)
         return step.times(self._updates(ppo.train, self._examples(recipe, whole)))
 
     def _evaluate(self, recipe: Mapping[str, Any]) -> Work:
         rows = self._rows(len(self._corpus.test_prompts[: self.config.evaluate.num_prompts]), 1)
-        scored = flops.forward(self._sizes, rows, "vocab").times(2) + flops.forward(self._sizes, rows, "scalar")
+        scored = flops.forward(self._sizes, rows, "lm").times(2) + flops.forward(self._sizes, rows, "value")
         return self._drawn(rows) + scored
 
 

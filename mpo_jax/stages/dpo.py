@@ -25,7 +25,7 @@ from mpo_jax.models.hf.tokenizer import load_tokenizer
 from mpo_jax.runtime.sharding import place_batch, replicated
 from mpo_jax.training.loop import check_sizes, fit_examples, make_update, state_sharding
 from mpo_jax.training.validation import first_rows, make_evaluate, make_measure
-from mpo_jax.types import Artifact, Joined, Mean, Metrics, Params
+from mpo_jax.types import Artifact, Mean, Metrics, Params, PromptBatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class DpoLoss:
 
 
 def objective(
-    model: Model, loss: DpoLoss, params: Params, batch: tuple[Joined, Float[Array, "B 2"]]
+    model: Model, loss: DpoLoss, params: Params, batch: tuple[PromptBatch, Float[Array, "B 2"]]
 ) -> tuple[Metrics, Metrics]:
     """The preference loss, and the NLL term where it has a weight. `batch`: pairs, reference log-probs."""
     joined, ref_logp_BN = batch
@@ -149,7 +149,7 @@ def _with_reference(config: Config, mesh: Mesh, reference: Artifact, *sets: list
     model, params = loading.load(reference.model, config, mesh, frozen=True)
     logps = forward.make_response_logps(model, mesh)
 
-    def measure(batch: Joined) -> Any:
+    def measure(batch: PromptBatch) -> Any:
         return logps(params, place_batch(batch, mesh))
 
     def extended(examples: list[Example]) -> list[Example]:

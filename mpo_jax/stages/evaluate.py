@@ -28,14 +28,14 @@ from mpo_jax.runtime.seeds import stage_key
 from mpo_jax.runtime.sharding import check_batch, place_batch, replicated
 from mpo_jax.training.refill import sample_all, with_responses
 from mpo_jax.training.tracker import Tracker
-from mpo_jax.types import Artifact, Joined, Params
+from mpo_jax.types import Artifact, Params, PromptBatch
 
 
 @lru_cache
 def make_kl(model: Model, temperature: float, mesh: Mesh) -> Any:
     """A jitted (policy, sft, joined, allowed_V) -> sampled KL(policy || SFT) of each response, k1 in nats [B]."""
 
-    def kl(policy: Params, sft: Params, joined: Joined, allowed_V: jax.Array) -> jax.Array:
+    def kl(policy: Params, sft: Params, joined: PromptBatch, allowed_V: jax.Array) -> jax.Array:
         tokens = forward.join(joined)
         logp_BS, ref_BS = (
             forward.token_logp(model, params, tokens, temperature=temperature, allowed_V=allowed_V)[0]
@@ -62,7 +62,7 @@ def run(
     codec = TextCodec(load_tokenizer(policy.model), config.text)
     model, params = loading.load(policy.model, config, mesh, frozen=True)
     sft_params = loading.load(sft.model, config, mesh, frozen=True)[1]
-    reward_model, reward_params = loading.load(reward.model, config, mesh, scalar=True, frozen=True)
+    reward_model, reward_params = loading.load(reward.model, config, mesh, head="value", frozen=True)
 
     prompts = corpus.test_prompts[: evaluate.num_prompts]
     examples, report = tokenize(codec, [(prompt, ()) for prompt in prompts], cache=config.runtime.token_cache_folder)
@@ -87,7 +87,7 @@ def run(
     score = forward.make_score_pairs(reward_model, mesh)
     kl = make_kl(model, evaluate.temperature, mesh)
 
-    def measure(batch: Joined) -> Any:
+    def measure(batch: PromptBatch) -> Any:
         placed = place_batch(batch, mesh)
         return score(reward_params, placed)[:, 0], kl(params, sft_params, placed, allowed_V)
 

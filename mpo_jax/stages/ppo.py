@@ -41,7 +41,7 @@ from mpo_jax.stages.ppo_programs import (
     updates_in_one_pass,
 )
 from mpo_jax.training.loop import check_rows, check_schedule, check_sizes, fit, init_state, make_learning_rate
-from mpo_jax.types import Artifact, Joined, Mean, Metrics, Moments, Params, PpoBatch, Skips, TrainState
+from mpo_jax.types import Artifact, Mean, Metrics, Moments, Params, PpoBatch, PromptBatch, Skips, TrainState
 
 
 @jax.tree_util.register_dataclass
@@ -103,13 +103,13 @@ def run(
     offload = Offload.of(config.runtime, mesh)
     codec = TextCodec(load_tokenizer(init.model), config.text)
     ref_params = offload.put_away(loading.load(reference.model, config, mesh, frozen=True)[1])
-    reward_model, reward_params = loading.load(reward.model, config, mesh, scalar=True, frozen=True)
+    reward_model, reward_params = loading.load(reward.model, config, mesh, head="value", frozen=True)
     reward_params = offload.put_away(reward_params)
     actor_model, actor_params = loading.load(init.model, config, mesh)
-    critic_params = loading.load(reward.model, config, mesh, scalar=True)[1]
+    critic_params = loading.load(reward.model, config, mesh, head="value")[1]
 
     loading.save_description(folder / "model", actor_model, codec)
-    loading.save_description(folder / "critic", reward_model, codec, scalar=True)
+    loading.save_description(folder / "critic", reward_model, codec, head="value")
 
     prompts = [(prompt, ()) for prompt in _prompts(config, pairs, subset)]
     examples = number_visits(tokenize(codec, prompts, cache=config.runtime.token_cache_folder)[0])
@@ -245,7 +245,7 @@ class Loop:
         metrics = {**metrics, **timing, **self.utility(joined)}
         return state, metrics, {"rollouts": scored, "shown": shown}
 
-    def _updates(self, state: PpoState, k: int, batch: tuple[PpoBatch, Joined | None]) -> tuple[PpoState, Metrics]:
+    def _updates(self, state: PpoState, k: int, batch: tuple[PpoBatch, PromptBatch | None]) -> tuple[PpoState, Metrics]:
         """All passes over one iteration's rollouts."""
         ppo = self.config.ppo
         collected: list[Metrics] = []

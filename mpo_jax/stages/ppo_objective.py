@@ -23,7 +23,7 @@ from mpo_jax.ops import (
     shape_rewards_ds_chat,
     whiten,
 )
-from mpo_jax.types import Joined, Mean, Metrics, Moments, Params, PpoBatch, Rollout
+from mpo_jax.types import Mean, Metrics, Moments, Params, PpoBatch, PromptBatch, Rollout
 
 
 def score_rollout(
@@ -32,7 +32,7 @@ def score_rollout(
     temperature: float,
     policies: tuple[Params, Params],
     judges: tuple[Params, Params],
-    joined: Joined,
+    joined: PromptBatch,
     has_eos_B: Bool[Array, " B"],
     allowed_V: Bool[Array, " V"],
 ) -> tuple[Rollout, Float[Array, "B S"]]:
@@ -52,7 +52,7 @@ def score_rollout(
     return rollout, entropy_BS
 
 
-def values(model: Model, critic: Params, joined: Joined) -> tuple[Float[Array, "B S"], Float[Array, "B 1"]]:
+def values(model: Model, critic: Params, joined: PromptBatch) -> tuple[Float[Array, "B S"], Float[Array, "B 1"]]:
     """The critic's value of the state before each response token, 0 elsewhere; and of the state after the last."""
     tokens = forward.join(joined)
     score_BT = forward.scores(model, critic, tokens)
@@ -61,7 +61,7 @@ def values(model: Model, critic: Params, joined: Joined) -> tuple[Float[Array, "
     return value_BS, forward.response_scores(score_BT, joined)
 
 
-def with_end(value_BS: Float[Array, "B S"], end_B1: Float[Array, "B 1"], joined: Joined) -> Float[Array, "B S"]:
+def with_end(value_BS: Float[Array, "B S"], end_B1: Float[Array, "B 1"], joined: PromptBatch) -> Float[Array, "B S"]:
     """The values with that of the state after the last token in the column behind it, where there is one.
 
     That state is the one before the column, so it stands where the alignment law puts it.
@@ -75,7 +75,7 @@ def judge(
     reward_model: Model,
     temperature: float,
     frozen: tuple[Params, Params],
-    joined: Joined,
+    joined: PromptBatch,
     has_eos_B: Bool[Array, " B"],
     allowed_V: Bool[Array, " V"],
     behavior_BS: Float[Array, "B S"],
@@ -127,7 +127,7 @@ def estimate(
         carry_BS = rollout.mask
     if config.extras.whiten_rewards:
         reward_BS = whiten(reward_BS, carry_BS, shift_mean=False)
-    advantage_BS, returns_BS = gae(reward_BS, rollout.value, carry_BS, discount=config.discount, trace=config.trace)
+    advantage_BS, returns_BS = gae(reward_BS, rollout.value, carry_BS, gamma=config.gamma, gae_lambda=config.gae_lambda)
     advantage_BS = jnp.where(rollout.mask, advantage_BS, 0.0)
     if config.extras.whiten_advantages:
         advantage_BS = whiten(advantage_BS, rollout.mask)
@@ -174,12 +174,12 @@ def rollout_metrics(
 def policy_terms(logp_BS: Float[Array, "B S"], ppo: PpoBatch, config: PpoConfig) -> tuple[Metrics, Metrics]:
     """The clipped policy loss and its metrics, from the log-probabilities that are being trained."""
     rollout = ppo.rollout
-    loss = ppo_policy_loss(logp_BS, rollout.behavior_logp, ppo.advantage, rollout.mask, clip=config.policy_clip)
+    loss = ppo_policy_loss(logp_BS, rollout.behavior_logp, ppo.advantage, rollout.mask, clip=config.clip_eps)
     log_ratio_BS = jnp.where(rollout.mask, logp_BS - rollout.behavior_logp, 0.0)
     ratio_BS = jnp.exp(log_ratio_BS)
     return {"loss/policy_avg": loss}, {
         "policy/approxkl_avg": Mean.of(0.5 * log_ratio_BS**2, rollout.mask),
-        "policy/clipfrac_avg": Mean.of(jnp.abs(ratio_BS - 1.0) > config.policy_clip, rollout.mask),
+        "policy/clipfrac_avg": Mean.of(jnp.abs(ratio_BS - 1.0) > config.clip_eps, rollout.mask),
         "val/ratio": Mean.of(ratio_BS, rollout.mask),
     }
 
@@ -188,7 +188,7 @@ def actor_objective(
     model: Model,
     config: PpoConfig,
     params: Params,
-    batch: tuple[PpoBatch, Joined | None],
+    batch: tuple[PpoBatch, PromptBatch | None],
     allowed_V: Bool[Array, " V"],
 ) -> tuple[Metrics, Metrics]:
     """The clipped policy loss, and the SFT loss on demonstrations where it has a weight.
@@ -215,8 +215,8 @@ def critic_objective(model: Model, config: PpoConfig, params: Params, ppo: PpoBa
 def value_terms(value_BS: Float[Array, "B S"], ppo: PpoBatch, config: PpoConfig) -> tuple[Metrics, Metrics]:
     """The clipped value loss and its metrics, from the values that are being trained."""
     rollout = ppo.rollout
-    loss = value_loss(value_BS, rollout.value, ppo.returns, rollout.mask, clip=config.value_clip)
-    clipped_BS = jnp.abs(value_BS - rollout.value) > config.value_clip
+    loss = value_loss(value_BS, rollout.value, ppo.returns, rollout.mask, clip=config.value_clip_eps)
+    clipped_BS = jnp.abs(value_BS - rollout.value) > config.value_clip_eps
     return {"loss/value_avg": loss}, {"val/clipfrac_avg": Mean.of(clipped_BS, rollout.mask)}
 
 
@@ -226,7 +226,7 @@ def one_pass(
     config: PpoConfig,
     trained: tuple[Params, Params],
     frozen: tuple[Params, Params],
-    joined: Joined,
+    joined: PromptBatch,
     has_eos_B: Bool[Array, " B"],
     allowed_V: Bool[Array, " V"],
     kl_coef: Float[Array, ""],

@@ -22,7 +22,7 @@ from mpo_jax.stages.ppo_objective import (
 )
 from mpo_jax.training.loop import apply_if_finite, make_update, micro_batches, state_sharding
 from mpo_jax.training.optimizer import make_optimizer
-from mpo_jax.types import Metrics, Params
+from mpo_jax.types import Head, Metrics, Params
 
 
 @lru_cache
@@ -51,16 +51,16 @@ def make_updates(actor_model: Model, reward_model: Model, config: PpoConfig, mes
     """The jitted updates of actor and critic, each (state, batch, learning_rate, *fixed) -> (state, metrics)."""
     accumulation = config.train.accumulation
 
-    def update(objective: Any, optim: OptimConfig, model: Model, scalar: bool) -> Any:
+    def update(objective: Any, optim: OptimConfig, model: Model, head: Head) -> Any:
         return jax.jit(
             make_update(objective, optim, accumulation=accumulation),
             donate_argnums=0,
-            out_shardings=(state_sharding(model, optim, mesh, scalar=scalar), replicated(mesh)),
+            out_shardings=(state_sharding(model, optim, mesh, head=head), replicated(mesh)),
         )
 
     return (
-        update(partial(actor_objective, actor_model, config), config.train.optim, actor_model, False),
-        update(partial(critic_objective, reward_model, config), config.critic_optim, reward_model, True),
+        update(partial(actor_objective, actor_model, config), config.train.optim, actor_model, "lm"),
+        update(partial(critic_objective, reward_model, config), config.critic_optim, reward_model, "value"),
     )
 
 
@@ -134,7 +134,7 @@ def make_one_pass(actor_model: Model, reward_model: Model, config: PpoConfig, me
     everywhere = replicated(mesh)
     shardings = (
         state_sharding(actor_model, config.train.optim, mesh),
-        state_sharding(reward_model, config.critic_optim, mesh, scalar=True),
+        state_sharding(reward_model, config.critic_optim, mesh, head="value"),
     )
     return jax.jit(update, donate_argnums=(0, 1), out_shardings=(*shardings, batch_sharding(mesh), everywhere))
 

@@ -1,4 +1,4 @@
-"""The reward model: a scalar head on the SFT trunk, Bradley-Terry on human pairs, prompt shared by both sides."""
+"""The reward model: a value head on the SFT trunk, Bradley-Terry on human pairs, prompt shared by both sides."""
 
 from functools import lru_cache, partial
 from pathlib import Path
@@ -30,10 +30,10 @@ from mpo_jax.runtime.sharding import place_batch, replicated
 from mpo_jax.runtime.stage_warnings import warn
 from mpo_jax.training.loop import check_sizes, fit_examples, make_update, state_sharding
 from mpo_jax.training.validation import first_rows, make_evaluate, make_measure
-from mpo_jax.types import Artifact, Joined, Mean, Metrics, Params
+from mpo_jax.types import Artifact, Mean, Metrics, Params, PromptBatch
 
 
-def objective(model: Model, loss: str, params: Params, batch: Joined) -> tuple[Metrics, Metrics]:
+def objective(model: Model, loss: str, params: Params, batch: PromptBatch) -> tuple[Metrics, Metrics]:
     """Bradley-Terry on the last token's scores, or DeepSpeed-Chat's over the span where the sides differ."""
     tokens = forward.join(batch)
     score_BT = forward.scores(model, params, tokens)
@@ -54,7 +54,7 @@ def objective(model: Model, loss: str, params: Params, batch: Joined) -> tuple[M
     return {"loss": term}, metrics
 
 
-def _span_term(score_BT: Float[Array, "B T"], batch: Joined, valid_B: Bool[Array, " B"]) -> Mean:
+def _span_term(score_BT: Float[Array, "B T"], batch: PromptBatch, valid_B: Bool[Array, " B"]) -> Mean:
     """The span loss over response columns: the sides share the prompt, so they cannot differ before them."""
     P = batch.prompt.shape[1]
     score_BNS = rearrange(score_BT[:, P:], "b (n s) -> b n s", n=2)
@@ -67,7 +67,7 @@ def make_step(model: Model, optim: OptimConfig, loss: str, accumulation: int, me
     return jax.jit(
         make_update(partial(objective, model, loss), optim, accumulation=accumulation),
         donate_argnums=0,
-        out_shardings=(state_sharding(model, optim, mesh, scalar=True), replicated(mesh)),
+        out_shardings=(state_sharding(model, optim, mesh, head="value"), replicated(mesh)),
     )
 
 
@@ -102,8 +102,8 @@ def _train(
         model, params = loading.load(sft.model, config, mesh)
     else:
         model, params = loading.load_base(config, codec, mesh, stage_key(config.seed, "init"))
-    params = loading.to_scalar(model, params, mesh)
-    loading.save_description(folder / "model", model, codec, scalar=True)
+    params = loading.with_value_head(model, params, mesh)
+    loading.save_description(folder / "model", model, codec, head="value")
     rows = [(row.prompt, (row.chosen, row.rejected)) for row in corpus.reward_pairs]
     examples, report = tokenize(codec, rows, cache=config.runtime.token_cache_folder)
     held_out = first_rows(corpus.validation or corpus.held_out, train, "reward")
@@ -129,7 +129,7 @@ def _finished(config: Config, mesh: Mesh, codec: TextCodec) -> tuple[Model, Para
     """The reward model at `reward.path`, which must read the policy's token ids."""
     assert config.reward.path is not None
     source = loading.open_model(config.reward.path)
-    if not source.scalar:
+    if source.head != "value":
         raise UserError(f"reward.path={config.reward.path} is no reward model: it has no tensor score.weight")
     theirs = TextCodec(load_tokenizer(local_model(config.reward.path)), config.text)
     if theirs.tokenizer.get_vocab() != codec.tokenizer.get_vocab():
@@ -138,7 +138,7 @@ def _finished(config: Config, mesh: Mesh, codec: TextCodec) -> tuple[Model, Para
             "reward model would read other text than was written"
         )
     loading.check_vocabulary(codec, source.decoder, config.reward.path)
-    return loading.load(config.reward.path, config, mesh, scalar=True)
+    return loading.load(config.reward.path, config, mesh, head="value")
 
 
 def _measure(

@@ -50,7 +50,7 @@ def run(config: Config, mesh: Mesh, folder: Path, *, sft: Artifact, reward: Arti
         prompts = [row.prompt for row in pairs]
         labels = np.zeros(len(prompts), np.int32)
 
-    reward_model, reward_params = loading.load(reward.model, config, mesh, scalar=True, frozen=True)
+    reward_model, reward_params = loading.load(reward.model, config, mesh, head="value", frozen=True)
     score = forward.make_score_pairs(reward_model, mesh)
     score_BN = map_batches(
         examples,

@@ -22,10 +22,10 @@ from mpo_jax.runtime.sharding import place_batch, replicated
 from mpo_jax.runtime.stage_warnings import warn
 from mpo_jax.training.loop import check_sizes, fit_examples, make_update, state_sharding
 from mpo_jax.training.validation import first_rows, make_evaluate, make_measure
-from mpo_jax.types import Joined, Metrics, Params
+from mpo_jax.types import Metrics, Params, PromptBatch
 
 
-def objective(model: Model, params: Params, batch: Joined) -> tuple[Metrics, Metrics]:
+def objective(model: Model, params: Params, batch: PromptBatch) -> tuple[Metrics, Metrics]:
     """Response NLL in nats per token, EOS included."""
     tokens = forward.join(batch)
     logp_BS, _ = forward.token_logp(model, params, tokens)
@@ -53,7 +53,7 @@ def make_held_out(model: Model, mesh: Mesh) -> Any:
 def make_nll(model: Model, mesh: Mesh) -> Any:
     """A jitted (params, batch) -> each row's summed response NLL [B] and response tokens [B]."""
 
-    def nll(params: Params, batch: Joined) -> tuple[jax.Array, jax.Array]:
+    def nll(params: Params, batch: PromptBatch) -> tuple[jax.Array, jax.Array]:
         tokens = forward.join(batch)
         logp_BS, _ = forward.token_logp(model, params, tokens)
         mask_BS = tokens.loss_mask[:, tokens.scored_from :]

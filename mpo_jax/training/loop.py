@@ -33,7 +33,7 @@ from mpo_jax.training.optimizer import make_optimizer, make_schedule, state_shar
 from mpo_jax.training.tracker import Tracker
 from mpo_jax.training.validation import Best, Evaluate, measure_now
 from mpo_jax.training.wandb_log import stage_run
-from mpo_jax.types import Mean, Metrics, Params, Skips, TrainState
+from mpo_jax.types import Head, Mean, Metrics, Params, Skips, TrainState
 
 State = Any
 
@@ -58,9 +58,9 @@ def init_state(params: Params, optim: OptimConfig, mesh: Mesh) -> TrainState:
     return TrainState(step, params, jax.jit(tx.init, out_shardings=shardings)(params), skipped, in_a_row)
 
 
-def state_sharding(model: Model, optim: OptimConfig, mesh: Mesh, *, scalar: bool = False) -> TrainState:
+def state_sharding(model: Model, optim: OptimConfig, mesh: Mesh, *, head: Head = "lm") -> TrainState:
     """The shardings of a model's training state, without making one."""
-    params = forward.abstract_params(model.decoder, scalar=scalar)
+    params = forward.abstract_params(model.decoder, head=head)
     shardings = forward.param_shardings(params, mesh)
     counter: Any = replicated(mesh)
     moments = state_shardings(make_optimizer(optim), params, shardings, mesh)

@@ -22,7 +22,7 @@ from mpo_jax.models.forward import Model
 from mpo_jax.models.generate import Decoder, Decoding, Sampling, make_for_decoding
 from mpo_jax.runtime.processes import to_host
 from mpo_jax.runtime.sharding import place_batch, replicated
-from mpo_jax.types import Joined, Params
+from mpo_jax.types import Params, PromptBatch
 
 PARTS = 8
 """A prefill brings in an eighth of the prompts that are under way: fewer would leave the matrix products narrow, more
@@ -61,16 +61,16 @@ def programs(model: Model, sampling: Sampling, eos_id: int, mesh: Mesh) -> tuple
     decoder = Decoder(model, sampling, eos_id)
     shardings = decoder.shardings(mesh)
 
-    def begin(params: Params, prompts: Joined, key: Array, allowed_V: Array) -> Decoding:
+    def begin(params: Params, prompts: PromptBatch, key: Array, allowed_V: Array) -> Decoding:
         return decoder.begin(params, prompts, key, jnp.zeros_like(prompts.key), allowed_V)
 
-    def start(params: Params, prompts: Joined, key: Array, allowed_V: Array, num_rows: int) -> Decoding:
+    def start(params: Params, prompts: PromptBatch, key: Array, allowed_V: Array, num_rows: int) -> Decoding:
         like = jax.eval_shape(begin, params, prompts, key, allowed_V)
         blank = jax.tree.map(lambda x: jnp.zeros((num_rows, *x.shape[1:]), x.dtype), dataclasses.replace(like, key=()))
         return dataclasses.replace(blank, key=jnp.broadcast_to(key, num_rows), ended=jnp.ones(num_rows, bool))
 
     def insert(
-        params: Params, state: Decoding, prompts: Joined, row_R: Array, key: Array, allowed_V: Array
+        params: Params, state: Decoding, prompts: PromptBatch, row_R: Array, key: Array, allowed_V: Array
     ) -> Decoding:
         put = lambda old, new: old.at[row_R].set(new, mode="drop", unique_indices=True)  # noqa: E731
         return jax.tree.map(put, state, begin(params, prompts, key, allowed_V))
@@ -162,7 +162,7 @@ class _Queue:
     part: int
     num_samples: int
 
-    def next(self) -> tuple[Joined, np.ndarray]:
+    def next(self) -> tuple[PromptBatch, np.ndarray]:
         """A batch of prompts, filled up, and the numbers of their samples."""
         chosen, self.waiting = self.waiting[: self.part], self.waiting[self.part :]
         batch = collate([self.examples[e] for e in chosen], self.widths, num_responses=0, size=self.part)

@@ -40,15 +40,15 @@ from mpo_jax.runtime.sharding import make_mesh, place_batch, replicated
 from mpo_jax.stages import dpo, reward
 from mpo_jax.training.loop import init_state, make_update, state_sharding
 from mpo_jax.training.refill import sample_all
-from mpo_jax.types import Joined, Mean
+from mpo_jax.types import Mean, PromptBatch
 
 RATE = np.float32(1e-5)
 
 
-def two_rows(joined: Joined) -> Joined:
+def two_rows(joined: PromptBatch) -> PromptBatch:
     """Each pair as two rows [2B] that repeat the prompt."""
     twice = lambda x: repeat(x, "b ... -> (b n) ...", n=2)  # noqa: E731
-    return Joined(
+    return PromptBatch(
         twice(joined.prompt),
         twice(joined.prompt_len),
         rearrange(joined.response, "b n s -> (b n) 1 s"),
@@ -57,14 +57,16 @@ def two_rows(joined: Joined) -> Joined:
     )
 
 
-def padded_dpo(model: Model, params: Any, batch: tuple[Joined, jax.Array]) -> tuple[dict[str, Mean], dict[str, Any]]:
+def padded_dpo(
+    model: Model, params: Any, batch: tuple[PromptBatch, jax.Array]
+) -> tuple[dict[str, Mean], dict[str, Any]]:
     joined, reference = batch
     logp = forward.response_logps(model, params, two_rows(joined)).reshape(-1, 2)
     loss = dpo.DpoLoss("dpo", 0.1, 0.0, False, 0.0)
     return {"loss": loss.preference(logp[:, 0] - logp[:, 1], reference[:, 0] - reference[:, 1])}, {}
 
 
-def padded_reward(model: Model, params: Any, joined: Joined) -> tuple[dict[str, Mean], dict[str, Any]]:
+def padded_reward(model: Model, params: Any, joined: PromptBatch) -> tuple[dict[str, Mean], dict[str, Any]]:
     rows = two_rows(joined)
     score = forward.response_scores(forward.scores(model, params, forward.join(rows)), rows).reshape(-1, 2)
     return {"loss": bradley_terry_loss(score[:, 0], score[:, 1])}, {}
@@ -92,16 +94,16 @@ class Comparison:
 
     def updates(self, name: str) -> tuple[Callable[[], float], Callable[[], float]]:
         """A pass of updates over all pairs, ours and padded; each returns its loss at the first step."""
-        optim, scalar = self.config.dpo.train.optim, name == "reward"
-        params = forward.with_score_head(self.params, self.ours.decoder) if scalar else self.params
-        if scalar:
+        optim, head = self.config.dpo.train.optim, "value" if name == "reward" else "lm"
+        params = forward.with_score_head(self.params, self.ours.decoder) if head == "value" else self.params
+        if head == "value":
             ours = reward.make_step(self.ours, optim, "last_token", 1, self.mesh)
         else:
             ours = dpo.make_step(self.ours, optim, dpo.DpoLoss("dpo", 0.1, 0.0, False, 0.0), 1, self.mesh)
         plain = jax.jit(
-            make_update(partial(padded_reward if scalar else padded_dpo, self.plain), optim, accumulation=1),
+            make_update(partial(padded_reward if head == "value" else padded_dpo, self.plain), optim, accumulation=1),
             donate_argnums=0,
-            out_shardings=(state_sharding(self.plain, optim, self.mesh, scalar=scalar), replicated(self.mesh)),
+            out_shardings=(state_sharding(self.plain, optim, self.mesh, head=head), replicated(self.mesh)),
         )
         reference = jnp.zeros((self.batch, 2))
 
@@ -114,7 +116,7 @@ class Comparison:
                 loss = 0.0
                 for k in range(count):
                     rows = place_batch(batches[k].rows, self.mesh)
-                    state[0], metrics = step(state[0], rows if scalar else (rows, reference), RATE)
+                    state[0], metrics = step(state[0], rows if head == "value" else (rows, reference), RATE)
                     loss += float(metrics["loss"].value)
                 return loss / count
 
@@ -137,7 +139,7 @@ class Comparison:
             )  # fmt: skip
             return found.ids, found.length
 
-        def one(batch: Joined) -> Any:
+        def one(batch: PromptBatch) -> Any:
             placed = place_batch(batch, self.mesh)
             joined, _ = generate(self.params, placed, key, jnp.zeros_like(placed.key), allowed_V)
             return joined.response, joined.response_len

@@ -26,7 +26,7 @@ from mpo_jax.runtime.sharding import make_mesh
 from mpo_jax.stages import sft
 from mpo_jax.training.loop import init_state
 from mpo_jax.training.refill import sample_all
-from mpo_jax.types import Joined
+from mpo_jax.types import PromptBatch
 
 VOCAB, EOS = 4096, 7
 DECODER = DecoderConfig(vocab_size=VOCAB, max_positions=1024, **{**SIZES, "head_dim": 64})
@@ -39,7 +39,7 @@ def check(name: str, fine: bool, found: str) -> None:
         failures.append(name)
 
 
-def rows(num_responses: int = 2) -> Joined:
+def rows(num_responses: int = 2) -> PromptBatch:
     """Eight prompts of unlike lengths with responses."""
     rng = np.random.default_rng(0)
     draw = lambda n: rng.integers(8, VOCAB, n, np.int32)  # noqa: E731
@@ -50,7 +50,7 @@ def rows(num_responses: int = 2) -> Joined:
     return collate(examples, Widths.of(examples), num_responses=num_responses)
 
 
-def logps(model: Model, params: Any, joined: Joined, device: Any) -> np.ndarray:
+def logps(model: Model, params: Any, joined: PromptBatch, device: Any) -> np.ndarray:
     """Every response's log-probability and gradient norm of their mean, on one device."""
     with jax.default_device(device):
         params, joined = jax.device_put((params, joined), device)

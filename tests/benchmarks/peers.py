@@ -261,8 +261,8 @@ def mpo_jax_training(work: str, folder: Path, channel: Channel) -> None:
     buckets = Buckets.of(examples, 1)
     batches = TrainBatches(examples, buckets, size, 0, shuffle=False)
     with jax.set_mesh(mesh):
-        scalar = stage == "reward"
-        model, params = loading.load(folder / ("reward" if scalar else "model"), config, mesh, scalar=scalar)
+        head = "value" if stage == "reward" else "lm"
+        model, params = loading.load(folder / ("reward" if head == "value" else "model"), config, mesh, head=head)
         if stage == "sft":
             update = sft.make_step(model, optim, 1, mesh)
         elif stage == "reward":
@@ -338,7 +338,7 @@ def mpo_jax_ppo(one_pass: bool, folder: Path, channel: Channel) -> None:
     codec: Any = SimpleNamespace(eos_id=-1, allowed=lambda _: allowed)
     with jax.set_mesh(mesh):
         model, params = loading.load(folder / "model", config, mesh)
-        judge, judge_params = loading.load(folder / "reward", config, mesh, scalar=True)
+        judge, judge_params = loading.load(folder / "reward", config, mesh, head="value")
         fixed = place_batch(collate(rows[:ROLLOUTS], Widths.of(rows[:ROLLOUTS]), num_responses=1), mesh)
         scores = forward.make_score_pairs(judge, mesh)(judge_params, fixed)
         logps = forward.make_response_logps(model, mesh)(params, fixed)

@@ -14,6 +14,7 @@ from mpo_jax.data.text import TextCodec
 from mpo_jax.models import loading
 from mpo_jax.models.decoder import DecoderConfig
 from mpo_jax.models.forward import Model
+from mpo_jax.types import Head
 from tests.models.tiny import random_params
 
 CHAT = (
@@ -31,14 +32,12 @@ def decoder() -> DecoderConfig:
     )  # fmt: skip
 
 
-def write_model(
-    folder: Path, decoder: DecoderConfig, *, scalar: bool = False, chat: bool = False, seed: int = 0
-) -> Path:
+def write_model(folder: Path, decoder: DecoderConfig, *, head: Head = "lm", chat: bool = False, seed: int = 0) -> Path:
     tokenizer = toy.make_tokenizer()
     tokenizer.chat_template = CHAT if chat else None
     codec = TextCodec(tokenizer, TextConfig())
     with jax.default_device(jax.devices()[0]):
-        loading.save(folder, Model(decoder), random_params(decoder, seed, scalar=scalar), codec)
+        loading.save(folder, Model(decoder), random_params(decoder, seed, head=head), codec)
     return folder
 
 
@@ -64,4 +63,4 @@ def chat_model(tmp_path_factory, decoder) -> Path:
 
 @pytest.fixture(scope="session")
 def reward_model(tmp_path_factory, decoder) -> Path:
-    return write_model(tmp_path_factory.mktemp("rm") / "model", decoder, scalar=True, seed=1)
+    return write_model(tmp_path_factory.mktemp("rm") / "model", decoder, head="value", seed=1)

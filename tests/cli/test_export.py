@@ -61,7 +61,7 @@ def test_another_type(language_model, tmp_path, dtype):
 def unfinished(tmp_path, decoder):
     """What a killed stage leaves: descriptions of its models, and a checkpoint. PPO's, and SFT's beside it."""
     mesh, codec = mesh_of(1, 1, 1), TextCodec(toy.make_tokenizer(), TextConfig())
-    actor, critic = random_params(decoder, 5), random_params(decoder, 6, scalar=True)
+    actor, critic = random_params(decoder, 5), random_params(decoder, 6, head="value")
     both = (init_state(params, OptimConfig(), mesh) for params in (actor, critic))
     states = {
         "ppo": PpoState(*both, kl_coef=jax.numpy.zeros(()), ema=None),
@@ -71,7 +71,7 @@ def unfinished(tmp_path, decoder):
         folder = tmp_path / f".{stage}-abc.partial"
         loading.save_description(folder / "model", Model(decoder), codec)
         if stage == "ppo":
-            loading.save_description(folder / "critic", Model(decoder), codec, scalar=True)
+            loading.save_description(folder / "critic", Model(decoder), codec, head="value")
         checkpoints = Checkpoints(folder / "checkpoints", keep=2)
         checkpoints.save(3, jax.tree.map(jax.numpy.zeros_like, state))
         checkpoints.save(7, state)

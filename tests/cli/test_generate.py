@@ -27,9 +27,7 @@ def greedy_answer(folder, prompt: str, count: int) -> str:
     """The likeliest continuation by a whole forward pass for every token: no cache, no loop on the device."""
     codec = TextCodec(load_tokenizer(folder), TextConfig())
     source = loading.open_model(folder)
-    params = loading.weights.load_params(
-        source.tensors, source.decoder, mesh_of(1, 1, 1), scalar=False, dtype="float32"
-    )
+    params = loading.weights.load_params(source.tensors, source.decoder, mesh_of(1, 1, 1), head="lm", dtype="float32")
     allowed = codec.allowed(source.decoder.vocab_size)
     ids = list(codec.prompt(prompt).ids)
     answer: list[int] = []

@@ -40,14 +40,14 @@ def one_by_one(folder, responses):
     codec = TextCodec(load_tokenizer(folder), TextConfig())
     source = loading.open_model(folder)
     params = loading.weights.load_params(
-        source.tensors, source.decoder, mesh_of(1, 1, 1), scalar=source.scalar, dtype="float32"
+        source.tensors, source.decoder, mesh_of(1, 1, 1), head=source.head, dtype="float32"
     )
     values = []
     for prompt, response in zip(PROMPTS, responses, strict=True):
         ids = [*codec.prompt(prompt).ids, *codec.response(response).ids]
         ones = np.ones((1, len(ids)), np.int32)
         tokens = Tokens(np.asarray([ids]), np.arange(len(ids))[None], ones, 0 * ones, ones > 0)
-        if source.scalar:
+        if source.head == "value":
             values.append(float(forward.scores(Model(source.decoder), params, tokens)[0, -1]))
             continue
         logits = np.asarray(forward.logits(Model(source.decoder), params, tokens), np.float64)[0]

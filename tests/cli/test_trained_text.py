@@ -17,11 +17,11 @@ TEMPLATE = "my boss: {prompt} should i quit"
 PLAIN = ("my boss", "x")
 
 
-def stage(workdir, decoder, name, *, scalar=False, chat=False, kind="toy", **text):
+def stage(workdir, decoder, name, *, head="lm", chat=False, kind="toy", **text):
     """A finished stage's folder, as a run leaves it."""
     folder = workdir / "stages" / name
     folder.mkdir(parents=True)
-    write_model(folder / "model", decoder, scalar=scalar, chat=chat, seed=int(scalar))
+    write_model(folder / "model", decoder, head=head, chat=chat, seed=int(head == "value"))
     config = Config(
         text=TextConfig(**{"max_prompt_tokens": 40, "max_response_tokens": 5, **text}),
         data=DataConfig(kind=kind, path=() if kind == "toy" else ("rows.jsonl",)),
@@ -87,7 +87,7 @@ def test_generate_talks_in_turns_where_training_did(tmp_path, decoder, capsys):
 
 
 def test_score_uses_the_template_once(tmp_path, decoder):
-    trained = stage(tmp_path, decoder, "reward-a", scalar=True, prompt_template=TEMPLATE)
+    trained = stage(tmp_path, decoder, "reward-a", head="value", prompt_template=TEMPLATE)
     rows = [{"prompt": prompt, "response": " leave"} for prompt in ("my boss", "x", "should i stay")]
     shown = [{**row, "shown": TEMPLATE.replace("{prompt}", row["prompt"])} for row in rows]
     spelled = [{**row, "prompt": row["shown"]} for row in shown]
@@ -139,7 +139,7 @@ def test_judges_and_people_see_the_prompt_as_the_policies_did(runs, tmp_path, de
     items = json.loads((tmp_path / "h" / "key.json").read_text())["items"]
     assert sorted(item["prompt"] for item in items) == sorted(seen)
     if alike:  # a reward model reads what the policies read, not its own template around it
-        reward = stage(tmp_path, decoder, "reward-a", scalar=True, prompt_template="should {prompt}")
+        reward = stage(tmp_path, decoder, "reward-a", head="value", prompt_template="should {prompt}")
         assert mpo(*judged, "--out", tmp_path / "r", "--model", reward, NO_CACHE) == 0
         pairs = [{"prompt": TEMPLATE.replace("{prompt}", p), "chosen": f"a {p}", "rejected": f"b {p}"} for p in PLAIN]
         free = ("text.prompt_template='{prompt}'", NO_CACHE, "--batch-size", "64")

@@ -106,7 +106,7 @@ def test_every_section_is_frozen_and_refuses_unknown_keys():
         ("ppo.kl.coef=0.0", "ppo.kl.coef", 0.0),
         ("sft.train.optim.learning_rate=0", "sft.train.optim.learning_rate", 0.0),
         ("select.threshold=0.0", "select.threshold", 0.0),
-        ("ppo.discount=0", "ppo.discount", 0.0),
+        ("ppo.gamma=0", "ppo.gamma", 0.0),
         ("data.validation_fraction=0", "data.validation_fraction", 0.0),
         ("data.toy.num_fillers=0", "data.toy.num_fillers", 0),
         ("dpo.train.optim.learning_rate=3e-6", "dpo.train.optim.learning_rate", 3e-6),
@@ -155,10 +155,10 @@ def test_easy_fraction_alone_switches_the_threshold_off(tmp_path):
 
 def test_files_and_keys_merge_in_order(tmp_path):
     more = tmp_path / "more.yaml"
-    more.write_text("seed: 2\nppo: {kl: {coef: 0.3}, discount: 0.5}\n", encoding="utf-8")
-    base = "seed: 1\nppo: {kl: {coef: 0.1, horizon: 50.0}, trace: 0.9}\n"
+    more.write_text("seed: 2\nppo: {kl: {coef: 0.3}, gamma: 0.5}\n", encoding="utf-8")
+    base = "seed: 1\nppo: {kl: {coef: 0.1, horizon: 50.0}, gae_lambda: 0.9}\n"
     ppo = load(tmp_path, base, str(more)).ppo
-    assert (ppo.kl.coef, ppo.kl.horizon, ppo.discount, ppo.trace) == (0.3, 50.0, 0.5, 0.9)
+    assert (ppo.kl.coef, ppo.kl.horizon, ppo.gamma, ppo.gae_lambda) == (0.3, 50.0, 0.5, 0.9)
     assert load(tmp_path, base, str(more), "seed=3").seed == 3
     assert load(tmp_path, base, "seed=3", str(more)).seed == 2
     assert load(tmp_path, base, str(more), "ppo.kl.coef=0.0").ppo.kl.coef == 0.0
@@ -172,11 +172,13 @@ REFUSED = {
     "unknown section, override": ("", ("poo.kl=1",), ["unknown key poo on the command line", "did you mean ppo?"]),
     "nothing near": ("", ("mesh.zzz=1",), ["unknown key mesh.zzz", "known here: data, fsdp, tensor"]),
     "value taken for a section": ("", ("seed.x=1",), ["seed.x", "this key holds a value, not a section"]),
-    "several faults at once": ("sed: 1\nppo: {trace: 2}\n", (), ["unknown key sed", "ppo.trace: ", "(given: 2)"]),
+    "several faults at once": (
+        "sed: 1\nppo: {gae_lambda: 2}\n", (), ["unknown key sed", "ppo.gae_lambda: ", "(given: 2)"]
+    ),
     "wrong type": ("seed: many\n", (), ["{file}: seed: ", "integer", "(given: 'many')"]),
     "wrong type, override": ("", ("sft.train.batch_size=8.5",), ["sft.train.batch_size: ", "(given: 8.5)"]),
     "section given a value": ("ppo: 3\n", (), ["{file}: ppo: ", "dictionary"]),
-    "out of range": ("", ("ppo.trace=1.5",), ["ppo.trace: ", "less than or equal to 1", "(given: 1.5)"]),
+    "out of range": ("", ("ppo.gae_lambda=1.5",), ["ppo.gae_lambda: ", "less than or equal to 1", "(given: 1.5)"]),
     "not finite": ("", ("ppo.kl.coef=.nan",), ["ppo.kl.coef: ", "finite"]),
     "not a choice": ("", ("experiment=sft,nope",), ["experiment.1: ", "'mpo_sft_kl'", "(given: 'nope')"]),
     "broken YAML": ("seed: 1\na: [1\nb: 2\n", (), ["{file}:3: broken YAML: "]),

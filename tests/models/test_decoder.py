@@ -11,7 +11,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 
 from mpo_jax.models import decoder, forward
-from mpo_jax.models.decoder import MLP, PARAM_AXES, Block, RMSNorm, RopeScaling, ScalarHead
+from mpo_jax.models.decoder import MLP, PARAM_AXES, Block, RMSNorm, RopeScaling, ValueHead
 from tests.models.tiny import DECODER, RECORDED, batch, close, load_folder, random_params
 
 B, T, D, H, G, K = 2, 7, DECODER.hidden_size, DECODER.num_heads, DECODER.num_kv_heads, DECODER.head_dim
@@ -101,8 +101,8 @@ def test_mlp():
     close(mlp(f32(x)), (hidden / (1 + np.exp(-hidden)) * (x @ up)) @ down, atol=1e-4)
 
 
-def test_scalar_head_starts_at_zero_and_is_float32():
-    head = ScalarHead(DECODER)
+def test_value_head_starts_at_zero_and_is_float32():
+    head = ValueHead(DECODER)
     x = f32(normal(B, T, D)).astype(jnp.bfloat16)
     assert not head(x).any()
     kernel = normal(D, 1)
@@ -272,16 +272,16 @@ def test_biases_and_norms_of_queries_and_keys():
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("scalar", [False, True])
-def test_every_parameter_has_axes(tied, scalar):
-    config = dataclasses.replace(DECODER, tie_embeddings=tied, qkv_bias=not scalar, qk_norm=not scalar)
-    flat: dict[Any, Any] = flatten_dict(forward.abstract_params(config, scalar=scalar))
+@pytest.mark.parametrize("head", ["lm", "value"])
+def test_every_parameter_has_axes(tied, head):
+    config = dataclasses.replace(DECODER, tie_embeddings=tied, qkv_bias=head == "lm", qk_norm=head == "lm")
+    flat: dict[Any, Any] = flatten_dict(forward.abstract_params(config, head=head))
     for path, leaf in flat.items():
         assert len(PARAM_AXES[".".join(path)]) == leaf.ndim, path
         assert leaf.dtype == jnp.float32
-    assert (("head",) in flat) == (not tied and not scalar)
-    assert (("score", "kernel") in flat) == scalar
-    if not tied and scalar is False:
+    assert (("head",) in flat) == (not tied and head == "lm")
+    assert (("score", "kernel") in flat) == (head == "value")
+    if not tied and head == "lm":
         assert {".".join(path) for path in flat} | {"score.kernel"} == PARAM_AXES.keys()
 
 

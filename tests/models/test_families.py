@@ -28,9 +28,9 @@ OPTIONS = {
 """Options of transformers' configuration that change what a model computes."""
 
 
-def export(folder, config, *, scalar=False, **options: Any):
+def export(folder, config, *, head="lm", **options: Any):
     given: dict[str, Any] = {"eos_id": 2, "bos_id": 1} | options
-    families.save_config(folder, config, scalar=scalar, **given)
+    families.save_config(folder, config, head=head, **given)
     return folder
 
 
@@ -69,10 +69,10 @@ def test_options_of_each_family(name, family, biased, normed, scaling, window):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_exported_config_reads_the_same_here_and_in_transformers(name, tmp_path):
-    config, scalar = families.read_config(RECORDED / name), name in REWARD_MODELS
-    export(tmp_path, config, scalar=scalar, eos_id=7, bos_id=None, pad_id=3, dtype="bfloat16")
+    config, head = families.read_config(RECORDED / name), "value" if name in REWARD_MODELS else "lm"
+    export(tmp_path, config, head=head, eos_id=7, bos_id=None, pad_id=3, dtype="bfloat16")
     assert families.read_config(tmp_path) == config
-    assert families.is_scalar(tmp_path) == families.is_scalar(RECORDED / name) == scalar
+    assert families.read_head(tmp_path) == families.read_head(RECORDED / name) == head
     read, original = AutoConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(RECORDED / name)
     assert type(read) is type(original)
     for field in COMMON + OPTIONS[config.family]:
@@ -80,7 +80,7 @@ def test_exported_config_reads_the_same_here_and_in_transformers(name, tmp_path)
     assert getattr(read, "head_dim", None) == config.head_dim
     assert (read.eos_token_id, read.bos_token_id, read.pad_token_id) == (7, None, 3)
     assert str(read.dtype).removeprefix("torch.") == "bfloat16"
-    assert not scalar or read.num_labels == 1
+    assert head == "lm" or read.num_labels == 1
 
 
 @pytest.mark.parametrize("family", sorted(families.FAMILIES))

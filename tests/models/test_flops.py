@@ -16,7 +16,7 @@ from mpo_jax.models.forward import Model
 from mpo_jax.models.hf import weights
 from mpo_jax.tools.plan.programs import device_bytes, shaped
 from mpo_jax.tools.plan.sizes import LLAMA_2_7B
-from mpo_jax.types import Joined
+from mpo_jax.types import PromptBatch
 from tests.models.tiny import DECODER, mesh_of
 
 
@@ -35,19 +35,19 @@ def test_a_forward_pass_by_hand():
     matrices = 4 * 2 * 4 + 3 * 4 * 3
     # the prompt sees itself; each response sees the prompt and itself
     linear, attention = 2 * matrices * 2 * 7, 2 * (2 * 2 * (3 * 3 + 2 * (2 * 5)) * 2)
-    assert flops.forward(sizes, rows, "vocab").flops == linear + attention + 2 * 4 * 5 * 2 * 4
-    assert flops.forward(sizes, rows, "scalar").flops == linear + attention + 2 * 4 * 2 * 7
-    train = flops.train(sizes, rows, "scalar", "full")
-    assert train.flops == 3 * flops.forward(sizes, rows, "scalar").flops
+    assert flops.forward(sizes, rows, "lm").flops == linear + attention + 2 * 4 * 5 * 2 * 4
+    assert flops.forward(sizes, rows, "value").flops == linear + attention + 2 * 4 * 2 * 7
+    train = flops.train(sizes, rows, "value", "full")
+    assert train.flops == 3 * flops.forward(sizes, rows, "value").flops
     assert train.recomputed == linear + 1.5 * attention
-    assert flops.train(sizes, rows, "scalar", "dots").recomputed == 0.5 * attention
+    assert flops.train(sizes, rows, "value", "dots").recomputed == 0.5 * attention
     assert flops.prefill(sizes, rows).flops == 2 * matrices * 2 * 3 + 2 * (2 * 2 * 3 * 3 * 2)
     decode = flops.decode(sizes, rows, shards=2, bytes_each=2)
     assert decode.flops == 2 * 4 * (2 * (matrices + 20) + 4 * 2 * 5)
     assert decode.decode_reads == 2 * 2 * (2 * (matrices + 20) + 2 * 2 * 5 * 4)
 
 
-@pytest.mark.parametrize("head", ["vocab", "scalar"])
+@pytest.mark.parametrize("head", ["lm", "value"])
 def test_xla_counts_the_same(head):
     """One layer, so that the scan's body runs once; XLA also counts softmax, norms and the like."""
     sizes = dataclasses.replace(
@@ -56,15 +56,15 @@ def test_xla_counts_the_same(head):
     )  # fmt: skip
     rows = Rows(4, 32, 2, 16)
     ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
-    batch = Joined(ints(4, 32), ints(4), ints(4, 2, 16), ints(4, 2), ints(4))  # type: ignore[arg-type]
+    batch = PromptBatch(ints(4, 32), ints(4), ints(4, 2, 16), ints(4, 2), ints(4))  # type: ignore[arg-type]
 
     def run(params, batch):
         model = Model(sizes, logit_chunk=10**6)
-        if head == "vocab":
+        if head == "lm":
             return forward.response_logps(model, params, batch)
         return forward.scores(model, params, forward.join(batch))
 
-    params = forward.abstract_params(sizes, scalar=head == "scalar")
+    params = forward.abstract_params(sizes, head=head)
     counted = jax.jit(run).lower(params, batch).cost_analysis()["flops"]
     ours = flops.forward(sizes, rows, head).flops
     assert 0.8 * counted < ours <= counted
@@ -79,8 +79,8 @@ def test_what_rows_need_by_hand():
     seen = (1 + 2 + 3) + (4 + 5) + 4 + 1 + (2 + 3)
     prompt, response = np.asarray([3, 1]), np.asarray([[2, 1], [0, 2]])
     shared = 2 * matrices * (4 + 5) + 4 * 2 * seen
-    assert flops.necessary(sizes, prompt, response, "vocab") == shared + 2 * 4 * 5 * 5
-    assert flops.necessary(sizes, prompt, response, "scalar") == shared + 2 * 4 * 3
+    assert flops.necessary(sizes, prompt, response, "lm") == shared + 2 * 4 * 5 * 5
+    assert flops.necessary(sizes, prompt, response, "value") == shared + 2 * 4 * 3
 
 
 def test_what_sampling_reads_by_hand():
@@ -91,7 +91,7 @@ def test_what_sampling_reads_by_hand():
     matrices = 4 * 2 * 4 + 3 * 4 * 3 + 4 * 5
     work = flops.sampling(sizes, np.asarray([3, 1]), np.asarray([[3], [1]]), 2)
     assert work.decode_reads == 2 * (2 * matrices + 2 * 2 * (4 + 5))
-    drawn = flops.necessary(sizes, np.asarray([3, 1]), np.asarray([[2], [0]]), "scalar")
+    drawn = flops.necessary(sizes, np.asarray([3, 1]), np.asarray([[2], [0]]), "value")
     assert work.flops == drawn + 2 * 4 * 5 * 4
 
 
@@ -123,7 +123,7 @@ def test_work_of_large_models_from_a_batch_s_own_lengths(sizes):
     outputs = 2 * sizes.hidden_size * (B + sizes.vocab_size * B * S)
     assert work.flops == pytest.approx(2 * elements * B * (P + read) + attended + outputs, rel=1e-12)
     passed = 2 * elements * B * (P + S) + attended
-    assert flops.necessary(sizes, prompt, response, "scalar") == pytest.approx(passed, rel=2e-3)
+    assert flops.necessary(sizes, prompt, response, "value") == pytest.approx(passed, rel=2e-3)
     plain = flops.decode(sizes, Rows(B, P, 1, S), shards=1, bytes_each=2)
     assert reads < plain.decode_reads / 2 * 1.2 and plain.flops > 2 * elements * B * S
 

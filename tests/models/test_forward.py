@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from mpo_jax.models import attention, forward
 from mpo_jax.models.forward import Model
 from mpo_jax.runtime.sharding import place_batch
-from mpo_jax.types import Joined, Tokens
+from mpo_jax.types import PromptBatch, Tokens
 from tests.models.tiny import DECODER, batch, close, mesh_of, random_params, trees_close
 
 MODEL = Model(DECODER)
@@ -41,18 +41,18 @@ def _outputs_of_joined(model, params, joined, **options):
 
 def outputs(params, joined, model=MODEL, with_entropy=True, **options):
     """On the host: log-probs, entropies and values [B N S], scores [B N] and at every token [B T]."""
-    function = _outputs_of_joined if isinstance(joined, Joined) else _outputs
+    function = _outputs_of_joined if isinstance(joined, PromptBatch) else _outputs
     return jax.device_get(function(model, params, joined, with_entropy=with_entropy, **options))
 
 
 @pytest.fixture(scope="module")
 def params():
     """One trunk with both heads."""
-    return {**random_params(DECODER), "score": random_params(DECODER, 1, scalar=True)["score"]}
+    return {**random_params(DECODER), "score": random_params(DECODER, 1, head="value")["score"]}
 
 
 @pytest.fixture(scope="module")
-def pairs() -> Joined:
+def pairs() -> PromptBatch:
     """Uneven pairs, one of them with an empty side, and a filler row."""
     return batch([5, 1, 7, 0], [[4, 6], [6, 1], [2, 0], [0, 0]], width=WIDTH)
 
@@ -62,23 +62,23 @@ def reference(params, pairs):
     return outputs(params, pairs)
 
 
-def side(joined: Joined, n: int) -> Joined:
+def side(joined: PromptBatch, n: int) -> PromptBatch:
     """One response of each prompt, in a batch of its own."""
     return dataclasses.replace(
         joined, response=joined.response[:, n : n + 1], response_len=joined.response_len[:, n : n + 1]
     )
 
 
-def rows(joined: Joined, order) -> Joined:
+def rows(joined: PromptBatch, order) -> PromptBatch:
     return jax.tree.map(lambda x: x[order], joined)
 
 
 # ---- layout --------------------------------------------------------------------------------------------------------
 
 
-def hand_made() -> Joined:
+def hand_made() -> PromptBatch:
     """Prompt of 2 in 3 columns, responses of 2 and 1 in 2 columns each."""
-    return Joined(
+    return PromptBatch(
         prompt=np.array([[11, 12, 99]], np.int32),
         prompt_len=np.array([2], np.int32),
         response=np.array([[[21, 22], [31, 99]]], np.int32),
@@ -333,7 +333,7 @@ def test_remat_keeps_less_and_changes_no_gradient():
 # ---- the sampling distribution -------------------------------------------------------------------------------------
 
 
-def every_id(joined: Joined) -> Joined:
+def every_id(joined: PromptBatch) -> PromptBatch:
     """A response of one token for each id of the vocabulary, all after one prompt."""
     ids = np.arange(40, dtype=np.int32)
     return dataclasses.replace(joined, response=ids[None, :, None], response_len=np.ones((1, 40), np.int32))

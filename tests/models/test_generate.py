@@ -19,7 +19,7 @@ from mpo_jax.models.forward import Model
 from mpo_jax.models.generate import Sampling, make_generate, make_stream
 from mpo_jax.models.hf.tokenizer import load_tokenizer
 from mpo_jax.runtime.sharding import place_batch
-from mpo_jax.types import Joined
+from mpo_jax.types import PromptBatch
 from tests.models.tiny import DECODER, batch, close, mesh_of, random_params
 
 MODEL, EOS = Model(DECODER), 6
@@ -43,12 +43,12 @@ def params():
     return random_params(DECODER)
 
 
-def prompts(lengths=PROMPT_LEN, width=None) -> Joined:
+def prompts(lengths=PROMPT_LEN, width=None) -> PromptBatch:
     lengths = np.asarray(lengths)
     return batch(lengths, np.zeros((len(lengths), 1)), width=(width or 7, 0))
 
 
-def rows(joined: Joined, order) -> Joined:
+def rows(joined: PromptBatch, order) -> PromptBatch:
     return jax.tree.map(lambda x: x[order], joined)
 
 
@@ -419,7 +419,7 @@ def test_stories_model_tells_its_story(shared_data):
     mesh = mesh_of(1, 1, 1)
     model, params = loading.load_base(config, codec, mesh, jax.random.key(0))
     ids = codec.prompt("Once upon a time, there was").ids
-    joined = Joined(
+    joined = PromptBatch(
         prompt=np.array([ids + [0] * (32 - len(ids))], np.int32),
         prompt_len=np.array([len(ids)], np.int32),
         response=np.zeros((1, 1, 0), np.int32),

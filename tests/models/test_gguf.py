@@ -119,7 +119,7 @@ def write(path: Path, name: str, *, kind=Kind.F32, drop=(), **changes) -> Path:
 
 def load(path, mesh):
     source = loading.open_model(path)
-    return source.decoder, weights.load_params(source.tensors, source.decoder, mesh, scalar=False, dtype="float32")
+    return source.decoder, weights.load_params(source.tensors, source.decoder, mesh, head="lm", dtype="float32")
 
 
 def same(actual, expected):
@@ -138,7 +138,7 @@ def test_equals_the_hugging_face_folder(name, mesh, tmp_path):
     tokens = recorded_tokens(hf_config)
     np.testing.assert_array_equal(answers(config, params, tokens), answers(config_of(name), wanted, tokens))
     weights.save_params(tmp_path / "export", params, config)
-    families.save_config(tmp_path / "export", config, scalar=False, eos_id=2, bos_id=1)
+    families.save_config(tmp_path / "export", config, head="lm", eos_id=2, bos_id=1)
     again_config, again = load_folder(tmp_path / "export", mesh)
     assert again_config == config
     same(again, wanted)
@@ -178,8 +178,8 @@ def test_reward_model(mesh, tmp_path):
     assert "cls.output.weight" in tensors and "output.weight" not in tensors
     path = write_gguf(tmp_path / "model.gguf", metadata_of(config), tensors, {})
     source = loading.open_model(path)
-    assert source.scalar
-    params = weights.load_params(source.tensors, source.decoder, mesh, scalar=True, dtype="float32")
+    assert source.head == "value"
+    params = weights.load_params(source.tensors, source.decoder, mesh, head="value", dtype="float32")
     same(params, load_folder(RECORDED / "llama_score", mesh)[1])
 
 

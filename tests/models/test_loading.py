@@ -82,7 +82,7 @@ def test_frozen_models_are_stored_in_their_own_type(mesh, settings):
     """All but norms and score, which are computed in float32: so a frozen copy gives the trained model's numbers."""
     config = config_for(model=settings)
     for frozen, dtype in ((False, jnp.float32), (True, jnp.bfloat16)):
-        _, params = loading.load(RECORDED / "llama_score", config, mesh, scalar=True, frozen=frozen)
+        _, params = loading.load(RECORDED / "llama_score", config, mesh, head="value", frozen=frozen)
         for path, leaf in flatten_dict(params).items():
             exact = path[-1] == "scale" or path[0] == "score"
             assert leaf.dtype == (jnp.float32 if exact else dtype), path
@@ -99,13 +99,13 @@ def test_a_frozen_copy_gives_the_same_numbers_in_bfloat16(mesh):
     np.testing.assert_array_equal(logits[0], logits[1])
 
 
-def test_to_scalar_keeps_the_trunk_and_starts_at_zero(mesh):
+def test_a_value_head_keeps_the_trunk_and_starts_at_zero(mesh):
     params = random_params(DECODER)
-    scalar = loading.to_scalar(Model(DECODER), params, mesh)
-    assert scalar.keys() == (params.keys() - {"head"}) | {"score"}
-    assert not scalar["score"]["kernel"].any() and scalar["score"]["kernel"].shape == (32, 1)
-    for name in scalar.keys() - {"score"}:
-        jax.tree.map(np.testing.assert_array_equal, scalar[name], params[name])
+    critic = loading.with_value_head(Model(DECODER), params, mesh)
+    assert critic.keys() == (params.keys() - {"head"}) | {"score"}
+    assert not critic["score"]["kernel"].any() and critic["score"]["kernel"].shape == (32, 1)
+    for name in critic.keys() - {"score"}:
+        jax.tree.map(np.testing.assert_array_equal, critic[name], params[name])
 
 
 def test_save_writes_a_folder_that_loads_again(shared_data, mesh, tmp_path):
@@ -136,22 +136,22 @@ def test_tokenizer_much_smaller_than_the_embedding(rows, ids, fits):
 
 
 def test_knows_a_reward_model_by_its_weights():
-    assert loading.open_model(RECORDED / "qwen2_score").scalar
-    assert not loading.open_model(RECORDED / "qwen2").scalar
+    assert loading.open_model(RECORDED / "qwen2_score").head == "value"
+    assert loading.open_model(RECORDED / "qwen2").head == "lm"
 
 
 @pytest.mark.parametrize(
-    ("name", "scalar", "message"),
+    ("name", "head", "message"),
     [
-        ("llama_score", False, r"lm_head\.weight is missing.*this is a reward model, not a language model"),
-        ("qwen2_score", False, r"no place for score\.weight: this is a reward model, not a language model"),
-        ("untied", True, r"score\.weight is missing.*this is a language model, not a reward model"),
-        ("tied", True, r"score\.weight is missing.*this is a language model, not a reward model"),
+        ("llama_score", "lm", r"lm_head\.weight is missing.*this is a reward model, not a language model"),
+        ("qwen2_score", "lm", r"no place for score\.weight: this is a reward model, not a language model"),
+        ("untied", "value", r"score\.weight is missing.*this is a language model, not a reward model"),
+        ("tied", "value", r"score\.weight is missing.*this is a language model, not a reward model"),
     ],
 )
-def test_the_other_kind_of_model(name, scalar, message, mesh):
+def test_the_other_kind_of_model(name, head, message, mesh):
     with pytest.raises(UserError, match=rf"{name}: .*{message}"):
-        loading.load(RECORDED / name, config_for(), mesh, scalar=scalar)
+        loading.load(RECORDED / name, config_for(), mesh, head=head)
 
 
 def test_nothing_there(tmp_path):

@@ -40,10 +40,8 @@ def mesh():
 
 def export(folder, name, config, params, **options):
     """A whole exported model: configuration and weights."""
-    scalar = name in REWARD_MODELS
-    families.save_config(
-        folder, config, scalar=scalar, eos_id=2, bos_id=1, pad_id=0, dtype=options.get("dtype", "float32")
-    )
+    head = "value" if name in REWARD_MODELS else "lm"
+    families.save_config(folder, config, head=head, eos_id=2, bos_id=1, pad_id=0, dtype=options.get("dtype", "float32"))
     weights.save_params(folder, params, config, **options)
     return folder
 
@@ -146,7 +144,7 @@ def test_placement(name, axes, dtype, mesh, tmp_path):
 
     config, whole = load_folder(RECORDED / name, mesh)
     _, params = load_folder(RECORDED / name, mesh_of(*axes), dtype=dtype)
-    shapes = forward.abstract_params(config, scalar=name in REWARD_MODELS)
+    shapes = forward.abstract_params(config, head="value" if name in REWARD_MODELS else "lm")
     shardings = flatten_dict(forward.param_shardings(shapes, mesh_of(*axes)))
     leaves: dict[Any, Any] = flatten_dict(params)
     for path, leaf in leaves.items():
@@ -162,8 +160,8 @@ def test_placement(name, axes, dtype, mesh, tmp_path):
 
 
 def test_every_parameter_has_one_entry_and_one_layout():
-    for scalar in (False, True):
-        paths = {".".join(path) for path in flatten_dict(forward.abstract_params(DECODER, scalar=scalar))}
+    for head in ("lm", "value"):
+        paths = {".".join(path) for path in flatten_dict(forward.abstract_params(DECODER, head=head))}
         assert paths <= weights.ENTRIES.keys()
     assert len({entry.name for entry in weights.TABLE}) == len(weights.TABLE) == len(weights.ENTRIES)
     assert len({entry.gguf for entry in weights.TABLE}) == len(weights.TABLE)
@@ -190,7 +188,7 @@ class Counting(weights.SafetensorsFolder):
 def test_the_host_holds_one_tensor_at_a_time(axes):
     """Stored in another type than the file's, since a CPU "device" may take over an array as it is."""
     tensors, config = Counting(RECORDED / "qwen3"), families.read_config(RECORDED / "qwen3")
-    weights.load_params(tensors, config, mesh_of(*axes), scalar=False, dtype="float32")
+    weights.load_params(tensors, config, mesh_of(*axes), head="lm", dtype="float32")
     assert len(tensors.handed) == len(tensors.names())
     assert tensors.most_alive == 0
 
@@ -369,8 +367,8 @@ def test_exported_folder_gives_the_same_answers_in_transformers(name, shard_byte
 
     config, params = load_folder(RECORDED / name, mesh)
     export(tmp_path, name, config, params, shard_bytes=shard_bytes)
-    scalar = name in REWARD_MODELS
-    auto = transformers.AutoModelForSequenceClassification if scalar else transformers.AutoModelForCausalLM
+    head = "value" if name in REWARD_MODELS else "lm"
+    auto = transformers.AutoModelForSequenceClassification if head == "value" else transformers.AutoModelForCausalLM
     theirs, report = auto.from_pretrained(tmp_path, dtype=torch.float64, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     positions = "far_position_ids" if config.rope_scaling else "position_ids"
@@ -378,7 +376,7 @@ def test_exported_folder_gives_the_same_answers_in_transformers(name, shard_byte
     inputs["position_ids"] = torch.from_numpy(recorded()[positions])
     real = recorded()["attention_mask"] > 0
     with torch.no_grad():
-        if scalar:
+        if head == "value":
             out = theirs.score(theirs.model(**inputs).last_hidden_state)[..., 0].numpy()
         else:
             out = theirs(**inputs).logits.numpy()

@@ -15,7 +15,7 @@ from mpo_jax.models.decoder import DecoderConfig
 from mpo_jax.models.forward import Model
 from mpo_jax.models.hf import families, weights
 from mpo_jax.runtime.sharding import make_mesh
-from mpo_jax.types import Joined, Params, Tokens
+from mpo_jax.types import Head, Params, PromptBatch, Tokens
 
 RECORDED = Path(__file__).resolve().parents[1] / "fixtures" / "models"
 """Folders that tests/fixtures/make_model_fixtures.py made, each named as in it."""
@@ -38,7 +38,7 @@ FAST: dict[str, Any] = {"xla_backend_optimization_level": 0}
 """Compiler options that halve the time to compile; how a program is divided over devices is settled before."""
 
 
-def random_params(config: DecoderConfig, seed: int = 0, *, scalar: bool = False) -> Params:
+def random_params(config: DecoderConfig, seed: int = 0, *, head: Head = "lm") -> Params:
     """Parameters far from their initial values: no norm scale is one, no score is zero."""
     rng = np.random.default_rng(seed)
 
@@ -47,10 +47,10 @@ def random_params(config: DecoderConfig, seed: int = 0, *, scalar: bool = False)
         noise = rng.normal(0, 0.1 if is_scale else 0.25, leaf.shape)
         return jnp.asarray(noise + is_scale, jnp.float32)
 
-    return jax.tree_util.tree_map_with_path(draw, forward.abstract_params(config, scalar=scalar))
+    return jax.tree_util.tree_map_with_path(draw, forward.abstract_params(config, head=head))
 
 
-def batch(prompt_len, response_len, *, width=None, seed: int = 0, vocab: int = 40) -> Joined:
+def batch(prompt_len, response_len, *, width=None, seed: int = 0, vocab: int = 40) -> PromptBatch:
     """A host batch of random ids; garbage where lengths end, since masks must come from lengths alone.
 
     A prompt or response depends on its place in the batch, its length and `seed`, not on `width` (prompt, response).
@@ -65,7 +65,7 @@ def batch(prompt_len, response_len, *, width=None, seed: int = 0, vocab: int = 4
         for n in range(N):
             ids = np.random.default_rng([seed, b, n]).integers(0, vocab, response_len[b, n])
             response[b, n, : response_len[b, n]] = ids
-    return Joined(
+    return PromptBatch(
         prompt=prompt.astype(np.int32),
         prompt_len=prompt_len,
         response=response.astype(np.int32),
@@ -96,15 +96,16 @@ def recorded_tokens(config: DecoderConfig) -> Tokens:
     )
 
 
-def load_folder(folder: Path, mesh=None, *, dtype="float32", scalar=None) -> tuple[DecoderConfig, Params]:
-    """Sizes and parameters; scalar where the weights are, unless `scalar` says otherwise."""
+def load_folder(folder: Path, mesh=None, *, dtype="float32", head: Head | None = None) -> tuple[DecoderConfig, Params]:
+    """Sizes and parameters; the head is the weights' own, unless `head` says otherwise."""
     config, tensors = families.read_config(folder), weights.SafetensorsFolder(folder)
-    scalar = "score.weight" in tensors.names() if scalar is None else scalar
-    return config, weights.load_params(tensors, config, mesh or mesh_of(1, 1, 1), scalar=scalar, dtype=dtype)
+    if head is None:
+        head = "value" if "score.weight" in tensors.names() else "lm"
+    return config, weights.load_params(tensors, config, mesh or mesh_of(1, 1, 1), head=head, dtype=dtype)
 
 
 def answers(config: DecoderConfig, params: Params, tokens: Tokens) -> np.ndarray:
-    """Logits, or scores of a scalar model; compiled, as the stages run it."""
+    """Logits, or values; compiled, as the stages run it."""
     function = forward.scores if "score" in params else forward.logits
     return np.asarray(jax.jit(function, static_argnums=0)(Model(config), params, tokens))
 

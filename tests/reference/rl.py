@@ -58,14 +58,14 @@ def shape_rewards_ds_chat(logp, ref_logp, score, mask, kl_coef, clip):
     return shape_rewards(logp, ref_logp, score, carry, kl_coef, clip), carry
 
 
-def gae(reward, value, mask, discount=1.0, trace=0.95):
-    """A_t = sum_k (discount trace)^k delta_{t+k}: the definition, not the recursion."""
+def gae(reward, value, mask, gamma=1.0, gae_lambda=0.95):
+    """A_t = sum_k (gamma gae_lambda)^k delta_{t+k}: the definition, not the recursion."""
     advantage, returns = np.zeros(mask.shape), np.zeros(mask.shape)
     for b, kept in enumerate(_kept(mask)):
         v = [float(value[b, t]) for t in kept] + [0.0]
-        delta = [float(reward[b, t]) + discount * v[i + 1] - v[i] for i, t in enumerate(kept)]
+        delta = [float(reward[b, t]) + gamma * v[i + 1] - v[i] for i, t in enumerate(kept)]
         for i, t in enumerate(kept):
-            advantage[b, t] = math.fsum((discount * trace) ** k * d for k, d in enumerate(delta[i:]))
+            advantage[b, t] = math.fsum((gamma * gae_lambda) ** k * d for k, d in enumerate(delta[i:]))
             returns[b, t] = advantage[b, t] + v[i]
     return advantage, returns
 

@@ -25,6 +25,7 @@ from mpo_jax.runtime.seeds import stage_key
 from mpo_jax.stages.evaluate import make_kl
 from mpo_jax.training.checkpoints import Checkpoints
 from mpo_jax.training.refill import sample_all, with_responses
+from mpo_jax.types import Head
 from tests.models.tiny import mesh_of
 from tests.pipeline.test_pipeline import MICRO, mpo, stages
 
@@ -63,10 +64,10 @@ def config_of(workdir: Path, stage: str) -> Config:
     return load_config(folder_of(workdir, stage) / "config.yaml")
 
 
-def load(workdir: Path, stage: str, *, scalar: bool = False) -> tuple[Any, Any, TextCodec]:
+def load(workdir: Path, stage: str, *, head: Head = "lm") -> tuple[Any, Any, TextCodec]:
     """A finished stage's model and codec, on one device."""
     config, folder = config_of(workdir, stage), folder_of(workdir, stage) / "model"
-    model, params = loading.load(folder, config, mesh_of(1, 1, 1), scalar=scalar)
+    model, params = loading.load(folder, config, mesh_of(1, 1, 1), head=head)
     return model, params, TextCodec(load_tokenizer(folder), config.text)
 
 
@@ -103,7 +104,7 @@ def test_each_stage_measures_what_its_configuration_may_name(measured, stage):
 def test_sft_s_loss_and_reward_s_accuracy_are_those_of_held_out_rows(measured):
     """SFT's of the test set; the reward model's of its validation rows, on which the other stages train."""
     np.testing.assert_allclose(last(measured, "sft")["loss"], summary(measured, "sft")["held_out_nll"], rtol=1e-6)
-    model, params, codec = load(measured, "reward", scalar=True)
+    model, params, codec = load(measured, "reward", head="value")
     score = forward.make_score_pairs(model, mesh_of(1, 1, 1))
     gap = []
     validation = load_corpus(config_of(measured, "sft")).validation
@@ -173,7 +174,7 @@ def test_ppo_s_measures_are_those_of_its_policy_on_the_test_prompts(measured):
     mesh, config = mesh_of(1, 1, 1), config_of(measured, "ppo")
     model, policy, codec = load(measured, "ppo")
     _, reference, _ = load(measured, "dpo")
-    judge, reward_params, _ = load(measured, "reward", scalar=True)
+    judge, reward_params, _ = load(measured, "reward", head="value")
     prompts = load_corpus(config).test_prompts[:12]
     examples, _ = tokenize(codec, [(prompt, ()) for prompt in prompts])
     allowed = jnp.asarray(codec.allowed(model.decoder.vocab_size))
@@ -229,7 +230,9 @@ def test_ppo_exports_actor_critic_and_average_of_its_best_state_and_verifies(mea
     stored = checkpoints._manager.restore(1, args=None)["state"]
     checkpoints.close()
     for name, params in (("model", stored["ema"]), ("critic", stored["critic"]["params"])):
-        _, written = loading.load(folder / name, config_of(workdir, "ppo"), mesh_of(1, 1, 1), scalar=name == "critic")
+        _, written = loading.load(
+            folder / name, config_of(workdir, "ppo"), mesh_of(1, 1, 1), head="value" if name == "critic" else "lm"
+        )
         for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(written), jax.tree.leaves(params), strict=True):
             assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), (name, jax.tree_util.keystr(path))
     capsys.readouterr()

@@ -52,7 +52,7 @@ def test_reward_starts_at_log_2_and_half_right_is_not_counted():
 
 def test_reward_reads_the_last_real_token():
     """Scores do not depend on what lies behind a response, and do on its last token."""
-    params = random_params(DECODER, scalar=True)
+    params = random_params(DECODER, head="value")
     gap = lambda pairs: reward.objective(MODEL, "last_token", params, pairs)[1]["gap"].total  # noqa: E731
     response = PAIRS.response.copy()
     response[0, 1, 5] += 1  # beyond the rejected side's one token

@@ -25,7 +25,7 @@ def score(actor, reference, *, config=None, samples=None, has_eos=None, critic=5
     """A scored rollout of given samples and its metrics; 6 is the seed of the reward model."""
     config = config or PpoConfig(train=TrainConfig(batch_size=4))
     samples = samples or batch([4, 3, 6, 5], [[6], [2], [1], [5]])
-    judges = (random_params(DECODER, critic, scalar=True), random_params(DECODER, 6, scalar=True))
+    judges = (random_params(DECODER, critic, head="value"), random_params(DECODER, 6, head="value"))
     has_eos = jnp.asarray([True, True, False, True]) if has_eos is None else has_eos
     rollout, entropy = ppo_objective.score_rollout(
         MODEL, MODEL, 1.0, (actor, reference), judges, samples, has_eos, ALLOWED
@@ -61,7 +61,9 @@ def test_step_0_against_another_reference_has_kl():
 
 def test_rollout_matches_the_numpy_reference():
     """Rewards, advantages and returns of ragged responses, row by row in float64."""
-    config = PpoConfig(train=TrainConfig(batch_size=4), kl=KlConfig(coef=0.3), score_clip=0.5, discount=0.9, trace=0.8)
+    config = PpoConfig(
+        train=TrainConfig(batch_size=4), kl=KlConfig(coef=0.3), score_clip=0.5, gamma=0.9, gae_lambda=0.8
+    )
     estimated, shaped, metrics = score(
         random_params(DECODER), random_params(DECODER, 1), config=config, samples=allowed_samples()
     )
@@ -70,7 +72,7 @@ def test_rollout_matches_the_numpy_reference():
     mask = np.asarray(r.mask)
     expected = rl.shape_rewards(*arrays, mask, kl_coef=0.3, clip=0.5)
     close(shaped, expected, rtol=1e-4, atol=1e-5)
-    advantage, returns = rl.gae(expected, np.asarray(r.value, np.float64), mask, discount=0.9, trace=0.8)
+    advantage, returns = rl.gae(expected, np.asarray(r.value, np.float64), mask, gamma=0.9, gae_lambda=0.8)
     close(estimated.advantage, advantage, rtol=1e-4, atol=1e-5)
     close(estimated.returns, returns, rtol=1e-4, atol=1e-5)
     assert metrics["response_length/mean"].value == 14 / 4
@@ -85,7 +87,7 @@ def test_value_is_read_before_the_action():
     """The value of a response's first token is the critic at the prompt's last token."""
     estimated, _, _ = score(random_params(DECODER), random_params(DECODER))
     samples = batch([4, 3, 6, 5], [[6], [2], [1], [5]])
-    critic = random_params(DECODER, 5, scalar=True)
+    critic = random_params(DECODER, 5, head="value")
     scores = forward.scores(MODEL, critic, forward.join(samples))
     expected = [scores[b, n - 1] for b, n in enumerate(samples.prompt_len)]
     np.testing.assert_array_equal(estimated.rollout.value[:, 0], jnp.stack(expected))
@@ -125,7 +127,7 @@ def test_ds_chat_ends_with_the_critics_value_after_eos():
         random_params(DECODER), random_params(DECODER, 1), config=config, samples=samples, has_eos=jnp.ones(4, bool)
     )
     r, mask = estimated.rollout, np.asarray(estimated.rollout.mask)
-    read = np.asarray(forward.scores(MODEL, random_params(DECODER, 5, scalar=True), forward.join(samples)))
+    read = np.asarray(forward.scores(MODEL, random_params(DECODER, 5, head="value"), forward.join(samples)))
     value, width = np.zeros(mask.shape), samples.prompt.shape[1]
     for b, length in enumerate(samples.response_len[:, 0]):
         places = [
@@ -135,7 +137,7 @@ def test_ds_chat_ends_with_the_critics_value_after_eos():
         value[b, : min(length + 1, mask.shape[1])] = read[b, places][: mask.shape[1]]
     arrays = [np.asarray(x, np.float64) for x in (r.behavior_logp, r.ref_logp, r.score)]
     reward, carry = rl.shape_rewards_ds_chat(*arrays, mask, kl_coef=0.1, clip=0.5)
-    advantage, returns = rl.gae(reward, value, carry, trace=0.95)
+    advantage, returns = rl.gae(reward, value, carry, gae_lambda=0.95)
     close(shaped, reward, rtol=1e-4, atol=1e-5)
     close(estimated.advantage, np.where(mask, advantage, 0), rtol=1e-4, atol=1e-5)
     close(estimated.returns, np.where(mask, returns, 0), rtol=1e-4, atol=1e-5)
@@ -146,7 +148,7 @@ def test_ds_chat_ends_with_the_critics_value_after_eos():
 def test_the_return_at_eos_is_the_score_while_the_critic_is_the_reward_model():
     """ds_chat's first iteration: V after EOS is the score, so lambda shrinks nothing at EOS."""
     actor = random_params(DECODER)
-    config = PpoConfig(train=TrainConfig(batch_size=4), reward_at="ds_chat", trace=0.5, score_clip=100.0)
+    config = PpoConfig(train=TrainConfig(batch_size=4), reward_at="ds_chat", gae_lambda=0.5, score_clip=100.0)
     estimated, _, _ = score(actor, actor, config=config, samples=allowed_samples(), critic=6)
     ends = allowed_samples().response_len[:, 0] - 1
     close(estimated.returns[np.arange(4), ends], estimated.rollout.score, rtol=1e-5)
@@ -154,7 +156,7 @@ def test_the_return_at_eos_is_the_score_while_the_critic_is_the_reward_model():
 
 
 def test_ds_chat_places_the_score_after_eos():
-    config = PpoConfig(train=TrainConfig(batch_size=2), reward_at="ds_chat", kl=KlConfig(coef=0.0), trace=0.5)
+    config = PpoConfig(train=TrainConfig(batch_size=2), reward_at="ds_chat", kl=KlConfig(coef=0.0), gae_lambda=0.5)
     mask = jnp.asarray([[True, True, False, False], [True, True, True, True]])
     zero = jnp.zeros((2, 4))
     rollout = Rollout(PAIRS, mask, zero, zero, zero, jnp.asarray([4.0, 4.0]), jnp.asarray([True, False]))

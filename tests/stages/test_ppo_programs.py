@@ -33,7 +33,7 @@ def test_normalised_scores_follow_the_running_moments_of_all_raw_scores(shape):
     place = lambda params: jax.device_put(params, forward.param_shardings(params, mesh))  # noqa: E731
     with jax.set_mesh(mesh):
         run = ppo_programs.make_score(MODEL, MODEL, config, mesh)
-        actor, critic, judge = (place(random_params(DECODER, s, scalar=s > 0)) for s in (0, 5, 6))
+        actor, critic, judge = (place(random_params(DECODER, s, head="value" if s else "lm")) for s in (0, 5, 6))
         moments = jax.device_put(Moments(*jnp.zeros((3,))), replicated(mesh))
         for number in range(3):
             samples = batch([4, 3, 6, 5], [[6], [2], [1], [5]], seed=number)
@@ -155,7 +155,7 @@ def test_actor_and_critic_skip_updates_each_by_itself(broken):
         loop.critic_rate, loop.allowed_V = rate, ALLOWED
         state = lambda: ppo.PpoState(  # noqa: E731
             init_state(random_params(DECODER), config.ppo.train.optim, mesh),
-            init_state(random_params(DECODER, 5, scalar=True), config.ppo.critic_optim, mesh),
+            init_state(random_params(DECODER, 5, head="value"), config.ppo.critic_optim, mesh),
             jnp.asarray(0.1),
             None,
         )
@@ -199,7 +199,7 @@ def test_one_pass_equals_scoring_and_then_updating(options, accumulation, shape)
     place = lambda params: jax.device_put(params, forward.param_shardings(params, mesh))  # noqa: E731
     with jax.set_mesh(mesh):
         actor, ref = (place(random_params(DECODER, seed)) for seed in (0, 1))
-        critic, reward_model = (place(random_params(DECODER, seed, scalar=True)) for seed in (5, 6))
+        critic, reward_model = (place(random_params(DECODER, seed, head="value")) for seed in (5, 6))
         state = lambda: (init_state(actor, optim, mesh), init_state(critic, optim, mesh))  # noqa: E731
         has_eos, kl_coef = jnp.asarray([[True], [True], [False], [True]]), jnp.asarray(0.1)
         joined, has_eos = place_batch((samples, has_eos), mesh)
@@ -248,10 +248,10 @@ def test_a_broken_reward_skips_both_updates_of_one_pass():
     mesh = mesh_of(1, 1, 1)
     config = PpoConfig(train=TrainConfig(batch_size=4), critic_optim=OptimConfig(), one_pass=True)
     with jax.set_mesh(mesh):
-        reward_model = jax.tree.map(lambda x: x * jnp.nan, random_params(DECODER, 6, scalar=True))
+        reward_model = jax.tree.map(lambda x: x * jnp.nan, random_params(DECODER, 6, head="value"))
         state = lambda: (  # noqa: E731
             init_state(random_params(DECODER), config.train.optim, mesh),
-            init_state(random_params(DECODER, 5, scalar=True), config.critic_optim, mesh),
+            init_state(random_params(DECODER, 5, head="value"), config.critic_optim, mesh),
         )
         step = ppo_programs.make_one_pass(MODEL, MODEL, config, mesh)
         inputs = place_batch((allowed_samples(), np.ones((4, 1), bool)), mesh)

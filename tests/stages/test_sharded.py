@@ -20,7 +20,7 @@ from mpo_jax.runtime.sharding import place_batch
 from mpo_jax.stages import dpo, ppo_programs, reward, sft
 from mpo_jax.training.checkpoints import Checkpoints
 from mpo_jax.training.loop import init_state
-from mpo_jax.types import Mean, TrainState
+from mpo_jax.types import Head, Mean, TrainState
 from tests.models.tiny import DECODER, FAST, batch, mesh_of, random_params, trees_close
 
 pytestmark = pytest.mark.unoptimised
@@ -64,7 +64,7 @@ def scored(shape: tuple[int, int, int]) -> Any:
     """(PpoBatch, metrics) of the samples, on the host."""
     mesh = mesh_of(*shape)
     policies = tuple(on_mesh(random_params(DECODER, seed), mesh) for seed in (0, 1))
-    judges = tuple(on_mesh(random_params(DECODER, seed, scalar=True), mesh) for seed in (5, 6))
+    judges = tuple(on_mesh(random_params(DECODER, seed, head="value"), mesh) for seed in (5, 6))
     with jax.set_mesh(mesh):
         score = ppo_programs.make_score(MODEL, MODEL, PPO, mesh)
         joined, ended = place_batch((SAMPLES, ENDED[:, None]), mesh)
@@ -72,9 +72,9 @@ def scored(shape: tuple[int, int, int]) -> Any:
         return jax.device_get(score.lower(*arguments).compile(FAST)(*arguments)[:2])
 
 
-def nearby(seed: int, *, scalar: bool = False) -> Any:
+def nearby(seed: int, *, head: Head = "lm") -> Any:
     """Parameters a little away from those that made the rollout: ratios are not 1, and some are clipped."""
-    there, other = (random_params(DECODER, s, scalar=scalar) for s in (seed, seed + 100))
+    there, other = (random_params(DECODER, s, head=head) for s in (seed, seed + 100))
     return jax.tree.map(lambda a, b: a + 0.03 * b, there, other)
 
 
@@ -88,13 +88,13 @@ def case(name: str, mesh: jax.sharding.Mesh, accumulation: int) -> tuple[Any, An
         return dpo.make_step(MODEL, OPTIM, loss, accumulation, mesh), random_params(DECODER), ((PAIRS, ref),)
     if name.startswith("reward"):
         step = reward.make_step(MODEL, OPTIM, name.removeprefix("reward_"), accumulation, mesh)
-        return step, random_params(DECODER, scalar=True), (PAIRS,)
+        return step, random_params(DECODER, head="value"), (PAIRS,)
     rollouts, _ = scored(ONE)
     train = PPO.train.model_copy(update={"accumulation": accumulation})
     actor, critic = ppo_programs.make_updates(MODEL, MODEL, PPO.model_copy(update={"train": train}), mesh)
     if name == "ppo_actor":
         return actor, nearby(0), ((rollouts, None), ALLOWED)
-    return critic, nearby(5, scalar=True), (rollouts,)
+    return critic, nearby(5, head="value"), (rollouts,)
 
 
 @dataclasses.dataclass
@@ -125,9 +125,9 @@ def metrics_close(found: dict[str, Any], wanted: dict[str, Any]) -> None:
 
 
 @cache
-def start(shape: tuple[int, int, int], scalar: bool) -> tuple[TrainState, Any]:
+def start(shape: tuple[int, int, int], head: Head) -> tuple[TrainState, Any]:
     """A state at step 0 on the host, and the shardings that init_state gave it."""
-    state = init_state(random_params(DECODER, scalar=scalar), OPTIM, mesh_of(*shape))
+    state = init_state(random_params(DECODER, head=head), OPTIM, mesh_of(*shape))
     return jax.device_get(state), jax.tree.map(lambda x: x.sharding, state)
 
 

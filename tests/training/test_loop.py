@@ -39,8 +39,8 @@ def cases():
     loss = dpo.DpoLoss("dpo", 0.1, 0.0, False, 0.3)
     return {
         "sft": (partial(sft.objective, MODEL), random_params(DECODER), one),
-        "reward": (partial(reward.objective, MODEL, "last_token"), random_params(DECODER, scalar=True), two),
-        "reward_ds_span": (partial(reward.objective, MODEL, "ds_span"), random_params(DECODER, scalar=True), two),
+        "reward": (partial(reward.objective, MODEL, "last_token"), random_params(DECODER, head="value"), two),
+        "reward_ds_span": (partial(reward.objective, MODEL, "ds_span"), random_params(DECODER, head="value"), two),
         "dpo_with_nll": (partial(dpo.objective, MODEL, loss), random_params(DECODER), (two, ref)),
     }
 
@@ -89,7 +89,7 @@ def updated(name: str, shape: tuple[int, int, int]) -> tuple[Any, float]:
     # eps large against rounding: Adam's first step is sign(g), which amplifies the rounding of tiny gradients
     optim = OptimConfig(learning_rate=0.1, eps=1e-2, weight_decay=0.1)
     with jax.set_mesh(mesh):
-        shardings = state_sharding(MODEL, optim, mesh, scalar=name == "reward")
+        shardings = state_sharding(MODEL, optim, mesh, head="value" if name == "reward" else "lm")
         state = init_state(jax.device_put(params, shardings.params), optim, mesh)
         assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding == s, state.opt_state, shardings.opt_state))
         step = jax.jit(make_update(objective, optim, accumulation=1), out_shardings=(shardings, None))

@@ -10,6 +10,7 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from mpo_jax.errors import UserError
 from mpo_jax.models.decoder import DecoderConfig, RopeScaling
+from mpo_jax.types import Head
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,10 @@ def check_sizes(config: DecoderConfig, path: Path) -> DecoderConfig:
     return config
 
 
-def is_scalar(folder: Path) -> bool:
-    """Whether a folder's config.json, which `read_config` has read, describes a reward model or critic."""
+def read_head(folder: Path) -> Head:
+    """The head that a folder's config.json describes, which `read_config` has read."""
     architectures = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or [""]
-    return architectures[0].endswith("ForSequenceClassification")
+    return "value" if architectures[0].endswith("ForSequenceClassification") else "lm"
 
 
 def _to_ours(config: Any, family: Family, path: Path) -> DecoderConfig:
@@ -153,7 +154,7 @@ def save_config(
     folder: Path,
     config: DecoderConfig,
     *,
-    scalar: bool,
+    head: Head,
     eos_id: int,
     bos_id: int | None,
     pad_id: int | None = None,
@@ -179,7 +180,7 @@ def save_config(
     if family.sliding_window and family.prefix != "Mistral":
         window |= {"use_sliding_window": config.sliding_window is not None, "max_window_layers": 0}
     described = family.config(
-        architectures=[family.prefix + ("ForSequenceClassification" if scalar else "ForCausalLM")],
+        architectures=[family.prefix + ("ForSequenceClassification" if head == "value" else "ForCausalLM")],
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
@@ -197,7 +198,7 @@ def save_config(
         pad_token_id=pad_id,
         **window,
     )
-    if scalar:
+    if head == "value":
         described.num_labels = 1
     described.dtype = dtype
     folder.mkdir(parents=True, exist_ok=True)

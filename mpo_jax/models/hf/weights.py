@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from mpo_jax.errors import UserError
 from mpo_jax.models import forward
 from mpo_jax.models.decoder import FLOAT32, DecoderConfig
-from mpo_jax.types import Params
+from mpo_jax.types import Head, Params
 
 SHARD_BYTES = 2 * 2**30
 """Size of an exported file, and so about the host memory that an export takes."""
@@ -158,17 +158,17 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
         raise UserError(f"{single}: broken safetensors file: {error}") from error
 
 
-def load_params(tensors: Tensors, config: DecoderConfig, mesh: Mesh, *, scalar: bool, dtype: str) -> Params:
+def load_params(tensors: Tensors, config: DecoderConfig, mesh: Mesh, *, head: Head, dtype: str) -> Params:
     """Parameters placed on the mesh, read tensor by tensor: the host holds one tensor at a time, in the file's type.
 
     Args:
-      scalar: True for a reward model or critic (`score.weight` in place of a language-model head).
+      head: "value" for a reward model or critic (`score.weight` in place of a language-model head).
       dtype: storage type; norms and the score are float32 whatever it is, since they are computed as that.
 
     Raises:
       UserError: a missing, superfluous or unreadable tensor, or one of another shape; names the tensor.
     """
-    wanted: dict[tuple[str, ...], Any] = flatten_dict(forward.abstract_params(config, scalar=scalar))
+    wanted: dict[tuple[str, ...], Any] = flatten_dict(forward.abstract_params(config, head=head))
     _check_names(tensors, {".".join(path) for path in wanted}, config)
     shardings: dict[Any, Any] = flatten_dict(forward.param_shardings(unflatten_dict(wanted), mesh))
     params = {}

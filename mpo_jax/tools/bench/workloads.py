@@ -90,19 +90,19 @@ class Bench:
     def _sft(self) -> Workload:
         train, model = self.config.sft.train, self._model()
         step = sft.make_step(model, train.optim, train.accumulation, self.mesh)
-        return self._update("sft", step, self._params(), train.optim, "vocab", 1, lambda batch: batch)
+        return self._update("sft", step, self._params(), train.optim, "lm", 1, lambda batch: batch)
 
     def _reward(self) -> Workload:
         train, model = self.config.reward.train, self._model()
         step = reward.make_step(model, train.optim, self.config.reward.loss, train.accumulation, self.mesh)
-        params = loading.to_scalar(model, self._params(), self.mesh)
-        return self._update("reward", step, params, train.optim, "scalar", 2, lambda batch: batch)
+        params = loading.with_value_head(model, self._params(), self.mesh)
+        return self._update("reward", step, params, train.optim, "value", 2, lambda batch: batch)
 
     def _dpo(self) -> Workload:
         train, loss = self.config.dpo.train, dpo.DpoLoss.of(self.config.dpo)
         step = dpo.make_step(self._model(), train.optim, loss, train.accumulation, self.mesh)
         reference = jnp.zeros((self.batch, 2))
-        return self._update("dpo", step, self._params(), train.optim, "vocab", 2, lambda batch: (batch, reference))
+        return self._update("dpo", step, self._params(), train.optim, "lm", 2, lambda batch: (batch, reference))
 
     def _update(
         self, name: Name, step: Any, params: Params, optim: Any, head: flops.Head, num_responses: int, inputs: Any
@@ -117,12 +117,12 @@ class Bench:
 
     def _reference(self) -> Workload:
         params, logps = self._params(), forward.make_response_logps(self._model(), self.mesh)
-        return self._over_batches("reference", lambda batch: logps(params, batch), 2, lambda work: work, "vocab")
+        return self._over_batches("reference", lambda batch: logps(params, batch), 2, lambda work: work, "lm")
 
     def _score(self) -> Workload:
-        params = loading.to_scalar(self._model(), self._params(), self.mesh)
+        params = loading.with_value_head(self._model(), self._params(), self.mesh)
         score = forward.make_score_pairs(self._model(), self.mesh)
-        return self._over_batches("score", lambda batch: score(params, batch), 2, lambda work: work, "scalar")
+        return self._over_batches("score", lambda batch: score(params, batch), 2, lambda work: work, "value")
 
     def _over_batches(
         self, name: Name, run: Any, num_responses: int, total: Callable[[float], float], head: flops.Head
@@ -188,10 +188,10 @@ class Bench:
         method = self.config.ppo.model_copy(update={"train": train})
         config = self.config.model_copy(update={"ppo": method, "text": text})
         model, params = self._model(), self._params()
-        scalar = loading.to_scalar(model, params, self.mesh)
+        critic = loading.with_value_head(model, params, self.mesh)
         codec: Any = SimpleNamespace(eos_id=self._eos(), allowed=lambda _: self._allowed())
-        loop = ppo.Loop(config, self.mesh, codec, model, model, params, scalar, self.steps)
-        state = [ppo.init_ppo_state(method, params, scalar, self.mesh, loop.offload)]
+        loop = ppo.Loop(config, self.mesh, codec, model, model, params, critic, self.steps)
+        state = [ppo.init_ppo_state(method, params, critic, self.mesh, loop.offload)]
         batches = self._batches(self._examples(0))
         workload = Workload("ppo", lambda k: None, [], [], [], [])
 
@@ -205,7 +205,7 @@ class Bench:
         itemsize = jnp.dtype(model.dtype).itemsize
         for k in range(self.steps):
             prompts, lengths = np.asarray(batches[k].rows.prompt_len), np.asarray(run(k))
-            vocab, judge = (flops.necessary(model.decoder, prompts, lengths, head) for head in ("vocab", "scalar"))
+            vocab, judge = (flops.necessary(model.decoder, prompts, lengths, head) for head in ("lm", "value"))
             drawn = flops.sampling(model.decoder, prompts, lengths, itemsize)
             passes = 3 * method.epochs * (vocab + judge)
             # reference and reward model; behaviour and values are those of the first update's own forward pass

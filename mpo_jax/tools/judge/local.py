@@ -117,7 +117,7 @@ def reward_totals(
     examples, report = tokenize(codec, rows, cache=config.runtime.token_cache_folder)
     count = 0
     with jax.set_mesh(mesh):
-        model, params = loading.load(path, config, mesh, scalar=True, frozen=True)
+        model, params = loading.load(path, config, mesh, head="value", frozen=True)
         score = forward.make_score_pairs(model, mesh)
 
         def measure(batch: Any) -> Any:

@@ -25,7 +25,7 @@ from mpo_jax.stages import dpo, evaluate, ppo_programs, reward, sft
 from mpo_jax.training import refill
 from mpo_jax.training.loop import check_sizes, state_sharding
 from mpo_jax.training.optimizer import make_optimizer
-from mpo_jax.types import Joined, Moments, Params, TrainState
+from mpo_jax.types import Head, Moments, Params, PromptBatch, TrainState
 
 STAGES = ("sft", "reward", "select", "dpo", "ppo", "evaluate")
 
@@ -103,12 +103,12 @@ class Stages:
 
     # what programs are called with
 
-    def params(self, *, scalar: bool = False) -> Params:
+    def params(self, *, head: Head = "lm") -> Params:
         """float32 master parameters."""
-        shapes = forward.abstract_params(self.model.decoder, scalar=scalar)
+        shapes = forward.abstract_params(self.model.decoder, head=head)
         return shaped(shapes, forward.param_shardings(shapes, self.mesh))
 
-    def frozen(self, *, scalar: bool = False) -> Params:
+    def frozen(self, *, head: Head = "lm") -> Params:
         """A model that does not train, as `weights.load_params` stores it."""
         dtype = jnp.dtype(frozen_dtype(self.config.model))
 
@@ -117,17 +117,17 @@ class Stages:
             kept = jnp.dtype(jnp.float32) if name.endswith(FLOAT32) else dtype
             return jax.ShapeDtypeStruct(leaf.shape, kept, sharding=leaf.sharding)
 
-        return jax.tree_util.tree_map_with_path(store, self.params(scalar=scalar))
+        return jax.tree_util.tree_map_with_path(store, self.params(head=head))
 
-    def state(self, optim: OptimConfig, *, scalar: bool = False) -> TrainState:
+    def state(self, optim: OptimConfig, *, head: Head = "lm") -> TrainState:
         """A model's training state."""
         tx = make_optimizer(optim)
 
         def init(params: Params) -> TrainState:
             return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
 
-        shapes = jax.eval_shape(init, self.params(scalar=scalar))
-        return shaped(shapes, state_sharding(self.model, optim, self.mesh, scalar=scalar))
+        shapes = jax.eval_shape(init, self.params(head=head))
+        return shaped(shapes, state_sharding(self.model, optim, self.mesh, head=head))
 
     def rows(self, count: int, num_responses: int) -> Rows:
         text = self.config.text
@@ -138,9 +138,9 @@ class Stages:
         """An array whose leading axis is the batch."""
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self.rows_sharding)
 
-    def joined(self, rows: Rows) -> Joined:
+    def joined(self, rows: Rows) -> PromptBatch:
         B, N = rows.count, rows.num_responses
-        return Joined(
+        return PromptBatch(
             prompt=self.array(B, rows.prompt),  # type: ignore[arg-type]
             prompt_len=self.array(B),  # type: ignore[arg-type]
             response=self.array(B, N, rows.response),  # type: ignore[arg-type]
@@ -165,14 +165,14 @@ class Stages:
         step = sft.make_step(self.model, train.optim, train.accumulation, self.mesh)
         arguments = (self.state(train.optim), self.joined(rows), self.scalar())
         # the stage's own name for the parameters it starts from lives as long as the training
-        yield self._train("sft", "sft step", train, step, arguments, (self.params(),), rows, "vocab")
+        yield self._train("sft", "sft step", train, step, arguments, (self.params(),), rows, "lm")
 
     def _reward(self) -> Iterator[Program]:
         train, rows = self.config.reward.train, self.rows(self.config.reward.train.batch_size, 2)
         check_sizes(self.config, train, "reward")
         step = reward.make_step(self.model, train.optim, self.config.reward.loss, train.accumulation, self.mesh)
-        arguments = (self.state(train.optim, scalar=True), self.joined(rows), self.scalar())
-        yield self._train("reward", "reward step", train, step, arguments, (self.params(scalar=True),), rows, "scalar")
+        arguments = (self.state(train.optim, head="value"), self.joined(rows), self.scalar())
+        yield self._train("reward", "reward step", train, step, arguments, (self.params(head="value"),), rows, "value")
 
     def _select(self) -> Iterator[Program]:
         select, size = self.config.select, self.config.select.batch_size
@@ -181,40 +181,40 @@ class Stages:
             sampling = self._sampling(2, temperature=select.temperature, top_p=select.top_p)
             yield from self._refilled("select", sampling, self.frozen(), (), size)
         score = forward.make_score_pairs(self.model, self.mesh)
-        arguments = (self.frozen(scalar=True), self.joined(rows))
-        work = flops.forward(self.model.decoder, rows, "scalar")
+        arguments = (self.frozen(head="value"), self.joined(rows))
+        work = flops.forward(self.model.decoder, rows, "value")
         yield self._infer("select", "select score", score, arguments, (), work)
 
     def _dpo(self) -> Iterator[Program]:
         train, rows = self.config.dpo.train, self.rows(self.config.dpo.train.batch_size, 2)
         check_sizes(self.config, train, "dpo")
         logps = forward.make_response_logps(self.model, self.mesh)
-        work = flops.forward(self.model.decoder, rows, "vocab")
+        work = flops.forward(self.model.decoder, rows, "lm")
         arguments = (self.frozen(), self.joined(rows))
         yield self._infer("dpo", "dpo reference", logps, arguments, (), work, key="dpo.train.batch_size")
         step = dpo.make_step(self.model, train.optim, dpo.DpoLoss.of(self.config.dpo), train.accumulation, self.mesh)
         batch = (self.joined(rows), self.array(rows.count, 2, dtype=jnp.float32))
         arguments = (self.state(train.optim), batch, self.scalar())
-        yield self._train("dpo", "dpo step", train, step, arguments, (self.params(),), rows, "vocab")
+        yield self._train("dpo", "dpo step", train, step, arguments, (self.params(),), rows, "lm")
 
     def _ppo(self) -> Iterator[Program]:
         config, train = self.config.ppo, self.config.ppo.train
         check_sizes(self.config, train, "ppo", minibatches=config.minibatches)
         rows, sizes = self.rows(train.batch_size, 1), self.model.decoder
-        actor, critic = self.state(train.optim), self.state(config.critic_optim, scalar=True)
-        frozen = (self.frozen(), self.frozen(scalar=True))
+        actor, critic = self.state(train.optim), self.state(config.critic_optim, head="value")
+        frozen = (self.frozen(), self.frozen(head="value"))
         ema = (self.params(),) if config.extras.ema_decay is not None else ()
         sampling = self._sampling(1, temperature=config.temperature, greedy=config.greedy)
         held = (actor.opt_state, critic, *frozen, *ema)
         yield from self._rollout(sampling, actor.params, held, train.batch_size)
 
         joined, has_eos = self.joined(rows), self.array(rows.count, 1, dtype=jnp.bool_)
-        scoring = flops.forward(sizes, rows, "vocab") + flops.forward(sizes, rows, "scalar")
+        scoring = flops.forward(sizes, rows, "lm") + flops.forward(sizes, rows, "value")
         if ppo_programs.updates_in_one_pass(config):
             update = ppo_programs.make_one_pass(self.model, self.model, config, self.mesh)
             rates = self.scalar(), self.scalar()
             arguments = (actor, critic, frozen, joined, has_eos, self.allowed(), self.scalar(), rates)
-            training = [flops.train(sizes, rows, head, self.model.remat) for head in ("vocab", "scalar")]
+            training = [flops.train(sizes, rows, head, self.model.remat) for head in ("lm", "value")]
             key, work = "ppo.train.accumulation", training[0] + training[1] + scoring
             yield Program("ppo", "ppo update", train, key, update, lambda _: arguments, ema, work)
             return
@@ -241,25 +241,25 @@ class Stages:
         update_actor, update_critic = ppo_programs.make_updates(self.model, self.model, config, self.mesh)
         yield self._train(
             "ppo", "ppo critic", train, update_critic, (critic, scored, self.scalar()),
-            (actor, *frozen, *ema, *whole), part, "scalar",
+            (actor, *frozen, *ema, *whole), part, "value",
         )  # fmt: skip
         yield self._train(
             "ppo", "ppo actor", train, update_actor, (actor, (scored, demonstrations), self.scalar(), self.allowed()),
-            (critic, *frozen, *ema, *whole), part, "vocab", times=2 if demonstrations else 1,
+            (critic, *frozen, *ema, *whole), part, "lm", times=2 if demonstrations else 1,
         )  # fmt: skip
 
     def _evaluate(self) -> Iterator[Program]:
         config = self.config.evaluate
         rows, sizes = self.rows(config.batch_size, 1), self.model.decoder
-        policy, reward_model = self.frozen(), self.frozen(scalar=True)
+        policy, reward_model = self.frozen(), self.frozen(head="value")
         sampling = self._sampling(1, temperature=config.temperature, greedy=config.greedy)
         yield from self._refilled("evaluate", sampling, policy, (policy, reward_model), config.batch_size)
         score = forward.make_score_pairs(self.model, self.mesh)
-        work = flops.forward(sizes, rows, "scalar")
+        work = flops.forward(sizes, rows, "value")
         arguments = (reward_model, self.joined(rows))
         yield self._infer("evaluate", "evaluate score", score, arguments, (policy, policy), work)
         kl = evaluate.make_kl(self.model, config.temperature, self.mesh)
-        work = flops.forward(sizes, rows, "vocab").times(2)
+        work = flops.forward(sizes, rows, "lm").times(2)
         arguments = (policy, policy, self.joined(rows), self.allowed())
         yield self._infer("evaluate", "evaluate kl", kl, arguments, (reward_model,), work)
 
@@ -279,7 +279,7 @@ class Stages:
     def _sampling(self, num_samples: int, **options: Any) -> Sampling:
         return Sampling(self.config.text.max_response_tokens, num_samples=num_samples, **options)
 
-    def _prompts(self, rows: Rows) -> Joined:
+    def _prompts(self, rows: Rows) -> PromptBatch:
         prompts = self.joined(dataclasses.replace(rows, num_responses=1, response=0))
         return dataclasses.replace(prompts, response_len=self.array(rows.count, 1))
 
