@@ -4,10 +4,11 @@ from pathlib import Path
 
 from mpo_jax.config.schema import Config
 from mpo_jax.errors import UserError
+from mpo_jax.pipeline.stages import STAGES
 from mpo_jax.runtime.console import console
 from mpo_jax.runtime.files import write_json
+from mpo_jax.stages.stage import Program
 from mpo_jax.tools.plan import compilers, fit, measure, report, targets
-from mpo_jax.tools.plan.programs import STAGES, Program
 
 
 def plan(config: Config, on: str, *, stages: tuple[str, ...], json_file: Path | None, search: bool) -> bool:
@@ -34,7 +35,7 @@ def plan(config: Config, on: str, *, stages: tuple[str, ...], json_file: Path | 
         peak, usable = measure.gib(one.peak), measure.gib(one.capacity)
         console.print(f"{peak:.3g} of {usable:.3g} GiB, {one.compile_s:.0f} s")
 
-    measured = planned.measure(planned.stages.of(stages or STAGES), begin=begin, end=end)
+    measured = planned.measure(planned.programs(stages or tuple(STAGES)), begin=begin, end=end)
     console.print(report.memory_table(measured, planned))
     console.print(report.work_table(measured, planned))
     for line in (*report.notes(planned), report.DEFINITIONS, *report.unfit(planned.config, measured)):
