@@ -139,8 +139,6 @@ class PpoConfig(Section, frozen=True):
     reward_at: Literal["last_valid", "ds_chat"] = "last_valid"
     greedy: bool = False
     temperature: float = Field(default=1.0, gt=0)
-    top_p: float = 1.0
-    top_k: int = 0
     one_pass: bool = Field(
         default=False,
         description="an iteration's only update differentiates the forward pass that scores its rollouts; no effect "
@@ -149,12 +147,7 @@ class PpoConfig(Section, frozen=True):
     extras: PpoExtrasConfig = Field(default_factory=lambda: PpoExtrasConfig())
 
     @model_validator(mode="after")
-    def _samples_what_it_scores(self) -> "PpoConfig":
-        if self.top_p != 1.0 or self.top_k != 0:
-            raise ValueError(
-                "ppo needs top_p=1 and top_k=0: a truncated sampler draws from another distribution than the one whose "
-                "log-probabilities PPO uses, so ratios and KL would be wrong (KL even negative)"
-            )
+    def _divides(self) -> "PpoConfig":
         if self.train.batch_size % (self.minibatches * self.train.accumulation):
             raise ValueError(
                 f"train.batch_size={self.train.batch_size} does not divide into minibatches={self.minibatches} x "

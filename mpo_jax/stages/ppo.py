@@ -168,9 +168,7 @@ class Loop:
 
     def __post_init__(self) -> None:
         ppo = self.config.ppo
-        sampling = Sampling(
-            self.config.text.max_response_tokens, temperature=ppo.temperature, top_p=1.0, greedy=ppo.greedy
-        )
+        sampling = Sampling(self.config.text.max_response_tokens, temperature=ppo.temperature, greedy=ppo.greedy)
         self.generate = make_generate(self.actor_model, sampling, self.codec.eos_id, self.mesh)
         # compiled functions are kept by configuration: how long to train and what to save must not make them anew
         train = TrainConfig(batch_size=ppo.train.batch_size, accumulation=ppo.train.accumulation, optim=ppo.train.optim)
