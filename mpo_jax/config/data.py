@@ -8,20 +8,38 @@ from mpo_jax.config.base import Section
 
 
 class TextConfig(Section, frozen=True):
-    """Token limits and joins. A prompt is cut before a response; see ALGORITHMS in mpo_jax/README.md."""
+    """How text becomes tokens."""
 
-    max_prompt_tokens: int = Field(default=512, gt=0)
-    max_response_tokens: int = Field(default=512, gt=0)
-    add_bos: Literal["auto", "true", "false"] = "auto"
-    prompt_template: str = Field(default="{prompt}", description="text around every prompt; must hold {prompt}")
-    chat: bool = Field(default=False, description="prompts as turns in the tokenizer's chat template")
+    max_prompt_tokens: int = Field(
+        default=512, gt=0, description="longest prompt in tokens, BOS included; longer ones are cut as truncation says"
+    )
+    max_response_tokens: int = Field(
+        default=512,
+        gt=0,
+        description="longest response in tokens, EOS included, in the data and in sampling; longer ones lose their end",
+    )
+    add_bos: Literal["auto", "true", "false"] = Field(
+        default="auto", description="start prompts with BOS; auto: if the tokenizer does"
+    )
+    prompt_template: str = Field(
+        default="{prompt}", description="text around every prompt; must hold {prompt} exactly once"
+    )
+    chat: bool = Field(
+        default=False,
+        description="put plain prompts and HH-RLHF dialogues into the tokenizer's chat template, as conversations "
+        "always are",
+    )
     truncation: Literal["auto", "start", "post"] = Field(
         default="auto",
-        description="where too long a prompt is cut: its start, or the end of its POST section; auto: the POST section "
-        "where there is one",
+        description="how a prompt that is too long is cut. start: at its start; post: at the end of its POST section "
+        "(TL;DR); auto: post if it has one, else start",
     )
     length_buckets: int = Field(
-        default=4, gt=0, le=16, description="widths that batches are padded to, at most; 1: all to the longest row"
+        default=4,
+        gt=0,
+        le=16,
+        description="largest number of padded widths that batches are sorted into, each compiled once; 1: pad every "
+        "batch to the longest row",
     )
 
     @field_validator("add_bos", mode="before")
@@ -38,54 +56,70 @@ class TextConfig(Section, frozen=True):
 
 
 class ToyConfig(Section, frozen=True):
-    """The toy TL;DR world; every number of its utility is documented in data/toy.py."""
+    """The toy TL;DR world, used with `data.kind=toy`. `mpo_jax/data/toy.py` defines its posts and their utility."""
 
-    seed: int = Field(default=0, description="of the world's posts and labels, apart from the training seed")
-    num_demonstrations: int = Field(default=4000, gt=0)
-    num_pairs: int = Field(default=3000, gt=0)
-    num_test: int = Field(default=400, gt=0)
-    num_values: int = Field(default=12, ge=2, le=16, description="different values of each fact: the vocabulary's size")
-    num_attempts: int = Field(
-        default=2, ge=1, le=4, description="attempts a post, each a fact besides who, problem, question"
+    seed: int = Field(default=0, description="random seed of posts, summaries and labels; independent of the key seed")
+    num_demonstrations: int = Field(default=4000, gt=0, description="demonstrations for SFT")
+    num_pairs: int = Field(default=3000, gt=0, description="preference pairs for training")
+    num_test: int = Field(default=400, gt=0, description="preference pairs of the test set")
+    num_values: int = Field(
+        default=12, ge=2, le=16, description="different values that each kind of fact can take; more is harder"
     )
-    num_fillers: int = Field(default=1, ge=0, le=3, description="sentences without a fact")
-    label_temperature: float = Field(default=1.0, gt=0, description="of the Bradley-Terry labels: higher is noisier")
+    num_attempts: int = Field(
+        default=2, ge=1, le=4, description="facts of the kind attempt in a post, besides one who, problem and question"
+    )
+    num_fillers: int = Field(default=1, ge=0, le=3, description="sentences in a post that state no fact")
+    label_temperature: float = Field(
+        default=1.0, gt=0, description="temperature of the Bradley-Terry labels; higher is noisier"
+    )
 
 
 class DataConfig(Section, frozen=True):
-    """Where rows come from.
+    """Where rows come from. The paths name sources, one or a list: files, folders, or data sets of the hub."""
 
-    A path is a .jsonl, .jsonl.gz or .parquet file, a folder that `datasets` saved, or
-    hub:ORG/NAME[@REVISION][:DIR][:SPLIT].
-    """
-
-    kind: Literal["toy", "hh", "tldr", "pairs"] = "toy"
-    path: tuple[str, ...] = Field(default=(), description="preference rows: training and, by split, validation")
-    sft_path: tuple[str, ...] = Field(default=(), description="demonstrations; absent: the chosen responses")
+    kind: Literal["toy", "hh", "tldr", "pairs"] = Field(
+        default="toy",
+        description="layout of the rows. toy: the built-in toy world, without files; hh: HH-RLHF; tldr: Reddit TL;DR; "
+        "pairs: {prompt, chosen, rejected}",
+    )
+    path: tuple[str, ...] = Field(
+        default=(), description="preference pairs for training, and for validation (validation_fraction)"
+    )
+    sft_path: tuple[str, ...] = Field(
+        default=(),
+        description="demonstrations for SFT; empty: the chosen responses of path, or its reference summaries (tldr)",
+    )
     test_path: tuple[str, ...] = Field(
-        default=(), description="preference rows that reward accuracy is measured on; absent: validation"
+        default=(), description="preference pairs of the test set; empty: the validation pairs"
     )
     prompt_path: tuple[str, ...] = Field(
-        default=(), description="prompt-only rows for selection and PPO; absent: the prompts of the training pairs"
+        default=(), description="prompts for selection and PPO; empty: the prompts of the training pairs"
     )
     test_prompt_path: tuple[str, ...] = Field(
         default=(),
-        description="rows of any kind whose prompts policies are evaluated on; absent: the held-out pairs' prompts",
+        description="rows of any layout whose prompts policies are evaluated on; empty: the prompts of the test pairs",
     )
     prompts: Literal["rows", "unique"] = Field(
         default="rows",
-        description="selection and PPO sample once a row of the preference data (or of prompt_path), as the paper; "
-        "unique: once a distinct prompt",
+        description="what selection and PPO sample from. rows: the prompt of every row, as in the paper; unique: every "
+        "distinct prompt once",
     )
-    filter: Literal["strict", "none"] = "strict"
-    keep_news: bool = Field(default=False, description="of tldr: keep the comparisons on news articles, without a post")
+    filter: Literal["strict", "none"] = Field(
+        default="strict",
+        description="strict: drop rows with empty or equal responses, with two different prompts, or with turns that "
+        "do not alternate (hh); none: drop only what cannot be used",
+    )
+    keep_news: bool = Field(
+        default=False, description="keep OpenAI's comparisons of news summaries, whose prompt is no Reddit post (tldr)"
+    )
     validation_fraction: float = Field(
         default=0.05,
         ge=0,
         lt=1,
-        description="of the prompts, whose pairs the reward model does not train on; without a test set nothing does",
+        description="share of the prompts, chosen by a hash of their text, that the reward model does not train on; "
+        "without a test set they are the test set, and nothing trains on them",
     )
-    max_rows: int | None = Field(default=None, gt=0, description="the first rows of each file only")
+    max_rows: int | None = Field(default=None, gt=0, description="read only the first rows of each file; null: all")
     toy: ToyConfig = Field(default_factory=lambda: ToyConfig())
 
     @field_validator("path", "sft_path", "test_path", "prompt_path", "test_prompt_path", mode="before")
@@ -95,7 +129,7 @@ class DataConfig(Section, frozen=True):
 
     @property
     def has_test_set(self) -> bool:
-        """Whether there are rows apart to test on, so that validation rows are left out of the reward model alone."""
+        """Whether there is a separate test set, so that validation rows are held out from the reward model alone."""
         return self.kind == "toy" or bool(self.test_path) or bool(self.test_prompt_path)
 
     @property

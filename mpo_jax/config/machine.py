@@ -9,11 +9,15 @@ from mpo_jax.config.base import Section
 
 
 class MeshConfig(Section, frozen=True):
-    """Devices along each axis of the mesh; their product is the number of devices used."""
+    """Devices along each axis of the mesh, their product in all. Batches must divide by data x fsdp."""
 
-    data: int = Field(default=1, gt=0)
-    fsdp: int = Field(default=1, gt=0)
-    tensor: int = Field(default=1, gt=0)
+    data: int = Field(
+        default=1, gt=0, description="data parallelism: copies of the model, each with its part of a batch"
+    )
+    fsdp: int = Field(
+        default=1, gt=0, description="parts into which parameters, optimiser state and the batch are sharded"
+    )
+    tensor: int = Field(default=1, gt=0, description="tensor parallelism: parts into which each matrix is split")
 
     @property
     def num_devices(self) -> int:
@@ -25,51 +29,77 @@ class MeshConfig(Section, frozen=True):
 
 
 class ProcessesConfig(Section, frozen=True):
-    """Several processes, one a host. Found by itself under SLURM, Open MPI, Kubernetes jobs and TPU pods."""
+    """Several processes, one per host. Under SLURM, Open MPI, Kubernetes jobs and TPU pods they are detected."""
 
-    coordinator: str | None = Field(default=None, description="host:port of process 0")
-    count: int | None = Field(default=None, gt=0)
-    index: int | None = Field(default=None, ge=0)
-    timeout_s: int = Field(default=100, gt=0, description="seconds without a sign of life after which the others stop")
+    coordinator: str | None = Field(
+        default=None, description="host:port of process 0; needs count and index too; null: detected, or one process"
+    )
+    count: int | None = Field(default=None, gt=0, description="number of processes; with coordinator")
+    index: int | None = Field(
+        default=None, ge=0, description="number of this process, from 0, different in each; with coordinator"
+    )
+    timeout_s: int = Field(
+        default=100,
+        gt=0,
+        description="seconds to wait for the other processes, at the start and for their heartbeats, before giving up",
+    )
 
 
 class WandbConfig(Section, frozen=True):
-    """Weights & Biases (the extra `wandb`). Its key is WANDB_API_KEY or that of `wandb login`: it has no place here."""
+    """Logging to Weights & Biases (extra `wandb`). The API key comes from WANDB_API_KEY or `wandb login` alone."""
 
-    project: str = Field(default="mpo_jax", pattern=r"^[^/\\#?%:]{1,128}$")
-    entity: str | None = Field(default=None, min_length=1, description="user or team; null: the account's own default")
+    project: str = Field(
+        default="mpo_jax",
+        pattern=r"^[^/\\#?%:]{1,128}$",
+        description="project, 1 to 128 characters without / \\ # ? % :",
+    )
+    entity: str | None = Field(default=None, min_length=1, description="user or team; null: the account's default")
     mode: Literal["online", "offline", "disabled"] | None = Field(
         default=None,
-        description="offline: runs stay in workdir/wandb, for `wandb sync`; null: what WANDB_MODE says, else online",
+        description="offline: runs are kept in workdir/wandb for `wandb sync`; null: WANDB_MODE, else online",
     )
 
 
 class RuntimeConfig(Section, frozen=True):
-    """The machine, not the method: nothing here changes results beyond rounding or enters an artifact's hash."""
+    """The machine, not the method. These keys change results by rounding at most, and never redo a finished stage."""
 
-    cpu_devices: int | None = Field(default=None, gt=0, description="simulated CPU devices; null: what the machine has")
-    compilation_cache: str | None = Field(default="~/.cache/mpo_jax/xla", description="folder; null: none")
+    cpu_devices: int | None = Field(
+        default=None, gt=0, description="run on this many simulated CPU devices; null: the machine's devices"
+    )
+    compilation_cache: str | None = Field(
+        default="~/.cache/mpo_jax/xla", description="folder for compiled programs, reused by later runs; null: no cache"
+    )
     flags: Literal["none", "recommended"] = Field(
         default="none",
-        description="compiler flags: none beyond XLA_FLAGS and LIBTPU_INIT_ARGS, or those of flags.py too",
+        description="XLA compiler flags; recommended: those of mpo_jax/runtime/flags.py; none: only what XLA_FLAGS and "
+        "LIBTPU_INIT_ARGS set",
     )
     processes: ProcessesConfig = Field(default_factory=lambda: ProcessesConfig())
-    token_cache: str | None = Field(default="~/.cache/mpo_jax/tokens", description="folder; null: none")
-    tensorboard: bool = True
-    wandb: WandbConfig | None = Field(default=None, description="{project, entity, mode}; null: no Weights & Biases")
+    token_cache: str | None = Field(
+        default="~/.cache/mpo_jax/tokens", description="folder for tokenized rows, reused by later runs; null: no cache"
+    )
+    tensorboard: bool = Field(default=True, description="write TensorBoard event files for every stage")
+    wandb: WandbConfig | None = Field(
+        default=None, description="log to Weights & Biases with these settings, {} for the defaults; null: do not"
+    )
     offload_frozen: bool = Field(
-        default=False, description="PPO's reference and reward model lie in host memory but while they score"
+        default=False,
+        description="keep PPO's reference and reward model in host memory and copy them to the devices only for "
+        "scoring",
     )
     offload_moments: bool = Field(
-        default=False, description="PPO's optimiser moments lie in host memory but for their own model's update"
+        default=False,
+        description="keep PPO's optimiser moments in host memory and copy them to the devices only for their update",
     )
     keep_checkpoints: bool = Field(
-        default=False, description="a finished stage keeps its last checkpoints, for mpo verify; false: its model alone"
+        default=False,
+        description="keep a finished stage's last checkpoints, which mpo verify needs; false: keep only its model",
     )
     bucket: str | None = Field(
         default=None,
         pattern=r"^(gs|s3|file)://.+",
-        description="gs://, s3:// or file:// folder that keeps what workdir holds, for other hosts and after this one",
+        description="gs://, s3:// or file:// folder that keeps finished stages, checkpoints and reports too, so that a "
+        "run can go on from another host; null: workdir only",
     )
 
     @model_validator(mode="after")

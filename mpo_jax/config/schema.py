@@ -58,9 +58,17 @@ __all__ = [
 class Config(Section, frozen=True):
     """Everything a run depends on."""
 
-    workdir: str = "runs/default"
-    seed: int = Field(default=0, ge=0, lt=2**31)
-    experiment: tuple[ExperimentName, ...] = ("mpo",)
+    workdir: str = Field(default="runs/default", description="folder of the stages, runs and report")
+    seed: int = Field(
+        default=0, ge=0, lt=2**31, description="random seed of initial weights, order of rows, and sampling"
+    )
+    experiment: tuple[ExperimentName, ...] = Field(
+        default=("mpo",),
+        description="runs to make. sft; dpo_base: DPO on the labelled pairs; dpo: on all sampled pairs; ppo: on all "
+        "prompts; mpo: DPO on easy pairs, then PPO on hard prompts; mpo_sft_kl: mpo with SFT as PPO's reference; "
+        "mpo_reverse: PPO on hard, then DPO on easy; mpo_reverse_sft: the same with SFT as DPO's reference; dpo_easy, "
+        "dpo_hard, ppo_easy, ppo_hard: one algorithm on one part",
+    )
     model: ModelConfig = Field(default_factory=lambda: ModelConfig())
     text: TextConfig = Field(default_factory=lambda: TextConfig())
     data: DataConfig = Field(default_factory=lambda: DataConfig())

@@ -11,7 +11,7 @@ TRAINED = ("sft", "reward", "dpo", "ppo")
 
 
 EVAL = "eval/"
-"""What the names of measures on held-out rows begin with; the rest is the training metric's own name."""
+"""Prefix of metrics on held-out rows; the rest of the name is the training metric's own."""
 
 MEASURES = {
     "sft": ("loss",),
@@ -26,56 +26,91 @@ MEASURES = {
         "objective/rlhf_reward", "policy/entropy_avg", "response_length/mean", "response_length/clip_ratio",
     ),
 }  # fmt: skip
-"""What each stage measures on held-out rows, so that a name that is none of them is known before any training."""
+"""What each stage measures on held-out rows, so that a misspelt `best_metric` is found before any training."""
 
 LOWER_IS_BETTER = ("rejected", "clipfrac")
-"""Parts of metrics' names, and of the others those whose metrics are better where they are higher."""
+"""Metrics with one of these in their name are better when lower, whatever else the name contains."""
+
 HIGHER_IS_BETTER = ("accura", "margin", "score", "reward", "gap", "utility", "explained_variance", "logps")
+"""Of the other metrics, those with one of these in their name are better when higher."""
 
 
 class OptimConfig(Section, frozen=True):
-    """AdamW with warm-up; DeepSpeed-Chat's constants where the paper is silent. Rates and decay differ by stage."""
+    """AdamW with linear warm-up. Defaults are those of the paper, or of DeepSpeed-Chat where the paper gives none."""
 
-    learning_rate: float = Field(default=5e-5, ge=0)
-    schedule: Literal["cosine", "constant"] = "cosine"
-    warmup_steps: int | None = Field(default=None, ge=0, description="null: a tenth of the updates, at most 500")
-    weight_decay: float = Field(default=0.0, ge=0, description="not applied to norms and biases")
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    beta2: float = Field(default=0.95, ge=0, lt=1)
-    eps: float = Field(default=1e-8, gt=0)
-    clip_norm: float | None = Field(default=1.0, gt=0, description="global gradient norm; null: no clipping")
+    learning_rate: float = Field(
+        default=5e-5, ge=0, description="peak learning rate; defaults from the paper's Table 9 for HH-RLHF"
+    )
+    schedule: Literal["cosine", "constant"] = Field(
+        default="cosine", description="learning rate after the warm-up; cosine: to 0 at the last update"
+    )
+    warmup_steps: int | None = Field(
+        default=None, ge=0, description="updates of linear warm-up; null: a tenth of all updates, at most 500"
+    )
+    weight_decay: float = Field(
+        default=0.0,
+        ge=0,
+        description="decoupled weight decay, not applied to norms and biases; defaults from the paper's Table 9",
+    )
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="decay of AdamW's first moment")
+    beta2: float = Field(default=0.95, ge=0, lt=1, description="decay of AdamW's second moment")
+    eps: float = Field(default=1e-8, gt=0, description="epsilon of AdamW")
+    clip_norm: float | None = Field(
+        default=1.0, gt=0, description="largest global gradient norm; larger ones are scaled down; null: no clipping"
+    )
 
 
 class TrainConfig(Section, frozen=True):
-    """How long and in what portions a stage trains; `batch_size` is global: all devices and micro-batches."""
+    """How long a stage trains, on what batches, what it logs and saves. A step is an update, in PPO an iteration."""
 
-    epochs: float = Field(default=1.0, gt=0)
-    steps: int | None = Field(default=None, gt=0, description="in place of epochs")
+    epochs: float = Field(default=1.0, gt=0, description="passes over the training rows, in PPO over the prompts")
+    steps: int | None = Field(default=None, gt=0, description="steps to train; set, it takes precedence over epochs")
     # the paper's 64 to 512 would leave a set of a thousand rows with a handful of updates
-    batch_size: int = Field(default=32, gt=0)
-    accumulation: int = Field(default=1, gt=0, description="micro-batches an update")
-    shuffle: bool = Field(default=True, description="false: rows in file order, again from the first after the last")
-    log_every: int = Field(default=10, gt=0)
-    checkpoint_every: int = Field(default=500, gt=0, description="updates; such a step is logged too, with state_hash")
+    batch_size: int = Field(
+        default=32,
+        gt=0,
+        description="rows per step over all devices and micro-batches: demonstrations, pairs, or PPO's prompts; "
+        "the paper has 64 to 512",
+    )
+    accumulation: int = Field(
+        default=1, gt=0, description="micro-batches per update; the gradient is that of the whole batch"
+    )
+    shuffle: bool = Field(
+        default=True, description="shuffle the rows every epoch; false: rows in file order, epoch after epoch"
+    )
+    log_every: int = Field(default=10, gt=0, description="steps between logged lines, which average over them")
+    checkpoint_every: int = Field(
+        default=500, gt=0, description="steps between checkpoints; these steps are logged too, with a state_hash"
+    )
     eval_every: int | None = Field(
-        default=None, gt=0, description="updates between measures on held-out rows (and after the last); null: never"
+        default=None,
+        gt=0,
+        description="steps between evaluations on held-out rows, with one after the last step; null: none",
     )
     eval_rows: int | None = Field(
-        default=None, gt=0, description="the first held-out rows, or of ppo test prompts; null: 256, of ppo 64"
+        default=None,
+        gt=0,
+        description="held-out rows to evaluate on (in PPO: test prompts), the first ones; null: 256, in PPO 64",
     )
     keep_checkpoints: int = Field(
-        default=2, gt=0, description="the last ones kept while the stage trains; 1: none to fall back on"
+        default=2,
+        gt=0,
+        description="newest checkpoints to keep during training; with 1, a damaged one means starting again",
     )
     best_metric: str | None = Field(
         default=None,
-        description="logged metric: the state with its best value is exported, in place of the last; eval/NAME "
-        "compares all states that eval_every measures, others those at checkpoints",
+        description="export the state with the best value of this metric, not the last state; eval/NAME compares the "
+        "states at every evaluation, other metrics those at checkpoints; null: the last state",
     )
     best_mode: Literal["min", "max"] | None = Field(
-        default=None, description="null: max of accuracies, margins, scores, rewards and gaps, min of all else"
+        default=None,
+        description="which values of best_metric are best; null: max for accuracies, margins, scores, rewards and "
+        "gaps, else min",
     )
     stop_after_skipped: int = Field(
-        default=5, gt=0, description="updates in a row without a finite loss and gradient; each is skipped"
+        default=5,
+        gt=0,
+        description="stop after this many updates in a row with a loss or gradient that is not finite; each is skipped",
     )
     optim: OptimConfig = Field(default_factory=lambda: OptimConfig())
 
