@@ -56,7 +56,7 @@ class WandbConfig(Section, frozen=True):
     entity: str | None = Field(default=None, min_length=1, description="user or team; null: the account's default")
     mode: Literal["online", "offline", "disabled"] | None = Field(
         default=None,
-        description="offline: runs are kept in workdir/wandb for `wandb sync`; null: WANDB_MODE, else online",
+        description="offline: runs are kept in workdir/wandb, for wandb sync; null: WANDB_MODE, else online",
     )
 
 

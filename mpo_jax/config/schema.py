@@ -64,10 +64,10 @@ class Config(Section, frozen=True):
     )
     experiment: tuple[ExperimentName, ...] = Field(
         default=("mpo",),
-        description="runs to make. sft; dpo_base: DPO on the labelled pairs; dpo: on all sampled pairs; ppo: on all "
-        "prompts; mpo: DPO on easy pairs, then PPO on hard prompts; mpo_sft_kl: mpo with SFT as PPO's reference; "
-        "mpo_reverse: PPO on hard, then DPO on easy; mpo_reverse_sft: the same with SFT as DPO's reference; dpo_easy, "
-        "dpo_hard, ppo_easy, ppo_hard: one algorithm on one part",
+        description="runs to make. sft: SFT alone; dpo_base: DPO on the labelled pairs; dpo: DPO on all sampled pairs; "
+        "ppo: PPO on all prompts; mpo: DPO on the easy pairs, then PPO on the hard prompts; mpo_sft_kl: mpo with SFT "
+        "as PPO's reference; mpo_reverse: PPO on the hard prompts, then DPO on the easy pairs; mpo_reverse_sft: "
+        "mpo_reverse with SFT as DPO's reference; dpo_easy, dpo_hard, ppo_easy, ppo_hard: one algorithm on one part",
     )
     model: ModelConfig = Field(default_factory=lambda: ModelConfig())
     text: TextConfig = Field(default_factory=lambda: TextConfig())
