@@ -1,10 +1,11 @@
 """The sections `text`, `data` and `data.toy`: where rows come from, and how text becomes tokens."""
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from pydantic import Field, field_validator, model_validator
 
 from mpo_jax.config.base import Section
+from mpo_jax.config.registry import ROW_FORMATS
 
 
 class TextConfig(Section, frozen=True):
@@ -74,10 +75,18 @@ class ToyConfig(Section, frozen=True):
     )
 
 
+Kind: TypeAlias = Literal[("toy", *ROW_FORMATS)]  # type: ignore[valid-type]
+
+
+def _any_of(names: tuple[str, ...]) -> str:
+    """`a, b or c`."""
+    return f"{', '.join(names[:-1])} or {names[-1]}"
+
+
 class DataConfig(Section, frozen=True):
     """Where rows come from. The paths name sources, one or a list: files, folders, or data sets of the hub."""
 
-    kind: Literal["toy", "hh", "tldr", "pairs"] = Field(
+    kind: Kind = Field(
         default="toy",
         description="layout of the rows. toy: the built-in toy world, without files; hh: HH-RLHF; tldr: Reddit TL;DR; "
         "pairs: {prompt, chosen, rejected}",
@@ -146,7 +155,8 @@ class DataConfig(Section, frozen=True):
     def _needs_path(self) -> "DataConfig":
         given = [name for name in type(self).model_fields if name.endswith("path") and getattr(self, name)]
         if self.kind == "toy" and given:
-            raise ValueError(f"data.{given[0]} names files: say how to read them, data.kind=hh, tldr or pairs")
+            kinds = _any_of(tuple(ROW_FORMATS))
+            raise ValueError(f"data.{given[0]} names files: say how to read them, data.kind={kinds}")
         if self.kind != "toy" and not self.path:
             raise ValueError(f"data.kind={self.kind} needs data.path: name one or more files, folders or hub data sets")
         return self

@@ -1,16 +1,16 @@
 """The sections of the method: `sft`, `reward`, `select`, `dpo`, `ppo`, `evaluate`, `table`."""
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from mpo_jax.config.base import Section
+from mpo_jax.config.registry import EXPERIMENTS, PREFERENCE_LOSSES
 from mpo_jax.config.training import OptimConfig, TrainConfig
 
-ExperimentName = Literal[
-    "sft", "dpo_base", "dpo", "ppo", "mpo", "mpo_sft_kl", "mpo_reverse", "mpo_reverse_sft",
-    "dpo_easy", "dpo_hard", "ppo_easy", "ppo_hard",
-]  # fmt: skip
+# types made of the registries' names, so that a name is added in one place
+ExperimentName: TypeAlias = Literal[tuple(EXPERIMENTS)]  # type: ignore[valid-type]
+LossName: TypeAlias = Literal[tuple(PREFERENCE_LOSSES)]  # type: ignore[valid-type]
 
 
 def _stage_defaults(defaults: dict[str, Any]) -> BeforeValidator:
@@ -108,9 +108,13 @@ class DpoConfig(Section, frozen=True):
         default_factory=lambda: TrainConfig(optim=OptimConfig.model_validate(_DPO_OPTIM))
     )
     beta: float = Field(default=0.1, gt=0, description="strength of the pull towards the reference; the paper: 0.1")
-    loss: Literal["dpo", "cdpo", "ipo"] = Field(
+    loss: LossName = Field(
         default="dpo",
-        description="dpo: arXiv:2305.18290; cdpo: the same with label_smoothing; ipo: squared loss, arXiv:2310.12036",
+        description="dpo: arXiv:2305.18290; cdpo: the same with label_smoothing; ipo: squared loss, arXiv:2310.12036; "
+        "simpo: no reference, log-probabilities per token, arXiv:2405.14734, with beta 2 to 10",
+    )
+    loss_options: dict[str, float] = Field(
+        default_factory=dict, description="options of the loss by name; of simpo: target_margin (its gamma), 1.0"
     )
     label_smoothing: float = Field(
         default=0.1, ge=0, lt=0.5, description="probability that a label is wrong; loss=cdpo only"

@@ -3,17 +3,17 @@
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mpo_jax.config.registry import Subset
 from mpo_jax.errors import NothingSelected
 from mpo_jax.runtime.stage_warnings import warn
 from mpo_jax.selection import split, threshold_for_fraction
 
-Subset = Literal["all", "easy", "hard"]
 FILE = "pairs.parquet"
 
 

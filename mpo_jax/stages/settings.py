@@ -3,8 +3,8 @@
 import dataclasses
 from typing import Literal
 
+from mpo_jax.config.registry import Subset
 from mpo_jax.config.schema import EVAL, ModelConfig, OptimConfig, Section, SelectConfig, TrainConfig
-from mpo_jax.data.pair_table import Subset
 from mpo_jax.runtime import machine
 
 
