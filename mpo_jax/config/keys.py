@@ -120,10 +120,10 @@ def listing(section: str | None = None, width: int | None = None) -> str:
     type_width = max((len(one) for one in typed if len(one) <= TYPE_COLUMN), default=0)
     lines, above = [], None
     for key, one in zip(found, typed, strict=True):
-        section = key.name.rpartition(".")[0]
-        if above is not None and section != above:
+        place = key.name.rpartition(".")[0]
+        if above is not None and place != above:
             lines.append("")
-        above = section
+        above = place
         rest = [*filter(None, [key.constraint, key.description])]
         head = f"{key.name:<{name_width}}  "
         beside = "  ".join([f"{one:<{type_width}}", *rest])
