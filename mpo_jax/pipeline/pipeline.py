@@ -16,7 +16,8 @@ from mpo_jax.config.schema import Config
 from mpo_jax.data import pair_table
 from mpo_jax.errors import UserError
 from mpo_jax.pipeline.artifacts import Builder
-from mpo_jax.pipeline.experiments import EXPERIMENTS, Step, Variant
+from mpo_jax.config.registry import EXPERIMENTS, Step
+from mpo_jax.pipeline.experiments import Variant
 from mpo_jax.pipeline.recipe import make_recipe
 from mpo_jax.pipeline.stages import STAGES, stage_context, stage_settings
 from mpo_jax.runtime import machine

@@ -14,7 +14,7 @@ from mpo_jax.data.corpus import TESTED, fingerprint
 from mpo_jax.data.hh import source_category
 from mpo_jax.data.pair_table import PairTable
 from mpo_jax.data.records import is_validation
-from mpo_jax.pipeline.experiments import EXPERIMENTS
+from mpo_jax.config.registry import EXPERIMENTS
 from mpo_jax.pipeline.pipeline import Pipeline
 from mpo_jax.pipeline.table import Cost, Listing
 from mpo_jax.stages import dpo, ppo
