@@ -13,7 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from mpo_jax.config.base import Section
+from mpo_jax.config.base import Pairs, Section
 from mpo_jax.config.old_keys import refuse_old_keys
 from mpo_jax.config.schema import Config
 from mpo_jax.errors import UserError
@@ -147,13 +147,16 @@ def _section(info: FieldInfo) -> type[Section] | None:
 
 
 def _key(name: str, info: FieldInfo, default: Any) -> Key:
-    return Key(name, _type(info.annotation), _value(default), _constraint(info), info.description or "")
+    shown = json.dumps(dict(default)) if info.annotation == Pairs else _value(default)
+    return Key(name, _type(info.annotation), shown, _constraint(info), info.description or "")
 
 
 def _type(annotation: Any) -> str:
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return " | ".join(map(_value, args))
+    if annotation == Pairs:
+        return "numbers by name"
     if origin is tuple:
         return f"list of {_type(args[0])}"
     if origin in (Union, types.UnionType):

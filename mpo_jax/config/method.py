@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from mpo_jax.config.base import Section
+from mpo_jax.config.base import NumbersByName, Section
 from mpo_jax.config.registry import EXPERIMENTS, PREFERENCE_LOSSES
 from mpo_jax.config.training import OptimConfig, TrainConfig
 
@@ -113,8 +113,8 @@ class DpoConfig(Section, frozen=True):
         description="dpo: arXiv:2305.18290; cdpo: the same with label_smoothing; ipo: squared loss, arXiv:2310.12036; "
         "simpo: no reference, log-probabilities per token, arXiv:2405.14734, with beta 2 to 10",
     )
-    loss_options: dict[str, float] = Field(
-        default_factory=dict, description="options of the loss by name; of simpo: target_margin (its gamma), 1.0"
+    loss_options: NumbersByName = Field(
+        default=(), description="options of the loss by name; of simpo: target_margin (its gamma), 1.0"
     )
     label_smoothing: float = Field(
         default=0.1, ge=0, lt=0.5, description="probability that a label is wrong; loss=cdpo only"

@@ -12,11 +12,11 @@ import jax
 from jax.sharding import Mesh
 
 from mpo_jax.config.load import to_yaml
+from mpo_jax.config.registry import EXPERIMENTS, Step
 from mpo_jax.config.schema import Config
 from mpo_jax.data import pair_table
 from mpo_jax.errors import UserError
 from mpo_jax.pipeline.artifacts import Builder
-from mpo_jax.config.registry import EXPERIMENTS, Step
 from mpo_jax.pipeline.experiments import Variant
 from mpo_jax.pipeline.recipe import make_recipe
 from mpo_jax.pipeline.stages import STAGES, stage_context, stage_settings

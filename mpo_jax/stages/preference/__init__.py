@@ -69,13 +69,14 @@ class PreferenceLoss(Section, frozen=True):
         """
         parameters = inspect.signature(_definition(config.loss).loss).parameters.values()
         known = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "beta"}
-        if unknown := config.loss_options.keys() - known.keys():
+        given = dict(config.loss_options)
+        if unknown := given.keys() - known.keys():
             name = sorted(unknown)[0]
             raise UserError(
                 f"dpo.loss_options.{name}: dpo.loss={config.loss} has no such option{suggest(name, [*known])}"
             )
         shared = {name: getattr(config, name) for name in known if name in type(config).model_fields}
-        options = tuple(sorted((known | shared | config.loss_options).items()))
+        options = tuple(sorted((known | shared | given).items()))
         return cls(name=config.loss, beta=config.beta, length_normalised=config.length_normalised, options=options)
 
     @property
