@@ -178,7 +178,7 @@ def test_scores_of_a_language_model_are_log_probabilities(files):
 def test_mistakes(files, call, message):
     policy = mpo.load(files["policy"])
     if message is None:
-            with pytest.raises(UserError, match="does not divide"):
+        with pytest.raises(UserError, match="does not divide"):
             mpo.Dpo(policy, optimizer=optax.sgd(0.1)).step(call(policy, files))
         return
     with pytest.raises(UserError, match=message):
