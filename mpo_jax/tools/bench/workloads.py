@@ -18,7 +18,6 @@ from mpo_jax.data.text import TextCodec
 from mpo_jax.data.tokens import Example, tokenize
 from mpo_jax.errors import UserError
 from mpo_jax.models import flops, forward, loading
-from mpo_jax.models.decoder import DecoderConfig
 from mpo_jax.models.forward import Model
 from mpo_jax.models.generate import Sampling, make_generate
 from mpo_jax.runtime.seeds import data_seed, stage_key
@@ -236,9 +235,8 @@ class Bench:
     def _model(self) -> Model:
         if self.config.model.path is not None:
             return loading.describe(loading.open_model(self.config.model.path).decoder, self.config)
-        sizes = self.config.model.architecture.model_dump()
         vocab = self.vocab_size if self.rows else len(self._codec().tokenizer)
-        return loading.describe(DecoderConfig(vocab_size=vocab, **sizes), self.config)
+        return loading.describe(loading.of_architecture(self.config.model.architecture, vocab), self.config)
 
     def _params(self) -> Params:
         """float32 master parameters on the mesh."""

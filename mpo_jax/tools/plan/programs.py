@@ -15,10 +15,11 @@ from jax.sharding import Mesh, NamedSharding
 
 from mpo_jax.config.schema import Config, OptimConfig, TrainConfig
 from mpo_jax.models import flops, forward, loading
-from mpo_jax.models.decoder import FLOAT32, DecoderConfig
+from mpo_jax.models.decoder import FLOAT32
 from mpo_jax.models.flops import Rows, Work
 from mpo_jax.models.forward import Model
 from mpo_jax.models.generate import Decoder, Sampling, make_for_decoding, make_generate
+from mpo_jax.models.spec import DecoderConfig
 from mpo_jax.runtime.machine import frozen_dtype
 from mpo_jax.runtime.sharding import batch_sharding, replicated
 from mpo_jax.stages import dpo, evaluate, ppo_programs, reward, sft
