@@ -19,8 +19,8 @@ from mpo_jax.data import toy
 from mpo_jax.data.text import TextCodec
 from mpo_jax.errors import UserError
 from mpo_jax.models import forward, loading
-from mpo_jax.models.decoder import DecoderConfig
 from mpo_jax.models.forward import Model
+from mpo_jax.models.spec import DecoderConfig
 from mpo_jax.types import merge, trainable
 
 pytestmark = pytest.mark.unoptimised
