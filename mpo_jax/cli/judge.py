@@ -20,6 +20,7 @@ from mpo_jax.tools.judge.endpoint import Endpoint
 from mpo_jax.tools.judge.local import LocalJudge, reward_totals
 from mpo_jax.tools.judge.parse import parse_totals
 from mpo_jax.tools.judge.prompt import read_prompt
+from mpo_jax.tools.judge.remote import RemoteJudge
 from mpo_jax.tools.judge.verdict import Grade, Judged, grade, summary
 
 TELL_S = 15.0
@@ -61,9 +62,14 @@ def judge(
     request = {"temperature": temperature, "max_tokens": max_tokens, **_object(fields)}
     prompt = read_prompt(prompt_file)
     limits = {"concurrency": concurrency, "tries": tries, "timeout_s": timeout_s}
-    remote = None if endpoint is None else Endpoint(endpoint, model, request, **limits)
+    remote = None if endpoint is None else RemoteJudge(Endpoint.of(endpoint, model, request, **limits))
     pairs = compared(a, b, data, out=out, overrides=overrides, by=by)
-    about: dict[str, Any] = {"a": a, "b": b, "judge": model, "endpoint": None if remote is None else remote.url}
+    about: dict[str, Any] = {
+        "a": a,
+        "b": b,
+        "judge": model,
+        "endpoint": None if remote is None else remote.endpoint.url,
+    }
     if opened is not None and opened.source.head == "value":
         if dry_run:
             console.print(
