@@ -23,7 +23,6 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, repeat
 
-from mpo_jax.cli.bench import SIZES
 from mpo_jax.config.load import load_config
 from mpo_jax.data.batches import Buckets, TrainBatches, map_batches
 from mpo_jax.data.corpus import load_corpus
@@ -38,6 +37,7 @@ from mpo_jax.models.hf.tokenizer import load_tokenizer
 from mpo_jax.runtime import machine
 from mpo_jax.runtime.sharding import make_mesh, place_batch, replicated
 from mpo_jax.stages import dpo, reward
+from mpo_jax.tools.bench.speed import SIZES
 from mpo_jax.training.loop import init_state, make_update, state_sharding
 from mpo_jax.training.refill import sample_all
 from mpo_jax.types import Mean, PromptBatch

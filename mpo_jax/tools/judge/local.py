@@ -100,7 +100,7 @@ def reward_totals(
     pairs: Sequence[Pair],
     *,
     render: Renderer,
-    tell: Callable[[int], None],
+    progress: Callable[[int], None],
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """[pairs, 2] a reward model's raw scores of A's and B's responses, and what was cut to fit.
 
@@ -123,7 +123,7 @@ def reward_totals(
         def measure(batch: Any) -> Any:
             nonlocal count
             count += 1
-            tell(count)
+            progress(count)
             return score(params, place_batch(batch, mesh))
 
         buckets = Buckets.of(examples, config.text.length_buckets)
