@@ -2,14 +2,10 @@
 
 import dataclasses
 import json
-import time
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-
-import jax
-import jax.numpy as jnp
 
 from mpo_jax.config.schema import Config, TrainConfig
 from mpo_jax.data.batches import num_steps
@@ -23,6 +19,7 @@ from mpo_jax.pipeline.experiments import table_variants
 from mpo_jax.pipeline.pipeline import Pipeline
 from mpo_jax.runtime import machine
 from mpo_jax.runtime.progress import Expected
+from mpo_jax.runtime.timing import time_matmul
 from mpo_jax.types import Artifact
 
 SHARE_OF_PEAK = 0.3
@@ -150,7 +147,7 @@ class Cost:
 
     @cached_property
     def _flops_per_s(self) -> float:
-        return SHARE_OF_PEAK * self.config.mesh.num_devices * product_flops(machine.compute_dtype(self.config.model))
+        return SHARE_OF_PEAK * self.config.mesh.num_devices * time_matmul(machine.compute_dtype(self.config.model)).rate
 
     def seconds(self, stage: Planned) -> float:
         """The estimate; a factor of three off is no surprise."""
@@ -224,17 +221,3 @@ class Cost:
         rows = self._rows(len(self._corpus.test_prompts[: self.config.evaluate.num_prompts]), 1)
         scored = flops.forward(self._sizes, rows, "lm").times(2) + flops.forward(self._sizes, rows, "value")
         return self._drawn(rows) + scored
-
-
-def product_flops(dtype: str, repeats: int = 3) -> float:
-    """FLOP/s of a large square matrix product on one device, the fastest of a few."""
-    size = 1024 if jax.default_backend() == "cpu" else 8192
-    x = jnp.ones((size, size), dtype)
-    product = jax.jit(lambda x: x @ x)
-    jax.block_until_ready(product(x))
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        jax.block_until_ready(product(x))
-        times.append(time.perf_counter() - begin)
-    return 2.0 * size**3 / min(times)

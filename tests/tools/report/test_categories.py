@@ -14,6 +14,7 @@ import pytest
 from mpo_jax.evaluation.calibration import HELD_OUT, read_gap_categories
 from mpo_jax.runtime.console import console
 from mpo_jax.tools.human.sheets import make_study
+from mpo_jax.tools.report import categories
 from mpo_jax.tools.report.categories import category_rows, category_tables, largest, names
 from mpo_jax.tools.report.page import write_report
 from mpo_jax.tools.report.seeds import BySeed, Rows, collect_seeds
@@ -115,10 +116,11 @@ def test_files_hold_all_categories_and_page_and_terminal_the_largest(tmp_path: P
     assert "r/11" in shown and "r/4" in shown and "r/3" not in shown
 
 
-def test_the_largest_categories_are_those_of_most_rows_and_the_paper_s_stay() -> None:
+def test_the_largest_categories_are_those_of_most_rows_and_the_paper_s_stay(monkeypatch) -> None:
+    monkeypatch.setattr(categories, "SHOWN", 1)
     rows: Rows = [{"category": "a", "items": 1}, {"category": "b", "items": 5}, {"category": None}, {"x": 1}]
     rows.append({"category": "helpful", "of": "paper"})
-    assert largest(rows, 1) == rows[1:]
+    assert largest(rows) == rows[1:]
 
 
 def test_a_study_of_runs_draws_from_each_category(tmp_path: Path) -> None:
