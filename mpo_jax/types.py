@@ -12,8 +12,45 @@ from jaxtyping import Array, Bool, Float, Int
 Head = Literal["lm", "value"]
 """What a model has on its trunk: next-token logits, or one value a token (a reward model, a critic)."""
 
-Params: TypeAlias = dict[str, Any]
-"""A model's parameters: nested plain dicts of arrays."""
+Tree: TypeAlias = dict[str, Any]
+"""Nested plain dicts of arrays: all of a model's parameters, or a part of them."""
+
+Params: TypeAlias = dict[str, Tree]
+"""A model's parameters as {"trainable": tree, "frozen": tree}.
+
+Gradients, optimiser moments, checkpoints and averages exist for the trainable part alone. Full training has an empty
+frozen part, a model that only scores an empty trainable one. Models may share one frozen tree.
+"""
+
+
+def trainable(tree: Tree) -> Params:
+    """Parameters that all train."""
+    return {"trainable": tree, "frozen": {}}
+
+
+def frozen(tree: Tree) -> Params:
+    """Parameters of which none trains."""
+    return {"trainable": {}, "frozen": tree}
+
+
+def merge(params: Params) -> Tree:
+    """Both parts as the one tree that a forward pass reads.
+
+    Raises:
+      ValueError: if a leaf is in both parts.
+    """
+    return _merged(params["trainable"], params["frozen"], "")
+
+
+def _merged(a: Tree, b: Tree, path: str) -> Tree:
+    both = {**a, **b}
+    for name in a.keys() & b.keys():
+        here = f"{path}.{name}".lstrip(".")
+        if not (isinstance(a[name], dict) and isinstance(b[name], dict)):
+            raise ValueError(f"{here} is both trainable and frozen")
+        both[name] = _merged(a[name], b[name], here)
+    return both
+
 
 Metrics: TypeAlias = dict[str, Any]
 """Means, Skips, or scalars of the whole batch, by the name under which they are logged."""
@@ -166,15 +203,15 @@ class TrainState:
     """What one model's optimisation carries from step to step.
 
     Attributes:
-      step: [] int32, updates made; skipped ones are none.
-      params: float32 master parameters.
+      step: [] int32, updates made; a skipped update is not counted.
+      trainable: float32 master parameters of the trainable part.
       opt_state: the optax state, sharded like the parameters it belongs to.
       skipped: [] int32, updates left out because a loss or gradient was not finite.
       skipped_in_a_row: [] int32, those since the last update made.
     """
 
     step: Int[Array, ""]
-    params: Params
+    trainable: Tree
     opt_state: Any
     skipped: Int[Array, ""] = dataclasses.field(default_factory=lambda: jnp.zeros((), jnp.int32))
     skipped_in_a_row: Int[Array, ""] = dataclasses.field(default_factory=lambda: jnp.zeros((), jnp.int32))

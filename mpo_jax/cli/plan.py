@@ -13,8 +13,8 @@ from mpo_jax.errors import UserError
 from mpo_jax.runtime.console import console
 
 if TYPE_CHECKING:
+    from mpo_jax.stages.stage import Program
     from mpo_jax.tools.plan.measure import Measured
-    from mpo_jax.tools.plan.programs import Program
     from mpo_jax.tools.plan.targets import Target
 
 
@@ -33,8 +33,8 @@ def plan(
     """Compile every program for devices that need not be here; status 3 where one does not fit their memory."""
     # JAX reads it when it is imported: without it the compilers report every driver that is missing
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    from mpo_jax.pipeline.stages import STAGES
     from mpo_jax.tools.plan import compilers, targets
-    from mpo_jax.tools.plan.programs import STAGES
 
     resolved = read_config(config, overrides)
     stages = tuple(name.strip() for name in stage.split(",") if name.strip())
@@ -42,7 +42,7 @@ def plan(
         raise UserError(f"--stage {', '.join(sorted(unknown))}: no such stage; there are {', '.join(STAGES)}")
     target = targets.parse(on, cpu_devices=resolved.mesh.num_devices)
     compilers.prepare(target, recommended_flags=resolved.runtime.flags == "recommended")
-    fits = _fit(resolved, target) if fit else _measure(resolved, target, stages or STAGES, json)
+    fits = _fit(resolved, target) if fit else _measure(resolved, target, stages or tuple(STAGES), json)
     if not fits:
         raise typer.Exit(DOES_NOT_FIT)
 
@@ -60,7 +60,7 @@ def _measure(config: Config, target: "Target", stages: tuple[str, ...], json: Pa
         console.print(f"{peak:.3g} of {usable:.3g} GiB, {one.compile_s:.0f} s")
 
     planned = measure.prepare(config, target)
-    measured = planned.measure(planned.stages.of(stages), begin=begin, end=end)
+    measured = planned.measure(planned.programs(stages), begin=begin, end=end)
     console.print(report.memory_table(measured, planned))
     console.print(report.work_table(measured, planned))
     for line in (*report.notes(planned), report.DEFINITIONS, *report.unfit(planned.config, measured)):

@@ -9,10 +9,14 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
+from mpo_jax.config.base import Pairs
 from mpo_jax.config.interpolation import literal, refuse_resolvers
+from mpo_jax.config.old_keys import dotted, refuse_old_keys
 from mpo_jax.config.schema import TRAINED, Config
 from mpo_jax.config.suggestion import suggest
 from mpo_jax.errors import UserError
+
+COMMAND_LINE = "the command line"
 
 
 def load_config(path: str | Path | None, overrides: tuple[str, ...] = (), *, stage: str | None = None) -> Config:
@@ -30,15 +34,15 @@ def load_config(path: str | Path | None, overrides: tuple[str, ...] = (), *, sta
       UserError: naming the file and line, or the key, and what to do.
     """
     merged: Any = OmegaConf.create({}) if path is None else _read_yaml(Path(path))
-    path = path or "the command line"
+    path = path or COMMAND_LINE
     for override in overrides:
         key, equals, value = override.partition("=")
         try:
             if equals:
                 key = _whole_key(key.strip(), stage)
+                refuse_old_keys([key], COMMAND_LINE)
                 _refuse_unknown(key, "on the command line")
-                update = OmegaConf.from_dotlist([f"{key}={value}"])
-                refuse_resolvers(update, "the command line")
+                update = _checked(OmegaConf.from_dotlist([f"{key}={value}"]), COMMAND_LINE)
             else:
                 update = _read_yaml(Path(override))
             merged = OmegaConf.merge(merged, update)
@@ -74,7 +78,17 @@ def _read_yaml(path: Path) -> Any:
         raise UserError(f"cannot read {path}: {_first_line(error)}") from error
     if not OmegaConf.is_dict(loaded):
         raise UserError(f"{path}: a configuration is a mapping of keys to values, not a list")
-    refuse_resolvers(loaded, path)
+    return _checked(loaded, path)
+
+
+def _checked(loaded: Any, where: str | Path) -> Any:
+    """The container itself.
+
+    Raises:
+      UserError: if it calls a resolver, or sets a key that was renamed or removed.
+    """
+    refuse_resolvers(loaded, where)
+    refuse_old_keys(dotted(OmegaConf.to_container(loaded, resolve=False)), where)
     return loaded
 
 
@@ -99,6 +113,8 @@ def _refuse_unknown(key: str, where: str) -> None:
             known = list(fields) if fields else []
             raise UserError(f"unknown key {'.'.join(parts[: depth + 1])} {where}{suggest(part, known)}")
         kind: Any = fields[part].annotation
+        if kind == Pairs:
+            return
         # of a section that may be absent, the section
         section = next((one for one in get_args(kind) if hasattr(one, "model_fields")), kind)
 

@@ -1,11 +1,12 @@
 """Examples to fixed-shape batches: length buckets, collation, and a deterministic order.
 
 A batch is a `PromptBatch` of NumPy arrays. Batch k of a run is a function of the seed and k alone, so that resuming
-needs only the step count. Every process collates whole batches, of which sharding.place_batch takes its own devices' rows:
-ids are small, and nothing is assumed about which rows a process's devices hold.
+needs only the step count. Every process collates whole batches, of which sharding.place_batch takes its own devices'
+rows: ids are small, and nothing is assumed about which rows a process's devices hold.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, lru_cache, partial
 from typing import Any, NamedTuple
@@ -159,16 +160,19 @@ def collate(examples: Sequence[Example], widths: Widths, *, num_responses: int, 
 
 
 class Batch(NamedTuple):
-    """A training batch: its rows, their extra numbers [B E] float32, and how often each was seen before [B] uint32."""
+    """A batch of examples on the host.
 
+    Attributes:
+      number: its place in the run, from 0.
+      rows: prompts and responses; rows with a prompt length of 0 only fill the batch.
+      example: [B] the number of the row's example; -1 where the row only fills the batch.
+      epoch: [B] uint32, how often the row was seen before.
+    """
+
+    number: int
     rows: PromptBatch
-    extra: np.ndarray
+    example: np.ndarray
     epoch: np.ndarray
-
-    @property
-    def data(self) -> Any:
-        """What an objective takes: (rows, extra) where the rows have extra numbers, else the rows alone."""
-        return (self.rows, self.extra) if self.extra.shape[1] else self.rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,11 +237,11 @@ class TrainBatches:
         return np.concatenate(parts)
 
     def __getitem__(self, k: int) -> Batch:
-        chosen = [self.examples[row] for row in self._rows(k)]
-        joined = collate(chosen, self.buckets.holding(chosen), num_responses=len(chosen[0].responses))
-        extra = np.asarray([example.extra for example in chosen], np.float32).reshape(len(chosen), -1)
+        index = self._rows(k)
+        chosen = [self.examples[row] for row in index]
+        rows = collate(chosen, self.buckets.holding(chosen), num_responses=len(chosen[0].responses))
         places = k * self.batch_size + np.arange(self.batch_size)
-        return Batch(joined, extra, (places // len(self.examples)).astype(np.uint32))
+        return Batch(k, rows, index, (places // len(self.examples)).astype(np.uint32))
 
 
 def num_steps(num_examples: int, *, epochs: float, steps: int | None, batch_size: int) -> int:
@@ -270,28 +274,26 @@ def map_batches(
     if not examples:
         raise UserError("there are no rows to run a model on: the data set is empty; check its files and filters")
     places, parts = [], []
-    for rows, batch in padded_batches(examples, buckets, batch_size):
-        places.append(rows)
-        parts.append(jax.tree.map(partial(_first, len(rows)), function(batch.rows)))
+    for batch in padded_batches(examples, buckets, batch_size):
+        places.append(batch.example[batch.example >= 0])
+        parts.append(jax.tree.map(partial(_first, len(places[-1])), function(batch.rows)))
         if models is not None:
             jax.tree.map(_check_finite, models, parts[-1])
     return jax.tree.map(lambda *xs: _scatter(places, xs), *parts)
 
 
-def padded_batches(
-    examples: Sequence[Example], buckets: Buckets, batch_size: int
-) -> Iterator[tuple[np.ndarray, Batch]]:
-    """Every example once, in batches of one size: the examples' numbers, and the batch, with filler rows at its end."""
-    bucket = buckets.place(examples)
+def padded_batches(examples: Sequence[Example], buckets: Buckets, batch_size: int) -> Iterator[Batch]:
+    """Every example once, in batches of one size, filled up at the end."""
+    bucket, count = buckets.place(examples), itertools.count()
     for number, widths in enumerate(buckets.widths):
         members = np.flatnonzero(bucket == number)
         for begin in range(0, len(members), batch_size):
             rows = members[begin : begin + batch_size]
             chosen = [examples[row] for row in rows]
-            joined = collate(chosen, widths, num_responses=len(examples[0].responses), size=batch_size)
-            extra = np.zeros((batch_size, len(examples[0].extra)), np.float32)
-            extra[: len(rows)] = [example.extra for example in chosen]
-            yield rows, Batch(joined, extra, np.zeros(batch_size, np.uint32))
+            filled = collate(chosen, widths, num_responses=len(examples[0].responses), size=batch_size)
+            index = np.full(batch_size, -1)
+            index[: len(rows)] = rows
+            yield Batch(next(count), filled, index, np.zeros(batch_size, np.uint32))
 
 
 def _first(count: int, x: Any) -> np.ndarray:

@@ -2,17 +2,28 @@
 
 import dataclasses
 import hashlib
+import importlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache, lru_cache, partial
+from functools import cache, lru_cache
 from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
+from mpo_jax.config.registry import ROW_FORMATS
 from mpo_jax.config.schema import Config, DataConfig, ModelConfig, TextConfig
-from mpo_jax.data import hh, records, tldr, toy
+from mpo_jax.data import toy
 from mpo_jax.data.chat import Chat
-from mpo_jax.data.records import DataReport, Demonstration, Preference, Prompt, Renderer, is_validation
+from mpo_jax.data.records import (
+    DataReport,
+    Demonstration,
+    Preference,
+    Prompt,
+    Readers,
+    Renderer,
+    RowFormat,
+    is_validation,
+)
 from mpo_jax.data.sources import HUB, Source, fingerprint_files, open_source
 from mpo_jax.errors import UserError
 from mpo_jax.models.hf.hub import local_model
@@ -94,8 +105,8 @@ def fingerprint(config: DataConfig) -> str:
     else:
         fields = ("path", "sft_path", "test_path", "prompt_path", "test_prompt_path")
         content = {field: _fingerprint_sources(getattr(config, field)) for field in fields}
-        if config.kind == "hh":
-            content["categories"] = [_named_categories(getattr(config, field)) for field in fields]
+        if (category := _format(config.kind).category) is not None:
+            content["categories"] = [_named_categories(getattr(config, field), category) for field in fields]
         options |= {"filter", "keep_news", "max_rows"}
     content["options"] = config.model_dump(mode="json", include=options)
     return hashlib.sha256(json.dumps([config.kind, content], sort_keys=True).encode()).hexdigest()
@@ -107,9 +118,9 @@ def _fingerprint_sources(specs: tuple[str, ...]) -> list[Any]:
     return [hub, fingerprint_files(file for spec in specs for file in open_source(spec).files())]
 
 
-def _named_categories(specs: tuple[str, ...]) -> list[str | None]:
+def _named_categories(specs: tuple[str, ...], category: Callable[[str], str | None]) -> list[str | None]:
     local = (spec for spec in specs if not spec.startswith(HUB))
-    return [hh.source_category(str(file)) for spec in local for file in open_source(spec).files()]
+    return [category(str(file)) for spec in local for file in open_source(spec).files()]
 
 
 def load_corpus(config: Config) -> Corpus:
@@ -267,32 +278,14 @@ def _categories(rows: Sequence[Prompt | Preference]) -> dict[str, str]:
     return {prompt: names.pop() for prompt, names in found.items() if len(names) == 1}
 
 
-@dataclasses.dataclass(frozen=True)
-class _Readers:
-    """A kind's readers, each from a source to rows and what became of them."""
-
-    preferences: Callable[[Source], tuple[list[Preference], DataReport]]
-    demonstrations: Callable[[Source], tuple[list[Demonstration], DataReport]]
-    prompts: Callable[[Source], tuple[list[Prompt], DataReport]]
+def _format(kind: str) -> RowFormat:
+    return importlib.import_module(ROW_FORMATS[kind]).FORMAT
 
 
-def _readers(config: Config) -> _Readers:
-    data = config.data
-    turns = hh.dialogue_turns if data.kind == "hh" else records.user_turn
-    render = Renderer(cache(lambda: Chat(base_tokenizer(config))), wrap=config.text.chat, turns=turns)
-    options: Any = {"strict": data.filter == "strict", "max_rows": data.max_rows, "render": render}
-    if data.kind == "tldr":
-        return _Readers(
-            partial(tldr.read_tldr_preferences, keep_news=data.keep_news, **options),
-            partial(tldr.read_tldr_demonstrations, **options),
-            partial(tldr.read_tldr_prompts, keep_news=data.keep_news, **options),
-        )
-    demonstrations = partial(records.read_demonstrations, **options)
-    if data.kind == "hh":
-        return _Readers(partial(hh.read_hh, **options), demonstrations, partial(hh.read_hh_prompts, **options))
-    return _Readers(
-        partial(records.read_preferences, **options), demonstrations, partial(records.read_prompts, **options)
-    )
+def _readers(config: Config) -> Readers:
+    data, form = config.data, _format(config.data.kind)
+    render = Renderer(cache(lambda: Chat(base_tokenizer(config))), wrap=config.text.chat, turns=form.turns)
+    return form.readers(data, {"strict": data.filter == "strict", "max_rows": data.max_rows, "render": render})
 
 
 def _load_sources(config: Config) -> Corpus:
@@ -308,7 +301,7 @@ def _load_sources(config: Config) -> Corpus:
         pairs.append((rows, report))
         if data.sft_path:
             continue
-        if data.kind == "tldr" and tldr.has_references(source):
+        if _format(data.kind).has_references(source):
             references, own = readers.demonstrations(source)
             imitated.append((references, dataclasses.replace(own, source=f"{source.name} (references)")))
         else:

@@ -1,17 +1,23 @@
 """HH-RLHF: dialogues of `\\n\\nHuman:` and `\\n\\nAssistant:` turns, a preferred and a less preferred one a row."""
 
 import re
+from functools import partial
+from typing import Any
 
+from mpo_jax.config.schema import DataConfig
 from mpo_jax.data.chat import Message
 from mpo_jax.data.records import (
     DataReport,
     Drop,
     Preference,
     Prompt,
+    Readers,
     Renderer,
+    RowFormat,
     asked,
     collect,
     prompt_only,
+    read_demonstrations,
     row_category,
     text_field,
 )
@@ -111,3 +117,12 @@ def _fault(chosen: str, rejected: str, prompt: str) -> str | None:
 def _alternates(prompt: str) -> bool:
     markers = re.findall(f"{HUMAN}|{ASSISTANT}", prompt)
     return prompt.startswith(HUMAN) and markers == [HUMAN, ASSISTANT] * (len(markers) // 2)
+
+
+def _readers(_: DataConfig, options: dict[str, Any]) -> Readers:
+    return Readers(
+        partial(read_hh, **options), partial(read_demonstrations, **options), partial(read_hh_prompts, **options)
+    )
+
+
+FORMAT = RowFormat(_readers, turns=dialogue_turns, category=source_category)

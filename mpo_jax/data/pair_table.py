@@ -3,19 +3,28 @@
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mpo_jax.config.schema import SelectConfig
+from mpo_jax.config.registry import Subset
 from mpo_jax.errors import NothingSelected
 from mpo_jax.runtime.stage_warnings import warn
 from mpo_jax.selection import split, threshold_for_fraction
 
-Subset = Literal["all", "easy", "hard"]
 FILE = "pairs.parquet"
+
+
+class Border(Protocol):
+    """Where easy ends and hard begins: one of the two is given."""
+
+    @property
+    def threshold(self) -> float | None: ...
+
+    @property
+    def easy_fraction(self) -> float | None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,27 +77,27 @@ class PairTable:
             utility=np.asarray(list(both("utility")), np.float64).reshape(-1, 2),
         )
 
-    def threshold(self, config: SelectConfig) -> float:
+    def threshold(self, border: Border) -> float:
         """The configured threshold, or the one that gives the configured easy fraction."""
-        return _threshold(self.gap, config)
+        return _threshold(self.gap, border)
 
-    def rows(self, subset: Subset, config: SelectConfig) -> np.ndarray:
+    def rows(self, subset: Subset, border: Border) -> np.ndarray:
         """Indices of the easy, the hard or all rows. Warns where easy or hard rows are all that there are.
 
         Raises:
           NothingSelected: if there are none, with the gaps' range.
         """
-        rows = _rows(self.gap, subset, config)
+        rows = _rows(self.gap, subset, border)
         if subset != "all":
-            self.warn_if_one_sided(config)
+            self.warn_if_one_sided(border)
         return rows
 
-    def warn_if_one_sided(self, config: SelectConfig) -> None:
+    def warn_if_one_sided(self, border: Border) -> None:
         """Warns where the configured split leaves the easy or the hard side empty."""
         sides: tuple[Subset, Subset] = ("easy", "hard")
         for side in sides:
             try:
-                _rows(self.gap, side, config)
+                _rows(self.gap, side, border)
             except NothingSelected as error:
                 warn(str(error))
 
@@ -104,24 +113,24 @@ class PairTable:
         return float((signed[decided] > 0).mean()) if decided.any() else None
 
 
-def check_subsets(folder: Path, subsets: Iterable[Subset], config: SelectConfig) -> None:
+def check_subsets(folder: Path, subsets: Iterable[Subset], border: Border) -> None:
     """Raises NothingSelected if a subset of the table in `folder` is empty; reads nothing but the gaps."""
     gap_N = pq.read_table(folder / FILE, columns=["gap"])["gap"].to_numpy()
     for subset in subsets:
-        _rows(gap_N, subset, config)
+        _rows(gap_N, subset, border)
 
 
-def _threshold(gap_N: np.ndarray, config: SelectConfig) -> float:
-    if config.easy_fraction is not None:
-        return threshold_for_fraction(gap_N, config.easy_fraction)
-    assert config.threshold is not None
-    return config.threshold
+def _threshold(gap_N: np.ndarray, border: Border) -> float:
+    if border.easy_fraction is not None:
+        return threshold_for_fraction(gap_N, border.easy_fraction)
+    assert border.threshold is not None
+    return border.threshold
 
 
-def _rows(gap_N: np.ndarray, subset: Subset, config: SelectConfig) -> np.ndarray:
+def _rows(gap_N: np.ndarray, subset: Subset, border: Border) -> np.ndarray:
     if subset == "all":
         return np.arange(len(gap_N))
-    threshold = _threshold(gap_N, config)
+    threshold = _threshold(gap_N, border)
     easy_N = np.asarray(split(gap_N, threshold))
     rows = np.flatnonzero(easy_N if subset == "easy" else ~easy_N)
     if not len(rows):

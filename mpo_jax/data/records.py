@@ -5,8 +5,10 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
+from mpo_jax.config.schema import DataConfig
 from mpo_jax.data.chat import Chat, Message
 from mpo_jax.data.sources import Row, Source
 from mpo_jax.errors import UserError
@@ -132,6 +134,32 @@ class Renderer:
             return chat.prompt(prompt), [chat.response(prompt, reply) for reply in replies]
         except UserError as error:
             raise UserError(f"{place}: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Readers:
+    """Of one format, each from a source to its rows and what became of them."""
+
+    preferences: "Callable[[Source], tuple[list[Preference], DataReport]]"
+    demonstrations: "Callable[[Source], tuple[list[Demonstration], DataReport]]"
+    prompts: "Callable[[Source], tuple[list[Prompt], DataReport]]"
+
+
+@dataclasses.dataclass(frozen=True)
+class RowFormat:
+    """A layout of rows; `data.kind` names one by `mpo_jax.config.registry.ROW_FORMATS`.
+
+    Attributes:
+      readers: (data section, options of all readers: strict, max_rows, render) -> its readers.
+      turns: the turns that a plain prompt stands for, in a chat.
+      has_references: whether preference rows of a source hold demonstrations beside the pairs.
+      category: the category that a source's name says, where its name counts for its rows.
+    """
+
+    readers: Callable[[DataConfig, dict[str, Any]], Readers]
+    turns: Callable[[str], list[Message]] = user_turn
+    has_references: Callable[[Source], bool] = lambda _: False
+    category: Callable[[str], str | None] | None = None
 
 
 def read_preferences(
@@ -355,3 +383,11 @@ def _drop_empty(prompt: str | list[Message], replies: Sequence[str], strict: boo
         raise Drop("empty prompt")
     if strict and not all(reply.strip() for reply in replies):
         raise Drop("empty response")
+
+
+def _readers(_: DataConfig, options: dict[str, Any]) -> Readers:
+    bind = lambda reader: partial(reader, **options)  # noqa: E731
+    return Readers(bind(read_preferences), bind(read_demonstrations), bind(read_prompts))
+
+
+FORMAT = RowFormat(_readers)

@@ -15,14 +15,19 @@ the subreddit.
 
 import re
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
+from mpo_jax.config.schema import DataConfig
 from mpo_jax.data.records import (
     DataReport,
     Demonstration,
     Drop,
     Preference,
     Prompt,
+    Readers,
     Renderer,
+    RowFormat,
     collect,
     demonstration,
     one_line,
@@ -186,3 +191,14 @@ def _end_in_query(query: str, chosen: str, rejected: str) -> tuple[str, str, str
 
 def _spaced(summary: str) -> str:
     return " " + summary.lstrip()
+
+
+def _readers(data: DataConfig, options: dict[str, Any]) -> Readers:
+    return Readers(
+        partial(read_tldr_preferences, keep_news=data.keep_news, **options),
+        partial(read_tldr_demonstrations, **options),
+        partial(read_tldr_prompts, keep_news=data.keep_news, **options),
+    )
+
+
+FORMAT = RowFormat(_readers, has_references=has_references)

@@ -28,7 +28,7 @@ Row = tuple[str, tuple[str, ...]]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Example:
-    """A tokenized prompt with its responses, and extra numbers that travel with the row.
+    """A tokenized prompt with its responses.
 
     Attributes:
       visit: how many rows before this one have the same prompt, where rows are sampled from (see `number_visits`).
@@ -36,7 +36,6 @@ class Example:
 
     prompt: Ids
     responses: Sequence[Ids]
-    extra: tuple[float, ...] = ()
     visit: int = 0
 
     @property

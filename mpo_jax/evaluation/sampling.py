@@ -1,45 +1,47 @@
-"""A model's answers to prompts, drawn as evaluation draws them."""
+"""A model's answers to prompts: the one place where prompts go through a model with rows refilled."""
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from mpo_jax.config.schema import Config
 from mpo_jax.data.batches import Buckets
 from mpo_jax.data.text import TextCodec
-from mpo_jax.data.tokens import tokenize
+from mpo_jax.data.tokens import Example, tokenize
 from mpo_jax.models.forward import Model
 from mpo_jax.models.generate import Sampling
-from mpo_jax.training.refill import sample_all
+from mpo_jax.training.refill import Samples, sample_all
 from mpo_jax.types import Params
 
+Progress = Callable[[int, Mapping[str, Any]], Any]
+"""Called with how many prompts are done, and with tokens and the rate of ends since the call before."""
 
-def sample_texts(
+
+def sample_examples(
     model: Model,
     params: Params,
+    examples: Sequence[Example],
     codec: TextCodec,
-    config: Config,
-    mesh: Mesh,
-    prompts: Sequence[str],
     *,
     sampling: Sampling,
     key: jax.Array,
-    name: str,
-    tell: Callable[[int, Mapping[str, Any]], Any] | None = None,
-) -> tuple[list[str], int]:
-    """One response to each rendered prompt, `evaluate.batch_size` at a time, and how many prompts were cut to fit.
+    batch_size: int,
+    mesh: Mesh,
+    name: str = "the model",
+    progress: Progress | None = None,
+) -> Samples:
+    """`sampling.num_samples` samples of every tokenized prompt; one depends on prompt, key and its number alone.
 
-    A response depends on its prompt, the key and the model alone. To be called under the mesh.
+    To be called under the mesh.
 
     Args:
+      batch_size: prompts at a time.
       name: what the user calls the model, for messages.
     """
-    rows = [(prompt, ()) for prompt in prompts]
-    examples, report = tokenize(codec, rows, cache=config.runtime.token_cache_folder)
-    found = sample_all(
+    return sample_all(
         model,
         params,
         examples,
@@ -47,11 +49,38 @@ def sample_texts(
         eos_id=codec.eos_id,
         allowed_V=jnp.asarray(codec.allowed(model.decoder.vocab_size)),
         key=key,
-        buckets=Buckets.of(examples, config.text.length_buckets),
-        batch_size=config.evaluate.batch_size,
+        buckets=Buckets.of(examples, codec.config.length_buckets),
+        batch_size=batch_size,
         mesh=mesh,
         name=name,
-        tell=tell,
+        progress=progress,
     )
+
+
+def sample_texts(
+    model: Model,
+    params: Params,
+    codec: TextCodec,
+    prompts: Sequence[str],
+    *,
+    sampling: Sampling,
+    key: jax.Array,
+    batch_size: int,
+    mesh: Mesh,
+    cache: Path | None = None,
+    name: str = "the model",
+    progress: Progress | None = None,
+) -> tuple[list[str], int]:
+    """One response to each rendered prompt, and how many prompts were cut to fit. To be called under the mesh.
+
+    Args:
+      cache: folder of tokenized rows.
+      name: what the user calls the model, for messages.
+    """
+    examples, report = tokenize(codec, [(prompt, ()) for prompt in prompts], cache=cache)
+    found = sample_examples(
+        model, params, examples, codec, sampling=sampling, key=key, batch_size=batch_size, mesh=mesh, name=name,
+        progress=progress,
+    )  # fmt: skip
     ids, length = found.ids[:, 0], found.length[:, 0]
     return [codec.decode(row[:n]) for row, n in zip(ids, length, strict=True)], report.truncated_prompts

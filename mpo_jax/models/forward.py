@@ -21,7 +21,7 @@ from mpo_jax.models import attention
 from mpo_jax.models.decoder import FLOAT32, PARAM_AXES, Block, DecoderConfig, Trunk, ValueHead, fuse, rope_tables
 from mpo_jax.runtime.sharding import BATCH_AXES, constrain, replicated, shardings_for
 from mpo_jax.selection import make_pair_scorer
-from mpo_jax.types import Head, Params, PromptBatch, Tokens
+from mpo_jax.types import Head, Params, PromptBatch, Tokens, Tree, merge
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Model:
     logit_chunk: int = 1024
 
 
-def init_params(config: DecoderConfig, key: Array) -> Params:
+def init_params(config: DecoderConfig, key: Array) -> Tree:
     """Fresh float32 parameters, normal with `init_std`, residual outputs scaled by 1 / sqrt(2 L)."""
     trunk_key, layers_key = jax.random.split(key)
     trunk = nnx.to_pure_dict(nnx.state(Trunk(config, rngs=nnx.Rngs(params=trunk_key)), nnx.Param))
@@ -54,19 +54,19 @@ def init_params(config: DecoderConfig, key: Array) -> Params:
     return {**trunk, "layers": jax.vmap(init_layer)(jax.random.split(layers_key, config.num_layers))}
 
 
-def with_score_head(params: Params, config: DecoderConfig) -> Params:
+def with_score_head(params: Tree, config: DecoderConfig) -> Tree:
     """A reward model or critic from a language model: the same trunk without its head, plus a zero value head."""
     trunk = {name: leaf for name, leaf in params.items() if name != "head"}
     return {**trunk, "score": nnx.to_pure_dict(nnx.state(ValueHead(config), nnx.Param))}
 
 
-def abstract_params(config: DecoderConfig, *, head: Head = "lm") -> Params:
+def abstract_params(config: DecoderConfig, *, head: Head = "lm") -> Tree:
     """Shapes and types of the parameters, without making any."""
     params = jax.eval_shape(partial(init_params, config), jax.random.key(0))
     return jax.eval_shape(partial(with_score_head, config=config), params) if head == "value" else params
 
 
-def param_shardings(params: Params, mesh: Mesh) -> Any:
+def param_shardings(params: Tree, mesh: Mesh) -> Any:
     """NamedShardings of a parameter tree (arrays or shapes) by the one table of logical axes."""
     axes = {path: PARAM_AXES[".".join(path)] for path in flatten_dict(params)}
     return shardings_for(unflatten_dict(axes), params, mesh)
@@ -86,18 +86,18 @@ def _graphs(config: DecoderConfig) -> tuple[Any, Any, Any, Any]:
     return nnx.graphdef(trunk), nnx.graphdef(block), nnx.graphdef(score), nnx.graphdef(fused)
 
 
-def _trunk(model: Model, params: Params) -> Trunk:
+def _trunk(model: Model, params: Tree) -> Trunk:
     names = ("embedding", "norm") if model.decoder.tie_embeddings else ("embedding", "norm", "head")
     # a model with a value head has no language-model head; an empty stand-in keeps one graph definition for both
     parts = {name: params.get(name, jnp.zeros((0, 0))) for name in names}
     return nnx.merge(_graphs(model.decoder)[0], parts)
 
 
-def _block(model: Model, layer_params: Params) -> Block:
+def _block(model: Model, layer_params: Tree) -> Block:
     return nnx.merge(_graphs(model.decoder)[1], layer_params)
 
 
-def for_decoding(model: Model, params: Params) -> Params:
+def for_decoding(model: Model, params: Tree) -> Tree:
     """The parameters in the arithmetic's type and whole along `fsdp`, layers one by one and fused, the head a matrix.
 
     Made once for a sampling phase: as training lays them out, every token would gather, cast and cut them anew.
@@ -110,7 +110,7 @@ def for_decoding(model: Model, params: Params) -> Params:
         return constrain(cast, *PARAM_AXES[name], without="fsdp")
 
     flat: dict[Any, Any] = flatten_dict(params)
-    whole: Params = unflatten_dict({path: gather(path, leaf) for path, leaf in flat.items()})
+    whole: Tree = unflatten_dict({path: gather(path, leaf) for path, leaf in flat.items()})
     layers = [fuse(jax.tree.map(itemgetter(i), whole["layers"])) for i in range(model.decoder.num_layers)]
     return {**whole, "head": head_matrix(model, whole), "layers": layers}
 
@@ -197,19 +197,19 @@ def visible_slots(
     return visible_BT & (ends_B1 + slot - position_BT < model.decoder.sliding_window)
 
 
-def hidden_states(model: Model, params: Params, tokens: Tokens) -> Float[Array, "B T D"]:
+def hidden_states(model: Model, params: Tree, tokens: Tokens) -> Float[Array, "B T D"]:
     """Final hidden states after the last norm, of the model's dtype."""
     return _run_layers(model, params, tokens, keep_cache=False)[0]
 
 
-def prefill(model: Model, params: Params, tokens: Tokens) -> tuple[Array, Caches]:
+def prefill(model: Model, params: Tree, tokens: Tokens) -> tuple[Array, Caches]:
     """Hidden states, and every layer's keys and values, each [B G T K]."""
     hidden, caches = _run_layers(model, params, tokens, keep_cache=True)
     key, value = (rearrange(x, "l b t g k -> l b g t k") for x in caches)
     return hidden, tuple((key[i], value[i]) for i in range(model.decoder.num_layers))
 
 
-def _run_layers(model: Model, params: Params, tokens: Tokens, *, keep_cache: bool) -> tuple[Array, Any]:
+def _run_layers(model: Model, params: Tree, tokens: Tokens, *, keep_cache: bool) -> tuple[Array, Any]:
     trunk = _trunk(model, params)
     x = constrain(trunk.embed(tokens.ids, jnp.dtype(model.dtype)), "batch", None, None)
     cos, sin = rope_tables(model.decoder, tokens.position)
@@ -233,7 +233,7 @@ def _run_layers(model: Model, params: Params, tokens: Tokens, *, keep_cache: boo
 
 def decode_step(
     model: Model,
-    weights: Params,
+    weights: Tree,
     ids_B: Int[Array, " B"],
     position_B: Int[Array, " B"],
     stored: Caches,
@@ -260,7 +260,7 @@ def decode_step(
     return trunk.norm(x)[:, 0], tuple(written)
 
 
-def head_matrix(model: Model, params: Params) -> Float[Array, "D V"]:
+def head_matrix(model: Model, params: Tree) -> Float[Array, "D V"]:
     """The language-model head; the embedding's transpose where it is tied."""
     return params["embedding"].T if model.decoder.tie_embeddings else params["head"]
 
@@ -279,7 +279,7 @@ def logits_from_hidden(
     return jnp.where(allowed_V[None, None], logits, jnp.finfo(jnp.float32).min)
 
 
-def logits(model: Model, params: Params, tokens: Tokens) -> Float[Array, "B T V"]:
+def logits(model: Model, params: Tree, tokens: Tokens) -> Float[Array, "B T V"]:
     """All next-token logits; for tests and small inputs, since training never holds [B T V]."""
     hidden = hidden_states(model, params, tokens)
     return logits_from_hidden(model, hidden, head_matrix(model, params), temperature=1.0, allowed_V=None)
@@ -287,7 +287,7 @@ def logits(model: Model, params: Params, tokens: Tokens) -> Float[Array, "B T V"
 
 def token_logp(
     model: Model,
-    params: Params,
+    params: Tree,
     tokens: Tokens,
     *,
     temperature: float = 1.0,
@@ -330,7 +330,7 @@ def token_logp(
     return jnp.where(mask_BS, logp, 0.0), jnp.where(mask_BS, entropy, 0.0)
 
 
-def scores(model: Model, params: Params, tokens: Tokens) -> Float[Array, "B T"]:
+def scores(model: Model, params: Tree, tokens: Tokens) -> Float[Array, "B T"]:
     """The value head at every token, float32: a reward model's score or a critic's value after that token."""
     head = nnx.merge(_graphs(model.decoder)[2], params["score"])
     return head(hidden_states(model, params, tokens))
@@ -355,7 +355,7 @@ def response_sums(x_BS: Float[Array, "B S"], num_responses: int) -> Float[Array,
     return rearrange(x_BS, "b (n s) -> b n s", n=num_responses).sum(-1)
 
 
-def response_logps(model: Model, params: Params, joined: PromptBatch) -> Float[Array, "B N"]:
+def response_logps(model: Model, params: Tree, joined: PromptBatch) -> Float[Array, "B N"]:
     """Each response's summed log-probability in nats, EOS included."""
     logp_BS, _ = token_logp(model, params, join(joined))
     return response_sums(logp_BS, joined.response.shape[1])
@@ -364,15 +364,20 @@ def response_logps(model: Model, params: Params, joined: PromptBatch) -> Float[A
 @lru_cache
 def make_response_logps(model: Model, mesh: Mesh) -> Any:
     """A jitted (params, batch) -> summed log-probabilities [B N]."""
-    return jax.jit(partial(response_logps, model), out_shardings=replicated(mesh))
+
+    def logps(params: Params, batch: PromptBatch) -> Float[Array, "B N"]:
+        return response_logps(model, merge(params), batch)
+
+    return jax.jit(logps, out_shardings=replicated(mesh))
 
 
 @lru_cache
 def make_score_pairs(model: Model, mesh: Mesh) -> Any:
     """The batched vmap scoring pass: jitted (params, batch) -> raw scores [B N] of every prompt's responses."""
 
-    def score_row(params: Params, row: PromptBatch) -> Float[Array, " N"]:
+    def score_row(tree: Tree, row: PromptBatch) -> Float[Array, " N"]:
         batch = jax.tree.map(lambda x: x[None], row)
-        return response_scores(scores(model, params, join(batch)), batch)[0]
+        return response_scores(scores(model, tree, join(batch)), batch)[0]
 
-    return jax.jit(make_pair_scorer(score_row, spmd_axis_name=BATCH_AXES), out_shardings=replicated(mesh))
+    score_pairs = make_pair_scorer(score_row, spmd_axis_name=BATCH_AXES)
+    return jax.jit(lambda params, batch: score_pairs(merge(params), batch), out_shardings=replicated(mesh))

@@ -5,7 +5,7 @@ seed and index alone: not on batch size, order or devices.
 """
 
 import dataclasses
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from mpo_jax.models import forward
 from mpo_jax.models.forward import Caches, Model
 from mpo_jax.runtime.sharding import batch_sharding, constrain, spec_for
-from mpo_jax.types import Params, PromptBatch
+from mpo_jax.types import Params, PromptBatch, Tree, merge
 
 BLOCK = 128
 BISECTIONS = 30
@@ -89,7 +89,7 @@ def choose(logits_BV: Float[Array, "B V"], u_B: Float[Array, " B"], sampling: Sa
 
 
 def prefill(
-    model: Model, params: Params, prompts: PromptBatch, *, num_samples: int, room: int
+    model: Model, params: Tree, prompts: PromptBatch, *, num_samples: int, room: int
 ) -> tuple[Float[Array, "B D"], Caches]:
     """The hidden state that predicts each first token, and caches [B*N G P+room K]."""
     B = prompts.prompt.shape[0]
@@ -175,15 +175,16 @@ class Decoder:
           index_B: tells apart repeated visits of a prompt: sample n of visit i draws from sample index i N + n.
         """
         N = self.sampling.num_samples
-        hidden_BD, caches = prefill(self.model, params, prompts, num_samples=N, room=self.room)
+        tree = merge(params)
+        hidden_BD, caches = prefill(self.model, tree, prompts, num_samples=N, room=self.room)
         lengths = jnp.repeat(prompts.prompt_len, N)
         empty = jnp.zeros((len(lengths), self.sampling.max_new_tokens), jnp.int32)
         keys = row_keys(prompts, key, index_B, N)
         finite = jnp.ones_like(lengths, bool)
         state = Decoding(empty, jnp.zeros_like(lengths), lengths == 0, finite, lengths, keys, caches)
-        return self._draw(state, forward.head_matrix(self.model, params), hidden_BD, allowed_V)
+        return self._draw(state, forward.head_matrix(self.model, tree), hidden_BD, allowed_V)
 
-    def advance(self, weights: Params, state: Decoding, allowed_V: Bool[Array, " V"] | None) -> Decoding:
+    def advance(self, weights: Tree, state: Decoding, allowed_V: Bool[Array, " V"] | None) -> Decoding:
         """Draws a chunk of tokens, or fewer where all rows end before.
 
         Args:
@@ -280,7 +281,7 @@ class Generate:
 @lru_cache
 def make_for_decoding(model: Model) -> Any:
     """The jitted `forward.for_decoding`."""
-    return jax.jit(partial(forward.for_decoding, model))
+    return jax.jit(lambda params: forward.for_decoding(model, merge(params)))
 
 
 @lru_cache

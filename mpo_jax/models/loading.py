@@ -2,19 +2,21 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import jax
 from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerBase
 
-from mpo_jax.config.schema import Config
-from mpo_jax.data.text import TextCodec
+from mpo_jax import types
+from mpo_jax.config.schema import ArchitectureConfig, ModelConfig, TextConfig
 from mpo_jax.errors import UserError
 from mpo_jax.models import forward
 from mpo_jax.models.decoder import DecoderConfig
 from mpo_jax.models.forward import Model
 from mpo_jax.models.hf import families, weights
 from mpo_jax.models.hf.hub import local_model
-from mpo_jax.runtime.machine import attention, compute_dtype, frozen_dtype
+from mpo_jax.runtime import machine
 from mpo_jax.types import Head, Params
 
 VOCAB_MULTIPLE = 8
@@ -49,71 +51,112 @@ def open_model(path: str | Path) -> Source:
     return Source(families.read_config(local), weights.SafetensorsFolder(local))
 
 
-def describe(decoder: DecoderConfig, config: Config) -> Model:
-    """The static side of a model under this configuration.
+@dataclass(frozen=True)
+class Options:
+    """How a model's arithmetic runs and is stored.
 
-    Raises:
-      UserError: if prompt and response together do not fit the model's positions.
+    Attributes:
+      dtype: of the arithmetic.
+      frozen_dtype: of the parameters of a model that does not train; None: that of the arithmetic.
+      remat: what the backward pass computes again.
+      attention: over whole rows.
+      logit_chunk: tokens a device whose logits exist at one time.
     """
-    length = config.text.max_prompt_tokens + config.text.max_response_tokens
+
+    dtype: str = "float32"
+    frozen_dtype: str | None = None
+    remat: Literal["none", "dots", "full"] = "none"
+    attention: str = "blocked"
+    logit_chunk: int = 1024
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> "Options":
+        """A configuration's, `auto` resolved on this machine."""
+        return cls(
+            dtype=machine.compute_dtype(config),
+            frozen_dtype=machine.frozen_dtype(config),
+            remat=config.remat,
+            attention=machine.attention(config),
+            logit_chunk=config.logit_chunk,
+        )
+
+    def model(self, decoder: DecoderConfig, mesh: Mesh) -> Model:
+        """The static side of a model of these sizes."""
+        return Model(
+            decoder=decoder,
+            dtype=self.dtype,
+            remat=self.remat,
+            attention=self.attention,
+            # counted a device here, and of the whole batch in the model
+            logit_chunk=self.logit_chunk * mesh.shape["data"] * mesh.shape["fsdp"],
+        )
+
+
+def check_positions(decoder: DecoderConfig, text: TextConfig) -> None:
+    """Raises UserError if prompt and response together do not fit the model's positions."""
+    length = text.max_prompt_tokens + text.max_response_tokens
     if length > decoder.max_positions:
         raise UserError(
-            f"text.max_prompt_tokens={config.text.max_prompt_tokens} + text.max_response_tokens="
-            f"{config.text.max_response_tokens} = {length}, but the model has {decoder.max_positions} positions: "
-            "lower them"
+            f"text.max_prompt_tokens={text.max_prompt_tokens} + text.max_response_tokens="
+            f"{text.max_response_tokens} = {length}, but the model has {decoder.max_positions} positions: lower them"
         )
-    return Model(
-        decoder=decoder,
-        dtype=compute_dtype(config.model),
-        remat=config.model.remat,
-        attention=attention(config.model),
-        # the config counts tokens a device, the model counts the batch's
-        logit_chunk=config.model.logit_chunk * config.mesh.batch_shards,
-    )
 
 
-def check_vocabulary(codec: TextCodec, decoder: DecoderConfig, folder: str | Path) -> None:
-    """Raises UserError where the tokenizer has ids beyond the embedding, or far fewer than it has rows."""
-    if codec.vocab_size > decoder.vocab_size:
+def check_vocabulary(num_ids: int, decoder: DecoderConfig, folder: str | Path) -> None:
+    """Raises UserError where the tokenizer has ids beyond the embedding, or far fewer than it has rows.
+
+    Args:
+      num_ids: the tokenizer's largest id plus one.
+    """
+    if num_ids > decoder.vocab_size:
         raise UserError(
-            f"{folder}: the tokenizer has {codec.vocab_size} ids, but the embedding has {decoder.vocab_size} rows "
+            f"{folder}: the tokenizer has {num_ids} ids, but the embedding has {decoder.vocab_size} rows "
             "(vocab_size in config.json): the tokenizer belongs to another model"
         )
-    if decoder.vocab_size - codec.vocab_size > max(SPARE_ROWS, decoder.vocab_size // 8):
+    if decoder.vocab_size - num_ids > max(SPARE_ROWS, decoder.vocab_size // 8):
         raise UserError(
-            f"{folder}: the tokenizer has only {codec.vocab_size} ids, but the embedding has {decoder.vocab_size} rows "
+            f"{folder}: the tokenizer has only {num_ids} ids, but the embedding has {decoder.vocab_size} rows "
             "(vocab_size in config.json): the tokenizer belongs to another model"
         )
 
 
 def load(
-    path: str | Path, config: Config, mesh: Mesh, *, head: Head = "lm", frozen: bool = False
+    path: str | Path,
+    options: Options,
+    mesh: Mesh,
+    *,
+    text: TextConfig | None = None,
+    head: Head = "lm",
+    frozen: bool = False,
 ) -> tuple[Model, Params]:
-    """A model from disk: float32 master parameters, or `model.frozen_dtype` for one that will not train."""
+    """A model from disk: float32 master parameters that train, or frozen ones of the frozen type.
+
+    Args:
+      text: limits that must fit the model's positions.
+
+    Raises:
+      UserError: nothing there, a broken file, another head, or an architecture that is not supported.
+    """
     source = open_model(path)
-    dtype = frozen_dtype(config.model) if frozen else "float32"
-    model = describe(source.decoder, config)
-    return model, weights.load_params(source.tensors, source.decoder, mesh, head=head, dtype=dtype)
+    if text is not None:
+        check_positions(source.decoder, text)
+    dtype = (options.frozen_dtype or options.dtype) if frozen else "float32"
+    tree = weights.load_params(source.tensors, source.decoder, mesh, head=head, dtype=dtype)
+    return options.model(source.decoder, mesh), types.frozen(tree) if frozen else types.trainable(tree)
 
 
-def load_base(config: Config, codec: TextCodec, mesh: Mesh, key: jax.Array) -> tuple[Model, Params]:
-    """The model that everything starts from: the checkpoint at model.path, or fresh parameters drawn from `key`."""
-    if config.model.path is not None:
-        check_vocabulary(codec, open_model(config.model.path).decoder, config.model.path)
-        return load(config.model.path, config, mesh)
-    decoder = scratch_sizes(config, codec.vocab_size)
+def init(decoder: DecoderConfig, mesh: Mesh, key: jax.Array) -> Params:
+    """Fresh parameters drawn from `key`, placed on the mesh."""
     shardings = forward.param_shardings(forward.abstract_params(decoder), mesh)
-    init = jax.jit(lambda key: forward.init_params(decoder, key), out_shardings=shardings)
-    return describe(decoder, config), init(key)
+    return types.trainable(jax.jit(lambda key: forward.init_params(decoder, key), out_shardings=shardings)(key))
 
 
-def scratch_sizes(config: Config, num_ids: int) -> DecoderConfig:
+def scratch_sizes(sizes: ArchitectureConfig, num_ids: int) -> DecoderConfig:
     """The sizes of a model from scratch whose tokenizer has `num_ids` ids.
 
     Raises:
       UserError: if the heads do not divide.
     """
-    sizes = config.model.architecture
     if sizes.num_heads % sizes.num_kv_heads:
         raise UserError(
             f"model.architecture.num_heads={sizes.num_heads} is no multiple of num_kv_heads={sizes.num_kv_heads}"
@@ -123,23 +166,27 @@ def scratch_sizes(config: Config, num_ids: int) -> DecoderConfig:
 
 
 def with_value_head(model: Model, params: Params, mesh: Mesh) -> Params:
-    """A reward model's starting point from a language model's parameters: the same trunk and a zero value head."""
+    """A reward model's starting point from a language model that trains: the same trunk and a zero value head."""
     shardings = forward.param_shardings(forward.abstract_params(model.decoder, head="value"), mesh)
-    return jax.jit(lambda p: forward.with_score_head(p, model.decoder), out_shardings=shardings)(params)
+    add = jax.jit(lambda tree: forward.with_score_head(tree, model.decoder), out_shardings=shardings)
+    return types.trainable(add(types.merge(params)))
 
 
-def save(folder: Path, model: Model, params: Params, codec: TextCodec, *, dtype: str = "float32") -> None:
+def save(
+    folder: Path, model: Model, params: Params, tokenizer: PreTrainedTokenizerBase, *, dtype: str = "float32"
+) -> None:
     """Writes a Hugging Face folder: config.json, safetensors files and the tokenizer's files."""
-    weights.save_params(folder, params, model.decoder, dtype=dtype)
-    save_description(folder, model, codec, head="value" if "score" in params else "lm", dtype=dtype)
+    tree = types.merge(params)
+    weights.save_params(folder, tree, model.decoder, dtype=dtype)
+    save_description(folder, model, tokenizer, head="value" if "score" in tree else "lm", dtype=dtype)
 
 
 def save_description(
-    folder: Path, model: Model, codec: TextCodec, *, head: Head = "lm", dtype: str = "float32"
+    folder: Path, model: Model, tokenizer: PreTrainedTokenizerBase, *, head: Head = "lm", dtype: str = "float32"
 ) -> None:
     """All of a model's folder but the weights, so that `mpo export` can read the checkpoints of unfinished training."""
     if jax.process_index() != 0:
         return
-    special = {"eos_id": codec.eos_id, "bos_id": codec.special("bos"), "pad_id": codec.special("pad")}
-    families.save_config(folder, model.decoder, head=head, dtype=dtype, **special)
-    codec.save(folder)
+    ids = {f"{name}_id": getattr(tokenizer, f"{name}_token_id") for name in ("eos", "bos", "pad")}
+    families.save_config(folder, model.decoder, head=head, dtype=dtype, **ids)
+    tokenizer.save_pretrained(folder)

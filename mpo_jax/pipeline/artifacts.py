@@ -1,7 +1,6 @@
 """Finished stages on disk: folders named by content, published by rename, reused when they exist."""
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -16,6 +15,7 @@ from mpo_jax import __version__
 from mpo_jax.config.load import load_config
 from mpo_jax.errors import UserError
 from mpo_jax.pipeline.bucket import CHECKPOINTS, Bucket, stage_place
+from mpo_jax.pipeline.recipe import RECIPE, artifact_name
 from mpo_jax.runtime.console import console
 from mpo_jax.runtime.files import write_json
 from mpo_jax.runtime.processes import agree, is_main, wait
@@ -23,41 +23,14 @@ from mpo_jax.runtime.progress import Overall
 from mpo_jax.runtime.stage_warnings import collect_warnings
 from mpo_jax.types import Artifact
 
-FORMAT = 4
-"""Raise it when what a stage computes or writes changes: artifacts of another format are not reused."""
-
-RECIPE = "recipe.json"
-"""In an unfinished stage's folder: what it is made from. The manifest of a finished one says the same."""
-
-
-def make_recipe(stage: str, settings: Mapping[str, Any], parents: Mapping[str, Artifact]) -> dict[str, Any]:
-    """All that a stage's result depends on."""
-    return {
-        "format": FORMAT,
-        "stage": stage,
-        "settings": settings,
-        "parents": {role: parent.id for role, parent in parents.items()},
-    }
-
-
-def artifact_name(recipe: Mapping[str, Any]) -> str:
-    """`<stage>-<hash>`: the folder of what this recipe makes."""
-    return f"{recipe['stage']}-{hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]}"
-
 
 class Builder(Protocol):
     """What a pipeline asks for its stages. `makes`: whether they are made, or only named."""
 
     makes: bool
 
-    def build(
-        self,
-        stage: str,
-        settings: Mapping[str, Any],
-        parents: Mapping[str, Artifact],
-        run: Callable[[Path], Mapping[str, Any]],
-    ) -> Artifact:
-        """The artifact of a stage with these settings and parents, which `run(folder)` makes."""
+    def build(self, recipe: Mapping[str, Any], run: Callable[[Path], Mapping[str, Any]]) -> Artifact:
+        """The artifact of this recipe, which `run(folder)` makes."""
         ...
 
 
@@ -93,19 +66,12 @@ class Store:
         self.made: list[str] = []
         self.reused: list[str] = []
 
-    def build(
-        self,
-        stage: str,
-        settings: Mapping[str, Any],
-        parents: Mapping[str, Artifact],
-        run: Callable[[Path], Mapping[str, Any]],
-    ) -> Artifact:
-        """The artifact of a stage with these settings and parents: the stored one, or what `run(folder)` makes now.
+    def build(self, recipe: Mapping[str, Any], run: Callable[[Path], Mapping[str, Any]]) -> Artifact:
+        """The artifact of this recipe: the stored one, or what `run(folder)` makes now.
 
         `run` works in a hidden folder, resumes from whatever an earlier, killed run left there, and returns a summary
         for the manifest. The folder gets its real name only when all is written.
         """
-        recipe = make_recipe(stage, settings, parents)
         name = artifact_name(recipe)
         final = self.folder / name
         partial = _partial(final)

@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import os
 from collections.abc import Mapping
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,26 +12,20 @@ import jax
 from jax.sharding import Mesh
 
 from mpo_jax.config.load import to_yaml
-from mpo_jax.config.schema import EVAL, Config
-from mpo_jax.data import corpus, pair_table
+from mpo_jax.config.registry import EXPERIMENTS, Step
+from mpo_jax.config.schema import Config
+from mpo_jax.data import pair_table
 from mpo_jax.errors import UserError
 from mpo_jax.pipeline.artifacts import Builder
-from mpo_jax.pipeline.experiments import EXPERIMENTS, Step, Variant
+from mpo_jax.pipeline.experiments import Variant
+from mpo_jax.pipeline.recipe import make_recipe
+from mpo_jax.pipeline.stages import STAGES, stage_context, stage_settings
 from mpo_jax.runtime import machine
 from mpo_jax.runtime.files import write_json
 from mpo_jax.runtime.processes import is_main
 from mpo_jax.runtime.sharding import make_mesh
-from mpo_jax.stages import dpo, evaluate, ppo, reward, select, sft
+from mpo_jax.stages.context import Inputs
 from mpo_jax.types import Artifact
-
-BOOKKEEPING = (
-    "log_every", "checkpoint_every", "keep_checkpoints", "eval_every", "eval_rows", "best_metric", "best_mode",
-    "stop_after_skipped",
-)  # fmt: skip
-"""Keys of a train section that change no result: how often to log, what to save, when to give up."""
-
-CHOICE = ("best_metric", "best_mode")
-"""Those that do where a best state is exported, with those that say which states are compared, and by what."""
 
 StageName = Literal["sft", "reward", "select", "dpo", "ppo", "evaluate"]
 
@@ -50,7 +44,9 @@ class Pipeline:
     def __init__(self, config: Config, store: Builder):
         self.config = config
         self.store = store
-        self._data = {"fingerprint": corpus.fingerprint(config.data)}
+        self.inputs = Inputs(config)
+        # a source that is missing is known before anything is made
+        self._data = {"fingerprint": self.inputs.fingerprints["data"]}
 
     @cached_property
     def mesh(self) -> Mesh:
@@ -58,18 +54,13 @@ class Pipeline:
         return make_mesh(self.config.mesh)
 
     def sft(self) -> Artifact:
-        return self._build("sft", sft.run, {}, {"text", "sft"}, self._base())
+        return self._build("sft", {})
 
     def reward(self, sft: Artifact) -> Artifact:
-        path = self.config.reward.path
-        finished = {"reward_model": corpus.fingerprint_model(path)} if path else {}
-        return self._build("reward", reward.run, {"sft": sft}, {"text", "reward"}, {**self._base(), **finished})
+        return self._build("reward", {"sft": sft})
 
     def select(self, sft: Artifact, reward: Artifact) -> Artifact:
-        settings = self.config.select.model_dump(mode="json", exclude={"threshold", "easy_fraction"})
-        return self._build(
-            "select", select.run, {"sft": sft, "reward": reward}, {"text"}, {"select": settings, **self._data}
-        )
+        return self._build("select", {"sft": sft, "reward": reward})
 
     def selected(self, steps: tuple[Step, ...], sft: Artifact, reward: Artifact) -> Artifact:
         """The selection, from which every one of the steps has something to learn.
@@ -87,21 +78,12 @@ class Pipeline:
         parents = {"init": init, "reference": sft if step.reference == "sft" else init}
         if step.needs_selection:
             parents["pairs"] = self.select(sft, reward)
-        extra: dict[str, Any] = {"subset": step.subset, **self._data}
-        if step.subset != "all":
-            extra |= self.config.select.model_dump(mode="json", include={"threshold", "easy_fraction"})
-        if not step.needs_selection:
-            # what sampling is limited to is the data of every experiment
-            extra["num_prompts"] = self.config.select.num_prompts
         if step.algorithm == "ppo":
             parents["reward"] = reward
-        run = partial(dpo.run if step.algorithm == "dpo" else ppo.run, subset=step.subset)
-        return self._build(step.algorithm, run, parents, {"text", step.algorithm}, extra)
+        return self._build(step.algorithm, parents, step)
 
     def evaluate(self, policy: Artifact, sft: Artifact, reward: Artifact) -> Artifact:
-        parents = {"policy": policy, "sft": sft, "reward": reward}
-        settings = self.config.evaluate.model_dump(mode="json", exclude={"num_samples_shown", "bootstrap_resamples"})
-        return self._build("evaluate", evaluate.run, parents, {"text"}, {"evaluate": settings, **self._data})
+        return self._build("evaluate", {"policy": policy, "sft": sft, "reward": reward})
 
     def experiment(self, name: str, *, until: StageName = "evaluate") -> Run:
         """Everything that a run of `runs/<name>` needs, up to the last stage of the kind `until`.
@@ -144,34 +126,20 @@ class Pipeline:
         split.config = self.config.model_copy(update={"select": variant.select(self.config.select)})
         return split
 
-    def _base(self) -> dict[str, Any]:
-        """What SFT and reward depend on besides their own sections."""
-        model = self.config.model
-        base: dict[str, Any] = {"path": corpus.fingerprint_model(model.path)} if model.path else {}
-        return {"base": base or model.architecture.model_dump(mode="json"), **self._data}
+    def _build(self, name: StageName, parents: Mapping[str, Artifact], *step: Step) -> Artifact:
+        stage = STAGES[name]
+        assert parents.keys() <= set(stage.parents), f"{name} declares no parent {parents.keys() - set(stage.parents)}"
+        settings = stage_settings(name, self.config, *step)
+        fingerprints = self.inputs.only(stage.inputs).fingerprints
+        recipe = make_recipe(name, settings.model_dump(mode="json"), fingerprints, parents)
 
-    def _build(
-        self,
-        stage: StageName,
-        run: Any,
-        parents: Mapping[str, Artifact],
-        sections: set[str],
-        extra: Mapping[str, Any],
-    ) -> Artifact:
-        settings = {
-            **_without_bookkeeping(self.config.model_dump(mode="json", include={*sections, "seed"})),
-            **extra,
-            # arithmetic changes results; the mesh and the machine do so to rounding only
-            "model": {"attention": machine.attention(self.config.model)},
-            "dtype": [machine.compute_dtype(self.config.model), machine.frozen_dtype(self.config.model)],
-        }
-
-        def in_mesh(folder: Path) -> Mapping[str, Any]:
+        def run(folder: Path) -> Mapping[str, Any]:
             mesh = self.mesh
             with jax.set_mesh(mesh):
-                return run(self.config, mesh, folder, **parents)
+                context = stage_context(self.config, stage, mesh, folder, self.inputs, recipe)
+                return stage.run(settings, parents, context)
 
-        return self.store.build(stage, settings, parents, in_mesh)
+        return self.store.build(recipe, run)
 
     def record(self, run: Run) -> None:
         """`runs/<name>/`: the resolved configuration, the environment, and links to the artifacts."""
@@ -186,15 +154,3 @@ class Pipeline:
                 link.unlink()
         for role, artifact in run.artifacts.items():
             (folder / role).symlink_to(os.path.relpath(artifact.path, folder), target_is_directory=True)
-
-
-def _without_bookkeeping(settings: Any) -> Any:
-    """The settings without what changes no result."""
-    if not isinstance(settings, dict):
-        return settings
-    dropped = set(BOOKKEEPING)
-    if metric := settings.get("best_metric"):
-        # a metric of training is an average since the line logged before
-        compared = ("eval_every", "eval_rows") if metric.startswith(EVAL) else ("checkpoint_every", "log_every")
-        dropped -= {*CHOICE, *compared}
-    return {key: _without_bookkeeping(value) for key, value in settings.items() if key not in dropped}

@@ -7,19 +7,23 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mpo_jax.config.schema import Config, TrainConfig
-from mpo_jax.data.batches import num_steps
-from mpo_jax.data.corpus import Corpus, base_tokenizer, load_corpus
+import jax
+
+from mpo_jax.config.schema import Config
+from mpo_jax.data.corpus import base_tokenizer, load_corpus
 from mpo_jax.data.text import TextCodec
-from mpo_jax.models import flops, loading
-from mpo_jax.models.flops import Rows, Work
-from mpo_jax.pipeline.artifacts import artifact_name, make_recipe
+from mpo_jax.models import loading
+from mpo_jax.models.decoder import DecoderConfig
 from mpo_jax.pipeline.bucket import Bucket, stage_place
 from mpo_jax.pipeline.experiments import table_variants
 from mpo_jax.pipeline.pipeline import Pipeline
+from mpo_jax.pipeline.recipe import artifact_name
+from mpo_jax.pipeline.stages import STAGES, count_rows, stage_shapes
 from mpo_jax.runtime import machine
 from mpo_jax.runtime.progress import Expected
+from mpo_jax.runtime.sharding import make_mesh
 from mpo_jax.runtime.timing import time_matmul
+from mpo_jax.stages.shapes import Amounts
 from mpo_jax.types import Artifact
 
 SHARE_OF_PEAK = 0.3
@@ -28,8 +32,6 @@ FIXED_SECONDS = 4.0
 """Reading, compiling and writing of a stage, whatever its size."""
 DECODING_COST = 4.0
 """How many times longer an operation takes where tokens are drawn one after the other."""
-UNKNOWN_EASY_SHARE = 0.5
-"""Of pairs that are not selected yet, at a threshold."""
 
 
 @dataclasses.dataclass
@@ -69,20 +71,13 @@ class Listing:
     def __init__(self, workdir: Path, bucket: Bucket | None = None):
         self.folder, self._bucket = workdir / "stages", bucket
 
-    def build(
-        self,
-        stage: str,
-        settings: Mapping[str, Any],
-        parents: Mapping[str, Artifact],
-        run: Callable[[Path], Mapping[str, Any]],
-    ) -> Artifact:
-        recipe = make_recipe(stage, settings, parents)
+    def build(self, recipe: Mapping[str, Any], run: Callable[[Path], Mapping[str, Any]]) -> Artifact:
         path = self.folder / artifact_name(recipe)
         finished = path / "manifest.json"
         if finished.is_file():
             return Artifact(path, json.loads(finished.read_text(encoding="utf-8")))
         there = None if self._bucket is None else self._bucket.read(f"{stage_place(path)}/manifest.json")
-        return Artifact(path, there or recipe)
+        return Artifact(path, there or dict(recipe))
 
 
 def seed_config(config: Config, seed: int) -> Config:
@@ -129,95 +124,39 @@ def estimates(config: Config, stages: list[Planned]) -> list[Expected]:
 
 @dataclasses.dataclass
 class Cost:
-    """Rough seconds of stages that were never timed, from counted FLOPs and a matrix product timed on this machine."""
+    """Rough seconds of stages that were never timed, from their programs' work and a product timed on this machine."""
 
     config: Config
 
     @cached_property
-    def _corpus(self) -> Corpus:
-        return load_corpus(self.config)
+    def _amounts(self) -> Amounts:
+        return count_rows(self.config, load_corpus(self.config))
 
     @cached_property
-    def _sizes(self) -> Any:
+    def _decoder(self) -> DecoderConfig:
         path = self.config.model.path
         if path is not None:
             return loading.open_model(path).decoder
         codec = TextCodec(base_tokenizer(self.config), self.config.text)
-        return loading.scratch_sizes(self.config, codec.vocab_size)
+        return loading.scratch_sizes(self.config.model.architecture, codec.vocab_size)
 
     @cached_property
     def _flops_per_s(self) -> float:
         return SHARE_OF_PEAK * self.config.mesh.num_devices * time_matmul(machine.compute_dtype(self.config.model)).rate
 
-    def seconds(self, stage: Planned) -> float:
+    def seconds(self, planned: Planned) -> float:
         """The estimate; a factor of three off is no surprise."""
-        work = getattr(self, f"_{stage.kind}")(stage.recipe)
-        return FIXED_SECONDS + work.flops / self._flops_per_s
-
-    def _rows(self, count: int, responses: int) -> Rows:
-        text = self.config.text
-        return Rows(count, text.max_prompt_tokens, responses, text.max_response_tokens)
-
-    def _updates(self, train: TrainConfig, examples: int) -> int:
-        return num_steps(examples, epochs=train.epochs, steps=train.steps, batch_size=train.batch_size)
-
-    def _train(self, train: TrainConfig, examples: int, responses: int, head: flops.Head) -> Work:
-        rows = self._rows(train.batch_size, responses)
-        step = flops.train(self._sizes, rows, head, self.config.model.remat)
-        return step.times(self._updates(train, examples))
-
-    def _sft(self, recipe: Mapping[str, Any]) -> Work:
-        return self._train(self.config.sft.train, len(self._corpus.demonstrations), 1, "lm")
-
-    def _reward(self, recipe: Mapping[str, Any]) -> Work:
-        measured = flops.forward(self._sizes, self._rows(len(self._corpus.reward_test), 2), "value")
-        if self.config.reward.path is not None:
-            return measured
-        return measured + self._train(self.config.reward.train, len(self._corpus.reward_pairs), 2, "value")
-
-    @property
-    def _num_prompts(self) -> int:
-        return len(self._corpus.sampled_prompts(self.config.select.num_prompts))
-
-    @property
-    def _num_pairs(self) -> int:
-        return len(self._corpus.human_pairs(self.config.select.num_prompts))
-
-    def _selected(self) -> int:
-        return self._num_pairs if self.config.select.pair_source == "human" else self._num_prompts
-
-    def _select(self, recipe: Mapping[str, Any]) -> Work:
-        rows = self._rows(self._selected(), 2)
-        drawn = self._drawn(rows) if self.config.select.pair_source == "sampled" else Work(0.0)
-        return drawn + flops.forward(self._sizes, rows, "value")
-
-    def _drawn(self, rows: Rows) -> Work:
-        decoded = flops.decode(self._sizes, rows, shards=1, bytes_each=4)
-        return flops.prefill(self._sizes, rows) + Work(DECODING_COST * decoded.flops)
-
-    def _examples(self, recipe: Mapping[str, Any], whole: int) -> int:
-        """Of `whole` rows, those in the step's subset."""
-        settings = recipe["settings"]
-        fraction = settings.get("easy_fraction")
-        easy = UNKNOWN_EASY_SHARE if fraction is None else fraction
-        return round({"all": 1.0, "easy": easy, "hard": 1.0 - easy}[settings["subset"]] * whole)
-
-    def _dpo(self, recipe: Mapping[str, Any]) -> Work:
-        whole = self._selected() if "pairs" in recipe["parents"] else self._num_pairs
-        examples = self._examples(recipe, whole)
-        reference = flops.forward(self._sizes, self._rows(examples, 2), "lm")
-        return reference + self._train(self.config.dpo.train, examples, 2, "lm")
-
-    def _ppo(self, recipe: Mapping[str, Any]) -> Work:
-        ppo = self.config.ppo
-        whole = self._selected() if "pairs" in recipe["parents"] else self._num_prompts
-        rows = self._rows(ppo.train.batch_size, 1)
-        scored = flops.forward(self._sizes, rows, "lm") + flops.forward(self._sizes, rows, "value")
-        updated = [flops.train(self._sizes, rows, head, self.config.model.remat) for head in ("lm", "value")]
-        step = self._drawn(rows) + scored + (updated[0] + updated[1]).times(ppo.epochs)
-        return step.times(self._updates(ppo.train, self._examples(recipe, whole)))
-
-    def _evaluate(self, recipe: Mapping[str, Any]) -> Work:
-        rows = self._rows(len(self._corpus.test_prompts[: self.config.evaluate.num_prompts]), 1)
-        scored = flops.forward(self._sizes, rows, "lm").times(2) + flops.forward(self._sizes, rows, "value")
-        return self._drawn(rows) + scored
+        recipe, mesh = planned.recipe, make_mesh(self.config.mesh)
+        stage = STAGES[recipe["stage"]]
+        settings = stage.Settings.model_validate(recipe["settings"])
+        shapes = stage_shapes(
+            stage.name, self.config, self._decoder, mesh, amounts=self._amounts, parents=frozenset(recipe["parents"])
+        )
+        total = 0.0
+        with jax.set_mesh(mesh):
+            for program in stage.programs(settings, shapes):
+                assert program.runs is not None
+                # tokens drawn one after the other take several times as long as the same products in one
+                slower = DECODING_COST if program.work.decode_reads else 1.0
+                total += slower * program.runs * program.work.flops
+        return FIXED_SECONDS + total / self._flops_per_s

@@ -40,7 +40,7 @@ class Offload:
                 _check(mesh, f"runtime.{key}=true")
         return cls(runtime.offload_frozen, runtime.offload_moments)
 
-    def put_away(self, params: Params) -> Params:
+    def rested(self, params: Params) -> Params:
         """A frozen model's parameters, where they rest; `to_devices` brings them back."""
         return to_host(params) if self.frozen else params
 

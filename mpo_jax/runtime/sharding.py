@@ -76,12 +76,13 @@ def _over_slices(config: MeshConfig, devices: Sequence[Any], slices: int) -> Mes
     return Mesh(placed, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 
 
-def check_batch(batch_size: int, mesh: MeshConfig, key: str) -> None:
+def check_batch(batch_size: int, mesh: Mesh, key: str) -> None:
     """Raises UserError where a global batch does not divide over the mesh's batch axes."""
-    if batch_size % mesh.batch_shards:
+    data, fsdp = (mesh.shape[axis] for axis in BATCH_AXES)
+    if batch_size % (data * fsdp):
         raise UserError(
-            f"{key}={batch_size} does not divide over mesh.data={mesh.data} x mesh.fsdp={mesh.fsdp} = "
-            f"{mesh.batch_shards} devices: make it a multiple of {mesh.batch_shards}, or change the mesh"
+            f"{key}={batch_size} does not divide over mesh.data={data} x mesh.fsdp={fsdp} = "
+            f"{data * fsdp} devices: make it a multiple of {data * fsdp}, or change the mesh"
         )
 
 

@@ -1,178 +1,255 @@
 """Direct preference optimisation on pairs. The reference's log-probabilities are computed once, before training."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from mpo_jax.config.schema import Config, DpoConfig, OptimConfig
-from mpo_jax.data.batches import Buckets, map_batches
-from mpo_jax.data.corpus import load_corpus
-from mpo_jax.data.pair_table import PairTable, Subset
+from mpo_jax.config.schema import Config, OptimConfig, Section, TextConfig
+from mpo_jax.data.batches import Batch, Buckets, map_batches
+from mpo_jax.data.pair_table import PairTable
 from mpo_jax.data.records import Preference
 from mpo_jax.data.text import TextCodec
-from mpo_jax.data.tokens import Example, tokenize
-from mpo_jax.losses import cdpo_loss, chosen_nll_loss, dpo_loss, ipo_loss
+from mpo_jax.data.tokens import Example
+from mpo_jax.losses import chosen_nll_loss
 from mpo_jax.models import forward, loading
 from mpo_jax.models.forward import Model
 from mpo_jax.models.hf.tokenizer import load_tokenizer
-from mpo_jax.runtime.sharding import place_batch, replicated
-from mpo_jax.training.loop import check_sizes, fit_examples, make_update, state_sharding
+from mpo_jax.runtime.sharding import place_batch
+from mpo_jax.stages.context import Context
+from mpo_jax.stages.fitting import (
+    calls,
+    check_sizes,
+    fit_examples,
+    held_out_program,
+    num_updates,
+    scoring_program,
+    train_program,
+)
+from mpo_jax.stages.preference import Pairs, PreferenceLoss
+from mpo_jax.stages.settings import Numerics, Split, TrainSettings
+from mpo_jax.stages.shapes import Shapes
+from mpo_jax.stages.stage import Program, Stage
+from mpo_jax.training.optimizer import make_optimizer
+from mpo_jax.training.update import jit_update
 from mpo_jax.training.validation import first_rows, make_evaluate, make_measure
-from mpo_jax.types import Artifact, Mean, Metrics, Params, PromptBatch
+from mpo_jax.types import Artifact, Mean, Metrics, PromptBatch, Tree
 
 
-@dataclasses.dataclass(frozen=True)
-class DpoLoss:
-    """The static choices of the objective."""
+class Settings(Section, frozen=True):
+    """What the policy depends on, besides the models, pairs and rows that it reads.
 
-    kind: str
-    beta: float
-    label_smoothing: float
-    length_normalised: bool
+    Attributes:
+      nll_coef: weight of the chosen response's NLL per token.
+    """
+
+    seed: int
+    text: TextConfig
+    numerics: Numerics
+    split: Split
+    loss: PreferenceLoss
     nll_coef: float
+    train: TrainSettings
 
     @classmethod
-    def of(cls, config: DpoConfig) -> "DpoLoss":
-        return cls(config.loss, config.beta, config.label_smoothing, config.length_normalised, config.nll_coef)
+    def of(cls, config: Config, split: Split) -> "Settings":
+        return cls(
+            seed=config.seed,
+            text=config.text,
+            numerics=Numerics.of(config.model),
+            split=split,
+            loss=PreferenceLoss.of(config.dpo),
+            nll_coef=config.dpo.nll_coef,
+            train=TrainSettings.of(config.dpo.train),
+        )
 
-    def preference(self, policy_margin_B: Array, ref_margin_B: Array, valid_B: Array) -> Mean:
-        margins = policy_margin_B, ref_margin_B
-        known: dict[str, Any] = {"beta": self.beta, "valid_B": valid_B}
-        if self.kind == "cdpo":
-            return cdpo_loss(*margins, label_smoothing=self.label_smoothing, **known)
-        return ipo_loss(*margins, **known) if self.kind == "ipo" else dpo_loss(*margins, **known)
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DpoBatch:
+    """Pairs with what the reference says of them.
+
+    Attributes:
+      pairs: the chosen response first.
+      ref_logp: [B 2] summed log-probabilities under the reference, nats; None for a loss without a reference.
+    """
+
+    pairs: PromptBatch
+    ref_logp: Float[Array, "B 2"] | np.ndarray | None
 
 
 def objective(
-    model: Model, loss: DpoLoss, params: Params, batch: tuple[PromptBatch, Float[Array, "B 2"]]
+    model: Model, loss: PreferenceLoss, nll_coef: float, tree: Tree, batch: DpoBatch
 ) -> tuple[Metrics, Metrics]:
-    """The preference loss, and the NLL term where it has a weight. `batch`: pairs, reference log-probs."""
-    joined, ref_logp_BN = batch
-    tokens = forward.join(joined)
-    sum_BN = forward.response_logps(model, params, joined)
-    scale_BN = jnp.maximum(joined.response_len, 1) if loss.length_normalised else jnp.ones_like(joined.response_len)
-    logp_BN, ref_BN = sum_BN / scale_BN, ref_logp_BN / scale_BN
-    valid_B = jnp.asarray(joined.prompt_len) > 0
-    terms = {"loss": loss.preference(logp_BN[:, 0] - logp_BN[:, 1], ref_BN[:, 0] - ref_BN[:, 1], valid_B)}
-    if loss.nll_coef:
-        nll = chosen_nll_loss(sum_BN[:, 0], jnp.asarray(joined.response_len)[:, 0], valid_B)
-        terms["loss/nll"] = Mean(loss.nll_coef * nll.total, nll.count)
-    reward_BN = loss.beta * (logp_BN - ref_BN)
+    """The preference loss, and the NLL term where it has a weight."""
+    rows = batch.pairs
+    tokens = forward.join(rows)
+    logp_BN = forward.response_logps(model, tree, rows)
+    length_BN, valid_B = jnp.asarray(rows.response_len), jnp.asarray(rows.prompt_len) > 0
+    ref_BN = None if batch.ref_logp is None else jnp.asarray(batch.ref_logp)
+    pairs = Pairs(logp_BN, ref_BN, length_BN, valid_B)
+    terms = {"loss": loss.value(pairs)}
+    if nll_coef:
+        nll = chosen_nll_loss(logp_BN[:, 0], length_BN[:, 0], valid_B)
+        terms["loss/nll"] = Mean(nll_coef * nll.total, nll.count)
+    reward_BN = loss.rewards(pairs)
     metrics = {
         "rewards/chosen": Mean.of(reward_BN[:, 0], valid_B),
         "rewards/rejected": Mean.of(reward_BN[:, 1], valid_B),
         "rewards/accuracies": Mean.of(reward_BN[:, 0] > reward_BN[:, 1], valid_B),
         "rewards/margins": Mean.of(reward_BN[:, 0] - reward_BN[:, 1], valid_B),
-        "logps/chosen": Mean.of(sum_BN[:, 0], valid_B),
-        "logps/rejected": Mean.of(sum_BN[:, 1], valid_B),
+        "logps/chosen": Mean.of(logp_BN[:, 0], valid_B),
+        "logps/rejected": Mean.of(logp_BN[:, 1], valid_B),
         "tokens": (tokens.segment > 0).sum(),
     }
     return terms, metrics
 
 
 @lru_cache
-def make_step(model: Model, optim: OptimConfig, loss: DpoLoss, accumulation: int, mesh: Mesh) -> Any:
-    """The jitted (state, batch, learning_rate) -> (state, metrics)."""
-    return jax.jit(
-        make_update(partial(objective, model, loss), optim, accumulation=accumulation),
-        donate_argnums=0,
-        out_shardings=(state_sharding(model, optim, mesh), replicated(mesh)),
-    )
+def make_step(
+    model: Model, optim: OptimConfig, loss: PreferenceLoss, nll_coef: float, accumulation: int, mesh: Mesh
+) -> Any:
+    """The jitted (state, DpoBatch, frozen) -> (state, metrics)."""
+    trainable = forward.abstract_params(model.decoder)
+    bound = partial(objective, model, loss, nll_coef)
+    return jit_update(bound, make_optimizer(optim), trainable, mesh, accumulation=accumulation)
 
 
 @lru_cache
-def make_held_out(model: Model, loss: DpoLoss, mesh: Mesh) -> Any:
-    """The jitted (params, batch) -> means on held-out rows."""
-    return make_measure(partial(objective, model, loss), mesh)
+def make_held_out(model: Model, loss: PreferenceLoss, nll_coef: float, mesh: Mesh) -> Any:
+    """The jitted (params, DpoBatch) -> means on held-out rows."""
+    return make_measure(partial(objective, model, loss, nll_coef), mesh)
 
 
-def run(
-    config: Config,
-    mesh: Mesh,
-    folder: Path,
-    *,
-    init: Artifact,
-    reference: Artifact,
-    pairs: Artifact | None = None,
-    subset: Subset,
-) -> dict[str, Any]:
-    """Trains from `init` against `reference` and writes `model/`.
+def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -> dict[str, Any]:
+    """Trains the policy `init` against `reference` and writes `model/`.
 
-    Args:
-      pairs: a selection; None for the human pairs as they are labelled (DPO-base).
-      subset: which of the selection's pairs.
+    Parents: `init`; `reference`; `pairs`, a selection, absent for the human pairs as they are labelled (DPO-base).
     """
-    check_sizes(config, config.dpo.train, "dpo")
-    train = config.dpo.train
-    codec = TextCodec(load_tokenizer(init.model), config.text)
-    if pairs is None:
-        examples = _human_examples(config, codec, load_corpus(config).human_pairs(config.select.num_prompts))
+    train, init = settings.train, parents["init"]
+    check_sizes("dpo", train, context.mesh)
+    codec = TextCodec(load_tokenizer(init.model), settings.text)
+    if "pairs" in parents:
+        examples = _selected(settings, context, codec, parents["pairs"])
     else:
-        examples = _selected(config, codec, pairs, subset)
+        human = context.inputs.corpus.human_pairs(settings.split.num_prompts)
+        examples = _human_examples(context, codec, human)
     held_out: list[Example] = []
-    if train.eval_every is not None:
+    if context.watch.eval_every is not None:
         # people's pairs, also where training has sampled ones: the same for all runs, with labels of their own
-        held_out = _human_examples(config, codec, first_rows(load_corpus(config).held_out, train, "dpo"))
-    examples, held_out = _with_reference(config, mesh, reference, examples, held_out)
+        rows = first_rows(context.inputs.corpus.held_out, context.watch, "dpo")
+        held_out = _human_examples(context, codec, rows)
+    reference, held_out_reference = _reference_logps(settings, context, parents["reference"], examples, held_out)
 
-    model, params = loading.load(init.model, config, mesh)
-    loading.save_description(folder / "model", model, codec)
-    loss = DpoLoss.of(config.dpo)
-    measure = make_held_out(model, loss, mesh)
+    model, params = context.load(init.model, settings.numerics, settings.text)
+    loading.save_description(context.folder / "model", model, codec.tokenizer)
     params, trained = fit_examples(
+        "dpo",
         params,
-        make_step(model, train.optim, loss, train.accumulation, mesh),
+        make_step(model, train.optim, settings.loss, settings.nll_coef, train.accumulation, context.mesh),
         examples,
-        config=config,
+        seed=settings.seed,
+        buckets=settings.text.length_buckets,
         train=train,
-        mesh=mesh,
-        folder=folder,
-        stage="dpo",
-        evaluate=make_evaluate(measure, held_out, buckets=config.text.length_buckets, train=train, mesh=mesh),
+        context=context,
+        data=partial(_with_reference, reference),
+        evaluate=make_evaluate(
+            make_held_out(model, settings.loss, settings.nll_coef, context.mesh),
+            held_out,
+            buckets=settings.text.length_buckets,
+            batch_size=train.batch_size // train.accumulation,
+            mesh=context.mesh,
+            data=partial(_with_reference, held_out_reference),
+        ),
     )
-    loading.save(folder / "model", model, params, codec)
+    loading.save(context.folder / "model", model, params, codec.tokenizer)
     return {"pairs": len(examples), **trained}
 
 
-def _with_reference(config: Config, mesh: Mesh, reference: Artifact, *sets: list[Example]) -> list[list[Example]]:
-    """The examples of each set with both log-probabilities under the reference, which then leaves memory.
+def _with_reference(ref_EN: np.ndarray | None, batch: Batch) -> DpoBatch:
+    """What the objective takes of a batch; rows that only fill it have a reference of 0."""
+    if ref_EN is None:
+        return DpoBatch(batch.rows, None)
+    return DpoBatch(batch.rows, np.where(batch.example[:, None] >= 0, ref_EN[batch.example], np.float32(0.0)))
 
-    Each set has buckets of its own, so that what is computed of one does not depend on another.
+
+def _reference_logps(
+    settings: Settings, context: Context, reference: Artifact, *sets: Sequence[Example]
+) -> list[np.ndarray | None]:
+    """[E 2] float32 log-probabilities of each set under the reference, which then leaves memory.
+
+    Each set has buckets of its own, so that what is computed of one does not depend on another. A loss without a
+    reference gets None, and no model is loaded.
     """
-    model, params = loading.load(reference.model, config, mesh, frozen=True)
-    logps = forward.make_response_logps(model, mesh)
+    if not settings.loss.needs_reference:
+        return [None for _ in sets]
+    model, params = context.load(reference.model, settings.numerics, settings.text, frozen=True)
+    logps = forward.make_response_logps(model, context.mesh)
 
     def measure(batch: PromptBatch) -> Any:
-        return logps(params, place_batch(batch, mesh))
+        return logps(params, place_batch(batch, context.mesh))
 
-    def extended(examples: list[Example]) -> list[Example]:
-        buckets = Buckets.of(examples, config.text.length_buckets)
-        ref_BN = map_batches(examples, buckets, config.dpo.train.batch_size, measure, models=str(reference.model))
-        pairs = zip(examples, ref_BN, strict=True)
-        return [dataclasses.replace(example, extra=tuple(map(float, ref))) for example, ref in pairs]
+    def of(examples: Sequence[Example]) -> np.ndarray | None:
+        if not examples:
+            return None
+        buckets = Buckets.of(examples, settings.text.length_buckets)
+        found = map_batches(examples, buckets, settings.train.batch_size, measure, models=str(reference.model))
+        return np.asarray(found, np.float32)
 
-    return [extended(examples) if examples else [] for examples in sets]
-
-
-def _human_examples(config: Config, codec: TextCodec, rows: Sequence[Preference]) -> list[Example]:
-    texts = [(row.prompt, (row.chosen, row.rejected)) for row in rows]
-    return tokenize(codec, texts, cache=config.runtime.token_cache_folder)[0]
+    return [of(examples) for examples in sets]
 
 
-def _selected(config: Config, codec: TextCodec, pairs: Artifact, subset: Subset) -> list[Example]:
+def _human_examples(context: Context, codec: TextCodec, rows: Sequence[Preference]) -> list[Example]:
+    return context.tokenize(codec, [(row.prompt, (row.chosen, row.rejected)) for row in rows])[0]
+
+
+def _selected(settings: Settings, context: Context, codec: TextCodec, pairs: Artifact) -> list[Example]:
     """The selection's rows with the chosen side first; responses keep the ids that were sampled."""
     table = PairTable.read(pairs.path)
-    rows = table.rows(subset, config.select)
-    prompts, _ = tokenize(codec, [(table.prompt[row], ()) for row in rows], cache=config.runtime.token_cache_folder)
+    rows = table.rows(settings.split.subset, settings.split)
+    prompts, _ = context.tokenize(codec, [(table.prompt[row], ()) for row in rows])
     examples = []
     for row, example in zip(rows, prompts, strict=True):
         chosen, ids = int(table.chosen[row]), table.ids[row]
         examples.append(Example(example.prompt, [ids[chosen], ids[1 - chosen]]))
     return examples
+
+
+def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
+    """The reference's log-probabilities, and the update."""
+    train, loss, amounts = settings.train, settings.loss, shapes.amounts
+    check_sizes("dpo", train, shapes.mesh)
+    rows, pairs = shapes.rows(train.batch_size, 2), None
+    if amounts is not None:
+        whole = amounts.selected if "pairs" in shapes.parents else amounts.human_pairs
+        pairs = round(settings.split.expected_share * whole)
+    if loss.needs_reference:
+        yield scoring_program(
+            "dpo", "reference", forward.make_response_logps(shapes.model, shapes.mesh),
+            (shapes.frozen(), shapes.batch(rows)), shapes, rows, "lm", runs=calls(pairs, train.batch_size),
+        )  # fmt: skip
+
+    def batch(rows: Any) -> DpoBatch:
+        reference = shapes.array(rows.count, 2, dtype=jnp.float32) if loss.needs_reference else None
+        return DpoBatch(shapes.batch(rows), reference)
+
+    updates = None if pairs is None else num_updates(train, pairs)
+    step = make_step(shapes.model, train.optim, loss, settings.nll_coef, train.accumulation, shapes.mesh)
+    yield train_program(
+        "dpo", "step", step, (shapes.state(train.optim), batch(rows), {}), shapes, rows, "lm",
+        accumulation=train.accumulation, runs=updates, held=(shapes.tree(),),
+    )  # fmt: skip
+    yield from held_out_program(
+        "dpo", make_held_out(shapes.model, loss, settings.nll_coef, shapes.mesh), batch, shapes, 2, "lm", train=train,
+        updates=updates, num_rows=None if amounts is None else amounts.held_out,
+        held=(shapes.state(train.optim).opt_state, shapes.tree()),
+    )  # fmt: skip
+
+
+STAGE = Stage("dpo", Settings, ("init", "reference", "pairs"), frozenset({"data"}), run, programs, trains=True)

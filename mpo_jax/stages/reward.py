@@ -1,21 +1,18 @@
 """The reward model: a value head on the SFT trunk, Bradley-Terry on human pairs, prompt shared by both sides."""
 
+from collections.abc import Iterator, Mapping
 from functools import lru_cache, partial
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
-from mpo_jax.config.schema import Config, OptimConfig
+from mpo_jax.config.schema import ArchitectureConfig, Config, OptimConfig, Section, TextConfig
 from mpo_jax.data.batches import Buckets, map_batches
-from mpo_jax.data.corpus import Corpus, base_tokenizer, load_corpus
 from mpo_jax.data.text import TextCodec
-from mpo_jax.data.tokens import tokenize
 from mpo_jax.errors import UserError
 from mpo_jax.evaluation.calibration import accuracy_by_gap, against_truth, write_gaps
 from mpo_jax.evaluation.verdicts import rate
@@ -25,18 +22,78 @@ from mpo_jax.models.forward import Model
 from mpo_jax.models.hf.hub import local_model
 from mpo_jax.models.hf.tokenizer import load_tokenizer
 from mpo_jax.runtime.processes import is_main
-from mpo_jax.runtime.seeds import stage_key
-from mpo_jax.runtime.sharding import place_batch, replicated
+from mpo_jax.runtime.sharding import check_batch, place_batch
 from mpo_jax.runtime.stage_warnings import warn
-from mpo_jax.training.loop import check_sizes, fit_examples, make_update, state_sharding
+from mpo_jax.stages.context import Context
+from mpo_jax.stages.fitting import (
+    calls,
+    check_sizes,
+    fit_examples,
+    held_out_program,
+    num_updates,
+    scoring_program,
+    train_program,
+)
+from mpo_jax.stages.settings import Numerics, TrainSettings
+from mpo_jax.stages.shapes import Shapes
+from mpo_jax.stages.stage import Program, Stage
+from mpo_jax.training.optimizer import make_optimizer
+from mpo_jax.training.update import jit_update
 from mpo_jax.training.validation import first_rows, make_evaluate, make_measure
-from mpo_jax.types import Artifact, Mean, Metrics, Params, PromptBatch
+from mpo_jax.types import Artifact, Mean, Metrics, Params, PromptBatch, Tree
+
+Loss = Literal["last_token", "ds_span"]
 
 
-def objective(model: Model, loss: str, params: Params, batch: PromptBatch) -> tuple[Metrics, Metrics]:
+class Training(Section, frozen=True):
+    """How a reward model is trained.
+
+    Attributes:
+      architecture: sizes of a base model from scratch that it starts from; None: it starts from another model.
+    """
+
+    init: Literal["sft", "base"]
+    loss: Loss
+    architecture: ArchitectureConfig | None
+    train: TrainSettings
+
+
+class Settings(Section, frozen=True):
+    """What the reward model and its measures depend on, besides the rows and models that it reads.
+
+    Attributes:
+      batch_size: pairs a call where it is measured.
+      training: None where a finished model takes its place.
+    """
+
+    seed: int
+    text: TextConfig
+    numerics: Numerics
+    batch_size: int
+    training: Training | None
+
+    @classmethod
+    def of(cls, config: Config) -> "Settings":
+        reward, training = config.reward, None
+        if reward.path is None:
+            scratch = reward.init == "base" and config.model.path is None
+            architecture = config.model.architecture if scratch else None
+            training = Training(
+                init=reward.init, loss=reward.loss, architecture=architecture, train=TrainSettings.of(reward.train)
+            )
+        return cls(
+            seed=config.seed,
+            text=config.text,
+            numerics=Numerics.of(config.model),
+            batch_size=reward.train.batch_size,
+            training=training,
+        )
+
+
+def objective(model: Model, loss: Loss, tree: Tree, batch: PromptBatch) -> tuple[Metrics, Metrics]:
     """Bradley-Terry on the last token's scores, or DeepSpeed-Chat's over the span where the sides differ."""
     tokens = forward.join(batch)
-    score_BT = forward.scores(model, params, tokens)
+    score_BT = forward.scores(model, tree, tokens)
     score_BN = forward.response_scores(score_BT, batch)
     chosen_B, rejected_B = score_BN[:, 0], score_BN[:, 1]
     valid_B = jnp.asarray(batch.prompt_len) > 0
@@ -62,100 +119,104 @@ def _span_term(score_BT: Float[Array, "B T"], batch: PromptBatch, valid_B: Bool[
 
 
 @lru_cache
-def make_step(model: Model, optim: OptimConfig, loss: str, accumulation: int, mesh: Mesh) -> Any:
-    """The jitted (state, batch, learning_rate) -> (state, metrics)."""
-    return jax.jit(
-        make_update(partial(objective, model, loss), optim, accumulation=accumulation),
-        donate_argnums=0,
-        out_shardings=(state_sharding(model, optim, mesh, head="value"), replicated(mesh)),
+def make_step(model: Model, optim: OptimConfig, loss: Loss, accumulation: int, mesh: Mesh) -> Any:
+    """The jitted (state, batch, frozen) -> (state, metrics)."""
+    trainable = forward.abstract_params(model.decoder, head="value")
+    return jit_update(
+        partial(objective, model, loss), make_optimizer(optim), trainable, mesh, accumulation=accumulation
     )
 
 
 @lru_cache
-def make_held_out(model: Model, loss: str, mesh: Mesh) -> Any:
+def make_held_out(model: Model, loss: Loss, mesh: Mesh) -> Any:
     """The jitted (params, batch) -> means on held-out rows."""
     return make_measure(partial(objective, model, loss), mesh)
 
 
-def run(config: Config, mesh: Mesh, folder: Path, *, sft: Artifact) -> dict[str, Any]:
-    """Trains, or takes the finished model at `reward.path`; writes `model/` and `held_out.parquet`.
+def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -> dict[str, Any]:
+    """Trains, or takes a finished model; writes `model/` and `held_out.parquet`.
 
     Returns counts, held-out accuracy, and accuracy by gap against labels and truth; None where nothing is held out.
     """
-    check_sizes(config, config.reward.train, "reward")
-    corpus = load_corpus(config)
-    codec = TextCodec(base_tokenizer(config), config.text)
-    if config.reward.path is None:
-        model, params, summary = _train(config, mesh, folder, sft, corpus, codec)
+    codec = TextCodec(context.inputs.tokenizer, settings.text)
+    if settings.training is None:
+        check_batch(settings.batch_size, context.mesh, "reward.train.batch_size")
+        model, params = _finished(settings, context, codec)
+        sources = [source.to_dict() for source in context.inputs.corpus.reports]
+        summary: dict[str, Any] = {"path": context.inputs.reward_model, "data": sources}
     else:
-        model, params = _finished(config, mesh, codec)
-        summary = {"path": config.reward.path, "data": [source.to_dict() for source in corpus.reports]}
-    loading.save(folder / "model", model, params, codec)
-    return summary | _measure(config, mesh, folder, model, params, corpus, codec)
+        model, params, summary = _train(settings, settings.training, parents["sft"], context, codec)
+    loading.save(context.folder / "model", model, params, codec.tokenizer)
+    return summary | _measure(settings, context, model, params, codec)
 
 
 def _train(
-    config: Config, mesh: Mesh, folder: Path, sft: Artifact, corpus: Corpus, codec: TextCodec
+    settings: Settings, training: Training, sft: Artifact, context: Context, codec: TextCodec
 ) -> tuple[Model, Params, dict[str, Any]]:
-    train = config.reward.train
-    if config.reward.init == "sft":
-        model, params = loading.load(sft.model, config, mesh)
+    train, corpus = training.train, context.inputs.corpus
+    check_sizes("reward", train, context.mesh)
+    if training.init == "sft":
+        model, params = context.load(sft.model, settings.numerics, settings.text)
     else:
-        model, params = loading.load_base(config, codec, mesh, stage_key(config.seed, "init"))
-    params = loading.with_value_head(model, params, mesh)
-    loading.save_description(folder / "model", model, codec, head="value")
+        model, params = context.load_base(settings.numerics, codec, training.architecture, settings.seed)
+    params = loading.with_value_head(model, params, context.mesh)
+    loading.save_description(context.folder / "model", model, codec.tokenizer, head="value")
     rows = [(row.prompt, (row.chosen, row.rejected)) for row in corpus.reward_pairs]
-    examples, report = tokenize(codec, rows, cache=config.runtime.token_cache_folder)
-    held_out = first_rows(corpus.validation or corpus.held_out, train, "reward")
-    rows = [(row.prompt, (row.chosen, row.rejected)) for row in held_out]
-    measured, _ = tokenize(codec, rows, cache=config.runtime.token_cache_folder)
-    measure = make_held_out(model, config.reward.loss, mesh)
+    examples, report = context.tokenize(codec, rows)
+    held_out = first_rows(corpus.validation or corpus.held_out, context.watch, "reward")
+    measured, _ = context.tokenize(codec, [(row.prompt, (row.chosen, row.rejected)) for row in held_out])
     params, trained = fit_examples(
+        "reward",
         params,
-        make_step(model, train.optim, config.reward.loss, train.accumulation, mesh),
+        make_step(model, train.optim, training.loss, train.accumulation, context.mesh),
         examples,
-        config=config,
+        seed=settings.seed,
+        buckets=settings.text.length_buckets,
         train=train,
-        mesh=mesh,
-        folder=folder,
-        stage="reward",
-        evaluate=make_evaluate(measure, measured, buckets=config.text.length_buckets, train=train, mesh=mesh),
+        context=context,
+        evaluate=make_evaluate(
+            make_held_out(model, training.loss, context.mesh),
+            measured,
+            buckets=settings.text.length_buckets,
+            batch_size=train.batch_size // train.accumulation,
+            mesh=context.mesh,
+        ),
     )
     sources = [source.to_dict() for source in corpus.reports]
     return model, params, {"data": sources, "tokens": report.to_dict(), **trained}
 
 
-def _finished(config: Config, mesh: Mesh, codec: TextCodec) -> tuple[Model, Params]:
+def _finished(settings: Settings, context: Context, codec: TextCodec) -> tuple[Model, Params]:
     """The reward model at `reward.path`, which must read the policy's token ids."""
-    assert config.reward.path is not None
-    source = loading.open_model(config.reward.path)
+    path = context.inputs.reward_model
+    assert path is not None
+    source = loading.open_model(path)
     if source.head != "value":
-        raise UserError(f"reward.path={config.reward.path} is no reward model: it has no tensor score.weight")
-    theirs = TextCodec(load_tokenizer(local_model(config.reward.path)), config.text)
-    if theirs.tokenizer.get_vocab() != codec.tokenizer.get_vocab():
+        raise UserError(f"reward.path={path} is no reward model: it has no tensor score.weight")
+    theirs = load_tokenizer(local_model(path))
+    if theirs.get_vocab() != codec.tokenizer.get_vocab():
         raise UserError(
-            f"reward.path={config.reward.path} has another tokenizer than the policy: their token ids differ, and the "
+            f"reward.path={path} has another tokenizer than the policy: their token ids differ, and the "
             "reward model would read other text than was written"
         )
-    loading.check_vocabulary(codec, source.decoder, config.reward.path)
-    return loading.load(config.reward.path, config, mesh, head="value")
+    loading.check_vocabulary(codec.vocab_size, source.decoder, path)
+    return context.load(path, settings.numerics, settings.text, head="value")
 
 
-def _measure(
-    config: Config, mesh: Mesh, folder: Path, model: Model, params: Params, corpus: Corpus, codec: TextCodec
-) -> dict[str, Any]:
+def _measure(settings: Settings, context: Context, model: Model, params: Params, codec: TextCodec) -> dict[str, Any]:
     """Accuracy on the held-out pairs, against their labels and, where it is known, the truth; writes their gaps."""
+    corpus = context.inputs.corpus
     if not corpus.reward_test:
         return {"held_out_accuracy": None, "accuracy_by_gap": None}
     rows = [(row.prompt, (row.chosen, row.rejected)) for row in corpus.reward_test]
-    held_out, _ = tokenize(codec, rows, cache=config.runtime.token_cache_folder)
-    score = forward.make_score_pairs(model, mesh)
+    held_out, _ = context.tokenize(codec, rows)
+    score = forward.make_score_pairs(model, context.mesh)
     score_BN = map_batches(
         held_out,
-        Buckets.of(held_out, config.text.length_buckets),
-        config.reward.train.batch_size,
-        lambda batch: score(params, place_batch(batch, mesh)),
-        models=config.reward.path or str(folder / "model"),
+        Buckets.of(held_out, settings.text.length_buckets),
+        settings.batch_size,
+        lambda batch: score(params, place_batch(batch, context.mesh)),
+        models=context.inputs.reward_model or str(context.folder / "model"),
     )
     gap = score_BN[:, 0] - score_BN[:, 1]
     accuracy = rate(int((gap > 0).sum()), len(gap))
@@ -181,5 +242,32 @@ def _measure(
         summary["true_accuracy_by_gap"] = accuracy_by_gap(against_truth(gap, truth))
         summary["label_accuracy"] = float((truth > 0)[decided].mean())
     if is_main():
-        write_gaps(folder, gap, truth, [row.category for row in corpus.reward_test])
+        write_gaps(context.folder, gap, truth, [row.category for row in corpus.reward_test])
     return summary
+
+
+def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
+    """The update, where the model is trained, and the scoring of held-out pairs."""
+    amounts, rows = shapes.amounts, shapes.rows(settings.batch_size, 2)
+    if settings.training is not None:
+        train, loss = settings.training.train, settings.training.loss
+        check_sizes("reward", train, shapes.mesh)
+        updates = None if amounts is None else num_updates(train, amounts.reward_pairs)
+        yield train_program(
+            "reward", "step", make_step(shapes.model, train.optim, loss, train.accumulation, shapes.mesh),
+            (shapes.state(train.optim, "value"), shapes.batch(rows), {}), shapes, rows, "value",
+            accumulation=train.accumulation, runs=updates, held=(shapes.tree("value"),),
+        )  # fmt: skip
+        yield from held_out_program(
+            "reward", make_held_out(shapes.model, loss, shapes.mesh), shapes.batch, shapes, 2, "value", train=train,
+            updates=updates, num_rows=None if amounts is None else amounts.reward_test,
+            held=(shapes.state(train.optim, "value").opt_state, shapes.tree("value")),
+        )  # fmt: skip
+    yield scoring_program(
+        "reward", "score", forward.make_score_pairs(shapes.model, shapes.mesh),
+        (shapes.trained("value"), shapes.batch(rows)), shapes, rows, "value",
+        runs=None if amounts is None else calls(amounts.reward_test, settings.batch_size),
+    )  # fmt: skip
+
+
+STAGE = Stage("reward", Settings, ("sft",), frozenset({"data", "base", "reward_model"}), run, programs, trains=True)

@@ -3,23 +3,20 @@
 The split into easy and hard is a filter over the stored table, so this stage does not depend on the threshold.
 """
 
-import contextlib
-from functools import partial
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from mpo_jax.config.schema import Config, SelectConfig
+from mpo_jax.config.schema import Config, Section, TextConfig
 from mpo_jax.data.batches import Buckets, map_batches
-from mpo_jax.data.corpus import Corpus, load_corpus
-from mpo_jax.data.pair_table import PairTable
+from mpo_jax.data.corpus import Corpus
+from mpo_jax.data.pair_table import Border, PairTable
 from mpo_jax.data.text import TextCodec
-from mpo_jax.data.tokens import Example, number_visits, tokenize
+from mpo_jax.data.tokens import Example, number_visits
 from mpo_jax.evaluation.calibration import accuracy_by_gap, against_truth
-from mpo_jax.models import forward, loading
+from mpo_jax.models import forward
 from mpo_jax.models.generate import Sampling
 from mpo_jax.models.hf.tokenizer import load_tokenizer
 from mpo_jax.runtime.console import console
@@ -27,77 +24,98 @@ from mpo_jax.runtime.processes import is_main
 from mpo_jax.runtime.seeds import stage_key
 from mpo_jax.runtime.sharding import check_batch, place_batch
 from mpo_jax.selection import rank, split
-from mpo_jax.training.refill import sample_all, with_responses
-from mpo_jax.training.tracker import Tracker
+from mpo_jax.stages.context import Context
+from mpo_jax.stages.fitting import calls, scoring_program
+from mpo_jax.stages.sampling import refill_programs
+from mpo_jax.stages.settings import Numerics
+from mpo_jax.stages.shapes import Shapes
+from mpo_jax.stages.stage import Program, Stage
+from mpo_jax.training.refill import with_responses
 from mpo_jax.types import Artifact
 
 THRESHOLDS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
 HISTOGRAM_BINS = 40
 
 
-def run(config: Config, mesh: Mesh, folder: Path, *, sft: Artifact, reward: Artifact) -> dict[str, Any]:
+class Settings(Section, frozen=True):
+    """What the table of pairs depends on, besides the two models and the rows."""
+
+    seed: int
+    text: TextConfig
+    numerics: Numerics
+    pair_source: Literal["sampled", "human"]
+    temperature: float
+    top_p: float
+    num_prompts: int | None
+    batch_size: int
+
+    @classmethod
+    def of(cls, config: Config) -> "Settings":
+        select = config.select
+        return cls(
+            seed=config.seed,
+            text=config.text,
+            numerics=Numerics.of(config.model),
+            pair_source=select.pair_source,
+            temperature=select.temperature,
+            top_p=select.top_p,
+            num_prompts=select.num_prompts,
+            batch_size=select.batch_size,
+        )
+
+    @property
+    def sampling(self) -> Sampling:
+        """Two samples a prompt."""
+        return Sampling(
+            max_new_tokens=self.text.max_response_tokens, num_samples=2, temperature=self.temperature, top_p=self.top_p
+        )
+
+
+def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -> dict[str, Any]:
     """Writes `pairs.parquet`; returns sizes by threshold, the gap histogram, and accuracy by gap where known."""
-    check_batch(config.select.batch_size, config.mesh, "select.batch_size")
-    corpus = load_corpus(config)
-    codec = TextCodec(load_tokenizer(sft.model), config.text)
-    if config.select.pair_source == "sampled":
-        examples, prompts = _sampled(config, mesh, folder, corpus, codec, sft)
+    check_batch(settings.batch_size, context.mesh, "select.batch_size")
+    sft, reward, corpus = parents["sft"], parents["reward"], context.inputs.corpus
+    codec = TextCodec(load_tokenizer(sft.model), settings.text)
+    if settings.pair_source == "sampled":
+        prompts = corpus.sampled_prompts(settings.num_prompts)
+        examples = _sampled(settings, context, codec, sft, prompts)
         labels = None
     else:
-        pairs = corpus.human_pairs(config.select.num_prompts)
-        rows = [(row.prompt, (row.chosen, row.rejected)) for row in pairs]
-        examples, _ = tokenize(codec, rows, cache=config.runtime.token_cache_folder)
+        pairs = corpus.human_pairs(settings.num_prompts)
+        examples, _ = context.tokenize(codec, [(row.prompt, (row.chosen, row.rejected)) for row in pairs])
         prompts = [row.prompt for row in pairs]
         labels = np.zeros(len(prompts), np.int32)
 
-    reward_model, reward_params = loading.load(reward.model, config, mesh, head="value", frozen=True)
-    score = forward.make_score_pairs(reward_model, mesh)
+    reward_model, reward_params = context.load(
+        reward.model, settings.numerics, settings.text, head="value", frozen=True
+    )
+    score = forward.make_score_pairs(reward_model, context.mesh)
     score_BN = map_batches(
         examples,
-        Buckets.of(examples, config.text.length_buckets),
-        config.select.batch_size,
-        lambda batch: score(reward_params, place_batch(batch, mesh)),
+        Buckets.of(examples, settings.text.length_buckets),
+        settings.batch_size,
+        lambda batch: score(reward_params, place_batch(batch, context.mesh)),
         models=str(reward.model),
     )
     table = _table(prompts, examples, score_BN, labels, codec, corpus)
     if is_main():
-        table.write(folder)
-    summary = describe(table, config.select)
+        table.write(context.folder)
+    summary = describe(table)
     _show(summary)
-    table.warn_if_one_sided(config.select)
     return summary
 
 
 def _sampled(
-    config: Config, mesh: Mesh, folder: Path, corpus: Corpus, codec: TextCodec, sft: Artifact
-) -> tuple[list[Example], list[str]]:
-    """The training prompts, each with two responses of the SFT model."""
-    model, params = loading.load(sft.model, config, mesh, frozen=True)
-    sampling = Sampling(
-        max_new_tokens=config.text.max_response_tokens,
-        num_samples=2,
-        temperature=config.select.temperature,
-        top_p=config.select.top_p,
-    )
-    prompts = corpus.sampled_prompts(config.select.num_prompts)
-    examples, _ = tokenize(codec, [(prompt, ()) for prompt in prompts], cache=config.runtime.token_cache_folder)
-    examples = number_visits(examples)
-    with contextlib.closing(Tracker(folder, "select", len(examples), tensorboard=False)) as tracker:
-        found = sample_all(
-            model,
-            params,
-            examples,
-            sampling=sampling,
-            eos_id=codec.eos_id,
-            allowed_V=jnp.asarray(codec.allowed(model.decoder.vocab_size)),
-            key=stage_key(config.seed, "select"),
-            buckets=Buckets.of(examples, config.text.length_buckets),
-            batch_size=config.select.batch_size,
-            mesh=mesh,
-            name=str(sft.model),
-            tell=partial(tracker.update, log=True),
-        )
-    return with_responses(examples, found), prompts
+    settings: Settings, context: Context, codec: TextCodec, sft: Artifact, prompts: list[str]
+) -> list[Example]:
+    """The prompts, each with two responses of the SFT model."""
+    model, params = context.load(sft.model, settings.numerics, settings.text, frozen=True)
+    examples = number_visits(context.tokenize(codec, [(prompt, ()) for prompt in prompts])[0])
+    found = context.sample(
+        "select", model, params, examples, codec, sampling=settings.sampling, key=stage_key(settings.seed, "select"),
+        batch_size=settings.batch_size, source=sft.model,
+    )  # fmt: skip
+    return with_responses(examples, found)
 
 
 def _table(
@@ -124,11 +142,15 @@ def _table(
     return PairTable(prompts, texts, ids, np.asarray(score_BN, np.float32), chosen, gap, utility)
 
 
-def describe(table: PairTable, config: SelectConfig) -> dict[str, Any]:
-    """Sizes and label accuracy of easy and hard at each threshold, the gap histogram, and accuracy by gap."""
-    thresholds = sorted({*THRESHOLDS, table.threshold(config)} - {float("-inf")})
+def describe(table: PairTable, border: Border | None = None) -> dict[str, Any]:
+    """Sizes and label accuracy of easy and hard at each threshold, the gap histogram, and accuracy by gap.
+
+    Args:
+      border: a further place where the table is split.
+    """
+    own = set() if border is None else {table.threshold(border)}
     sizes = []
-    for threshold in thresholds:
+    for threshold in sorted({*THRESHOLDS, *own} - {float("-inf")}):
         easy = np.asarray(split(table.gap, threshold))
         sizes.append(
             {
@@ -160,3 +182,20 @@ def _show(summary: dict[str, Any]) -> None:
     for row in summary["sizes"]:
         accuracy = "" if row["easy_accuracy"] is None else f", true order right in {row['easy_accuracy']:.1%} of easy"
         console.print(f"  threshold {row['threshold']:g}: {row['easy']} easy, {row['hard']} hard{accuracy}")
+
+
+def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
+    """Sampling with refilled rows, and the scoring pass."""
+    amounts, size = shapes.amounts, settings.batch_size
+    if settings.pair_source == "sampled":
+        prompts = None if amounts is None else amounts.prompts
+        yield from refill_programs("select", shapes, settings.sampling, shapes.frozen(), size, num_prompts=prompts)
+    rows = shapes.rows(size, 2)
+    yield scoring_program(
+        "select", "score", forward.make_score_pairs(shapes.model, shapes.mesh),
+        (shapes.frozen("value"), shapes.batch(rows)), shapes, rows, "value", key="select.batch_size",
+        runs=None if amounts is None else calls(amounts.selected, size),
+    )  # fmt: skip
+
+
+STAGE = Stage("select", Settings, ("sft", "reward"), frozenset({"data"}), run, programs)

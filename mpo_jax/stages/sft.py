@@ -1,46 +1,80 @@
 """Supervised fine-tuning: the base model learns the demonstrations' response tokens. No prompt loss, no packing."""
 
+from collections.abc import Iterator, Mapping
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from mpo_jax.config.schema import Config, OptimConfig
+from mpo_jax.config.schema import ArchitectureConfig, Config, OptimConfig, Section, TextConfig
 from mpo_jax.data.batches import Buckets, map_batches
-from mpo_jax.data.corpus import Corpus, base_tokenizer, load_corpus
+from mpo_jax.data.corpus import Corpus
 from mpo_jax.data.text import TextCodec
-from mpo_jax.data.tokens import TokenReport, tokenize
+from mpo_jax.data.tokens import TokenReport
 from mpo_jax.losses import sft_loss
 from mpo_jax.models import forward, loading
 from mpo_jax.models.forward import Model
 from mpo_jax.ops import masked_sum
 from mpo_jax.runtime.console import console
-from mpo_jax.runtime.seeds import stage_key
 from mpo_jax.runtime.sharding import place_batch, replicated
 from mpo_jax.runtime.stage_warnings import warn
-from mpo_jax.training.loop import check_sizes, fit_examples, make_update, state_sharding
+from mpo_jax.stages.context import Context
+from mpo_jax.stages.fitting import (
+    calls,
+    check_sizes,
+    fit_examples,
+    held_out_program,
+    num_updates,
+    scoring_program,
+    train_program,
+)
+from mpo_jax.stages.settings import Numerics, TrainSettings
+from mpo_jax.stages.shapes import Shapes
+from mpo_jax.stages.stage import Program, Stage
+from mpo_jax.training.optimizer import make_optimizer
+from mpo_jax.training.update import jit_update
 from mpo_jax.training.validation import first_rows, make_evaluate, make_measure
-from mpo_jax.types import Metrics, Params, PromptBatch
+from mpo_jax.types import Artifact, Metrics, Params, PromptBatch, Tree, merge
 
 
-def objective(model: Model, params: Params, batch: PromptBatch) -> tuple[Metrics, Metrics]:
+class Settings(Section, frozen=True):
+    """What SFT's model depends on, besides the rows and the base model's files.
+
+    Attributes:
+      architecture: sizes of a model from scratch; None where there is a base model.
+    """
+
+    seed: int
+    text: TextConfig
+    numerics: Numerics
+    architecture: ArchitectureConfig | None
+    train: TrainSettings
+
+    @classmethod
+    def of(cls, config: Config) -> "Settings":
+        return cls(
+            seed=config.seed,
+            text=config.text,
+            numerics=Numerics.of(config.model),
+            architecture=config.model.architecture if config.model.path is None else None,
+            train=TrainSettings.of(config.sft.train),
+        )
+
+
+def objective(model: Model, tree: Tree, batch: PromptBatch) -> tuple[Metrics, Metrics]:
     """Response NLL in nats per token, EOS included."""
     tokens = forward.join(batch)
-    logp_BS, _ = forward.token_logp(model, params, tokens)
+    logp_BS, _ = forward.token_logp(model, tree, tokens)
     loss = sft_loss(logp_BS, tokens.loss_mask[:, tokens.scored_from :])
     return {"loss": loss}, {"tokens": (tokens.segment > 0).sum()}
 
 
 @lru_cache
 def make_step(model: Model, optim: OptimConfig, accumulation: int, mesh: Mesh) -> Any:
-    """The jitted (state, batch, learning_rate) -> (state, metrics)."""
-    return jax.jit(
-        make_update(partial(objective, model), optim, accumulation=accumulation),
-        donate_argnums=0,
-        out_shardings=(state_sharding(model, optim, mesh), replicated(mesh)),
-    )
+    """The jitted (state, batch, frozen) -> (state, metrics)."""
+    trainable = forward.abstract_params(model.decoder)
+    return jit_update(partial(objective, model), make_optimizer(optim), trainable, mesh, accumulation=accumulation)
 
 
 @lru_cache
@@ -55,73 +89,70 @@ def make_nll(model: Model, mesh: Mesh) -> Any:
 
     def nll(params: Params, batch: PromptBatch) -> tuple[jax.Array, jax.Array]:
         tokens = forward.join(batch)
-        logp_BS, _ = forward.token_logp(model, params, tokens)
+        logp_BS, _ = forward.token_logp(model, merge(params), tokens)
         mask_BS = tokens.loss_mask[:, tokens.scored_from :]
         return -masked_sum(logp_BS, mask_BS), mask_BS.sum(-1)
 
     return jax.jit(nll, out_shardings=replicated(mesh))
 
 
-def run(config: Config, mesh: Mesh, folder: Path) -> dict[str, Any]:
+def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -> dict[str, Any]:
     """Trains, writes `model/`, and returns counts, the last metrics and the held-out NLL per token."""
-    check_sizes(config, config.sft.train, "sft")
-    train = config.sft.train
-    corpus = load_corpus(config)
-    codec = TextCodec(base_tokenizer(config), config.text)
-    model, params = loading.load_base(config, codec, mesh, stage_key(config.seed, "init"))
-
-    loading.save_description(folder / "model", model, codec)
-
-    cache = config.runtime.token_cache_folder
-    examples, report = tokenize(codec, [(row.prompt, (row.response,)) for row in corpus.demonstrations], cache=cache)
+    train, corpus = settings.train, context.inputs.corpus
+    check_sizes("sft", train, context.mesh)
+    codec = TextCodec(context.inputs.tokenizer, settings.text)
+    model, params = context.load_base(settings.numerics, codec, settings.architecture, settings.seed)
+    loading.save_description(context.folder / "model", model, codec.tokenizer)
+    examples, report = context.tokenize(codec, [(row.prompt, (row.response,)) for row in corpus.demonstrations])
     _show(corpus, report)
-    _warn_of_inputs(config, report)
-    rows = first_rows(corpus.held_out, train, "sft")
-    measured, _ = tokenize(codec, [(row.prompt, (row.chosen,)) for row in rows], cache=cache)
+    _warn_of_inputs(settings, context, report)
+    rows = first_rows(corpus.held_out, context.watch, "sft")
+    measured, _ = context.tokenize(codec, [(row.prompt, (row.chosen,)) for row in rows])
     params, trained = fit_examples(
+        "sft",
         params,
-        make_step(model, train.optim, train.accumulation, mesh),
+        make_step(model, train.optim, train.accumulation, context.mesh),
         examples,
-        config=config,
+        seed=settings.seed,
+        buckets=settings.text.length_buckets,
         train=train,
-        mesh=mesh,
-        folder=folder,
-        stage="sft",
+        context=context,
         evaluate=make_evaluate(
-            make_held_out(model, mesh), measured, buckets=config.text.length_buckets, train=train, mesh=mesh
+            make_held_out(model, context.mesh),
+            measured,
+            buckets=settings.text.length_buckets,
+            batch_size=train.batch_size // train.accumulation,
+            mesh=context.mesh,
         ),
     )
-    loading.save(folder / "model", model, params, codec)
-
+    loading.save(context.folder / "model", model, params, codec.tokenizer)
     return {
         "data": [source.to_dict() for source in corpus.reports],
         "tokens": report.to_dict(),
         **trained,
-        "held_out_nll": _held_out_nll(config, mesh, model, params, corpus, codec),
+        "held_out_nll": _held_out_nll(settings, context, model, params, codec),
     }
 
 
-def _held_out_nll(
-    config: Config, mesh: Mesh, model: Model, params: Params, corpus: Corpus, codec: TextCodec
-) -> float | None:
+def _held_out_nll(settings: Settings, context: Context, model: Model, params: Params, codec: TextCodec) -> float | None:
     """Nats per token of the held-out chosen responses; None where nothing is held out."""
-    if not corpus.held_out:
+    held_out = context.inputs.corpus.held_out
+    if not held_out:
         return None
-    rows = [(row.prompt, (row.chosen,)) for row in corpus.held_out]
-    held_out, _ = tokenize(codec, rows, cache=config.runtime.token_cache_folder)
-    nll = make_nll(model, mesh)
+    examples, _ = context.tokenize(codec, [(row.prompt, (row.chosen,)) for row in held_out])
+    nll = make_nll(model, context.mesh)
     total, count = map_batches(
-        held_out,
-        Buckets.of(held_out, config.text.length_buckets),
-        config.sft.train.batch_size,
-        lambda batch: nll(params, place_batch(batch, mesh)),
+        examples,
+        Buckets.of(examples, settings.text.length_buckets),
+        settings.train.batch_size,
+        lambda batch: nll(params, place_batch(batch, context.mesh)),
         models=("the SFT model", "the SFT model"),
     )
     return float(total.sum() / count.sum())
 
 
-def _warn_of_inputs(config: Config, tokens: TokenReport) -> None:
-    if config.data.kind == "toy" and config.model.path is not None:
+def _warn_of_inputs(settings: Settings, context: Context, tokens: TokenReport) -> None:
+    if context.inputs.is_toy and context.inputs.base is not None:
         warn(
             "model.path is set and data.kind is toy: a pretrained model learns the toy world. To train on rows of your "
             "own, name data.path and data.kind"
@@ -129,7 +160,7 @@ def _warn_of_inputs(config: Config, tokens: TokenReport) -> None:
     if 2 * tokens.truncated_prompts > tokens.rows:
         warn(
             f"{tokens.truncated_prompts} of {tokens.rows} demonstrations' prompts are cut to "
-            f"text.max_prompt_tokens={config.text.max_prompt_tokens}: raise it"
+            f"text.max_prompt_tokens={settings.text.max_prompt_tokens}: raise it"
         )
 
 
@@ -142,3 +173,32 @@ def _show(corpus: Corpus, tokens: TokenReport) -> None:
         f"cut to fit: {tokens.truncated_prompts} prompts, {tokens.truncated_responses} responses of the demonstrations",
         soft_wrap=True,
     )
+
+
+def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
+    """The update, and the NLL of held-out rows."""
+    train, amounts = settings.train, shapes.amounts
+    check_sizes("sft", train, shapes.mesh)
+    rows, updates = (
+        shapes.rows(train.batch_size, 1),
+        None if amounts is None else num_updates(train, amounts.demonstrations),
+    )
+    yield train_program(
+        "sft", "step", make_step(shapes.model, train.optim, train.accumulation, shapes.mesh),
+        (shapes.state(train.optim), shapes.batch(rows), {}), shapes, rows, "lm", accumulation=train.accumulation,
+        runs=updates,
+        # the stage's own name for the parameters it starts from lives as long as the training
+        held=(shapes.tree(),),
+    )  # fmt: skip
+    yield from held_out_program(
+        "sft", make_held_out(shapes.model, shapes.mesh), shapes.batch, shapes, 1, "lm", train=train, updates=updates,
+        num_rows=None if amounts is None else amounts.held_out,
+        held=(shapes.state(train.optim).opt_state, shapes.tree()),
+    )  # fmt: skip
+    yield scoring_program(
+        "sft", "nll", make_nll(shapes.model, shapes.mesh), (shapes.trained(), shapes.batch(rows)), shapes, rows, "lm",
+        runs=None if amounts is None else calls(amounts.held_out, train.batch_size),
+    )  # fmt: skip
+
+
+STAGE = Stage("sft", Settings, (), frozenset({"data", "base"}), run, programs, trains=True)

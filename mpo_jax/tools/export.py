@@ -9,6 +9,7 @@ from typing import Literal
 import jax
 from jax.sharding import Mesh
 
+from mpo_jax import types
 from mpo_jax.config.schema import Config
 from mpo_jax.data.text import TextCodec
 from mpo_jax.errors import UserError
@@ -23,7 +24,7 @@ from mpo_jax.runtime.sharding import make_mesh
 from mpo_jax.tools.opening import find_model
 from mpo_jax.tools.report.card import write_card
 from mpo_jax.training.checkpoints import Checkpoints
-from mpo_jax.types import Params
+from mpo_jax.types import Tree
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -63,11 +64,11 @@ def export(path: str, target: Path, config: Config, *, critic: bool = False, dty
     with jax.set_mesh(mesh):
         decoder, params, where = _read(found, mesh, dtype, critic=critic)
         codec = TextCodec(load_tokenizer(found), config.text)
-        loading.check_vocabulary(codec, decoder, found)
+        loading.check_vocabulary(codec.vocab_size, decoder, found)
         partial = target.with_name(f".{target.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        loading.save(partial, Model(decoder), params, codec, dtype=dtype)
+        loading.save(partial, Model(decoder), types.frozen(params), codec.tokenizer, dtype=dtype)
     kind = "reward model" if "score" in params else "language model"
     if is_main():
         write_card(partial, found, path, name=target.name, kind=kind, dtype=dtype)
@@ -77,7 +78,7 @@ def export(path: str, target: Path, config: Config, *, critic: bool = False, dty
     return Exported(where, decoder.family, kind, sum(file.stat().st_size for file in target.iterdir()))
 
 
-def _read(found: Path, mesh: Mesh, dtype: Dtype, *, critic: bool) -> tuple[DecoderConfig, Params, str]:
+def _read(found: Path, mesh: Mesh, dtype: Dtype, *, critic: bool) -> tuple[DecoderConfig, Tree, str]:
     """Sizes, parameters, and what they are, of a model or of an unfinished stage's newest checkpoint."""
     checkpoints = found.parent / "checkpoints"
     if checkpoints.is_dir() and not any(found.glob("*.safetensors")):

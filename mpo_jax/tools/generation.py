@@ -79,7 +79,7 @@ def _stream(opened: OpenModel, text: str, sampling: Sampling) -> Iterator[tuple[
     """Every sample's text so far, and whether it is the end."""
     config, codec = opened.config, opened.codec
     with jax.set_mesh(opened.mesh):
-        model, params = loading.load(opened.path, config, opened.mesh, frozen=True)
+        model, params = loading.load(opened.path, opened.options, opened.mesh, text=config.text, frozen=True)
         fitted = codec.prompt(text)
         if fitted.truncated:
             console.print(f"[yellow]the prompt is cut to its last {len(fitted.ids)} of {fitted.full} tokens[/yellow]")

@@ -45,6 +45,11 @@ class OpenModel:
     def mesh(self) -> Mesh:
         return make_mesh(self.config.mesh)
 
+    @cached_property
+    def options(self) -> loading.Options:
+        """How its arithmetic runs on this machine."""
+        return loading.Options.of(self.config.model)
+
     def knows(self, key: str) -> bool:
         """Whether training or the user has set `text.KEY`."""
         return self.trained is not None or key in self.given
@@ -128,6 +133,6 @@ def open_model(path: str, overrides: tuple[str, ...]) -> OpenModel:
     own = TextConfig(max_prompt_tokens=half, max_response_tokens=half) if trained is None else trained.text
     given = config.text.model_fields_set
     codec = TextCodec(load_tokenizer(found), own.model_copy(update={key: getattr(config.text, key) for key in given}))
-    loading.check_vocabulary(codec, source.decoder, found)
+    loading.check_vocabulary(codec.vocab_size, source.decoder, found)
     config = config.model_copy(update={"text": codec.config})
     return OpenModel(found, source, config, codec, trained, frozenset(given))

@@ -62,7 +62,7 @@ def score(opened: OpenModel, data: str, *, batch_size: int, max_rows: int | None
     Raises:
       UserError: if there are no rows, or some cannot be scored.
     """
-    check_batch(batch_size, opened.config.mesh, "--batch-size")
+    check_batch(batch_size, opened.mesh, "--batch-size")
     source = open_source(data)
     if any(row.get(SHOWN) is not None for _, row in source.rows(1)):
         opened, source = opened.for_rendered_prompts(), _Shown(source)
@@ -126,7 +126,7 @@ def _values(opened: OpenModel, examples: list[Example], batch_size: int) -> np.n
     """[rows, responses] log-probabilities or scores."""
     config, mesh, head = opened.config, opened.mesh, opened.source.head
     with jax.set_mesh(mesh):
-        model, params = loading.load(opened.path, config, mesh, head=head, frozen=True)
+        model, params = loading.load(opened.path, opened.options, mesh, text=config.text, head=head, frozen=True)
         function = (forward.make_score_pairs if head == "value" else forward.make_response_logps)(model, mesh)
         buckets = Buckets.of(examples, config.text.length_buckets)
         return map_batches(

@@ -68,15 +68,16 @@ def sample(path: str, prompts: list[Prompt], overrides: tuple[str, ...]) -> list
         raise UserError(f"{path} is a reward model and writes no text: compare language models, runs or files")
     opened = _with_room(opened)
     evaluate, limits = opened.config.evaluate, opened.config.text
-    check_batch(evaluate.batch_size, opened.config.mesh, "evaluate.batch_size")
+    check_batch(evaluate.batch_size, opened.mesh, "evaluate.batch_size")
     texts = [_rendered(opened, prompt) for prompt in prompts]
     sampling = Sampling(limits.max_response_tokens, temperature=evaluate.temperature, greedy=evaluate.greedy)
     with jax.set_mesh(opened.mesh):
-        model, params = loading.load(opened.path, opened.config, opened.mesh, frozen=True)
+        model, params = loading.load(opened.path, opened.options, opened.mesh, text=limits, frozen=True)
         key = stage_key(opened.config.seed, "evaluate")
         found, cut = sample_texts(
-            model, params, opened.codec, opened.config, opened.mesh, texts, sampling=sampling, key=key, name=path,
-            tell=lambda done, _: console.print(f"  {path}: {done}/{len(texts)} answers", soft_wrap=True),
+            model, params, opened.codec, texts, sampling=sampling, key=key, batch_size=evaluate.batch_size,
+            mesh=opened.mesh, cache=opened.config.runtime.token_cache_folder, name=path,
+            progress=lambda done, _: console.print(f"  {path}: {done}/{len(texts)} answers", soft_wrap=True),
         )  # fmt: skip
     if cut:
         console.print(f"[yellow]{path}: {cut} prompts cut to {limits.max_prompt_tokens} tokens[/yellow]")

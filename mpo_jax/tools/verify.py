@@ -14,17 +14,16 @@ from filelock import FileLock, Timeout
 from mpo_jax.config.load import load_config
 from mpo_jax.config.schema import Config, ProcessesConfig
 from mpo_jax.errors import Preempted, UserError
-from mpo_jax.pipeline.artifacts import RECIPE
+from mpo_jax.pipeline.recipe import FORMAT, RECIPE
+from mpo_jax.pipeline.stages import STAGES, stage_context
 from mpo_jax.runtime import machine
 from mpo_jax.runtime.console import console
 from mpo_jax.runtime.files import write_json
 from mpo_jax.runtime.preemption import stopping_at
 from mpo_jax.runtime.sharding import make_mesh
-from mpo_jax.stages import dpo, ppo, reward, sft
+from mpo_jax.stages.context import Inputs
 from mpo_jax.training.checkpoints import Checkpoints, first_difference, state_hash
 from mpo_jax.types import Artifact
-
-RUNS: dict[str, Any] = {"sft": sft.run, "reward": reward.run, "dpo": dpo.run, "ppo": ppo.run}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,9 +82,11 @@ def _trained(workdir: Path, stage: str | None) -> Iterator[tuple[Path, dict[str,
         if not paths or not (folder / "metrics.jsonl").is_file():
             continue
         made = json.loads(paths[0].read_text(encoding="utf-8"))
-        recipe = {key: made[key] for key in ("format", "stage", "settings", "parents")}
+        if made["format"] != FORMAT:
+            continue
+        recipe = {key: made[key] for key in ("format", "stage", "settings", "inputs", "parents")}
         names = (recipe["stage"], folder.name, folder.name.removeprefix(".").removesuffix(".partial"))
-        if recipe["stage"] in RUNS and (stage is None or stage in names):
+        if STAGES[recipe["stage"]].trains and (stage is None or stage in names):
             yield folder, recipe
 
 
@@ -153,18 +154,17 @@ def _train_again(
     place = Path("checkpoints") / str(stretch.start)
     shutil.copytree(folder / place, scratch / place)
     write_json(scratch / RECIPE, recipe)
-    inputs: dict[str, Any] = {}
+    parents = {}
     for role, parent in recipe["parents"].items():
         path = workdir / "stages" / parent
         if not (path / "manifest.json").is_file():
             raise UserError(f"{folder}: its {role} {path} is gone; without it the stage cannot be trained again")
-        inputs[role] = Artifact(path, json.loads((path / "manifest.json").read_text(encoding="utf-8")))
-    if "subset" in recipe["settings"]:
-        inputs["subset"] = recipe["settings"]["subset"]
-    mesh = make_mesh(config.mesh)
+        parents[role] = Artifact(path, json.loads((path / "manifest.json").read_text(encoding="utf-8")))
+    stage, mesh = STAGES[recipe["stage"]], make_mesh(config.mesh)
+    settings = stage.Settings.model_validate(recipe["settings"])
     try:
         with jax.set_mesh(mesh), stopping_at(stretch.end):
-            RUNS[recipe["stage"]](config, mesh, scratch, **inputs)
+            stage.run(settings, parents, stage_context(config, stage, mesh, scratch, Inputs(config), recipe))
     except Preempted:
         pass
     checkpoints = Checkpoints(scratch / "checkpoints", keep=1)

@@ -21,20 +21,20 @@ class Guard:
     It looks at a step when the next one is under way, so that the device is never waited for in vain.
     """
 
-    def __init__(self, folder: Path, stage: str, limit: int):
+    def __init__(self, folder: Path | None, stage: str, limit: int):
         self._folder, self._stage, self._limit = folder, stage, limit
         self._unseen: tuple[int, dict[str, Skips], Any] | None = None
 
-    def look(self, step: int, metrics: Metrics, batch: Any) -> None:
+    def check(self, step: int, metrics: Metrics, batch: Any) -> None:
         """Takes a step that has just been started, and looks at the one before.
 
         Raises:
           UserError: at the limit.
         """
-        self.settle()
+        self.flush()
         self._unseen = step, {name: m for name, m in metrics.items() if isinstance(m, Skips)}, batch
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Looks at the last step taken, once it is done."""
         if self._unseen is None:
             return
@@ -59,6 +59,8 @@ class Guard:
 
     def _keep(self, step: int, batch: Any) -> str:
         """Writes the batch where there is room for it, and says where."""
+        if self._folder is None:
+            return ""
         leaves = jax.tree_util.tree_leaves_with_path(batch)
         arrays = {jax.tree_util.keystr(path, simple=True, separator="."): to_host(leaf) for path, leaf in leaves}
         path = self._folder / f"step-{step}.npz"

@@ -1,14 +1,17 @@
-"""From an optimiser's config section to an optax transformation."""
+"""From an optimiser's settings to an optax transformation whose learning rate is a number in its state."""
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
 from mpo_jax.config.schema import OptimConfig
 from mpo_jax.runtime.sharding import replicated
-from mpo_jax.types import Params
+from mpo_jax.types import TrainState, Tree
 
 NO_DECAY = ("norm", "bias", "scale")
 
@@ -38,7 +41,13 @@ def make_schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
     return optax.warmup_cosine_decay_schedule(0.0 if warmup else peak, peak, warmup, max(num_steps, 1), 0.0)
 
 
-def decay_mask(params: Params) -> Params:
+def make_learning_rate(config: OptimConfig, num_steps: int) -> Callable[[int], jax.Array]:
+    """The schedule's value at update k, float32, computed on the host's side of the step."""
+    schedule = make_schedule(config, num_steps)
+    return lambda k: jnp.asarray(schedule(k), jnp.float32)
+
+
+def decay_mask(params: Tree) -> Tree:
     """True where weight decay applies: by name, because stacked norms have two axes like matrices have."""
 
     def decays(path: tuple[Any, ...], _: Any) -> bool:
@@ -49,27 +58,46 @@ def decay_mask(params: Params) -> Params:
 
 
 def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
-    """AdamW's direction after global-norm clipping, without the learning rate.
+    """AdamW after global-norm clipping, with an injected learning rate of 0: `with_learning_rate` sets each update's.
 
-    The rate is an argument of the update, so that runs of different lengths share one compiled step.
+    The rate is a leaf of the optimiser's state, so runs of different lengths and rates share one compiled step.
     """
-    parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm is not None else []
-    parts.append(optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps))
-    if config.weight_decay:
-        parts.append(optax.add_decayed_weights(config.weight_decay, mask=decay_mask))
-    return optax.chain(*parts)
+
+    def adamw(learning_rate: float) -> optax.GradientTransformation:
+        parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm is not None else []
+        parts.append(optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps))
+        if config.weight_decay:
+            parts.append(optax.add_decayed_weights(config.weight_decay, mask=decay_mask))
+        return optax.chain(*parts, optax.scale_by_learning_rate(learning_rate))
+
+    return optax.inject_hyperparams(adamw)(learning_rate=0.0)
 
 
-def state_shardings(tx: optax.GradientTransformation, params: Params, param_shardings: Any, mesh: Mesh) -> Any:
-    """Shardings of tx's state: moments like their parameters, counters replicated.
+def with_learning_rate(state: TrainState, rate: jax.Array | float) -> TrainState:
+    """The state whose next update uses this rate.
+
+    Raises:
+      ValueError: if the optimiser was not made with `optax.inject_hyperparams`, so that its rate is its own.
+    """
+    injected = getattr(state.opt_state, "hyperparams", None)
+    if injected is None or "learning_rate" not in injected:
+        raise ValueError("the optimiser has no injected learning_rate: wrap it in optax.inject_hyperparams")
+    hyperparams = {**injected, "learning_rate": jnp.asarray(rate, jnp.float32)}
+    return dataclasses.replace(state, opt_state=state.opt_state._replace(hyperparams=hyperparams))
+
+
+def state_shardings(tx: optax.GradientTransformation, params: Tree, param_shardings: Any, mesh: Mesh) -> Any:
+    """Shardings of tx's state: moments like their parameters, all else (counters, factored moments) replicated.
 
     Without them `jax.jit(tx.init)` would leave every moment whole on every device.
     """
+    everywhere = replicated(mesh)
     shapes = jax.eval_shape(tx.init, params)
     return optax.tree_utils.tree_map_params(
         tx,
-        lambda _, sharding: sharding,
+        lambda leaf, param, sharding: sharding if leaf.shape == param.shape else everywhere,
         shapes,
+        params,
         param_shardings,
-        transform_non_params=lambda _: replicated(mesh),
+        transform_non_params=lambda _: everywhere,
     )

@@ -105,14 +105,14 @@ def sample_all(
     batch_size: int,
     mesh: Mesh,
     name: str = "the model",
-    tell: Callable[[int, Mapping[str, Any]], Any] | None = None,
+    progress: Callable[[int, Mapping[str, Any]], Any] | None = None,
 ) -> Samples:
     """`sampling.num_samples` samples of every prompt, `batch_size` prompts at a time.
 
     Args:
       examples: prompts; their responses are not looked at.
       name: what the user calls the model, for messages.
-      tell: hears, as it goes, how many prompts are done, and tokens and the rate of ends of those since the last time.
+      progress: called with how many prompts are done, and with tokens and the rate of ends since the call before.
 
     Raises:
       UserError: if there are no prompts, or as soon as the model's logits are not finite.
@@ -125,21 +125,21 @@ def sample_all(
     )
     weights = make_for_decoding(model)(params)
     parts = programs(model, sampling, eos_id, mesh)
-    untold: list[tuple[int, int]] = []
-    told = [0]
+    unreported: list[tuple[int, int]] = []
+    reported = [0]
 
     def take(sample: int, ids: np.ndarray, length: int, has_eos: bool) -> None:
         place = divmod(sample, sampling.num_samples)
         found.ids[place], found.length[place], found.has_eos[place] = ids, length, has_eos
-        untold.append(place)
-        done = told[0] + len(untold)
-        if len(untold) == batch_size * sampling.num_samples or done == found.length.size:
-            these = tuple(np.transpose(untold))
+        unreported.append(place)
+        done = reported[0] + len(unreported)
+        if len(unreported) == batch_size * sampling.num_samples or done == found.length.size:
+            these = tuple(np.transpose(unreported))
             metrics = {"tokens": found.length[these].sum(), "eos_rate": found.has_eos[these].mean()}
-            if tell is not None:
-                tell(done // sampling.num_samples, metrics)
-            told[0] = done
-            untold.clear()
+            if progress is not None:
+                progress(done // sampling.num_samples, metrics)
+            reported[0] = done
+            unreported.clear()
 
     bucket = buckets.place(examples)
     for number, widths in enumerate(buckets.widths):

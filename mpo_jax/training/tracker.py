@@ -89,7 +89,7 @@ class Tracker:
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path | None,
         stage: str,
         num_steps: int,
         *,
@@ -99,14 +99,16 @@ class Tracker:
         start_step: int = 0,
         sums: Mapping[str, Any] | None = None,
     ):
-        folder.mkdir(parents=True, exist_ok=True)
         self.stage, self.num_steps, self._every_step = stage, num_steps, every_step
-        self._path = folder / "metrics.jsonl" if is_main() else Path(os.devnull)
-        if is_main():
+        writes = folder is not None and is_main()
+        self._path = folder / "metrics.jsonl" if folder is not None and is_main() else Path(os.devnull)
+        if writes:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
             _forget_after(self._path, start_step)
+        self._syncs = writes
         self._file = self._path.open("a", encoding="utf-8")
         self._sinks = list(sinks)
-        if tensorboard and is_main():
+        if tensorboard and folder is not None and is_main():
             self._sinks.append(TensorBoard(folder / "tensorboard", stage, start_step))
         self._pending: list[Mapping[str, Any]] = []
         self._measures: dict[str, float] = {}
@@ -212,7 +214,7 @@ class Tracker:
             line["state_hash"] = state_hash
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-        if state_hash is not None and is_main():
+        if state_hash is not None and self._syncs:
             os.fsync(self._file.fileno())
         for sink in self._sinks:
             sink.write(step, values)
@@ -252,7 +254,7 @@ class Tracker:
         for sink in self._sinks:
             sink.close(failed=failed)
         self._file.flush()
-        if is_main():
+        if self._syncs:
             os.fsync(self._file.fileno())
         self._file.close()
 

@@ -3,20 +3,20 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import jax
 from jax.sharding import Mesh
 
-from mpo_jax.config.schema import EVAL, TrainConfig
-from mpo_jax.data.batches import Buckets, padded_batches
+from mpo_jax.config.schema import EVAL
+from mpo_jax.data.batches import Batch, Buckets, padded_batches
 from mpo_jax.data.tokens import Example
 from mpo_jax.errors import UserError
 from mpo_jax.runtime.console import console
 from mpo_jax.runtime.sharding import place_batch, replicated
 from mpo_jax.training.checkpoints import Checkpoints
 from mpo_jax.training.tracker import add_up, mean_values
-from mpo_jax.types import Mean, Metrics, Params
+from mpo_jax.types import Mean, Metrics, Params, merge
 
 Row = TypeVar("Row")
 
@@ -24,27 +24,41 @@ Evaluate = Callable[[Any], Mapping[str, float]]
 """From a stage's state to its measures on held-out rows, by the names of the training metrics; it changes nothing."""
 
 
-def first_rows(rows: Sequence[Row], train: TrainConfig, stage: str, *, default: int = 256) -> Sequence[Row]:
+HELD_OUT_ROWS = 256
+"""The first held-out rows that a stage is measured on, unless the configuration says how many."""
+
+
+class Watched(Protocol):
+    """How often a stage is measured, and on how many rows."""
+
+    @property
+    def eval_every(self) -> int | None: ...
+
+    @property
+    def eval_rows(self) -> int | None: ...
+
+
+def first_rows(rows: Sequence[Row], watch: Watched, stage: str, *, default: int = HELD_OUT_ROWS) -> Sequence[Row]:
     """The rows that a stage is measured on, the same at every evaluation; none where it never is.
 
     Raises:
       UserError: if there is nothing to measure on.
     """
-    if train.eval_every is None:
+    if watch.eval_every is None:
         return []
     if not rows:
         raise UserError(
-            f"{stage}.train.eval_every={train.eval_every} needs held-out rows, and the data has none: name preference "
+            f"{stage}.train.eval_every={watch.eval_every} needs held-out rows, and the data has none: name preference "
             "rows as data.test_path, or raise data.validation_fraction above 0"
         )
-    return rows[: default if train.eval_rows is None else train.eval_rows]
+    return rows[: default if watch.eval_rows is None else watch.eval_rows]
 
 
 def make_measure(objective: Callable[..., tuple[Metrics, Metrics]], mesh: Mesh) -> Any:
     """The jitted forward pass of an objective: (params, batch) -> its terms and metrics that are means."""
 
     def measure(params: Params, batch: Any) -> Metrics:
-        terms, metrics = objective(params, batch)
+        terms, metrics = objective(merge(params), batch)
         return only_means({**metrics, **terms})
 
     return jax.jit(measure, out_shardings=replicated(mesh))
@@ -55,21 +69,21 @@ def make_evaluate(
     examples: Sequence[Example],
     *,
     buckets: int,
-    train: TrainConfig,
+    batch_size: int,
     mesh: Mesh,
+    data: Callable[[Batch], Any] = lambda batch: batch.rows,
 ) -> Callable[[Params], dict[str, float]] | None:
     """From parameters to the exact means over all examples; None without examples.
-
-    A batch has the size of one of training's micro-batches, which is known to fit the devices.
 
     Args:
       measure: what `make_measure` gives.
       buckets: widths that batches are padded to, at most.
+      batch_size: that of training's micro-batches, which is known to fit the devices.
+      data: what the objective takes of a batch.
     """
     if not examples:
         return None
-    size = train.batch_size // train.accumulation
-    batches = [batch.data for _, batch in padded_batches(examples, Buckets.of(examples, buckets), size)]
+    batches = [data(batch) for batch in padded_batches(examples, Buckets.of(examples, buckets), batch_size)]
     return lambda params: means(measure(params, place_batch(batch, mesh)) for batch in batches)
 
 
@@ -98,7 +112,7 @@ def measure_now(evaluate: Evaluate, state: Any, step: int, stage: str) -> dict[s
 
 
 class Best:
-    """Which of a stage's states has the best `train.best_metric`; of equals the earliest.
+    """Which of a run's states has the best value of a metric; of equals the earliest.
 
     A measure on held-out rows compares the states that are measured. A metric of training compares those at
     checkpoints, by its average since the line logged before. The last state is always among them.
@@ -107,9 +121,11 @@ class Best:
       warmup: during the first updates a metric may not be logged yet.
     """
 
-    def __init__(self, train: TrainConfig, stage: str, checkpoints: Checkpoints, *, warmup: int = 0):
-        self.metric, self._train, self._stage, self._warmup = train.best_metric, train, stage, warmup
-        self._checkpoints = checkpoints
+    def __init__(self, metric: str | None, stage: str, checkpoints: Checkpoints | None, *, warmup: int = 0):
+        if metric is not None and checkpoints is None:
+            raise UserError(f"{stage}: best_metric={metric} needs checkpoints, from which the best state is restored")
+        self.metric, self._stage, self._warmup = metric, stage, warmup
+        self._checkpoints: Any = checkpoints
         self.on_held_out = self.metric is not None and self.metric.startswith(EVAL)
         self._last: tuple[int, float] | None = None
 

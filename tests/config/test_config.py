@@ -187,8 +187,6 @@ REFUSED = {
     "list": ("- seed\n", (), ["{file}: a configuration is a mapping"]),
     "broken override": ("", ("seed=[1",), ["cannot read the override 'seed=[1'"]),
     "broken interpolation": ("workdir: ${nowhere}\n", (), ["{file}: ", "nowhere"]),
-    "top_p": ("", ("ppo.top_p=0.9",), ["ppo: ", "top_p=1 and top_k=0", "another distribution"]),
-    "top_k": ("", ("ppo.top_k=50",), ["ppo: ", "top_p=1 and top_k=0", "another distribution"]),
     "both splits": ("select: {easy_fraction: 0.5, threshold: 1}\n", (), ["select.threshold and select.easy_fraction"]),
     "no split": ("", ("select.threshold=null",), ["one of select.threshold and select.easy_fraction must be given"]),
     "accumulation": ("sft: {train: {batch_size: 9, accumulation: 2}}\n", (),

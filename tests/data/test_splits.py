@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from mpo_jax.config.load import load_config
+from mpo_jax.config.registry import EXPERIMENTS
 from mpo_jax.config.schema import Config, DataConfig, ModelConfig, SelectConfig, TextConfig, ToyConfig
 from mpo_jax.data import corpus as corpora
 from mpo_jax.data import toy
@@ -14,7 +15,6 @@ from mpo_jax.data.corpus import TESTED, fingerprint
 from mpo_jax.data.hh import source_category
 from mpo_jax.data.pair_table import PairTable
 from mpo_jax.data.records import is_validation
-from mpo_jax.pipeline.experiments import EXPERIMENTS
 from mpo_jax.pipeline.pipeline import Pipeline
 from mpo_jax.pipeline.table import Cost, Listing
 from mpo_jax.stages import dpo, ppo

@@ -2,9 +2,10 @@
 
 import pytest
 
+from mpo_jax.config.registry import EXPERIMENTS
 from mpo_jax.config.schema import Config, SelectConfig
 from mpo_jax.errors import UserError
-from mpo_jax.pipeline.experiments import EXPERIMENTS, Variant, in_order, is_run, table_variants
+from mpo_jax.pipeline.experiments import Variant, in_order, is_run, table_variants
 
 
 @pytest.mark.parametrize(

@@ -341,7 +341,7 @@ def test_options_of_the_other_stages(tmp_path):
         (["dpo.betaa=1"], ["dpo.betaa", "did you mean beta"]),
         (["sft.train.batch_size=many"], ["sft.train.batch_size", "integer"]),
         (["data.kind=hh", "data.path=nowhere.jsonl", "model.path=nowhere"], ["nowhere.jsonl", "data.path"]),
-        (["ppo.top_p=0.9"], ["top_p=1", "KL"]),
+        (["ppo.top_p=0.9"], ["ppo.top_p", "remove it", "KL"]),
         (["mesh.fsdp=3"], ["sft.train.batch_size", "3"]),
         (["mesh.fsdp=64"], ["64", "devices"]),
         (["text.max_prompt_tokens=100"], ["max_prompt_tokens", "positions"]),

@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from mpo_jax.errors import UserError
 from mpo_jax.models import forward
 from mpo_jax.models.decoder import FLOAT32, DecoderConfig
-from mpo_jax.types import Head, Params
+from mpo_jax.types import Head, Tree
 
 SHARD_BYTES = 2 * 2**30
 """Size of an exported file, and so about the host memory that an export takes."""
@@ -158,7 +158,7 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
         raise UserError(f"{single}: broken safetensors file: {error}") from error
 
 
-def load_params(tensors: Tensors, config: DecoderConfig, mesh: Mesh, *, head: Head, dtype: str) -> Params:
+def load_params(tensors: Tensors, config: DecoderConfig, mesh: Mesh, *, head: Head, dtype: str) -> Tree:
     """Parameters placed on the mesh, read tensor by tensor: the host holds one tensor at a time, in the file's type.
 
     Args:
@@ -250,7 +250,7 @@ def _set_layer(stack: jax.Array, layer: jax.Array, i: int) -> jax.Array:
 
 
 def save_params(
-    folder: Path, params: Params, config: DecoderConfig, *, dtype: str = "float32", shard_bytes: int = SHARD_BYTES
+    folder: Path, params: Tree, config: DecoderConfig, *, dtype: str = "float32", shard_bytes: int = SHARD_BYTES
 ) -> None:
     """Writes safetensors files; `families.save_config` writes the config.json that makes them a model.
 

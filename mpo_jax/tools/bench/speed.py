@@ -80,10 +80,10 @@ def measure_all(
       UserError: for an unknown name, or a batch that does not divide over the mesh.
     """
     wanted = workloads.check_names(names)
-    check_batch(batch, config.mesh, "--batch")
     config = _sized(config, rows)
     machine.start(config.runtime)
     mesh = make_mesh(config.mesh)
+    check_batch(batch, mesh, "--batch")
     build = workloads.Bench(config, mesh, batch, steps, rows, vocab_size)
     with jax.set_mesh(mesh):
         dtype = machine.compute_dtype(config.model)

@@ -1,8 +1,9 @@
-"""What is timed: each stage's own jitted functions, on rows of given lengths or on a configuration's own rows."""
+"""What is timed: the stages' own programs, on rows of given lengths or on a configuration's own rows."""
 
 import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any, Literal, get_args
 
@@ -17,16 +18,20 @@ from mpo_jax.data.corpus import base_tokenizer, load_corpus
 from mpo_jax.data.text import TextCodec
 from mpo_jax.data.tokens import Example, tokenize
 from mpo_jax.errors import UserError
-from mpo_jax.models import flops, forward, loading
+from mpo_jax.models import flops, loading
 from mpo_jax.models.decoder import DecoderConfig
 from mpo_jax.models.forward import Model
 from mpo_jax.models.generate import Sampling, make_generate
+from mpo_jax.pipeline.stages import STAGES, stage_settings, stage_shapes
+from mpo_jax.runtime.offload import Offload
 from mpo_jax.runtime.seeds import data_seed, stage_key
 from mpo_jax.runtime.sharding import place_batch
-from mpo_jax.stages import dpo, ppo, reward, sft
-from mpo_jax.training.loop import init_state
+from mpo_jax.stages.dpo import DpoBatch
+from mpo_jax.stages.ppo.iteration import Loop, Models, init_ppo_state
+from mpo_jax.training.optimizer import make_optimizer, with_learning_rate
 from mpo_jax.training.refill import sample_all
-from mpo_jax.types import Params
+from mpo_jax.training.update import init_state
+from mpo_jax.types import Head, Params
 
 Name = Literal["sft", "reward", "dpo", "reference", "score", "generate", "sample", "ppo"]
 NAMES: tuple[Name, ...] = get_args(Name)
@@ -40,7 +45,15 @@ ABOUT: dict[Name, str] = {
     "sample": "all prompts sampled twice with rows refilled, as in data selection",
     "ppo": "one PPO iteration: rollout, scores, updates of actor and critic",
 }
-RATE = np.float32(1e-5)
+PROGRAMS: dict[Name, str] = {
+    "sft": "sft step",
+    "reward": "reward step",
+    "dpo": "dpo step",
+    "reference": "dpo reference",
+    "score": "select score",
+}
+"""The stage's program behind each workload that is one program."""
+RATE = 1e-5
 
 
 @dataclasses.dataclass
@@ -73,6 +86,7 @@ class Bench:
     """Builds workloads.
 
     Attributes:
+      batch: rows, pairs or prompts a step.
       rows: prompt and response lengths of made-up rows; None for the configuration's own rows.
       vocab_size: of the model that is made up where the configuration names none.
     """
@@ -88,49 +102,44 @@ class Bench:
         return getattr(self, f"_{name}")()
 
     def _sft(self) -> Workload:
-        train, model = self.config.sft.train, self._model()
-        step = sft.make_step(model, train.optim, train.accumulation, self.mesh)
-        return self._update("sft", step, self._params(), train.optim, "lm", 1, lambda batch: batch)
+        return self._update("sft", self._params(), "lm", 1, lambda rows: rows)
 
     def _reward(self) -> Workload:
-        train, model = self.config.reward.train, self._model()
-        step = reward.make_step(model, train.optim, self.config.reward.loss, train.accumulation, self.mesh)
-        params = loading.with_value_head(model, self._params(), self.mesh)
-        return self._update("reward", step, params, train.optim, "value", 2, lambda batch: batch)
+        params = loading.with_value_head(self._model, self._params(), self.mesh)
+        return self._update("reward", params, "value", 2, lambda rows: rows)
 
     def _dpo(self) -> Workload:
-        train, loss = self.config.dpo.train, dpo.DpoLoss.of(self.config.dpo)
-        step = dpo.make_step(self._model(), train.optim, loss, train.accumulation, self.mesh)
-        reference = jnp.zeros((self.batch, 2))
-        return self._update("dpo", step, self._params(), train.optim, "lm", 2, lambda batch: (batch, reference))
+        reference = None
+        if self._settings("dpo").loss.needs_reference:
+            reference = place_batch(np.zeros((self.batch, 2), np.float32), self.mesh)
+        return self._update("dpo", self._params(), "lm", 2, lambda rows: DpoBatch(rows, reference))
 
-    def _update(
-        self, name: Name, step: Any, params: Params, optim: Any, head: flops.Head, num_responses: int, inputs: Any
-    ) -> Workload:
-        state = [init_state(params, optim, self.mesh)]
+    def _update(self, name: Name, params: Params, head: Head, num_responses: int, inputs: Any) -> Workload:
+        step, optim = self._program(name), self._settings(name)
+        optim = (optim.training or optim).train.optim if name == "reward" else optim.train.optim
+        state = [init_state(params, make_optimizer(optim), self.mesh)]
 
-        def run(batch: Any) -> Any:
-            state[0], metrics = step(state[0], inputs(batch), RATE)
+        def run(rows: Any) -> Any:
+            state[0], metrics = step(with_learning_rate(state[0], RATE), inputs(rows), params["frozen"])
             return metrics
 
         return self._over_batches(name, run, num_responses, lambda work: 3 * work, head)
 
     def _reference(self) -> Workload:
-        params, logps = self._params(), forward.make_response_logps(self._model(), self.mesh)
-        return self._over_batches("reference", lambda batch: logps(params, batch), 2, lambda work: work, "lm")
+        params, logps = self._params(), self._program("reference")
+        return self._over_batches("reference", lambda rows: logps(params, rows), 2, lambda work: work, "lm")
 
     def _score(self) -> Workload:
-        params = loading.with_value_head(self._model(), self._params(), self.mesh)
-        score = forward.make_score_pairs(self._model(), self.mesh)
-        return self._over_batches("score", lambda batch: score(params, batch), 2, lambda work: work, "value")
+        params = loading.with_value_head(self._model, self._params(), self.mesh)
+        score = self._program("score")
+        return self._over_batches("score", lambda rows: score(params, rows), 2, lambda work: work, "value")
 
     def _over_batches(
-        self, name: Name, run: Any, num_responses: int, total: Callable[[float], float], head: flops.Head
+        self, name: Name, run: Any, num_responses: int, total: Callable[[float], float], head: Head
     ) -> Workload:
-        examples = self._examples(num_responses)
-        batches = self._batches(examples)
+        batches = self._batches(self._examples(num_responses))
         rows = [batches[k].rows for k in range(self.steps)]
-        sizes = self._model().decoder
+        sizes = self._model.decoder
         necessary = [flops.necessary(sizes, np.asarray(r.prompt_len), np.asarray(r.response_len), head) for r in rows]
         return Workload(
             name,
@@ -142,12 +151,12 @@ class Bench:
         )
 
     def _generate(self) -> Workload:
-        model, params, (_, room) = self._model(), self._params(), self._lengths()
-        generate = make_generate(model, Sampling(room), self._eos(), self.mesh)
+        model, params, (_, room) = self._model, self._params(), self._lengths
+        generate = make_generate(model, Sampling(room), self._eos, self.mesh)
         batches = self._batches(self._examples(0))
         rows = [batches[k].rows for k in range(self.steps)]
         visit, key = jnp.zeros((self.batch,), jnp.uint32), jax.random.key(0)
-        allowed_V = self._allowed()
+        allowed_V = self._allowed
 
         def run(k: int) -> Any:
             return generate(params, place_batch(batches[k].rows, self.mesh), key, visit, allowed_V)[0].response_len
@@ -165,13 +174,13 @@ class Bench:
         )  # fmt: skip
 
     def _sample(self) -> Workload:
-        model, params, (_, room) = self._model(), self._params(), self._lengths()
+        model, params, (_, room) = self._model, self._params(), self._lengths
         examples = self._examples(0)[: self.batch * self.steps]
 
         def draw() -> Any:
             return sample_all(
-                model, params, examples, sampling=Sampling(room, num_samples=2), eos_id=self._eos(),
-                allowed_V=self._allowed(), key=jax.random.key(0), batch_size=self.batch, mesh=self.mesh,
+                model, params, examples, sampling=Sampling(room, num_samples=2), eos_id=self._eos,
+                allowed_V=self._allowed, key=jax.random.key(0), batch_size=self.batch, mesh=self.mesh,
                 buckets=Buckets.of(examples, self.config.text.length_buckets),
             )  # fmt: skip
 
@@ -182,21 +191,18 @@ class Bench:
         return Workload("sample", lambda k: draw().length, [drawn], [drawn], [work.flops], [0.0])
 
     def _ppo(self) -> Workload:
-        prompt, room = self._lengths()
-        train = self.config.ppo.train.model_copy(update={"batch_size": self.batch, "log_every": 1})
-        text = self.config.text.model_copy(update={"max_response_tokens": room})
-        method = self.config.ppo.model_copy(update={"train": train})
-        config = self.config.model_copy(update={"ppo": method, "text": text})
-        model, params = self._model(), self._params()
+        settings, model, params = self._settings("ppo"), self._model, self._params()
         critic = loading.with_value_head(model, params, self.mesh)
-        codec: Any = SimpleNamespace(eos_id=self._eos(), allowed=lambda _: self._allowed())
-        loop = ppo.Loop(config, self.mesh, codec, model, model, params, critic, self.steps)
-        state = [ppo.init_ppo_state(method, params, critic, self.mesh, loop.offload)]
-        batches = self._batches(self._examples(0))
+        codec: Any = SimpleNamespace(eos_id=self._eos, allowed=lambda _: self._allowed)
+        offload = Offload.of(self.config.runtime, self.mesh)
+        models = Models(model, model, params["frozen"], critic["frozen"], params, critic)
+        loop = Loop(settings, self.mesh, codec, models, offload, iterations=self.steps, log_every=1)
+        state = [init_ppo_state(settings.method, params, critic, self.mesh, offload)]
+        batches, (prompt, room) = self._batches(self._examples(0)), self._lengths
         workload = Workload("ppo", lambda k: None, [], [], [], [])
 
         def run(k: int) -> Any:
-            state[0], metrics, kept = loop.iteration(state[0], k, batches, None)
+            state[0], metrics, kept = loop.iteration(state[0], batches[k], None)
             for name, value in metrics.items():
                 if name.startswith("timing_s/"):
                     workload.parts[name.removeprefix("timing_s/")].append(value)
@@ -207,7 +213,7 @@ class Bench:
             prompts, lengths = np.asarray(batches[k].rows.prompt_len), np.asarray(run(k))
             vocab, judge = (flops.necessary(model.decoder, prompts, lengths, head) for head in ("lm", "value"))
             drawn = flops.sampling(model.decoder, prompts, lengths, itemsize)
-            passes = 3 * method.epochs * (vocab + judge)
+            passes = 3 * settings.method.epochs * (vocab + judge)
             # reference and reward model; behaviour and values are those of the first update's own forward pass
             scoring = vocab + judge
             workload.flops.append(drawn.flops + passes + scoring)
@@ -217,38 +223,67 @@ class Bench:
         workload.run = run
         return workload
 
-    # ---- inputs
+    # what workloads are made of
 
+    @cached_property
+    def _sized(self) -> Config:
+        """The configuration with this benchmark's batches and lengths."""
+        config, (prompt, room) = self.config, self._lengths
+        sections: dict[str, Any] = {
+            "text": config.text.model_copy(update={"max_prompt_tokens": prompt, "max_response_tokens": room}),
+            "select": config.select.model_copy(update={"batch_size": self.batch}),
+        }
+        for stage in ("sft", "reward", "dpo", "ppo"):
+            section = getattr(config, stage)
+            train = section.train.model_copy(update={"batch_size": self.batch})
+            sections[stage] = section.model_copy(update={"train": train})
+        return config.model_copy(update=sections)
+
+    def _settings(self, stage: str) -> Any:
+        return stage_settings(stage, self._sized)
+
+    def _program(self, name: Name) -> Any:
+        """The jitted function of a workload that is one program, as its stage lists it."""
+        wanted = PROGRAMS[name]
+        stage = wanted.partition(" ")[0]
+        shapes = stage_shapes(stage, self._sized, self._model.decoder, self.mesh)
+        with jax.set_mesh(self.mesh):
+            programs = STAGES[stage].programs(self._settings(stage), shapes)
+            return next(program.function for program in programs if program.name == wanted)
+
+    @cached_property
     def _lengths(self) -> tuple[int, int]:
         return self.rows or (self.config.text.max_prompt_tokens, self.config.text.max_response_tokens)
 
+    @cached_property
     def _codec(self) -> TextCodec:
         return TextCodec(base_tokenizer(self.config), self.config.text)
 
+    @property
     def _eos(self) -> int:
         # rows of given lengths are drawn to their end
-        return -1 if self.rows else self._codec().eos_id
+        return -1 if self.rows else self._codec.eos_id
 
+    @property
     def _allowed(self) -> Any:
-        size = self._model().decoder.vocab_size
-        return jnp.ones((size,), bool) if self.rows else jnp.asarray(self._codec().allowed(size))
+        size = self._model.decoder.vocab_size
+        return jnp.ones((size,), bool) if self.rows else jnp.asarray(self._codec.allowed(size))
 
+    @cached_property
     def _model(self) -> Model:
-        if self.config.model.path is not None:
-            return loading.describe(loading.open_model(self.config.model.path).decoder, self.config)
+        options, path = loading.Options.of(self.config.model), self.config.model.path
+        if path is not None:
+            return options.model(loading.open_model(path).decoder, self.mesh)
         sizes = self.config.model.architecture.model_dump()
-        vocab = self.vocab_size if self.rows else len(self._codec().tokenizer)
-        return loading.describe(DecoderConfig(vocab_size=vocab, **sizes), self.config)
+        vocab = self.vocab_size if self.rows else len(self._codec.tokenizer)
+        return options.model(DecoderConfig(vocab_size=vocab, **sizes), self.mesh)
 
     def _params(self) -> Params:
         """float32 master parameters on the mesh."""
-        if self.config.model.path is not None:
-            return loading.load(self.config.model.path, self.config, self.mesh)[1]
-        decoder = self._model().decoder
-        shardings = forward.param_shardings(forward.abstract_params(decoder), self.mesh)
-        return jax.jit(forward.init_params, static_argnums=0, out_shardings=shardings)(
-            decoder, stage_key(self.config.seed, "init")
-        )
+        path = self.config.model.path
+        if path is not None:
+            return loading.load(path, loading.Options.of(self.config.model), self.mesh)[1]
+        return loading.init(self._model.decoder, self.mesh, stage_key(self.config.seed, "init"))
 
     def _batches(self, examples: Sequence[Example]) -> TrainBatches:
         buckets = Buckets.of(examples, self.config.text.length_buckets)
@@ -258,7 +293,7 @@ class Bench:
         if self.rows is None:
             return list(self._own_examples(num_responses))
         rng = np.random.default_rng(0)
-        high, (P, S) = self._model().decoder.vocab_size, self.rows
+        high, (P, S) = self._model.decoder.vocab_size, self.rows
         draw = lambda n: rng.integers(0, high, n, np.int32)  # noqa: E731
         return [Example(draw(P), [draw(S) for _ in range(num_responses)]) for _ in range(self.batch * self.steps)]
 
@@ -272,7 +307,7 @@ class Bench:
             rows = [(row.prompt, (row.response,)) for row in corpus.demonstrations]
         else:
             rows = [(prompt, ()) for prompt in corpus.prompts]
-        yield from tokenize(self._codec(), rows, cache=self.config.runtime.token_cache_folder)[0]
+        yield from tokenize(self._codec, rows, cache=self.config.runtime.token_cache_folder)[0]
 
 
 def check_names(names: Sequence[str]) -> tuple[Name, ...]:

@@ -70,7 +70,7 @@ def open_judge(model: str, overrides: tuple[str, ...], max_tokens: int) -> OpenM
         opened = open_model(model, overrides)
     except UserError as error:
         raise UserError(f"--model without --endpoint names a model on this machine. {error}") from error
-    check_batch(opened.config.evaluate.batch_size, opened.config.mesh, "evaluate.batch_size")
+    check_batch(opened.config.evaluate.batch_size, opened.mesh, "evaluate.batch_size")
     if opened.source.head == "value" or opened.given & {"max_prompt_tokens", "max_response_tokens"}:
         return opened
     # a judge's prompt holds two answers and more, however long its prompts were in training

@@ -72,14 +72,17 @@ class LocalJudge:
         if not asked:
             return
         with jax.set_mesh(self.mesh):
-            model, params = loading.load(self.path, self.config, self.mesh, frozen=True)
+            model, params = loading.load(
+                self.path, loading.Options.of(self.config.model), self.mesh, text=self.config.text, frozen=True
+            )
             size = BATCHES * self.config.evaluate.batch_size
             for begin in range(0, len(asked), size):
                 part = asked[begin : begin + size]
                 found, _ = sample_texts(
-                    model, params, self.codec, self.config, self.mesh, [text for _, text in part],
+                    model, params, self.codec, [text for _, text in part],
                     sampling=Sampling(self.config.text.max_response_tokens, greedy=True),
-                    key=stage_key(self.config.seed, "judge"), name=str(self.path),
+                    key=stage_key(self.config.seed, "judge"), batch_size=self.config.evaluate.batch_size,
+                    mesh=self.mesh, cache=self.config.runtime.token_cache_folder, name=str(self.path),
                 )  # fmt: skip
                 for (call, _), answer in zip(part, found, strict=True):
                     done(call, Reply(answer))
@@ -117,7 +120,9 @@ def reward_totals(
     examples, report = tokenize(codec, rows, cache=config.runtime.token_cache_folder)
     count = 0
     with jax.set_mesh(mesh):
-        model, params = loading.load(path, config, mesh, head="value", frozen=True)
+        model, params = loading.load(
+            path, loading.Options.of(config.model), mesh, text=config.text, head="value", frozen=True
+        )
         score = forward.make_score_pairs(model, mesh)
 
         def measure(batch: Any) -> Any:

@@ -11,8 +11,8 @@ def advice(config: Config, measured: Measured) -> list[str]:
     """Overrides or changes, each with what it costs."""
     program, mesh = measured.program, config.mesh
     changes: list[str] = []
-    if program.train is not None:
-        finer = next_accumulation(config, program.stage, program.train.accumulation)
+    if program.accumulation is not None:
+        finer = next_accumulation(config, program.stage, program.accumulation)
         if finer is not None:
             changes.append(f"{program.batch_key}={finer}: the same global batch in smaller parts, exact")
         if config.model.remat != "full":

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 from mpo_jax.config.schema import Config
+from mpo_jax.stages.stage import Program
 from mpo_jax.tools.plan.advice import accumulations
 from mpo_jax.tools.plan.measure import Measured, prepare
-from mpo_jax.tools.plan.programs import Program
 from mpo_jax.tools.plan.targets import Target
 
 REMATS = ("none", "dots", "full")
@@ -80,7 +80,7 @@ def _updates(config: Config, target: Target, remat: str, stage: str, accumulatio
     plan = prepare(
         changed(config, {"model": {"remat": remat}, stage: {"train": {"accumulation": accumulation}}}), target
     )
-    wanted: list[Program] = [p for p in plan.stages.of([stage]) if p.train is not None]
+    wanted: list[Program] = [p for p in plan.programs([stage]) if p.accumulation is not None]
     return plan.measure(wanted)
 
 

@@ -1,21 +1,24 @@
 """Compiles programs for a target and reads from the compiler what they take."""
 
 import dataclasses
+import math
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from mpo_jax.config.schema import Config, MeshConfig
 from mpo_jax.errors import UserError
+from mpo_jax.models.decoder import DecoderConfig
 from mpo_jax.models.flops import Work
+from mpo_jax.pipeline.stages import STAGES, stage_settings, stage_shapes
 from mpo_jax.runtime.sharding import mesh_of
+from mpo_jax.stages.stage import Program
 from mpo_jax.tools.plan import compilers
 from mpo_jax.tools.plan.collectives import Traffic, traffic
-from mpo_jax.tools.plan.programs import Program, Stages, device_bytes
 from mpo_jax.tools.plan.sizes import decoder_sizes
 from mpo_jax.tools.plan.targets import GIB, Target, known
 
@@ -84,8 +87,14 @@ class Plan:
     config: Config
     target: Target
     mesh: Mesh
-    stages: Stages
+    decoder: DecoderConfig
     sizes_from: str
+
+    def programs(self, stages: Sequence[str] = tuple(STAGES)) -> Iterator[Program]:
+        """The programs of some stages; the others' settings are not read."""
+        for name in (name for name in STAGES if name in stages):
+            shapes = stage_shapes(name, self.config, self.decoder, self.mesh)
+            yield from STAGES[name].programs(stage_settings(name, self.config), shapes)
 
     def measure(
         self,
@@ -97,7 +106,7 @@ class Plan:
         """Compiles the programs in order, all of them by default; `begin` and `end` hear of each."""
         compiled: dict[str, Any] = {}
         measured = []
-        for program in self.stages if programs is None else programs:
+        for program in self.programs() if programs is None else programs:
             begin(program)
             one = compile_one(program, self.mesh, self.target, self.config.mesh, compiled)
             end(one)
@@ -123,7 +132,7 @@ def prepare(config: Config, target: Target) -> Plan:
         config = config.model_copy(update={"model": model})
     decoder, source = decoder_sizes(config)
     mesh = mesh_of(config.mesh, compilers.devices(target))
-    return Plan(config, target, mesh, Stages(config, decoder, mesh), source)
+    return Plan(config, target, mesh, decoder, source)
 
 
 def _suggest_mesh(target: Target) -> str:
@@ -161,6 +170,17 @@ def compile_one(
         compile_s=elapsed,
         seconds=seconds(program.work, found, target, mesh_config),
     )
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes that each device holds of a tree of shapes with shardings."""
+
+    def one(leaf: Any) -> int:
+        sharding = leaf.sharding
+        shape = sharding.shard_shape(leaf.shape) if isinstance(sharding, NamedSharding) else leaf.shape
+        return math.prod(shape) * leaf.dtype.itemsize
+
+    return sum(one(leaf) for leaf in jax.tree.leaves(tree))
 
 
 def _memory(stats: Any, held: int) -> Memory:

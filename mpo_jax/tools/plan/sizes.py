@@ -58,7 +58,7 @@ def decoder_sizes(config: Config) -> tuple[DecoderConfig, str]:
     path = config.model.path
     if path is None:
         codec = TextCodec(base_tokenizer(config), config.text)
-        return loading.scratch_sizes(config, codec.vocab_size), "model.architecture"
+        return loading.scratch_sizes(config.model.architecture, codec.vocab_size), "model.architecture"
     local = Path(path).expanduser()
     if local.is_dir():
         return families.read_config(local), path

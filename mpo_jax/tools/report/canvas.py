@@ -9,7 +9,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mpo_jax.pipeline.experiments import EXPERIMENTS, Variant
+from mpo_jax.config.registry import EXPERIMENTS
+from mpo_jax.pipeline.experiments import Variant
 from mpo_jax.runtime.files import write_bytes
 from mpo_jax.tools.report.results import write_csv
 

@@ -205,7 +205,7 @@ def _steps(origin: Origin) -> list[dict[str, Any]]:
     rows = []
     for name, manifest in origin.lineage.items():
         summary, stage = manifest.get("summary", {}), manifest["stage"]
-        subset = manifest["settings"].get("subset")
+        subset = manifest["settings"].get("split", {}).get("subset")
         rows.append(
             {
                 "stage": name,

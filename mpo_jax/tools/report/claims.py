@@ -4,8 +4,8 @@ import dataclasses
 from itertools import pairwise
 from typing import Any
 
+from mpo_jax.config.registry import EXPERIMENTS
 from mpo_jax.evaluation.statistics import LEVEL, holm, verdict
-from mpo_jax.pipeline.experiments import EXPERIMENTS
 from mpo_jax.tools.report.paper import CLAIMS, Claim, fraction_claim, threshold_claim
 from mpo_jax.tools.report.results import split_label
 from mpo_jax.tools.report.seeds import BySeed, Repeated, Rows, differences, of_run, run_names, share_prompts

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from mpo_jax.config.registry import EXPERIMENTS, Step
 from mpo_jax.config.schema import Config
-from mpo_jax.pipeline.experiments import EXPERIMENTS, Step
 from mpo_jax.tools.report.curves import distinct
 from mpo_jax.tools.report.results import RunResult, split_label
 from mpo_jax.tools.report.seeds import BySeed, Rows

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from mpo_jax.config.schema import PpoConfig
 from mpo_jax.losses import ppo_policy_loss, sft_loss, value_loss
 from mpo_jax.models import forward
 from mpo_jax.models.forward import Model
@@ -23,15 +22,16 @@ from mpo_jax.ops import (
     shape_rewards_ds_chat,
     whiten,
 )
-from mpo_jax.types import Mean, Metrics, Moments, Params, PpoBatch, PromptBatch, Rollout
+from mpo_jax.stages.ppo.settings import Method
+from mpo_jax.types import Mean, Metrics, Moments, PpoBatch, PromptBatch, Rollout, Tree, merge
 
 
 def score_rollout(
     actor_model: Model,
     reward_model: Model,
     temperature: float,
-    policies: tuple[Params, Params],
-    judges: tuple[Params, Params],
+    policies: tuple[Tree, Tree],
+    judges: tuple[Tree, Tree],
     joined: PromptBatch,
     has_eos_B: Bool[Array, " B"],
     allowed_V: Bool[Array, " V"],
@@ -52,7 +52,7 @@ def score_rollout(
     return rollout, entropy_BS
 
 
-def values(model: Model, critic: Params, joined: PromptBatch) -> tuple[Float[Array, "B S"], Float[Array, "B 1"]]:
+def values(model: Model, critic: Tree, joined: PromptBatch) -> tuple[Float[Array, "B S"], Float[Array, "B 1"]]:
     """The critic's value of the state before each response token, 0 elsewhere; and of the state after the last."""
     tokens = forward.join(joined)
     score_BT = forward.scores(model, critic, tokens)
@@ -74,7 +74,7 @@ def judge(
     actor_model: Model,
     reward_model: Model,
     temperature: float,
-    frozen: tuple[Params, Params],
+    frozen: tuple[Tree, Tree],
     joined: PromptBatch,
     has_eos_B: Bool[Array, " B"],
     allowed_V: Bool[Array, " V"],
@@ -96,27 +96,27 @@ def judge(
     )
 
 
-def rewarded_score(rollout: Rollout, config: PpoConfig, moments: Moments | None) -> Float[Array, " B"]:
+def rewarded_score(rollout: Rollout, method: Method, moments: Moments | None) -> Float[Array, " B"]:
     """The score that the reward takes, before it is clipped: normalised by `moments` if given, then penalised."""
     score_B = rollout.score if moments is None else normalise(rollout.score, moments)
-    if config.extras.missing_eos == "replace":
-        return jnp.where(rollout.has_eos, score_B, -config.extras.missing_eos_penalty)
-    if config.extras.missing_eos == "subtract":
-        return jnp.where(rollout.has_eos, score_B, score_B - config.extras.missing_eos_penalty)
+    if method.extras.missing_eos == "replace":
+        return jnp.where(rollout.has_eos, score_B, -method.extras.missing_eos_penalty)
+    if method.extras.missing_eos == "subtract":
+        return jnp.where(rollout.has_eos, score_B, score_B - method.extras.missing_eos_penalty)
     return score_B
 
 
 def estimate(
-    rollout: Rollout, config: PpoConfig, kl_coef: Float[Array, ""], moments: Moments | None = None
+    rollout: Rollout, method: Method, kl_coef: Float[Array, ""], moments: Moments | None = None
 ) -> tuple[PpoBatch, Float[Array, "B S"]]:
     """Advantages and returns of a rollout, and its shaped rewards.
 
     Args:
       moments: of the raw scores, this rollout's included, where scores are normalised.
     """
-    score_B = rewarded_score(rollout, config, moments)
-    place = {"kl_coef": kl_coef, "clip": config.score_clip}
-    if config.reward_at == "ds_chat":
+    score_B = rewarded_score(rollout, method, moments)
+    place = {"kl_coef": kl_coef, "clip": method.score_clip}
+    if method.reward_at == "ds_chat":
         # The token after EOS carries the score, the value of the state after EOS, and the KL of the rollout's
         # log-probs there. Those of `token_logp` are 0: no policy can sample the padding token.
         reward_BS, carry_BS = shape_rewards_ds_chat(
@@ -125,22 +125,22 @@ def estimate(
     else:
         reward_BS = shape_rewards(rollout.behavior_logp, rollout.ref_logp, score_B, rollout.mask, **place)
         carry_BS = rollout.mask
-    if config.extras.whiten_rewards:
+    if method.extras.whiten_rewards:
         reward_BS = whiten(reward_BS, carry_BS, shift_mean=False)
-    advantage_BS, returns_BS = gae(reward_BS, rollout.value, carry_BS, gamma=config.gamma, gae_lambda=config.gae_lambda)
+    advantage_BS, returns_BS = gae(reward_BS, rollout.value, carry_BS, gamma=method.gamma, gae_lambda=method.gae_lambda)
     advantage_BS = jnp.where(rollout.mask, advantage_BS, 0.0)
-    if config.extras.whiten_advantages:
+    if method.extras.whiten_advantages:
         advantage_BS = whiten(advantage_BS, rollout.mask)
     return PpoBatch(rollout, advantage_BS, jnp.where(rollout.mask, returns_BS, 0.0)), reward_BS
 
 
 def rollout_metrics(
-    batch: PpoBatch, entropy_BS: Array, kl_coef: Array, config: PpoConfig, moments: Moments | None = None
+    batch: PpoBatch, entropy_BS: Array, kl_coef: Array, method: Method, moments: Moments | None = None
 ) -> Metrics:
     """What the rollout says about the policy, before any update; sums run over a response, means over responses."""
     r = batch.rollout
     real_B = r.mask.any(-1)
-    clipped_B = jnp.abs(rewarded_score(r, config, moments)) > config.score_clip
+    clipped_B = jnp.abs(rewarded_score(r, method, moments)) > method.score_clip
     normalised: Metrics = {}
     optimised_B = r.score if moments is None else normalise(r.score, moments)
     if moments is not None:
@@ -171,23 +171,23 @@ def rollout_metrics(
     }
 
 
-def policy_terms(logp_BS: Float[Array, "B S"], ppo: PpoBatch, config: PpoConfig) -> tuple[Metrics, Metrics]:
+def policy_terms(logp_BS: Float[Array, "B S"], ppo: PpoBatch, method: Method) -> tuple[Metrics, Metrics]:
     """The clipped policy loss and its metrics, from the log-probabilities that are being trained."""
     rollout = ppo.rollout
-    loss = ppo_policy_loss(logp_BS, rollout.behavior_logp, ppo.advantage, rollout.mask, clip=config.clip_eps)
+    loss = ppo_policy_loss(logp_BS, rollout.behavior_logp, ppo.advantage, rollout.mask, clip=method.clip_eps)
     log_ratio_BS = jnp.where(rollout.mask, logp_BS - rollout.behavior_logp, 0.0)
     ratio_BS = jnp.exp(log_ratio_BS)
     return {"loss/policy_avg": loss}, {
         "policy/approxkl_avg": Mean.of(0.5 * log_ratio_BS**2, rollout.mask),
-        "policy/clipfrac_avg": Mean.of(jnp.abs(ratio_BS - 1.0) > config.clip_eps, rollout.mask),
+        "policy/clipfrac_avg": Mean.of(jnp.abs(ratio_BS - 1.0) > method.clip_eps, rollout.mask),
         "val/ratio": Mean.of(ratio_BS, rollout.mask),
     }
 
 
 def actor_objective(
     model: Model,
-    config: PpoConfig,
-    params: Params,
+    method: Method,
+    tree: Tree,
     batch: tuple[PpoBatch, PromptBatch | None],
     allowed_V: Bool[Array, " V"],
 ) -> tuple[Metrics, Metrics]:
@@ -197,48 +197,50 @@ def actor_objective(
     """
     ppo, demonstrations = batch
     tokens = forward.join(ppo.rollout.joined)
-    logp_BS, _ = forward.token_logp(model, params, tokens, temperature=config.temperature, allowed_V=allowed_V)
-    terms, metrics = policy_terms(logp_BS, ppo, config)
+    logp_BS, _ = forward.token_logp(model, tree, tokens, temperature=method.temperature, allowed_V=allowed_V)
+    terms, metrics = policy_terms(logp_BS, ppo, method)
     if demonstrations is not None:
         shown = forward.join(demonstrations)
-        shown_BS, _ = forward.token_logp(model, params, shown)
+        shown_BS, _ = forward.token_logp(model, tree, shown)
         ptx = sft_loss(shown_BS, shown.loss_mask[:, shown.scored_from :])
-        terms["loss/ptx"] = Mean(config.extras.ptx_coef * ptx.total, ptx.count)
+        terms["loss/ptx"] = Mean(method.extras.ptx_coef * ptx.total, ptx.count)
     return terms, metrics
 
 
-def critic_objective(model: Model, config: PpoConfig, params: Params, ppo: PpoBatch) -> tuple[Metrics, Metrics]:
+def critic_objective(model: Model, method: Method, tree: Tree, ppo: PpoBatch) -> tuple[Metrics, Metrics]:
     """The clipped value loss."""
-    return value_terms(values(model, params, ppo.rollout.joined)[0], ppo, config)
+    return value_terms(values(model, tree, ppo.rollout.joined)[0], ppo, method)
 
 
-def value_terms(value_BS: Float[Array, "B S"], ppo: PpoBatch, config: PpoConfig) -> tuple[Metrics, Metrics]:
+def value_terms(value_BS: Float[Array, "B S"], ppo: PpoBatch, method: Method) -> tuple[Metrics, Metrics]:
     """The clipped value loss and its metrics, from the values that are being trained."""
     rollout = ppo.rollout
-    loss = value_loss(value_BS, rollout.value, ppo.returns, rollout.mask, clip=config.value_clip_eps)
-    clipped_BS = jnp.abs(value_BS - rollout.value) > config.value_clip_eps
+    loss = value_loss(value_BS, rollout.value, ppo.returns, rollout.mask, clip=method.value_clip_eps)
+    clipped_BS = jnp.abs(value_BS - rollout.value) > method.value_clip_eps
     return {"loss/value_avg": loss}, {"val/clipfrac_avg": Mean.of(clipped_BS, rollout.mask)}
 
 
 def one_pass(
     actor_model: Model,
     reward_model: Model,
-    config: PpoConfig,
-    trained: tuple[Params, Params],
-    frozen: tuple[Params, Params],
+    method: Method,
+    trained: tuple[Tree, Tree],
+    rest: tuple[Tree, Tree],
+    frozen: tuple[Tree, Tree],
     joined: PromptBatch,
     has_eos_B: Bool[Array, " B"],
     allowed_V: Bool[Array, " V"],
     kl_coef: Float[Array, ""],
     count: Float[Array, ""],
-) -> tuple[tuple[Params, Params], tuple[PpoBatch, Float[Array, "B S"]], tuple[Metrics, Metrics]]:
+) -> tuple[tuple[Tree, Tree], tuple[PpoBatch, Float[Array, "B S"]], tuple[Metrics, Metrics]]:
     """What a first update on these rollouts needs, from one forward pass of each model.
 
     In the first update the policy that is trained is the one that sampled, so its log-probabilities are the old ones
     too, and the critic's values likewise: the forward pass that scores is the one that is differentiated.
 
     Args:
-      trained: parameters of actor and critic.
+      trained: trainable parts of actor and critic.
+      rest: their frozen parts.
       frozen: parameters of reference and reward model.
       count: response tokens of the whole batch, of which these rows may be a part.
 
@@ -247,24 +249,27 @@ def one_pass(
     """
     tokens = forward.join(joined)
 
-    def policy(params: Params) -> tuple[Array, Array]:
+    def policy(part: Tree) -> tuple[Array, Array]:
+        tree = merge({"trainable": part, "frozen": rest[0]})
         return forward.token_logp(
-            actor_model, params, tokens, temperature=config.temperature, allowed_V=allowed_V, with_entropy=True
+            actor_model, tree, tokens, temperature=method.temperature, allowed_V=allowed_V, with_entropy=True
         )
 
     logp_BS, pull_policy, entropy_BS = jax.vjp(policy, trained[0], has_aux=True)
-    value_BS, pull_value, end_B1 = jax.vjp(
-        lambda params: values(reward_model, params, joined), trained[1], has_aux=True
-    )
+
+    def critic(part: Tree) -> tuple[Array, Array]:
+        return values(reward_model, merge({"trainable": part, "frozen": rest[1]}), joined)
+
+    value_BS, pull_value, end_B1 = jax.vjp(critic, trained[1], has_aux=True)
     kept_BS = with_end(value_BS, end_B1, joined)
     rollout = judge(
-        actor_model, reward_model, config.temperature, frozen, joined, has_eos_B, allowed_V, logp_BS, kept_BS
+        actor_model, reward_model, method.temperature, frozen, joined, has_eos_B, allowed_V, logp_BS, kept_BS
     )
-    ppo, _ = estimate(rollout, config, kl_coef)
+    ppo, _ = estimate(rollout, method, kl_coef)
 
     def losses(logp_BS: Array, value_BS: Array) -> tuple[Array, tuple[Metrics, Metrics]]:
-        policy_loss, policy_metrics = policy_terms(logp_BS, ppo, config)
-        critic_loss, critic_metrics = value_terms(value_BS, ppo, config)
+        policy_loss, policy_metrics = policy_terms(logp_BS, ppo, method)
+        critic_loss, critic_metrics = value_terms(value_BS, ppo, method)
         total = sum(term.total for term in (*policy_loss.values(), *critic_loss.values()))
         return total / jnp.maximum(count, 1.0), ({**policy_loss, **policy_metrics}, {**critic_loss, **critic_metrics})
 

@@ -1,33 +1,28 @@
 """PPO's measures on test prompts: scores and KL of samples that are drawn with the same random numbers every time."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from mpo_jax.config.schema import Config
 from mpo_jax.data.batches import Buckets, padded_batches
-from mpo_jax.data.corpus import load_corpus
-from mpo_jax.data.text import TextCodec
-from mpo_jax.data.tokens import tokenize
-from mpo_jax.runtime.offload import to_devices
 from mpo_jax.runtime.seeds import stage_key
 from mpo_jax.runtime.sharding import place_batch
+from mpo_jax.stages.context import Context
+from mpo_jax.stages.ppo.iteration import Loop, PpoState
 from mpo_jax.training.validation import first_rows, means, only_means
 from mpo_jax.types import Params
-
-if TYPE_CHECKING:
-    from mpo_jax.stages.ppo import Loop, PpoState
 
 NUM_PROMPTS = 64
 
 
-def exported(state: "PpoState") -> Params:
+def exported(state: PpoState, loop: Loop) -> Params:
     """The policy that the stage exports: the actor, or its average where one is kept."""
-    return state.actor.params if state.ema is None else state.ema
+    trainable = state.actor.trainable if state.ema is None else state.ema
+    return {"trainable": trainable, "frozen": loop.models.actor_frozen}
 
 
 def make_evaluate(
-    config: Config, codec: TextCodec, loop: "Loop", buckets: Buckets
-) -> Callable[["PpoState"], dict[str, float]] | None:
+    loop: Loop, context: Context, buckets: Buckets, batch_size: int
+) -> Callable[[PpoState], dict[str, float]] | None:
     """From PPO's state to the exported policy's measures on the first test prompts; None where it is never asked.
 
     It runs the loop's own sampling and scoring, in batches of the stage's size, so that only a prompt that is longer
@@ -36,17 +31,16 @@ def make_evaluate(
     Args:
       buckets: of the training prompts.
     """
-    train = config.ppo.train
-    if train.eval_every is None:
+    if context.watch.eval_every is None:
         return None
-    prompts = first_rows(load_corpus(config).test_prompts, train, "ppo", default=NUM_PROMPTS)
-    examples, _ = tokenize(codec, [(prompt, ()) for prompt in prompts], cache=config.runtime.token_cache_folder)
-    batches = [batch for _, batch in padded_batches(examples, buckets.widened(examples), train.batch_size)]
-    key = stage_key(config.seed, "ppo/eval")
+    prompts = first_rows(context.inputs.corpus.test_prompts, context.watch, "ppo", default=NUM_PROMPTS)
+    examples, _ = context.tokenize(loop.codec, [(prompt, ()) for prompt in prompts])
+    batches = list(padded_batches(examples, buckets.widened(examples), batch_size))
+    key = stage_key(loop.settings.seed, "ppo/eval")
 
-    def evaluate(state: "PpoState") -> dict[str, float]:
-        policies = exported(state), to_devices(loop.ref_params)
-        judges = state.critic.params, to_devices(loop.reward_params)
+    def evaluate(state: PpoState) -> dict[str, float]:
+        policies = loop.models.policies(exported(state, loop)["trainable"])
+        judges = loop.models.judges(state.critic.trainable)
 
         def measure(batch: Any) -> Any:
             rows, visit = place_batch((batch.rows, batch.epoch), loop.mesh)

@@ -1,0 +1,132 @@
+"""The method's stages by name, and what a configuration gives each of them."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from mpo_jax.config.load import to_yaml
+from mpo_jax.config.registry import Step
+from mpo_jax.config.schema import Config
+from mpo_jax.data.corpus import Corpus
+from mpo_jax.models import loading
+from mpo_jax.models.decoder import DecoderConfig
+from mpo_jax.pipeline.bucket import Bucket, checkpoint_folder, stage_place
+from mpo_jax.pipeline.recipe import artifact_name
+from mpo_jax.runtime import machine
+from mpo_jax.runtime.offload import Offload
+from mpo_jax.runtime.processes import is_main
+from mpo_jax.stages import dpo, evaluate, ppo, reward, select, sft
+from mpo_jax.stages.context import Context, Inputs
+from mpo_jax.stages.settings import Split, Watch
+from mpo_jax.stages.shapes import Amounts, Shapes
+from mpo_jax.stages.stage import Stage
+from mpo_jax.training.tracker import Sink
+from mpo_jax.training.wandb_log import stage_run
+
+STAGES: dict[str, Stage] = {
+    stage.name: stage for stage in (sft.STAGE, reward.STAGE, select.STAGE, dpo.STAGE, ppo.STAGE, evaluate.STAGE)
+}
+"""In the order of the method."""
+
+PLANNED = Step("ppo", "hard")
+"""The step whose settings stand for all steps of an algorithm where no experiment is named: shapes do not differ."""
+
+
+def stage_settings(name: str, config: Config, step: Step = PLANNED) -> Any:
+    """A stage's settings under a configuration.
+
+    Args:
+      step: of a DPO or PPO stage: which pairs or prompts it learns from.
+    """
+    if name in ("dpo", "ppo"):
+        split = Split.of(step.subset, config.select, selected=step.needs_selection)
+        return (dpo if name == "dpo" else ppo).Settings.of(config, split)
+    settings: Any = STAGES[name].Settings
+    return settings.of(config)
+
+
+def stage_context(
+    config: Config, stage: Stage, mesh: Mesh, folder: Path, inputs: Inputs, recipe: Mapping[str, Any]
+) -> Context:
+    """Where and how a stage runs under a configuration; writes the configuration beside what is trained.
+
+    Args:
+      folder: where the stage is made.
+    """
+    runtime, bucket, watch = config.runtime, Bucket.of(config), Watch()
+    if stage.trains:
+        watch = Watch.of(getattr(config, stage.name).train)
+        if is_main():
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+
+    def send() -> None:
+        if bucket is not None and bucket.takes_checkpoints and is_main():
+            # before the checkpoint: one that is there has all of its metrics beside it
+            bucket.send(folder, stage_place(folder))
+
+    def sinks() -> Sequence[Sink]:
+        run = stage_run(config, folder, stage.name, artifact_name(recipe))
+        return () if run is None else (run,)
+
+    return Context(
+        mesh=mesh,
+        folder=folder,
+        inputs=inputs.only(stage.inputs),
+        watch=watch,
+        remat=config.model.remat,
+        logit_chunk=config.model.logit_chunk,
+        offload=Offload.of(runtime, mesh),
+        token_cache=runtime.token_cache_folder,
+        tensorboard=runtime.tensorboard,
+        checkpoints=checkpoint_folder(bucket, folder),
+        before_save=send,
+        recipe=recipe,
+        sinks=sinks,
+    )
+
+
+def stage_shapes(
+    name: str,
+    config: Config,
+    decoder: DecoderConfig,
+    mesh: Mesh,
+    *,
+    amounts: Amounts | None = None,
+    parents: frozenset[str] | None = None,
+) -> Shapes:
+    """What a stage's programs are compiled with under a configuration.
+
+    Args:
+      amounts: of rows; None where none were read.
+      parents: roles of the artifacts that the stage reads; None: all that it can.
+    """
+    loading.check_positions(decoder, config.text)
+    stage = STAGES[name]
+    return Shapes(
+        model=loading.Options.of(config.model).model(decoder, mesh),
+        mesh=mesh,
+        text=config.text,
+        frozen_dtype=machine.frozen_dtype(config.model),
+        amounts=amounts,
+        watch=Watch.of(getattr(config, name).train) if stage.trains else Watch(),
+        parents=frozenset(stage.parents) if parents is None else parents,
+    )
+
+
+def count_rows(config: Config, corpus: Corpus) -> Amounts:
+    """How many rows the stages of a configuration have."""
+    prompts = len(corpus.sampled_prompts(config.select.num_prompts))
+    human_pairs = len(corpus.human_pairs(config.select.num_prompts))
+    return Amounts(
+        demonstrations=len(corpus.demonstrations),
+        reward_pairs=len(corpus.reward_pairs),
+        reward_test=len(corpus.reward_test),
+        held_out=len(corpus.held_out),
+        prompts=prompts,
+        human_pairs=human_pairs,
+        selected=human_pairs if config.select.pair_source == "human" else prompts,
+        test_prompts=len(corpus.test_prompts),
+    )

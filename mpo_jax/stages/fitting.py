@@ -1,0 +1,244 @@
+"""What the training stages share: the loop with a stage's settings and context, over a fixed set of examples."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mpo_jax.config.schema import OptimConfig
+from mpo_jax.data.batches import Batch, Buckets, TrainBatches, num_steps
+from mpo_jax.data.tokens import Example
+from mpo_jax.models import flops
+from mpo_jax.models.flops import Rows
+from mpo_jax.runtime.seeds import data_seed
+from mpo_jax.runtime.sharding import check_batch, place_batch
+from mpo_jax.runtime.stage_warnings import warn
+from mpo_jax.stages.context import Context
+from mpo_jax.stages.settings import TrainSettings
+from mpo_jax.stages.shapes import Shapes
+from mpo_jax.stages.stage import Program
+from mpo_jax.training.loop import Batches, Fitted, Hooks, Step, fit
+from mpo_jax.training.optimizer import make_learning_rate, make_optimizer, warmup_steps, with_learning_rate
+from mpo_jax.training.update import init_state
+from mpo_jax.training.validation import HELD_OUT_ROWS, Evaluate
+from mpo_jax.types import Head, Params, Tree
+
+MIN_UPDATES = 20
+"""Fewer updates than these teach a model little, whatever its learning rate."""
+LONG_WARMUP = 0.3
+"""The share of a stage's updates above which a warm-up is worth a warning."""
+
+
+def fit_stage(
+    name: str,
+    state: Any,
+    step: Step,
+    batches: Batches,
+    *,
+    steps: int,
+    train: TrainSettings,
+    context: Context,
+    evaluate: Evaluate | None = None,
+    warmup: int = 0,
+) -> Fitted:
+    """`fit` as a stage's settings and context say.
+
+    Args:
+      warmup: how many of the first steps may log fewer metrics than later ones.
+    """
+    watch, choice = context.watch, train.choice
+    hooks = Hooks(
+        log_every=watch.log_every,
+        log=context.sinks(),
+        evaluate=evaluate,
+        eval_every=watch.eval_every,
+        best_metric=None if choice is None else choice.metric,
+        best_mode="min" if choice is None else choice.mode,
+        warmup=warmup,
+        stop_after_skipped=watch.stop_after_skipped,
+    )
+    return fit(
+        state,
+        step,
+        batches,
+        num_steps=steps,
+        name=name,
+        folder=context.folder,
+        tensorboard=context.tensorboard,
+        hooks=hooks,
+        checkpoints=context.checkpointing,
+    )
+
+
+def fit_examples(
+    name: str,
+    params: Params,
+    update: Callable[..., Any],
+    examples: Sequence[Example],
+    *,
+    seed: int,
+    buckets: int,
+    train: TrainSettings,
+    context: Context,
+    data: Callable[[Batch], Any] = lambda batch: batch.rows,
+    evaluate: Callable[[Params], Mapping[str, float]] | None = None,
+) -> tuple[Params, dict[str, Any]]:
+    """Trains on batches of examples; returns the parameters to export, and what the manifest says of the training.
+
+    Args:
+      update: the jitted (state, batch, frozen) -> (state, metrics).
+      buckets: widths that batches are padded to, at most.
+      data: what the objective takes of a batch.
+    """
+    frozen = params["frozen"]
+    steps = num_updates(train, len(examples))
+    check_rows(name, len(examples), train.batch_size)
+    check_schedule(f"{name}.train.optim", train.optim, steps)
+    batches = TrainBatches(
+        examples, Buckets.of(examples, buckets), train.batch_size, data_seed(seed, name), train.shuffle
+    )
+    learning_rate = make_learning_rate(train.optim, steps)
+
+    def step(state: Any, batch: Batch) -> tuple[Any, Any, Any]:
+        rows = data(batch)
+        state = with_learning_rate(state, learning_rate(batch.number))
+        return *update(state, place_batch(rows, context.mesh), frozen), rows
+
+    def whole(trained: Tree) -> Params:
+        return {"trainable": trained, "frozen": frozen}
+
+    state, summary = fit_stage(
+        name,
+        init_state(params, make_optimizer(train.optim), context.mesh),
+        step,
+        batches,
+        steps=steps,
+        train=train,
+        context=context,
+        evaluate=None if evaluate is None else lambda state: evaluate(whole(state.trainable)),
+    )
+    return whole(state.trainable), summary
+
+
+def num_updates(train: TrainSettings, num_examples: int) -> int:
+    """Batches of a stage's training."""
+    epochs = 1.0 if train.epochs is None else train.epochs
+    return num_steps(num_examples, epochs=epochs, steps=train.steps, batch_size=train.batch_size)
+
+
+def check_schedule(key: str, optim: OptimConfig, updates: int) -> None:
+    """Warns where a model gets few updates or spends many of them warming up.
+
+    Args:
+      key: of the section with the optimiser, such as `sft.train.optim`.
+    """
+    stage = key.partition(".")[0]
+    whose = "ppo's critic" if key == "ppo.critic_optim" else stage
+    if updates < MIN_UPDATES:
+        warn(
+            f"{whose} makes {updates} updates, which hardly train a model: give it more rows, lower "
+            f"{stage}.train.batch_size, or raise {stage}.train.epochs (or train.steps, which comes before them)"
+        )
+    asked, given = optim.warmup_steps, warmup_steps(optim, updates)
+    if asked is not None and asked > LONG_WARMUP * updates:
+        shortened = f" and is shortened to {given}" if given < asked else ""
+        warn(
+            f"{key}.warmup_steps={asked} is {asked / updates:.0%} of the {updates} updates{shortened}: "
+            "lower it, or set it to null for a tenth of the updates"
+        )
+
+
+def check_rows(stage: str, num_rows: int, batch_size: int) -> None:
+    """Warns where a batch holds rows more than once."""
+    if num_rows < batch_size:
+        warn(
+            f"{stage} has {num_rows} rows for batches of {batch_size}, which hold each of them several times: lower "
+            f"{stage}.train.batch_size"
+        )
+
+
+def check_sizes(name: str, train: TrainSettings, mesh: Any, *, minibatches: int = 1) -> None:
+    """Raises UserError where a stage's micro-batches do not divide over the mesh."""
+    check_batch(
+        train.batch_size // (train.accumulation * minibatches),
+        mesh,
+        f"{name}.train.batch_size={train.batch_size}, of which a micro-batch is",
+    )
+
+
+def train_program(
+    name: str,
+    part: str,
+    update: Any,
+    arguments: tuple[Any, ...],
+    shapes: Shapes,
+    rows: Rows,
+    head: Head,
+    *,
+    accumulation: int,
+    runs: float | None,
+    held: tuple[Any, ...] = (),
+    times: int = 1,
+) -> Program:
+    """An update, of which `times` batches are differentiated."""
+    work = flops.train(shapes.model.decoder, rows, head, shapes.model.remat).times(times)
+    return Program(
+        stage=name, name=f"{name} {part}", batch_key=f"{name}.train.accumulation", function=update,
+        arguments=lambda _: arguments, work=work, runs=runs, accumulation=accumulation, held=held,
+    )  # fmt: skip
+
+
+def scoring_program(
+    name: str,
+    part: str,
+    function: Any,
+    arguments: tuple[Any, ...],
+    shapes: Shapes,
+    rows: Rows,
+    head: Head,
+    *,
+    key: str | None = None,
+    runs: float | None,
+    held: tuple[Any, ...] = (),
+    times: float = 1.0,
+) -> Program:
+    """A program of `times` forward passes, whose rows `key` decides."""
+    return Program(
+        stage=name, name=f"{name} {part}", batch_key=key or f"{name}.train.batch_size", function=function,
+        arguments=lambda _: arguments, work=flops.forward(shapes.model.decoder, rows, head).times(times), runs=runs,
+        held=held,
+    )  # fmt: skip
+
+
+def held_out_program(
+    name: str,
+    measure: Any,
+    batch: Callable[[Rows], Any],
+    shapes: Shapes,
+    num_responses: int,
+    head: Head,
+    *,
+    train: TrainSettings,
+    updates: int | None,
+    num_rows: int | None,
+    held: tuple[Any, ...] = (),
+) -> Iterator[Program]:
+    """The measure on held-out rows while a stage trains; none where it never is measured."""
+    every = shapes.watch.eval_every
+    if every is None:
+        return
+    size = train.batch_size // train.accumulation
+    rows = shapes.rows(size, num_responses)
+    runs = None
+    if updates is not None and num_rows is not None:
+        measured = min(num_rows, shapes.watch.eval_rows or HELD_OUT_ROWS)
+        runs = np.ceil(updates / every) * np.ceil(measured / size)
+    yield scoring_program(
+        name, "held-out", measure, (shapes.trained(head), batch(rows)), shapes, rows, head,
+        key=f"{name}.train.accumulation", runs=runs, held=held,
+    )  # fmt: skip
+
+
+def calls(num_rows: int | None, batch_size: int) -> float | None:
+    """How many batches hold so many rows; None where their number is not known."""
+    return None if num_rows is None else float(np.ceil(num_rows / batch_size))

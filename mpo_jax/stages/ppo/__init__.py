@@ -1,0 +1,183 @@
+"""Proximal policy optimisation on prompts, with a KL penalty to a reference; the critic is a model of its own.
+
+Sources: arXiv:1707.06347, arXiv:2009.01325, DeepSpeed-Chat.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mpo_jax.data.batches import Buckets, TrainBatches
+from mpo_jax.data.pair_table import PairTable
+from mpo_jax.data.text import TextCodec
+from mpo_jax.data.tokens import number_visits
+from mpo_jax.errors import UserError
+from mpo_jax.models import flops, loading
+from mpo_jax.models.hf.tokenizer import load_tokenizer
+from mpo_jax.runtime.seeds import data_seed
+from mpo_jax.runtime.sharding import batch_sharding, check_batch
+from mpo_jax.stages.context import Context
+from mpo_jax.stages.fitting import (
+    check_rows,
+    check_schedule,
+    check_sizes,
+    fit_stage,
+    num_updates,
+    scoring_program,
+    train_program,
+)
+from mpo_jax.stages.ppo.compiled import make_one_pass, make_score, make_updates
+from mpo_jax.stages.ppo.held_out import exported, make_evaluate
+from mpo_jax.stages.ppo.iteration import Loop, Models, PpoState, init_ppo_state
+from mpo_jax.stages.ppo.settings import Settings
+from mpo_jax.stages.sampling import rollout_programs
+from mpo_jax.stages.shapes import Shapes, shaped
+from mpo_jax.stages.stage import Program, Stage
+from mpo_jax.types import Artifact, Metrics, Moments
+
+
+def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -> dict[str, Any]:
+    """Trains the actor from `init` against `reference` and writes `model/` and `critic/`.
+
+    Parents: `init`; `reference`; `reward`, which scores and which the critic starts from; `pairs`, a selection whose
+    prompts to use, absent for all training prompts.
+    """
+    method, train, mesh = settings.method, settings.train, context.mesh
+    init, reward = parents["init"], parents["reward"]
+    check_sizes("ppo", train, mesh, minibatches=method.minibatches)
+    check_batch(train.batch_size, mesh, "ppo.train.batch_size")
+    codec, offload = TextCodec(load_tokenizer(init.model), settings.text), context.offload
+    numerics, text = settings.numerics, settings.text
+    reference = offload.rested(context.load(parents["reference"].model, numerics, text, frozen=True)[1])
+    reward_model, reward_params = context.load(reward.model, numerics, text, head="value", frozen=True)
+    reward_params = offload.rested(reward_params)
+    actor_model, actor = context.load(init.model, numerics, text)
+    critic = context.load(reward.model, numerics, text, head="value")[1]
+    models = Models(actor_model, reward_model, actor["frozen"], critic["frozen"], reference, reward_params)
+
+    loading.save_description(context.folder / "model", actor_model, codec.tokenizer)
+    loading.save_description(context.folder / "critic", reward_model, codec.tokenizer, head="value")
+
+    prompts = [(prompt, ()) for prompt in _prompts(settings, parents.get("pairs"), context)]
+    examples = number_visits(context.tokenize(codec, prompts)[0])
+    buckets, size = Buckets.of(examples, text.length_buckets), train.batch_size
+    iterations, warmup = num_updates(train, len(examples)), method.extras.critic_warmup
+    if warmup >= iterations:
+        raise UserError(
+            f"ppo.extras.critic_warmup={warmup} leaves the actor none of the {iterations} "
+            "iterations: lower it, or train longer with ppo.train.epochs or ppo.train.steps"
+        )
+    batches = TrainBatches(examples, buckets, size, data_seed(settings.seed, "ppo"), train.shuffle)
+    demonstrations = _demonstrations(settings, codec, context) if method.extras.ptx_coef else None
+    check_rows("ppo", len(examples), size)
+    check_schedule("ppo.train.optim", method.actor_optim, (iterations - warmup) * method.updates)
+    check_schedule("ppo.critic_optim", method.critic_optim, iterations * method.updates)
+    loop = Loop(settings, mesh, codec, models, offload, iterations, context.watch.log_every, context.inputs.utility)
+
+    def step(state: PpoState, batch: Any) -> tuple[PpoState, Metrics, Any]:
+        return loop.iteration(state, batch, demonstrations)
+
+    state = init_ppo_state(method, actor, critic, mesh, offload)
+    del actor, critic
+    state, trained = fit_stage(
+        "ppo",
+        state,
+        step,
+        batches,
+        steps=iterations,
+        train=train,
+        context=context,
+        evaluate=make_evaluate(loop, context, buckets, size),
+        warmup=warmup,
+    )
+    loading.save(context.folder / "model", actor_model, exported(state, loop), codec.tokenizer)
+    trained_critic = {"trainable": state.critic.trainable, "frozen": models.critic_frozen}
+    loading.save(context.folder / "critic", reward_model, trained_critic, codec.tokenizer)
+    return {"prompts": len(examples), **trained}
+
+
+def _prompts(settings: Settings, pairs: Artifact | None, context: Context) -> list[str]:
+    if pairs is None:
+        return context.inputs.corpus.sampled_prompts(settings.split.num_prompts)
+    table = PairTable.read(pairs.path)
+    prompts = [table.prompt[row] for row in table.rows(settings.split.subset, settings.split)]
+    return list(dict.fromkeys(prompts)) if settings.samples_once else prompts
+
+
+def _demonstrations(settings: Settings, codec: TextCodec, context: Context) -> TrainBatches:
+    rows = context.inputs.corpus.demonstrations
+    examples, _ = context.tokenize(codec, [(row.prompt, (row.response,)) for row in rows])
+    buckets, train = Buckets.of(examples, settings.text.length_buckets), settings.train
+    return TrainBatches(examples, buckets, train.batch_size, data_seed(settings.seed, "ptx"), train.shuffle)
+
+
+def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
+    """A rollout, its scoring, and the updates of critic and actor."""
+    method, train, model, mesh = settings.method, settings.train, shapes.model, shapes.mesh
+    check_sizes("ppo", train, mesh, minibatches=method.minibatches)
+    rows, runs, key = shapes.rows(train.batch_size, 1), None, "ppo.train.batch_size"
+    if shapes.amounts is not None:
+        whole = shapes.amounts.selected if "pairs" in shapes.parents else shapes.amounts.prompts
+        runs = num_updates(train, round(settings.split.expected_share * whole))
+    actor, critic = shapes.state(method.actor_optim), shapes.state(method.critic_optim, "value")
+    policy, judge = ({"trainable": state.trainable, "frozen": {}} for state in (actor, critic))
+    frozen = (shapes.frozen(), shapes.frozen("value"))
+    ema = (shapes.tree(),) if method.extras.ema_decay is not None else ()
+    yield from rollout_programs(
+        "ppo", shapes, settings.sampling, policy, train.batch_size, key=key, runs=runs,
+        held=(actor.opt_state, critic, *frozen, *ema),
+    )  # fmt: skip
+    joined, has_eos = shapes.batch(rows), shapes.array(rows.count, 1, dtype=jnp.bool_)
+    scoring = flops.forward(model.decoder, rows, "lm") + flops.forward(model.decoder, rows, "value")
+    if method.in_one_pass:
+        update = make_one_pass(model, model, method, mesh)
+        arguments = (actor, critic, ({}, {}), frozen, joined, has_eos, shapes.allowed(), shapes.number())
+        training = [flops.train(model.decoder, rows, head, model.remat) for head in ("lm", "value")]
+        yield Program(
+            stage="ppo", name="ppo update", batch_key="ppo.train.accumulation", function=update,
+            arguments=lambda _: arguments, work=training[0] + training[1] + scoring, runs=runs,
+            accumulation=train.accumulation, held=ema,
+        )  # fmt: skip
+        return
+
+    score = make_score(model, model, method, mesh)
+    number: Any = shapes.number()
+    arguments = (
+        (policy, frozen[0]),
+        (judge, frozen[1]),
+        joined,
+        has_eos,
+        shapes.allowed(),
+        number,
+        Moments(number, number, number) if method.score == "normalised" else None,
+    )
+    held = (actor.opt_state, critic.opt_state, *ema)
+    yield dataclasses.replace(
+        scoring_program("ppo", "score", score, arguments, shapes, rows, "lm", key=key, runs=runs, held=held),
+        work=scoring.times(2),
+    )
+
+    part = dataclasses.replace(rows, count=rows.count // method.minibatches)
+    scored = shaped(jax.eval_shape(score, *arguments)[0], batch_sharding(mesh))
+    whole_batch = (scored,) if method.minibatches > 1 else ()
+    scored = jax.tree.map(lambda x: shapes.array(part.count, *x.shape[1:], dtype=x.dtype), scored)
+    demonstrations = shapes.batch(part) if method.extras.ptx_coef else None
+    update_actor, update_critic = make_updates(model, model, method, mesh)
+    updates = None if runs is None else runs * method.updates
+    yield train_program(
+        "ppo", "critic", update_critic, (critic, scored, {}), shapes, part, "value", accumulation=train.accumulation,
+        runs=updates, held=(actor, *frozen, *ema, *whole_batch),
+    )  # fmt: skip
+    yield train_program(
+        "ppo", "actor", update_actor, (actor, (scored, demonstrations), {}, shapes.allowed()), shapes, part, "lm",
+        accumulation=train.accumulation, runs=updates, held=(critic, *frozen, *ema, *whole_batch),
+        times=2 if demonstrations else 1,
+    )  # fmt: skip
+
+
+STAGE = Stage(
+    "ppo", Settings, ("init", "reference", "pairs", "reward"), frozenset({"data"}), run, programs, trains=True
+)

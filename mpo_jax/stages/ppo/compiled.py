@@ -1,0 +1,152 @@
+"""PPO's compiled programs: scoring of rollouts, the updates of actor and critic, and both in one pass."""
+
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Int
+
+from mpo_jax.models import forward
+from mpo_jax.models.forward import Model
+from mpo_jax.ops import add_to_moments
+from mpo_jax.runtime.sharding import batch_sharding, replicated
+from mpo_jax.stages.ppo.objective import (
+    actor_objective,
+    critic_objective,
+    estimate,
+    one_pass,
+    rollout_metrics,
+    score_rollout,
+)
+from mpo_jax.stages.ppo.settings import Method
+from mpo_jax.training.optimizer import make_optimizer
+from mpo_jax.training.update import accumulate, apply_if_finite, jit_update, state_sharding
+from mpo_jax.types import Metrics, Tree, merge
+
+
+@lru_cache
+def make_score(actor_model: Model, reward_model: Model, method: Method, mesh: Mesh) -> Any:
+    """A jitted (policies, judges, batch, has_eos, allowed_V, kl_coef, moments) -> (PpoBatch, metrics, moments).
+
+    `policies` are the parameters of actor and reference, `judges` those of critic and reward model. `moments` is the
+    running `Moments` of all raw scores, or None where scores are not normalised. This batch's scores are added before
+    they are normalised, those of real rows alone. A batch with a score that is not finite adds none.
+    """
+
+    def score(policies, judges, joined, has_eos_BN, allowed_V, kl_coef, moments=None):
+        rollout, entropy_BS = score_rollout(
+            actor_model,
+            reward_model,
+            method.temperature,
+            (merge(policies[0]), merge(policies[1])),
+            (merge(judges[0]), merge(judges[1])),
+            joined,
+            has_eos_BN[:, 0],
+            allowed_V,
+        )
+        if moments is not None:
+            moments = add_to_moments(moments, rollout.score, rollout.mask.any(-1))
+        batch, _ = estimate(rollout, method, kl_coef, moments)
+        return batch, rollout_metrics(batch, entropy_BS, kl_coef, method, moments), moments
+
+    everywhere = replicated(mesh)
+    return jax.jit(score, out_shardings=(batch_sharding(mesh), everywhere, everywhere))
+
+
+@lru_cache
+def make_updates(actor_model: Model, reward_model: Model, method: Method, mesh: Mesh) -> tuple[Any, Any]:
+    """The jitted updates of actor and critic.
+
+    (state, (PpoBatch, demonstrations or None), frozen, allowed_V) -> (state, metrics), and
+    (state, PpoBatch, frozen) -> (state, metrics).
+    """
+    actor, critic = (
+        forward.abstract_params(actor_model.decoder),
+        forward.abstract_params(reward_model.decoder, head="value"),
+    )
+    update = partial(jit_update, mesh=mesh, accumulation=method.accumulation)
+    return (
+        update(partial(actor_objective, actor_model, method), make_optimizer(method.actor_optim), actor),
+        update(partial(critic_objective, reward_model, method), make_optimizer(method.critic_optim), critic),
+    )
+
+
+@lru_cache
+def make_one_pass(actor_model: Model, reward_model: Model, method: Method, mesh: Mesh) -> Any:
+    """The jitted scoring and update in one:
+
+    (actor, critic, rest, frozen, batch, has_eos [B 1], allowed_V, kl_coef) -> (actor, critic, PpoBatch, metrics),
+    where `rest` is the frozen parts of actor and critic, and `frozen` the parameters of reference and reward model.
+    """
+    optimizers = make_optimizer(method.actor_optim), make_optimizer(method.critic_optim)
+
+    def update(actor, critic, rest, frozen, joined, has_eos_BN, allowed_V, kl_coef):
+        real_B1 = (joined.prompt_len > 0)[:, None]
+        count = jnp.where(real_B1, joined.response_len, 0).sum().astype(jnp.float32)
+
+        def part(rows):
+            responses, has_eos_B = rows
+            grads, kept, found = one_pass(
+                actor_model,
+                reward_model,
+                method,
+                (actor.trainable, critic.trainable),
+                rest,
+                (merge(frozen[0]), merge(frozen[1])),
+                responses,
+                has_eos_B,
+                allowed_V,
+                kl_coef,
+                count,
+            )
+            return (grads, found), kept
+
+        (grads, found), (batch, entropy_BS) = accumulate(part, (joined, has_eos_BN[:, 0]), method.accumulation)
+        metrics = rollout_metrics(batch, entropy_BS, kl_coef, method)
+        states = []
+        for name, state, grad, own, optimizer in zip(
+            ("policy", "critic"), (actor, critic), grads, found, optimizers, strict=True
+        ):
+            loss = sum(mean.value for key, mean in own.items() if key.startswith("loss/"))
+            state, own = apply_if_finite(state, jnp.asarray(loss), grad, own, optimizer)
+            states.append(state)
+            metrics |= named(name, own)
+        return *states, batch, metrics
+
+    everywhere = replicated(mesh)
+    trees = forward.abstract_params(actor_model.decoder), forward.abstract_params(reward_model.decoder, head="value")
+    shardings = [state_sharding(tree, optimizer, mesh) for tree, optimizer in zip(trees, optimizers, strict=True)]
+    return jax.jit(update, donate_argnums=(0, 1), out_shardings=(*shardings, batch_sharding(mesh), everywhere))
+
+
+@lru_cache
+def make_minibatch(count: int, mesh: Mesh) -> Any:
+    """A jitted (batch, key, iteration, epoch, index) -> part `index` of `count` of the batch's rows.
+
+    The parts of one epoch are disjoint and cover the rows, in an order drawn by key, iteration and epoch alone. Rows
+    cross devices, so that any two can meet; they are token arrays, which is little beside an update. Each device gets
+    an equal share of a part.
+    """
+
+    def minibatch(
+        batch: Any, key: Array, iteration: Int[Array, ""], epoch: Int[Array, ""], index: Int[Array, ""]
+    ) -> Any:
+        key = jax.random.fold_in(jax.random.fold_in(key, iteration), epoch)
+        num_rows = len(jax.tree.leaves(batch)[0])
+        rows = jax.random.permutation(key, num_rows).reshape(count, -1)[index]
+        return jax.tree.map(lambda x: x[rows], batch)
+
+    return jax.jit(minibatch, out_shardings=batch_sharding(mesh))
+
+
+@partial(jax.jit, donate_argnums=0)
+def average(ema: Tree, tree: Tree, decay: float) -> Tree:
+    """decay * ema + (1 - decay) * tree."""
+    return jax.tree.map(lambda a, p: decay * a + (1.0 - decay) * p, ema, tree)
+
+
+def named(model: str, metrics: Metrics) -> Metrics:
+    """An update's metrics, those that both models have under the model's name."""
+    return {(f"{model}/{name}" if name in ("grad_norm", "skipped") else name): m for name, m in metrics.items()}

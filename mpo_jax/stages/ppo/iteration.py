@@ -1,0 +1,243 @@
+"""One PPO iteration: sample from the actor; score, and recompute log-probabilities and values with the training
+forward pass; shape rewards; estimate advantages; update on minibatches."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from mpo_jax.data.batches import Batch, TrainBatches
+from mpo_jax.data.text import TextCodec
+from mpo_jax.evaluation.truth import Truth, make_rollout_utility
+from mpo_jax.models.forward import Model
+from mpo_jax.models.generate import make_generate
+from mpo_jax.ops import adaptive_kl_coef
+from mpo_jax.runtime.offload import Offload, to_devices
+from mpo_jax.runtime.seeds import stage_key
+from mpo_jax.runtime.sharding import place_batch, replicated
+from mpo_jax.stages.ppo.compiled import average, make_minibatch, make_one_pass, make_score, make_updates, named
+from mpo_jax.stages.ppo.settings import Method, Settings
+from mpo_jax.training.optimizer import make_learning_rate, make_optimizer, with_learning_rate
+from mpo_jax.training.update import init_state
+from mpo_jax.types import Mean, Metrics, Moments, Params, PpoBatch, PromptBatch, Skips, TrainState, Tree
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PpoState:
+    """All that changes.
+
+    Attributes:
+      actor: and `critic`, the two models.
+      kl_coef: of the penalty.
+      ema: the average of the actor's trainable part, where one is kept.
+      scores: running moments of the raw scores, where scores are normalised.
+    """
+
+    actor: TrainState
+    critic: TrainState
+    kl_coef: Float[Array, ""]
+    ema: Tree | None = None
+    scores: Moments | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Models:
+    """The four models of an iteration; the two that train are in the state, but for their frozen parts.
+
+    Attributes:
+      actor, critic: sizes and arithmetic; reference and reward model have the same.
+      actor_frozen, critic_frozen: the frozen parts of the models that train.
+      reference, reward: parameters of the models that do not.
+    """
+
+    actor: Model
+    critic: Model
+    actor_frozen: Tree
+    critic_frozen: Tree
+    reference: Params
+    reward: Params
+
+    def policies(self, trainable: Tree) -> tuple[Params, Params]:
+        """Parameters of a policy and of the reference, on the devices."""
+        return {"trainable": trainable, "frozen": self.actor_frozen}, to_devices(self.reference)
+
+    def judges(self, trainable: Tree) -> tuple[Params, Params]:
+        """Parameters of the critic and of the reward model, on the devices."""
+        return {"trainable": trainable, "frozen": self.critic_frozen}, to_devices(self.reward)
+
+
+def init_ppo_state(method: Method, actor: Params, critic: Params, mesh: Mesh, offload: Offload) -> PpoState:
+    """The state before the first iteration; it holds copies of the trainable parameters."""
+
+    def number(value: float) -> Array:
+        return jax.device_put(jnp.asarray(value, jnp.float32), replicated(mesh))
+
+    return PpoState(
+        actor=offload.state(init_state(actor, make_optimizer(method.actor_optim), mesh)),
+        critic=offload.state(init_state(critic, make_optimizer(method.critic_optim), mesh)),
+        kl_coef=number(method.kl.coef),
+        ema=jax.tree.map(jnp.copy, actor["trainable"]) if method.extras.ema_decay is not None else None,
+        scores=Moments(number(0.0), number(0.0), number(0.0)) if method.score == "normalised" else None,
+    )
+
+
+@dataclasses.dataclass
+class Loop:
+    """The compiled parts of an iteration and the frozen models they read.
+
+    Attributes:
+      iterations: of the whole training, over which the learning rates' schedules run.
+      log_every: iterations between two of which the parts are timed; timing makes the host wait for the devices.
+      truth: of samples, where it is known.
+    """
+
+    settings: Settings
+    mesh: Mesh
+    codec: TextCodec
+    models: Models
+    offload: Offload
+    iterations: int
+    log_every: int
+    truth: Truth | None = None
+
+    def __post_init__(self) -> None:
+        method, models, mesh = self.settings.method, self.models, self.mesh
+        self.generate = make_generate(models.actor, self.settings.sampling, self.codec.eos_id, mesh)
+        self.score = make_score(models.actor, models.critic, method, mesh)
+        updates = make_updates(models.actor, models.critic, method, mesh)
+        self.update_actor, self.update_critic = map(self.offload.update, updates)
+        self.one_pass = make_one_pass(models.actor, models.critic, method, mesh) if method.in_one_pass else None
+        self.allowed_V = jnp.asarray(self.codec.allowed(models.actor.decoder.vocab_size))
+        self.utility = make_rollout_utility(self.truth, self.codec)
+        self.key = stage_key(self.settings.seed, "ppo")
+        self.minibatch = make_minibatch(method.minibatches, mesh)
+        self.minibatch_key = stage_key(self.settings.seed, "ppo minibatches")
+        # each model's schedule counts its own updates: the actor's starts when the critic has warmed up
+        own_iterations = max(self.iterations - method.extras.critic_warmup, 0)
+        self.actor_rate = make_learning_rate(method.actor_optim, own_iterations * method.updates)
+        self.critic_rate = make_learning_rate(method.critic_optim, self.iterations * method.updates)
+
+    def iteration(
+        self, state: PpoState, batch: Batch, demonstrations: TrainBatches | None
+    ) -> tuple[PpoState, Metrics, Any]:
+        """One PPO iteration on a batch of prompts; also returns the scored rollouts and the demonstrations."""
+        method, k = self.settings.method, batch.number
+        clock = _Clock(on=(k + 1) % self.log_every == 0)
+        prompts, epoch = place_batch((batch.rows, batch.epoch), self.mesh)
+        actor = {"trainable": state.actor.trainable, "frozen": self.models.actor_frozen}
+        with clock.timing("rollout") as wait:
+            joined, has_eos = wait(self.generate(actor, prompts, self.key, epoch, self.allowed_V))
+        shown = place_batch(demonstrations[k].rows, self.mesh) if demonstrations is not None else None
+        if self.one_pass is not None:
+            with clock.timing("update") as wait:
+                state, scored, metrics = wait(self._in_one_pass(state, k, joined, has_eos))
+        else:
+            with clock.timing("score") as wait:
+                scored, metrics, scores = wait(
+                    self.score(
+                        self.models.policies(state.actor.trainable),
+                        self.models.judges(state.critic.trainable),
+                        joined,
+                        has_eos,
+                        self.allowed_V,
+                        state.kl_coef,
+                        state.scores,
+                    )
+                )
+                state = dataclasses.replace(state, scores=scores)
+            with clock.timing("update") as wait:
+                state, update_metrics = wait(self._updates(state, k, (scored, shown)))
+            metrics |= update_metrics
+        kl_coef = state.kl_coef
+        if method.kl.adaptive:
+            adapted = adaptive_kl_coef(
+                kl_coef,
+                metrics["objective/kl"].value,
+                target=method.kl.target,
+                horizon=method.kl.horizon,
+                num_samples=len(batch.example),
+            )
+            # as with the models, a batch that is not finite changes nothing
+            kl_coef = jnp.where(jnp.isfinite(adapted), adapted, kl_coef)
+        ema = state.ema
+        if ema is not None:
+            ema = average(ema, state.actor.trainable, method.extras.ema_decay)
+        state = dataclasses.replace(state, kl_coef=kl_coef, ema=ema)
+        metrics = {**metrics, **clock.seconds, **self.utility(joined)}
+        return state, metrics, {"rollouts": scored, "shown": shown}
+
+    def _in_one_pass(
+        self, state: PpoState, k: int, joined: PromptBatch, has_eos: Array
+    ) -> tuple[PpoState, PpoBatch, Metrics]:
+        """Scores and updates, where the update differentiates the forward pass that scores."""
+        models = self.models
+        actor, critic, frozen = to_devices((state.actor, state.critic, (models.reference, models.reward)))
+        actor = with_learning_rate(actor, self.actor_rate(k))
+        critic = with_learning_rate(critic, self.critic_rate(k))
+        rest = models.actor_frozen, models.critic_frozen
+        assert self.one_pass is not None
+        actor, critic, scored, metrics = self.one_pass(
+            actor, critic, rest, frozen, joined, has_eos, self.allowed_V, state.kl_coef
+        )
+        state = dataclasses.replace(state, actor=self.offload.state(actor), critic=self.offload.state(critic))
+        return state, scored, metrics
+
+    def _updates(self, state: PpoState, k: int, batch: tuple[PpoBatch, PromptBatch | None]) -> tuple[PpoState, Metrics]:
+        """All passes over one iteration's rollouts."""
+        method, models = self.settings.method, self.models
+        collected: list[Metrics] = []
+        actor, critic = state.actor, state.critic
+        own_k = k - method.extras.critic_warmup
+        for update in range(method.updates):
+            part = batch
+            if method.minibatches > 1:
+                epoch, index = divmod(update, method.minibatches)
+                part = self.minibatch(batch, self.minibatch_key, k, epoch, index)
+            critic = with_learning_rate(critic, self.critic_rate(k * method.updates + update))
+            critic, metrics = self.update_critic(critic, part[0], models.critic_frozen)
+            metrics = named("critic", metrics)
+            if own_k >= 0:
+                actor = with_learning_rate(actor, self.actor_rate(own_k * method.updates + update))
+                actor, actor_metrics = self.update_actor(actor, part, models.actor_frozen, self.allowed_V)
+                metrics |= named("policy", actor_metrics)
+            collected.append(metrics)
+            if method.kl.stop is not None and _exceeds(metrics.get("policy/approxkl_avg"), method.kl.stop):
+                break
+        return dataclasses.replace(state, actor=actor, critic=critic), _mean_of(collected)
+
+
+def _exceeds(mean: Mean | None, limit: float) -> bool:
+    """The one place where the host waits for the device inside an iteration, and only if asked to stop early."""
+    return mean is not None and float(mean.value) > limit
+
+
+def _mean_of(collected: list[Metrics]) -> Metrics:
+    """Means and skips added, scalars averaged, over an iteration's updates."""
+    totals: Metrics = {}
+    for metrics in collected:
+        for name, value in metrics.items():
+            totals[name] = totals[name] + value if name in totals else value
+    return {name: m if isinstance(m, Mean | Skips) else m / len(collected) for name, m in totals.items()}
+
+
+@dataclasses.dataclass
+class _Clock:
+    """Seconds of the parts of an iteration, as metrics."""
+
+    on: bool
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def timing(self, part: str) -> Iterator[Callable[[Any], Any]]:
+        """Gives the function through which the part's results go: where it is timed, it waits for them."""
+        begin = time.perf_counter()
+        yield jax.block_until_ready if self.on else lambda x: x
+        if self.on:
+            self.seconds[f"timing_s/{part}"] = time.perf_counter() - begin

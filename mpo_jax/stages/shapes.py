@@ -1,0 +1,141 @@
+"""Shapes with shardings of all that stages' programs are called with, so that they compile without any array."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from mpo_jax.config.schema import OptimConfig, TextConfig
+from mpo_jax.models import flops, forward
+from mpo_jax.models.decoder import FLOAT32
+from mpo_jax.models.flops import Rows, Work
+from mpo_jax.models.forward import Model
+from mpo_jax.runtime.sharding import batch_sharding, replicated
+from mpo_jax.stages.settings import NOT_WATCHED, Watch
+from mpo_jax.training.optimizer import make_optimizer
+from mpo_jax.training.update import state_sharding
+from mpo_jax.types import Head, Params, PromptBatch, TrainState, Tree, frozen, trainable
+
+MULTIPLE = 8
+"""Batches' widths are rounded up to it (data.batches)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Amounts:
+    """How many rows there are, from which follows how often programs run."""
+
+    demonstrations: int
+    reward_pairs: int
+    reward_test: int
+    held_out: int
+    prompts: int
+    human_pairs: int
+    selected: int
+    test_prompts: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """One model on one mesh: what programs take, and how often they run.
+
+    Attributes:
+      text: limits of prompts and responses, to which rows are padded.
+      frozen_dtype: in which models that do not train are stored.
+      amounts: None where no data was read.
+      parents: roles of the artifacts that the stage reads.
+      watch: of a stage that trains: how often it is evaluated meanwhile.
+    """
+
+    model: Model
+    mesh: Mesh
+    text: TextConfig
+    frozen_dtype: str
+    amounts: Amounts | None = None
+    watch: Watch = NOT_WATCHED
+    parents: frozenset[str] = frozenset({"init", "reference", "pairs", "reward"})
+
+    @property
+    def shards(self) -> int:
+        """Groups of devices over which a batch is divided."""
+        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
+    def tree(self, head: Head = "lm") -> Tree:
+        """All parameters, float32."""
+        shapes = forward.abstract_params(self.model.decoder, head=head)
+        return shaped(shapes, forward.param_shardings(shapes, self.mesh))
+
+    def trained(self, head: Head = "lm") -> Params:
+        """float32 master parameters of a model that trains."""
+        return trainable(self.tree(head))
+
+    def frozen(self, head: Head = "lm") -> Params:
+        """A model that does not train, as `weights.load_params` stores it."""
+        dtype = jnp.dtype(self.frozen_dtype)
+
+        def store(path: Any, leaf: Any) -> Any:
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            kept = jnp.dtype(jnp.float32) if name.endswith(FLOAT32) else dtype
+            return jax.ShapeDtypeStruct(leaf.shape, kept, sharding=leaf.sharding)
+
+        return frozen(jax.tree_util.tree_map_with_path(store, self.tree(head)))
+
+    def state(self, optim: OptimConfig, head: Head = "lm") -> TrainState:
+        """A model's training state."""
+        optimizer = make_optimizer(optim)
+
+        def init(tree: Tree) -> TrainState:
+            return TrainState(jnp.zeros((), jnp.int32), tree, optimizer.init(tree))
+
+        tree = self.tree(head)
+        return shaped(jax.eval_shape(init, tree), state_sharding(tree, optimizer, self.mesh))
+
+    def rows(self, count: int, num_responses: int) -> Rows:
+        """A batch padded to the text's limits."""
+        up = lambda n: -(-n // MULTIPLE) * MULTIPLE  # noqa: E731
+        return Rows(count, up(self.text.max_prompt_tokens), num_responses, up(self.text.max_response_tokens))
+
+    def array(self, *shape: int, dtype: Any = jnp.int32) -> Any:
+        """An array whose leading axis is the batch."""
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(self.mesh))
+
+    def batch(self, rows: Rows) -> PromptBatch:
+        """Prompts with responses."""
+        B, N = rows.count, rows.num_responses
+        return PromptBatch(
+            prompt=self.array(B, rows.prompt),
+            prompt_len=self.array(B),
+            response=self.array(B, N, rows.response),
+            response_len=self.array(B, N),
+            key=self.array(B, dtype=jnp.uint32),
+        )
+
+    def prompts(self, rows: Rows) -> PromptBatch:
+        """Prompts to sample from."""
+        prompts = self.batch(dataclasses.replace(rows, num_responses=1, response=0))
+        return dataclasses.replace(prompts, response_len=self.array(rows.count, 1))
+
+    def number(self) -> Any:
+        """One float32 on every device."""
+        return jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(self.mesh))
+
+    def allowed(self) -> Any:
+        """[V] bool: the ids that may be sampled."""
+        return jax.ShapeDtypeStruct((self.model.decoder.vocab_size,), jnp.bool_, sharding=replicated(self.mesh))
+
+    def key(self) -> Any:
+        """A PRNG key."""
+        return shaped(jax.eval_shape(lambda: jax.random.key(0)), replicated(self.mesh))
+
+    def decoding(self, rows: Rows) -> Work:
+        """Drawing all response tokens of a batch."""
+        size = jnp.dtype(self.model.dtype).itemsize
+        return flops.decode(self.model.decoder, rows, shards=self.shards, bytes_each=size)
+
+
+def shaped(tree: Any, shardings: Any) -> Any:
+    """The tree's shapes and types with these shardings: a like tree of them, or one for all leaves."""
+    if isinstance(shardings, jax.sharding.Sharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
