@@ -13,7 +13,7 @@ from mpo_jax.config.schema import Config
 from mpo_jax.data.corpus import base_tokenizer, load_corpus
 from mpo_jax.data.text import TextCodec
 from mpo_jax.models import loading
-from mpo_jax.models.decoder import DecoderConfig
+from mpo_jax.models.spec import DecoderConfig
 from mpo_jax.pipeline.bucket import Bucket, stage_place
 from mpo_jax.pipeline.experiments import table_variants
 from mpo_jax.pipeline.pipeline import Pipeline

@@ -29,10 +29,10 @@ from mpo_jax.data.text import TextCodec
 from mpo_jax.data.tokens import Example, tokenize
 from mpo_jax.losses import bradley_terry_loss
 from mpo_jax.models import forward
-from mpo_jax.models.decoder import DecoderConfig
 from mpo_jax.models.forward import Model
 from mpo_jax.models.generate import Sampling, make_generate
 from mpo_jax.models.hf.tokenizer import load_tokenizer
+from mpo_jax.models.spec import DecoderConfig
 from mpo_jax.runtime import machine
 from mpo_jax.runtime.sharding import make_mesh, place_batch, replicated
 from mpo_jax.runtime.timing import seconds

@@ -12,8 +12,8 @@ from mpo_jax.config.schema import TextConfig
 from mpo_jax.data import toy
 from mpo_jax.data.text import TextCodec
 from mpo_jax.models import loading
-from mpo_jax.models.decoder import DecoderConfig
 from mpo_jax.models.forward import Model
+from mpo_jax.models.spec import DecoderConfig
 from mpo_jax.types import Head
 from tests.models.tiny import random_params
 

@@ -1,5 +1,6 @@
 """Tiny models and batches for the tests of the model and of generation, drawn here or recorded from transformers."""
 
+import dataclasses
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,9 @@ from safetensors.numpy import load_file
 
 from mpo_jax.config.schema import MeshConfig
 from mpo_jax.models import forward
-from mpo_jax.models.decoder import DecoderConfig
 from mpo_jax.models.forward import Model
 from mpo_jax.models.hf import families, weights
+from mpo_jax.models.spec import DecoderConfig, LayerSpec
 from mpo_jax.runtime.sharding import make_mesh
 from mpo_jax.types import Head, Params, PromptBatch, Tokens
 
@@ -36,6 +37,11 @@ DECODER = DecoderConfig(
 
 FAST: dict[str, Any] = {"xla_backend_optimization_level": 0}
 """Compiler options that halve the time to compile; how a program is divided over devices is settled before."""
+
+
+def with_layers(config: DecoderConfig, *specs: LayerSpec, **sizes: Any) -> DecoderConfig:
+    """The same sizes, or others where given, with layers of this pattern."""
+    return dataclasses.replace(config, pattern=specs, **sizes)
 
 
 def random_params(config: DecoderConfig, seed: int = 0, *, head: Head = "lm") -> Params:
@@ -87,9 +93,10 @@ def recorded() -> dict[str, np.ndarray]:
 def recorded_tokens(config: DecoderConfig) -> Tokens:
     """The recorded inputs, with positions far apart where the frequencies are stretched."""
     segment = jnp.asarray(recorded()["attention_mask"], jnp.int32)
+    positions = "far_position_ids" if config.pattern[0].rope_scaling else "position_ids"
     return Tokens(
         ids=jnp.asarray(recorded()["input_ids"], jnp.int32),
-        position=jnp.asarray(recorded()["far_position_ids" if config.rope_scaling else "position_ids"], jnp.int32),
+        position=jnp.asarray(recorded()[positions], jnp.int32),
         segment=segment,
         branch=jnp.zeros_like(segment),
         loss_mask=segment > 0,
