@@ -13,10 +13,10 @@ from mpo_jax.config.schema import Config
 from mpo_jax.data.text import TextCodec
 from mpo_jax.errors import UserError
 from mpo_jax.models import forward, loading
-from mpo_jax.models.decoder import DecoderConfig
 from mpo_jax.models.forward import Model
 from mpo_jax.models.hf import families, weights
 from mpo_jax.models.hf.tokenizer import load_tokenizer
+from mpo_jax.models.spec import DecoderConfig
 from mpo_jax.runtime import machine
 from mpo_jax.runtime.processes import is_main
 from mpo_jax.runtime.sharding import make_mesh

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mpo_jax import __version__
+from mpo_jax.config.registry import EXPERIMENTS
 from mpo_jax.config.schema import Config, ExperimentName
 from mpo_jax.errors import UserError
 from mpo_jax.pipeline.artifacts import Store
 from mpo_jax.pipeline.bucket import Bucket
-from mpo_jax.pipeline.experiments import EXPERIMENTS
 from mpo_jax.pipeline.pipeline import Pipeline, StageName
 from mpo_jax.runtime import machine
 from mpo_jax.runtime.console import console
