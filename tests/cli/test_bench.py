@@ -55,7 +55,7 @@ def test_rates_speak_of_the_same_time(figures):
         vocab_size=40, hidden_size=16, intermediate_size=24, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8,
         max_positions=64,
     )  # fmt: skip
-    needed = 3 * flops.necessary(sizes, np.full(4, 8), np.full((4, 1), 8), "vocab")
+    needed = 3 * flops.necessary(sizes, np.full(4, 8), np.full((4, 1), 8), "lm")
     assert found["sft"]["flop_per_s"] / found["sft"]["tokens_per_s"] == pytest.approx(needed / (4 * 16))
 
 
