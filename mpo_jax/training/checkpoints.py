@@ -120,10 +120,10 @@ class Checkpoints:
         return found
 
     def restore_params(self, params: Any, shardings: Any, *, critic: bool) -> tuple[int, Any]:
-        """The newest checkpoint's step and its model alone: the trained one, PPO's actor, or PPO's critic.
+        """The newest checkpoint's step and one model's trainable part: the stage's own, PPO's actor's, or PPO's critic's.
 
         Args:
-          params: shapes and types of the model's parameters.
+          params: shapes and types of that part.
           shardings: where to put them.
 
         Raises:
@@ -134,9 +134,9 @@ class Checkpoints:
             raise UserError(f"{self._folder} holds no checkpoint yet: the first one is saved at checkpoint_every steps")
         wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, shardings)
         stored = self.record(step)["leaves"]
-        prefix = (".actor" if any(name.startswith(".actor") for name in stored) else "") + ".params"
+        prefix = (".actor" if any(name.startswith(".actor") for name in stored) else "") + ".trainable"
         if critic:
-            prefix = ".critic.params"
+            prefix = ".critic.trainable"
         described = {prefix + name: shape for name, shape in _describe(params).items()}
         if differing := [name for name, shape in described.items() if stored.get(name) != shape]:
             raise UserError(f"{self._folder / str(step)}: the checkpoint holds another model: {differing[0]} differs")
