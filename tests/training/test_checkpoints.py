@@ -84,7 +84,7 @@ def test_a_state_comes_back_bit_by_bit_and_where_it_was(tmp_path):
     step, found = restore(tmp_path, make_state(4))
     assert step == 12
     check_same(found, state)
-    assert found.params["kernel"].addressable_shards[0].data.shape == (2, 3)
+    assert found.trainable["kernel"].addressable_shards[0].data.shape == (2, 3)
 
 
 def test_a_state_comes_back_into_another_placement(tmp_path):
@@ -138,8 +138,8 @@ def test_an_unfinished_checkpoint_does_not_count(tmp_path):
 @pytest.mark.parametrize(
     ("other", "leaf", "there", "here", "count"),
     [
-        ({"rows": 24}, r"\.params\['kernel'\]", r"float32\[16, 3\]", r"float32\[24, 3\]", 3),
-        ({"dtype": jnp.float32}, r"\.params\['layers'\]\['half'\]", r"bfloat16\[2, 8\]", r"float32\[2, 8\]", 3),
+        ({"rows": 24}, r"\.trainable\['kernel'\]", r"float32\[16, 3\]", r"float32\[24, 3\]", 3),
+        ({"dtype": jnp.float32}, r"\.trainable\['layers'\]\['half'\]", r"bfloat16\[2, 8\]", r"float32\[2, 8\]", 3),
     ],
 )
 def test_other_shapes_are_refused_by_name(tmp_path, other, leaf, there, here, count):
