@@ -20,7 +20,7 @@ def made(tmp_path_factory) -> Path:
     """A workdir whose trained stages kept their checkpoints; SFT's and DPO's only one each."""
     workdir = tmp_path_factory.mktemp("made")
     options = (
-        "runtime.keep_checkpoints=true",
+        "runtime.keep_finished_checkpoints=true",
         "sft.train.keep_checkpoints=1",
         "dpo.train.steps=3",
         "ppo.train.steps=5",
@@ -123,7 +123,7 @@ def test_without_stored_states_it_says_what_to_set(copied, capsys):
         shutil.rmtree(folder_of(copied, stage) / "checkpoints")
     assert mpo("verify", copied, "--stage", "sft") == 2
     captured = capsys.readouterr()
-    assert "runtime.keep_checkpoints=true" in " ".join(captured.out.split())
+    assert "runtime.keep_finished_checkpoints=true" in " ".join(captured.out.split())
     assert "no stage sft with two stored states to compare" in captured.err
     assert mpo("verify", copied, "--stage", "sfft") == 2
     assert mpo("verify", copied / "nowhere") == 2

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from mpo_jax.tools.plan.programs import device_bytes, shaped
 
 from mpo_jax.models import flops, forward
 from mpo_jax.models.flops import Rows

@@ -145,7 +145,7 @@ def test_a_folder_says_from_the_start_what_is_made_in_it(tmp_path):
 def test_checkpoints_stay_where_the_stage_s_configuration_says_so(tmp_path, keep):
     def run(folder):
         (folder / "checkpoints" / "1").mkdir(parents=True)
-        (folder / "config.yaml").write_text(to_yaml(Config(runtime=RuntimeConfig(keep_checkpoints=keep))))
+        (folder / "config.yaml").write_text(to_yaml(Config(runtime=RuntimeConfig(keep_finished_checkpoints=keep))))
         return {}
 
     made = Store(tmp_path).build(recipe(), run)

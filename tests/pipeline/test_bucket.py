@@ -272,8 +272,8 @@ def test_s3_holds_stages_and_no_checkpoints(tmp_path: Path) -> None:
 def test_addresses_and_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"runtime\.bucket"):
         load_config(None, ("runtime.bucket=/a/folder",))
-    with pytest.raises(UserError, match="keep_checkpoints=true keeps them in workdir"):
-        load_config(None, ("runtime.bucket=file:///a", "runtime.keep_checkpoints=true"))
+    with pytest.raises(UserError, match="keep_finished_checkpoints=true keeps them in workdir"):
+        load_config(None, ("runtime.bucket=file:///a", "runtime.keep_finished_checkpoints=true"))
     for package, protocols in {"gcsfs": ("gs", "gcs"), "s3fs": ("s3", "s3a")}.items():
         monkeypatch.setitem(sys.modules, package, None)
         for protocol in protocols:

@@ -118,7 +118,7 @@ OTHER: dict[str, Any] = {
     "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2,
     "runtime.cpu_devices": 4, "runtime.compilation_cache": "cache", "runtime.flags": "recommended",
     "runtime.token_cache": "tokens", "runtime.tensorboard": False, "runtime.wandb": {}, "runtime.offload_frozen": True,
-    "runtime.offload_moments": True, "runtime.keep_checkpoints": True, "runtime.bucket": "file:///bucket",
+    "runtime.offload_moments": True, "runtime.keep_finished_checkpoints": True, "runtime.bucket": "file:///bucket",
     "runtime.processes.coordinator": "host:1", "runtime.processes.count": 2, "runtime.processes.index": 1,
     "runtime.processes.timeout_s": 7,
     "runtime.wandb.project": "other", "runtime.wandb.entity": "team", "runtime.wandb.mode": "offline",
