@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mpo_jax.runtime.version import __version__ as __version__
     from mpo_jax.tools.library.functions import sample, score, select
     from mpo_jax.tools.library.models import LoadedModel, load, load_reward, make_mesh, save
     from mpo_jax.tools.library.ppo import Ppo
@@ -11,8 +12,6 @@ if TYPE_CHECKING:
     from mpo_jax.tools.library.trainers import Dpo, Reward, Sft, Trainer, train
     from mpo_jax.training.loop import Checkpointing, Fitted, Hooks, fit
     from mpo_jax.training.update import init_state, make_update
-
-__version__ = "0.1.0"
 
 _LIBRARY = "mpo_jax.tools.library"
 _HOMES = {
@@ -23,6 +22,7 @@ _HOMES = {
     **dict.fromkeys(("select", "sample", "score"), f"{_LIBRARY}.functions"),
     **dict.fromkeys(("fit", "Fitted", "Hooks", "Checkpointing"), "mpo_jax.training.loop"),
     **dict.fromkeys(("make_update", "init_state"), "mpo_jax.training.update"),
+    "__version__": "mpo_jax.runtime.version",
 }
 
 __all__ = [

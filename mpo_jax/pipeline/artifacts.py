@@ -11,7 +11,6 @@ from typing import Any, Protocol
 
 from filelock import FileLock
 
-from mpo_jax import __version__
 from mpo_jax.config.load import load_config
 from mpo_jax.errors import UserError
 from mpo_jax.pipeline.bucket import CHECKPOINTS, Bucket, stage_place
@@ -21,6 +20,7 @@ from mpo_jax.runtime.files import write_json
 from mpo_jax.runtime.processes import agree, is_main, wait
 from mpo_jax.runtime.progress import Overall
 from mpo_jax.runtime.stage_warnings import collect_warnings
+from mpo_jax.runtime.version import __version__
 from mpo_jax.types import Artifact
 
 

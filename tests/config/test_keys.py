@@ -167,7 +167,7 @@ def test_the_command_still_prints_a_resolved_configuration(monkeypatch, capsys):
 def test_the_readme_is_current():
     written = (CONFIGS / "README.md").read_text(encoding="utf-8")
     if written != readme.page():
-        pytest.fail("configs/README.md is not current: run  python -m mpo_jax.config.keys > configs/README.md")
+        pytest.fail("configs/README.md is not current: run  python -m mpo_jax.config.readme > configs/README.md")
 
 
 def test_the_readme_has_every_key_and_its_description():
