@@ -1,6 +1,7 @@
 """Mixed Preference Optimization in JAX. Names are imported on first use, so that `import mpo_jax` costs nothing."""
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,6 +13,9 @@ if TYPE_CHECKING:
     from mpo_jax.tools.library.trainers import Dpo, Reward, Sft, Trainer, train
     from mpo_jax.training.loop import Checkpointing, Fitted, Hooks, fit
     from mpo_jax.training.update import init_state, make_update
+
+# transformers reports on import that PyTorch is missing, which this package does without
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 _LIBRARY = "mpo_jax.tools.library"
 _HOMES = {
