@@ -1,8 +1,42 @@
-"""Mixed Preference Optimization in JAX: reward-gap data selection, DPO on the easy set, PPO on the hard set."""
+"""Mixed Preference Optimization in JAX. Names are imported on first use, so that `import mpo_jax` costs nothing."""
 
-import os
+import importlib
+from typing import TYPE_CHECKING, Any
 
-# transformers serves as tokenizer and config reader here; that torch is absent is no news
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+if TYPE_CHECKING:
+    from mpo_jax.tools.library.functions import sample, score, select
+    from mpo_jax.tools.library.models import LoadedModel, load, load_reward, make_mesh, save
+    from mpo_jax.tools.library.ppo import Ppo
+    from mpo_jax.tools.library.rows import Pairs, Rows, read_demonstrations, read_pairs, read_prompts
+    from mpo_jax.tools.library.trainers import Dpo, Reward, Sft, Trainer, train
+    from mpo_jax.training.loop import Checkpointing, Fitted, Hooks, fit
+    from mpo_jax.training.update import init_state, make_update
 
 __version__ = "0.1.0"
+
+_LIBRARY = "mpo_jax.tools.library"
+_HOMES = {
+    **dict.fromkeys(("load", "load_reward", "make_mesh", "save", "LoadedModel"), f"{_LIBRARY}.models"),
+    **dict.fromkeys(("read_pairs", "read_demonstrations", "read_prompts", "Pairs", "Rows"), f"{_LIBRARY}.rows"),
+    **dict.fromkeys(("Sft", "Reward", "Dpo", "Trainer", "train"), f"{_LIBRARY}.trainers"),
+    "Ppo": f"{_LIBRARY}.ppo",
+    **dict.fromkeys(("select", "sample", "score"), f"{_LIBRARY}.functions"),
+    **dict.fromkeys(("fit", "Fitted", "Hooks", "Checkpointing"), "mpo_jax.training.loop"),
+    **dict.fromkeys(("make_update", "init_state"), "mpo_jax.training.update"),
+}
+
+__all__ = [
+    "Checkpointing", "Dpo", "Fitted", "Hooks", "LoadedModel", "Pairs", "Ppo", "Reward", "Rows", "Sft", "Trainer",
+    "fit", "init_state", "load", "load_reward", "make_mesh", "make_update", "read_demonstrations", "read_pairs",
+    "read_prompts", "sample", "save", "score", "select", "train",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

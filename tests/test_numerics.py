@@ -1,7 +1,5 @@
 """An update is exact however it is cut up: accumulation, clipping after it, decay by name, and float32 masters."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,11 +8,12 @@ import pytest
 
 from mpo_jax.config.schema import OptimConfig
 from mpo_jax.models.forward import Model
+from mpo_jax.models.spec import LayerSpec
 from mpo_jax.runtime.sharding import place_batch
 from mpo_jax.stages import sft
 from mpo_jax.training.loop import init_state, make_update
 from mpo_jax.types import Mean, Params
-from tests.models.tiny import DECODER, FAST, mesh_of, random_params, trees_close
+from tests.models.tiny import DECODER, FAST, mesh_of, random_params, trees_close, with_layers
 from tests.stages.test_sharded import MODEL, ONE, OPTIM, SINGLES, metrics_close, run_step
 
 pytestmark = pytest.mark.unoptimised
@@ -82,7 +81,7 @@ def test_clipping_each_micro_batch_would_point_elsewhere():
 
 # ---- what an update leaves alone -----------------------------------------------------------------------------------
 
-BIASED = dataclasses.replace(DECODER, qkv_bias=True, qk_norm=True)
+BIASED = with_layers(DECODER, LayerSpec(qkv_bias=True, qk_norm=True))
 UNDECAYED = {
     "norm.scale", "layers.attention_norm.scale", "layers.mlp_norm.scale",
     "layers.attention.q_norm.scale", "layers.attention.k_norm.scale",

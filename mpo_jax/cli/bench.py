@@ -1,104 +1,75 @@
-"""`mpo bench`: how fast each stage's own functions run here, beside what bounds them."""
+"""`mpo bench`."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import jax
-from rich.table import Table
+import typer
 
-from mpo_jax.config.schema import Config
+from mpo_jax.config.load import load_config
 from mpo_jax.errors import UserError
-from mpo_jax.runtime import machine
 from mpo_jax.runtime.console import console
-from mpo_jax.runtime.files import write_json
-from mpo_jax.runtime.sharding import check_batch, make_mesh
-from mpo_jax.tools.bench import workloads
-from mpo_jax.tools.bench.measure import DEFINITIONS, Device, Measured, device, measure
 
-SIZES = {
-    "hidden_size": 288,
-    "intermediate_size": 768,
-    "num_layers": 6,
-    "num_heads": 6,
-    "num_kv_heads": 6,
-    "head_dim": 48,
-    "tie_embeddings": False,
-}
-"""Of the model that is made up where none is named: 8.3M parameters with a vocabulary of 4096."""
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from mpo_jax.tools.bench.measure import Device, Measured
 
 
 def bench(
-    config: Config,
-    names: tuple[str, ...],
-    *,
-    batch: int,
-    steps: int,
-    rows: tuple[int, int] | None,
-    vocab_size: int,
-    json_file: Path | None,
-    profile: Path | None,
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[WORKLOAD | CONFIG.yaml | KEY=VALUE]...", help="default: all workloads"),
+    ] = None,
+    rows: Annotated[
+        str, typer.Option(help="PROMPT+RESPONSE tokens of made-up rows, or: data, the configuration's own rows")
+    ] = "128+128",
+    batch: Annotated[int, typer.Option(min=1, help="rows, pairs or prompts a step")] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="timed steps")] = 5,
+    vocab: Annotated[int, typer.Option(min=2, help="of the model made up where model.path names none")] = 4096,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE")] = None,
+    profile: Annotated[Path | None, typer.Option(metavar="DIR", help="a trace of one step of each workload")] = None,
 ) -> None:
-    """Prints a table, and writes its figures where asked.
+    """Time the stages' own functions on this machine: tokens/s, FLOP/s, MFU, memory."""
+    from mpo_jax.runtime.files import write_json
+    from mpo_jax.tools.bench import speed
+    from mpo_jax.tools.bench.measure import DEFINITIONS
 
-    Args:
-      names: of workloads; all of them if empty.
-      rows: prompt and response lengths of made-up rows; None for the configuration's own.
-      profile: folder for a trace of one step of each workload.
-
-    Raises:
-      UserError: for a name that is none, or a batch that does not divide over the mesh.
-    """
-    wanted = workloads.check_names(names)
-    check_batch(batch, config.mesh, "--batch")
-    config = _sized(config, rows)
-    machine.start(config.runtime)
-    mesh = make_mesh(config.mesh)
-    build = workloads.Bench(config, mesh, batch, steps, rows, vocab_size)
-    with jax.set_mesh(mesh):
-        dtype = machine.compute_dtype(config.model)
-        bound = device(dtype, mesh.size)
-        console.print(f"{bound.kind}: {bound.matmul / 1e9:.4g} GFLOP/s in a large {dtype} matrix product")
-        found = []
-        for name in wanted:
-            console.print(f"  {name}: {workloads.ABOUT[name]}", soft_wrap=True)
-            trace = None if profile is None else str(profile / name)
-            found.append(measure(build(name), profile=trace))
-    console.print(_table(found, bound))
-    for one in found:
+    given = arguments or []
+    names = tuple(word for word in given if "=" not in word and not word.endswith((".yaml", ".yml")))
+    overrides = tuple(word for word in given if word not in names)
+    found = speed.measure_all(
+        load_config(None, overrides),
+        names,
+        batch=batch,
+        steps=steps,
+        rows=_lengths(rows),
+        vocab_size=vocab,
+        profile=profile,
+        log=lambda line: console.print(line, soft_wrap=True),
+    )
+    console.print(_table(found.workloads, found.device))
+    for one in found.workloads:
         if one.parts:
-            console.print(_explained(one), soft_wrap=True)
+            console.print(_parts(one), soft_wrap=True)
     console.print(DEFINITIONS, soft_wrap=True)
     if json_file is not None:
-        figures = [one.to_dict(bound) for one in found]
-        write_json(
-            json_file,
-            {
-                "environment": machine.environment(),
-                "device": {"kind": bound.kind, "matmul_flop_per_s": bound.matmul, "peak_flop_per_s": bound.peak},
-                "dtype": dtype,
-                "batch": batch,
-                "rows": rows and {"prompt": rows[0], "response": rows[1]},
-                "workloads": figures,
-            },
-        )
+        write_json(json_file, found.to_dict())
         console.print(f"wrote {json_file}", soft_wrap=True)
 
 
-def _sized(config: Config, rows: tuple[int, int] | None) -> Config:
-    """With room for made-up rows, and the benchmark's model where the configuration names none."""
-    if rows is None:
-        if config.data.kind == "toy" and config.model.path is not None:
-            raise UserError("mpo bench --rows data needs data.kind and data.path besides model.path")
-        return config
-    text = config.text.model_copy(update={"max_prompt_tokens": rows[0], "max_response_tokens": rows[1]})
-    update: dict[str, Any] = {"text": text}
-    if config.model.path is None and not config.model.architecture.model_fields_set:
-        sizes = config.model.architecture.model_copy(update={**SIZES, "max_positions": sum(rows)})
-        update["model"] = config.model.model_copy(update={"architecture": sizes})
-    return config.model_copy(update=update)
+def _lengths(rows: str) -> tuple[int, int] | None:
+    """Tokens of a prompt and of a response; None for the configuration's own rows."""
+    if rows == "data":
+        return None
+    prompt, _, response = rows.partition("+")
+    if not (prompt.isdigit() and response.isdigit() and int(prompt) and int(response)):
+        raise UserError(f"--rows wants PROMPT+RESPONSE tokens, such as 128+128, or data, not {rows!r}")
+    return int(prompt), int(response)
 
 
-def _table(found: list[Measured], bound: Device) -> Table:
+def _table(found: "list[Measured]", bound: "Device") -> "Table":
+    from rich.table import Table
+
     table = Table(title="Speed", title_style="bold")
     table.add_column("workload")
     for column in ("step, ms (min, max)", "tokens/s", "real", "GFLOP/s", "of matmul", "MFU", "read GB/s", "peak GiB",
@@ -129,7 +100,7 @@ def _bandwidth(row: dict[str, Any]) -> str:
     return f"{row['bytes_read_per_s'] / 1e9:.3g}" + ("" if share is None else f" ({share:.0%})")
 
 
-def _explained(one: Measured) -> str:
+def _parts(one: "Measured") -> str:
     """How a step's time divides over its parts."""
     mean = sum(one.seconds) / len(one.seconds)
     parts = ", ".join(f"{name} {1e3 * s:.4g} ms ({s / mean:.0%})" for name, s in one.parts.items())

@@ -1,27 +1,36 @@
-"""`mpo data`: what a configuration reads, drops and cuts, and a few rows as the model gets them. Nothing is trained."""
+"""`mpo data`."""
 
-from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Annotated
 
+import typer
 from rich.table import Table
 from rich.text import Text
 
-from mpo_jax.config.schema import Config
-from mpo_jax.data.corpus import Corpus, base_tokenizer, load_corpus
-from mpo_jax.data.text import TextCodec
-from mpo_jax.data.tokens import Example, Ids, Row, TokenReport, tokenize
+from mpo_jax.cli.arguments import ConfigPath, Overrides, read_config
+from mpo_jax.config.schema import TextConfig
 from mpo_jax.runtime.console import console
+
+if TYPE_CHECKING:
+    from mpo_jax.data.corpus import Corpus
+    from mpo_jax.data.text import TextCodec
+    from mpo_jax.data.tokens import Example, Ids, TokenReport
 
 PROMPT, RESPONSE, SPECIAL = "dim", "green", "reverse"
 
 
-def show(config: Config, *, num_examples: int) -> None:
-    """Prints the report of every source and set, then the first demonstrations and pairs, token by token."""
-    corpus = load_corpus(config)
-    codec = TextCodec(base_tokenizer(config), config.text)
-    console.print(_sources(corpus))
-    console.print(f"{corpus.sizes} (data.prompts={config.data.prompts})", soft_wrap=True)
-    tokenized = {name: tokenize(codec, rows, cache=config.runtime.token_cache_folder) for name, rows in _sets(corpus)}
-    console.print(_lengths(config, {name: report for name, (_, report) in tokenized.items()}))
+def show_data(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    examples: Annotated[int, typer.Option(help="rows of each kind to show")] = 2,
+) -> None:
+    """Show what a configuration reads, drops and cuts, and some rows token by token, without training."""
+    from mpo_jax.tools.data_report import report_data
+
+    resolved = read_config(config, overrides)
+    found = report_data(resolved)
+    console.print(_sources(found.corpus))
+    console.print(f"{found.corpus.sizes} (data.prompts={resolved.data.prompts})", soft_wrap=True)
+    console.print(_lengths(resolved.text, {name: report for name, (_, report) in found.sets.items()}))
     console.print(
         "tokens of the first rows: ",
         Text("prompt, no loss", PROMPT),
@@ -32,22 +41,12 @@ def show(config: Config, *, num_examples: int) -> None:
         sep="",
     )
     for name in ("demonstrations", "pairs"):
-        for number, example in enumerate(tokenized[name][0][:num_examples]):
+        for number, example in enumerate(found.sets[name][0][:examples]):
             console.print(f"\n[bold]{name}, row {number + 1}[/bold]")
-            console.print(_row(codec, example), soft_wrap=True)
+            console.print(_row(found.codec, example), soft_wrap=True)
 
 
-def _sets(corpus: Corpus) -> Iterable[tuple[str, Sequence[Row]]]:
-    yield "demonstrations", [(row.prompt, (row.response,)) for row in corpus.demonstrations]
-    yield "pairs", [(row.prompt, (row.chosen, row.rejected)) for row in corpus.pairs]
-    yield "reward model's pairs", [(row.prompt, (row.chosen, row.rejected)) for row in corpus.reward_pairs]
-    yield "validation", [(row.prompt, (row.chosen, row.rejected)) for row in corpus.validation]
-    yield "held out", [(row.prompt, (row.chosen, row.rejected)) for row in corpus.held_out]
-    yield "prompts", [(prompt, ()) for prompt in corpus.prompts]
-    yield "test prompts", [(prompt, ()) for prompt in corpus.test_prompts]
-
-
-def _sources(corpus: Corpus) -> Table:
+def _sources(corpus: "Corpus") -> Table:
     table = Table("source", "read", "kept", "dropped, by reason", title="Rows")
     for report in corpus.reports:
         dropped = "\n".join(f"{count}: {reason}" for reason, count in report.dropped.items())
@@ -55,8 +54,7 @@ def _sources(corpus: Corpus) -> Table:
     return table
 
 
-def _lengths(config: Config, reports: dict[str, TokenReport]) -> Table:
-    limits = config.text
+def _lengths(limits: TextConfig, reports: "dict[str, TokenReport]") -> Table:
     table = Table(title=f"Tokens before cutting to {limits.max_prompt_tokens} + {limits.max_response_tokens}")
     table.add_column("set")
     for column in ("rows", "prompt p50/p90/p99/max", "cut", "response p50/p90/p99/max", "cut"):
@@ -68,7 +66,7 @@ def _lengths(config: Config, reports: dict[str, TokenReport]) -> Table:
     return table
 
 
-def _row(codec: TextCodec, example: Example) -> Text:
+def _row(codec: "TextCodec", example: "Example") -> Text:
     """A prompt and its responses with a bar between tokens."""
     text = Text()
     _append(text, codec, example.prompt, PROMPT)
@@ -80,7 +78,7 @@ def _row(codec: TextCodec, example: Example) -> Text:
     return text
 
 
-def _append(text: Text, codec: TextCodec, ids: Ids, style: str) -> None:
+def _append(text: Text, codec: "TextCodec", ids: "Ids", style: str) -> None:
     special = set(codec.tokenizer.all_special_ids) | {codec.eos_id}
     for place, token in enumerate(int(i) for i in ids):
         if place:

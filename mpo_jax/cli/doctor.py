@@ -1,23 +1,35 @@
-"""`mpo doctor`: prints the findings as they are made."""
+"""`mpo doctor`."""
 
-from mpo_jax.config.schema import Config
-from mpo_jax.runtime import machine
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mpo_jax.cli.arguments import Overrides, read_config
+from mpo_jax.cli.exits import FAULT
 from mpo_jax.runtime.console import console
-from mpo_jax.runtime.processes import is_main
-from mpo_jax.tools import doctor as checks
 
 MARK = {"ok": "[green]ok  [/green]", "warn": "[yellow]warn[/yellow]", "fail": "[red]FAIL[/red]"}
 
 
-def doctor(config: Config) -> bool:
-    """True where nothing fails; warnings are none."""
-    machine.start(config.runtime)
+def doctor(
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="YAML file whose run to check for")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Look at devices, memory, links, libraries, disk, hub and clocks, and say how to mend what will go wrong."""
+    from mpo_jax.runtime import machine
+    from mpo_jax.runtime.processes import is_main
+    from mpo_jax.tools import doctor as checks
+
+    resolved = read_config(config, overrides)
+    machine.start(resolved.runtime)
     console.quiet = not is_main()
-    fine = True
-    for check in checks.examine(config):
+    failed = False
+    for check in checks.examine(resolved):
         console.print(f"{MARK[check.verdict]} {check.name}: ", end="")
         console.print(check.found, markup=False, soft_wrap=True)
         if check.mend:
             console.print(f"       {check.mend}", markup=False, soft_wrap=True)
-        fine &= check.verdict != "fail"
-    return fine
+        failed |= check.verdict == "fail"
+    if failed:
+        raise typer.Exit(FAULT)

@@ -1,79 +1,26 @@
-"""`mpo export`: any model that can be read here, as a Hugging Face folder."""
+"""`mpo export`."""
 
-import os
-import shutil
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-import jax
-from jax.sharding import Mesh
+import typer
 
-from mpo_jax.cli.models import find_model
-from mpo_jax.config.load import load_config
-from mpo_jax.data.text import TextCodec
-from mpo_jax.errors import UserError
-from mpo_jax.models import forward, loading
-from mpo_jax.models.decoder import DecoderConfig
-from mpo_jax.models.forward import Model
-from mpo_jax.models.hf import families, weights
-from mpo_jax.models.hf.tokenizer import load_tokenizer
-from mpo_jax.runtime import machine
+from mpo_jax.cli.arguments import Overrides, read_config
 from mpo_jax.runtime.console import console
-from mpo_jax.runtime.processes import is_main
-from mpo_jax.runtime.sharding import make_mesh
-from mpo_jax.tools.report.card import write_card
-from mpo_jax.training.checkpoints import Checkpoints
-from mpo_jax.types import Params
-
-Dtype = Literal["float32", "bfloat16", "float16"]
 
 
-def export(path: str, target: Path, *, critic: bool, dtype: Dtype, overrides: tuple[str, ...]) -> None:
-    """Writes `target` with a model card, whole or not at all.
+def export(
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="run, stage or model folder, .gguf file, hub id")
+    ],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="new folder")],
+    overrides: Overrides = None,
+    critic: Annotated[bool, typer.Option("--critic", help="PPO's critic instead of its policy")] = False,
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option()] = "float32",
+) -> None:
+    """Write a model as a Hugging Face folder, which transformers loads."""
+    from mpo_jax.tools.export import export as write
 
-    Args:
-      path: a run's or stage's folder, a model folder, a .gguf file, a hub id; or an unfinished stage's hidden folder,
-        whose newest checkpoint is taken.
-      critic: PPO's critic instead of its policy.
-
-    Raises:
-      UserError: if there is no model, or `target` exists and is not empty.
-    """
-    config = load_config(None, overrides)
-    machine.start(config.runtime)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} exists and is not empty: name a new folder")
-    found = find_model(path, critic=critic)
-    mesh = make_mesh(config.mesh)
-    with jax.set_mesh(mesh):
-        decoder, params, where = _read(found, mesh, dtype, critic=critic)
-        codec = TextCodec(load_tokenizer(found), config.text)
-        loading.check_vocabulary(codec, decoder, found)
-        partial = target.with_name(f".{target.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        loading.save(partial, Model(decoder), params, codec, dtype=dtype)
-    kind = "reward model" if "score" in params else "language model"
-    if is_main():
-        write_card(partial, found, path, name=target.name, kind=kind, dtype=dtype)
-    if target.is_dir():
-        target.rmdir()
-    os.rename(partial, target)
-    size = sum(file.stat().st_size for file in target.iterdir()) / 1e6
-    console.print(f"{where}: {decoder.family} {kind} in {dtype}, {size:.0f} MB -> {target}", soft_wrap=True)
-
-
-def _read(found: Path, mesh: Mesh, dtype: Dtype, *, critic: bool) -> tuple[DecoderConfig, Params, str]:
-    """Sizes, parameters, and what they are, of a model or of an unfinished stage's newest checkpoint."""
-    checkpoints = found.parent / "checkpoints"
-    if checkpoints.is_dir() and not any(found.glob("*.safetensors")):
-        decoder = families.read_config(found)
-        shapes = forward.abstract_params(decoder, head=families.read_head(found))
-        manager = Checkpoints(checkpoints, keep=1)
-        step, params = manager.restore_params(shapes, forward.param_shardings(shapes, mesh), critic=critic)
-        manager.close()
-        return decoder, params, f"step {step} of the unfinished {found.parent.name}"
-    source = loading.open_model(found)
-    # stored in the type to be written, so that the machine never holds a larger copy
-    params = weights.load_params(source.tensors, source.decoder, mesh, head=source.head, dtype=dtype)
-    return source.decoder, params, str(found)
+    done = write(checkpoint, folder, read_config(None, overrides), critic=critic, dtype=dtype)
+    size = done.num_bytes / 1e6
+    console.print(f"{done.source}: {done.family} {done.kind} in {dtype}, {size:.0f} MB -> {folder}", soft_wrap=True)

@@ -1,55 +1,42 @@
 """`mpo human export` and `mpo human import`: a double-blind study of which side's answers people prefer."""
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from mpo_jax.cli.answers import compared
-from mpo_jax.cli.verdicts import table
-from mpo_jax.errors import UserError
-from mpo_jax.evaluation.answers import CATEGORY
-from mpo_jax.evaluation.verdicts import Outcome, plurality
+import typer
+
+from mpo_jax.cli.arguments import ComparedOn, Overrides, SideA, SideB
 from mpo_jax.runtime.console import console
-from mpo_jax.runtime.files import write_json, write_lines, write_text
-from mpo_jax.tools.human import export as sheets
-from mpo_jax.tools.human.agreement import summary, unblind
-from mpo_jax.tools.human.importing import read_sheets
-from mpo_jax.tools.human.sheets import make_study, read_key
 
-RESAMPLES = 2000
 ANNOTATORS = 3
 """Fewer give no majority."""
 
+human = typer.Typer(help="A double-blind study of which answers people prefer.", no_args_is_help=True)
 
-def export(
-    a: str,
-    b: str,
-    *,
-    data: str | None,
-    n: int | None,
-    by: str | None,
-    seed: int,
-    out: Path,
-    overrides: tuple[str, ...],
+
+@human.command("export")
+def export_study(
+    a: SideA,
+    b: SideB,
+    overrides: Overrides = None,
+    data: ComparedOn = None,
+    n: Annotated[int | None, typer.Option("--n", min=1, help="items, or with --by items of each category")] = None,
+    by: Annotated[str | None, typer.Option(metavar="FIELD", help="the field of a row that names its category")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="of the items, their order and their sides")] = 0,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="folder to write to")] = Path("human"),
 ) -> None:
-    """Writes `sheets/study.html` and `sheets/study.csv` for people, and apart from them `key.json`, which tells sides.
+    """Write a double-blind page and table for people, and the key apart from them."""
+    from mpo_jax.evaluation.answers import CATEGORY
+    from mpo_jax.tools.human.export import write_study
+    from mpo_jax.tools.human.sheets import make_study
+    from mpo_jax.tools.sides import compared
 
-    Raises:
-      UserError: for what cannot be compared, or if another study's key is there: without it, its sheets are worthless.
-    """
-    pairs = compared(a, b, data, out=out, overrides=overrides, by=by or CATEGORY)
+    pairs = compared(a, b, data, out=out, overrides=tuple(overrides or ()), by=by or CATEGORY)
     study = make_study(pairs, (a, b), n=n, by=by, seed=seed)
-    key = out / "key.json"
-    if key.exists() and read_key(key) != study:
-        raise UserError(f"{key} is the key of another study: choose another folder with --out DIR, or move it away")
-    write_json(key, study.to_dict())
-    write_text(out / "sheets" / "study.html", [sheets.page(study)])
-    # spreadsheets take a file for UTF-8 by its mark
-    write_text(out / "sheets" / "study.csv", [sheets.table(study)], encoding="utf-8-sig")
-    counts: dict[str, int] = {}
-    for item in study.items:
-        counts[item.category or "all"] = counts.get(item.category or "all", 0) + 1
+    key = write_study(study, out)
+    counts = Counter(item.category or "all" for item in study.items)
     each = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
     console.print(f"study {study.id}: {len(study.items)} items ({each})", soft_wrap=True)
     console.print(f"for people:  {out / 'sheets' / 'study.html'} or {out / 'sheets' / 'study.csv'}", soft_wrap=True)
@@ -57,31 +44,25 @@ def export(
     console.print(f"afterwards:  mpo human import FILE FILE FILE --key {key}", soft_wrap=True)
 
 
-def import_sheets(files: Sequence[Path], *, key: Path, out: Path | None) -> None:
-    """Prints the verdict and the agreement, and writes them to `result.json` and a line an item to `votes.jsonl`.
+@human.command("import")
+def import_study(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="filled sheets, .json or .csv, one a person")],
+    key: Annotated[Path, typer.Option(metavar="FILE", help="key.json of the export")] = Path("human/key.json"),
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="folder to write to; default: the key's")] = None,
+) -> None:
+    """Check filled sheets, and print Win/Tie/Lose by category and Fleiss' kappa."""
+    from mpo_jax.tools.human.agreement import import_sheets
+    from mpo_jax.tools.report.terminal import verdict_table
 
-    Args:
-      out: the folder; None: the key's.
-    """
-    study = read_key(key)
-    filled = read_sheets(files, study)
-    result = {"a": study.a, "b": study.b, "study": study.id, **summary(study, filled, resamples=RESAMPLES, seed=0)}
-    result["sheets"] = {sheet.annotator: str(sheet.path) for sheet in filled}
-    folder = key.parent if out is None else out
-    rows = []
-    for item in study.items:
-        votes: dict[str, Outcome] = {sheet.annotator: unblind(item, sheet.choices[item.number]) for sheet in filled}
-        rows.append({**dataclasses.asdict(item), "votes": votes, "outcome": plurality(list(votes.values()))})
-    write_lines(folder / "votes.jsonl", rows)
-    write_json(folder / "result.json", result)
-    console.print(table(f"{study.a} (A) against {study.b} (B)", "items", result))
-    for line in remarks(result):
+    result, folder = import_sheets(files, key=key, out=out)
+    console.print(verdict_table(f"{result['a']} (A) against {result['b']} (B)", "items", result))
+    for line in _remarks(result):
         console.print(line, soft_wrap=True)
     console.print(f"wrote {folder / 'result.json'} and {folder / 'votes.jsonl'}", soft_wrap=True)
 
 
-def remarks(result: Mapping[str, Any]) -> list[str]:
-    """What else there is to know, a line each."""
+def _remarks(result: Mapping[str, Any]) -> list[str]:
+    """Notes on the result, a line each."""
     people, votes = result["annotators"], result["votes"]
     lines = [
         f"An item counts by the most votes of {people} people, a tie where no outcome has most; 95% Wilson intervals.",

@@ -1,69 +1,83 @@
 """`mpo judge`: which of two sides' answers a judge prefers: a model at an endpoint, or one on this machine."""
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from mpo_jax.cli.answers import compared
-from mpo_jax.cli.models import OpenModel, open_model
-from mpo_jax.cli.verdicts import share, table
+import typer
+
+from mpo_jax.cli.arguments import ComparedOn, Overrides, SideA, SideB
 from mpo_jax.errors import UserError
-from mpo_jax.evaluation.answers import Pair
 from mpo_jax.runtime.console import console
-from mpo_jax.runtime.files import write_json, write_lines
-from mpo_jax.runtime.sharding import check_batch
-from mpo_jax.tools.judge.cache import Cache
-from mpo_jax.tools.judge.calls import Failure, Outcomes, Reply, ask, make_calls, missing
-from mpo_jax.tools.judge.endpoint import Endpoint
-from mpo_jax.tools.judge.local import LocalJudge, reward_totals
-from mpo_jax.tools.judge.parse import parse_totals
-from mpo_jax.tools.judge.prompt import read_prompt
-from mpo_jax.tools.judge.verdict import Grade, Judged, grade, summary
 
-TELL_S = 15.0
+if TYPE_CHECKING:
+    from mpo_jax.evaluation.answers import Pair
+    from mpo_jax.tools.judge.calls import Failure, Reply
+    from mpo_jax.tools.judge.comparison import Comparison
+    from mpo_jax.tools.judge.verdict import Judged
+    from mpo_jax.tools.opening import OpenModel
+
+PROGRESS_S = 15.0
 """Seconds between two lines of progress."""
+
+RESAMPLES = 2000
+"""Of an endpoint's verdicts; a model on this machine has `evaluate.bootstrap_resamples`."""
 
 
 def judge(
-    a: str,
-    b: str,
-    *,
-    data: str | None,
-    model: str,
-    endpoint: str | None,
-    prompt_file: Path | None,
-    swap: bool,
-    dry_run: bool,
-    out: Path,
-    cache_folder: Path,
-    concurrency: int,
-    tries: int,
-    timeout_s: float,
-    max_tokens: int,
-    temperature: float,
-    fields: str | None,
-    by: str,
-    overrides: tuple[str, ...],
+    a: SideA,
+    b: SideB,
+    model: Annotated[
+        str, typer.Option(metavar="NAME", help="of the judge at the endpoint; without one a model on this machine")
+    ],
+    overrides: Overrides = None,
+    data: ComparedOn = None,
+    endpoint: Annotated[
+        str | None, typer.Option(metavar="URL", help="OpenAI-compatible, http://localhost:8000/v1; key: OPENAI_API_KEY")
+    ] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="another prompt, with {instruction}, {response_1} and {response_2}")
+    ] = None,
+    swap: Annotated[bool, typer.Option(help="ask in both orders and average")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say how many calls and tokens, and ask nothing")] = False,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="folder to write to")] = Path("judge"),
+    cache: Annotated[Path, typer.Option(metavar="DIR", help="folder of answers from before")] = Path(
+        "~/.cache/mpo_jax/judge"
+    ),
+    concurrency: Annotated[int, typer.Option(min=1, help="calls at once")] = 8,
+    tries: Annotated[int, typer.Option(min=1, help="of one call, the first included")] = 6,
+    timeout: Annotated[float, typer.Option(min=0.1, help="seconds of one try")] = 120.0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="of an answer")] = 512,
+    temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
+    request: Annotated[
+        str | None, typer.Option(metavar="JSON", help="further fields of the request; null takes one out")
+    ] = None,
+    by: Annotated[str, typer.Option(metavar="FIELD", help="the field of a row that names its category")] = "category",
 ) -> None:
-    """Writes `judgements.jsonl`, a line a pair, and `result.json` into `out`, and prints the verdict.
+    """Ask a judge which of two sides answers better: Win/Tie/Lose with intervals."""
+    from mpo_jax.tools.judge import comparison
+    from mpo_jax.tools.judge.cache import Cache
+    from mpo_jax.tools.judge.endpoint import Endpoint
+    from mpo_jax.tools.judge.prompt import read_prompt
+    from mpo_jax.tools.judge.remote import RemoteJudge
+    from mpo_jax.tools.sides import compared
 
-    Args:
-      model: its name at the endpoint; without an endpoint a language or reward model on this machine.
-      fields: JSON object merged into the request; null takes a field out.
-      by: the field that holds a row's category.
-
-    Raises:
-      UserError: for what cannot be compared; and at the end, all being written, where calls have failed.
-    """
-    opened = None if endpoint is not None else _open(model, overrides, max_tokens)
-    request = {"temperature": temperature, "max_tokens": max_tokens, **_object(fields)}
-    prompt = read_prompt(prompt_file)
-    limits = {"concurrency": concurrency, "tries": tries, "timeout_s": timeout_s}
-    remote = None if endpoint is None else Endpoint(endpoint, model, request, **limits)
-    pairs = compared(a, b, data, out=out, overrides=overrides, by=by)
-    about: dict[str, Any] = {"a": a, "b": b, "judge": model, "endpoint": None if remote is None else remote.url}
+    given = tuple(overrides or ())
+    fields = {"temperature": temperature, "max_tokens": max_tokens, **_object(request)}
+    text = read_prompt(prompt_file)
+    about: dict[str, Any] = {"a": a, "b": b, "judge": model, "endpoint": None}
+    opened, resamples = None, RESAMPLES
+    if endpoint is None:
+        opened = comparison.open_judge(model, given, max_tokens)
+        asked, resamples = comparison.local_judge(opened), opened.config.evaluate.bootstrap_resamples
+    else:
+        limits: dict[str, Any] = {"concurrency": concurrency, "tries": tries, "timeout_s": timeout}
+        asked = RemoteJudge(Endpoint.of(endpoint, model, fields, **limits))
+        about["endpoint"] = asked.endpoint.url
+    pairs = compared(a, b, data, out=out, overrides=given, by=by)
     if opened is not None and opened.source.head == "value":
         if dry_run:
             console.print(
@@ -71,55 +85,21 @@ def judge(
             )
             return
         judged, about["cut"] = _by_reward_model(opened, pairs)
-        _finish(judged, about, out, opened.config.evaluate.bootstrap_resamples)
-        return
-    who = remote or _local(opened)
-    calls = make_calls(who, pairs, prompt, swap=swap)
-    cache = Cache(cache_folder.expanduser() / "answers.jsonl", console)
+    else:
+        with contextlib.closing(Cache(cache.expanduser() / "answers.jsonl", console)) as answers:
+            whole = comparison.Comparison(asked, pairs, text, swap, answers)
+            _print_calls(whole)
+            if dry_run:
+                return
+            judged, usage = whole.run(_counting(len(whole.wanted)))
+        about |= usage | {"calls_made": len(whole.wanted), "prompt_file": prompt_file and str(prompt_file)}
+    _finish(judged, about, out, resamples)
+
+
+def _object(request: str | None) -> dict[str, Any]:
+    """The further fields of --request."""
     try:
-        wanted = missing(calls, cache)
-        tokens, how = who.count_tokens(wanted)
-        most = "" if who.max_tokens is None else f", at most {len(wanted) * who.max_tokens:,} answer tokens"
-        before = sum(cache.get(call.key) is not None for call in calls)
-        equal = len(calls) - before - len(wanted)
-        console.print(
-            f"{len(pairs)} pairs, {len(calls)} calls: {before} answered before, {len(wanted)} to make"
-            + (f", {equal} equal to another of these" if equal else "")
-        )
-        console.print(f"{tokens:,} prompt tokens ({how}){most}", soft_wrap=True)
-        if dry_run:
-            return
-        outcomes = ask(who, calls, cache, _progress(len(wanted)))
-    finally:
-        cache.close()
-    about |= _usage(outcomes) | {"calls_made": len(wanted), "prompt_file": prompt_file and str(prompt_file)}
-    graded = [grade(call, outcomes[call]) for call in calls]
-    orders = 2 if swap else 1
-    judged = [Judged(pair, tuple(graded[orders * n : orders * (n + 1)])) for n, pair in enumerate(pairs)]
-    _finish(judged, about, out, 2000 if opened is None else opened.config.evaluate.bootstrap_resamples)
-
-
-def _open(model: str, overrides: tuple[str, ...], max_tokens: int) -> OpenModel:
-    try:
-        opened = open_model(model, overrides)
-    except UserError as error:
-        raise UserError(f"--model without --endpoint names a model on this machine. {error}") from error
-    check_batch(opened.config.evaluate.batch_size, opened.config.mesh, "evaluate.batch_size")
-    if opened.source.head == "value" or opened.given & {"max_prompt_tokens", "max_response_tokens"}:
-        return opened
-    # what a judge reads holds two answers and more, however long its prompts were in training
-    room = min(max_tokens, opened.source.decoder.max_positions // 2)
-    return opened.with_room_for(room, whole_prompts=True)
-
-
-def _local(opened: OpenModel | None) -> LocalJudge:
-    assert opened is not None
-    return LocalJudge(opened.path, opened.config, opened.codec, opened.mesh, opened.chat)
-
-
-def _object(fields: str | None) -> dict[str, Any]:
-    try:
-        found = json.loads(fields) if fields is not None else {}
+        found = json.loads(request) if request is not None else {}
     except ValueError as error:
         raise UserError(f"--request is no JSON: {error}") from None
     if not isinstance(found, dict) or found.keys() & {"model", "messages", "stream"}:
@@ -127,34 +107,47 @@ def _object(fields: str | None) -> dict[str, Any]:
     return found
 
 
-def _by_reward_model(opened: OpenModel, pairs: Sequence[Pair]) -> tuple[list[Judged], dict[str, Any]]:
-    totals, cut = reward_totals(
-        opened.path, opened.config, opened.codec, opened.mesh, pairs,
-        render=opened.renderer, tell=_every(lambda n: f"  {n} batches scored"),
-    )  # fmt: skip
-    lost = {name: cut[name] for name in ("truncated_prompts", "truncated_responses")}
-    if any(lost.values()):
-        console.print(
-            f"[yellow]cut to fit: {lost['truncated_prompts']} prompts, {lost['truncated_responses']} responses"
-        )
-    rows = [Judged(pair, (Grade(False, (a, b)),)) for pair, (a, b) in zip(pairs, totals.tolist(), strict=True)]
-    return rows, lost
+def _print_calls(whole: "Comparison") -> None:
+    """How many calls and tokens there are."""
+    calls, wanted, before = len(whole.calls), len(whole.wanted), whole.num_cached
+    tokens, how = whole.judge.count_tokens(whole.wanted)
+    limit = whole.judge.max_tokens
+    most = "" if limit is None else f", at most {wanted * limit:,} answer tokens"
+    equal = calls - before - wanted
+    console.print(
+        f"{len(whole.pairs)} pairs, {calls} calls: {before} answered before, {wanted} to make"
+        + (f", {equal} equal to another of these" if equal else "")
+    )
+    console.print(f"{tokens:,} prompt tokens ({how}){most}", soft_wrap=True)
 
 
-def _every(line: Callable[[int], str]) -> Callable[[int], None]:
-    """Prints a line now and then."""
+def _by_reward_model(opened: "OpenModel", pairs: "Sequence[Pair]") -> "tuple[list[Judged], dict[str, Any]]":
+    from mpo_jax.tools.judge.comparison import judge_by_reward_model
+
+    judged, cut = judge_by_reward_model(opened, pairs, _now_and_then(lambda n: f"  {n} batches scored"))
+    if any(cut.values()):
+        console.print(f"[yellow]cut to fit: {cut['truncated_prompts']} prompts, {cut['truncated_responses']} responses")
+    return judged, cut
+
+
+def _now_and_then(line: Callable[[int], str]) -> Callable[[int], None]:
+    """Prints a line of progress at most every `PROGRESS_S`."""
     last = time.monotonic()
 
-    def tell(number: int) -> None:
+    def progress(number: int) -> None:
         nonlocal last
-        if time.monotonic() - last > TELL_S:
+        if time.monotonic() - last > PROGRESS_S:
             last = time.monotonic()
             console.print(line(number), soft_wrap=True)
 
-    return tell
+    return progress
 
 
-def _progress(total: int) -> Callable[[Reply | Failure], None]:
+def _counting(total: int) -> "Callable[[Reply | Failure], None]":
+    """Counts answers as they come and prints progress."""
+    from mpo_jax.tools.judge.calls import Failure
+    from mpo_jax.tools.judge.parse import parse_totals
+
     counts = {"answered": 0, "unparsed": 0, "failed": 0}
     begin = time.monotonic()
 
@@ -163,9 +156,9 @@ def _progress(total: int) -> Callable[[Reply | Failure], None]:
         left = f"ETA {seconds / done * (total - done):.0f} s" if done < total else f"{seconds:.0f} s"
         return f"  judge {done}/{total}  unparsed {counts['unparsed']}  failed {counts['failed']}  {left}"
 
-    now_and_then = _every(line)
+    now_and_then = _now_and_then(line)
 
-    def tell(outcome: Reply | Failure) -> None:
+    def progress(outcome: "Reply | Failure") -> None:
         failed = isinstance(outcome, Failure)
         counts["failed" if failed else "answered"] += 1
         counts["unparsed"] += not failed and parse_totals(outcome.text) is None
@@ -175,33 +168,26 @@ def _progress(total: int) -> Callable[[Reply | Failure], None]:
         else:
             now_and_then(done)
 
-    return tell
+    return progress
 
 
-def _usage(outcomes: Outcomes) -> dict[str, int]:
-    """Tokens that the judge says its answers took, cached ones included; 0 where it does not say."""
-    replies = [outcome for outcome in outcomes.values() if isinstance(outcome, Reply)]
-    return {name: sum(getattr(reply, name) or 0 for reply in replies) for name in ("prompt_tokens", "answer_tokens")}
+def _finish(judged: "list[Judged]", about: dict[str, Any], out: Path, resamples: int) -> None:
+    """Writes and prints the result; an error at the end where calls have failed."""
+    from mpo_jax.tools.judge.comparison import check_failures, write_result
+    from mpo_jax.tools.report.terminal import verdict_table
 
-
-def _finish(judged: list[Judged], about: dict[str, Any], out: Path, resamples: int) -> None:
-    result = {**about, **summary(judged, resamples=resamples, seed=0)}
-    write_lines(out / "judgements.jsonl", (one.to_dict() for one in judged))
-    write_json(out / "result.json", result)
-    console.print(table(f"{result['a']} (A) against {result['b']} (B)", "pairs", result))
-    for line in remarks(result):
+    result = write_result(out, judged, about, resamples=resamples)
+    console.print(verdict_table(f"{result['a']} (A) against {result['b']} (B)", "pairs", result))
+    for line in _remarks(result):
         console.print(line, soft_wrap=True)
     console.print(f"wrote {out / 'judgements.jsonl'} and {out / 'result.json'}", soft_wrap=True)
-    failures = [grade.text for one in judged for grade in one.grades if grade.status == "failed"]
-    if failures:
-        raise UserError(
-            f"{len(failures)} of {sum(result['calls'].values())} calls failed, and {result['failed']} pairs have no "
-            f"verdict for that; the first: {failures[0]}. The same command makes these calls again and no others"
-        )
+    check_failures(judged, result)
 
 
-def remarks(result: Mapping[str, Any]) -> list[str]:
-    """What else there is to know, a line each."""
+def _remarks(result: Mapping[str, Any]) -> list[str]:
+    """Notes on the result, a line each."""
+    from mpo_jax.tools.report.terminal import share
+
     lines = ["Rates are of pairs with a verdict, with 95% Wilson intervals."]
     if result["unparsed"] or result["failed"]:
         lines.append(

@@ -1,96 +1,79 @@
-"""`mpo table`: the paper's runs for several seeds, and from them its tables, figures and claims."""
+"""`mpo table`."""
 
-from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from mpo_jax.cli.summary import show_categories, show_cautions
-from mpo_jax.config.load import to_yaml
+import typer
+
+from mpo_jax.cli.arguments import ConfigPath, Overrides
+from mpo_jax.config.load import load_config
 from mpo_jax.config.schema import Config
-from mpo_jax.errors import NothingSelected
-from mpo_jax.pipeline.artifacts import Store
-from mpo_jax.pipeline.bucket import Bucket
-from mpo_jax.pipeline.experiments import table_variants
-from mpo_jax.pipeline.pipeline import Pipeline
-from mpo_jax.pipeline.table import Planned, estimates, plan_table, seed_config
-from mpo_jax.runtime import machine
 from mpo_jax.runtime.console import console
-from mpo_jax.runtime.files import write_text
-from mpo_jax.runtime.processes import is_main
-from mpo_jax.runtime.progress import Expected, Overall, duration
-from mpo_jax.tools.report import results
-from mpo_jax.tools.report.evidence import gather, write_evidence
-from mpo_jax.tools.report.page import write_report
-from mpo_jax.tools.report.provenance import TABLE_CONFIG
-from mpo_jax.tools.report.verdict_rows import find_verdicts
-from mpo_jax.training import wandb_log
+from mpo_jax.runtime.progress import Expected, duration
+
+if TYPE_CHECKING:
+    from mpo_jax.pipeline.table import Planned
 
 
-def table(config: Config) -> None:
-    """Makes what is missing, seed by seed in `<workdir>/seed-N`, then writes tables, figures and the report.
+def table(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="comma-separated seeds, each in its own folder of the workdir; as seeds=0,1,2")
+    ] = None,
+    dry: Annotated[
+        bool, typer.Option("--dry-run", help="show the stages, what is there, and the time; make nothing")
+    ] = False,
+) -> None:
+    """Make the paper's runs for every seed, then its tables, figures and claims over seeds, and the report.
 
-    A run whose split leaves nothing to train on is left out and named; everything else that fails ends the command,
-    and the same command goes on from there.
+    seeds=0,1,2 and experiment=NAME,NAME stand for table.seeds and table.experiment.
     """
-    machine.start(config.runtime)
-    console.quiet = not is_main()
-    if is_main():
-        wandb_log.check(config.runtime.wandb)
-    workdir = Path(config.workdir)
-    stages = plan_table(config)
-    overall = Overall(estimates(config, stages))
-    _announce(config, stages, overall)
-    if is_main():
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_text(workdir / TABLE_CONFIG, [to_yaml(config)])
-    left_out: dict[str, str] = {}
+    given = [*(overrides or ()), *([] if seeds is None else [f"seeds={seeds}"])]
+    whole = tuple(f"table.{word}" if word.startswith(("seeds=", "experiment=")) else word for word in given)
+    (_dry_run if dry else _make)(load_config(config, whole))
+
+
+def _make(config: Config) -> None:
+    from mpo_jax.tools import runs
+    from mpo_jax.tools.report import terminal
+    from mpo_jax.tools.seed_table import SeedTable
+
+    runs.start(config)
+    made = SeedTable(config)
+    console.print(f"runs, in this order, for seed {made.seed_list}: {', '.join(made.names)}", soft_wrap=True)
+    there = sum(stage.is_there for stage in made.stages)
+    console.print(
+        f"{len(made.stages)} stages: {there} there already, {len(made.stages) - there} to make; {made.overall.text()}"
+    )
+    made.begin()
     for seed in config.table.seeds:
         console.rule(f"seed {seed}")
-        _make(seed_config(config, seed), config, overall, stages, left_out)
-    if not is_main():
+        store = made.make(seed, left_out=_print_left_out)
+        console.print(f"seed {seed}: {len(store.made)} stages made, {len(store.reused)} reused")
+    finished = made.finish()
+    if finished is None:
         return
-    names = tuple(variant.name for variant in table_variants(config.table, config.select))
-    by_seed = {seed: results.collect(workdir / f"seed-{seed}", names) for seed in config.table.seeds}
-    resamples = config.evaluate.bootstrap_resamples
-    evidence = gather(by_seed, find_verdicts(workdir), resamples=resamples)
-    title = f"{len(by_seed)} seed{'s' * (len(by_seed) > 1)}: mean ± standard error over {evidence.error_over}"
-    console.print(results.terminal_table(evidence.over, title))
-    show_categories(by_seed)
-    claims = write_evidence(workdir, evidence, resamples=resamples, left_out=left_out)
-    console.print(f"\n{claims}", markup=False, soft_wrap=True)
-    show_cautions(by_seed)
-    for folder in ("tables", "figures"):
-        console.print(f"{folder}: {workdir / folder}", soft_wrap=True)
-    page = write_report(workdir, resamples=resamples, by_seed=by_seed, evidence=evidence)
-    if (bucket := Bucket.of(config)) is not None:
-        bucket.send_results(workdir)
-    wandb_log.log_report(config, workdir)
-    console.print(f"report: {page}", soft_wrap=True)
+    num_seeds = len(finished.by_seed)
+    title = f"{num_seeds} seed{'s' * (num_seeds > 1)}: mean ± standard error over {finished.evidence.error_over}"
+    console.print(terminal.runs_table(finished.evidence.over, title))
+    terminal.print_categories(finished.by_seed)
+    console.print(f"\n{finished.claims}", markup=False, soft_wrap=True)
+    terminal.print_cautions(finished.by_seed)
+    for folder in finished.folders:
+        console.print(f"{folder.name}: {folder}", soft_wrap=True)
+    console.print(f"report: {finished.page}", soft_wrap=True)
 
 
-def _make(config: Config, whole: Config, overall: Overall, stages: list[Planned], left_out: dict[str, str]) -> None:
-    """All runs of one seed."""
-    store = Store(Path(config.workdir), overall, bucket=Bucket.of(config))
-    pipeline = Pipeline(config, store)
-    for variant in table_variants(whole.table, whole.select):
-        try:
-            pipeline.record(pipeline.experiment(variant.name))
-        except NothingSelected as nothing:
-            left_out[f"{variant.name}, seed {config.seed}"] = str(nothing)
-            console.print(f"{variant.name} is left out: {nothing}", soft_wrap=True, markup=False)
-            own = {s.name for s in stages if s.seed == config.seed and s.runs == [variant.name]}
-            overall.leave_out(own)
-    console.print(f"seed {config.seed}: {len(store.made)} stages made, {len(store.reused)} reused")
+def _print_left_out(name: str, reason: str) -> None:
+    console.print(f"{name} is left out: {reason}", soft_wrap=True, markup=False)
 
 
-def _announce(config: Config, stages: list[Planned], overall: Overall) -> None:
-    names = [variant.name for variant in table_variants(config.table, config.select)]
-    seeds = ", ".join(map(str, config.table.seeds))
-    console.print(f"runs, in this order, for seed {seeds}: {', '.join(names)}", soft_wrap=True)
-    there = sum(stage.is_there for stage in stages)
-    console.print(f"{len(stages)} stages: {there} there already, {len(stages) - there} to make; {overall.text()}")
+def _dry_run(config: Config) -> None:
+    """Prints the graph of stages, what is there, and how long the rest will take."""
+    from mpo_jax.pipeline.table import estimates, plan_table
+    from mpo_jax.runtime import machine
+    from mpo_jax.runtime.processes import is_main
 
-
-def dry_run(config: Config) -> None:
-    """`mpo table --dry-run`: the graph of stages, what is there, and what the rest will take; makes nothing."""
     machine.start(config.runtime)
     console.quiet = not is_main()
     stages = plan_table(config)
@@ -114,8 +97,8 @@ def dry_run(config: Config) -> None:
         console.print(f"about {duration(seconds)} to go ({basis})", soft_wrap=True)
 
 
-def _line(stage: Planned, expected: Expected | None) -> str:
-    """A stage of the graph: its state, what it is made from, and the runs that it is for."""
+def _line(stage: "Planned", expected: Expected | None) -> str:
+    """A stage of the graph: its state, its parents, and the runs that use it."""
     if stage.seconds is not None:
         state = f"there, {duration(stage.seconds)}"
     elif expected is not None and expected.seconds is not None:

@@ -97,10 +97,6 @@ class Buckets:
             return self
         return Buckets((*self.widths, needed))
 
-    def num_batches(self, examples: Sequence[Example], batch_size: int) -> int:
-        """How often `map_batches` calls its function."""
-        return int((-(-np.bincount(self.place(examples)) // batch_size)).sum())
-
     def _first(self, prompt: np.ndarray, response: np.ndarray) -> np.ndarray:
         holds = [(prompt <= widths.prompt) & (response <= widths.response) for widths in self.widths]
         if not np.any(holds, 0).all():

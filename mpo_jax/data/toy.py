@@ -104,11 +104,6 @@ def utility(prompt: str, response: str) -> float:
     return covered - INVENTED * invented - REPEATED * repeated - RAMBLING * len(re.findall(r"\w+", rest))
 
 
-def best_utility(prompt: str) -> float:
-    """The utility of mentioning every fact once and nothing else."""
-    return sum(WEIGHTS[_KIND[fact]] for fact in set(_fact_pattern().findall(prompt.partition("POST:")[2])))
-
-
 def demonstrations(config: ToyConfig) -> list[Demonstration]:
     """Posts with one summary each by writers of all qualities: the SFT set."""
     rng = np.random.default_rng((config.seed, 0))

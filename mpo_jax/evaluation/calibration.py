@@ -11,18 +11,21 @@ import pyarrow.parquet as pq
 from scipy.special import expit
 
 EDGES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, float("inf"))
+"""Of the bins of gaps."""
+
+CONFIDENCE_BINS = 10
+"""Equal parts of confidences from 0.5 to 1."""
 
 
-def accuracy_by_gap(signed_gap_N: np.ndarray, edges: tuple[float, ...] = EDGES) -> list[dict[str, Any]]:
+def accuracy_by_gap(signed_gap_N: np.ndarray) -> list[dict[str, Any]]:
     """Count, share and accuracy of pairs by |gap| bin, [low, high).
 
     Args:
       signed_gap_N: score of the side that is truly preferred minus score of the other; right where positive.
-      edges: bin edges from 0 up.
     """
     size_N = np.abs(signed_gap_N)
     bins = []
-    for low, high in pairwise(edges):
+    for low, high in pairwise(EDGES):
         inside = (size_N >= low) & (size_N < high)
         count = int(inside.sum())
         bins.append(
@@ -50,7 +53,7 @@ def pooled(bins: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     return together
 
 
-def reliability(signed_gap_N: np.ndarray, bins: int = 10) -> tuple[list[dict[str, Any]], float]:
+def reliability(signed_gap_N: np.ndarray) -> tuple[list[dict[str, Any]], float]:
     """Reliability curve and expected calibration error of sigmoid(|gap|), the model's confidence in its order.
 
     ECE = sum over bins of the bin's share of pairs times |accuracy - mean confidence|; 0 where a model that says 80% is
@@ -58,12 +61,11 @@ def reliability(signed_gap_N: np.ndarray, bins: int = 10) -> tuple[list[dict[str
 
     Args:
       signed_gap_N: positive where the model orders the pair right; a gap of 0 counts as wrong, at confidence 0.5.
-      bins: equal parts of [0.5, 1].
 
     Returns:
       A row a bin that has pairs, and the error.
     """
-    gap_N = np.asarray(signed_gap_N, np.float64)
+    gap_N, bins = np.asarray(signed_gap_N, np.float64), CONFIDENCE_BINS
     confidence_N, right_N = expit(np.abs(gap_N)), gap_N > 0
     place_N = np.minimum((2 * (confidence_N - 0.5) * bins).astype(int), bins - 1)
     rows, error = [], 0.0

@@ -1,21 +1,24 @@
 """Attention over whole rows, a block of queries at a time: the scores of all queries are never held at once.
 
 A row's layout is known when the program is compiled (`Tokens.num_responses`), so keys that no query of a block may see
-are never multiplied: later tokens, and other responses to the same prompt. Within a block the mask decides.
+are never multiplied: later tokens, and other responses to the same prompt. Within a block the mask decides. Other
+implementations take whole rows; what cached decoding may see is here too.
 Letters: B batch, q query token, s key token, G kv heads, R query heads a kv head, K head dim.
 """
 
 import itertools
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
+from mpo_jax.errors import UserError
+from mpo_jax.models.spec import LayerSpec
 from mpo_jax.types import Tokens
 
 SAVED = "attention"
@@ -27,12 +30,24 @@ MIN_BLOCK, MAX_BLOCKS = 128, 8
 LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
+Attend: TypeAlias = Callable[[Array, Array, Array], Array]
+"""Queries [B T H K], keys and values [B T G K] to what each query reads, [B T H K]."""
+
+
 class Block(NamedTuple):
     """Columns [begin, end) as queries, and the column ranges that hold all keys they may see."""
 
     begin: int
     end: int
     keys: tuple[tuple[int, int], ...]
+
+
+class Plan(NamedTuple):
+    """What is fixed about blocked attention: its blocks, and how logits are made of products."""
+
+    blocks: tuple[Block, ...]
+    scale: float
+    soft_cap: float | None
 
 
 def blocks(width: int, prompt_width: int, num_responses: int) -> tuple[Block, ...]:
@@ -62,11 +77,82 @@ def sees(query: Tokens, key: Tokens, window: int | None) -> Bool[Array, "B q s"]
     return seen if window is None else seen & (distance < window)
 
 
-def make_attend(tokens: Tokens, window: int | None = None) -> Callable[[Array, Array, Array], Array]:
-    """A function of q [B T H K] and k, v [B T G K]: softmax(q k / sqrt(K)) v over the keys that each query sees.
+def visible_slots(
+    prompt_len_B: Int[Array, " B"],
+    widths: tuple[int, int, int],
+    stored_B: Int[Array, " B"],
+    slot: int | Int[Array, ""],
+    window: int | None,
+) -> Bool[Array, "B T"]:
+    """The cache slots that a row's newest token sees: its prompt, its response up to itself, within the window.
 
-    Scores and softmax are in float32. A query that sees no key (padding) gets a finite value without meaning. The masks
-    are made here, once for all layers.
+    Args:
+      widths: of the three parts of T: prompts, stored responses, recent tokens.
+      stored_B: how many tokens of each row's response are stored.
+      slot: of the newest token among the recent ones.
+    """
+    prompt, response, recent = (jnp.arange(width)[None] for width in widths)
+    B = len(prompt_len_B)
+    part = lambda x: jnp.broadcast_to(x, (B, x.shape[1]))  # noqa: E731
+    visible_BT = jnp.concatenate(
+        [prompt < prompt_len_B[:, None], response < stored_B[:, None], part(recent <= slot)], 1
+    )
+    if window is None:
+        return visible_BT
+    ends_B1 = (prompt_len_B + stored_B)[:, None]
+    position_BT = jnp.concatenate([part(prompt), prompt_len_B[:, None] + response, ends_B1 + recent], 1)
+    return visible_BT & (ends_B1 + slot - position_BT < window)
+
+
+def logit_scale(scale: float | None, head_dim: int) -> float:
+    """The factor of the attention logits: 1 / sqrt(head_dim) unless a layer has its own."""
+    return head_dim**-0.5 if scale is None else scale
+
+
+def soft_capped(logits: Array, cap: float | None) -> Array:
+    """cap * tanh(logits / cap), which stays within +-cap; without a cap the logits themselves."""
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def for_layer(tokens: Tokens, spec: LayerSpec, implementation: str) -> Attend:
+    """The attention of layers of one spec over these rows. The masks are made here, once for all of them.
+
+    Args:
+      implementation: blocked, or one of jax.nn.dot_product_attention (xla, cudnn).
+
+    Raises:
+      UserError: if the implementation cannot do what the spec asks for.
+    """
+    if implementation == "blocked":
+        return make_attend(tokens, spec.window, scale=spec.scale, soft_cap=spec.soft_cap)
+    mask = sees(tokens, tokens, spec.window)[:, None]
+    if spec.soft_cap is None:
+        known: Any = implementation
+        return partial(jax.nn.dot_product_attention, mask=mask, scale=spec.scale, implementation=known)
+    if implementation == "xla":
+        return partial(_capped, mask=mask, scale=spec.scale, soft_cap=spec.soft_cap)
+    raise UserError(
+        f"model.attention={implementation} cannot cap attention logits, and this model caps them at "
+        f"{spec.soft_cap}: set model.attention=blocked"
+    )
+
+
+def _capped(q: Array, k: Array, v: Array, *, mask: Array, scale: float | None, soft_cap: float) -> Array:
+    """What jax.nn.dot_product_attention(implementation="xla") would give if it knew a soft cap."""
+    q_BTGRK = rearrange(q, "b t (g r) k -> b t g r k", g=k.shape[2])
+    logits = jnp.einsum("btgrk,bsgk->bgrts", q_BTGRK, k, preferred_element_type=jnp.float32)
+    logits = soft_capped(logits * logit_scale(scale, q.shape[-1]), soft_cap)
+    weights = jax.nn.softmax(jnp.where(mask[:, None], logits, LOWEST), -1)
+    out = jnp.einsum("bgrts,bsgk->btgrk", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return rearrange(out, "b t g r k -> b t (g r) k").astype(v.dtype)
+
+
+def make_attend(
+    tokens: Tokens, window: int | None = None, *, scale: float | None = None, soft_cap: float | None = None
+) -> Attend:
+    """Blocked attention: softmax(soft_cap(scale q k)) v over the keys that each query sees.
+
+    Scores and softmax are in float32. A query that sees no key (padding) gets a finite value without meaning.
     """
     plan = blocks(tokens.ids.shape[1], tokens.scored_from, tokens.num_responses)
     seen = tuple(sees(_columns(tokens, ((b.begin, b.end),)), _columns(tokens, b.keys), window) for b in plan)
@@ -74,9 +160,10 @@ def make_attend(tokens: Tokens, window: int | None = None) -> Callable[[Array, A
     seen = jax.lax.optimization_barrier(seen)
 
     def attend(q: Array, k: Array, v: Array) -> Array:
+        fixed = Plan(plan, logit_scale(scale, q.shape[-1]), soft_cap)
         heads_first = partial(rearrange, pattern="b t g k -> b g t k")
         q = rearrange(q, "b t (g r) k -> b g r t k", g=k.shape[2])
-        out: Any = _attend(plan, q, heads_first(k), heads_first(v), seen)
+        out: Any = _attend(fixed, q, heads_first(k), heads_first(v), seen)
         return rearrange(out, "b g r t k -> b t (g r) k")
 
     return attend
@@ -91,11 +178,14 @@ def _take(x: Array, ranges: tuple[tuple[int, int], ...], axis: int) -> Array:
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis)
 
 
-def _scores(q: Array, k: Array, seen: Array) -> Float[Array, "B G R q s"]:
+def _logits(plan: Plan, q: Array, k: Array) -> Float[Array, "B G R q s"]:
     B, G, R, Q, K = q.shape
-    scores = jnp.einsum("bgqk,bgsk->bgqs", q.reshape(B, G, R * Q, K), k, preferred_element_type=jnp.float32)
-    scores = scores.reshape(B, G, R, Q, -1) * K**-0.5
-    return jnp.where(seen[:, None, None], scores, LOWEST)
+    products = jnp.einsum("bgqk,bgsk->bgqs", q.reshape(B, G, R * Q, K), k, preferred_element_type=jnp.float32)
+    return soft_capped(products.reshape(B, G, R, Q, -1) * plan.scale, plan.soft_cap)
+
+
+def _masked(logits: Float[Array, "B G R q s"], seen: Bool[Array, "B q s"]) -> Float[Array, "B G R q s"]:
+    return jnp.where(seen[:, None, None], logits, LOWEST)
 
 
 def _weighted(weights: Array, x: Array) -> Float[Array, "B G R q K"]:
@@ -113,14 +203,14 @@ def _gathered(weights: Array, x: Array) -> Float[Array, "B G s K"]:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plan: tuple[Block, ...], q: Array, k: Array, v: Array, seen: tuple[Array, ...]) -> Array:
+def _attend(plan: Plan, q: Array, k: Array, v: Array, seen: tuple[Array, ...]) -> Array:
     return _forward(plan, q, k, v, seen)[0]
 
 
-def _forward(plan: tuple[Block, ...], q: Array, k: Array, v: Array, seen: tuple[Array, ...]) -> Any:
+def _forward(plan: Plan, q: Array, k: Array, v: Array, seen: tuple[Array, ...]) -> Any:
     outs, log_zs = [], []
-    for block, mask in zip(plan, seen, strict=True):
-        scores = _scores(_take(q, ((block.begin, block.end),), 3), _take(k, block.keys, 2), mask)
+    for block, mask in zip(plan.blocks, seen, strict=True):
+        scores = _masked(_logits(plan, _take(q, ((block.begin, block.end),), 3), _take(k, block.keys, 2)), mask)
         highest = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
         weights = jnp.exp(scores - highest)
         total = weights.sum(-1, keepdims=True)
@@ -134,22 +224,24 @@ def _forward(plan: tuple[Block, ...], q: Array, k: Array, v: Array, seen: tuple[
     return out, (q, k, v, seen, out, log_z)
 
 
-def _backward(plan: tuple[Block, ...], saved: Any, d_out: Array) -> Any:
+def _backward(plan: Plan, saved: Any, d_out: Array) -> Any:
     """Weights are made again from the saved log-sums, block by block. Section 3.1 of arXiv:2205.14135."""
     q, k, v, seen, out, log_z = saved
-    scale = q.shape[-1] ** -0.5
     inner = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True)
-    edges = sorted({edge for block in plan for pair in block.keys for edge in pair})
+    edges = sorted({edge for block in plan.blocks for pair in block.keys for edge in pair})
     d_q, d_k, d_v = [], {a: [] for a in edges[:-1]}, {a: [] for a in edges[:-1]}
-    for block, mask in zip(plan, seen, strict=True):
+    for block, mask in zip(plan.blocks, seen, strict=True):
         rows = partial(_take, ranges=((block.begin, block.end),), axis=3)
         keys, values = _take(k, block.keys, 2), _take(v, block.keys, 2)
-        weights = jnp.exp(_scores(rows(q), keys, mask) - rows(log_z)[..., None])
+        logits = _logits(plan, rows(q), keys)
+        weights = jnp.exp(_masked(logits, mask) - rows(log_z)[..., None])
         B, G, R, Q, _ = weights.shape
         d_weights = jnp.einsum(
             "bgqk,bgsk->bgqs", rows(d_out).reshape(B, G, R * Q, -1), values, preferred_element_type=jnp.float32
         ).reshape(weights.shape)
-        d_scores = weights * (d_weights - rows(inner)) * scale
+        d_scores = weights * (d_weights - rows(inner)) * plan.scale
+        if plan.soft_cap is not None:
+            d_scores = d_scores * (1.0 - jnp.square(logits / plan.soft_cap))
         d_q.append(_weighted(d_scores, keys))
         _hand_out(d_k, block.keys, edges, _gathered(d_scores, rows(q)))
         _hand_out(d_v, block.keys, edges, _gathered(weights, rows(d_out)))

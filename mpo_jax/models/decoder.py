@@ -4,9 +4,8 @@ Layers are stacked along a leading axis and scanned, so that a module here is on
 grow with depth. Letters: B batch, T query token, S key token, D model, H heads, G kv heads, K head dim, F feed-forward.
 """
 
-import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,56 +14,9 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from mpo_jax.models.attention import Attend, logit_scale, soft_capped
+from mpo_jax.models.spec import Activation, DecoderConfig, LayerSpec
 from mpo_jax.runtime.sharding import constrain
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """How rotary frequencies are stretched beyond the pre-trained length.
-
-    Attributes:
-      kind: linear divides every frequency by `factor`; llama3 divides those of long wavelength, leaves those of short
-        wavelength, and blends between (Llama 3.1).
-      factor: of the stretch.
-      low, high: llama3 blends where original_positions / wavelength is between them.
-      original_positions: llama3's pre-trained length, tokens.
-    """
-
-    kind: Literal["linear", "llama3"]
-    factor: float
-    low: float = 1.0
-    high: float = 4.0
-    original_positions: int = 8192
-
-
-@dataclasses.dataclass(frozen=True)
-class DecoderConfig:
-    """Sizes of one model; hashable, so that it can be a static argument. Names follow transformers' config.json.
-
-    Attributes:
-      family: transformers' model_type, by which the model is exported.
-      qkv_bias: biases on queries, keys and values (Qwen2).
-      qk_norm: RMS norm of every query and key head before the rotation (Qwen3).
-      sliding_window: tokens that a token sees, itself included, by position (Mistral 0.1); None: all.
-    """
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    max_positions: int
-    rope_theta: float = 10000.0
-    norm_eps: float = 1e-5
-    tie_embeddings: bool = False
-    init_std: float = 0.02
-    family: str = "llama"
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    rope_scaling: RopeScaling | None = None
-    sliding_window: int | None = None
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float) -> Array:
@@ -99,10 +51,10 @@ def along_last(weight: Array, x: Array) -> Array:
     return weight.reshape((1,) * (x.ndim - weight.ndim) + weight.shape)
 
 
-def rope_frequencies(config: DecoderConfig) -> np.ndarray:
+def rope_frequencies(spec: LayerSpec, head_dim: int) -> np.ndarray:
     """[K/2] radians a position, float32: theta^(-2i/K), stretched as `rope_scaling` says."""
-    inverse = config.rope_theta ** (-np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim)
-    scaling = config.rope_scaling
+    inverse = spec.rope_theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    scaling = spec.rope_scaling
     if scaling is not None and scaling.kind == "linear":
         inverse = inverse / scaling.factor
     elif scaling is not None:
@@ -112,9 +64,10 @@ def rope_frequencies(config: DecoderConfig) -> np.ndarray:
     return inverse.astype(np.float32)
 
 
-def rope_tables(config: DecoderConfig, position_BT: Int[Array, "B T"]) -> tuple[Array, Array]:
+def rope_tables(spec: LayerSpec, head_dim: int, position_BT: Int[Array, "B T"]) -> tuple[Array, Array]:
     """cos and sin [B T K/2] of the rotary embedding, float32. arXiv:2104.09864, halves convention."""
-    angle = position_BT.astype(jnp.float32)[..., None] * jnp.asarray(rope_frequencies(config))[None, None]
+    frequency = jnp.asarray(rope_frequencies(spec, head_dim))
+    angle = position_BT.astype(jnp.float32)[..., None] * frequency[None, None]
     return jnp.cos(angle), jnp.sin(angle)
 
 
@@ -128,7 +81,7 @@ def rotate(x: Float[Array, "B T H K"], cos: Float[Array, "B T k"], sin: Float[Ar
 class Attention(nnx.Module):
     """Grouped-query self-attention; `fused` has one kernel [D G R+2 K] of each group's R queries, key and value."""
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, fused: bool = False):
+    def __init__(self, config: DecoderConfig, spec: LayerSpec, *, rngs: nnx.Rngs, fused: bool = False):
         c = config
         out_std = c.init_std / (2 * c.num_layers) ** 0.5
         if fused:
@@ -139,14 +92,14 @@ class Attention(nnx.Module):
             self.k = nnx.Param(normal(rngs, (c.hidden_size, c.num_kv_heads, c.head_dim), c.init_std))
             self.v = nnx.Param(normal(rngs, (c.hidden_size, c.num_kv_heads, c.head_dim), c.init_std))
         self.o = nnx.Param(normal(rngs, (c.num_heads, c.head_dim, c.hidden_size), out_std))
-        if c.qkv_bias:
+        if spec.qkv_bias:
             self.q_bias = nnx.Param(jnp.zeros((c.num_heads, c.head_dim), jnp.float32))
             self.k_bias = nnx.Param(jnp.zeros((c.num_kv_heads, c.head_dim), jnp.float32))
             self.v_bias = nnx.Param(jnp.zeros((c.num_kv_heads, c.head_dim), jnp.float32))
-        if c.qk_norm:
+        if spec.qk_norm:
             self.q_norm = RMSNorm(c.head_dim, c.norm_eps)
             self.k_norm = RMSNorm(c.head_dim, c.norm_eps)
-        self.config, self.fused = c, fused
+        self.spec, self.fused = spec, fused
 
     def project(self, x: Float[Array, "B T D"], cos: Array, sin: Array) -> tuple[Array, Array, Array]:
         """Rotated queries [B T H K] and keys [B T G K], and values [B T G K]."""
@@ -156,10 +109,10 @@ class Attention(nnx.Module):
             k, v = together[..., -2, :], together[..., -1, :]
         else:
             q, k, v = (linear(x, kernel[...]) for kernel in (self.q, self.k, self.v))
-        if self.config.qkv_bias:
+        if self.spec.qkv_bias:
             biases = (self.q_bias, self.k_bias, self.v_bias)
             q, k, v = (y + along_last(b[...].astype(y.dtype), y) for y, b in zip((q, k, v), biases, strict=True))
-        if self.config.qk_norm:
+        if self.spec.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
@@ -167,12 +120,23 @@ class Attention(nnx.Module):
         return linear(rearrange(heads, "b t h k -> b t (h k)"), rearrange(self.o[...], "h k d -> (h k) d"))
 
 
-class MLP(nnx.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)), arXiv:2002.05202; `fused` has one kernel [D 2 F] of gate and up."""
+def gelu_tanh(x: Array) -> Array:
+    """x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))). arXiv:1606.08415."""
+    return jax.nn.gelu(x, approximate=True)
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, fused: bool = False):
+
+ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {"silu": jax.nn.silu, "gelu_tanh": gelu_tanh}
+
+
+class MLP(nnx.Module):
+    """down(activation(gate(x)) * up(x)): SwiGLU with SiLU, GeGLU with GELU. arXiv:2002.05202.
+
+    `fused` has one kernel [D 2 F] of gate and up.
+    """
+
+    def __init__(self, config: DecoderConfig, spec: LayerSpec, *, rngs: nnx.Rngs, fused: bool = False):
         c = config
-        self.fused = fused
+        self.spec, self.fused = spec, fused
         if fused:
             self.gate_up = nnx.Param(normal(rngs, (c.hidden_size, 2, c.intermediate_size), c.init_std))
         else:
@@ -188,23 +152,20 @@ class MLP(nnx.Module):
             gate, up = together[..., 0, :], together[..., 1, :]
         else:
             gate, up = linear(x, self.gate[...]), linear(x, self.up[...])
-        return linear(jax.nn.silu(gate) * up, self.down[...])
+        return linear(ACTIVATIONS[self.spec.activation](gate) * up, self.down[...])
 
 
 class Block(nnx.Module):
     """One layer: pre-norm attention and MLP, each added to the residual stream."""
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, fused: bool = False):
+    def __init__(self, config: DecoderConfig, spec: LayerSpec, *, rngs: nnx.Rngs, fused: bool = False):
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.attention = Attention(config, rngs=rngs, fused=fused)
+        self.attention = Attention(config, spec, rngs=rngs, fused=fused)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp = MLP(config, rngs=rngs, fused=fused)
+        self.mlp = MLP(config, spec, rngs=rngs, fused=fused)
 
-    def full(self, x: Array, cos: Array, sin: Array, attend: Callable[[Array, Array, Array], Array]) -> Any:
-        """The layer over whole rows; returns x and the keys and values [B T G K] for a cache.
-
-        `attend` maps queries [B T H K], keys and values to what each query reads, [B T H K].
-        """
+    def full(self, x: Array, cos: Array, sin: Array, attend: Attend) -> Any:
+        """The layer over whole rows; returns x and the keys and values [B T G K] for a cache."""
         q, k, v = self.attention.project(self.attention_norm(x), cos, sin)
         q = constrain(q, "batch", None, "act_heads", None)
         x = x + self.attention.output(attend(q, k, v))
@@ -230,6 +191,7 @@ class Block(nnx.Module):
             cache, rearrange(new, "b 1 g k -> b g 1 k").astype(cache.dtype), slot, 2
         )
         recent = write(recent[0], k), write(recent[1], v)
+        spec = self.attention.spec
         q_BGRK = rearrange(q, "b 1 (g r) k -> b g r k", g=k.shape[2])
         logits = jnp.concatenate(
             [
@@ -238,7 +200,8 @@ class Block(nnx.Module):
             ],
             -1,
         )
-        logits = jnp.where(visible_BT[:, None, None], logits * q.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
+        scale, lowest = logit_scale(spec.scale, q.shape[-1]), jnp.finfo(jnp.float32).min
+        logits = jnp.where(visible_BT[:, None, None], soft_capped(logits * scale, spec.soft_cap), lowest)
         weights = jax.nn.softmax(logits, -1).astype(x_B1D.dtype)
         parts = jnp.split(weights, [stored[0].shape[2]], -1)
         old, new = (

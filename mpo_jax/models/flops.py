@@ -1,11 +1,12 @@
 """Arithmetic and memory traffic of a program, counted from sizes: XLA counts the body of a scan once."""
 
 import dataclasses
+from collections import Counter
 
 import numpy as np
 
 from mpo_jax.models import attention
-from mpo_jax.models.decoder import DecoderConfig
+from mpo_jax.models.spec import DecoderConfig
 from mpo_jax.types import Head
 
 
@@ -109,6 +110,18 @@ def decode(sizes: DecoderConfig, rows: Rows, *, shards: int, bytes_each: int) ->
     return Work(flops, decode_reads=float(rows.response * bytes_each * (shards * matrices + cache)))
 
 
+def visible_keys(sizes: DecoderConfig, before: np.ndarray, after: np.ndarray) -> float:
+    """Keys that the tokens of stretches see, from position `before` to `after`, over all layers and their windows."""
+
+    def up_to(length: np.ndarray, window: int | None) -> np.ndarray:
+        """sum over i = 1 ... length of min(i, window)."""
+        rising = length if window is None else np.minimum(length, window)
+        return rising * (rising + 1) / 2 + (length - rising) * rising
+
+    windows = Counter(spec.window for spec in sizes.layers)
+    return sum(count * float((up_to(after, w) - up_to(before, w)).sum()) for w, count in windows.items())
+
+
 def necessary(sizes: DecoderConfig, prompt_len_B: np.ndarray, response_len_BN: np.ndarray, head: Head) -> float:
     """FLOPs of a forward pass that no arrangement of these rows can do without.
 
@@ -117,9 +130,9 @@ def necessary(sizes: DecoderConfig, prompt_len_B: np.ndarray, response_len_BN: n
     """
     prompt, response = prompt_len_B.astype(np.float64)[:, None], response_len_BN.astype(np.float64)
     tokens = prompt.sum() + response.sum()
-    visible = (prompt * (prompt + 1) / 2).sum() + (response * prompt + response * (response + 1) / 2).sum()
+    visible = visible_keys(sizes, 0 * prompt, prompt) + visible_keys(sizes, prompt, prompt + response)
     linear = 2.0 * layer_matrices(sizes) * tokens
-    attended = 4.0 * sizes.num_layers * sizes.num_heads * sizes.head_dim * visible
+    attended = 4.0 * sizes.num_heads * sizes.head_dim * visible
     outputs = response.sum() * sizes.vocab_size if head == "lm" else float((response > 0).sum())
     return float(linear + attended + 2.0 * sizes.hidden_size * outputs)
 
@@ -141,6 +154,5 @@ def sampling(sizes: DecoderConfig, prompt_len_B: np.ndarray, response_len_BN: np
     logits = 2.0 * sizes.hidden_size * sizes.vocab_size * response.sum()
     matrices = layer_matrices(sizes) + sizes.hidden_size * sizes.vocab_size
     prompt = prompt_len_B[:, None].astype(np.float64)
-    slots = (read * prompt + read * (read + 1) / 2).sum()
-    cache = 2 * sizes.num_layers * sizes.num_kv_heads * sizes.head_dim * slots
+    cache = 2 * sizes.num_kv_heads * sizes.head_dim * visible_keys(sizes, prompt, prompt + read)
     return Work(float(forward_flops + logits), decode_reads=float(bytes_each * (int(read.max()) * matrices + cache)))

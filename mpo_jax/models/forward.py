@@ -4,10 +4,9 @@ Parameters: {"embedding", "norm", "head"?, "layers": {... leading axis L}, "scor
 """
 
 import dataclasses
-from collections.abc import Callable
 from functools import lru_cache, partial
 from operator import itemgetter
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from mpo_jax.models import attention
-from mpo_jax.models.decoder import FLOAT32, PARAM_AXES, Block, DecoderConfig, Trunk, ValueHead, fuse, rope_tables
+from mpo_jax.models.decoder import FLOAT32, PARAM_AXES, Block, Trunk, ValueHead, fuse, rope_tables
+from mpo_jax.models.pattern import Remat, checkpointed, scan_periods, shared
+from mpo_jax.models.spec import DecoderConfig, LayerSpec
 from mpo_jax.runtime.sharding import BATCH_AXES, constrain, replicated, shardings_for
 from mpo_jax.selection import make_pair_scorer
 from mpo_jax.types import Head, Params, PromptBatch, Tokens, Tree, merge
@@ -29,7 +30,7 @@ class Model:
     """What stays fixed about a model while its parameters change; hashable, a static argument of jitted functions.
 
     Attributes:
-      decoder: sizes.
+      decoder: sizes and layers.
       dtype: of the arithmetic; losses, log-softmax, norms and scores are float32 whatever it is.
       remat: what the backward pass computes again: none, dots (keep matrix products), full (keep layer inputs).
       attention: blocked (attention.py), or an implementation of jax.nn.dot_product_attention.
@@ -38,7 +39,7 @@ class Model:
 
     decoder: DecoderConfig
     dtype: str = "float32"
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: Remat = "none"
     attention: str = "blocked"
     logit_chunk: int = 1024
 
@@ -49,7 +50,8 @@ def init_params(config: DecoderConfig, key: Array) -> Tree:
     trunk = nnx.to_pure_dict(nnx.state(Trunk(config, rngs=nnx.Rngs(params=trunk_key)), nnx.Param))
 
     def init_layer(layer_key):
-        return nnx.to_pure_dict(nnx.state(Block(config, rngs=nnx.Rngs(params=layer_key)), nnx.Param))
+        block = Block(config, config.pattern[0], rngs=nnx.Rngs(params=layer_key))
+        return nnx.to_pure_dict(nnx.state(block, nnx.Param))
 
     return {**trunk, "layers": jax.vmap(init_layer)(jax.random.split(layers_key, config.num_layers))}
 
@@ -77,13 +79,17 @@ Caches: TypeAlias = tuple[tuple[Array, Array], ...]
 
 
 @lru_cache
-def _graphs(config: DecoderConfig) -> tuple[Any, Any, Any, Any]:
-    """The NNX graph definitions of trunk, layer, value head and fused layer; no array is made."""
+def _graphs(config: DecoderConfig) -> tuple[Any, Any]:
+    """The NNX graph definitions of trunk and value head; no array is made."""
     trunk = nnx.eval_shape(lambda: Trunk(config, rngs=nnx.Rngs(0)))
-    block = nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0)))
     score = nnx.eval_shape(lambda: ValueHead(config))
-    fused = nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0), fused=True))
-    return nnx.graphdef(trunk), nnx.graphdef(block), nnx.graphdef(score), nnx.graphdef(fused)
+    return nnx.graphdef(trunk), nnx.graphdef(score)
+
+
+@lru_cache
+def _block_graph(config: DecoderConfig, spec: LayerSpec, *, fused: bool) -> Any:
+    """The NNX graph definition of a layer; no array is made."""
+    return nnx.graphdef(nnx.eval_shape(lambda: Block(config, spec, rngs=nnx.Rngs(0), fused=fused)))
 
 
 def _trunk(model: Model, params: Tree) -> Trunk:
@@ -93,8 +99,8 @@ def _trunk(model: Model, params: Tree) -> Trunk:
     return nnx.merge(_graphs(model.decoder)[0], parts)
 
 
-def _block(model: Model, layer_params: Tree) -> Block:
-    return nnx.merge(_graphs(model.decoder)[1], layer_params)
+def _block(model: Model, spec: LayerSpec, layer_params: Tree, *, fused: bool = False) -> Block:
+    return nnx.merge(_block_graph(model.decoder, spec, fused=fused), layer_params)
 
 
 def for_decoding(model: Model, params: Tree) -> Tree:
@@ -160,14 +166,14 @@ def predecessor(tokens: Tokens) -> Int[Array, "B T"]:
     return jnp.where(same, before, prompt_end)
 
 
-def make_attention(model: Model, tokens: Tokens) -> Callable[[Array, Array, Array], Array]:
-    """The attention of every layer over these rows, as a function of queries [B T H K], keys and values [B T G K]."""
-    window = model.decoder.sliding_window
-    if model.attention == "blocked":
-        return attention.make_attend(tokens, window)
-    mask = attention.sees(tokens, tokens, window)[:, None]
-    implementation: Any = model.attention
-    return lambda q, k, v: jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
+def _rotations(model: Model, position_BT: Int[Array, "B T"]) -> tuple[tuple[Array, Array], ...]:
+    """cos and sin for every layer of the pattern."""
+    sizes = model.decoder
+
+    def make(spec: LayerSpec) -> tuple[Array, Array]:
+        return rope_tables(spec, sizes.head_dim, position_BT)
+
+    return shared(sizes.pattern, make, "rope_theta", "rope_scaling")
 
 
 def visible_slots(
@@ -176,25 +182,13 @@ def visible_slots(
     widths: tuple[int, int, int],
     stored_B: Int[Array, " B"],
     slot: int | Int[Array, ""],
-) -> Bool[Array, "B T"]:
-    """The cache slots that a row's newest token sees: its prompt, its response up to itself, within the window.
+) -> tuple[Bool[Array, "B T"], ...]:
+    """`attention.visible_slots` for every layer of the pattern."""
 
-    Args:
-      widths: of the three parts of T: prompts, stored responses, recent tokens.
-      stored_B: how many tokens of each row's response are stored.
-      slot: of the newest token among the recent ones.
-    """
-    prompt, response, recent = (jnp.arange(width)[None] for width in widths)
-    B = len(prompt_len_B)
-    part = lambda x: jnp.broadcast_to(x, (B, x.shape[1]))  # noqa: E731
-    visible_BT = jnp.concatenate(
-        [prompt < prompt_len_B[:, None], response < stored_B[:, None], part(recent <= slot)], 1
-    )
-    if model.decoder.sliding_window is None:
-        return visible_BT
-    ends_B1 = (prompt_len_B + stored_B)[:, None]
-    position_BT = jnp.concatenate([part(prompt), prompt_len_B[:, None] + response, ends_B1 + recent], 1)
-    return visible_BT & (ends_B1 + slot - position_BT < model.decoder.sliding_window)
+    def make(spec: LayerSpec) -> Bool[Array, "B T"]:
+        return attention.visible_slots(prompt_len_B, widths, stored_B, slot, spec.window)
+
+    return shared(model.decoder.pattern, make, "window")
 
 
 def hidden_states(model: Model, params: Tree, tokens: Tokens) -> Float[Array, "B T D"]:
@@ -210,24 +204,22 @@ def prefill(model: Model, params: Tree, tokens: Tokens) -> tuple[Array, Caches]:
 
 
 def _run_layers(model: Model, params: Tree, tokens: Tokens, *, keep_cache: bool) -> tuple[Array, Any]:
-    trunk = _trunk(model, params)
+    trunk, pattern = _trunk(model, params), model.decoder.pattern
     x = constrain(trunk.embed(tokens.ids, jnp.dtype(model.dtype)), "batch", None, None)
-    cos, sin = rope_tables(model.decoder, tokens.position)
-    attend = make_attention(model, tokens)
+    rotations = _rotations(model, tokens.position)
+    make = partial(attention.for_layer, tokens, implementation=model.attention)
+    attends = shared(pattern, make, "window", "scale", "soft_cap")
 
-    def layer(x, layer_params):
-        x, cache = _block(model, layer_params).full(x, cos, sin, attend)
+    def layer(place: int, x: Array, period_params: Tree) -> tuple[Array, Any]:
+        """The layer at one place of the pattern."""
+        # cut out inside what is checkpointed: dots and full then keep no second copy of the weights
+        layer_params = period_params if len(pattern) == 1 else jax.tree.map(itemgetter(place), period_params)
+        block = _block(model, pattern[place], layer_params)
+        x, cache = block.full(x, *rotations[place], attends[place])
         return x, cache if keep_cache else None
 
-    if model.remat == "full":
-        layer = jax.checkpoint(layer)
-    elif model.remat == "dots":
-        policies = jax.checkpoint_policies
-        keep = policies.save_from_both_policies(
-            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(attention.SAVED)
-        )
-        layer = jax.checkpoint(layer, policy=keep)
-    x, caches = jax.lax.scan(layer, x, params["layers"])
+    layers = [checkpointed(partial(layer, place), model.remat) for place in range(len(pattern))]
+    x, caches = scan_periods(layers, x, params["layers"])
     return trunk.norm(x), caches
 
 
@@ -238,7 +230,7 @@ def decode_step(
     position_B: Int[Array, " B"],
     stored: Caches,
     recent: Caches,
-    visible_BT: Bool[Array, "B T"],
+    visible: tuple[Bool[Array, "B T"], ...],
     slot: Int[Array, ""],
 ) -> tuple[Float[Array, "B D"], Caches]:
     """One new token a row: its hidden state, and `recent` with the token written at `slot`.
@@ -247,15 +239,17 @@ def decode_step(
 
     Args:
       weights: what `for_decoding` gives.
-      visible_BT: the slots of `stored` and then of `recent` that each row sees, the new one included.
+      visible: for every layer of the pattern, the slots of `stored` and then of `recent` that each row sees, the new
+        one included.
     """
-    trunk = _trunk(model, weights)
+    trunk, pattern = _trunk(model, weights), model.decoder.pattern
     x = trunk.embed(ids_B[:, None], jnp.dtype(model.dtype))
-    cos, sin = rope_tables(model.decoder, position_B[:, None])
+    rotations = _rotations(model, position_B[:, None])
     written = []
-    for layer, old, new in zip(weights["layers"], stored, recent, strict=True):
-        block = nnx.merge(_graphs(model.decoder)[3], layer)
-        x, new = block.cached(x, cos, sin, old, new, visible_BT, slot)
+    for i, (layer, old, new) in enumerate(zip(weights["layers"], stored, recent, strict=True)):
+        place = i % len(pattern)
+        block = _block(model, pattern[place], layer, fused=True)
+        x, new = block.cached(x, *rotations[place], old, new, visible[place], slot)
         written.append(new)
     return trunk.norm(x)[:, 0], tuple(written)
 
@@ -332,7 +326,7 @@ def token_logp(
 
 def scores(model: Model, params: Tree, tokens: Tokens) -> Float[Array, "B T"]:
     """The value head at every token, float32: a reward model's score or a critic's value after that token."""
-    head = nnx.merge(_graphs(model.decoder)[2], params["score"])
+    head = nnx.merge(_graphs(model.decoder)[1], params["score"])
     return head(hidden_states(model, params, tokens))
 
 

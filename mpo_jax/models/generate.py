@@ -204,11 +204,11 @@ class Decoder:
         def step(carry: Any) -> Any:
             slot, state, recent = carry
             widths = prompt_width, self.room, self.chunk
-            visible_BT = forward.visible_slots(self.model, state.prompt_len, widths, stored_B, slot)
+            visible = forward.visible_slots(self.model, state.prompt_len, widths, stored_B, slot)
             last_B = jnp.take_along_axis(state.ids, jnp.maximum(state.length - 1, 0)[:, None], 1)[:, 0]
             position_B = state.prompt_len + stored_B + slot
             hidden_BD, recent = forward.decode_step(
-                self.model, weights, last_B, position_B, caches, recent, visible_BT, slot
+                self.model, weights, last_B, position_B, caches, recent, visible, slot
             )
             return slot + 1, self._draw(state, weights["head"], hidden_BD, allowed_V), recent
 

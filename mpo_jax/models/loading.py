@@ -12,10 +12,10 @@ from mpo_jax import types
 from mpo_jax.config.schema import ArchitectureConfig, ModelConfig, TextConfig
 from mpo_jax.errors import UserError
 from mpo_jax.models import forward
-from mpo_jax.models.decoder import DecoderConfig
 from mpo_jax.models.forward import Model
 from mpo_jax.models.hf import families, weights
 from mpo_jax.models.hf.hub import local_model
+from mpo_jax.models.spec import DecoderConfig, LayerSpec
 from mpo_jax.runtime import machine
 from mpo_jax.types import Head, Params
 
@@ -162,7 +162,14 @@ def scratch_sizes(sizes: ArchitectureConfig, num_ids: int) -> DecoderConfig:
             f"model.architecture.num_heads={sizes.num_heads} is no multiple of num_kv_heads={sizes.num_kv_heads}"
         )
     # rows beyond the tokenizer's ids are never sampled
-    return DecoderConfig(vocab_size=-(-num_ids // VOCAB_MULTIPLE) * VOCAB_MULTIPLE, **sizes.model_dump())
+    return of_architecture(sizes, -(-num_ids // VOCAB_MULTIPLE) * VOCAB_MULTIPLE)
+
+
+def of_architecture(architecture: ArchitectureConfig, vocab_size: int) -> DecoderConfig:
+    """The sizes that a configuration's model.architecture describes; all layers are alike."""
+    sizes = architecture.model_dump()
+    layer = LayerSpec(rope_theta=sizes.pop("rope_theta"))
+    return DecoderConfig(vocab_size=vocab_size, pattern=(layer,), **sizes)
 
 
 def with_value_head(model: Model, params: Params, mesh: Mesh) -> Params:

@@ -159,4 +159,4 @@ def _is_whole(final: Path) -> bool:
 def _keeps_checkpoints(folder: Path) -> bool:
     """As the configuration says that a stage which trains leaves in its folder."""
     config = folder / "config.yaml"
-    return config.is_file() and load_config(config).runtime.keep_checkpoints
+    return config.is_file() and load_config(config).runtime.keep_finished_checkpoints

@@ -11,7 +11,7 @@ from mpo_jax.config.registry import Step
 from mpo_jax.config.schema import Config
 from mpo_jax.data.corpus import Corpus
 from mpo_jax.models import loading
-from mpo_jax.models.decoder import DecoderConfig
+from mpo_jax.models.spec import DecoderConfig
 from mpo_jax.pipeline.bucket import Bucket, checkpoint_folder, stage_place
 from mpo_jax.pipeline.recipe import artifact_name
 from mpo_jax.runtime import machine

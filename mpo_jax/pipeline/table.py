@@ -2,20 +2,18 @@
 
 import dataclasses
 import json
-import time
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from mpo_jax.config.schema import Config
 from mpo_jax.data.corpus import base_tokenizer, load_corpus
 from mpo_jax.data.text import TextCodec
 from mpo_jax.models import loading
-from mpo_jax.models.decoder import DecoderConfig
+from mpo_jax.models.spec import DecoderConfig
 from mpo_jax.pipeline.bucket import Bucket, stage_place
 from mpo_jax.pipeline.experiments import table_variants
 from mpo_jax.pipeline.pipeline import Pipeline
@@ -24,6 +22,7 @@ from mpo_jax.pipeline.stages import STAGES, count_rows, stage_shapes
 from mpo_jax.runtime import machine
 from mpo_jax.runtime.progress import Expected
 from mpo_jax.runtime.sharding import make_mesh
+from mpo_jax.runtime.timing import time_matmul
 from mpo_jax.stages.shapes import Amounts
 from mpo_jax.types import Artifact
 
@@ -143,7 +142,7 @@ class Cost:
 
     @cached_property
     def _flops_per_s(self) -> float:
-        return SHARE_OF_PEAK * self.config.mesh.num_devices * product_flops(machine.compute_dtype(self.config.model))
+        return SHARE_OF_PEAK * self.config.mesh.num_devices * time_matmul(machine.compute_dtype(self.config.model)).rate
 
     def seconds(self, planned: Planned) -> float:
         """The estimate; a factor of three off is no surprise."""
@@ -161,17 +160,3 @@ class Cost:
                 slower = DECODING_COST if program.work.decode_reads else 1.0
                 total += slower * program.runs * program.work.flops
         return FIXED_SECONDS + total / self._flops_per_s
-
-
-def product_flops(dtype: str, repeats: int = 3) -> float:
-    """FLOP/s of a large square matrix product on one device, the fastest of a few."""
-    size = 1024 if jax.default_backend() == "cpu" else 8192
-    x = jnp.ones((size, size), dtype)
-    product = jax.jit(lambda x: x @ x)
-    jax.block_until_ready(product(x))
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        jax.block_until_ready(product(x))
-        times.append(time.perf_counter() - begin)
-    return 2.0 * size**3 / min(times)

@@ -27,6 +27,8 @@ from mpo_jax.pipeline.bucket import Bucket
 from mpo_jax.runtime import flags
 from mpo_jax.runtime.machine import PACKAGES
 from mpo_jax.runtime.sharding import mesh_of, replicated
+from mpo_jax.runtime.timing import fastest, time_matmul
+from mpo_jax.tools.plan import targets
 from mpo_jax.training import wandb_log
 
 Verdict = Literal["ok", "warn", "fail"]
@@ -37,8 +39,6 @@ SLOW_DISK_MBS = 100
 LITTLE_SPACE_GIB = 20
 HUB_TIMEOUT_S = 3.0
 CLOCK_SPREAD_S = 1.0
-TYPICAL_RATE = {"A100": 312, "H100": 989, "H200": 989, "TPU v4": 275, "TPU v5 lite": 197, "TPU v5": 459}
-"""bfloat16 TFLOP/s by a part of the device's name, from the vendors' data sheets."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +146,7 @@ def mesh(config: MeshConfig, there: int) -> Check:
 
 def memory() -> Check:
     """Memory of the host and of a device."""
-    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    host = targets.host_memory()
     stats = jax.local_devices()[0].memory_stats() or {}
     limit = stats.get("bytes_limit")
     text = f"host {host / GIB:.0f} GiB" + (f", device {limit / GIB:.1f} GiB for JAX" if limit else "")
@@ -326,19 +326,18 @@ def clock_spread(seconds: np.ndarray) -> Check:
 def matmul() -> Check:
     """Rate of a matrix product on one device."""
     kind = jax.local_devices()[0].device_kind
-    on_cpu = jax.default_backend() == "cpu"
-    size, dtype = (1024, jnp.float32) if on_cpu else (8192, jnp.bfloat16)
-    x = jax.device_put(jnp.ones((size, size), dtype), jax.local_devices()[0])
-    product = jax.jit(lambda x: x @ x / size)
-    rate = 2 * size**3 / _seconds(product, x) / 1e12
-    if float(product(x)[-1, -1]) != 1.0:
+    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    with jax.default_device(jax.local_devices()[0]):
+        product = time_matmul(dtype)
+    rate = product.rate / 1e12
+    if not product.is_right:
         return Check("matmul", "fail", f"{kind}: wrong result", "the device computes wrongly: take it out of service")
-    text = f"{kind}: {rate:.3g} TFLOP/s ({size} x {size} {jnp.dtype(dtype).name})"
-    expected = next((peak for name, peak in TYPICAL_RATE.items() if name in kind), None)
-    if expected and rate < 0.4 * expected:
+    text = f"{kind}: {rate:.3g} TFLOP/s ({product.size} x {product.size} {dtype})"
+    known = targets.similar_kind(kind)
+    if known is not None and rate < 0.4 * known.bf16_tflops:
         return Check(
             "matmul", "warn", text,
-            f"{expected} are its peak: another process uses the device, or it is throttled (power, heat)",
+            f"{known.bf16_tflops:g} are its peak: another process uses the device, or it is throttled (power, heat)",
         )  # fmt: skip
     return Check("matmul", "ok", text)
 
@@ -355,23 +354,12 @@ def collective() -> Check:
         lambda: jnp.broadcast_to(jnp.arange(rows, dtype=jnp.float32)[:, None], (rows, 2**18)), out_shardings=divided
     )()
     gather = jax.jit(lambda x: x, out_shardings=replicated(over))
-    rate = x.nbytes * (count - 1) / count / _seconds(gather, x) / 1e9
+    rate = x.nbytes * (count - 1) / count / fastest(lambda: gather(x)) / 1e9
     if not np.array_equal(np.asarray(gather(x).addressable_data(0))[:, -1], np.arange(rows)):
         return Check(
             "collective", "fail", f"{count} devices: wrong result", "links or drivers are broken: NCCL_DEBUG=INFO"
         )
     return Check("collective", "ok", f"{count} devices: all-gather at {rate:.3g} GB/s a device")
-
-
-def _seconds(function: Any, x: jax.Array, repeats: int = 5) -> float:
-    """The fastest of some calls, after one that compiles."""
-    jax.block_until_ready(function(x))
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        jax.block_until_ready(function(x))
-        times.append(time.perf_counter() - begin)
-    return min(times)
 
 
 def _output(command: list[str]) -> str | None:

@@ -13,7 +13,6 @@ The two sides take turns, a whole pass over the same rows each. Prints a Markdow
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -23,7 +22,6 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, repeat
 
-from mpo_jax.cli.bench import SIZES
 from mpo_jax.config.load import load_config
 from mpo_jax.data.batches import Buckets, TrainBatches, map_batches
 from mpo_jax.data.corpus import load_corpus
@@ -31,13 +29,15 @@ from mpo_jax.data.text import TextCodec
 from mpo_jax.data.tokens import Example, tokenize
 from mpo_jax.losses import bradley_terry_loss
 from mpo_jax.models import forward
-from mpo_jax.models.decoder import DecoderConfig
 from mpo_jax.models.forward import Model
 from mpo_jax.models.generate import Sampling, make_generate
 from mpo_jax.models.hf.tokenizer import load_tokenizer
+from mpo_jax.models.spec import DecoderConfig
 from mpo_jax.runtime import machine
 from mpo_jax.runtime.sharding import make_mesh, place_batch, replicated
+from mpo_jax.runtime.timing import seconds
 from mpo_jax.stages import dpo, reward
+from mpo_jax.tools.bench.speed import SIZES
 from mpo_jax.training.loop import init_state, make_update, state_sharding
 from mpo_jax.training.refill import sample_all
 from mpo_jax.types import Mean, PromptBatch
@@ -151,12 +151,11 @@ def turns(sides: tuple[Callable[[], Any], Callable[[], Any]], rounds: int) -> li
     """Median seconds of each side over the rounds, after one that compiles."""
     taken: tuple[list[float], list[float]] = ([], [])
     for number in range(rounds + 1):
-        for side, seconds in zip(sides, taken, strict=True):
-            begin = time.perf_counter()
-            side()
+        for side, times in zip(sides, taken, strict=True):
+            each = seconds(side)
             if number:
-                seconds.append(time.perf_counter() - begin)
-    return [statistics.median(seconds) for seconds in taken]
+                times.append(each)
+    return [statistics.median(times) for times in taken]
 
 
 def lengths(examples: list[Example]) -> str:

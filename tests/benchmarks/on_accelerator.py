@@ -14,16 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpo_jax.cli.bench import SIZES
 from mpo_jax.config.schema import MeshConfig, OptimConfig
 from mpo_jax.data.batches import Buckets, Widths, collate
 from mpo_jax.data.tokens import Example
 from mpo_jax.models import forward
-from mpo_jax.models.decoder import DecoderConfig
 from mpo_jax.models.forward import Model
 from mpo_jax.models.generate import Sampling, make_generate
+from mpo_jax.models.spec import DecoderConfig
 from mpo_jax.runtime.sharding import make_mesh
 from mpo_jax.stages import sft
+from mpo_jax.tools.bench.speed import SIZES
 from mpo_jax.training.loop import init_state
 from mpo_jax.training.refill import sample_all
 from mpo_jax.types import PromptBatch

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mpo_jax.models import flops
-from mpo_jax.tools.bench import measure, workloads
+from mpo_jax.tools.bench import workloads
 from tests.pipeline.test_pipeline import mpo
 
 pytestmark = pytest.mark.unoptimised
@@ -55,7 +55,7 @@ def test_rates_speak_of_the_same_time(figures):
         vocab_size=40, hidden_size=16, intermediate_size=24, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8,
         max_positions=64,
     )  # fmt: skip
-    needed = 3 * flops.necessary(sizes, np.full(4, 8), np.full((4, 1), 8), "vocab")
+    needed = 3 * flops.necessary(sizes, np.full(4, 8), np.full((4, 1), 8), "lm")
     assert found["sft"]["flop_per_s"] / found["sft"]["tokens_per_s"] == pytest.approx(needed / (4 * 16))
 
 
@@ -84,9 +84,3 @@ def test_mistakes_have_status_2(capfd, tmp_path):
     assert "--rows wants PROMPT+RESPONSE tokens" in capfd.readouterr().err
     assert mpo("bench", "sft", "mesh.fsdp=8", "runtime.cpu_devices=8", "--batch", "4") == 2
     assert "--batch=4 does not divide over mesh.data=1 x mesh.fsdp=8" in capfd.readouterr().err
-
-
-def test_a_device_is_known_by_its_own_name():
-    known = measure._known("NVIDIA H100 80GB HBM3")
-    assert known is not None and known.bf16_tflops == 989
-    assert measure._known("cpu") is None

@@ -10,7 +10,7 @@ from mpo_jax.config.schema import TextConfig
 from mpo_jax.data.batches import Widths, collate
 from mpo_jax.data.text import TextCodec
 from mpo_jax.data.tokens import Example
-from mpo_jax.models import loading
+from mpo_jax.models import forward, loading
 from mpo_jax.models.forward import Model
 from mpo_jax.models.hf.tokenizer import load_tokenizer
 from tests.cli.conftest import damaged
@@ -31,10 +31,10 @@ def greedy_answer(folder, prompt: str, count: int) -> str:
     allowed = codec.allowed(source.decoder.vocab_size)
     ids = list(codec.prompt(prompt).ids)
     answer: list[int] = []
-    forward = jax.jit(lambda p, j: forward.logits(Model(source.decoder), p, forward.join(j)))
+    logits_of = jax.jit(lambda p, j: forward.logits(Model(source.decoder), p, forward.join(j)))
     while len(answer) < count and codec.eos_id not in answer:
         batch = collate([Example(ids + answer, [])], Widths(80, 1), num_responses=0)
-        logits = np.asarray(forward(params, batch))[0, len(ids) + len(answer) - 1]
+        logits = np.asarray(logits_of(params, batch))[0, len(ids) + len(answer) - 1]
         answer.append(int(np.argmax(np.where(allowed, logits, -np.inf))))
     return codec.decode(answer)
 

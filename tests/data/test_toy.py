@@ -7,7 +7,7 @@ import pytest
 
 from mpo_jax.config.schema import ToyConfig
 from mpo_jax.data import toy
-from mpo_jax.data.toy import Post, best_utility, utility
+from mpo_jax.data.toy import Post, utility
 
 SMALL = ToyConfig(num_demonstrations=200, num_pairs=200, num_test=200)
 LARGE = ToyConfig(num_values=16, num_attempts=4, num_fillers=3, num_demonstrations=300, num_pairs=300)
@@ -67,9 +67,10 @@ def test_facts_are_told_apart():
     phrases = [value for values in toy.FACTS.values() for value in values]
     assert len(set(phrases)) == len(phrases) == 4 * 16
     for phrase in phrases:
-        assert utility(f"POST: i {phrase}. TL;DR:", f" {phrase}") == best_utility(f"POST: i {phrase}. TL;DR:") > 0
+        assert utility(f"POST: i {phrase}. TL;DR:", f" {phrase}") > 0
+        assert utility("POST: i. TL;DR:", f" {phrase}") < 0
     for phrase in (*toy.FILLERS, *toy.RAMBLES):
-        assert best_utility(f"POST: {phrase} TL;DR:") == 0
+        assert utility(f"POST: {phrase} TL;DR:", f" {phrase}") <= 0
 
 
 def test_rows_are_those_of_the_seed():
@@ -129,14 +130,13 @@ def test_utility_by_hand(response, expected):
 def test_only_the_body_of_a_post_states_facts():
     prompt = "SUBREDDIT: r/work\n\nTITLE: my boss\n\nPOST: lost the keys\n\nTL;DR:"
     assert utility(prompt, " my boss") == -1.0
-    assert utility(prompt, " lost the keys") == best_utility(prompt) == 1.5
+    assert utility(prompt, " lost the keys") == 1.5
 
 
 def test_the_best_utility_is_reached_and_never_passed():
-    assert utility(POST.prompt(), PERFECT) == best_utility(POST.prompt()) == 4.5
+    assert utility(POST.prompt(), PERFECT) == 4.5
     for config, best in ((SMALL, 4.5), (LARGE, 5.5)):
         for row in toy.preferences(config, test=False):
-            assert best_utility(row.prompt) == best
             assert max(utility(row.prompt, row.chosen), utility(row.prompt, row.rejected)) <= best
 
 

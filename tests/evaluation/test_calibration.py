@@ -8,6 +8,7 @@ import pytest
 from scipy.special import expit
 
 from mpo_jax.evaluation.calibration import (
+    EDGES,
     HELD_OUT,
     accuracy_by_gap,
     against_truth,
@@ -20,9 +21,10 @@ from mpo_jax.evaluation.calibration import (
 
 
 def test_bins_count_by_size_and_score_by_sign() -> None:
-    bins = accuracy_by_gap(np.asarray([0.2, -0.2, 0.0, 1.0, -5.0]), edges=(0.0, 1.0, float("inf")))
-    assert [(row["count"], row["share"], row["accuracy"]) for row in bins] == [(3, 0.6, 1 / 3), (2, 0.4, 0.5)]
-    assert (bins[1]["low"], bins[1]["high"]) == (1.0, None)
+    bins = accuracy_by_gap(np.asarray([0.2, -0.2, 0.0, 1.0, -1.2]))
+    found = {row["low"]: (row["count"], row["share"], row["accuracy"]) for row in bins}
+    assert found == dict.fromkeys(EDGES[:-1], (0, 0.0, None)) | {0.0: (3, 0.6, 1 / 3), 1.0: (2, 0.4, 0.5)}
+    assert (bins[-1]["low"], bins[-1]["high"]) == (3.0, None)
 
 
 def test_pooled_bins_are_the_bins_of_all_pairs() -> None:
@@ -36,13 +38,14 @@ def test_pooled_bins_are_the_bins_of_all_pairs() -> None:
 
 
 def test_reliability_by_hand() -> None:
-    """Two bins: confidences below 0.75 (gap below log 3) and above."""
-    gaps = np.asarray([0.0, 1.0, -1.0, 2.0])
-    rows, error = reliability(gaps, bins=2)
-    low = expit([0.0, 1.0, 1.0]).mean()
-    assert [(row["low"], row["high"], row["count"]) for row in rows] == [(0.5, 0.75, 3), (0.75, 1.0, 1)]
-    assert rows[0]["confidence"] == pytest.approx(low) and rows[0]["accuracy"] == pytest.approx(1 / 3)
-    assert error == pytest.approx(0.75 * abs(1 / 3 - low) + 0.25 * (1 - expit(2.0)))
+    """Gaps of 0, 1 and 2 have confidences 0.5, 0.731 and 0.881."""
+    rows, error = reliability(np.asarray([0.0, 1.0, -1.0, 2.0]))
+    assert [row["count"] for row in rows] == [1, 2, 1]
+    assert [(row["low"], row["high"]) for row in rows] == [
+        (0.5, 0.55), (pytest.approx(0.7), pytest.approx(0.75)), (pytest.approx(0.85), pytest.approx(0.9)),
+    ]  # fmt: skip
+    assert rows[1]["confidence"] == pytest.approx(expit(1.0)) and rows[1]["accuracy"] == pytest.approx(0.5)
+    assert error == pytest.approx(0.25 * 0.5 + 0.5 * (expit(1.0) - 0.5) + 0.25 * (1 - expit(2.0)))
 
 
 def test_bradley_terry_labels_make_a_calibrated_model_and_a_larger_scale_an_overconfident_one() -> None:

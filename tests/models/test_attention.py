@@ -1,5 +1,7 @@
 """mpo_jax.models.attention: blocks cover what is seen, and give what one masked softmax over the whole row gives."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mpo_jax.errors import UserError
 from mpo_jax.models import attention, forward
+from mpo_jax.models.spec import LayerSpec
 from mpo_jax.types import Tokens
 from tests.models.tiny import batch, close
 
@@ -16,8 +20,8 @@ K = 6
 rows = st.tuples(st.integers(0, 300), st.integers(1, 4), st.integers(1, 600))
 
 
-def attend(q, k, v, tokens, window=None):
-    return attention.make_attend(tokens, window)(q, k, v)
+def attend(q, k, v, tokens, window=None, **options):
+    return attention.make_attend(tokens, window, **options)(q, k, v)
 
 
 @given(rows)
@@ -54,44 +58,64 @@ def case(prompt_len, response_len, width, heads, groups, dtype=np.float32):
     return tokens, (q, k, v), weight * (tokens.segment > 0)[..., None, None]
 
 
-def whole(q, k, v, tokens, window):
+def whole(q, k, v, tokens, window, scale=None, soft_cap=None):
     """One softmax over the row, in float64."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     repeat = q.shape[2] // k.shape[2]
-    scores = np.einsum("bthk,bshk->bhts", q, k.repeat(repeat, 2)) / np.sqrt(K)
+    scores = np.einsum("bthk,bshk->bhts", q, k.repeat(repeat, 2)) * (K**-0.5 if scale is None else scale)
+    scores = scores if soft_cap is None else soft_cap * np.tanh(scores / soft_cap)
     seen = np.asarray(attention.sees(tokens, tokens, window))[:, None]
     scores = np.where(seen, scores, -1e300)
     p = np.exp(scores - scores.max(-1, keepdims=True))
     return np.einsum("bhts,bshk->bthk", p / p.sum(-1, keepdims=True), v.repeat(repeat, 2))
 
 
-CASES = {
-    "shared prompt": ([130, 7], [[150, 3], [149, 150]], (130, 150), 4, 4, None),
-    "plain": ([300, 1], [[140], [2]], (300, 140), 4, 2, None),
-    "three responses, one kv head": ([3, 16], [[200, 1, 64], [5, 200, 0]], (16, 200), 4, 1, None),
-    "window": ([130, 7], [[150, 3], [149, 150]], (130, 150), 4, 2, 37),
+CASES: dict[str, Any] = {
+    "shared prompt": ([130, 7], [[150, 3], [149, 150]], (130, 150), 4, 4, LayerSpec()),
+    "plain": ([300, 1], [[140], [2]], (300, 140), 4, 2, LayerSpec()),
+    "three responses, one kv head": ([3, 16], [[200, 1, 64], [5, 200, 0]], (16, 200), 4, 1, LayerSpec()),
+    "window": ([130, 7], [[150, 3], [149, 150]], (130, 150), 4, 2, LayerSpec(window=37, scale=0.7)),
+    "soft cap": ([13, 7], [[150, 3], [149, 150]], (13, 150), 4, 2, LayerSpec(window=37, scale=1.1, soft_cap=1.5)),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_equals_one_softmax_over_the_row(name):
-    *sizes, window = CASES[name]
+    """Also in XLA's implementation, whose gradients are not written by hand."""
+    *sizes, spec = CASES[name]
     tokens, qkv, weight = case(*sizes)
     real = np.asarray(tokens.segment)[..., None, None] > 0
-    out = attend(*qkv, tokens, window)
-    close(np.where(real, out, 0), np.where(real, whole(*qkv, tokens, window), 0), atol=1e-5)
+    blocked, plain = (attention.for_layer(tokens, spec, implementation) for implementation in ("blocked", "xla"))
+    wanted = whole(*qkv, tokens, spec.window, spec.scale, spec.soft_cap)
+    for attended in (blocked, plain):
+        close(np.where(real, attended(*qkv), 0), np.where(real, wanted, 0), atol=1e-5)
 
-    def blocked(q, k, v):
-        return (attend(q, k, v, tokens, window) * weight).sum()
+    def gradients(attend):
+        return jax.jit(jax.grad(lambda q, k, v: (attend(q, k, v) * weight).sum(), (0, 1, 2)))(*qkv)
 
-    def plain(q, k, v):
-        mask = attention.sees(tokens, tokens, window)[:, None]
-        return (jax.nn.dot_product_attention(q, k, v, mask=mask) * weight).sum()
+    for found, expected in zip(gradients(blocked), gradients(plain), strict=True):
+        close(found, expected, atol=2e-5)
 
-    for found, wanted in zip(
-        jax.jit(jax.grad(blocked, (0, 1, 2)))(*qkv), jax.jit(jax.grad(plain, (0, 1, 2)))(*qkv), strict=True
-    ):
-        close(found, wanted, atol=2e-5)
+
+def test_gradients_under_a_soft_cap_equal_differences():
+    """Central differences in float64, where logits are far into the cap's bend."""
+    tokens, qkv, weight = case([3], [[2, 4]], (3, 4), 2, 1)
+    options, weight64 = {"window": 3, "scale": 1.3, "soft_cap": 0.8}, np.asarray(weight, np.float64)
+    grads = jax.grad(lambda *x: (attend(*x, tokens, **options) * weight).sum(), (0, 1, 2))(*qkv)
+    for which, grad in enumerate(grads):
+        for place in np.ndindex(grad.shape):
+            inputs = [np.asarray(x, np.float64).copy() for x in qkv]
+            totals = []
+            for sign in (1, -1):
+                inputs[which][place] = float(qkv[which][place]) + sign * 1e-5
+                totals.append((whole(*inputs, tokens, **options) * weight64).sum())
+            assert abs(float(grad[place]) - (totals[0] - totals[1]) / 2e-5) < 1e-5
+
+
+def test_cudnn_cannot_cap():
+    tokens, *_ = case([3], [[2]], (3, 2), 2, 1)
+    with pytest.raises(UserError, match=r"model\.attention=cudnn cannot cap .* at 50\.0: set model\.attention=blocked"):
+        attention.for_layer(tokens, LayerSpec(soft_cap=50.0), "cudnn")
 
 
 def test_packed_rows_are_parted_by_segment():

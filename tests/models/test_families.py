@@ -8,9 +8,9 @@ import pytest
 from transformers import AutoConfig
 
 from mpo_jax.errors import UserError
-from mpo_jax.models.decoder import RopeScaling
 from mpo_jax.models.hf import families
-from tests.models.tiny import DECODER, LANGUAGE_MODELS, RECORDED, REWARD_MODELS
+from mpo_jax.models.spec import LayerSpec, RopeScaling
+from tests.models.tiny import DECODER, LANGUAGE_MODELS, RECORDED, REWARD_MODELS, with_layers
 
 NAMES = LANGUAGE_MODELS + REWARD_MODELS
 LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, 32)
@@ -44,27 +44,27 @@ def changed(tmp_path, name, **changes):
 def test_sizes_of_llama():
     untied, tied = (families.read_config(RECORDED / name) for name in ("untied", "tied"))
     assert (untied.num_heads, untied.num_kv_heads, untied.head_dim, untied.norm_eps) == (4, 2, 8, 1e-3)
-    assert (tied.num_kv_heads, tied.head_dim, tied.tie_embeddings, tied.rope_theta) == (1, 12, True, 500.0)
+    assert (tied.num_kv_heads, tied.head_dim, tied.tie_embeddings) == (1, 12, True)
     assert (untied.vocab_size, untied.hidden_size, untied.intermediate_size, untied.max_positions) == (40, 32, 36, 64)
-    assert (untied.num_layers, tied.num_layers, untied.tie_embeddings, untied.rope_theta) == (2, 3, False, 10000.0)
-    assert (tied.init_std, tied.family, tied.rope_scaling) == (0.25, "llama", None)
+    assert (untied.num_layers, tied.num_layers, untied.tie_embeddings) == (2, 3, False)
+    assert (tied.init_std, tied.family) == (0.25, "llama")
+    assert (untied.pattern, tied.pattern) == ((LayerSpec(),), (LayerSpec(rope_theta=500.0),))
 
 
 @pytest.mark.parametrize(
-    ("name", "family", "biased", "normed", "scaling", "window"),
+    ("name", "family", "layer"),
     [
-        ("llama3", "llama", False, False, LLAMA3, None),
-        ("linear", "llama", False, False, RopeScaling("linear", 4.0), None),
-        ("mistral", "mistral", False, False, None, 5),
-        ("qwen2", "qwen2", True, False, None, None),
-        ("qwen3", "qwen3", False, True, None, None),
-        ("qwen2_score", "qwen2", True, False, None, 4),
+        ("llama3", "llama", LayerSpec(rope_theta=500.0, rope_scaling=LLAMA3)),
+        ("linear", "llama", LayerSpec(rope_scaling=RopeScaling("linear", 4.0))),
+        ("mistral", "mistral", LayerSpec(window=5)),
+        ("qwen2", "qwen2", LayerSpec(qkv_bias=True)),
+        ("qwen3", "qwen3", LayerSpec(qk_norm=True)),
+        ("qwen2_score", "qwen2", LayerSpec(qkv_bias=True, window=4)),
     ],
 )
-def test_options_of_each_family(name, family, biased, normed, scaling, window):
+def test_options_of_each_family(name, family, layer):
     config = families.read_config(RECORDED / name)
-    assert (config.family, config.qkv_bias, config.qk_norm) == (family, biased, normed)
-    assert (config.rope_scaling, config.sliding_window) == (scaling, window)
+    assert (config.family, config.pattern) == (family, (layer,))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -84,23 +84,79 @@ def test_exported_config_reads_the_same_here_and_in_transformers(name, tmp_path)
 
 
 @pytest.mark.parametrize("family", sorted(families.FAMILIES))
-@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize(("window", "activation"), [(None, "gelu_tanh"), (7, "silu")])
 @pytest.mark.parametrize("scaling", [None, RopeScaling("linear", 2.5), RopeScaling("llama3", 4.0, 2.0, 5.0, 512)])
-def test_every_option_survives_the_round_trip(family, window, scaling, tmp_path):
-    has = families.FAMILIES[family]
-    config = dataclasses.replace(
+def test_every_option_survives_the_round_trip(family, window, activation, scaling, tmp_path):
+    config = with_layers(
         DECODER,
+        dataclasses.replace(plain_layer(family), rope_scaling=scaling, rope_theta=1e6, activation=activation),
         family=family,
-        qkv_bias=has.qkv_bias,
-        qk_norm=has.qk_norm,
-        rope_scaling=scaling,
-        rope_theta=1e6,
         norm_eps=3e-6,
         tie_embeddings=True,
         init_std=0.01,
-        sliding_window=window if has.sliding_window else None,
     )
+    if families.FAMILIES[family].sliding_window:
+        config = with_layers(config, dataclasses.replace(config.pattern[0], window=window))
     assert families.read_config(export(tmp_path, config)) == config
+
+
+LOCAL, FULL = "sliding_attention", "full_attention"
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    ("kinds", "period", "first"),
+    [
+        ([LOCAL, FULL] * 2, 2, 0),
+        ([FULL, LOCAL] * 2, 2, 1),
+        ([LOCAL] * 3 + [FULL], 4, 0),
+        ([LOCAL, LOCAL, FULL] * 2, 3, 0),
+        ([FULL, FULL, FULL, LOCAL, LOCAL], 5, 3),
+        ([LOCAL] * 4, 1, 0),
+        ([FULL] * 4, 1, 0),
+    ],
+)
+def test_layers_of_two_kinds(name, kinds, period, first, tmp_path):
+    """The shortest pattern is found, and transformers reads the same layers from what is written back."""
+    folder = changed(
+        tmp_path, name, layer_types=kinds, num_hidden_layers=len(kinds), sliding_window=6, use_sliding_window=True
+    )
+    config, original = families.read_config(folder), AutoConfig.from_pretrained(folder)
+    assert [spec.window for spec in config.layers] == [6 if kind == LOCAL else None for kind in kinds]
+    assert {dataclasses.replace(spec, window=None) for spec in config.pattern} == {plain_layer(name)}
+    assert len(config.pattern) == period
+    written = export(tmp_path / "written", config)
+    assert families.read_config(written) == config
+    read = AutoConfig.from_pretrained(written)
+    assert read.layer_types == original.layer_types == kinds
+    assert read.sliding_window == (6 if LOCAL in kinds else None)
+    assert read.max_window_layers == first, "what readers without layer_types go by"
+
+
+def plain_layer(family):
+    has = families.FAMILIES[family]
+    return LayerSpec(qkv_bias=has.qkv_bias, qk_norm=has.qk_norm)
+
+
+@pytest.mark.parametrize(
+    ("family", "specs", "names"),
+    [
+        ("llama", [LayerSpec(window=3)], "layer 0 has window=3"),
+        ("llama", [LayerSpec(qkv_bias=True)], "layer 0 has qkv_bias=True"),
+        ("llama", [LayerSpec(scale=0.5)], r"layer 0 has scale=0\.5"),
+        ("llama", [LayerSpec(), LayerSpec(rope_theta=7.0)], r"layer 1 has rope_theta=7\.0"),
+        ("llama", [LayerSpec(), LayerSpec(activation="gelu_tanh")], "layer 1 has activation='gelu_tanh'"),
+        ("mistral", [LayerSpec(window=3), LayerSpec()], "layer 1 has window=None"),
+        ("qwen2", [LayerSpec(qkv_bias=True, soft_cap=50.0)], r"layer 0 has soft_cap=50\.0"),
+        ("qwen2", [LayerSpec(qkv_bias=True, window=n) for n in (3, 4)], "layer 1 has window=4"),
+        ("qwen3", [LayerSpec()], "layer 0 has qk_norm=False"),
+    ],
+)
+def test_what_config_json_cannot_say_is_not_exported(family, specs, names, tmp_path):
+    config = with_layers(DECODER, *specs, family=family)
+    with pytest.raises(UserError, match=rf"config\.json: {names}, which a {family} model's config\.json cannot say"):
+        export(tmp_path, config)
+    assert not (tmp_path / "config.json").exists()
 
 
 def test_config_of_older_transformers(tmp_path):
@@ -110,30 +166,32 @@ def test_config_of_older_transformers(tmp_path):
     raw |= {"rope_theta": 1234.0, "rope_scaling": None, "torch_dtype": "float16", "transformers_version": "4.31.0"}
     (tmp_path / "config.json").write_text(json.dumps(raw))
     config = families.read_config(tmp_path)
-    assert (config.rope_theta, config.head_dim, config.num_kv_heads) == (1234.0, 8, 4)
+    assert (config.pattern[0].rope_theta, config.head_dim, config.num_kv_heads) == (1234.0, 8, 4)
 
 
 @pytest.mark.parametrize("key", ["type", "rope_type"])
 def test_scaling_of_older_transformers(key, tmp_path):
     folder = changed(tmp_path, "tied", rope_parameters=None, rope_theta=77.0, rope_scaling={key: "linear", "factor": 2})
-    config = families.read_config(folder)
-    assert (config.rope_theta, config.rope_scaling) == (77.0, RopeScaling("linear", 2.0))
+    layer = LayerSpec(rope_theta=77.0, rope_scaling=RopeScaling("linear", 2.0))
+    assert families.read_config(folder).pattern == (layer,)
 
 
 @pytest.mark.parametrize(
-    ("changes", "window"),
+    ("changes", "windows"),
     [
-        ({"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 0}, 6),
-        ({"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}, None),  # from layer 2 on: nowhere
-        ({"use_sliding_window": False, "sliding_window": 6, "max_window_layers": 0}, None),
+        ({"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 0}, [6]),
+        ({"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}, [None, 6]),
+        ({"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}, [None]),  # from layer 2 on: nowhere
+        ({"use_sliding_window": False, "sliding_window": 6, "max_window_layers": 0}, [None]),
     ],
 )
-def test_windows_of_qwen(changes, window, tmp_path):
-    assert families.read_config(changed(tmp_path, "qwen3", layer_types=None, **changes)).sliding_window == window
+def test_windows_of_qwen(changes, windows, tmp_path):
+    config = families.read_config(changed(tmp_path, "qwen3", layer_types=None, **changes))
+    assert [spec.window for spec in config.pattern] == windows
 
 
 def test_mistral_without_a_window(tmp_path):
-    assert families.read_config(changed(tmp_path, "mistral", sliding_window=None)).sliding_window is None
+    assert families.read_config(changed(tmp_path, "mistral", sliding_window=None)).pattern == (LayerSpec(),)
 
 
 def test_missing_config(tmp_path):
@@ -167,9 +225,7 @@ def rope(kind, **more):
         ("tied", {"mlp_bias": True}, "mlp_bias=True is"),
         ("tied", {"hidden_act": "gelu"}, "hidden_act='gelu' is"),
         ("tied", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config is"),
-        ("qwen2", {"layer_types": ["full_attention", "sliding_attention"], "use_sliding_window": True},
-         "layer_types full_attention, sliding_attention are"),
-        ("qwen3", {"layer_types": None, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+        ("mistral", {"layer_types": ["full_attention", "sliding_attention"]},
          "layer_types full_attention, sliding_attention are"),
         ("qwen3", {"layer_types": ["linear_attention", "full_attention"]},
          "layer_types full_attention, linear_attention are"),
@@ -197,6 +253,11 @@ def test_unsupported_option(tmp_path, name, changes, names):
 def test_impossible_values(tmp_path, changes, names):
     with pytest.raises(UserError, match=rf"config\.json: .*{names}"):
         families.read_config(changed(tmp_path, "tied", **changes))
+
+
+def test_sliding_layers_without_a_window(tmp_path):
+    with pytest.raises(UserError, match=r"layer_types has sliding_attention, but .* is not set"):
+        families.read_config(changed(tmp_path, "qwen2", layer_types=[FULL, LOCAL], use_sliding_window=True))
 
 
 def test_window_that_sees_nothing(tmp_path):

@@ -10,14 +10,15 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from mpo_jax.models import flops, forward
-from mpo_jax.models.decoder import DecoderConfig
 from mpo_jax.models.flops import Rows
 from mpo_jax.models.forward import Model
 from mpo_jax.models.hf import weights
-from mpo_jax.tools.plan.programs import device_bytes, shaped
+from mpo_jax.models.spec import DecoderConfig, LayerSpec
+from mpo_jax.stages.shapes import shaped
+from mpo_jax.tools.plan.measure import device_bytes
 from mpo_jax.tools.plan.sizes import LLAMA_2_7B
 from mpo_jax.types import PromptBatch
-from tests.models.tiny import DECODER, mesh_of
+from tests.models.tiny import DECODER, mesh_of, with_layers
 
 
 def test_the_matrices_of_llama_2_7b():
@@ -93,6 +94,19 @@ def test_what_sampling_reads_by_hand():
     assert work.decode_reads == 2 * (2 * matrices + 2 * 2 * (4 + 5))
     drawn = flops.necessary(sizes, np.asarray([3, 1]), np.asarray([[2], [0]]), "value")
     assert work.flops == drawn + 2 * 4 * 5 * 4
+
+
+def test_a_window_hides_keys_in_its_own_layers_alone():
+    """Prompt of 4, response of 3, in two layers that see all and two that see 3 tokens."""
+    plain = dataclasses.replace(DECODER, num_layers=4)
+    mixed = with_layers(plain, LayerSpec(window=3), LayerSpec())
+    prompt, response = np.asarray([4]), np.asarray([[3]])
+    hidden = 2 * (sum(range(1, 8)) - (1 + 2 + 3 * 5))
+    fewer = flops.necessary(plain, prompt, response, "lm") - flops.necessary(mixed, prompt, response, "lm")
+    assert fewer == 4 * DECODER.num_heads * DECODER.head_dim * hidden
+    reads = [flops.sampling(sizes, prompt, response, 2).decode_reads for sizes in (plain, mixed)]
+    # two tokens are read, of which the cache holds 5 and 6
+    assert reads[0] - reads[1] == 2 * 2 * DECODER.num_kv_heads * DECODER.head_dim * 2 * (2 + 3)
 
 
 SMOLLM2 = DecoderConfig(

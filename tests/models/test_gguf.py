@@ -18,14 +18,14 @@ from safetensors.numpy import load_file
 
 from mpo_jax.errors import UserError
 from mpo_jax.models import loading
-from mpo_jax.models.decoder import DecoderConfig, RopeScaling
 from mpo_jax.models.gguf import weights as gguf_weights
 from mpo_jax.models.gguf.file import GgufFile
 from mpo_jax.models.gguf.tokenizer import read_tokenizer
 from mpo_jax.models.hf import families, weights
+from mpo_jax.models.spec import DecoderConfig, LayerSpec, RopeScaling
 from mpo_jax.types import Tokens
 from tests.gguf_files import write_gguf
-from tests.models.tiny import RECORDED, answers, load_folder, mesh_of, recorded_tokens
+from tests.models.tiny import RECORDED, answers, load_folder, mesh_of, recorded_tokens, with_layers
 
 Kind = gguf.GGMLQuantizationType
 ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2, "qwen3": gguf.MODEL_ARCH.QWEN3}
@@ -41,7 +41,7 @@ def mesh():
 def config_of(name: str) -> DecoderConfig:
     """The recorded sizes; GGUF holds no drawing scale, and Llama 3's scaling only with the constants of Llama 3.1."""
     config = dataclasses.replace(families.read_config(RECORDED / name), init_std=0.02)
-    return config if name != "llama3" else dataclasses.replace(config, rope_scaling=LLAMA31, rope_theta=500000.0)
+    return config if name != "llama3" else with_layers(config, LayerSpec(rope_scaling=LLAMA31, rope_theta=500000.0))
 
 
 def metadata_of(config: DecoderConfig) -> dict:
@@ -55,12 +55,13 @@ def metadata_of(config: DecoderConfig) -> dict:
         "attention.key_length": config.head_dim,
         "attention.value_length": config.head_dim,
         "attention.layer_norm_rms_epsilon": config.norm_eps,
-        "rope.freq_base": config.rope_theta,
+        "rope.freq_base": config.pattern[0].rope_theta,
     }
     if config.family == "llama":
         values |= {"vocab_size": config.vocab_size, "rope.dimension_count": config.head_dim}
-    if config.rope_scaling and config.rope_scaling.kind == "linear":
-        values |= {"rope.scaling.type": "linear", "rope.scaling.factor": config.rope_scaling.factor}
+    scaling = config.pattern[0].rope_scaling
+    if scaling and scaling.kind == "linear":
+        values |= {"rope.scaling.type": "linear", "rope.scaling.factor": scaling.factor}
     tokens = [f"t{i}" for i in range(config.vocab_size)]
     return {
         "general.architecture": config.family,
@@ -80,7 +81,7 @@ def rope_divisors(config: DecoderConfig, old_length: float = 8192.0) -> np.ndarr
     """As the converter computes them, one frequency at a time."""
     divisors = []
     for i in range(0, config.head_dim, 2):
-        wavelength = 2 * np.pi * config.rope_theta ** (i / config.head_dim)
+        wavelength = 2 * np.pi * config.pattern[0].rope_theta ** (i / config.head_dim)
         smooth = (old_length / wavelength - 1.0) / (4.0 - 1.0)
         if wavelength < old_length / 4.0:
             divisors.append(1.0)
@@ -103,7 +104,8 @@ def tensors_of(name: str, config: DecoderConfig) -> dict[str, np.ndarray]:
                 tensor = permuted(tensor, config.num_kv_heads)
             found = names.get_name(hf_name, try_suffixes=(".weight", ".bias"))
             tensors[found or {"score.weight": "cls.output.weight"}[hf_name]] = tensor
-    if config.rope_scaling and config.rope_scaling.kind == "llama3":
+    scaling = config.pattern[0].rope_scaling
+    if scaling and scaling.kind == "llama3":
         tensors["rope_freqs.weight"] = rope_divisors(config)
     return tensors
 
@@ -317,7 +319,8 @@ def test_real_file(smollm2, mesh):
     """The most likely next word of a well-known sentence: every part must be right for that."""
     tokenizer = read_tokenizer(smollm2)
     config, params = load(smollm2, mesh)
-    assert (config.num_layers, config.num_heads, config.num_kv_heads, config.rope_theta) == (30, 9, 3, 100000.0)
+    assert (config.num_layers, config.num_heads, config.num_kv_heads) == (30, 9, 3)
+    assert config.pattern == (LayerSpec(rope_theta=100000.0),)
     ids = jnp.asarray([tokenizer("The capital of France is").input_ids])
     ones = jnp.ones_like(ids)
     tokens = Tokens(ids=ids, position=jnp.arange(ids.shape[1])[None], segment=ones, branch=0 * ones, loss_mask=ones > 0)

@@ -371,7 +371,7 @@ def test_exported_folder_gives_the_same_answers_in_transformers(name, shard_byte
     auto = transformers.AutoModelForSequenceClassification if head == "value" else transformers.AutoModelForCausalLM
     theirs, report = auto.from_pretrained(tmp_path, dtype=torch.float64, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
-    positions = "far_position_ids" if config.rope_scaling else "position_ids"
+    positions = "far_position_ids" if config.pattern[0].rope_scaling else "position_ids"
     inputs = {key: torch.from_numpy(recorded()[key]) for key in ("input_ids", "attention_mask")}
     inputs["position_ids"] = torch.from_numpy(recorded()[positions])
     real = recorded()["attention_mask"] > 0

@@ -1,5 +1,6 @@
 """Tiny models and batches for the tests of the model and of generation, drawn here or recorded from transformers."""
 
+import dataclasses
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,11 @@ from safetensors.numpy import load_file
 
 from mpo_jax.config.schema import MeshConfig
 from mpo_jax.models import forward
-from mpo_jax.models.decoder import DecoderConfig
 from mpo_jax.models.forward import Model
 from mpo_jax.models.hf import families, weights
+from mpo_jax.models.spec import DecoderConfig, LayerSpec
 from mpo_jax.runtime.sharding import make_mesh
-from mpo_jax.types import Head, Params, PromptBatch, Tokens
+from mpo_jax.types import Head, PromptBatch, Tokens, Tree
 
 RECORDED = Path(__file__).resolve().parents[1] / "fixtures" / "models"
 """Folders that tests/fixtures/make_model_fixtures.py made, each named as in it."""
@@ -38,7 +39,12 @@ FAST: dict[str, Any] = {"xla_backend_optimization_level": 0}
 """Compiler options that halve the time to compile; how a program is divided over devices is settled before."""
 
 
-def random_params(config: DecoderConfig, seed: int = 0, *, head: Head = "lm") -> Params:
+def with_layers(config: DecoderConfig, *specs: LayerSpec, **sizes: Any) -> DecoderConfig:
+    """The same sizes, or others where given, with layers of this pattern."""
+    return dataclasses.replace(config, pattern=specs, **sizes)
+
+
+def random_params(config: DecoderConfig, seed: int = 0, *, head: Head = "lm") -> Tree:
     """Parameters far from their initial values: no norm scale is one, no score is zero."""
     rng = np.random.default_rng(seed)
 
@@ -87,16 +93,17 @@ def recorded() -> dict[str, np.ndarray]:
 def recorded_tokens(config: DecoderConfig) -> Tokens:
     """The recorded inputs, with positions far apart where the frequencies are stretched."""
     segment = jnp.asarray(recorded()["attention_mask"], jnp.int32)
+    positions = "far_position_ids" if config.pattern[0].rope_scaling else "position_ids"
     return Tokens(
         ids=jnp.asarray(recorded()["input_ids"], jnp.int32),
-        position=jnp.asarray(recorded()["far_position_ids" if config.rope_scaling else "position_ids"], jnp.int32),
+        position=jnp.asarray(recorded()[positions], jnp.int32),
         segment=segment,
         branch=jnp.zeros_like(segment),
         loss_mask=segment > 0,
     )
 
 
-def load_folder(folder: Path, mesh=None, *, dtype="float32", head: Head | None = None) -> tuple[DecoderConfig, Params]:
+def load_folder(folder: Path, mesh=None, *, dtype="float32", head: Head | None = None) -> tuple[DecoderConfig, Tree]:
     """Sizes and parameters; the head is the weights' own, unless `head` says otherwise."""
     config, tensors = families.read_config(folder), weights.SafetensorsFolder(folder)
     if head is None:
@@ -104,7 +111,7 @@ def load_folder(folder: Path, mesh=None, *, dtype="float32", head: Head | None =
     return config, weights.load_params(tensors, config, mesh or mesh_of(1, 1, 1), head=head, dtype=dtype)
 
 
-def answers(config: DecoderConfig, params: Params, tokens: Tokens) -> np.ndarray:
+def answers(config: DecoderConfig, params: Tree, tokens: Tokens) -> np.ndarray:
     """Logits, or values; compiled, as the stages run it."""
     function = forward.scores if "score" in params else forward.logits
     return np.asarray(jax.jit(function, static_argnums=0)(Model(config), params, tokens))

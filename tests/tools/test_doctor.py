@@ -138,7 +138,7 @@ def test_clocks():
 
 def test_a_slow_device_and_a_wrong_one(monkeypatch):
     assert doctor.matmul().verdict == "ok"
-    monkeypatch.setattr(doctor, "TYPICAL_RATE", {jax.local_devices()[0].device_kind: 10**6})
+    monkeypatch.setattr(doctor.targets, "similar_kind", lambda name: SimpleNamespace(bf16_tflops=1e6))
     assert doctor.matmul().verdict == "warn"
     real = jax.jit
     monkeypatch.setattr(doctor.jax, "jit", lambda f, **options: real(lambda *x: f(*x) + 1, **options))

@@ -9,8 +9,8 @@ import optax
 import pytest
 
 from mpo_jax.config.schema import MeshConfig, OptimConfig
-from mpo_jax.models.decoder import DecoderConfig
 from mpo_jax.models.forward import init_params, param_shardings, with_score_head
+from mpo_jax.models.spec import DecoderConfig
 from mpo_jax.runtime.sharding import make_mesh
 from mpo_jax.training.optimizer import (
     decay_mask,

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from mpo_jax.errors import UserError
-from mpo_jax.models.decoder import DecoderConfig, RopeScaling, rope_frequencies
+from mpo_jax.models.decoder import rope_frequencies
 from mpo_jax.models.gguf.file import GgufFile, open_gguf
 from mpo_jax.models.hf.families import FAMILIES, check_sizes
 from mpo_jax.models.hf.weights import TABLE
+from mpo_jax.models.spec import DecoderConfig, LayerSpec, RopeScaling
 
 LAYER = re.compile(r"blk\.(\d+)\.")
 NAMES = {entry.gguf: entry.name for entry in TABLE}
@@ -42,6 +43,12 @@ def read_config(path: Path) -> DecoderConfig:
 
     heads, hidden = number("attention.head_count"), number("embedding_length")
     head_dim = number("attention.key_length", hidden // max(heads, 1))
+    layer = LayerSpec(
+        # the shortest decimals that mean the stored float32, as they stand in config.json
+        rope_theta=float(str(np.float32(number("rope.freq_base", 10000.0)))),
+        qkv_bias=FAMILIES[family].qkv_bias,
+        qk_norm=FAMILIES[family].qk_norm,
+    )
     config = DecoderConfig(
         vocab_size=number("vocab_size", len(file.get("tokenizer.ggml.tokens", []))),
         hidden_size=hidden,
@@ -51,13 +58,10 @@ def read_config(path: Path) -> DecoderConfig:
         num_kv_heads=number("attention.head_count_kv", heads),
         head_dim=head_dim,
         max_positions=number("context_length"),
-        # the shortest decimals that mean the stored float32, as they stand in config.json
-        rope_theta=float(str(np.float32(number("rope.freq_base", 10000.0)))),
         norm_eps=float(str(np.float32(number("attention.layer_norm_rms_epsilon")))),
         tie_embeddings="output.weight" not in file.tensors,
         family=family,
-        qkv_bias=FAMILIES[family].qkv_bias,
-        qk_norm=FAMILIES[family].qk_norm,
+        pattern=(layer,),
     )
     check_sizes(config, path)
     layers = {int(match[1]) for match in map(LAYER.match, file.tensors) if match}
@@ -68,7 +72,7 @@ def read_config(path: Path) -> DecoderConfig:
         )
     if (turned := number("rope.dimension_count", head_dim)) != head_dim:
         raise UserError(f"{path}: {family}.rope.dimension_count={turned} of {head_dim} is not supported")
-    return replace(config, rope_scaling=_rope_scaling(file, config))
+    return replace(config, pattern=(replace(layer, rope_scaling=_rope_scaling(file, config)),))
 
 
 def _rope_scaling(file: GgufFile, config: DecoderConfig) -> RopeScaling | None:
@@ -81,9 +85,10 @@ def _rope_scaling(file: GgufFile, config: DecoderConfig) -> RopeScaling | None:
         return None
     divisors = file.read(ROPE_FACTORS)
     scaling = RopeScaling("llama3", float(divisors.max()))
-    scaled = replace(config, rope_scaling=scaling)
-    if divisors.shape != (config.head_dim // 2,) or not np.allclose(
-        rope_frequencies(config) / divisors, rope_frequencies(scaled), rtol=1e-4
+    layer, head_dim = config.pattern[0], config.head_dim
+    scaled = rope_frequencies(replace(layer, rope_scaling=scaling), head_dim)
+    if divisors.shape != (head_dim // 2,) or not np.allclose(
+        rope_frequencies(layer, head_dim) / divisors, scaled, rtol=1e-4
     ):
         raise UserError(f"{file.path}: tensor {ROPE_FACTORS} is not the scaling of Llama 3.1 or later: not supported")
     return scaling

@@ -1,7 +1,7 @@
 """Which Hugging Face architectures are understood, and their config.json to our sizes and back."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,27 +9,36 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from mpo_jax.errors import UserError
-from mpo_jax.models.decoder import DecoderConfig, RopeScaling
+from mpo_jax.models.spec import Activation, DecoderConfig, LayerSpec, RopeScaling, shortest_pattern
 from mpo_jax.types import Head
 
 
 @dataclass(frozen=True)
 class Family:
-    """One model_type: transformers' configuration class, the prefix of its model classes' names, what it always has."""
+    """One model_type: transformers' configuration class, the prefix of its model classes' names, what it always has.
+
+    Attributes:
+      sliding_window: config.json can say that tokens see a window.
+      layer_types: and which layers have it.
+    """
 
     config: Any
     prefix: str
     qkv_bias: bool = False
     qk_norm: bool = False
     sliding_window: bool = False
+    layer_types: bool = False
 
 
 FAMILIES = {
     "llama": Family(LlamaConfig, "Llama"),
     "mistral": Family(MistralConfig, "Mistral", sliding_window=True),
-    "qwen2": Family(Qwen2Config, "Qwen2", qkv_bias=True, sliding_window=True),
-    "qwen3": Family(Qwen3Config, "Qwen3", qk_norm=True, sliding_window=True),
+    "qwen2": Family(Qwen2Config, "Qwen2", qkv_bias=True, sliding_window=True, layer_types=True),
+    "qwen3": Family(Qwen3Config, "Qwen3", qk_norm=True, sliding_window=True, layer_types=True),
 }
+
+ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+"""config.json's hidden_act, and our name of it."""
 
 
 def read_config(folder: str | Path) -> DecoderConfig:
@@ -67,10 +76,12 @@ def check_sizes(config: DecoderConfig, path: Path) -> DecoderConfig:
     """
     names = (
         "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
-        "max_positions", "rope_theta", "sliding_window",
+        "max_positions",
     )  # fmt: skip
-    for name in names:
-        size = getattr(config, name)
+    sizes = [(name, getattr(config, name)) for name in names]
+    for spec in config.pattern:
+        sizes += [("rope_theta", spec.rope_theta), ("sliding_window", spec.window)]
+    for name, size in sizes:
         if size is not None and not size > 0:
             raise UserError(f"{path}: {name}={size} must be positive")
     if config.num_heads % config.num_kv_heads:
@@ -88,7 +99,7 @@ def read_head(folder: Path) -> Head:
 
 def _to_ours(config: Any, family: Family, path: Path) -> DecoderConfig:
     refused = {
-        "hidden_act": config.hidden_act != "silu",
+        "hidden_act": config.hidden_act not in ACTIVATIONS,
         "attention_bias": bool(getattr(config, "attention_bias", False)),
         "mlp_bias": bool(getattr(config, "mlp_bias", False)),
     }
@@ -98,6 +109,14 @@ def _to_ours(config: Any, family: Family, path: Path) -> DecoderConfig:
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(f"{path}: quantization_config is not supported: take the model's unquantised weights")
     rope: dict[str, Any] = dict(config.rope_parameters or {})
+    layer = LayerSpec(
+        rope_theta=float(rope.get("rope_theta", 10000.0)),
+        rope_scaling=_rope_scaling(rope, path),
+        qkv_bias=family.qkv_bias,
+        qk_norm=family.qk_norm,
+        activation=ACTIVATIONS[config.hidden_act],
+    )
+    windows = _windows(config, family, path) if family.sliding_window else [None]
     return DecoderConfig(
         vocab_size=int(config.vocab_size),
         hidden_size=int(config.hidden_size),
@@ -107,15 +126,11 @@ def _to_ours(config: Any, family: Family, path: Path) -> DecoderConfig:
         num_kv_heads=int(config.num_key_value_heads or config.num_attention_heads),
         head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads),
         max_positions=int(config.max_position_embeddings),
-        rope_theta=float(rope.get("rope_theta", 10000.0)),
         norm_eps=float(config.rms_norm_eps),
         tie_embeddings=bool(config.tie_word_embeddings),
         init_std=float(config.initializer_range),
         family=config.model_type,
-        qkv_bias=family.qkv_bias,
-        qk_norm=family.qk_norm,
-        rope_scaling=_rope_scaling(rope, path),
-        sliding_window=_sliding_window(config, path) if family.sliding_window else None,
+        pattern=shortest_pattern([replace(layer, window=window) for window in windows]),
     )
 
 
@@ -138,16 +153,21 @@ def _rope_scaling(rope: dict[str, Any], path: Path) -> RopeScaling | None:
     raise UserError(f"{path}: rope_type={kind!r} is not supported; supported: default, linear, llama3")
 
 
-def _sliding_window(config: Any, path: Path) -> int | None:
-    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
-    if kinds == {"full_attention"}:
-        return None
-    if kinds != {"sliding_attention"}:
+def _windows(config: Any, family: Family, path: Path) -> list[int | None]:
+    """The window of every layer; of one layer where all are alike."""
+    window = None if config.sliding_window is None else int(config.sliding_window)
+    kinds = getattr(config, "layer_types", None)
+    if not kinds:
+        return [window]
+    known = {"full_attention": None, "sliding_attention": window}
+    if not set(kinds) <= known.keys() or (len(set(kinds)) > 1 and not family.layer_types):
+        wanted = "each can be full_attention or sliding_attention" if family.layer_types else "all must be alike"
+        raise UserError(f"{path}: layer_types {', '.join(sorted(set(kinds)))} are not supported: {wanted}")
+    if "sliding_attention" in kinds and window is None:
         raise UserError(
-            f"{path}: layer_types {', '.join(sorted(kinds))} are not supported: all layers must be full_attention, or "
-            "all sliding_attention"
+            f"{path}: layer_types has sliding_attention, but sliding_window or use_sliding_window is not set"
         )
-    return None if config.sliding_window is None else int(config.sliding_window)
+    return [known[kind] for kind in kinds]
 
 
 def save_config(
@@ -163,10 +183,13 @@ def save_config(
     """Writes the config.json of an exported model: a causal language model, or a classifier with one label.
 
     transformers finds the token that a classifier reads in a padded batch by `pad_id`.
+
+    Raises:
+      UserError: if a config.json of this family cannot describe the model.
     """
-    family = FAMILIES[config.family]
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
-    if (scaling := config.rope_scaling) is not None:
+    family, layer = FAMILIES[config.family], config.pattern[0]
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": layer.rope_theta}
+    if (scaling := layer.rope_scaling) is not None:
         rope |= {"rope_type": scaling.kind, "factor": scaling.factor}
         if scaling.kind == "llama3":
             rope |= {
@@ -174,11 +197,6 @@ def save_config(
                 "high_freq_factor": scaling.high,
                 "original_max_position_embeddings": scaling.original_positions,
             }
-    window: dict[str, Any] = {}
-    if family.sliding_window:
-        window["sliding_window"] = config.sliding_window
-    if family.sliding_window and family.prefix != "Mistral":
-        window |= {"use_sliding_window": config.sliding_window is not None, "max_window_layers": 0}
     described = family.config(
         architectures=[family.prefix + ("ForSequenceClassification" if head == "value" else "ForCausalLM")],
         vocab_size=config.vocab_size,
@@ -196,10 +214,43 @@ def save_config(
         eos_token_id=eos_id,
         bos_token_id=bos_id,
         pad_token_id=pad_id,
-        **window,
+        hidden_act={ours: theirs for theirs, ours in ACTIVATIONS.items()}[layer.activation],
+        **_window_keys(config, family),
     )
+    path = folder / "config.json"
+    _check_described(config, _to_ours(described, family, path), path)
     if head == "value":
         described.num_labels = 1
     described.dtype = dtype
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(described.to_json_string(use_diff=False), encoding="utf-8")
+    path.write_text(described.to_json_string(use_diff=False), encoding="utf-8")
+
+
+def _window_keys(config: DecoderConfig, family: Family) -> dict[str, Any]:
+    """What config.json says of windows."""
+    if not family.sliding_window:
+        return {}
+    windows = [spec.window for spec in config.layers]
+    window = next((window for window in windows if window is not None), None)
+    if not family.layer_types:
+        return {"sliding_window": window}
+    kinds = ["full_attention" if window is None else "sliding_attention" for window in windows]
+    # older readers know no layer_types: they give the window to the layers from max_window_layers on
+    first = kinds.index("sliding_attention") if window is not None else 0
+    return {
+        "sliding_window": window,
+        "use_sliding_window": window is not None,
+        "max_window_layers": first,
+        "layer_types": kinds,
+    }
+
+
+def _check_described(config: DecoderConfig, described: DecoderConfig, path: Path) -> None:
+    """Raises UserError where what config.json says is another model; names what it cannot say."""
+    for i, (ours, theirs) in enumerate(zip(config.layers, described.layers, strict=True)):
+        for field in fields(ours):
+            if (value := getattr(ours, field.name)) != getattr(theirs, field.name):
+                raise UserError(
+                    f"{path}: layer {i} has {field.name}={value!r}, which a {config.family} model's config.json cannot "
+                    "say: export it as a family that has it"
+                )

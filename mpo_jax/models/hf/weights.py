@@ -19,7 +19,8 @@ from safetensors.numpy import save_file
 
 from mpo_jax.errors import UserError
 from mpo_jax.models import forward
-from mpo_jax.models.decoder import FLOAT32, DecoderConfig
+from mpo_jax.models.decoder import FLOAT32
+from mpo_jax.models.spec import DecoderConfig
 from mpo_jax.types import Head, Tree
 
 SHARD_BYTES = 2 * 2**30

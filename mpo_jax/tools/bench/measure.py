@@ -5,20 +5,24 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
+from mpo_jax.runtime.timing import seconds, time_matmul
 from mpo_jax.tools.bench.workloads import Workload
-from mpo_jax.tools.plan.targets import Kind, known
+from mpo_jax.tools.plan.targets import device_kind
 
 DEFINITIONS = (
     "tokens/s: real tokens, no padding. FLOPs: necessary ones, a multiply-add as two: matrices over real tokens, "
     "scores of visible keys, logits at response tokens, backward twice forward, nothing recomputed. of matmul: their "
     "rate over that of one large matrix product here. MFU: over the vendor's peak in bfloat16, known devices only."
 )
+
+
+CPU_SIZE = 2048
+"""Of the matrix product on a CPU: large enough for all of its cores."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,27 +93,13 @@ class Measured:
 def device(dtype: str, num_devices: int) -> Device:
     """Measures the matrix rate of this machine's first device."""
     first = jax.devices()[0]
-    kind = _known(first.device_kind)
+    kind = device_kind(first.device_kind)
     return Device(
         first.device_kind,
-        matmul_rate(dtype) * (num_devices if first.platform != "cpu" else 1),
+        time_matmul(dtype, cpu_size=CPU_SIZE).rate * (num_devices if first.platform != "cpu" else 1),
         kind and num_devices * kind.bf16_tflops * 1e12,
         kind and num_devices * kind.hbm_gbs * 1e9,
     )
-
-
-def _known(name: str) -> Kind | None:
-    kinds, _ = known()
-    return next((kind for kind in kinds.values() if kind.name == name), None)
-
-
-def matmul_rate(dtype: str, repeats: int = 8) -> float:
-    """FLOP/s of the best of some square products, sizes at which every device is busy."""
-    size = 2048 if jax.default_backend() == "cpu" else 8192
-    x = jnp.full((size, size), 1 / size, dtype)
-    product = jax.jit(lambda x: x @ x)
-    jax.block_until_ready(product(x))
-    return 2 * size**3 / min(_seconds(lambda: product(x)) for _ in range(repeats))
 
 
 def measure(workload: Workload, *, profile: str | None = None) -> Measured:
@@ -123,15 +113,15 @@ def measure(workload: Workload, *, profile: str | None = None) -> Measured:
         with jax.profiler.trace(profile):
             jax.block_until_ready(workload.run(0))
         workload.parts.clear()
-    seconds = [_seconds(lambda k=k: workload.run(k)) for k in range(workload.steps)]
+    taken = [seconds(lambda k=k: workload.run(k)) for k in range(workload.steps)]
     return Measured(
         workload.name,
-        seconds,
+        taken,
         sum(workload.tokens),
         sum(workload.padded),
         sum(workload.flops),
         sum(workload.bytes_read),
-        max(first - sum(seconds), 0.0),
+        max(first - sum(taken), 0.0),
         peak_bytes(),
         {name: _mean(values) for name, values in workload.parts.items()},
     )
@@ -144,12 +134,6 @@ def peak_bytes() -> int | None:
         # kilobytes, but bytes on macOS
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return (first.memory_stats() or {}).get("peak_bytes_in_use")
-
-
-def _seconds(call: Callable[[], Any]) -> float:
-    begin = time.perf_counter()
-    jax.block_until_ready(call())
-    return time.perf_counter() - begin
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -19,7 +19,6 @@ from mpo_jax.data.text import TextCodec
 from mpo_jax.data.tokens import Example, tokenize
 from mpo_jax.errors import UserError
 from mpo_jax.models import flops, loading
-from mpo_jax.models.decoder import DecoderConfig
 from mpo_jax.models.forward import Model
 from mpo_jax.models.generate import Sampling, make_generate
 from mpo_jax.pipeline.stages import STAGES, stage_settings, stage_shapes
@@ -274,9 +273,8 @@ class Bench:
         options, path = loading.Options.of(self.config.model), self.config.model.path
         if path is not None:
             return options.model(loading.open_model(path).decoder, self.mesh)
-        sizes = self.config.model.architecture.model_dump()
         vocab = self.vocab_size if self.rows else len(self._codec.tokenizer)
-        return options.model(DecoderConfig(vocab_size=vocab, **sizes), self.mesh)
+        return options.model(loading.of_architecture(self.config.model.architecture, vocab), self.mesh)
 
     def _params(self) -> Params:
         """float32 master parameters on the mesh."""

@@ -2,13 +2,40 @@
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mpo_jax.evaluation.verdicts import OUTCOMES, Kappa, Outcome, Tally, by_category, fleiss_kappa, plurality
-from mpo_jax.tools.human.importing import Sheet
-from mpo_jax.tools.human.sheets import Choice, Item, Study
+from mpo_jax.runtime.files import write_json, write_lines
+from mpo_jax.tools.human.importing import Sheet, read_sheets
+from mpo_jax.tools.human.sheets import Choice, Item, Study, read_key
+
+RESAMPLES = 2000
+
+
+def import_sheets(files: Sequence[Path], *, key: Path, out: Path | None = None) -> tuple[dict[str, Any], Path]:
+    """The verdict and the agreement of filled sheets, as `result.json`, and a line an item in `votes.jsonl`.
+
+    Args:
+      out: the folder; None: the key's.
+
+    Returns:
+      The result and its folder.
+    """
+    study = read_key(key)
+    filled = read_sheets(files, study)
+    result = {"a": study.a, "b": study.b, "study": study.id, **summary(study, filled, resamples=RESAMPLES, seed=0)}
+    result["sheets"] = {sheet.annotator: str(sheet.path) for sheet in filled}
+    folder = key.parent if out is None else out
+    rows = []
+    for item in study.items:
+        votes: dict[str, Outcome] = {sheet.annotator: unblind(item, sheet.choices[item.number]) for sheet in filled}
+        rows.append({**dataclasses.asdict(item), "votes": votes, "outcome": plurality(list(votes.values()))})
+    write_lines(folder / "votes.jsonl", rows)
+    write_json(folder / "result.json", result)
+    return result, folder
 
 
 def unblind(item: Item, choice: Choice) -> Outcome:

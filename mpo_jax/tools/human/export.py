@@ -3,15 +3,37 @@
 import csv
 import io
 import json
+from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from mpo_jax.tools.human.sheets import Study
+from mpo_jax.errors import UserError
+from mpo_jax.runtime.files import write_json, write_text
+from mpo_jax.tools.human.sheets import Study, read_key
 
 COLUMNS = ("study", "item", "prompt", "left", "right", "choice", "annotator")
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 """A cell that begins so is computed by spreadsheets; an apostrophe before it keeps it text."""
+
+
+def write_study(study: Study, folder: Path) -> Path:
+    """Writes `sheets/study.html` and `sheets/study.csv` for people and, outside of `sheets`, `key.json` with the sides.
+
+    Returns:
+      The path of the key.
+
+    Raises:
+      UserError: if another study's key is there: without it, its sheets are worthless.
+    """
+    key = folder / "key.json"
+    if key.exists() and read_key(key) != study:
+        raise UserError(f"{key} is the key of another study: choose another folder with --out DIR, or move it away")
+    write_json(key, study.to_dict())
+    write_text(folder / "sheets" / "study.html", [page(study)])
+    # a byte order mark tells spreadsheets that the file is UTF-8
+    write_text(folder / "sheets" / "study.csv", [table(study)], encoding="utf-8-sig")
+    return key
 
 
 def page(study: Study) -> str:

@@ -92,7 +92,7 @@ def missing(calls: Sequence[Call], cache: Cache) -> list[Call]:
     return list(found.values())
 
 
-def ask(judge: Judge, calls: Sequence[Call], cache: Cache, tell: Callable[[Reply | Failure], None]) -> Outcomes:
+def ask(judge: Judge, calls: Sequence[Call], cache: Cache, progress: Callable[[Reply | Failure], None]) -> Outcomes:
     """What the judge says to every call: from the cache where it is there, where each new answer goes as it comes."""
     failures: dict[str, Failure] = {}
 
@@ -101,7 +101,7 @@ def ask(judge: Judge, calls: Sequence[Call], cache: Cache, tell: Callable[[Reply
             cache.put(call.key, dataclasses.asdict(outcome))
         else:
             failures[call.key] = outcome
-        tell(outcome)
+        progress(outcome)
 
     if wanted := missing(calls, cache):
         judge.ask(wanted, done)

@@ -72,14 +72,16 @@ class LocalJudge:
         if not asked:
             return
         with jax.set_mesh(self.mesh):
-            model, params = loading.load(self.path, self.config, self.mesh, frozen=True)
+            options, limits = loading.Options.of(self.config.model), self.config.text
+            model, params = loading.load(self.path, options, self.mesh, text=limits, frozen=True)
             size = BATCHES * self.config.evaluate.batch_size
             for begin in range(0, len(asked), size):
                 part = asked[begin : begin + size]
                 found, _ = sample_texts(
-                    model, params, self.codec, self.config, self.mesh, [text for _, text in part],
-                    sampling=Sampling(self.config.text.max_response_tokens, greedy=True),
-                    key=stage_key(self.config.seed, "judge"), name=str(self.path),
+                    model, params, self.codec, [text for _, text in part],
+                    sampling=Sampling(limits.max_response_tokens, greedy=True),
+                    key=stage_key(self.config.seed, "judge"), batch_size=self.config.evaluate.batch_size,
+                    mesh=self.mesh, cache=self.config.runtime.token_cache_folder, name=str(self.path),
                 )  # fmt: skip
                 for (call, _), answer in zip(part, found, strict=True):
                     done(call, Reply(answer))
@@ -100,7 +102,7 @@ def reward_totals(
     pairs: Sequence[Pair],
     *,
     render: Renderer,
-    tell: Callable[[int], None],
+    progress: Callable[[int], None],
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """[pairs, 2] a reward model's raw scores of A's and B's responses, and what was cut to fit.
 
@@ -117,13 +119,15 @@ def reward_totals(
     examples, report = tokenize(codec, rows, cache=config.runtime.token_cache_folder)
     count = 0
     with jax.set_mesh(mesh):
-        model, params = loading.load(path, config, mesh, head="value", frozen=True)
+        model, params = loading.load(
+            path, loading.Options.of(config.model), mesh, text=config.text, head="value", frozen=True
+        )
         score = forward.make_score_pairs(model, mesh)
 
         def measure(batch: Any) -> Any:
             nonlocal count
             count += 1
-            tell(count)
+            progress(count)
             return score(params, place_batch(batch, mesh))
 
         buckets = Buckets.of(examples, config.text.length_buckets)

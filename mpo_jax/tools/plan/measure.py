@@ -12,8 +12,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from mpo_jax.config.schema import Config, MeshConfig
 from mpo_jax.errors import UserError
-from mpo_jax.models.decoder import DecoderConfig
 from mpo_jax.models.flops import Work
+from mpo_jax.models.spec import DecoderConfig
 from mpo_jax.pipeline.stages import STAGES, stage_settings, stage_shapes
 from mpo_jax.runtime.sharding import mesh_of
 from mpo_jax.stages.stage import Program

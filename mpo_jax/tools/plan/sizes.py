@@ -10,9 +10,9 @@ from mpo_jax.data.corpus import base_tokenizer
 from mpo_jax.data.text import TextCodec
 from mpo_jax.errors import UserError
 from mpo_jax.models import loading
-from mpo_jax.models.decoder import DecoderConfig, RopeScaling
 from mpo_jax.models.hf import families
 from mpo_jax.models.hf.hub import hub_id
+from mpo_jax.models.spec import DecoderConfig, LayerSpec, RopeScaling
 
 LLAMA_2_7B = DecoderConfig(
     vocab_size=32000,
@@ -28,7 +28,12 @@ LLAMA_2_13B = replace(
     LLAMA_2_7B, hidden_size=5120, intermediate_size=13824, num_layers=40, num_heads=40, num_kv_heads=40
 )
 MISTRAL_7B = replace(
-    LLAMA_2_7B, intermediate_size=14336, num_kv_heads=8, max_positions=32768, family="mistral", sliding_window=4096
+    LLAMA_2_7B,
+    intermediate_size=14336,
+    num_kv_heads=8,
+    max_positions=32768,
+    family="mistral",
+    pattern=(LayerSpec(window=4096),),
 )
 LLAMA_31_8B = replace(
     LLAMA_2_7B,
@@ -36,8 +41,7 @@ LLAMA_31_8B = replace(
     intermediate_size=14336,
     num_kv_heads=8,
     max_positions=131072,
-    rope_theta=500000.0,
-    rope_scaling=RopeScaling(kind="llama3", factor=8.0),
+    pattern=(LayerSpec(rope_theta=500000.0, rope_scaling=RopeScaling(kind="llama3", factor=8.0)),),
 )
 
 KNOWN: dict[str, DecoderConfig] = {

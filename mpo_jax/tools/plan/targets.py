@@ -42,6 +42,11 @@ class Kind(Facts, frozen=True):
     devices_per_host: int = 0
     chip_config: str | None = None
 
+    @property
+    def product(self) -> str:
+        """The device's name without its variant, such as A100 or TPU v5 lite."""
+        return self.name if self.platform == "tpu" else re.split(r"[ -]", self.name)[1]
+
 
 class Utilisation(Facts, frozen=True):
     """Assumed shares of a device's peaks."""
@@ -88,6 +93,20 @@ def known() -> tuple[dict[str, Kind], Utilisation]:
     facts = yaml.safe_load(FILE.read_text(encoding="utf-8"))
     kinds = {name: Kind.model_validate(values) for name, values in facts["kinds"].items()}
     return kinds, Utilisation.model_validate(facts["utilisation"])
+
+
+def device_kind(name: str) -> Kind | None:
+    """The kind of the device that JAX calls by this name; None where it is not known."""
+    kinds, _ = known()
+    return next((kind for kind in kinds.values() if kind.name == name), None)
+
+
+def similar_kind(name: str) -> Kind | None:
+    """A kind of the same product as a device that JAX calls by this name, which may be another variant of it."""
+    kinds, _ = known()
+    # TPU v5 lite before TPU v5
+    by_length = sorted(kinds.values(), key=lambda kind: -len(kind.product))
+    return next((kind for kind in by_length if kind.product in name), None)
 
 
 def parse(name: str, *, cpu_devices: int) -> Target:

@@ -98,11 +98,11 @@ def category_tables(by_seed: BySeed, *, resamples: int) -> list[PaperTable]:
     return [one for one in tables if one.rows]
 
 
-def largest(rows: Rows, count: int = SHOWN) -> Rows:
-    """The rows of the largest categories, and all that are of no category or the paper's own."""
+def largest(rows: Rows) -> Rows:
+    """The rows of the `SHOWN` largest categories, and all that are of no category or the paper's own."""
     sizes: Counter[str] = Counter()
     for row in rows:
         if row.get(CATEGORY) is not None and row.get("of") != "paper":
             sizes[row[CATEGORY]] += next((row[key] for key in COUNTS if isinstance(row.get(key), int | np.integer)), 0)
-    kept = {name for name, _ in sizes.most_common(count)}
+    kept = {name for name, _ in sizes.most_common(SHOWN)}
     return [row for row in rows if row.get(CATEGORY) is None or row.get("of") == "paper" or row[CATEGORY] in kept]

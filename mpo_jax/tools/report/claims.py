@@ -98,7 +98,7 @@ def _at_splits(claim: Claim, whole: dict[str, str], at: dict[str, dict[str, str]
     ]  # fmt: skip
 
 
-def claim_rows(by_seed: BySeed, *, resamples: int, seed: int = 0, at_least: int = 1) -> Rows:
+def claim_rows(by_seed: BySeed, *, resamples: int, at_least: int = 1) -> Rows:
     """A row a claim and measure, with the difference, its 95% interval, p-values and verdict.
 
     The measures are the reward and, where it is known, the true utility; each is a family of its own to Holm.
@@ -109,7 +109,7 @@ def claim_rows(by_seed: BySeed, *, resamples: int, seed: int = 0, at_least: int 
     rows: Rows = []
     for column in COMPARED:
         found = [(claim, differences(by_seed, claim.better, claim.worse, column)) for claim in claims_of(by_seed)]
-        family = [_row(claim, column, paired, resamples, seed) for claim, paired in found if paired is not None]
+        family = [_row(claim, column, paired, resamples) for claim, paired in found if paired is not None]
         tested = [row for row in family if row["prompts"] >= at_least]
         for row, adjusted in zip(tested, holm([row["p"] for row in tested]), strict=True):
             row |= {"p_holm": adjusted, "verdict": verdict(row["difference"], adjusted)}
@@ -122,8 +122,8 @@ def claim_rows(by_seed: BySeed, *, resamples: int, seed: int = 0, at_least: int 
     return rows
 
 
-def _row(claim: Claim, column: str, paired: Repeated, resamples: int, seed: int) -> dict[str, Any]:
-    mean, low, high, p = paired.interval(resamples=resamples, seed=seed)
+def _row(claim: Claim, column: str, paired: Repeated, resamples: int) -> dict[str, Any]:
+    mean, low, high, p = paired.interval(resamples=resamples)
     return {
         "claim": claim.text,
         "source": claim.source,

@@ -16,9 +16,9 @@ class Reported:
     hh: float | None = None
     tldr: float | None = None
 
-    def cells(self, name: str = "paper") -> dict[str, Any]:
+    def cells(self) -> dict[str, Any]:
         """The two columns of a table."""
-        return {f"{name}_hh": self.hh, f"{name}_tldr": self.tldr}
+        return {"paper_hh": self.hh, "paper_tldr": self.tldr}
 
     def __sub__(self, other: "Reported") -> "Reported":
         def difference(a: float | None, b: float | None) -> float | None:

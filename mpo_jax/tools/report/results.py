@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.markup import escape
-from rich.table import Table
 
 from mpo_jax.config.load import load_config
 from mpo_jax.config.schema import Config, SelectConfig
@@ -217,31 +215,6 @@ def main_rows(results: list[RunResult]) -> list[dict[str, Any]]:
                 row[column], row[f"{column}_se"] = summary[column], None if math.isnan(error) else error
         rows.append(row)
     return rows
-
-
-def terminal_table(rows: list[dict[str, Any]], title: str) -> Table:
-    """The main table for the terminal: mean ± standard error."""
-    table = Table(title=title, title_justify="left")
-    keys = [key for key in (CATEGORY, "run") if any(key in row for row in rows)]
-    for key in keys:
-        table.add_column(key)
-    present = [column for column in COLUMNS if any(column in row for row in rows)]
-    for column in present:
-        table.add_column(COLUMNS[column], justify="right")
-    for row in rows:
-        table.add_row(*(escape(row[key]) for key in keys), *(_cell(row, column) for column in present))
-    return table
-
-
-def _cell(row: dict[str, Any], column: str) -> str:
-    if column not in row:
-        return "-"
-    if column == "has_eos":
-        return f"{row[column]:.1%}"
-    if column == "length":
-        return f"{row[column]:.1f}"
-    error = row[f"{column}_se"]
-    return f"{row[column]:.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:

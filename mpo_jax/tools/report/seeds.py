@@ -72,9 +72,9 @@ class Repeated:
         """Different prompts."""
         return len(self.groups[0]) if self.shared_prompts else sum(map(len, self.groups))
 
-    def interval(self, *, resamples: int, seed: int = 0) -> Interval:
+    def interval(self, *, resamples: int) -> Interval:
         """The mean with its 95% interval and p-value."""
-        return paired_bootstrap(self.groups, shared_prompts=self.shared_prompts, resamples=resamples, seed=seed)
+        return paired_bootstrap(self.groups, shared_prompts=self.shared_prompts, resamples=resamples, seed=0)
 
     def errors(self) -> Errors:
         """Standard errors of the mean."""

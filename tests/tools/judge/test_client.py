@@ -11,6 +11,7 @@ from mpo_jax.errors import UserError
 from mpo_jax.tools.judge import client
 from mpo_jax.tools.judge.calls import Call, Failure, Reply
 from mpo_jax.tools.judge.endpoint import Endpoint
+from mpo_jax.tools.judge.remote import RemoteJudge
 from tests.tools.judge.server import Act, completion, scores, serving
 
 SECRET = "sk-very-secret-0123456789"
@@ -24,10 +25,11 @@ def quick(monkeypatch):
 
 
 def ask(url, prompts, *, done=None, concurrency=4, tries=4, timeout_s=5.0, fields=None):
-    endpoint = Endpoint(url, "judge", fields or {}, concurrency=concurrency, tries=tries, timeout_s=timeout_s)
+    limits = {"concurrency": concurrency, "tries": tries, "timeout_s": timeout_s}
+    judge = RemoteJudge(Endpoint.of(url, "judge", fields or {}, **limits))
     found = {}
-    calls = [Call(n, False, prompt, endpoint.key(prompt)) for n, prompt in enumerate(prompts)]
-    endpoint.ask(calls, done or (lambda call, outcome: found.__setitem__(call.prompt, outcome)))
+    calls = [Call(n, False, prompt, judge.key(prompt)) for n, prompt in enumerate(prompts)]
+    judge.ask(calls, done or (lambda call, outcome: found.__setitem__(call.prompt, outcome)))
     return found
 
 

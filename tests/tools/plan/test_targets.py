@@ -67,3 +67,12 @@ def test_gpu_descriptions_name_each_value_once():
     names = [line.split(":")[0].strip() for line in text.splitlines() if ":" in line]
     assert len(names) == len(set(names))
     assert "cuda_compute_capability { major: 8 minor: 0 }" in text and "memory_bandwidth: 1555000000000" in text
+
+
+def test_a_device_is_known_by_its_own_name_and_its_product():
+    known = targets.device_kind("NVIDIA H100 80GB HBM3")
+    assert known is not None and known.bf16_tflops == 989
+    assert targets.device_kind("NVIDIA H100 PCIe") is None and targets.device_kind("cpu") is None
+    peaks = {name: targets.similar_kind(name) for name in ("NVIDIA H100 PCIe", "NVIDIA A100-PCIE-40GB", "TPU v5 lite")}
+    assert [kind and kind.bf16_tflops for kind in peaks.values()] == [989, 312, 197]
+    assert targets.similar_kind("cpu") is None

@@ -11,13 +11,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mpo_jax.cli.human import export
-from mpo_jax.cli.summary import show_categories, show_cautions
 from mpo_jax.evaluation.calibration import HELD_OUT, read_gap_categories
 from mpo_jax.runtime.console import console
+from mpo_jax.tools.human.sheets import make_study
+from mpo_jax.tools.report import categories
 from mpo_jax.tools.report.categories import category_rows, category_tables, largest, names
 from mpo_jax.tools.report.page import write_report
 from mpo_jax.tools.report.seeds import BySeed, Rows, collect_seeds
+from mpo_jax.tools.report.terminal import print_categories, print_cautions
+from mpo_jax.tools.sides import compared
 from tests.tools.report import workdirs
 
 GAPS = {"helpful": [0.5, 0.2, -1.0], "harmless": [2.0]}
@@ -109,24 +111,25 @@ def test_files_hold_all_categories_and_page_and_terminal_the_largest(tmp_path: P
         assert {row["category"] for row in csv.DictReader(file)} == set(sizes)
     assert 'id="categories"' in page and "r/11" in page and "r/4" in page and "r/3" not in page.split("<article")[0]
     with console.capture() as captured:
-        show_categories(by_seed)
+        print_categories(by_seed)
     shown = captured.get()
     assert "r/11" in shown and "r/4" in shown and "r/3" not in shown
 
 
-def test_the_largest_categories_are_those_of_most_rows_and_the_paper_s_stay() -> None:
+def test_the_largest_categories_are_those_of_most_rows_and_the_paper_s_stay(monkeypatch) -> None:
+    monkeypatch.setattr(categories, "SHOWN", 1)
     rows: Rows = [{"category": "a", "items": 1}, {"category": "b", "items": 5}, {"category": None}, {"x": 1}]
     rows.append({"category": "helpful", "of": "paper"})
-    assert largest(rows, 1) == rows[1:]
+    assert largest(rows) == rows[1:]
 
 
 def test_a_study_of_runs_draws_from_each_category(tmp_path: Path) -> None:
     make(tmp_path / "w", {"helpful": 6, "harmless": 5}, {"ppo": 1.0, "mpo": 2.0})
     runs = tmp_path / "w" / "seed-0" / "runs"
-    out = tmp_path / "study"
-    export(str(runs / "mpo"), str(runs / "ppo"), data=None, n=3, by="category", seed=0, out=out, overrides=())
-    items = json.loads((out / "key.json").read_text(encoding="utf-8"))["items"]
-    assert sorted(item["category"] for item in items) == ["harmless"] * 3 + ["helpful"] * 3
+    sides = str(runs / "mpo"), str(runs / "ppo")
+    pairs = compared(*sides, None, out=tmp_path / "study", overrides=())
+    items = make_study(pairs, sides, n=3, by="category", seed=0).items
+    assert sorted(str(item.category) for item in items) == ["harmless"] * 3 + ["helpful"] * 3
 
 
 def test_warnings_of_stages_are_said_once_with_stage_and_seed(tmp_path: Path) -> None:
@@ -142,7 +145,7 @@ def test_warnings_of_stages_are_said_once_with_stage_and_seed(tmp_path: Path) ->
         f"sft of sft, dpo, mpo, seed 1: {warning}",
     ]
     with console.capture() as captured:
-        show_cautions(collect_seeds(tmp_path))
+        print_cautions(collect_seeds(tmp_path))
     assert captured.get().splitlines() == [f"caution: {line}" for line in expected]
     page = write_report(tmp_path, resamples=40).read_text(encoding="utf-8")
     assert [page.count(f"<p>{line}</p>") for line in expected] == [1, 1, 1]

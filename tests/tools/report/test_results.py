@@ -10,8 +10,9 @@ import pytest
 from rich.console import Console
 
 from mpo_jax.errors import UserError
-from mpo_jax.tools.report.results import collect, main_rows, terminal_table, write_csv
+from mpo_jax.tools.report.results import collect, main_rows, write_csv
 from mpo_jax.tools.report.seeds import pair_differences
+from mpo_jax.tools.report.terminal import runs_table
 from tests.tools.report import workdirs
 
 
@@ -129,7 +130,7 @@ def test_terminal_table_shows_means_with_errors_and_a_dash_for_what_is_not_there
     ]
     console = Console(width=120)
     with console.capture() as captured:
-        console.print(terminal_table(rows, "title"))
+        console.print(runs_table(rows, "title"))
     lines = captured.get().splitlines()
     (sft,), (mpo,) = ([line for line in lines if name in line] for name in ("sft", "mpo"))
     assert [cell.strip() for cell in sft.strip("│").split("│")] == ["sft", "-0.125 ± 0.011", "-", "90.0%"]

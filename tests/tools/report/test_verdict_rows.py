@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from mpo_jax.cli.human import import_sheets
 from mpo_jax.errors import UserError
 from mpo_jax.evaluation.answers import Pair
 from mpo_jax.evaluation.verdicts import OUTCOMES
 from mpo_jax.runtime.files import write_json
-from mpo_jax.tools.human.agreement import summary
+from mpo_jax.tools.human.agreement import import_sheets, summary
 from mpo_jax.tools.human.importing import Sheet
 from mpo_jax.tools.human.sheets import Choice, Item, make_study
 from mpo_jax.tools.judge import verdict
@@ -44,7 +43,7 @@ def study(folder: Path) -> None:
         choices = {i.number: i.a_is if i.category == "helpful" else "tie" for i in made.items}
         files.append(folder / f"{name}.json")
         write_json(files[-1], {"format": 1, "study": made.id, "annotator": name, "choices": choices})
-    import_sheets(files, key=folder / "key.json", out=None)
+    import_sheets(files, key=folder / "key.json")
 
 
 def test_results_in_the_workdir_stand_beside_the_paper_s(tmp_path: Path) -> None:

@@ -1,24 +1,20 @@
-"""What A and B are on the command line: files and runs are read, models are sampled."""
+"""The two sides of a comparison, A and B: files and runs are read, models are sampled."""
 
 import dataclasses
 from pathlib import Path
 
 import jax
 
-from mpo_jax.cli.models import OpenModel, open_model
 from mpo_jax.data.records import Drop
 from mpo_jax.errors import UserError
 from mpo_jax.evaluation.answers import CATEGORY, Answer, Pair, Prompt, find_answers, match, read_answers, read_prompts
 from mpo_jax.evaluation.sampling import sample_texts
-from mpo_jax.models import loading
 from mpo_jax.models.generate import Sampling
 from mpo_jax.runtime.console import console
 from mpo_jax.runtime.files import write_lines
 from mpo_jax.runtime.seeds import stage_key
 from mpo_jax.runtime.sharding import check_batch
-
-NEW_TOKENS = 256
-"""Of a sampled answer at most, of a model whose training is not known, where text.max_response_tokens is not given."""
+from mpo_jax.tools.opening import OpenModel, open_model
 
 
 def compared(
@@ -26,17 +22,17 @@ def compared(
 ) -> list[Pair]:
     """Both sides' responses to the same prompts.
 
-    A file of rows and a run's folder, whose evaluation has left samples, are read. Anything else is a model, of which
-    one response to each prompt of `data` is drawn by `evaluate.greedy`, `evaluate.temperature` and `seed`, under the
-    template, chat setting and lengths of its training unless the overrides give others. It is kept as
-    `answers-a.jsonl` or `answers-b.jsonl` in `out`.
+    A side is a file of rows, a run's folder with the samples of its evaluation, or a model. A model answers each prompt
+    of `data` once, by `evaluate.greedy`, `evaluate.temperature` and `seed`, under the template, chat setting and
+    lengths of its training unless the overrides give others; `out` gets its answers as `answers-a.jsonl` or
+    `answers-b.jsonl`.
 
     Args:
       data: rows {prompt}: the prompts to compare on; None: all that the sides answer.
       by: the field that holds a row's category.
 
     Raises:
-      UserError: if the sides do not answer the same prompts, or if a model comes without prompts.
+      UserError: if the sides do not answer the same prompts, or if there are no prompts for a model.
     """
     prompts = None if data is None else read_prompts(data, by)
     sides = []
@@ -69,17 +65,18 @@ def sample(path: str, prompts: list[Prompt], overrides: tuple[str, ...]) -> list
     opened = open_model(path, overrides)
     if opened.source.head == "value":
         raise UserError(f"{path} is a reward model and writes no text: compare language models, runs or files")
-    opened = with_room(opened)
+    opened = _with_room(opened)
     evaluate, limits = opened.config.evaluate, opened.config.text
-    check_batch(evaluate.batch_size, opened.config.mesh, "evaluate.batch_size")
+    check_batch(evaluate.batch_size, opened.mesh, "evaluate.batch_size")
     texts = [_rendered(opened, prompt) for prompt in prompts]
     sampling = Sampling(limits.max_response_tokens, temperature=evaluate.temperature, greedy=evaluate.greedy)
     with jax.set_mesh(opened.mesh):
-        model, params = loading.load(opened.path, opened.config, opened.mesh, frozen=True)
+        model, params = opened.load()
         key = stage_key(opened.config.seed, "evaluate")
         found, cut = sample_texts(
-            model, params, opened.codec, opened.config, opened.mesh, texts, sampling=sampling, key=key, name=path,
-            tell=lambda done, _: console.print(f"  {path}: {done}/{len(texts)} answers", soft_wrap=True),
+            model, params, opened.codec, texts, sampling=sampling, key=key, batch_size=evaluate.batch_size,
+            mesh=opened.mesh, cache=opened.config.runtime.token_cache_folder, name=path,
+            progress=lambda done, _: console.print(f"  {path}: {done}/{len(texts)} answers", soft_wrap=True),
         )  # fmt: skip
     if cut:
         console.print(f"[yellow]{path}: {cut} prompts cut to {limits.max_prompt_tokens} tokens[/yellow]")
@@ -98,10 +95,8 @@ def _rendered(opened: OpenModel, prompt: Prompt) -> str:
         raise UserError(f"{place}: {reason}: drop the row") from reason
 
 
-def with_room(opened: OpenModel) -> OpenModel:
-    """Where neither training nor the command line has set lengths: `NEW_TOKENS` for what it writes, or half its
-    positions where they are few, and the others for what it reads.
-    """
+def _with_room(opened: OpenModel) -> OpenModel:
+    """The model with room for `OpenModel.new_tokens`, where neither training nor the user sets lengths."""
     if opened.knows("max_prompt_tokens") or opened.knows("max_response_tokens"):
         return opened
-    return opened.with_room_for(min(NEW_TOKENS, opened.source.decoder.max_positions // 2))
+    return opened.with_room_for(opened.new_tokens)

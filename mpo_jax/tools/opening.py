@@ -1,4 +1,4 @@
-"""A model named on the command line, opened with its tokenizer and the text settings that it was trained under."""
+"""A model named by a path, opened with its tokenizer and the text settings that it was trained under."""
 
 import dataclasses
 from functools import cache, cached_property
@@ -14,22 +14,26 @@ from mpo_jax.data.records import Renderer, user_turn
 from mpo_jax.data.text import TextCodec
 from mpo_jax.errors import UserError
 from mpo_jax.models import loading
+from mpo_jax.models.forward import Model
 from mpo_jax.models.hf.hub import local_model
 from mpo_jax.models.hf.tokenizer import load_tokenizer
 from mpo_jax.runtime import machine
 from mpo_jax.runtime.sharding import make_mesh
 from mpo_jax.tools.report.card import trained_config
+from mpo_jax.types import Head, Params
+
+NEW_TOKENS = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class OpenModel:
-    """A model on disk and the configuration under which a command uses it; weights are read later.
+    """A model on disk and the configuration under which it is used; weights are read later.
 
     Attributes:
-      config: the command line's. Its section `text` is the one that the model was trained under, where that is known;
-        keys on the command line win.
+      config: the user's. Its section `text` is the one that the model was trained under, where that is known; the
+        user's keys win.
       trained: the configuration that it was trained under, where that is known.
-      given: keys of `text` that the command line gave.
+      given: the keys of `text` that the user gave.
     """
 
     path: Path
@@ -43,13 +47,18 @@ class OpenModel:
     def mesh(self) -> Mesh:
         return make_mesh(self.config.mesh)
 
+    def load(self, head: Head = "lm") -> tuple[Model, Params]:
+        """The model with its weights, which do not train."""
+        options = loading.Options.of(self.config.model)
+        return loading.load(self.path, options, self.mesh, text=self.config.text, head=head, frozen=True)
+
     def knows(self, key: str) -> bool:
-        """Whether training or the command line has set `text.KEY`."""
+        """Whether training or the user has set `text.KEY`."""
         return self.trained is not None or key in self.given
 
     @property
     def chat(self) -> bool:
-        """Whether it is talked to in turns: as in training; a model from elsewhere, if it has a chat template."""
+        """Whether prompts are turns of a chat: as in training; of a model from elsewhere, if it has a chat template."""
         return self.config.text.chat if self.knows("chat") else bool(self.codec.tokenizer.chat_template)
 
     @property
@@ -59,6 +68,11 @@ class OpenModel:
         chat = cache(lambda: Chat(self.codec.tokenizer))
         return Renderer(chat, wrap=self.config.text.chat, turns=hh.dialogue_turns if dialogues else user_turn)
 
+    @property
+    def new_tokens(self) -> int:
+        """Tokens of a response where neither training nor the user sets their number: half the positions if few."""
+        return min(NEW_TOKENS, self.source.decoder.max_positions // 2)
+
     def with_text(self, **settings: str | int | bool) -> "OpenModel":
         """The same model under other settings of the section `text`."""
         text = self.config.text.model_copy(update=settings)
@@ -66,17 +80,17 @@ class OpenModel:
         return dataclasses.replace(self, config=config, codec=TextCodec(self.codec.tokenizer, text))
 
     def for_rendered_prompts(self) -> "OpenModel":
-        """The same model for prompts that hold all that it is to see: neither chat nor template is added."""
+        """The same model for prompts that are complete: neither chat nor template is added."""
         return self.with_text(chat=False, prompt_template="{prompt}")
 
     def with_room_for(self, new_tokens: int, *, whole_prompts: bool = False) -> "OpenModel":
-        """The same model with limits for a prompt and so many tokens to be drawn.
+        """The same model with room for a prompt and `new_tokens` tokens of a response.
 
         Args:
-          whole_prompts: the prompt may have all other positions, however long prompts were in training.
+          whole_prompts: give the prompt all other positions, however long prompts were in training.
 
         Raises:
-          UserError: if that leaves no room for a prompt.
+          UserError: if no room is left for a prompt.
         """
         positions = self.source.decoder.max_positions
         if new_tokens >= positions:
@@ -121,6 +135,6 @@ def open_model(path: str, overrides: tuple[str, ...]) -> OpenModel:
     own = TextConfig(max_prompt_tokens=half, max_response_tokens=half) if trained is None else trained.text
     given = config.text.model_fields_set
     codec = TextCodec(load_tokenizer(found), own.model_copy(update={key: getattr(config.text, key) for key in given}))
-    loading.check_vocabulary(codec, source.decoder, found)
+    loading.check_vocabulary(codec.vocab_size, source.decoder, found)
     config = config.model_copy(update={"text": codec.config})
     return OpenModel(found, source, config, codec, trained, frozenset(given))

@@ -1,0 +1,88 @@
+"""How a command ends: its exit status, and the error message for each kind of failure."""
+
+import contextlib
+import errno
+import sys
+from collections.abc import Iterator
+from typing import NoReturn
+
+from mpo_jax.errors import Preempted, UserError
+
+FAULT = 1
+"""An error of ours, or a check that failed."""
+
+MISTAKE = 2
+"""A mistake of the user's, such as a misspelt key, or a full disk."""
+
+DOES_NOT_FIT = 3
+"""`mpo plan`: a program needs more memory than the target has."""
+
+INTERRUPTED = 130
+"""Typer ends a command with this status on Ctrl-C."""
+
+TERMINATED = 143
+"""SIGTERM ended the process: 128 and the signal's number."""
+
+FULL_DISK = "No space left on device"
+"""The text by which libraries in other languages report a full disk; they raise no OSError."""
+
+
+@contextlib.contextmanager
+def reported(*, debug: bool) -> Iterator[None]:
+    """Turns an error raised inside into a message on standard error and an exit status.
+
+    Args:
+      debug: let errors through, for their traceback.
+    """
+    try:
+        yield
+    except UserError as error:
+        if debug:
+            raise
+        fail(str(error), MISTAKE)
+    except Preempted as error:
+        fail(str(error), TERMINATED)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            fail("interrupted; the same command goes on from the last checkpoint", INTERRUPTED)
+        raise
+    except Exception as error:
+        if debug:
+            raise
+        _fail_unexpected(error)
+
+
+def _fail_unexpected(error: Exception) -> NoReturn:
+    # not imported here: that would start JAX to report a misspelt key
+    processes = sys.modules.get("mpo_jax.runtime.processes")
+    if processes and processes.broke_off(error):
+        fail(
+            f"a computation over all processes broke off: {str(error).splitlines()[0]}\nMost likely another "
+            "process died or failed: its own output says why. The same command goes on from the last checkpoint",
+            FAULT,
+        )
+    if isinstance(error, OSError) or FULL_DISK in str(error):
+        fail(_explain(error), MISTAKE)
+    fail(f"{type(error).__name__}: {error}\nThis is a fault in mpo_jax; --debug shows where.", FAULT)
+
+
+def _explain(error: Exception) -> str:
+    """What to do about an error of the operating system."""
+    code = error.errno if isinstance(error, OSError) else None
+    where = f": {error.filename}" if isinstance(error, OSError) and error.filename else ""
+    if code in (errno.ENOSPC, errno.EDQUOT) or FULL_DISK in str(error):
+        return f"no space left on the disk{where}. Free some and run the same command again; nothing unfinished is used"
+    if code in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"no permission to write or read{where}. Choose another folder with workdir=DIR"
+    return str(error)
+
+
+def fail(message: str, status: int) -> NoReturn:
+    """Prints the message, with the process's name where there are several, and ends the process."""
+    # not imported here: that would start JAX to report a misspelt key
+    processes = sys.modules.get("mpo_jax.runtime.processes")
+    where = processes.name() if processes else ""
+    print(f"error{where}: {message}", file=sys.stderr)
+    if processes and where:
+        processes.leave(status)
+    raise SystemExit(status)

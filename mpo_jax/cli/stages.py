@@ -1,0 +1,59 @@
+"""`mpo sft`, `reward`, `select`, `dpo`, `ppo` and `evaluate`: the method up to one stage."""
+
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from mpo_jax.cli.arguments import ConfigPath, Overrides
+from mpo_jax.config.load import load_config
+from mpo_jax.config.schema import TRAINED, Config
+from mpo_jax.runtime.console import console
+
+STAGES = {
+    "sft": "supervised fine-tuning",
+    "reward": "the reward model",
+    "select": "data selection",
+    "dpo": "the experiment's last DPO step",
+    "ppo": "the experiment's last PPO step",
+    "evaluate": "evaluation, without the report",
+}
+"""Each stage's command and what it runs up to."""
+
+
+def register(app: typer.Typer) -> None:
+    """Adds a command for each stage."""
+    for name, what in STAGES.items():
+        text = f"Run the method up to {what}."
+        if name in TRAINED:
+            text += f" train.KEY=VALUE stands for {name}.train.KEY=VALUE."
+        app.command(name, help=text)((_training_command if name in TRAINED else _stage_command)(name))
+
+
+def _stage_command(name: str) -> Callable[..., None]:
+    def command(config: ConfigPath, overrides: Overrides = None) -> None:
+        _run(load_config(config, tuple(overrides or ())), name)
+
+    return command
+
+
+def _training_command(name: str) -> Callable[..., None]:
+    def command(
+        config: ConfigPath,
+        overrides: Overrides = None,
+        log_every: Annotated[
+            int | None, typer.Option(min=1, help="train.log_every; with 1 a line a step, where there is no terminal")
+        ] = None,
+    ) -> None:
+        given = [*(overrides or ()), *([] if log_every is None else [f"train.log_every={log_every}"])]
+        _run(load_config(config, tuple(given), stage=name), name)  # type: ignore[arg-type]
+
+    return command
+
+
+def _run(config: Config, stage: str) -> None:
+    from mpo_jax.tools import runs
+
+    runs.start(config)
+    for name, artifact in runs.run_until(config, stage):  # type: ignore[arg-type]
+        console.print(f"{name}: {artifact.path}", soft_wrap=True)

@@ -1,0 +1,10 @@
+"""`mpo version`."""
+
+import typer
+
+from mpo_jax import __version__
+
+
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)

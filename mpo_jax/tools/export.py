@@ -1,0 +1,93 @@
+"""Any model that can be read here, written as a Hugging Face folder."""
+
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+from typing import Literal
+
+import jax
+from jax.sharding import Mesh
+
+from mpo_jax.config.schema import Config
+from mpo_jax.data.text import TextCodec
+from mpo_jax.errors import UserError
+from mpo_jax.models import forward, loading
+from mpo_jax.models.forward import Model
+from mpo_jax.models.hf import families, weights
+from mpo_jax.models.hf.tokenizer import load_tokenizer
+from mpo_jax.models.spec import DecoderConfig
+from mpo_jax.runtime import machine
+from mpo_jax.runtime.processes import is_main
+from mpo_jax.runtime.sharding import make_mesh
+from mpo_jax.tools.opening import find_model
+from mpo_jax.tools.report.card import write_card
+from mpo_jax.training.checkpoints import Checkpoints
+from mpo_jax.types import Tree, frozen
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+      source: what the model was read from.
+      kind: language model or reward model.
+      num_bytes: of all files.
+    """
+
+    source: str
+    family: str
+    kind: str
+    num_bytes: int
+
+
+def export(path: str, target: Path, config: Config, *, critic: bool = False, dtype: Dtype = "float32") -> Exported:
+    """Writes `target` with a model card, whole or not at all.
+
+    Args:
+      path: a run's or stage's folder, a model folder, a .gguf file, a hub id; or an unfinished stage's hidden folder,
+        whose newest checkpoint is taken.
+      critic: PPO's critic instead of its policy.
+
+    Raises:
+      UserError: if there is no model, or `target` exists and is not empty.
+    """
+    machine.start(config.runtime)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} exists and is not empty: name a new folder")
+    found = find_model(path, critic=critic)
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        decoder, tree, where = _read(found, mesh, dtype, critic=critic)
+        tokenizer = load_tokenizer(found)
+        loading.check_vocabulary(TextCodec(tokenizer, config.text).vocab_size, decoder, found)
+        partial = target.with_name(f".{target.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        loading.save(partial, Model(decoder), frozen(tree), tokenizer, dtype=dtype)
+    kind = "reward model" if "score" in tree else "language model"
+    if is_main():
+        write_card(partial, found, path, name=target.name, kind=kind, dtype=dtype)
+    if target.is_dir():
+        target.rmdir()
+    os.rename(partial, target)
+    return Exported(where, decoder.family, kind, sum(file.stat().st_size for file in target.iterdir()))
+
+
+def _read(found: Path, mesh: Mesh, dtype: Dtype, *, critic: bool) -> tuple[DecoderConfig, Tree, str]:
+    """Sizes, parameters, and what they are, of a model or of an unfinished stage's newest checkpoint."""
+    checkpoints = found.parent / "checkpoints"
+    if checkpoints.is_dir() and not any(found.glob("*.safetensors")):
+        decoder = families.read_config(found)
+        shapes = forward.abstract_params(decoder, head=families.read_head(found))
+        manager = Checkpoints(checkpoints, keep=1)
+        step, tree = manager.restore_params(shapes, forward.param_shardings(shapes, mesh), critic=critic)
+        manager.close()
+        return decoder, tree, f"step {step} of the unfinished {found.parent.name}"
+    source = loading.open_model(found)
+    # stored in the type to be written, so that the machine never holds a larger copy
+    tree = weights.load_params(source.tensors, source.decoder, mesh, head=source.head, dtype=dtype)
+    return source.decoder, tree, str(found)

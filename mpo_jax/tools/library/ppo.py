@@ -1,0 +1,130 @@
+"""PPO with a reward model of one's own: the stage's rollout, scoring and updates, an iteration at a time."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from mpo_jax.config.schema import PpoConfig
+from mpo_jax.data.batches import Batch
+from mpo_jax.models.generate import Sampling, make_generate
+from mpo_jax.runtime.seeds import stage_key
+from mpo_jax.runtime.sharding import place_batch, replicated
+from mpo_jax.stages.ppo.compiled import make_score, named
+from mpo_jax.stages.ppo.objective import actor_objective, critic_objective
+from mpo_jax.stages.ppo.settings import Method
+from mpo_jax.tools.library.models import LoadedModel, check_rows
+from mpo_jax.tools.library.trainers import Measures
+from mpo_jax.training.update import init_state, jit_update
+from mpo_jax.types import Params, PpoBatch, PromptBatch, merge, trainable
+
+
+class Ppo:
+    """Proximal policy optimisation on prompts, with a KL penalty to a reference. arXiv:1707.06347.
+
+    Args:
+      policy: what is trained; it stays as it is, and its trained copy is `ppo.policy`.
+      reward: scores the samples; the critic starts from it.
+      optimizer: of the policy.
+      critic_optimizer: of the critic; None: the policy's.
+      reference: of the KL; None: the policy as it is now.
+      kl_coef: weight of the KL per token in the reward.
+      epochs: updates on the samples of an iteration.
+      max_new_tokens: None for the policy's `text.max_response_tokens`.
+      seed: of the samples; one depends on prompt, seed and visit alone.
+      options: further keys of the section `ppo`, such as score_clip, reward_at or extras (configs/README.md).
+    """
+
+    def __init__(
+        self,
+        policy: LoadedModel,
+        reward: LoadedModel,
+        *,
+        optimizer: optax.GradientTransformation,
+        critic_optimizer: optax.GradientTransformation | None = None,
+        reference: LoadedModel | None = None,
+        kl_coef: float = 0.4,
+        gamma: float = 1.0,
+        gae_lambda: float = 0.95,
+        clip_eps: float = 0.2,
+        value_clip_eps: float = 0.2,
+        temperature: float = 1.0,
+        epochs: int = 1,
+        accumulation: int = 1,
+        max_new_tokens: int | None = None,
+        seed: int = 0,
+        **options: Any,
+    ):
+        config = PpoConfig.model_validate({
+            **options, "kl": {"coef": kl_coef}, "gamma": gamma, "gae_lambda": gae_lambda, "clip_eps": clip_eps,
+            "value_clip_eps": value_clip_eps, "temperature": temperature, "epochs": epochs,
+            "train": {"batch_size": accumulation, "accumulation": accumulation},
+        })  # fmt: skip
+        self.method, mesh = Method.of(config), policy.mesh
+        self._start, self._reference, self._reward = policy, reference or policy, reward
+        codec = policy.codec
+        sampling = Sampling(
+            max_new_tokens or policy.text.max_response_tokens, temperature=temperature, greedy=config.greedy
+        )
+        update = partial(jit_update, mesh=mesh, accumulation=accumulation)
+        with jax.set_mesh(mesh):
+            # masters are float32, whatever the reward model is stored in
+            critic = trainable(jax.tree.map(lambda x: x.astype(jnp.float32), merge(reward.params)))
+            self.actor = init_state(policy.params, optimizer, mesh)
+            self.critic = init_state(critic, critic_optimizer or optimizer, mesh)
+            self.generate = make_generate(policy.model, sampling, codec.eos_id, mesh)
+            self.score = make_score(policy.model, reward.model, self.method, mesh)
+            self._update_actor = update(
+                partial(actor_objective, policy.model, self.method), optimizer, self.actor.trainable
+            )
+            self._update_critic = update(
+                partial(critic_objective, reward.model, self.method),
+                critic_optimizer or optimizer,
+                self.critic.trainable,
+            )
+            self._kl_coef = jax.device_put(jnp.asarray(kl_coef, jnp.float32), replicated(mesh))
+        self._allowed_V = jnp.asarray(codec.allowed(policy.model.decoder.vocab_size))
+        self._key = stage_key(seed, "ppo")
+
+    def step(self, batch: Batch | PromptBatch) -> Measures:
+        """An iteration: samples, scores, and `epochs` updates of critic and policy."""
+        with jax.set_mesh(self._start.mesh):
+            samples, metrics = self.rollout(batch)
+            for _ in range(self.method.epochs):
+                metrics = {**metrics, **self.update(samples)}
+        return Measures(metrics)
+
+    def rollout(self, batch: Batch | PromptBatch) -> tuple[PpoBatch, Any]:
+        """One sample a prompt, with advantages and returns; and what it says about the policy."""
+        rows, visit = (batch.rows, batch.epoch) if isinstance(batch, Batch) else (batch, None)
+        visit = np.zeros(len(rows.prompt_len), np.uint32) if visit is None else visit
+        mesh = self._start.mesh
+        check_rows(rows, self._start)
+        with jax.set_mesh(mesh):
+            rows, visit = place_batch((rows, visit), mesh)
+            joined, has_eos = self.generate(self.params, rows, self._key, visit, self._allowed_V)
+            policies = self.params, self._reference.params
+            judges = trainable(self.critic.trainable), self._reward.params
+            samples, metrics, _ = self.score(policies, judges, joined, has_eos, self._allowed_V, self._kl_coef)
+        return samples, metrics
+
+    def update(self, samples: PpoBatch) -> Any:
+        """One update of critic and policy on scored samples; gives their metrics."""
+        with jax.set_mesh(self._start.mesh):
+            self.critic, critic = self._update_critic(self.critic, samples, {})
+            frozen = self._start.params["frozen"]
+            self.actor, actor = self._update_actor(self.actor, (samples, None), frozen, self._allowed_V)
+        return named("critic", critic) | named("policy", actor)
+
+    @property
+    def params(self) -> Params:
+        """The trained policy's parameters; the next step reuses their memory, so save or copy them before it."""
+        return {"trainable": self.actor.trainable, "frozen": self._start.params["frozen"]}
+
+    @property
+    def policy(self) -> LoadedModel:
+        """The trained policy; as `params`, valid until the next step."""
+        return self._start.with_params(self.params)

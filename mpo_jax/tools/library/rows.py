@@ -1,0 +1,195 @@
+"""Rows of one's own, tokenized: pairs, demonstrations and prompts, and their batches."""
+
+import dataclasses
+import importlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from mpo_jax.config.registry import ROW_FORMATS
+from mpo_jax.config.schema import DataConfig, TextConfig
+from mpo_jax.config.suggestion import suggest
+from mpo_jax.data.batches import Batch, Buckets, TrainBatches, num_steps
+from mpo_jax.data.chat import Chat
+from mpo_jax.data.records import DataReport, Readers, Renderer
+from mpo_jax.data.sources import Row, Source, open_source
+from mpo_jax.data.text import TextCodec
+from mpo_jax.data.tokens import Example, number_visits, tokenize
+from mpo_jax.errors import UserError
+from mpo_jax.runtime.files import write_lines
+from mpo_jax.tools.library.models import MAX_TOKENS
+
+Self = TypeVar("Self", bound="Rows")
+
+Given = str | Path | Iterable[Mapping[str, Any]]
+"""A file, folder or hub data set, or the rows themselves."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Batches:
+    """Batches of fixed size in a seeded order; batch k is the same in every run, and an epoch's rows come once.
+
+    `batches[k]` and iteration give `Batch`es: the step's number, `rows` (a `PromptBatch`), which examples they are.
+    """
+
+    source: TrainBatches
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, k: int) -> Batch:
+        return self.source[k]
+
+    def __iter__(self) -> Iterator[Batch]:
+        return map(self.source.__getitem__, range(self.count))
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Tokenized rows with their texts.
+
+    Attributes:
+      prompts: as the model reads them.
+      responses: of each row as many as the others have: (chosen, rejected), (response,) or none.
+      report: what was read and dropped.
+    """
+
+    prompts: Sequence[str]
+    responses: Sequence[tuple[str, ...]]
+    examples: Sequence[Example]
+    report: DataReport
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def take(self: Self, index: Sequence[int] | np.ndarray) -> Self:
+        """The rows of these numbers."""
+        changed: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            values = getattr(self, field.name)
+            if isinstance(values, np.ndarray):
+                changed[field.name] = values[np.asarray(index, np.int64)]
+            elif isinstance(values, Sequence):
+                changed[field.name] = [values[int(i)] for i in index]
+        return dataclasses.replace(self, **changed)
+
+    def batches(
+        self, batch_size: int, *, seed: int = 0, epochs: float = 1.0, shuffle: bool = True, length_buckets: int = 4
+    ) -> Batches:
+        """Batches of `batch_size` rows over all devices.
+
+        Args:
+          epochs: passes over the rows; an incomplete last batch is filled from the next pass.
+          length_buckets: widths that batches are padded to, at most: each is one compilation.
+        """
+        buckets = Buckets.of(self.examples, length_buckets)
+        source = TrainBatches(self.examples, buckets, batch_size, seed, shuffle)
+        return Batches(source, num_steps(len(self), epochs=epochs, steps=None, batch_size=batch_size))
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs(Rows):
+    """Preference rows; the first response is the chosen one.
+
+    Attributes:
+      gap: [E] score of the chosen side minus the other's, once `select` has scored them.
+    """
+
+    gap: np.ndarray | None = None
+
+    def to_jsonl(self, path: str | Path) -> None:
+        """Writes rows {prompt, chosen, rejected} and, where it is known, gap: what TRL and `read_pairs` read."""
+        lines = []
+        for row, (prompt, (chosen, rejected)) in enumerate(zip(self.prompts, self.responses, strict=True)):
+            line: dict[str, Any] = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+            lines.append(line if self.gap is None else {**line, "gap": float(self.gap[row])})
+        write_lines(Path(path), lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Given:
+    """Rows in memory, as a source."""
+
+    given: Sequence[Mapping[str, Any]]
+    name: str = "rows"
+
+    def files(self) -> list[Path]:
+        return []
+
+    def rows(self, max_rows: int | None = None) -> Iterator[tuple[str, Row]]:
+        for number, row in enumerate(self.given[:max_rows], 1):
+            yield f"row {number}", dict(row)
+
+
+def read_pairs(source: Given, tokenizer: PreTrainedTokenizerBase, **options: Any) -> Pairs:
+    """Preference rows: {prompt, chosen, rejected}, or those of another format.
+
+    Args:
+      source: a .jsonl or .parquet file, a folder, hub:ORG/NAME, or the rows themselves.
+      tokenizer: of the model that reads them.
+      options: kind (a format of configs/README.md, "pairs"), max_prompt_tokens and max_response_tokens (512), chat
+        (False: plain prompts stay plain), prompt_template ("{prompt}"), strict (True: drops rows that cannot teach,
+        counted in `report`), max_rows.
+
+    Raises:
+      UserError: a missing file, a row that is none (with its place), or no rows.
+    """
+    readers, codec, text = _open(source, tokenizer, options)
+    rows, report = readers.preferences(text)
+    texts = [(row.prompt, (row.chosen, row.rejected)) for row in _some(rows, report)]
+    return Pairs(*_tokenized(codec, texts), report)
+
+
+def read_demonstrations(source: Given, tokenizer: PreTrainedTokenizerBase, **options: Any) -> Rows:
+    """Rows {prompt, response} to imitate; options as of `read_pairs`."""
+    readers, codec, text = _open(source, tokenizer, options)
+    rows, report = readers.demonstrations(text)
+    return Rows(*_tokenized(codec, [(row.prompt, (row.response,)) for row in _some(rows, report)]), report)
+
+
+def read_prompts(source: Given, tokenizer: PreTrainedTokenizerBase, **options: Any) -> Rows:
+    """The prompts of rows of any layout, to sample from; options as of `read_pairs`."""
+    readers, codec, text = _open(source, tokenizer, options)
+    rows, report = readers.prompts(text)
+    prompts, responses, examples = _tokenized(codec, [(row.prompt, ()) for row in _some(rows, report)])
+    return Rows(prompts, responses, number_visits(examples), report)
+
+
+def _open(
+    source: Given, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]
+) -> tuple[Readers, TextCodec, Source]:
+    known = {"kind": "pairs", "chat": False, "strict": True, "max_rows": None, "prompt_template": "{prompt}",
+             "max_prompt_tokens": MAX_TOKENS, "max_response_tokens": MAX_TOKENS}  # fmt: skip
+    if unknown := options.keys() - known.keys():
+        name = sorted(unknown)[0]
+        raise UserError(f"rows have no option {name}{suggest(name, [*known])}")
+    given = {**known, **options}
+    if given["kind"] not in ROW_FORMATS:
+        raise UserError(f"kind={given['kind']!r} is no format of rows{suggest(str(given['kind']), [*ROW_FORMATS])}")
+    text = TextConfig(
+        **{name: given[name] for name in ("max_prompt_tokens", "max_response_tokens", "chat", "prompt_template")}
+    )
+    form = importlib.import_module(ROW_FORMATS[given["kind"]]).FORMAT
+    render = Renderer(cache(lambda: Chat(tokenizer)), wrap=text.chat, turns=form.turns)
+    opened = open_source(str(source)) if isinstance(source, str | Path) else _Given(list(source))
+    data = DataConfig(kind=given["kind"], path=(opened.name,))
+    readers = form.readers(data, {"strict": given["strict"], "max_rows": given["max_rows"], "render": render})
+    return readers, TextCodec(tokenizer, text), opened
+
+
+def _some(rows: Sequence[Any], report: DataReport) -> Sequence[Any]:
+    if not rows:
+        raise UserError(f"{report.source} has no rows to use: {report.read} read, dropped {dict(report.dropped)}")
+    return rows
+
+
+def _tokenized(
+    codec: TextCodec, rows: Sequence[tuple[str, tuple[str, ...]]]
+) -> tuple[list[str], list[tuple[str, ...]], list[Example]]:
+    examples, _ = tokenize(codec, rows)
+    return [prompt for prompt, _ in rows], [responses for _, responses in rows], examples

@@ -1,0 +1,169 @@
+"""Trainers: an objective, an optax transformation and a state, with the step that the stage of that name compiles."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import optax
+
+from mpo_jax.config.schema import DpoConfig
+from mpo_jax.data.batches import Batch
+from mpo_jax.models import forward, loading
+from mpo_jax.runtime.sharding import place_batch
+from mpo_jax.stages import dpo, reward, sft
+from mpo_jax.stages.dpo import DpoBatch
+from mpo_jax.stages.preference import PreferenceLoss
+from mpo_jax.tools.library.models import LoadedModel, check_rows
+from mpo_jax.training.tracker import add_up, mean_values
+from mpo_jax.training.update import Objective, init_state, jit_update
+from mpo_jax.types import Params, PromptBatch, TrainState
+
+
+class Measures(Mapping[str, float]):
+    """A step's metrics: they stay on the devices until one is read, so that a loop need not wait for them."""
+
+    def __init__(self, metrics: Mapping[str, Any]):
+        self._metrics: Any = metrics
+        self._values: dict[str, float] | None = None
+
+    def _read(self) -> dict[str, float]:
+        if self._values is None:
+            self._values, self._metrics = mean_values(add_up([jax.device_get(self._metrics)], {})), None
+        return self._values
+
+    def __getitem__(self, name: str) -> float:
+        return self._read()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._read())
+
+    def __len__(self) -> int:
+        return len(self._read())
+
+    def __repr__(self) -> str:
+        return repr(self._read())
+
+
+@dataclasses.dataclass
+class Trainer:
+    """A model that an objective trains.
+
+    Attributes:
+      start: the model it starts from, whose parameters stay as they are.
+      state: what changes; `fit(trainer.state, trainer.update, batches)` gives the next one.
+      compiled: the jitted (state, batch, frozen) -> (state, metrics).
+      prepare: what the objective takes of a batch on the mesh.
+    """
+
+    start: LoadedModel
+    state: TrainState
+    compiled: Callable[..., Any]
+    prepare: Callable[[PromptBatch], Any] = lambda rows: rows
+
+    def step(self, batch: Batch | PromptBatch) -> Measures:
+        """One update; an update whose loss or gradient is not finite is skipped and counted as `skipped`."""
+        self.state, metrics = self.update(self.state, batch)
+        return Measures(metrics)
+
+    def update(self, state: TrainState, batch: Batch | PromptBatch) -> tuple[TrainState, Any]:
+        """The step as a function of the state, which is donated: for `fit`, or a loop of one's own."""
+        rows = batch.rows if isinstance(batch, Batch) else batch
+        mesh = self.start.mesh
+        check_rows(rows, self.start)
+        with jax.set_mesh(mesh):
+            return self.compiled(state, self.prepare(place_batch(rows, mesh)), self.start.params["frozen"])
+
+    @property
+    def params(self) -> Params:
+        """The trained parameters; the next step reuses their memory, so save or copy them before it."""
+        return {"trainable": self.state.trainable, "frozen": self.start.params["frozen"]}
+
+    @property
+    def policy(self) -> LoadedModel:
+        """The trained model; as `params`, valid until the next step."""
+        return self.start.with_params(self.params)
+
+
+def train(
+    model: LoadedModel,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    *,
+    accumulation: int = 1,
+    prepare: Callable[[PromptBatch], Any] = lambda rows: rows,
+) -> Trainer:
+    """A trainer of any objective (tree, batch) -> (terms, metrics) by any optax transformation.
+
+    Args:
+      accumulation: micro-batches an update.
+      prepare: what the objective takes of a batch of rows on the mesh.
+    """
+    trainable = model.params["trainable"]
+    if not trainable:
+        raise ValueError("the model is frozen: load it without frozen=True to train it")
+    with jax.set_mesh(model.mesh):
+        state = init_state(model.params, optimizer, model.mesh)
+        compiled = jit_update(objective, optimizer, trainable, model.mesh, accumulation=accumulation)
+    return Trainer(model, state, compiled, prepare)
+
+
+def Sft(model: LoadedModel, *, optimizer: optax.GradientTransformation, accumulation: int = 1) -> Trainer:
+    """Supervised fine-tuning on rows with one response: its NLL in nats per token, EOS included."""
+    return train(model, partial(sft.objective, model.model), optimizer, accumulation=accumulation)
+
+
+def Reward(
+    model: LoadedModel,
+    *,
+    optimizer: optax.GradientTransformation,
+    loss: reward.Loss = "last_token",
+    accumulation: int = 1,
+) -> Trainer:
+    """A reward model on pairs: a zero value head on the language model's trunk, Bradley-Terry's loss.
+
+    Args:
+      model: a language model, or a reward model that is trained on.
+      loss: on the scores of the last tokens, or DeepSpeed-Chat's over the tokens where the sides differ.
+    """
+    if "score" not in model.params["trainable"]:
+        with jax.set_mesh(model.mesh):
+            model = model.with_params(loading.with_value_head(model.model, model.params, model.mesh))
+    return train(model, partial(reward.objective, model.model, loss), optimizer, accumulation=accumulation)
+
+
+def Dpo(
+    policy: LoadedModel,
+    *,
+    optimizer: optax.GradientTransformation,
+    beta: float = 0.1,
+    loss: str = "dpo",
+    loss_options: Mapping[str, float] | None = None,
+    length_normalised: bool = False,
+    nll_coef: float = 0.0,
+    reference: LoadedModel | None = None,
+    accumulation: int = 1,
+) -> Trainer:
+    """Direct preference optimisation on pairs, the chosen response first. arXiv:2305.18290.
+
+    Args:
+      beta: strength of the pull towards the reference.
+      loss: dpo, cdpo, ipo or simpo, and what the registry holds besides.
+      loss_options: of the loss, by name.
+      length_normalised: log-probabilities are divided by the response's tokens first.
+      nll_coef: weight of the chosen response's NLL per token.
+      reference: None for the policy as it is now.
+    """
+    settings = DpoConfig.model_validate({
+        "loss": loss, "beta": beta, "loss_options": dict(loss_options or {}), "length_normalised": length_normalised,
+    })  # fmt: skip
+    preference = PreferenceLoss.of(settings)
+    reference = policy if reference is None else reference
+    logps = forward.make_response_logps(reference.model, policy.mesh)
+
+    def prepare(rows: PromptBatch) -> DpoBatch:
+        return DpoBatch(rows, logps(reference.params, rows) if preference.needs_reference else None)
+
+    objective = partial(dpo.objective, policy.model, preference, nll_coef)
+    return train(policy, objective, optimizer, accumulation=accumulation, prepare=prepare)

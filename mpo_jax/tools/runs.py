@@ -1,0 +1,114 @@
+"""Runs of the method: made through the pipeline, collected, and reported."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from mpo_jax import __version__
+from mpo_jax.config.registry import EXPERIMENTS
+from mpo_jax.config.schema import Config, ExperimentName
+from mpo_jax.errors import UserError
+from mpo_jax.pipeline.artifacts import Store
+from mpo_jax.pipeline.bucket import Bucket
+from mpo_jax.pipeline.pipeline import Pipeline, StageName
+from mpo_jax.runtime import machine
+from mpo_jax.runtime.console import console
+from mpo_jax.runtime.files import write_json
+from mpo_jax.runtime.processes import is_main
+from mpo_jax.tools.report import results
+from mpo_jax.tools.report.page import write_report
+from mpo_jax.tools.report.seeds import collect_seeds
+from mpo_jax.training import wandb_log
+from mpo_jax.types import Artifact
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """Runs that were made or reused.
+
+    Attributes:
+      page: the report.
+      num_made, num_reused: stages.
+      seconds: the time all of it took.
+    """
+
+    results: list[results.RunResult]
+    page: Path
+    num_made: int
+    num_reused: int
+    seconds: float
+
+
+def start(config: Config) -> None:
+    """Applies the runtime section; of several processes only the main one prints, and checks that W&B can log."""
+    machine.start(config.runtime)
+    console.quiet = not is_main()
+    if is_main():
+        wandb_log.check(config.runtime.wandb)
+
+
+def run_experiments(config: Config) -> Finished | None:
+    """Makes what is missing of every experiment of the configuration, and the report; None except in process 0."""
+    begin = time.perf_counter()
+    store = Store(Path(config.workdir), bucket=Bucket.of(config))
+    pipeline = Pipeline(config, store)
+    runs = []
+    for name in config.experiment:
+        runs.append(pipeline.experiment(name))
+        pipeline.record(runs[-1])
+    if not is_main():
+        return None
+    workdir = Path(config.workdir)
+    finished = results.collect(workdir, tuple(made.name for made in runs))
+    page = _report(workdir, config)
+    if store.bucket is not None:
+        store.bucket.send_results(workdir)
+    return Finished(finished, page, len(store.made), len(store.reused), time.perf_counter() - begin)
+
+
+def run_until(config: Config, stage: StageName) -> Iterator[tuple[ExperimentName, Artifact]]:
+    """Makes one stage and what it needs for every experiment that has it, and gives each experiment's last of the kind.
+
+    Raises:
+      UserError: if no experiment of the configuration has the stage.
+    """
+    always = stage not in ("dpo", "ppo")
+    names: list[ExperimentName] = [
+        name for name in config.experiment if always or any(s.algorithm == stage for s in EXPERIMENTS[name])
+    ]
+    if not names:
+        raise UserError(
+            f"experiment={','.join(config.experiment)} has no {stage} step: choose another, experiment=NAME"
+        )
+    pipeline = Pipeline(config, Store(Path(config.workdir), bucket=Bucket.of(config)))
+    for name in names:
+        made = pipeline.experiment(name, until=stage)
+        if stage == "evaluate":
+            pipeline.record(made)
+        built = [artifact for artifact in made.artifacts.values() if artifact.manifest["stage"] == stage]
+        yield name, built[-1]
+
+
+def rewrite_report(workdir: Path) -> Path:
+    """The report of a workdir from its finished runs, or from those of a table's seeds; the page's path."""
+    by_seed = collect_seeds(workdir)
+    config = next(iter(by_seed.values()))[0].config
+    page = write_report(workdir, resamples=config.evaluate.bootstrap_resamples, by_seed=by_seed)
+    wandb_log.log_report(config, workdir)
+    return page
+
+
+def _report(workdir: Path, config: Config) -> Path:
+    """Writes the report, unless this version has already written it from the same runs."""
+    shown = {run.name: {role: made.id for role, made in run.artifacts.items()} for run in results.collect(workdir)}
+    inputs = {"version": __version__, "runs": shown, "config": config.model_dump(mode="json")}
+    page, record = workdir / "report" / "index.html", workdir / "report" / "inputs.json"
+    if page.is_file() and record.is_file() and json.loads(record.read_text(encoding="utf-8")) == inputs:
+        return page
+    by_seed = {config.seed: results.collect(workdir)}
+    page = write_report(workdir, resamples=config.evaluate.bootstrap_resamples, by_seed=by_seed)
+    write_json(record, inputs)
+    wandb_log.log_report(config, workdir)
+    return page

@@ -1,0 +1,103 @@
+"""The paper's runs for several seeds, and from them its tables, figures and claims."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+from mpo_jax.config.load import to_yaml
+from mpo_jax.config.schema import Config
+from mpo_jax.errors import NothingSelected
+from mpo_jax.pipeline.artifacts import Store
+from mpo_jax.pipeline.bucket import Bucket
+from mpo_jax.pipeline.experiments import table_variants
+from mpo_jax.pipeline.pipeline import Pipeline
+from mpo_jax.pipeline.table import estimates, plan_table, seed_config
+from mpo_jax.runtime.files import write_text
+from mpo_jax.runtime.processes import is_main
+from mpo_jax.runtime.progress import Overall
+from mpo_jax.tools.report import results
+from mpo_jax.tools.report.evidence import Evidence, gather, write_evidence
+from mpo_jax.tools.report.page import write_report
+from mpo_jax.tools.report.provenance import TABLE_CONFIG
+from mpo_jax.tools.report.seeds import BySeed
+from mpo_jax.tools.report.verdict_rows import find_verdicts
+from mpo_jax.training import wandb_log
+
+FOLDERS = ("tables", "figures")
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """What a table is made of.
+
+    Attributes:
+      claims: the claims and whether the runs support them, as text.
+      page: the report.
+      folders: where tables and figures are.
+    """
+
+    by_seed: BySeed
+    evidence: Evidence
+    claims: str
+    page: Path
+    folders: list[Path]
+
+
+class SeedTable:
+    """Makes what is missing, seed by seed in `<workdir>/seed-N`, then tables, figures and the report.
+
+    A run whose split leaves nothing to train on is left out and named; everything else that fails ends the process,
+    and a new table of the same configuration goes on from there.
+    """
+
+    def __init__(self, config: Config):
+        self._config, self._workdir = config, Path(config.workdir)
+        self.names = [variant.name for variant in table_variants(config.table, config.select)]
+        self.stages = plan_table(config)
+        self.overall = Overall(estimates(config, self.stages))
+        self._left_out: dict[str, str] = {}
+
+    @property
+    def seed_list(self) -> str:
+        return ", ".join(map(str, self._config.table.seeds))
+
+    def begin(self) -> None:
+        """Records the table's configuration in the workdir."""
+        if is_main():
+            self._workdir.mkdir(parents=True, exist_ok=True)
+            write_text(self._workdir / TABLE_CONFIG, [to_yaml(self._config)])
+
+    def make(self, seed: int, *, left_out: Callable[[str, str], None] = lambda name, reason: None) -> Store:
+        """All runs of one seed; the store says which stages were made.
+
+        Args:
+          left_out: called with the name of each run that is left out, and the reason.
+        """
+        config = seed_config(self._config, seed)
+        store = Store(Path(config.workdir), self.overall, bucket=Bucket.of(config))
+        pipeline = Pipeline(config, store)
+        for name in self.names:
+            try:
+                pipeline.record(pipeline.experiment(name))
+            except NothingSelected as nothing:
+                self._left_out[f"{name}, seed {seed}"] = str(nothing)
+                left_out(name, str(nothing))
+                own = {s.name for s in self.stages if s.seed == seed and s.runs == [name]}
+                self.overall.leave_out(own)
+        return store
+
+    def finish(self) -> Finished | None:
+        """Writes tables, figures, claims and the report; None except in process 0."""
+        if not is_main():
+            return None
+        config, workdir = self._config, self._workdir
+        names = tuple(self.names)
+        by_seed = {seed: results.collect(workdir / f"seed-{seed}", names) for seed in config.table.seeds}
+        resamples = config.evaluate.bootstrap_resamples
+        evidence = gather(by_seed, find_verdicts(workdir), resamples=resamples)
+        claims = write_evidence(workdir, evidence, resamples=resamples, left_out=self._left_out)
+        page = write_report(workdir, resamples=resamples, by_seed=by_seed, evidence=evidence)
+        if (bucket := Bucket.of(config)) is not None:
+            bucket.send_results(workdir)
+        wandb_log.log_report(config, workdir)
+        return Finished(by_seed, evidence, claims, page, [workdir / name for name in FOLDERS])
