@@ -1,5 +1,6 @@
 """mpo_jax.training.loop: the host loop resumes where it was, bears broken batches, and stops when it is told to."""
 
+import dataclasses
 import json
 import signal
 from collections.abc import Callable
@@ -315,8 +316,14 @@ def test_a_skipped_update_without_a_folder_is_told_and_kept_nowhere(tmp_path, mo
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_sink_is_told_that_the_run_broke_off():
-    sink = Lines()
+def test_sinks_are_told_that_a_run_broke_off(tmp_path):
+    """Also before its first step."""
+    sink, other = Lines(), Lines()
     with pytest.raises(ZeroDivisionError):
         fit({"sum": jnp.int32(0)}, lambda state, batch: 1 // 0, [1], hooks=Hooks(log=(sink,)))
-    assert sink.failed is True
+    saved = Checkpointing(tmp_path, every=1, recipe={"stage": "a"})
+    fit({"sum": jnp.int32(0)}, counting, [1, 2], checkpoints=saved)
+    with pytest.raises(UserError, match="stage is a there and b here"):
+        refused = dataclasses.replace(saved, recipe={"stage": "b"})
+        fit({"sum": jnp.int32(0)}, counting, [1, 2], checkpoints=refused, hooks=Hooks(log=(other,)))
+    assert (sink.failed, other.failed, other.lines) == (True, True, [])
