@@ -236,7 +236,7 @@ class Bench:
         if self.config.model.path is not None:
             return loading.describe(loading.open_model(self.config.model.path).decoder, self.config)
         vocab = self.vocab_size if self.rows else len(self._codec().tokenizer)
-        return loading.describe(loading.of_architecture(self.config.model.architecture, vocab), self.config)
+        return loading.describe(loading.from_architecture(self.config.model.architecture, vocab), self.config)
 
     def _params(self) -> Params:
         """float32 master parameters on the mesh."""
