@@ -1,9 +1,11 @@
 """Mixed Preference Optimization in JAX. Names are imported on first use, so that `import mpo_jax` costs nothing."""
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mpo_jax.runtime.version import __version__ as __version__
     from mpo_jax.tools.library.functions import sample, score, select
     from mpo_jax.tools.library.models import LoadedModel, load, load_reward, make_mesh, save
     from mpo_jax.tools.library.ppo import Ppo
@@ -12,7 +14,8 @@ if TYPE_CHECKING:
     from mpo_jax.training.loop import Checkpointing, Fitted, Hooks, fit
     from mpo_jax.training.update import init_state, make_update
 
-__version__ = "0.1.0"
+# transformers reports on import that PyTorch is missing, which this package does without
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 _LIBRARY = "mpo_jax.tools.library"
 _HOMES = {
@@ -23,6 +26,7 @@ _HOMES = {
     **dict.fromkeys(("select", "sample", "score"), f"{_LIBRARY}.functions"),
     **dict.fromkeys(("fit", "Fitted", "Hooks", "Checkpointing"), "mpo_jax.training.loop"),
     **dict.fromkeys(("make_update", "init_state"), "mpo_jax.training.update"),
+    "__version__": "mpo_jax.runtime.version",
 }
 
 __all__ = [

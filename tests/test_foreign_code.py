@@ -12,7 +12,9 @@ from mpo_jax.data.sources import open_source
 from mpo_jax.data.text import TextCodec
 from mpo_jax.errors import UserError
 from mpo_jax.models.hf.tokenizer import load_tokenizer
+from mpo_jax.pipeline.stages import stage_settings
 from mpo_jax.stages import reward
+from mpo_jax.stages.context import Context, Inputs
 from tests.cli.conftest import decoder, language_model, reward_model  # noqa: F401 (fixtures)
 from tests.models.tiny import mesh_of
 from tests.pipeline.test_pipeline import mpo
@@ -80,7 +82,7 @@ def test_generate_does_not_feed_its_prompt_to_a_question(planted, language_model
     assert code == 0 or SAYS in capsys.readouterr().err
 
 
-def test_a_reward_model_s_code_is_not_run(planted, reward_model, language_model):  # noqa: F811
+def test_a_reward_model_s_code_is_not_run(planted, reward_model, language_model, tmp_path):  # noqa: F811
     folder = planted(reward_model)
     config = Config(
         reward=RewardConfig(path=str(folder)),
@@ -89,7 +91,7 @@ def test_a_reward_model_s_code_is_not_run(planted, reward_model, language_model)
     )
     codec = TextCodec(load_tokenizer(language_model), config.text)
     try:
-        reward._finished(config, mesh_of(1, 1, 1), codec)
+        reward._finished(stage_settings("reward", config), Context(mesh_of(1, 1, 1), tmp_path, Inputs(config)), codec)
     except UserError as error:
         assert SAYS in str(error)
 

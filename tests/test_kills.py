@@ -28,8 +28,8 @@ STEPS = 4 * KILLS
 SERVER = """
 import json, os, sys, warnings
 warnings.simplefilter("ignore")  # no thread of JAX runs yet when this forks
-from mpo_jax import cli
-import mpo_jax.commands.run
+from mpo_jax.cli import app
+import mpo_jax.cli.run
 
 for line in sys.stdin:
     arguments, output = json.loads(line)
@@ -38,7 +38,7 @@ for line in sys.stdin:
         file = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         os.dup2(file, 1), os.dup2(file, 2)
         sys.argv = ["mpo", *arguments]
-        cli.main()
+        app.main()
         sys.exit(0)
     print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)

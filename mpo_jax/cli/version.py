@@ -2,7 +2,7 @@
 
 import typer
 
-from mpo_jax import __version__
+from mpo_jax.runtime.version import __version__
 
 
 def version() -> None:

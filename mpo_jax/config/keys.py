@@ -1,7 +1,4 @@
-"""The configuration's keys, read off its schema: for `mpo config --keys` and for configs/README.md.
-
-`python -m mpo_jax.config.keys > configs/README.md` writes the latter.
-"""
+"""The configuration's keys, read off its schema: for `mpo config --keys` and for configs/README.md."""
 
 import dataclasses
 import difflib
@@ -186,9 +183,3 @@ def _constraint(info: FieldInfo) -> str:
         return f"in {left}{_value(bounds[low])}, {_value(bounds[high])}{right}"
     signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
     return next((f"{signs[name]} {_value(value)}" for name, value in bounds.items()), "")
-
-
-if __name__ == "__main__":
-    from mpo_jax.config.readme import page
-
-    print(page(), end="")

@@ -91,7 +91,7 @@ class RuntimeConfig(Section, frozen=True):
         default=False,
         description="keep PPO's optimiser moments in host memory and copy them to the devices only for their update",
     )
-    keep_checkpoints: bool = Field(
+    keep_finished_checkpoints: bool = Field(
         default=False,
         description="keep a finished stage's last checkpoints, which mpo verify needs; false: keep only its model",
     )
@@ -104,8 +104,10 @@ class RuntimeConfig(Section, frozen=True):
 
     @model_validator(mode="after")
     def _one_place_for_checkpoints(self) -> "RuntimeConfig":
-        if self.keep_checkpoints and self.bucket is not None:
-            raise ValueError("keep_checkpoints=true keeps them in workdir, and bucket takes them from there: set one")
+        if self.keep_finished_checkpoints and self.bucket is not None:
+            raise ValueError(
+                "keep_finished_checkpoints=true keeps them in workdir, and bucket takes them from there: set one"
+            )
         return self
 
     @property

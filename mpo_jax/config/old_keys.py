@@ -11,6 +11,7 @@ RENAMED = {
     "ppo.trace": "ppo.gae_lambda",
     "ppo.policy_clip": "ppo.clip_eps",
     "ppo.value_clip": "ppo.value_clip_eps",
+    "runtime.keep_checkpoints": "runtime.keep_finished_checkpoints",
 }
 """Old name to new name."""
 

@@ -212,7 +212,7 @@ def _run_layers(model: Model, params: Tree, tokens: Tokens, *, keep_cache: bool)
 
     def layer(place: int, x: Array, period_params: Tree) -> tuple[Array, Any]:
         """The layer at one place of the pattern."""
-        # cut out here, inside what is checkpointed: dots and full keep no second copy of the weights for the backward pass
+        # cut out inside what is checkpointed: dots and full then keep no second copy of the weights
         layer_params = period_params if len(pattern) == 1 else jax.tree.map(itemgetter(place), period_params)
         block = _block(model, pattern[place], layer_params)
         x, cache = block.full(x, *rotations[place], attends[place])

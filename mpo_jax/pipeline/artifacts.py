@@ -11,7 +11,6 @@ from typing import Any, Protocol
 
 from filelock import FileLock
 
-from mpo_jax import __version__
 from mpo_jax.config.load import load_config
 from mpo_jax.errors import UserError
 from mpo_jax.pipeline.bucket import CHECKPOINTS, Bucket, stage_place
@@ -21,6 +20,7 @@ from mpo_jax.runtime.files import write_json
 from mpo_jax.runtime.processes import agree, is_main, wait
 from mpo_jax.runtime.progress import Overall
 from mpo_jax.runtime.stage_warnings import collect_warnings
+from mpo_jax.runtime.version import __version__
 from mpo_jax.types import Artifact
 
 
@@ -159,4 +159,4 @@ def _is_whole(final: Path) -> bool:
 def _keeps_checkpoints(folder: Path) -> bool:
     """As the configuration says that a stage which trains leaves in its folder."""
     config = folder / "config.yaml"
-    return config.is_file() and load_config(config).runtime.keep_checkpoints
+    return config.is_file() and load_config(config).runtime.keep_finished_checkpoints

@@ -46,7 +46,7 @@ class Pipeline:
         self.store = store
         self.inputs = Inputs(config)
         # a source that is missing is known before anything is made
-        self._data = {"fingerprint": self.inputs.fingerprints["data"]}
+        self._data = {"fingerprint": self.inputs.only({"data"}).fingerprints["data"]}
 
     @cached_property
     def mesh(self) -> Mesh:

@@ -9,7 +9,6 @@ from typing import Literal
 import jax
 from jax.sharding import Mesh
 
-from mpo_jax import types
 from mpo_jax.config.schema import Config
 from mpo_jax.data.text import TextCodec
 from mpo_jax.errors import UserError
@@ -24,7 +23,7 @@ from mpo_jax.runtime.sharding import make_mesh
 from mpo_jax.tools.opening import find_model
 from mpo_jax.tools.report.card import write_card
 from mpo_jax.training.checkpoints import Checkpoints
-from mpo_jax.types import Tree
+from mpo_jax.types import Tree, frozen
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -62,14 +61,14 @@ def export(path: str, target: Path, config: Config, *, critic: bool = False, dty
     found = find_model(path, critic=critic)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        decoder, params, where = _read(found, mesh, dtype, critic=critic)
-        codec = TextCodec(load_tokenizer(found), config.text)
-        loading.check_vocabulary(codec.vocab_size, decoder, found)
+        decoder, tree, where = _read(found, mesh, dtype, critic=critic)
+        tokenizer = load_tokenizer(found)
+        loading.check_vocabulary(TextCodec(tokenizer, config.text).vocab_size, decoder, found)
         partial = target.with_name(f".{target.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        loading.save(partial, Model(decoder), types.frozen(params), codec.tokenizer, dtype=dtype)
-    kind = "reward model" if "score" in params else "language model"
+        loading.save(partial, Model(decoder), frozen(tree), tokenizer, dtype=dtype)
+    kind = "reward model" if "score" in tree else "language model"
     if is_main():
         write_card(partial, found, path, name=target.name, kind=kind, dtype=dtype)
     if target.is_dir():
@@ -85,10 +84,10 @@ def _read(found: Path, mesh: Mesh, dtype: Dtype, *, critic: bool) -> tuple[Decod
         decoder = families.read_config(found)
         shapes = forward.abstract_params(decoder, head=families.read_head(found))
         manager = Checkpoints(checkpoints, keep=1)
-        step, params = manager.restore_params(shapes, forward.param_shardings(shapes, mesh), critic=critic)
+        step, tree = manager.restore_params(shapes, forward.param_shardings(shapes, mesh), critic=critic)
         manager.close()
-        return decoder, params, f"step {step} of the unfinished {found.parent.name}"
+        return decoder, tree, f"step {step} of the unfinished {found.parent.name}"
     source = loading.open_model(found)
     # stored in the type to be written, so that the machine never holds a larger copy
-    params = weights.load_params(source.tensors, source.decoder, mesh, head=source.head, dtype=dtype)
-    return source.decoder, params, str(found)
+    tree = weights.load_params(source.tensors, source.decoder, mesh, head=source.head, dtype=dtype)
+    return source.decoder, tree, str(found)

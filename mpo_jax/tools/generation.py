@@ -9,7 +9,6 @@ from mpo_jax.data.batches import Widths, collate
 from mpo_jax.data.chat import Message
 from mpo_jax.data.tokens import Example
 from mpo_jax.errors import NotFinite, UserError
-from mpo_jax.models import loading
 from mpo_jax.models.generate import Sampling, make_stream
 from mpo_jax.runtime.console import console
 from mpo_jax.runtime.seeds import stage_key
@@ -79,7 +78,7 @@ def _stream(opened: OpenModel, text: str, sampling: Sampling) -> Iterator[tuple[
     """Every sample's text so far, and whether it is the end."""
     config, codec = opened.config, opened.codec
     with jax.set_mesh(opened.mesh):
-        model, params = loading.load(opened.path, opened.options, opened.mesh, text=config.text, frozen=True)
+        model, params = opened.load()
         fitted = codec.prompt(text)
         if fitted.truncated:
             console.print(f"[yellow]the prompt is cut to its last {len(fitted.ids)} of {fitted.full} tokens[/yellow]")

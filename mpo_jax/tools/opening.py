@@ -14,11 +14,13 @@ from mpo_jax.data.records import Renderer, user_turn
 from mpo_jax.data.text import TextCodec
 from mpo_jax.errors import UserError
 from mpo_jax.models import loading
+from mpo_jax.models.forward import Model
 from mpo_jax.models.hf.hub import local_model
 from mpo_jax.models.hf.tokenizer import load_tokenizer
 from mpo_jax.runtime import machine
 from mpo_jax.runtime.sharding import make_mesh
 from mpo_jax.tools.report.card import trained_config
+from mpo_jax.types import Head, Params
 
 NEW_TOKENS = 256
 
@@ -45,10 +47,10 @@ class OpenModel:
     def mesh(self) -> Mesh:
         return make_mesh(self.config.mesh)
 
-    @cached_property
-    def options(self) -> loading.Options:
-        """How its arithmetic runs on this machine."""
-        return loading.Options.of(self.config.model)
+    def load(self, head: Head = "lm") -> tuple[Model, Params]:
+        """The model with its weights, which do not train."""
+        options = loading.Options.of(self.config.model)
+        return loading.load(self.path, options, self.mesh, text=self.config.text, head=head, frozen=True)
 
     def knows(self, key: str) -> bool:
         """Whether training or the user has set `text.KEY`."""

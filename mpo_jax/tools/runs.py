@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from mpo_jax import __version__
 from mpo_jax.config.registry import EXPERIMENTS
 from mpo_jax.config.schema import Config, ExperimentName
 from mpo_jax.errors import UserError
@@ -17,6 +16,7 @@ from mpo_jax.runtime import machine
 from mpo_jax.runtime.console import console
 from mpo_jax.runtime.files import write_json
 from mpo_jax.runtime.processes import is_main
+from mpo_jax.runtime.version import __version__
 from mpo_jax.tools.report import results
 from mpo_jax.tools.report.page import write_report
 from mpo_jax.tools.report.seeds import collect_seeds

@@ -14,7 +14,7 @@ from mpo_jax.data.sources import Row, Source, open_source
 from mpo_jax.data.tokens import Example, TokenReport, tokenize
 from mpo_jax.errors import UserError
 from mpo_jax.evaluation.answers import SHOWN
-from mpo_jax.models import forward, loading
+from mpo_jax.models import forward
 from mpo_jax.runtime.sharding import check_batch, place_batch
 from mpo_jax.tools.opening import OpenModel
 
@@ -126,7 +126,7 @@ def _values(opened: OpenModel, examples: list[Example], batch_size: int) -> np.n
     """[rows, responses] log-probabilities or scores."""
     config, mesh, head = opened.config, opened.mesh, opened.source.head
     with jax.set_mesh(mesh):
-        model, params = loading.load(opened.path, opened.options, mesh, text=config.text, head=head, frozen=True)
+        model, params = opened.load(head)
         function = (forward.make_score_pairs if head == "value" else forward.make_response_logps)(model, mesh)
         buckets = Buckets.of(examples, config.text.length_buckets)
         return map_batches(

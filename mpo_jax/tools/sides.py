@@ -9,7 +9,6 @@ from mpo_jax.data.records import Drop
 from mpo_jax.errors import UserError
 from mpo_jax.evaluation.answers import CATEGORY, Answer, Pair, Prompt, find_answers, match, read_answers, read_prompts
 from mpo_jax.evaluation.sampling import sample_texts
-from mpo_jax.models import loading
 from mpo_jax.models.generate import Sampling
 from mpo_jax.runtime.console import console
 from mpo_jax.runtime.files import write_lines
@@ -72,7 +71,7 @@ def sample(path: str, prompts: list[Prompt], overrides: tuple[str, ...]) -> list
     texts = [_rendered(opened, prompt) for prompt in prompts]
     sampling = Sampling(limits.max_response_tokens, temperature=evaluate.temperature, greedy=evaluate.greedy)
     with jax.set_mesh(opened.mesh):
-        model, params = loading.load(opened.path, opened.options, opened.mesh, text=limits, frozen=True)
+        model, params = opened.load()
         key = stage_key(opened.config.seed, "evaluate")
         found, cut = sample_texts(
             model, params, opened.codec, texts, sampling=sampling, key=key, batch_size=evaluate.batch_size,

@@ -120,7 +120,7 @@ class Checkpoints:
         return found
 
     def restore_params(self, params: Any, shardings: Any, *, critic: bool) -> tuple[int, Any]:
-        """The newest checkpoint's step and one model's trainable part: the stage's own, or PPO's actor's or critic's.
+        """The newest checkpoint's step and a model's trainable part: the stage's own, PPO's actor's or critic's.
 
         Args:
           params: shapes and types of that part.

@@ -8,13 +8,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from mpo_jax.config.schema import TextConfig
 from mpo_jax.data import toy
-from mpo_jax.data.text import TextCodec
 from mpo_jax.models import loading
 from mpo_jax.models.forward import Model
 from mpo_jax.models.spec import DecoderConfig
-from mpo_jax.types import Head
+from mpo_jax.types import Head, trainable
 from tests.models.tiny import random_params
 
 CHAT = (
@@ -35,9 +33,8 @@ def decoder() -> DecoderConfig:
 def write_model(folder: Path, decoder: DecoderConfig, *, head: Head = "lm", chat: bool = False, seed: int = 0) -> Path:
     tokenizer = toy.make_tokenizer()
     tokenizer.chat_template = CHAT if chat else None
-    codec = TextCodec(tokenizer, TextConfig())
     with jax.default_device(jax.devices()[0]):
-        loading.save(folder, Model(decoder), random_params(decoder, seed, head=head), codec)
+        loading.save(folder, Model(decoder), trainable(random_params(decoder, seed, head=head)), tokenizer)
     return folder
 
 

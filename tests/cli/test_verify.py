@@ -20,7 +20,7 @@ def made(tmp_path_factory) -> Path:
     """A workdir whose trained stages kept their checkpoints; SFT's and DPO's only one each."""
     workdir = tmp_path_factory.mktemp("made")
     options = (
-        "runtime.keep_checkpoints=true",
+        "runtime.keep_finished_checkpoints=true",
         "sft.train.keep_checkpoints=1",
         "dpo.train.steps=3",
         "ppo.train.steps=5",
@@ -83,7 +83,7 @@ def test_another_input_is_found_with_the_first_leaf_that_differs(copied, capsys)
     save_file(tensors, path, metadata={"format": "pt"})
     assert mpo("verify", copied, "--stage", "ppo") == 1
     out = said(capsys)
-    assert "steps 2 to 4 differ: state_hash" in out and "the first leaf that differs is .actor.params" in out
+    assert "steps 2 to 4 differ: state_hash" in out and "the first leaf that differs is .actor.trainable" in out
 
 
 def test_a_record_that_was_changed_is_told(copied, capsys):
@@ -105,7 +105,7 @@ def test_an_unfinished_stage_is_verified_too(copied, capsys):
     """As a kill leaves it: the hidden folder, and a line half-written."""
     folder = folder_of(copied, "ppo")
     manifest = json.loads((folder / "manifest.json").read_text())
-    recipe = {key: manifest[key] for key in ("format", "stage", "settings", "parents")}
+    recipe = {key: manifest[key] for key in ("format", "stage", "settings", "inputs", "parents")}
     (folder / "manifest.json").unlink()
     (folder / "recipe.json").write_text(json.dumps(recipe))
     with (folder / "metrics.jsonl").open("a") as file:
@@ -123,7 +123,7 @@ def test_without_stored_states_it_says_what_to_set(copied, capsys):
         shutil.rmtree(folder_of(copied, stage) / "checkpoints")
     assert mpo("verify", copied, "--stage", "sft") == 2
     captured = capsys.readouterr()
-    assert "runtime.keep_checkpoints=true" in " ".join(captured.out.split())
+    assert "runtime.keep_finished_checkpoints=true" in " ".join(captured.out.split())
     assert "no stage sft with two stored states to compare" in captured.err
     assert mpo("verify", copied, "--stage", "sfft") == 2
     assert mpo("verify", copied / "nowhere") == 2

@@ -2,6 +2,7 @@
 
 import json
 import re
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from mpo_jax.cli.app import main
 from mpo_jax.config import keys, readme
 from mpo_jax.config.load import load_config
 from mpo_jax.config.old_keys import dotted
-from mpo_jax.config.schema import Config
+from mpo_jax.config.schema import Config, Section
 from mpo_jax.data import hh, records, tldr
 from mpo_jax.data.records import Renderer
 from mpo_jax.data.sources import open_source
@@ -33,18 +34,13 @@ def mpo(monkeypatch, *arguments: str) -> int:
 
 
 def test_every_key_of_the_schema_is_listed_once():
-    values = Config().model_dump()
-    sections = {name for name in dotted(values) if isinstance(_at(values, name), dict)}
+    config = Config()
+    values = config.model_dump()
+    sections = {name for name in dotted(values) if isinstance(attrgetter(name)(config), Section)}
     found = names()
     assert len(found) == len(set(found))
     wandb = {f"runtime.wandb.{name}" for name in ("project", "entity", "mode")}
     assert set(found) == set(dotted(values)) - sections | wandb
-
-
-def _at(values: dict, name: str) -> object:
-    for part in name.split("."):
-        values = values[part]
-    return values
 
 
 def test_every_key_has_a_description():
@@ -72,7 +68,8 @@ def test_every_section_says_what_it_is_for():
         ("select.top_p", ("float", "1.0", "in (0, 1]")),
         ("ppo.kl.coef", ("float", "0.4", ">= 0")),
         ("sft.train.steps", ("int or null", "null", "> 0")),
-        ("dpo.loss", ('"dpo" | "cdpo" | "ipo"', '"dpo"', "")),
+        ("dpo.loss", ('"dpo" | "cdpo" | "ipo" | "simpo"', '"dpo"', "")),
+        ("dpo.loss_options", ("numbers by name", "{}", "")),
         ("sft.train.best_mode", ('"min" | "max" or null', "null", "")),
         ("data.path", ("list of str", "[]", "")),
         ("table.thresholds", ("list of float", "[1.0, 2.0]", "")),
@@ -170,7 +167,7 @@ def test_the_command_still_prints_a_resolved_configuration(monkeypatch, capsys):
 def test_the_readme_is_current():
     written = (CONFIGS / "README.md").read_text(encoding="utf-8")
     if written != readme.page():
-        pytest.fail("configs/README.md is not current: run  python -m mpo_jax.config.keys > configs/README.md")
+        pytest.fail("configs/README.md is not current: run  python -m mpo_jax.config.readme > configs/README.md")
 
 
 def test_the_readme_has_every_key_and_its_description():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mpo_jax.config.load import load_config
-from mpo_jax.config.registry import EXPERIMENTS
+from mpo_jax.config.registry import EXPERIMENTS, Step
 from mpo_jax.config.schema import Config, DataConfig, ModelConfig, SelectConfig, TextConfig, ToyConfig
 from mpo_jax.data import corpus as corpora
 from mpo_jax.data import toy
@@ -16,9 +16,12 @@ from mpo_jax.data.hh import source_category
 from mpo_jax.data.pair_table import PairTable
 from mpo_jax.data.records import is_validation
 from mpo_jax.pipeline.pipeline import Pipeline
-from mpo_jax.pipeline.table import Cost, Listing
+from mpo_jax.pipeline.stages import count_rows, stage_settings
+from mpo_jax.pipeline.table import Listing
 from mpo_jax.stages import dpo, ppo
+from mpo_jax.stages.context import Context, Inputs
 from mpo_jax.types import Artifact
+from tests.models.tiny import mesh_of
 from tests.pipeline.test_pipeline import MICRO
 
 TOY = ToyConfig(num_demonstrations=20, num_pairs=30, num_test=5)
@@ -28,6 +31,10 @@ def write(path, rows) -> Any:
     path.parent.mkdir(exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
+
+
+def context_of(config, folder) -> Context:
+    return Context(mesh_of(1, 1, 1), folder, Inputs(config))
 
 
 def load_corpus(data, **sections):
@@ -277,16 +284,20 @@ def test_ppo_on_a_subset_has_its_rows(tmp_path, prompts, expected):
     pair: Any = [([1], [2])] * 4
     PairTable(["p", "x", "q", "p"], [("a", "b")] * 4, pair, none, np.zeros(4, np.int32), gap, none).write(tmp_path)
     config = Config(data=DataConfig(prompts=prompts))
-    assert ppo._prompts(config, Artifact(tmp_path, {}), "hard") == expected
+    settings = stage_settings("ppo", config, Step("ppo", "hard"))
+    assert ppo._prompts(settings, Artifact(tmp_path, {}), context_of(config, tmp_path)) == expected
 
 
-def test_the_stages_take_their_part(monkeypatch):
+def test_the_stages_take_their_part(tmp_path, monkeypatch):
     """Selection, PPO on all and DPO-base: the same five rows of the toy world."""
     config = Config(data=DataConfig(toy=TOY), select=SelectConfig(num_prompts=5))
     corpus = corpora.load_corpus(config)
-    assert ppo._prompts(config, None, "all") == corpus.prompts[:5]
+    context = context_of(config, tmp_path)
+    assert ppo._prompts(stage_settings("ppo", config, Step("ppo")), None, context) == corpus.prompts[:5]
     codec: Any = None
-    monkeypatch.setattr(dpo, "tokenize", lambda _codec, rows, **_: (rows, None))
-    rows = corpus.human_pairs(config.select.num_prompts)
-    assert dpo._human_examples(config, codec, rows) == [(r.prompt, (r.chosen, r.rejected)) for r in corpus.pairs[:5]]
-    assert (Cost(config)._num_pairs, Cost(config)._num_prompts, Cost(config)._selected()) == (5, 5, 5)
+    monkeypatch.setattr("mpo_jax.stages.context.tokenize", lambda _codec, rows, **_: (rows, None))
+    split = stage_settings("dpo", config, Step("dpo", human_pairs=True)).split
+    rows = context.inputs.corpus.human_pairs(split.num_prompts)
+    assert dpo._human_examples(context, codec, rows) == [(r.prompt, (r.chosen, r.rejected)) for r in corpus.pairs[:5]]
+    amounts = count_rows(config, corpus)
+    assert (amounts.human_pairs, amounts.prompts, amounts.selected) == (5, 5, 5)

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from mpo_jax.tools.plan.programs import device_bytes, shaped
 
 from mpo_jax.models import flops, forward
 from mpo_jax.models.flops import Rows
 from mpo_jax.models.forward import Model
 from mpo_jax.models.hf import weights
 from mpo_jax.models.spec import DecoderConfig, LayerSpec
+from mpo_jax.stages.shapes import shaped
+from mpo_jax.tools.plan.measure import device_bytes
 from mpo_jax.tools.plan.sizes import LLAMA_2_7B
 from mpo_jax.types import PromptBatch
 from tests.models.tiny import DECODER, mesh_of, with_layers

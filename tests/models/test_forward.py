@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from mpo_jax.models import attention, forward
 from mpo_jax.models.forward import Model
 from mpo_jax.runtime.sharding import place_batch
-from mpo_jax.types import PromptBatch, Tokens
+from mpo_jax.types import PromptBatch, Tokens, frozen
 from tests.models.tiny import DECODER, batch, close, mesh_of, random_params, trees_close
 
 MODEL = Model(DECODER)
@@ -269,7 +269,7 @@ def test_score_pairs_equals_the_plain_pass(params, pairs, reference):
     for mesh in (mesh_of(1, 1, 1), mesh_of(2, 2, 2)):
         placed = jax.device_put(scalar_params, forward.param_shardings(scalar_params, mesh))
         with jax.set_mesh(mesh):
-            score = forward.make_score_pairs(MODEL, mesh)(placed, place_batch(pairs, mesh))
+            score = forward.make_score_pairs(MODEL, mesh)(frozen(placed), place_batch(pairs, mesh))
         close(score, reference["score"], atol=1e-5)
         assert score.sharding.is_fully_replicated
 

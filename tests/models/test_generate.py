@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from mpo_jax.config.schema import Config
+from mpo_jax.config.schema import TextConfig
 from mpo_jax.data.text import TextCodec
 from mpo_jax.models import forward, generate, loading
 from mpo_jax.models.decoder import fuse
@@ -19,7 +19,7 @@ from mpo_jax.models.forward import Model
 from mpo_jax.models.generate import Sampling, make_generate, make_stream
 from mpo_jax.models.hf.tokenizer import load_tokenizer
 from mpo_jax.runtime.sharding import place_batch
-from mpo_jax.types import PromptBatch
+from mpo_jax.types import PromptBatch, frozen
 from tests.models.tiny import DECODER, batch, close, mesh_of, random_params
 
 MODEL, EOS = Model(DECODER), 6
@@ -60,7 +60,7 @@ def run(params, joined, *, sampling=None, shape=(1, 1, 1), seed=0, index=None, a
     placed = jax.device_put(params, forward.param_shardings(params, mesh))
     allowed = None if allowed is None else jnp.asarray(allowed)
     with jax.set_mesh(mesh):
-        return function(placed, place_batch(joined, mesh), jax.random.key(seed), index, allowed)
+        return function(frozen(placed), place_batch(joined, mesh), jax.random.key(seed), index, allowed)
 
 
 def sample(params, joined, **options):
@@ -321,7 +321,7 @@ def test_a_stream_grows_to_the_same_samples(params, reference, chunk):
     with jax.set_mesh(mesh_of(1, 1, 1)):
         looks = [
             [np.asarray(x) for x in (joined.response, joined.response_len, has_eos)]
-            for joined, has_eos, _ in stream(params, prompts(), jax.random.key(0), index, jnp.asarray(ALLOWED))
+            for joined, has_eos, _ in stream(frozen(params), prompts(), jax.random.key(0), index, jnp.asarray(ALLOWED))
         ]
     same(looks[-1], reference)
     assert len(looks) == 1 + -(-(reference[1].max() - 1) // chunk)
@@ -412,12 +412,10 @@ def test_prefill_state_predicts_the_first_token(params):
 
 def test_stories_model_tells_its_story(shared_data):
     folder = shared_data / "models" / "stories260K"
-    config = Config.model_validate(
-        {"model": {"path": str(folder)}, "text": {"max_prompt_tokens": 32, "max_response_tokens": 60}}
-    )
-    codec = TextCodec(load_tokenizer(folder), config.text)
+    text = TextConfig(max_prompt_tokens=32, max_response_tokens=60)
+    codec = TextCodec(load_tokenizer(folder), text)
     mesh = mesh_of(1, 1, 1)
-    model, params = loading.load_base(config, codec, mesh, jax.random.key(0))
+    model, params = loading.load(folder, loading.Options(), mesh, text=text)
     ids = codec.prompt("Once upon a time, there was").ids
     joined = PromptBatch(
         prompt=np.array([ids + [0] * (32 - len(ids))], np.int32),
@@ -430,7 +428,7 @@ def test_stories_model_tells_its_story(shared_data):
     allowed = jnp.asarray(codec.allowed(model.decoder.vocab_size))
     with jax.set_mesh(mesh):
         out, _ = function(params, joined, jax.random.key(0), np.zeros(1, np.uint32), allowed)
-    text = codec.decode(np.asarray(out.response[0, 0, : int(out.response_len[0, 0])]))
-    assert text.startswith(
+    story = codec.decode(np.asarray(out.response[0, 0, : int(out.response_len[0, 0])]))
+    assert story.startswith(
         " a little girl named Lily. She loved to play outside in the park. One day, she saw a big, red ball."
     )

@@ -16,7 +16,7 @@ from mpo_jax.models.forward import Model
 from mpo_jax.models.hf import families, weights
 from mpo_jax.models.spec import DecoderConfig, LayerSpec
 from mpo_jax.runtime.sharding import make_mesh
-from mpo_jax.types import Head, Params, PromptBatch, Tokens
+from mpo_jax.types import Head, PromptBatch, Tokens, Tree
 
 RECORDED = Path(__file__).resolve().parents[1] / "fixtures" / "models"
 """Folders that tests/fixtures/make_model_fixtures.py made, each named as in it."""
@@ -44,7 +44,7 @@ def with_layers(config: DecoderConfig, *specs: LayerSpec, **sizes: Any) -> Decod
     return dataclasses.replace(config, pattern=specs, **sizes)
 
 
-def random_params(config: DecoderConfig, seed: int = 0, *, head: Head = "lm") -> Params:
+def random_params(config: DecoderConfig, seed: int = 0, *, head: Head = "lm") -> Tree:
     """Parameters far from their initial values: no norm scale is one, no score is zero."""
     rng = np.random.default_rng(seed)
 
@@ -103,7 +103,7 @@ def recorded_tokens(config: DecoderConfig) -> Tokens:
     )
 
 
-def load_folder(folder: Path, mesh=None, *, dtype="float32", head: Head | None = None) -> tuple[DecoderConfig, Params]:
+def load_folder(folder: Path, mesh=None, *, dtype="float32", head: Head | None = None) -> tuple[DecoderConfig, Tree]:
     """Sizes and parameters; the head is the weights' own, unless `head` says otherwise."""
     config, tensors = families.read_config(folder), weights.SafetensorsFolder(folder)
     if head is None:
@@ -111,7 +111,7 @@ def load_folder(folder: Path, mesh=None, *, dtype="float32", head: Head | None =
     return config, weights.load_params(tensors, config, mesh or mesh_of(1, 1, 1), head=head, dtype=dtype)
 
 
-def answers(config: DecoderConfig, params: Params, tokens: Tokens) -> np.ndarray:
+def answers(config: DecoderConfig, params: Tree, tokens: Tokens) -> np.ndarray:
     """Logits, or values; compiled, as the stages run it."""
     function = forward.scores if "score" in params else forward.logits
     return np.asarray(jax.jit(function, static_argnums=0)(Model(config), params, tokens))

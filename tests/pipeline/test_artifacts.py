@@ -13,7 +13,8 @@ from mpo_jax import __version__
 from mpo_jax.config.load import to_yaml
 from mpo_jax.config.schema import Config, RuntimeConfig
 from mpo_jax.errors import UserError
-from mpo_jax.pipeline.artifacts import FORMAT, RECIPE, Store
+from mpo_jax.pipeline.artifacts import Store
+from mpo_jax.pipeline.recipe import FORMAT, RECIPE, make_recipe
 from mpo_jax.runtime.files import write_json
 
 
@@ -29,6 +30,11 @@ def writer(text: str, calls: list | None = None, summary: dict | None = None):
     return run
 
 
+def recipe(stage="sft", settings=None, parents=None, inputs=None):
+    """What a stage is made from, without inputs unless they are given."""
+    return make_recipe(stage, settings or {}, inputs or {}, parents or {})
+
+
 def visible(store: Store) -> list[str]:
     return sorted(path.name for path in store.folder.iterdir() if not path.name.startswith("."))
 
@@ -36,57 +42,60 @@ def visible(store: Store) -> list[str]:
 def test_a_stage_is_built_once_and_reused(tmp_path):
     calls = []
     store = Store(tmp_path)
-    first = store.build("sft", {"lr": 0.1}, {}, writer("a", calls))
-    second = store.build("sft", {"lr": 0.1}, {}, writer("b", calls))
+    first = store.build(recipe("sft", {"lr": 0.1}), writer("a", calls))
+    second = store.build(recipe("sft", {"lr": 0.1}), writer("b", calls))
     later = Store(tmp_path)
-    third = later.build("sft", {"lr": 0.1}, {}, writer("c", calls))
+    third = later.build(recipe("sft", {"lr": 0.1}), writer("c", calls))
     assert first == second == third
     assert (first.path / "result.txt").read_text() == "a"
-    later.build("sft", {"lr": 0.1}, {}, writer("d", calls))
+    later.build(recipe("sft", {"lr": 0.1}), writer("d", calls))
     assert first.id.startswith("sft-") and visible(store) == [first.id]
     # each is told once, and what a store made itself is not called reused
     assert (store.made, store.reused, later.made, later.reused) == ([first.id], [], [], [first.id])
     assert calls == ["a"]
 
 
-def test_the_id_depends_on_stage_settings_and_parents_alone(tmp_path):
+def test_the_id_depends_on_stage_settings_inputs_and_parents_alone(tmp_path):
     store = Store(tmp_path)
-    base = store.build("sft", {"lr": 0.1, "steps": 3}, {}, writer("base"))
-    other = store.build("sft", {"lr": 0.2, "steps": 3}, {}, writer("other"))
+    base = store.build(recipe("sft", {"lr": 0.1, "steps": 3}), writer("base"))
+    other = store.build(recipe("sft", {"lr": 0.2, "steps": 3}), writer("other"))
 
-    def id_of(stage="dpo", settings=None, parents=None):
-        return store.build(stage, settings or {"beta": 0.1}, parents or {"init": base}, writer("x")).id
+    def id_of(stage="dpo", settings=None, parents=None, inputs=None):
+        made = recipe(stage, settings or {"beta": 0.1}, parents or {"init": base}, inputs or {"data": "d1"})
+        return store.build(made, writer("x")).id
 
     ids = [
         id_of(), id_of(stage="ppo"), id_of(settings={"beta": 0.2}), id_of(settings={"beta": 0.1, "more": None}),
         id_of(parents={"init": other}), id_of(parents={"reference": base}),
+        id_of(inputs={"data": "d2"}), id_of(inputs={"base": "d1"}), id_of(inputs={"data": "d1", "base": "b"}),
         id_of(parents={"init": base, "reference": base}), id_of(parents={"init": base, "reference": other}),
     ]  # fmt: skip
     assert len(set(ids)) == len(ids)
     assert id_of() == ids[0]
     swapped = {"reference": other, "init": base}
     assert id_of(parents=swapped) == ids[-1]
-    assert store.build("sft", {"steps": 3, "lr": 0.1}, {}, writer("x")).id == base.id
-    assert Store(tmp_path / "elsewhere").build("sft", {"lr": 0.1, "steps": 3}, {}, writer("x")).id == base.id
+    assert store.build(recipe("sft", {"steps": 3, "lr": 0.1}), writer("x")).id == base.id
+    assert Store(tmp_path / "elsewhere").build(recipe("sft", {"lr": 0.1, "steps": 3}), writer("x")).id == base.id
 
 
 def test_another_format_is_not_reused(tmp_path, monkeypatch):
-    before = Store(tmp_path).build("sft", {}, {}, writer("x")).id
-    monkeypatch.setattr("mpo_jax.pipeline.artifacts.FORMAT", FORMAT + 1)
-    assert Store(tmp_path).build("sft", {}, {}, writer("x")).id != before
+    before = Store(tmp_path).build(recipe(), writer("x")).id
+    monkeypatch.setattr("mpo_jax.pipeline.recipe.FORMAT", FORMAT + 1)
+    assert Store(tmp_path).build(recipe(), writer("x")).id != before
 
 
 def test_the_manifest_tells_what_made_it(tmp_path):
     store = Store(tmp_path)
-    sft = store.build("sft", {"lr": 0.1}, {}, writer("x"))
-    dpo = store.build("dpo", {"beta": 0.0}, {"init": sft}, writer("x", summary={"loss": 0.5, "name": "ü"}))
+    sft = store.build(recipe("sft", {"lr": 0.1}), writer("x"))
+    made_from = recipe("dpo", {"beta": 0.0}, {"init": sft}, {"data": "d"})
+    dpo = store.build(made_from, writer("x", summary={"loss": 0.5, "name": "ü"}))
     manifest = json.loads((dpo.path / "manifest.json").read_text(encoding="utf-8"))
     assert manifest == dpo.manifest
     seconds = manifest.pop("seconds")
     assert 0 <= seconds < 60
     assert manifest == {
-        "format": FORMAT, "stage": "dpo", "settings": {"beta": 0.0}, "parents": {"init": sft.id},
-        "version": __version__, "warnings": [], "summary": {"loss": 0.5, "name": "ü"},
+        "format": FORMAT, "stage": "dpo", "settings": {"beta": 0.0}, "inputs": {"data": "d"},
+        "parents": {"init": sft.id}, "version": __version__, "warnings": [], "summary": {"loss": 0.5, "name": "ü"},
     }  # fmt: skip
     assert dpo.path == tmp_path / "stages" / dpo.id
     assert dpo.model == dpo.path / "model"
@@ -101,7 +110,7 @@ def test_a_run_that_fails_leaves_nothing_finished_and_is_resumed(tmp_path):
         raise RuntimeError("killed")
 
     with pytest.raises(RuntimeError, match="killed"):
-        store.build("sft", {}, {}, fails)
+        store.build(recipe(), fails)
     assert visible(store) == [] == store.made
 
     def resumes(folder):
@@ -109,7 +118,7 @@ def test_a_run_that_fails_leaves_nothing_finished_and_is_resumed(tmp_path):
         (folder / "result.txt").write_text("whole")
         return {}
 
-    made = Store(tmp_path).build("sft", {}, {}, resumes)
+    made = Store(tmp_path).build(recipe(), resumes)
     assert visible(store) == [made.id]
     assert sorted(path.name for path in made.path.iterdir()) == ["manifest.json", "result.txt"]  # no checkpoints
     assert not list(store.folder.glob(".*.partial"))
@@ -118,14 +127,17 @@ def test_a_run_that_fails_leaves_nothing_finished_and_is_resumed(tmp_path):
 def test_a_folder_says_from_the_start_what_is_made_in_it(tmp_path):
     """`mpo verify` and a resumed run read it there; the manifest says it afterwards."""
     store, found = Store(tmp_path), {}
-    parent = store.build("sft", {"lr": 0.1}, {}, writer("x"))
+    parent = store.build(recipe("sft", {"lr": 0.1}), writer("x"))
 
     def run(folder):
         found.update(json.loads((folder / RECIPE).read_text()))
         return {}
 
-    made = store.build("dpo", {"beta": 0.5}, {"init": parent}, run)
-    assert found == {"format": FORMAT, "stage": "dpo", "settings": {"beta": 0.5}, "parents": {"init": parent.id}}
+    made = store.build(recipe("dpo", {"beta": 0.5}, {"init": parent}, {"data": "d"}), run)
+    assert found == {
+        "format": FORMAT, "stage": "dpo", "settings": {"beta": 0.5}, "inputs": {"data": "d"},
+        "parents": {"init": parent.id},
+    }  # fmt: skip
     assert found.items() <= made.manifest.items() and not (made.path / RECIPE).exists()
 
 
@@ -133,10 +145,10 @@ def test_a_folder_says_from_the_start_what_is_made_in_it(tmp_path):
 def test_checkpoints_stay_where_the_stage_s_configuration_says_so(tmp_path, keep):
     def run(folder):
         (folder / "checkpoints" / "1").mkdir(parents=True)
-        (folder / "config.yaml").write_text(to_yaml(Config(runtime=RuntimeConfig(keep_checkpoints=keep))))
+        (folder / "config.yaml").write_text(to_yaml(Config(runtime=RuntimeConfig(keep_finished_checkpoints=keep))))
         return {}
 
-    made = Store(tmp_path).build("sft", {}, {}, run)
+    made = Store(tmp_path).build(recipe(), run)
     assert (made.path / "checkpoints" / "1").is_dir() == keep
 
 
@@ -148,8 +160,8 @@ def test_another_recipe_does_not_resume_a_foreign_folder(tmp_path):
         raise RuntimeError
 
     with pytest.raises(RuntimeError):
-        store.build("sft", {"lr": 0.1}, {}, fails)
-    assert not (store.build("sft", {"lr": 0.2}, {}, writer("x")).path / "left.txt").exists()
+        store.build(recipe("sft", {"lr": 0.1}), fails)
+    assert not (store.build(recipe("sft", {"lr": 0.2}), writer("x")).path / "left.txt").exists()
 
 
 def test_threads_that_want_the_same_stage_run_it_once(tmp_path):
@@ -165,7 +177,7 @@ def test_threads_that_want_the_same_stage_run_it_once(tmp_path):
             time.sleep(0.2)
             return {}
 
-        made.append(store.build("sft", {"lr": 0.1}, {}, run).id)
+        made.append(store.build(recipe("sft", {"lr": 0.1}), run).id)
 
     threads = [threading.Thread(target=build) for _ in range(4)]
     for thread in threads:
@@ -179,7 +191,8 @@ def test_threads_that_want_the_same_stage_run_it_once(tmp_path):
 PROGRAM = """
 import sys, time
 from pathlib import Path
-from mpo_jax.artifacts import Store
+from mpo_jax.pipeline.artifacts import Store
+from mpo_jax.pipeline.recipe import make_recipe
 
 def run(folder):
     with open(sys.argv[1] + "/calls", "a") as file:
@@ -191,7 +204,7 @@ Path(sys.argv[1], "ready-" + sys.argv[2]).touch()
 while len(list(Path(sys.argv[1]).glob("ready-*"))) < 2:
     time.sleep(0.01)
 store = Store(Path(sys.argv[1]))
-print(store.build("sft", {"lr": 0.1}, {}, run).id, len(store.made), len(store.reused))
+print(store.build(make_recipe("sft", {"lr": 0.1}, {}, {}), run).id, len(store.made), len(store.reused))
 """
 
 

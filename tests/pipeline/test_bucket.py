@@ -20,6 +20,7 @@ from mpo_jax.config.load import load_config
 from mpo_jax.errors import UserError
 from mpo_jax.pipeline.artifacts import Store
 from mpo_jax.pipeline.bucket import Bucket
+from mpo_jax.pipeline.recipe import make_recipe
 from mpo_jax.pipeline.table import plan_table
 from mpo_jax.tools import doctor
 from tests.pipeline.test_pipeline import mpo, stages
@@ -80,6 +81,11 @@ def names(url: str) -> list[str]:
     return sorted(path.removeprefix(f"{root}/") for path in fs.find(root))
 
 
+def sft(settings: dict | None = None) -> dict:
+    """What a stage is made from."""
+    return make_recipe("sft", settings or {}, {}, {})
+
+
 def writes(text: str, calls: list[str]):
     def run(folder: Path) -> dict:
         calls.append(text)
@@ -95,30 +101,30 @@ def writes(text: str, calls: list[str]):
 def test_what_one_workdir_made_another_fetches(url: str, tmp_path: Path) -> None:
     calls: list[str] = []
     first, second = (Store(tmp_path / name, bucket=Bucket(url)) for name in ("a", "b"))
-    base = first.build("sft", {"lr": 1}, {}, writes("w", calls))
+    base = first.build(sft({"lr": 1}), writes("w", calls))
     assert names(url) == [f"stages/{base.id}/manifest.json", f"stages/{base.id}/model/weights"]
-    again = second.build("sft", {"lr": 1}, {}, writes("other", calls))
+    again = second.build(sft({"lr": 1}), writes("other", calls))
     assert calls == ["w"] and second.reused == [base.id] and again.manifest == base.manifest
     assert (again.path / "model" / "weights").read_text() == "w" and again.path.parent == tmp_path / "b" / "stages"
     assert sorted(path.name for path in again.path.parent.iterdir() if "lock" not in path.name) == [base.id]
-    second.build("sft", {"lr": 2}, {}, writes("new", calls))
+    second.build(sft({"lr": 2}), writes("new", calls))
     assert calls == ["w", "new"]
 
 
 def test_what_was_made_without_it_is_sent(url: str, tmp_path: Path) -> None:
     calls: list[str] = []
-    base = Store(tmp_path / "a").build("sft", {}, {}, writes("w", calls))
-    Store(tmp_path / "a", bucket=Bucket(url)).build("sft", {}, {}, writes("w", calls))
+    base = Store(tmp_path / "a").build(sft(), writes("w", calls))
+    Store(tmp_path / "a", bucket=Bucket(url)).build(sft(), writes("w", calls))
     assert calls == ["w"] and Bucket(url).read(f"stages/{base.id}/manifest.json") == base.manifest
 
 
 def test_a_stage_is_whole_only_with_its_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a kill leaves of a transfer, nobody takes it for a finished stage."""
     url, calls = f"file://{tmp_path}/bucket", []
-    base = Store(tmp_path / "a", bucket=Bucket(url)).build("sft", {}, {}, writes("w", calls))
+    base = Store(tmp_path / "a", bucket=Bucket(url)).build(sft(), writes("w", calls))
     (tmp_path / "bucket" / "stages" / base.id / "manifest.json").unlink()
     store = Store(tmp_path / "b", bucket=Bucket(url))
-    store.build("sft", {}, {}, writes("again", calls))
+    store.build(sft(), writes("again", calls))
     assert calls == ["w", "again"]
     # and on this side: a fetch that breaks off leaves no folder of the stage's name
     bucket = Bucket(url)
@@ -129,10 +135,10 @@ def test_a_stage_is_whole_only_with_its_manifest(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(bucket._fs, "get", breaks)
     with pytest.raises(UserError, match=r"cannot fetch stages/sft-.*the line is dead.*the same command") as told:
-        Store(tmp_path / "c", bucket=bucket).build("sft", {}, {}, writes("x", calls))
+        Store(tmp_path / "c", bucket=bucket).build(sft(), writes("x", calls))
     assert url in str(told.value) and not list((tmp_path / "c" / "stages").glob("sft-*"))
     monkeypatch.undo()
-    Store(tmp_path / "c", bucket=Bucket(url)).build("sft", {}, {}, writes("x", calls))
+    Store(tmp_path / "c", bucket=Bucket(url)).build(sft(), writes("x", calls))
     assert calls == ["w", "again"]
 
 
@@ -143,10 +149,10 @@ def test_a_stage_that_could_not_be_sent_is_there_and_is_sent_later(tmp_path: Pat
     (tmp_path / "bucket").rmdir()
     (tmp_path / "bucket").write_text("a file where a folder should be")
     with pytest.raises(UserError, match="cannot send stages/sft-"):
-        store.build("sft", {}, {}, writes("w", calls))
+        store.build(sft(), writes("w", calls))
     assert [path.name for path in (tmp_path / "a" / "stages").glob("sft-*")]
     (tmp_path / "bucket").unlink()
-    base = store.build("sft", {}, {}, writes("w", calls))
+    base = store.build(sft(), writes("w", calls))
     assert calls == ["w"] and f"stages/{base.id}/manifest.json" in names(f"file://{tmp_path}/bucket")
 
 
@@ -266,8 +272,8 @@ def test_s3_holds_stages_and_no_checkpoints(tmp_path: Path) -> None:
 def test_addresses_and_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"runtime\.bucket"):
         load_config(None, ("runtime.bucket=/a/folder",))
-    with pytest.raises(UserError, match="keep_checkpoints=true keeps them in workdir"):
-        load_config(None, ("runtime.bucket=file:///a", "runtime.keep_checkpoints=true"))
+    with pytest.raises(UserError, match="keep_finished_checkpoints=true keeps them in workdir"):
+        load_config(None, ("runtime.bucket=file:///a", "runtime.keep_finished_checkpoints=true"))
     for package, protocols in {"gcsfs": ("gs", "gcs"), "s3fs": ("s3", "s3a")}.items():
         monkeypatch.setitem(sys.modules, package, None)
         for protocol in protocols:

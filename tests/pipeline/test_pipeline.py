@@ -272,10 +272,10 @@ def test_ppo_interrupted_in_mid_stage_goes_on_and_ends_equal(finished, copied, m
     shutil.rmtree(copied / "stages" / name)
     iteration = ppo.Loop.iteration
 
-    def interrupted(self, state, k, *rest):
-        if k == 2:
+    def interrupted(self, state, batch, *rest):
+        if batch.number == 2:
             raise KeyboardInterrupt
-        return iteration(self, state, k, *rest)
+        return iteration(self, state, batch, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(ppo.Loop, "iteration", interrupted)
@@ -283,7 +283,12 @@ def test_ppo_interrupted_in_mid_stage_goes_on_and_ends_equal(finished, copied, m
     assert "goes on from the last checkpoint" in capsys.readouterr().err
     assert name not in stages(copied)
     steps = []
-    monkeypatch.setattr(ppo.Loop, "iteration", lambda self, s, k, *r: steps.append(k) or iteration(self, s, k, *r))
+
+    def noted(self, state, batch, *rest):
+        steps.append(batch.number)
+        return iteration(self, state, batch, *rest)
+
+    monkeypatch.setattr(ppo.Loop, "iteration", noted)
     assert mpo("run", MICRO, f"workdir={copied}") == 0
     assert steps == [2], "the first two iterations must come from the checkpoint"
     for model in ("model", "critic"):

@@ -218,7 +218,7 @@ def test_ppo_exports_actor_critic_and_average_of_its_best_state_and_verifies(mea
     shutil.rmtree(folder_of(workdir, "ppo"))
     options = (
         "ppo.train.best_metric=eval/objective/kl_k3", "ppo.train.eval_every=1", "ppo.extras.ema_decay=0.5",
-        "ppo.train.optim.learning_rate=0.05", "runtime.keep_checkpoints=true", "runtime.offload_moments=true",
+        "ppo.train.optim.learning_rate=0.05", "runtime.keep_finished_checkpoints=true", "runtime.offload_moments=true",
         "ppo.train.keep_checkpoints=1",
     )  # fmt: skip
     assert mpo("ppo", MICRO, f"workdir={workdir}", *MEASURED, *ROWS, *options) == 0

@@ -1,5 +1,7 @@
 """mpo_jax.training.optimizer: schedules by hand and by optax, AdamW in NumPy, decay by name, moments placed."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,9 +12,15 @@ from mpo_jax.config.schema import MeshConfig, OptimConfig
 from mpo_jax.models.forward import init_params, param_shardings, with_score_head
 from mpo_jax.models.spec import DecoderConfig
 from mpo_jax.runtime.sharding import make_mesh
-from mpo_jax.training.loop import apply, init_state
-from mpo_jax.training.optimizer import decay_mask, make_optimizer, make_schedule
-from mpo_jax.types import TrainState
+from mpo_jax.training.optimizer import (
+    decay_mask,
+    make_learning_rate,
+    make_optimizer,
+    make_schedule,
+    with_learning_rate,
+)
+from mpo_jax.training.update import apply_if_finite, init_state
+from mpo_jax.types import TrainState, trainable
 
 DECODER = DecoderConfig(
     vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8,
@@ -62,6 +70,23 @@ def test_a_rate_of_zero_is_a_rate():
     assert [float(schedule(k)) for k in range(6)] == [0.0] * 6
 
 
+def test_the_rate_of_a_step_is_the_schedule_s_in_float32():
+    optim = OptimConfig(learning_rate=3e-4, warmup_steps=2)
+    rate = make_learning_rate(optim, 5)
+    for k in range(6):
+        assert rate(k).dtype == jnp.float32 and float(rate(k)) == np.float32(make_schedule(optim, 5)(k))
+
+
+def test_a_rate_is_set_for_an_optimiser_that_takes_one_alone():
+    params = {"norm": {"scale": jnp.ones(3)}}
+    state = init_state(trainable(params), make_optimizer(OptimConfig()), make_mesh(MeshConfig()))
+    rates = lambda state: float(state.opt_state.hyperparams["learning_rate"])  # noqa: E731
+    assert (rates(state), rates(with_learning_rate(state, 0.25))) == (0.0, 0.25)
+    own = init_state(trainable(params), optax.adam(0.1), make_mesh(MeshConfig()))
+    with pytest.raises(ValueError, match=r"no injected learning_rate: wrap it in optax.inject_hyperparams"):
+        with_learning_rate(own, 0.25)
+
+
 # decay
 
 
@@ -78,13 +103,20 @@ def test_decay_is_chosen_by_name(params):
     assert decay_mask(biased) == {"q": {"kernel": True, "bias": False}, "head": True}
 
 
+@partial(jax.jit, static_argnums=3)
+def apply(state, grads, rate, tx):
+    """The state after one update at this rate, and the gradient's norm."""
+    state, metrics = apply_if_finite(with_learning_rate(state, rate), jnp.zeros(()), grads, {}, tx)
+    return state, metrics["grad_norm"]
+
+
 def test_without_a_gradient_only_decay_moves_parameters(params):
     optim = OptimConfig(weight_decay=0.1)
     tx = make_optimizer(optim)
     state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
     state, norm = apply(state, jax.tree.map(jnp.zeros_like, params), jnp.float32(0.5), tx)
     assert norm == 0 and state.step == 1
-    leaves = map(jax.tree.leaves, (decay_mask(params), params, state.params))
+    leaves = map(jax.tree.leaves, (decay_mask(params), params, state.trainable))
     for decays, old, new in zip(*leaves, strict=True):
         np.testing.assert_allclose(new, old * (1 - 0.5 * 0.1) if decays else old, rtol=1e-6)
 
@@ -129,7 +161,7 @@ def test_steps_equal_a_float64_reference(weight_decay, clip_norm, num_steps):
     expected = numpy_adamw(params, grads, rates, weight_decay=weight_decay, clip_norm=clip_norm, **options)
     assert state.step == num_steps
     for name in shapes:
-        np.testing.assert_allclose(state.params[name], expected[name], rtol=2e-6, atol=2e-6)
+        np.testing.assert_allclose(state.trainable[name], expected[name], rtol=2e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize(("clip_norm", "share"), [(1.0, 0.2), (5.0, 1.0), (10.0, 1.0), (None, 1.0)])
@@ -148,9 +180,9 @@ def test_clipping_scales_the_whole_gradient_to_the_norm(clip_norm, share):
 @pytest.mark.parametrize("config", [MeshConfig(fsdp=8), MeshConfig(data=2, fsdp=2, tensor=2)])
 def test_moments_are_sharded_like_their_parameters(params, config):
     mesh = make_mesh(config)
-    state = init_state(params, OptimConfig(weight_decay=0.1), mesh)
+    state = init_state(trainable(params), make_optimizer(OptimConfig(weight_decay=0.1)), mesh)
     expected = param_shardings(params, mesh)
-    adam = next(part for part in state.opt_state if hasattr(part, "mu"))
+    adam = next(part for part in state.opt_state.inner_state if hasattr(part, "mu"))
 
     def check(leaf, sharding, value):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
@@ -158,16 +190,16 @@ def test_moments_are_sharded_like_their_parameters(params, config):
         np.testing.assert_array_equal(leaf, value)
 
     zeros = jax.tree.map(jnp.zeros_like, params)
-    for tree, values in ((state.params, params), (adam.mu, zeros), (adam.nu, zeros)):
+    for tree, values in ((state.trainable, params), (adam.mu, zeros), (adam.nu, zeros)):
         jax.tree.map(check, tree, expected, values)
     assert adam.mu["embedding"].addressable_shards[0].data.size == 32 * 16 // (config.fsdp * config.tensor)
-    for counter in (adam.count, state.step):
+    for counter in (adam.count, state.opt_state.count, state.opt_state.hyperparams["learning_rate"], state.step):
         assert counter.sharding.is_fully_replicated and len(counter.addressable_shards) == 8
 
 
 def test_the_state_holds_copies(params):
     """The training steps donate their state, and its parameters may be another model's as well."""
-    state = init_state(params, OptimConfig(), make_mesh(MeshConfig()))
-    for leaf in jax.tree.leaves(state.params):
+    state = init_state(trainable(params), make_optimizer(OptimConfig()), make_mesh(MeshConfig()))
+    for leaf in jax.tree.leaves(state.trainable):
         leaf.delete()
     assert all(not leaf.is_deleted() for leaf in jax.tree.leaves(params))

@@ -13,6 +13,7 @@ from mpo_jax.models.forward import Model
 from mpo_jax.models.generate import Sampling, make_generate
 from mpo_jax.runtime.sharding import place_batch
 from mpo_jax.training.refill import sample_all, with_responses
+from mpo_jax.types import frozen
 from tests.models.tiny import DECODER, mesh_of, random_params
 
 MODEL, EOS = Model(DECODER), 6
@@ -34,13 +35,13 @@ def examples():
 
 
 def sample(
-    params, examples, *, tell=None, shape=(1, 1, 1), batch_size=8, buckets=2, sampling=SAMPLING, allowed=ALLOWED
+    params, examples, *, progress=None, shape=(1, 1, 1), batch_size=8, buckets=2, sampling=SAMPLING, allowed=ALLOWED
 ):
     mesh = mesh_of(*shape)
     with jax.set_mesh(mesh):
         found = sample_all(
             MODEL,
-            jax.device_put(params, forward.param_shardings(params, mesh)),
+            frozen(jax.device_put(params, forward.param_shardings(params, mesh))),
             examples,
             sampling=sampling,
             eos_id=EOS,
@@ -49,7 +50,7 @@ def sample(
             buckets=Buckets.of(examples, buckets),
             batch_size=batch_size,
             mesh=mesh,
-            tell=tell,
+            progress=progress,
         )
     return found
 
@@ -70,7 +71,11 @@ def test_the_samples_are_those_of_one_fixed_batch(params, examples, reference):
     batch = collate(examples, Widths.of(examples), num_responses=0)
     with jax.set_mesh(mesh):
         joined, has_eos = make_generate(MODEL, SAMPLING, EOS, mesh)(
-            params, place_batch(batch, mesh), jax.random.key(0), jnp.zeros(COUNT, jnp.uint32), jnp.asarray(ALLOWED)
+            frozen(params),
+            place_batch(batch, mesh),
+            jax.random.key(0),
+            jnp.zeros(COUNT, jnp.uint32),
+            jnp.asarray(ALLOWED),
         )
     same(reference, (joined.response, joined.response_len, has_eos))
     assert len(np.unique(reference.length)) > 5 and 0 < reference.has_eos.mean() < 1, "the case is ragged"
@@ -120,7 +125,7 @@ def test_fewer_steps_than_fixed_batches_would_take(params, examples, reference, 
 
 def test_progress_is_told_by_prompts(params, examples, reference):
     told = []
-    sample(params, examples, tell=lambda done, metrics: told.append((done, metrics)))
+    sample(params, examples, progress=lambda done, metrics: told.append((done, metrics)))
     done = [prompts for prompts, _ in told]
     assert done == [8, 16, 24, 32, 37]
     assert sum(metrics["tokens"] for _, metrics in told) == reference.length.sum()
@@ -138,8 +143,8 @@ def test_responses_are_cut_to_their_lengths(examples, reference):
 def test_no_prompts(params):
     with pytest.raises(UserError, match="there are no prompts"):
         sample_all(
-            MODEL, params, [], sampling=SAMPLING, eos_id=EOS, allowed_V=jnp.asarray(ALLOWED), key=jax.random.key(0),
-            buckets=None, batch_size=8, mesh=mesh_of(1, 1, 1),
+            MODEL, frozen(params), [], sampling=SAMPLING, eos_id=EOS, allowed_V=jnp.asarray(ALLOWED),
+            key=jax.random.key(0), buckets=None, batch_size=8, mesh=mesh_of(1, 1, 1),
         )  # fmt: skip
 
 
@@ -150,7 +155,7 @@ def test_a_logit_that_is_not_finite_ends_it_at_once(params, examples, reference,
     seen = []
     damaged = {**params, "head": jnp.asarray(np.where(np.arange(head.shape[1]) == 5, value, head))}
     with pytest.raises(NotFinite, match=r"the model: the logits of its next tokens are not finite"):
-        sample(damaged, examples, tell=lambda *_: seen.append(_))
+        sample(damaged, examples, progress=lambda *_: seen.append(_))
     assert not seen
     # an id that is never sampled does not count
     harmless = {**params, "head": jnp.asarray(np.where(np.arange(head.shape[1]) == 3, value, head))}

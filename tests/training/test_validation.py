@@ -11,16 +11,20 @@ import numpy as np
 import pytest
 
 from mpo_jax.config.load import load_config
-from mpo_jax.config.schema import Config, RuntimeConfig, TrainConfig
+from mpo_jax.config.schema import Config, TrainConfig
 from mpo_jax.errors import Preempted, UserError
 from mpo_jax.pipeline.bucket import Bucket, checkpoint_folder
 from mpo_jax.pipeline.pipeline import Pipeline
 from mpo_jax.pipeline.table import Listing
 from mpo_jax.runtime.preemption import stopping_at
+from mpo_jax.stages.context import Context, Inputs
+from mpo_jax.stages.fitting import fit_stage
+from mpo_jax.stages.settings import TrainSettings, Watch
 from mpo_jax.training.checkpoints import Checkpoints, leaf_hashes, state_hash
-from mpo_jax.training.loop import fit
+from mpo_jax.training.loop import Hooks, fit
 from mpo_jax.training.validation import first_rows, means
 from mpo_jax.types import Mean, Skips
+from tests.models.tiny import mesh_of
 
 BEST = {"best_metric": "eval/loss", "eval_every": 1, "log_every": 4, "checkpoint_every": 4, "keep_checkpoints": 1}
 
@@ -29,7 +33,10 @@ def run(
     folder: Path, *, steps: int = 9, lowest: float = 3, stop: int | None = None, bucket: str | None = None,
     evaluate: Any = "distance", skipped: tuple[int, ...] = (), warmup: int = 0, **train: Any,
 ) -> tuple[Any, dict[str, Any]]:  # fmt: skip
-    """A state that counts its steps; its held-out loss is the distance from `lowest`, its training loss the step."""
+    """A state that counts its steps; its held-out loss is the distance from `lowest`, its training loss the step.
+
+    `train` is keys of a stage's section `train`.
+    """
 
     def step(state, k):
         if k == stop:
@@ -42,14 +49,22 @@ def run(
     def distance(state):
         return {"loss": abs(float(state["count"]) - lowest), "accuracy": float(state["count"]) / 100}
 
-    return fit(
+    config = TrainConfig(batch_size=8, **train)
+    context = Context(
+        mesh=mesh_of(1, 1, 1),
+        folder=folder,
+        inputs=Inputs(Config()),
+        watch=Watch.of(config),
+        checkpoints=checkpoint_folder(None if bucket is None else Bucket(bucket), folder),
+    )
+    return fit_stage(
+        "sft",
         {"count": jnp.int32(0), "half": jnp.float32(0)},
         step,
-        config=Config(runtime=RuntimeConfig(tensorboard=False, bucket=bucket)),
-        train=TrainConfig(batch_size=8, **train),
-        num_steps=steps,
-        folder=folder,
-        stage="sft",
+        range(steps),
+        steps=steps,
+        train=TrainSettings.of(config),
+        context=context,
         evaluate=distance if evaluate == "distance" else evaluate,
         warmup=warmup,
     )
@@ -187,6 +202,13 @@ def test_a_metric_of_training_that_is_misspelt_is_found_at_the_first_step(tmp_pa
     run(tmp_path / "b", warmup=5, **{**BEST, "best_metric": "late"})
     _, summary = run(tmp_path / "c", skipped=(1, 4), **{**BEST, "best_metric": "loss", "log_every": 1})
     assert summary["best"]["step"] == 8, "a checkpoint whose updates were skipped has no value"
+
+
+def test_a_best_state_needs_checkpoints():
+    """It is restored from one."""
+    step = lambda state, _: (state, {"loss": jnp.float32(0)})  # noqa: E731
+    with pytest.raises(UserError, match="mine: best_metric=loss needs checkpoints, from which the best state is rest"):
+        fit({"count": jnp.int32(0)}, step, range(1), name="mine", hooks=Hooks(best_metric="loss"))
 
 
 def test_the_best_is_known_to_the_checkpoints(tmp_path):

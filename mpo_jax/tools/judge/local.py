@@ -72,15 +72,14 @@ class LocalJudge:
         if not fitting:
             return
         with jax.set_mesh(self.mesh):
-            model, params = loading.load(
-                self.path, loading.Options.of(self.config.model), self.mesh, text=self.config.text, frozen=True
-            )
+            options, limits = loading.Options.of(self.config.model), self.config.text
+            model, params = loading.load(self.path, options, self.mesh, text=limits, frozen=True)
             size = BATCHES * self.config.evaluate.batch_size
             for begin in range(0, len(fitting), size):
                 part = fitting[begin : begin + size]
                 found, _ = sample_texts(
                     model, params, self.codec, [text for _, text in part],
-                    sampling=Sampling(self.config.text.max_response_tokens, greedy=True),
+                    sampling=Sampling(limits.max_response_tokens, greedy=True),
                     key=stage_key(self.config.seed, "judge"), batch_size=self.config.evaluate.batch_size,
                     mesh=self.mesh, cache=self.config.runtime.token_cache_folder, name=str(self.path),
                 )  # fmt: skip

@@ -6,8 +6,8 @@ from typing import Any
 
 from rich.table import Table
 
-from mpo_jax import __version__
 from mpo_jax.config.schema import Config
+from mpo_jax.runtime.version import __version__
 from mpo_jax.tools.plan.advice import advice
 from mpo_jax.tools.plan.collectives import Traffic
 from mpo_jax.tools.plan.measure import Measured, Plan, gib, time_parts

@@ -9,12 +9,12 @@ from typing import Any
 
 import yaml
 
-from mpo_jax import __version__
 from mpo_jax.config.load import load_config, to_yaml
 from mpo_jax.config.schema import Config
 from mpo_jax.pipeline.artifacts import RECIPE
 from mpo_jax.pipeline.experiments import Variant, is_run
 from mpo_jax.runtime.files import write_text
+from mpo_jax.runtime.version import __version__
 from mpo_jax.tools.report.markdown import markdown
 from mpo_jax.tools.report.results import COLUMNS
 

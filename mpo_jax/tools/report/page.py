@@ -11,7 +11,7 @@ from typing import Any
 from filelock import FileLock
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from mpo_jax import __version__
+from mpo_jax.runtime.version import __version__
 from mpo_jax.tools.report import canvas, figures, provenance, summary
 from mpo_jax.tools.report.categories import SHOWN, largest
 from mpo_jax.tools.report.claims import unit
