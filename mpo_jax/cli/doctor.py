@@ -16,7 +16,7 @@ def doctor(
     config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="YAML file whose run to check for")] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Look at devices, memory, links, libraries, disk, hub and clocks, and say how to mend what will go wrong."""
+    """Look at devices, memory, links, libraries, disk, hub and clocks, and say how to fix what will go wrong."""
     from mpo_jax.runtime import machine
     from mpo_jax.runtime.processes import is_main
     from mpo_jax.tools import doctor as checks
@@ -28,8 +28,8 @@ def doctor(
     for check in checks.examine(resolved):
         console.print(f"{MARK[check.verdict]} {check.name}: ", end="")
         console.print(check.found, markup=False, soft_wrap=True)
-        if check.mend:
-            console.print(f"       {check.mend}", markup=False, soft_wrap=True)
+        if check.advice:
+            console.print(f"       {check.advice}", markup=False, soft_wrap=True)
         failed |= check.verdict == "fail"
     if failed:
         raise typer.Exit(FAULT)

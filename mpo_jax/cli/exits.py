@@ -53,11 +53,11 @@ def reported(*, debug: bool) -> Iterator[None]:
 
 
 def _fail_unexpected(error: Exception) -> NoReturn:
-    # not imported here: that would start JAX to report a misspelt key
+    # looked up, not imported: an import would start JAX to report a misspelt key
     processes = sys.modules.get("mpo_jax.runtime.processes")
-    if processes and processes.broke_off(error):
+    if processes and processes.is_lost_process(error):
         fail(
-            f"a computation over all processes broke off: {str(error).splitlines()[0]}\nMost likely another "
+            f"a computation over all processes failed: {str(error).splitlines()[0]}\nMost likely another "
             "process died or failed: its own output says why. The same command goes on from the last checkpoint",
             FAULT,
         )
@@ -79,10 +79,10 @@ def _explain(error: Exception) -> str:
 
 def fail(message: str, status: int) -> NoReturn:
     """Prints the message, with the process's name where there are several, and ends the process."""
-    # not imported here: that would start JAX to report a misspelt key
+    # looked up, not imported: an import would start JAX to report a misspelt key
     processes = sys.modules.get("mpo_jax.runtime.processes")
     where = processes.name() if processes else ""
     print(f"error{where}: {message}", file=sys.stderr)
     if processes and where:
-        processes.leave(status)
+        processes.exit_now(status)
     raise SystemExit(status)

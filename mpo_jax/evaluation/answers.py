@@ -1,4 +1,4 @@
-"""Two sides' answers to the same prompts: what a judge and people compare. Read from files and from finished runs."""
+"""Two sides' answers to the same prompts, for judges and people to compare; read from files and finished runs."""
 
 import dataclasses
 from collections import Counter
@@ -13,16 +13,16 @@ from mpo_jax.errors import UserError
 
 T = TypeVar("T")
 Key = tuple[str, int]
-"""A prompt, and how often it came before."""
+"""A prompt, and how often it occurred before."""
 
 CATEGORY = "category"
-"""The field of a row that names its category, where no other field is asked for."""
+"""The default field for a row's category."""
 
 SHOWN = "shown"
 """The field of a row that holds its prompt as the model saw it; `prompt` is then the prompt as the data has it."""
 
 SAMPLES = "samples.jsonl"
-"""What an evaluation leaves in its folder."""
+"""The samples in an evaluation's folder."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Prompt:
 
     Attributes:
       text: as people and judges read it.
-      turns: as the row gave it: the same text, or a conversation, for a model's chat template.
+      turns: the row's own form: the same text, or a conversation, for a model's chat template.
       category: of the row, where it has one.
     """
 
@@ -74,14 +74,14 @@ class Pair:
 
     @property
     def seen(self) -> str:
-        """What judges and people are to see."""
+        """The prompt as judges and people see it."""
         return self.prompt if self.shown is None else self.shown
 
 
 def find_answers(path: str) -> str | None:
     """The rows that `path` names: a file of rows, or the samples of a run's or an evaluation's folder.
 
-    None where it is anything else, such as a model.
+    None for anything else, such as a model.
 
     Raises:
       UserError: for a run without an evaluation.
@@ -111,7 +111,7 @@ def read_answers(path: str, by: str = CATEGORY) -> list[Answer]:
       by: the field that holds a row's category, where it has one.
 
     Raises:
-      UserError: naming the place of a row that is no such row, or if there are none.
+      UserError: for a row of another form, with its place, or if there are no rows.
     """
     answers = []
     for place, row in open_source(path).rows():
@@ -137,7 +137,7 @@ def read_prompts(path: str, by: str = CATEGORY) -> list[Prompt]:
     """Rows {prompt}, a string or a conversation, with a category where the field `by` is there; others are ignored.
 
     Raises:
-      UserError: naming the place of a row without a prompt, or if there are none.
+      UserError: for a row without a prompt, with its place, or if there are no rows.
     """
     prompts = []
     for place, row in open_source(path).rows():
@@ -162,7 +162,7 @@ def as_text(turns: str | list[Message]) -> str:
 def match(
     a: Sequence[Answer], b: Sequence[Answer], names: tuple[str, str], prompts: Sequence[Prompt] | None = None
 ) -> list[Pair]:
-    """Pairs answers to equal prompts; of equal prompts on one side the first meets the first, the second the second.
+    """Pairs answers to equal prompts; a prompt's n-th occurrence on one side is paired with the n-th on the other.
 
     Args:
       names: of A and B, for messages.
@@ -197,7 +197,7 @@ def match(
 
 
 def _numbered(rows: Iterable[tuple[str, T]]) -> Iterator[tuple[tuple[str, int], T]]:
-    """Each row under its prompt and how often that prompt came before."""
+    """Each row under its prompt and how often that prompt occurred before."""
     seen: Counter[str] = Counter()
     for prompt, row in rows:
         yield (prompt, seen[prompt]), row

@@ -1,4 +1,4 @@
-"""How far a reward model's gaps can be trusted. Figure 2 of the MPO paper, and calibration beyond it."""
+"""How reliable a reward model's gaps are: Figure 2 of the MPO paper, and calibration."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -41,7 +41,7 @@ def accuracy_by_gap(signed_gap_N: np.ndarray) -> list[dict[str, Any]]:
 
 
 def pooled(bins: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The bins of several sets of pairs as those of all their pairs together; all have the same edges."""
+    """The bins of several sets of pairs, pooled; all have the same edges."""
     total = sum(one["count"] for part in bins for one in part)
     together = []
     for parts in zip(*bins, strict=True):
@@ -57,7 +57,7 @@ def reliability(signed_gap_N: np.ndarray) -> tuple[list[dict[str, Any]], float]:
     """Reliability curve and expected calibration error of sigmoid(|gap|), the model's confidence in its order.
 
     ECE = sum over bins of the bin's share of pairs times |accuracy - mean confidence|; 0 where a model that says 80% is
-    right in 80% of such pairs. Naeini, Cooper and Hauskrecht (2015).
+    right in 80% of those pairs. Naeini, Cooper and Hauskrecht (2015).
 
     Args:
       signed_gap_N: positive where the model orders the pair right; a gap of 0 counts as wrong, at confidence 0.5.
@@ -86,7 +86,7 @@ def reliability(signed_gap_N: np.ndarray) -> tuple[list[dict[str, Any]], float]:
 
 
 def by_threshold(signed_gap_N: np.ndarray, thresholds: Sequence[float]) -> list[dict[str, Any]]:
-    """What each threshold on |gap| does: sizes of easy (above it) and hard, and the share ordered right in each."""
+    """For each threshold on |gap|: the sizes of easy (above it) and hard, and the accuracy in each."""
     rows = []
     for threshold in thresholds:
         easy = np.abs(signed_gap_N) > threshold
@@ -115,7 +115,7 @@ def write_gaps(
 
 
 def read_gaps(folder: Path) -> tuple[np.ndarray, np.ndarray | None] | None:
-    """What `write_gaps` wrote; None of a reward model that was made before there was such a file."""
+    """The arrays of `write_gaps`; None if the reward model has no such file."""
     if not (folder / HELD_OUT).is_file():
         return None
     table = pq.read_table(folder / HELD_OUT)
@@ -131,7 +131,7 @@ def read_gap_categories(folder: Path) -> list[str | None] | None:
 
 
 def against_truth(gap_N: np.ndarray, truth_N: np.ndarray) -> np.ndarray:
-    """Gaps signed by whether the truth agrees, of the pairs whose truth is known and no tie.
+    """Gaps signed by whether the truth agrees, for pairs with a known truth that is not a tie.
 
     Args:
       gap_N: a score difference.

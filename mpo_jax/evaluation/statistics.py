@@ -93,8 +93,7 @@ def paired_bootstrap(difference_SP: Seeds, *, shared_prompts: bool, resamples: i
       Percentiles of the resampled means. A prompt alone has the interval (-inf, inf) and p = 1.
 
     Raises:
-      ValueError: without values, for values that are not finite, or where seeds are said to share prompts and differ
-        in their number.
+      ValueError: without values, for values that are not finite, or if seeds share prompts but differ in their number.
     """
     groups = _groups(difference_SP, shared_prompts)
     mean = float(np.mean([x_P.mean() for x_P in groups]))
@@ -197,7 +196,7 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def verdict(mean: float, adjusted_p: float) -> Verdict:
-    """What data say of "the difference is positive": decided by its sign where the adjusted p-value is below LEVEL."""
+    """The verdict on "the difference is positive": decided by its sign if the adjusted p-value is below LEVEL."""
     if adjusted_p >= LEVEL or mean == 0:
         return "undecided"
     return "supported" if mean > 0 else "contradicted"

@@ -1,4 +1,4 @@
-"""The true utility of what PPO samples, where a truth is known: how far the reward can be pushed before it misleads."""
+"""The true utility of PPO's samples, if a truth is known: it shows when a higher reward begins to mislead."""
 
 from collections.abc import Callable
 
@@ -12,9 +12,9 @@ Truth = Callable[[str, str], float]
 
 
 def make_rollout_utility(truth: Truth | None, codec: TextCodec) -> Callable[[PromptBatch], dict[str, Mean]]:
-    """A function from a batch of responses to its metric `objective/utility`, or to none where no truth is known.
+    """A function from a batch of responses to the metric `objective/utility`, or to no metric if no truth is known.
 
-    It fetches the batch to the host, so an iteration waits for its samples; without a truth nothing is fetched.
+    It fetches the batch, so that an iteration waits for its samples; without a truth it fetches nothing.
     """
     if truth is None:
         return lambda joined: {}
@@ -23,7 +23,7 @@ def make_rollout_utility(truth: Truth | None, codec: TextCodec) -> Callable[[Pro
         prompt, prompt_len, response, response_len = map(
             to_host, (joined.prompt, joined.prompt_len, joined.response, joined.response_len)
         )
-        # rows without a prompt only fill the batch
+        # rows without a prompt are fillers
         values = [
             truth(codec.decode(prompt[row, : prompt_len[row]]), codec.decode(response[row, 0, : response_len[row, 0]]))
             for row in np.flatnonzero(prompt_len > 0)

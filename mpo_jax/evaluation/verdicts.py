@@ -1,4 +1,4 @@
-"""Win, tie and lose, with their uncertainty, and how far several people agree."""
+"""Win, tie and lose with their uncertainty, and agreement between raters."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -32,7 +32,7 @@ class Rate:
 
 
 def rate(count: int, total: int) -> Rate | None:
-    """count / total with its 95% Wilson score interval (Wilson 1927), for independent items; None of nothing."""
+    """count / total with its 95% Wilson score interval (Wilson 1927), for independent items; None if total is 0."""
     if total == 0:
         return None
     interval = binomtest(count, total).proportion_ci(0.95, method="wilson")
@@ -41,7 +41,7 @@ def rate(count: int, total: int) -> Rate | None:
 
 @dataclasses.dataclass(frozen=True)
 class Tally:
-    """How often A won, tied and lost against B; items without a verdict apart, which no rate counts."""
+    """How often A won, tied and lost against B; items without a verdict are counted apart and in no rate."""
 
     win: int
     tie: int
@@ -62,7 +62,7 @@ class Tally:
         return {name: rate(getattr(self, name), self.decided) for name in OUTCOMES}
 
     def to_dict(self) -> dict[str, Any]:
-        """Counts, and each rate with its interval; null where there are no verdicts."""
+        """Counts, and each rate with its interval; null if there are no verdicts."""
         rates = {name: found and dataclasses.asdict(found) for name, found in self.rates().items()}
         return {**dataclasses.asdict(self), "rates": rates}
 
@@ -73,13 +73,13 @@ def compare(a: float, b: float) -> Outcome:
 
 
 def by_category(categories: Sequence[str | None], outcomes: Sequence[Outcome | None]) -> dict[str, Tally]:
-    """A tally of each category, by name; empty where no item has one."""
+    """A tally of each category, by name; empty if no item has a category."""
     names = sorted({category for category in categories if category is not None})
     return {name: Tally.of(o for c, o in zip(categories, outcomes, strict=True) if c == name) for name in names}
 
 
 def plurality(votes: Sequence[Outcome]) -> Outcome:
-    """The outcome with most votes; where several have as many, a tie."""
+    """The outcome with the most votes; a tie if several have as many."""
     counts = [votes.count(name) for name in OUTCOMES]
     most = max(counts)
     return OUTCOMES[counts.index(most)] if counts.count(most) == 1 else "tie"
@@ -101,7 +101,7 @@ class Kappa:
 def fleiss_kappa(votes_IC: np.ndarray, *, resamples: int, seed: int) -> Kappa:
     """(P - Pe) / (1 - Pe): agreement of raters beyond chance. Fleiss (1971), Measuring nominal scale agreement.
 
-    Where every vote is for one category, agreement is complete and kappa, 0/0 by the equation, is 1.
+    If every vote is for one category, agreement is complete, and kappa, 0/0 by the equation, is 1.
 
     Args:
       votes_IC: how many raters put each item into each category; each row sums to the number of raters, 2 or more.

@@ -1,4 +1,4 @@
-"""The terminal that all messages go to."""
+"""The console for all messages."""
 
 from rich.console import Console
 

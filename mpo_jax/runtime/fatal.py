@@ -1,4 +1,4 @@
-"""What a process of several says when JAX ends it because another one died: a message in place of a stack trace.
+"""A message in place of JAX's stack trace when a process is aborted because another one died.
 
 JAX's coordination client aborts in C++, where no Python code runs any more, and prints a stack trace of itself; the
 callback that could be given to it does not work from Python (jaxlib 0.10: std::bad_cast). So a child process, this file
@@ -16,13 +16,14 @@ ABORT = b"Terminating process because the JAX distributed service detected fatal
 
 
 def explain_aborts(name: str) -> None:
-    """From now on standard error goes through the child. `name` says which process this is, for the message.
+    """Sends standard error through a child process, which ends with this one however that ends.
 
-    It ends with this process, whatever ends that.
+    Args:
+      name: this process's, for the message.
     """
     whole = os.dup(2)
     reading, writing = os.pipe()
-    # a session of its own: a signal for all of a job's processes must not end it before this one has spoken
+    # its own session: a signal to all processes of a job must not end it before this process has written its last error
     command = [sys.executable, "-I", "-S", __file__, name]
     child = subprocess.Popen(command, stdin=reading, stdout=subprocess.DEVNULL, stderr=whole, start_new_session=True)
     os.dup2(writing, 2)
@@ -40,11 +41,11 @@ def explain_aborts(name: str) -> None:
 
 _finishing = contextlib.ExitStack()
 finish = atexit.register(_finishing.close)
-"""Returns when all that was written so far is passed on. For an end without Python's own exit."""
+"""Returns once all output so far is passed on; needed before an exit that skips Python's own."""
 
 
 def explanation(text: str, name: str) -> str:
-    """The message for an abort, from what JAX says of its reason."""
+    """The message for an abort, from JAX's own reason."""
     unhealthy = re.search(r"stopped sending heartbeats\):\s*((?:\d+\s)+)", text)
     if unhealthy:
         who = "process " + ", ".join(unhealthy[1].split())
@@ -71,7 +72,7 @@ def _pass_on(name: str) -> None:
                 rest += chunk
             os.write(2, explanation(rest.decode(errors="replace"), name).encode())
             return
-        # a line may come in parts; those of JAX's aborts begin with an F
+        # a line may arrive in parts; JAX's abort messages begin with an F
         line = rest.rfind(b"\n") + 1
         kept = line if rest[line : line + 1] == b"F" else len(rest)
         os.write(2, rest[:kept])

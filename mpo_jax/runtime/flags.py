@@ -1,7 +1,7 @@
-"""Compiler flags worth setting, by device, each with its reason; applied with `runtime.flags=recommended`.
+"""Recommended compiler flags by device, each with its reason; `runtime.flags=recommended` sets them.
 
-An unknown flag ends the process, and names change between versions, so a flag is set only where the installed library
-holds its name.
+An unknown flag aborts the process, and names change between versions. So a flag is set only if the installed library
+contains its name.
 """
 
 import dataclasses
@@ -63,14 +63,14 @@ RECOMMENDED: dict[Platform, tuple[Flag, ...]] = {
 }
 
 VARIABLE: dict[Platform, str] = {"gpu": "XLA_FLAGS", "tpu": "LIBTPU_INIT_ARGS", "cpu": "XLA_FLAGS"}
-"""Where each platform's compiler reads its flags when it starts."""
+"""The environment variable from which each platform's compiler reads its flags."""
 
 
 def detect(environment: Mapping[str, str], devices: Path = Path("/dev")) -> Platform:
-    """What JAX will run on, asked without starting it: as JAX_PLATFORMS says, or by device files and plugins."""
-    asked = environment.get("JAX_PLATFORMS", "").split(",")[0].strip()
-    if asked:
-        return "gpu" if asked in ("cuda", "gpu") else "tpu" if asked == "tpu" else "cpu"
+    """The platform JAX will run on, without starting it: from JAX_PLATFORMS, or from device files and plugins."""
+    named = environment.get("JAX_PLATFORMS", "").split(",")[0].strip()
+    if named:
+        return "gpu" if named in ("cuda", "gpu") else "tpu" if named == "tpu" else "cpu"
     there = hardware(devices)
     if "gpu" in there and _library("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13"):
         return "gpu"
@@ -78,7 +78,7 @@ def detect(environment: Mapping[str, str], devices: Path = Path("/dev")) -> Plat
 
 
 def hardware(devices: Path = Path("/dev")) -> set[str]:
-    """The kinds of accelerators that have a device file: gpu, tpu."""
+    """The kinds of accelerators with a device file: gpu, tpu."""
     found = {"gpu"} if (devices / "nvidiactl").exists() else set()
     if any(devices.glob("accel[0-9]*")) or any((devices / "vfio").glob("[0-9]*")):
         found.add("tpu")
@@ -86,10 +86,10 @@ def hardware(devices: Path = Path("/dev")) -> set[str]:
 
 
 def apply(platform: Platform, environment: MutableMapping[str, str]) -> tuple[list[Flag], list[Flag]]:
-    """Sets the platform's flags, before JAX starts. What the user has set stays as it is.
+    """Sets the platform's flags, before JAX starts; flags that the user has set are kept.
 
     Returns:
-      The flags set now, and those left out because an installed library does not know them.
+      The flags set now, and those skipped because an installed library does not know them.
     """
     variable = VARIABLE[platform]
     given = environment.get(variable, "")
@@ -102,7 +102,7 @@ def apply(platform: Platform, environment: MutableMapping[str, str]) -> tuple[li
 
 
 def libraries(platform: Platform) -> list[Path]:
-    """The shared libraries that read the platform's flags: a flag must be known to each."""
+    """The shared libraries that parse the platform's flags; each must know a flag."""
     if platform == "tpu":
         return _library("libtpu", pattern="libtpu.so")
     common = _library("jaxlib", pattern="libjax_common.so")
@@ -112,7 +112,7 @@ def libraries(platform: Platform) -> list[Path]:
 
 
 def known(names: Iterable[str], files: Iterable[Path]) -> set[str]:
-    """Those of the names that stand in every one of the files as a whole word; none without a file."""
+    """The names that every file contains as a whole word; none if there is no file."""
     wanted, paths = set(names), list(files)
     if not paths:
         return set()
@@ -123,7 +123,7 @@ def known(names: Iterable[str], files: Iterable[Path]) -> set[str]:
 
 
 def _holds(data: mmap.mmap, word: bytes) -> bool:
-    """Whether the word stands in the file by itself. By `find`: a pattern takes seconds over a library's 400 MB."""
+    """Whether the file contains the whole word. `find`, since a pattern takes seconds over a library's 400 MB."""
     place = data.find(word)
     while place >= 0:
         around = data[max(place - 1, 0) : place] + b" " + data[place + len(word) : place + len(word) + 1]
@@ -134,12 +134,12 @@ def _holds(data: mmap.mmap, word: bytes) -> bool:
 
 
 def apply_here(platform: Platform | None = None) -> tuple[list[Flag], list[Flag]]:
-    """`apply` to this process, for the platform it will run on unless one is named."""
+    """`apply` for this process; the platform is detected unless given."""
     return apply(platform or detect(os.environ), os.environ)
 
 
 def _library(*modules: str, pattern: str = "") -> list[Path]:
-    """The folder of the first of the modules that is installed, or the files in it that the pattern matches."""
+    """The folder of the first installed module, or the files in it that match the pattern."""
     for module in modules:
         try:
             spec = importlib.util.find_spec(module)

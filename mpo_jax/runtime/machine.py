@@ -1,4 +1,4 @@
-"""The process: devices, compilation cache, precision, seeds."""
+"""The process: devices, compilation cache, precision."""
 
 import importlib.metadata
 import platform
@@ -20,7 +20,7 @@ def start(config: RuntimeConfig) -> None:
     """Applies the runtime section to JAX.
 
     Raises:
-      UserError: if devices are already in use, as in a notebook, and are fewer than asked for.
+      UserError: if JAX has already started, as in a notebook, with fewer devices than configured.
     """
     if config.flags == "recommended":
         flags.apply_here("cpu" if config.cpu_devices is not None else None)
@@ -41,21 +41,21 @@ def start(config: RuntimeConfig) -> None:
 
 
 def compute_dtype(config: ModelConfig) -> str:
-    """The arithmetic's type: what the config says, or float32 on CPU and bfloat16 elsewhere."""
+    """The arithmetic's type: the configured one, or by default float32 on CPU and bfloat16 elsewhere."""
     if config.compute_dtype != "auto":
         return config.compute_dtype
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def frozen_dtype(config: ModelConfig) -> str:
-    """The type in which a model that does not train is stored."""
+    """The storage type of frozen models."""
     return compute_dtype(config) if config.frozen_dtype == "auto" else config.frozen_dtype
 
 
 def attention(config: ModelConfig) -> str:
     """The implementation of attention over whole rows.
 
-    Blocked was faster than XLA's at every size measured on CPU, and nowhere holds the scores of all queries.
+    Blocked attention was faster than XLA's at every size measured on CPU, and never holds the scores of all queries.
     """
     return "blocked" if config.attention == "auto" else config.attention
 
@@ -73,7 +73,7 @@ def environment() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The source tree's commit, marked where files differ from it; None for an installed package."""
+    """The source tree's commit, marked dirty if files differ from it; None for an installed package."""
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None

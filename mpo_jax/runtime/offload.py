@@ -1,7 +1,7 @@
-"""Arrays that rest in the hosts' memory while the devices do not need them: frozen models and optimisers' moments.
+"""Offload to host memory between the phases that need an array: frozen models and optimisers' moments.
 
 An array keeps its layout over the mesh and its bits; only the memory kind of its sharding changes, so that a device's
-part rests on that device's host.
+part goes to that device's host.
 """
 
 import dataclasses
@@ -23,33 +23,33 @@ HOST = "pinned_host"
 
 @dataclasses.dataclass(frozen=True)
 class Offload:
-    """What rests between the phases in which it is used; what does not is left where it is."""
+    """Which arrays are offloaded between the phases that use them; the others stay on the devices."""
 
     frozen: bool
     moments: bool
 
     @classmethod
     def of(cls, runtime: RuntimeConfig, mesh: Mesh) -> "Offload":
-        """As the configuration says.
+        """The configuration's choice.
 
         Raises:
-          UserError: where the mesh's devices have no such memory of their host.
+          UserError: if the mesh's devices have no pinned host memory.
         """
         for key in ("offload_frozen", "offload_moments"):
             if getattr(runtime, key):
                 _check(mesh, f"runtime.{key}=true")
         return cls(runtime.offload_frozen, runtime.offload_moments)
 
-    def rested(self, params: Params) -> Params:
-        """A frozen model's parameters, where they rest; `to_devices` brings them back."""
+    def frozen_params(self, params: Params) -> Params:
+        """A frozen model's parameters, offloaded if so configured; `to_devices` brings them back."""
         return to_host(params) if self.frozen else params
 
     def state(self, state: TrainState) -> TrainState:
-        """The state with its optimiser's moments where they rest."""
+        """The state, with its optimiser's moments offloaded if so configured."""
         return dataclasses.replace(state, opt_state=to_host(state.opt_state)) if self.moments else state
 
     def update(self, update: Callable[..., tuple[TrainState, Any]]) -> Callable[..., tuple[TrainState, Any]]:
-        """The update of a state whose moments rest before and after it."""
+        """The same update for a state whose moments are offloaded before and after it."""
 
         def run(state: TrainState, *rest: Any) -> tuple[TrainState, Any]:
             state, metrics = update(to_devices(state), *rest)
@@ -59,19 +59,19 @@ class Offload:
 
 
 def to_host(tree: Tree) -> Tree:
-    """The tree in the hosts' memory. What it was copied from leaves the devices with its last reference."""
+    """The tree in host memory. The source leaves the devices with its last reference."""
     return jax.tree.map(lambda leaf: _moved(leaf, HOST), tree)
 
 
 def to_devices(tree: Tree) -> Tree:
-    """The tree in the devices' own memory; a leaf that is there already is returned as it is."""
+    """The tree in device memory; leaves that are there already are returned unchanged."""
     return jax.tree.map(lambda leaf: _moved(leaf, next(iter(leaf.devices())).default_memory().kind), tree)
 
 
 def _moved(leaf: jax.Array, kind: str) -> jax.Array:
     if leaf.sharding.memory_kind == kind:
         return leaf
-    # a copy even where device and host are one: steps donate what they are given
+    # a copy even if device and host share memory: steps donate their arguments
     return jax.device_put(leaf, leaf.sharding.with_memory_kind(kind), may_alias=False)
 
 

@@ -1,4 +1,4 @@
-"""Ending a stage between two of its steps, with a checkpoint: on SIGTERM, or at a step named beforehand."""
+"""Stopping a stage between two steps, with a checkpoint: on SIGTERM, or at a given step."""
 
 import contextlib
 import signal
@@ -15,7 +15,7 @@ from mpo_jax.errors import Preempted
 
 @contextlib.contextmanager
 def stopping_at(step: int) -> Iterator[None]:
-    """Within it, `fit` saves a checkpoint after `step` and raises Preempted, as if SIGTERM had come."""
+    """Inside the block, `fit` saves a checkpoint after `step` and raises Preempted, as after SIGTERM."""
     token = _stop_at.set(step)
     try:
         yield
@@ -27,30 +27,30 @@ _stop_at: ContextVar[int | None] = ContextVar("stop_at", default=None)
 
 
 class Preemption:
-    """While entered, SIGTERM asks for a checkpoint instead of ending the process.
+    """Inside the block, SIGTERM requests a checkpoint instead of ending the process.
 
-    Of several processes any may get the signal, and all must agree on the step: JAX sees to that.
+    Any of several processes may get the signal; JAX makes all of them agree on the step.
     """
 
     def __enter__(self) -> Self:
-        self._asked, self._before = False, None
-        # Python takes handlers in its main thread only
-        self._listens = jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
-        if self._listens:
+        self._requested, self._before = False, None
+        # Python sets signal handlers in its main thread only
+        self._handles_signal = jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
+        if self._handles_signal:
             self._before = signal.signal(signal.SIGTERM, self._ask)
         return self
 
     def _ask(self, *_: Any) -> None:
-        self._asked = True
+        self._requested = True
 
-    def asked(self, step: int, *, last: bool) -> bool:
-        """Whether to save after this step and to end. After the last step there is nothing to save for."""
+    def requested(self, step: int, *, last: bool) -> bool:
+        """Whether to save and stop after this step. After the last step there is no reason to save."""
         if step == _stop_at.get() or last:
             return step == _stop_at.get()
-        return self._asked if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(step)
+        return self._requested if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(step)
 
     def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
-        if self._listens:
+        if self._handles_signal:
             signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)
-        if self._asked and not isinstance(error, Preempted):
+        if self._requested and not isinstance(error, Preempted):
             signal.raise_signal(signal.SIGTERM)

@@ -1,7 +1,7 @@
-"""Several processes, one per host: joining them, and what only the first one does.
+"""Several processes, one per host: joining them, and which one writes.
 
-All processes run the same commands on the same files (a shared file system); arrays span them. Only process 0 writes
-artifacts, metrics and the terminal; each writes its own errors.
+All processes run the same command on the same files (a shared file system), and arrays span them. Only process 0 writes
+artifacts, metrics and the terminal; every process writes its own errors.
 """
 
 import os
@@ -20,10 +20,10 @@ from mpo_jax.runtime import fatal, offload
 
 
 def join(config: ProcessesConfig) -> None:
-    """Makes this process one of several, where the configuration or the machine says so. Before any device is used.
+    """Joins the other processes, if the configuration or a launcher names any. Call it before any device is used.
 
     Raises:
-      UserError: if the others cannot be reached in time, or only some of the settings are given.
+      UserError: if the others cannot be reached in time, or if only some of the settings are given.
     """
     given = {name: getattr(config, name) for name in ("coordinator", "count", "index")}
     explicit = any(value is not None for value in given.values())
@@ -66,18 +66,18 @@ def detected(environment: Mapping[str, str]) -> bool:
 
 
 def is_main() -> bool:
-    """Whether this process writes what all of them share."""
+    """Whether this process writes the shared files."""
     return jax.process_index() == 0
 
 
 def wait(name: str) -> None:
-    """Returns when all processes have come here."""
+    """Returns once all processes have reached this call."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def agree(value: bool) -> bool:
-    """Process 0's answer, for all: what one reads from a disk another may not see yet."""
+    """Process 0's value, for all processes: a file that one sees may not have reached another's disk."""
     if jax.process_count() == 1:
         return value
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
@@ -87,28 +87,28 @@ _name = ""
 
 
 def name() -> str:
-    """Which one this is, for an error message; empty where there is only one. JAX is not asked: it may not answer."""
+    """This process's name for error messages, empty if it is the only one. It does not call JAX, which may hang."""
     return _name
 
 
-def leave(status: int) -> NoReturn:
-    """Ends this process at once: an ordinary exit would wait for the others, which wait for this one in a collective.
+def exit_now(status: int) -> NoReturn:
+    """Ends this process at once: a normal exit would wait for the others, which wait for this one in a collective.
 
-    They miss it, and stop within `runtime.processes.timeout_s`.
+    They lose its heartbeat and stop within `runtime.processes.timeout_s`.
     """
     sys.stdout.flush()
     fatal.finish()
     os._exit(status)
 
 
-def broke_off(error: Exception) -> bool:
-    """Whether a computation over several processes failed, as it does in those that are left when one has died."""
+def is_lost_process(error: Exception) -> bool:
+    """Whether the error is that of a computation over several processes, one of which has died."""
     return isinstance(error, jax.errors.JaxRuntimeError) and bool(name())
 
 
 def to_host(x: Any) -> np.ndarray:
     """A whole array on every host, wherever its parts are."""
     if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
-        # what is gathered passes through the devices, wherever it rests
+        # a gather runs on the devices, wherever the array is
         return np.asarray(multihost_utils.process_allgather(offload.to_devices(x), tiled=True))
     return np.asarray(x)

@@ -1,4 +1,4 @@
-"""Progress of many stages together: which one is being made, how many are left, and how long they will take."""
+"""Progress over many stages: the current one, how many are left, and how long they will take."""
 
 import contextlib
 import contextvars
@@ -9,13 +9,13 @@ from collections.abc import Iterator, Sequence
 
 @dataclasses.dataclass(frozen=True)
 class Expected:
-    """A stage to be made.
+    """A stage to be made, with an estimate.
 
     Attributes:
       name: its folder's name.
       kind: sft, reward, ...
-      seconds: what it will take; None where nothing is known.
-      measured: whether a stage like it took that long, or a count of its arithmetic says so.
+      seconds: estimated time; None if unknown.
+      measured: whether the estimate is the time of a stage like it; otherwise it is counted from its arithmetic.
     """
 
     name: str
@@ -25,10 +25,10 @@ class Expected:
 
 
 class Overall:
-    """Told of stages as they are made; says how far all are, and when they will be done.
+    """Tracks stages as they are made, and estimates when all will be done.
 
-    Estimates that are no measurements are corrected by how long finished stages took against theirs: those of the same
-    kind, or all where none of that kind is finished.
+    Counted estimates are scaled by the ratio of actual to estimated time of finished stages: those of the same kind,
+    or of any kind if none of that kind is finished.
     """
 
     def __init__(self, stages: Sequence[Expected]):
@@ -48,7 +48,7 @@ class Overall:
 
     @contextlib.contextmanager
     def making(self, name: str) -> Iterator[None]:
-        """While this stage is made, its progress bar tells of all the others too."""
+        """Marks the stage as the current one; its progress bar then shows the progress of all."""
         self._current, self._begin, self._share = name, time.perf_counter(), 0.0
         self._stages.setdefault(name, Expected(name, name.partition("-")[0], None))
         before = _current.set(self)
@@ -60,15 +60,15 @@ class Overall:
             _current.reset(before)
 
     def leave_out(self, names: set[str]) -> None:
-        """These will not be made after all."""
+        """Removes stages that will not be made."""
         self._left_out |= names & set(self._stages) - set(self._seconds)
 
-    def at(self, share: float) -> None:
-        """The stage that is being made is through with this share of its steps."""
+    def update(self, share: float) -> None:
+        """Sets the share of the current stage's steps that is done."""
         self._share = share
 
     def expected(self, stage: Expected) -> float | None:
-        """Seconds of a stage, by what is known now."""
+        """The best estimate of a stage's seconds so far."""
         if stage.seconds is None or stage.measured:
             return stage.seconds
         done = [one for name, one in self._stages.items() if name in self._seconds and one.seconds and not one.measured]
@@ -78,7 +78,7 @@ class Overall:
         return stage.seconds * sum(self._seconds[one.name] for one in alike) / sum(one.seconds or 0.0 for one in alike)
 
     def remaining(self) -> tuple[float, int]:
-        """Seconds that the known stages still take, and how many further stages nothing is known of."""
+        """Estimated seconds of the remaining stages, and the number of stages without an estimate."""
         seconds, unknown = 0.0, 0
         for name, stage in self._stages.items():
             if name in self._seconds or name in self._left_out:
@@ -86,7 +86,7 @@ class Overall:
             expected = self.expected(stage)
             if name == self._current:
                 spent = time.perf_counter() - self._begin
-                # the stage's own speed is better evidence than any estimate once some of it is done
+                # once some of it is done, the stage's own speed beats any estimate
                 if self._share > 0.05:
                     expected = spent / self._share
                 expected = None if expected is None else max(expected - spent, 0.0)
@@ -105,7 +105,7 @@ _current: contextvars.ContextVar[Overall | None] = contextvars.ContextVar("overa
 
 
 def current() -> Overall | None:
-    """What the stage that is being made is a part of, if of anything."""
+    """The progress that the current stage is part of, if any."""
     return _current.get()
 
 

@@ -1,4 +1,4 @@
-"""Where randomness starts: a key and a data order for every stage of a seed."""
+"""Random keys and data orders: one of each for every stage and seed."""
 
 import zlib
 
@@ -6,10 +6,10 @@ import jax
 
 
 def stage_key(seed: int, stage: str) -> jax.Array:
-    """The key that all of a stage's randomness is folded from."""
+    """The key from which a stage folds all others."""
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(stage.encode()))
 
 
 def data_seed(seed: int, stage: str) -> int:
-    """The seed of a stage's data order: 31 bits, since Grain takes no more."""
+    """The seed of a stage's data order: 31 bits, the most that Grain takes."""
     return (seed * 2654435761 + zlib.crc32(stage.encode())) % 2**31

@@ -47,12 +47,12 @@ def make_mesh(config: MeshConfig) -> Mesh:
 
 
 def mesh_of(config: MeshConfig, devices: Sequence[Any]) -> Mesh:
-    """The mesh over exactly these devices, which need not be this process's: a plan compiles for devices elsewhere.
+    """The mesh over exactly these devices, which may be elsewhere: a plan compiles for devices that it does not have.
 
     Raises:
       UserError: if several TPU slices cannot be divided along `data`, which alone may cross the network between them.
     """
-    # of GPUs every host counts as a slice, and JAX orders them by host by itself
+    # GPU hosts count as slices too, but JAX orders those by host itself
     slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"})
     if slices > 1:
         return _over_slices(config, devices, slices)
@@ -92,7 +92,7 @@ def spec_for(
     """The rules' spec for an array with these logical axes; an axis that does not divide is replicated.
 
     Args:
-      without: a mesh axis to replicate over, whatever the rules say.
+      without: a mesh axis to replicate over, despite the rules.
     """
     return PartitionSpec(
         *(_mesh_axis(axis, size, mesh_shape, without) for axis, size in zip(axes, shape, strict=True)),
@@ -109,7 +109,7 @@ def _mesh_axis(axis: str | None, size: int, mesh_shape: dict[str, int], without:
 
 
 def constrain(x: jax.Array, *axes: str | None, without: str | None = None) -> jax.Array:
-    """States how an array is laid out over the mesh in use, by the rules; does nothing outside a mesh."""
+    """Constrains an array's layout over the current mesh by the rules; does nothing outside a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
@@ -132,12 +132,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Leading axis over the batch axes of the mesh, the rest whole."""
+    """The leading axis over the mesh's batch axes, the others replicated."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def place_batch(batch: Any, mesh: Mesh) -> Any:
-    """Puts a host batch (a pytree of whole [B ...] NumPy arrays) onto the mesh; a process places its devices' rows."""
+    """Puts a host batch (a pytree of whole [B ...] NumPy arrays) on the mesh; each process places its devices' rows."""
     sharding = batch_sharding(mesh)
 
     def place(x: Any) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Warnings about a stage's result: shown when they arise, kept in its manifest, and shown again by the report."""
+"""Warnings about a stage's result: printed at once, stored in its manifest, and repeated in the report."""
 
 import contextlib
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ _collected: ContextVar[list[str] | None] = ContextVar("stage_warnings", default=
 
 @contextlib.contextmanager
 def collect_warnings() -> Iterator[list[str]]:
-    """The list of what `warn` is called with inside the block, each message once."""
+    """Collects the messages of `warn` inside the block, each once."""
     collected: list[str] = []
     token = _collected.set(collected)
     try:
@@ -23,9 +23,9 @@ def collect_warnings() -> Iterator[list[str]]:
 
 
 def warn(message: str) -> None:
-    """Shows a warning and keeps it for the manifest of the stage that is being made.
+    """Prints a warning and keeps it for the current stage's manifest.
 
-    A warning says what the result does not mean and what to do about it; it stops nothing.
+    A warning states how the result is limited and what to do about it; the stage goes on.
     """
     collected = _collected.get()
     if collected is None or message not in collected:

@@ -1,4 +1,4 @@
-"""`mpo doctor`: what a machine has, what will go wrong on it, and how to mend that. It looks and measures only."""
+"""`mpo doctor`: what a machine has, what will fail on it, and the remedy. It only inspects and measures."""
 
 import dataclasses
 import importlib.metadata
@@ -46,18 +46,18 @@ class Check:
     """One finding.
 
     Attributes:
-      found: what is there.
-      mend: what will go wrong otherwise and what to do; empty where all is well.
+      found: what was found.
+      advice: what will go wrong and what to do; empty if nothing is wrong.
     """
 
     name: str
     verdict: Verdict
     found: str
-    mend: str = ""
+    advice: str = ""
 
 
 def examine(config: Config) -> Iterator[Check]:
-    """All checks, the cheap ones first. JAX starts with the devices."""
+    """All checks, cheap ones first. JAX starts with the check of the devices."""
     yield versions()
     yield from compilers()
     yield devices(jax.devices(), flags.hardware())
@@ -77,7 +77,7 @@ def examine(config: Config) -> Iterator[Check]:
 
 
 def versions() -> Check:
-    """Versions of the libraries; JAX's parts must be of one version."""
+    """Versions of the libraries; JAX's parts must have the same one."""
     found = {name: importlib.metadata.version(name) for name in PACKAGES}
     parts = ("jaxlib", "jax-cuda12-plugin", "jax-cuda12-pjrt", "jax-cuda13-plugin", "jax-cuda13-pjrt")
     installed = {name: _version(name) for name in parts}
@@ -99,7 +99,7 @@ def _version(name: str) -> str | None:
 
 
 def compilers() -> Iterator[Check]:
-    """Assembler of the GPU backend, compilers for `mpo plan`, and what XLA is told."""
+    """Compilers for this machine and `mpo plan`, and the compiler flags that are set."""
     have = {
         "GPU (CUDA plugin)": _spec("jax_cuda12_plugin") or _spec("jax_cuda13_plugin"),
         "TPU (libtpu)": _spec("libtpu"),
@@ -115,7 +115,7 @@ def _spec(name: str) -> bool:
 
 
 def devices(found: list[Any], hardware: set[str]) -> Check:
-    """What JAX runs on, against the accelerators that the machine has."""
+    """JAX's devices, compared with the machine's accelerators."""
     first = found[0]
     text = f"{len(found)} x {first.device_kind} ({first.platform}), {jax.process_count()} processes"
     unused = hardware - {first.platform}
@@ -131,7 +131,7 @@ def devices(found: list[Any], hardware: set[str]) -> Check:
 
 
 def mesh(config: MeshConfig, there: int) -> Check:
-    """The configuration's mesh against the devices."""
+    """The configuration's mesh, compared with the devices."""
     text = f"data {config.data} x fsdp {config.fsdp} x tensor {config.tensor}"
     if config.num_devices > there:
         return Check(
@@ -160,7 +160,7 @@ def memory() -> Check:
 
 
 def interconnect() -> Check:
-    """How the devices are wired, as far as the driver tells."""
+    """How the devices are connected, as far as the driver reports it."""
     if jax.default_backend() == "tpu":
         last = getattr(jax.devices()[-1], "coords", None)
         return Check("interconnect", "ok", f"ICI, last device at {last}")
@@ -187,7 +187,7 @@ def wiring(topology: str, count: int) -> Check:
 
 
 def disk(workdir: Path) -> Check:
-    """Free space and speed where artifacts go."""
+    """Free space and speed of the disk for artifacts."""
     folder = next(path for path in (workdir, *workdir.resolve().parents) if path.is_dir())
     free = shutil.disk_usage(folder).free
     try:
@@ -206,7 +206,7 @@ def disk(workdir: Path) -> Check:
 
 
 def bucket(url: str) -> Check:
-    """Whether the bucket takes a file, gives it back and forgets it, and how fast."""
+    """Whether a file can be written to the bucket, read back and deleted, and how fast."""
     with tempfile.TemporaryDirectory() as folder:
         sent, back, name = Path(folder) / "sent", Path(folder) / "back", f".mpo-doctor-{os.getpid()}"
         sent.mkdir()
@@ -230,7 +230,7 @@ def bucket(url: str) -> Check:
 
 
 def _disk_speed(folder: Path, mebibytes: int) -> tuple[float, float]:
-    """MB/s of writing through to the disk, and of reading (mostly from the page cache)."""
+    """MB/s of writing, synced to disk, and of reading (mostly from the page cache)."""
     block = np.random.default_rng(0).bytes(2**20)
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".mpo-doctor-") as file:
         begin = time.perf_counter()
@@ -248,7 +248,7 @@ def _disk_speed(folder: Path, mebibytes: int) -> tuple[float, float]:
 
 
 def cache(folder: str | None) -> Check:
-    """The compilation cache: without it every start compiles anew."""
+    """The compilation cache, without which every start compiles again."""
     if folder is None:
         return Check("compilation cache", "warn", "off", "every start compiles all programs again: minutes for 7B")
     path = Path(folder).expanduser()
@@ -259,7 +259,7 @@ def cache(folder: str | None) -> Check:
 
 
 def hub(environment: Any) -> Check:
-    """Whether models and data sets can be fetched by name."""
+    """Whether models and data sets can be downloaded by name."""
     if environment.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
         return Check("hub", "ok", "HF_HUB_OFFLINE is set: only what is downloaded already")
     endpoint = environment.get("HF_ENDPOINT", "https://huggingface.co")
@@ -303,11 +303,11 @@ def wandb(config: WandbConfig) -> Check:
 
 
 def clocks() -> Check:
-    """How far the processes' clocks are apart, once all have come to one point."""
+    """How far the processes' clocks differ, read right after a barrier."""
     if jax.process_count() == 1:
         return Check("clocks", "ok", "one process")
     multihost_utils.sync_global_devices("mpo doctor clocks")
-    # whole seconds and the rest: float32 would round a time of day to minutes
+    # whole seconds and microseconds apart: float32 would round a time of day to minutes
     now = time.time()
     every = np.asarray(multihost_utils.process_allgather(np.asarray([int(now), int(now % 1 * 1e6)], np.int32)))
     return clock_spread(every[:, 0] + every[:, 1] / 1e6)
@@ -343,7 +343,7 @@ def matmul() -> Check:
 
 
 def collective() -> Check:
-    """Rate of a gathering over all devices, as fsdp does it, and whether the result is right."""
+    """Rate of an all-gather over all devices, as in FSDP, and whether the result is right."""
     count = jax.device_count()
     if count == 1:
         return Check("collective", "ok", "one device")

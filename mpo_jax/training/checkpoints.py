@@ -19,16 +19,16 @@ from mpo_jax.runtime.console import console
 from mpo_jax.runtime.processes import to_host
 
 SPARE_BYTES = 2**20
-"""Room on the disk beyond the arrays themselves: metadata, and the metrics written meanwhile."""
+"""Disk space beyond the arrays themselves: metadata, and the metrics written meanwhile."""
 
 
 class Checkpoints:
     """The checkpoints of one stage's training state, newest last.
 
-    The last `keep` are kept, and the one with the best value where `best` says which is better; others are deleted.
+    The last `keep` are kept, and the one with the best value if `best` is given; others are deleted.
 
     Attributes:
-      carried: what `save` was given with the state that `restore` returned.
+      carried: the JSON that was saved with the state that `restore` returned.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Checkpoints:
         Args:
           folder: a Path on a disk, or a bucket's.
           recipe: what the stage is made from; a checkpoint of another recipe is refused.
-          clean: removes what a killed process left half-written. Only for the one that writes here.
+          clean: remove the incomplete checkpoints of a killed process; only for the process that writes here.
         """
         self._folder, self._recipe = folder, recipe
         self._kept = _Kept(keep, best)
@@ -96,7 +96,7 @@ class Checkpoints:
         return best is None or (value > best[1] if self._kept.best == "max" else value < best[1])
 
     def load(self, step: int, abstract: Any) -> Any:
-        """The state of one checkpoint, placed as `abstract` says.
+        """The state of one checkpoint, with the shapes and shardings of `abstract`.
 
         Raises:
           UserError: if it cannot be read, or its bytes are not those that were saved.
@@ -162,13 +162,13 @@ class Checkpoints:
         """Starts writing; the state may be donated to the next step as soon as this returns.
 
         Args:
-          hashes: `leaf_hashes(state)`, where the caller has them already.
-          value: how good it is, for `best`.
-          carried: JSON to come back with the state.
+          hashes: `leaf_hashes(state)`, if the caller has them already.
+          value: the metric for `best`.
+          carried: JSON to store with the state.
 
         Raises:
-          OSError: if the disk has no room for it. Asked beforehand: the writing threads would fail in the background,
-            each with a traceback of its own.
+          OSError: if the disk is too full. This is checked first: the writing threads would fail in the background,
+            each with its own traceback.
         """
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + SPARE_BYTES
         if isinstance(self._folder, Path) and shutil.disk_usage(self._folder).free < needed:
@@ -190,32 +190,32 @@ class Checkpoints:
         )
 
     def steps(self) -> list[int]:
-        """The steps of which there is a checkpoint, in order."""
+        """The steps that have a checkpoint, in order."""
         return sorted(self._manager.all_steps())
 
     def record(self, step: int) -> dict[str, Any]:
-        """What stands beside the arrays: `leaves` (types and shapes), `hashes`, `recipe`, `value`, `carried`."""
+        """The JSON beside the arrays: `leaves` (types and shapes), `hashes`, `recipe`, `value`, `carried`."""
         stored = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))
         return json.loads(stored["record"]["json"])
 
     def close(self) -> None:
-        """Waits for writes under way."""
+        """Waits for pending writes."""
         self._manager.close()
 
     def _refuse_other(self, step: int, record: Mapping[str, Any], state: Any) -> None:
         where = f"{self._folder / str(step)}: the checkpoint does not fit this configuration"
-        mend = "delete the folder or use another workdir"
+        advice = "delete the folder or use another workdir"
         if record["recipe"] is not None and self._recipe is not None:
             stored, wanted = (_flat(json.loads(json.dumps(recipe))) for recipe in (record["recipe"], self._recipe))
             if differing := [key for key in wanted | stored if wanted.get(key) != stored.get(key)]:
                 shown = ((key, stored.get(key, "absent"), wanted.get(key, "absent")) for key in differing)
-                listed = ", ".join(f"{key} is {there} there and {here} here" for key, there, here in shown)
-                raise UserError(f"{where}: {listed}; {mend}")
+                listed = ", ".join(f"{key} is {there} in the checkpoint and {here} now" for key, there, here in shown)
+                raise UserError(f"{where}: {listed}; {advice}")
         stored, wanted = record["leaves"], _describe(state)
         if differing := [name for name in wanted | stored if wanted.get(name) != stored.get(name)]:
             raise UserError(
-                f"{where}: {differing[0]} is {stored.get(differing[0], 'absent')} there and "
-                f"{wanted.get(differing[0], 'absent')} here ({len(differing)} differ); {mend}"
+                f"{where}: {differing[0]} is {stored.get(differing[0], 'absent')} in the checkpoint and "
+                f"{wanted.get(differing[0], 'absent')} now ({len(differing)} differ); {advice}"
             )
 
     def _drop(self, step: int, error: Exception) -> None:
@@ -231,12 +231,12 @@ class Checkpoints:
             return None
         try:
             return self.record(step)["value"]
-        except Exception:  # it is not the one that is restored, so it may be broken
+        except Exception:  # another checkpoint is restored, so this one may be broken
             return None
 
 
 class _Kept(PreservationPolicy):
-    """The last checkpoints and the best one. Orbax's own policy reads metrics at the start and fails on broken ones."""
+    """Keeps the last checkpoints and the best one. Orbax's own policy reads metrics first and fails on broken ones."""
 
     def __init__(self, last: int, best: Literal["min", "max"] | None):
         self.last, self.best = last, best
@@ -250,20 +250,20 @@ class _Kept(PreservationPolicy):
         return [step in kept for step in steps]
 
     def best_of(self, steps: Sequence[int]) -> tuple[int, float] | None:
-        """Of the steps that have a value, the first with the best one, and that value."""
+        """The first step with the best value, and that value; None if no step has one."""
         known = [(step, self.values[step]) for step in steps if step in self.values]
         return (max if self.best == "max" else min)(known, key=lambda item: item[1], default=None)
 
 
 def abstract_state(state: Any) -> Any:
-    """Shapes, types and places of a state's arrays, without the arrays."""
+    """Shapes, types and shardings of a state's arrays, without the arrays."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
 
 def leaf_hashes(state: Any) -> dict[str, str]:
     """sha256 of every leaf's path, type, shape and bytes, by path in the tree's order.
 
-    One leaf at a time is fetched from the devices; the answer does not depend on where its parts lie.
+    Leaves are fetched one at a time; the hash does not depend on their shardings.
     """
     hashes = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
@@ -280,7 +280,7 @@ def state_hash(hashes: Mapping[str, str]) -> str:
 
 
 def first_difference(expected: Mapping[str, str], found: Mapping[str, str]) -> str | None:
-    """The first leaf whose hash differs or is there on one side only."""
+    """The first leaf whose hash differs, or that only one side has."""
     return next((name for name in {**expected, **found} if expected.get(name) != found.get(name)), None)
 
 

@@ -1,4 +1,4 @@
-"""Updates that were skipped because they were not finite: told of, kept on disk, and no more of them than allowed."""
+"""Skipped updates, whose loss or gradient was not finite: reported, their batches saved, and their number limited."""
 
 from pathlib import Path
 from typing import Any
@@ -12,33 +12,33 @@ from mpo_jax.runtime.processes import is_main, to_host
 from mpo_jax.types import Metrics, Skips
 
 MAX_BAD_BATCHES = 3
-"""How many batches of skipped updates are kept on disk."""
+"""The largest number of skipped updates' batches on disk."""
 
 
 class Guard:
-    """Tells of skipped updates, keeps their batches, and stops after too many in a row.
+    """Reports skipped updates, saves their batches, and stops after too many in a row.
 
-    It looks at a step when the next one is under way, so that the device is never waited for in vain.
+    A step is checked once the next one has started, so that the device never waits for the host.
     """
 
     def __init__(self, folder: Path | None, stage: str, limit: int):
         self._folder, self._stage, self._limit = folder, stage, limit
-        self._unseen: tuple[int, dict[str, Skips], Any] | None = None
+        self._pending: tuple[int, dict[str, Skips], Any] | None = None
 
     def check(self, step: int, metrics: Metrics, batch: Any) -> None:
-        """Takes a step that has just been started, and looks at the one before.
+        """Takes a step that has just started, and checks the one before.
 
         Raises:
-          UserError: at the limit.
+          UserError: if the limit is reached.
         """
         self.flush()
-        self._unseen = step, {name: m for name, m in metrics.items() if isinstance(m, Skips)}, batch
+        self._pending = step, {name: m for name, m in metrics.items() if isinstance(m, Skips)}, batch
 
     def flush(self) -> None:
-        """Looks at the last step taken, once it is done."""
-        if self._unseen is None:
+        """Waits for the last step taken, and checks it."""
+        if self._pending is None:
             return
-        (step, skips, batch), self._unseen = self._unseen, None
+        (step, skips, batch), self._pending = self._pending, None
         skips = {name: skip for name, skip in jax.device_get(skips).items() if skip.count > 0}
         if not skips:
             return
@@ -46,7 +46,7 @@ class Guard:
         for name, skip in skips.items():
             what = " ".join(filter(None, [self._stage, name.rpartition("/")[0]]))
             console.print(
-                f"  [yellow]{what} step {step}: loss or gradient is not finite, the update is skipped "
+                f"  [yellow]{what} step {step}: loss or gradient is not finite; update skipped "
                 f"({int(skip.in_a_row)} in a row){kept}[/yellow]",
                 soft_wrap=True,
             )
@@ -54,12 +54,12 @@ class Guard:
                 rows = "the batches" if self._folder is None else f"the rows of the first batches, in {self._folder}"
                 raise UserError(
                     f"{what}: the loss or the gradient was not finite in {int(skip.in_a_row)} updates in a row, up to "
-                    f"step {step}. Look at {rows}, or lower the learning rate. "
-                    f"{self._stage}.train.stop_after_skipped={self._limit} is how many are borne"
+                    f"step {step}. The first batches are in {self._folder}: look at their rows, or lower the learning "
+                    f"rate. {self._stage}.train.stop_after_skipped={self._limit} is the limit"
                 )
 
     def _keep(self, step: int, batch: Any) -> str:
-        """Writes the batch where there is room for it, and says where."""
+        """Saves the batch if fewer than `MAX_BAD_BATCHES` are there; the note for the message."""
         if self._folder is None:
             return ""
         leaves = jax.tree_util.tree_leaves_with_path(batch)
@@ -68,7 +68,7 @@ class Guard:
         if not is_main() or (not path.exists() and len(list(self._folder.glob("*.npz"))) >= MAX_BAD_BATCHES):
             return ""
         self._folder.mkdir(exist_ok=True)
-        # NumPy's files know no bfloat16
+        # .npz files have no bfloat16
         known: Any = {k: x.astype(np.float32) if x.dtype.kind == "V" else x for k, x in arrays.items()}
         np.savez(path, **known)
         return f"; batch in {path}"

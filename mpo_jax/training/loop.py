@@ -166,7 +166,7 @@ def fit(
             line = tracker.update(number, metrics, log=log, measures=measures, state_hash=digest)
             logged = line or logged
             value = best.value(number, line or {}, measures, compared=due or last)
-            stop = preemption.asked(number, last=last)
+            stop = preemption.requested(number, last=last)
             if stop or last or due or improved:
                 guard.flush()
             if store is not None and (stop or ((due or improved) and not last)):

@@ -1,7 +1,7 @@
-"""Sampling for many prompts: rows that have ended are given the next prompt, so that no straggler holds a batch.
+"""Sampling for many prompts: rows that have ended get the next prompt, so that no batch waits for its longest sample.
 
-After every chunk of tokens the host looks at which rows have ended. A sample depends on its prompt, seed and index
-alone, so the order in which rows are filled changes nothing but time.
+After every chunk of tokens the host checks which rows have ended. A sample depends on its prompt, seed and index alone,
+so the order in which rows are filled changes only the time.
 """
 
 import dataclasses
@@ -25,8 +25,8 @@ from mpo_jax.runtime.sharding import place_batch, replicated
 from mpo_jax.types import Params, PromptBatch
 
 PARTS = 8
-"""A prefill brings in an eighth of the prompts that are under way: fewer would leave the matrix products narrow, more
-would leave rows empty until as many have ended."""
+"""A prefill inserts an eighth of the prompts being sampled: fewer would make the matrix products narrow, more would
+leave rows empty until that many have ended."""
 
 
 class Samples(NamedTuple):
@@ -53,7 +53,7 @@ def with_responses(examples: Sequence[Example], samples: Samples) -> list[Exampl
 
 @lru_cache
 def programs(model: Model, sampling: Sampling, eos_id: int, mesh: Mesh) -> tuple[Any, Any, Any]:
-    """The jitted parts: rows that have all ended, prompts into some of them, and a chunk of decoding.
+    """The jitted parts: a state whose rows have all ended, the insertion of prompts, and a chunk of decoding.
 
     (params, prompts, key, allowed_V, num_rows) -> state; (params, state, prompts, row_R, key, allowed_V) -> state;
     (weights, state, allowed_V) -> (state, [2 B] which rows are active, and whose logits were finite).
@@ -88,7 +88,7 @@ def programs(model: Model, sampling: Sampling, eos_id: int, mesh: Mesh) -> tuple
 
 
 def portion(num_prompts: int, shards: int) -> int:
-    """Prompts that come in together where so many are under way, over so many groups of devices."""
+    """The number of prompts that one prefill inserts, given the number being sampled and of batch shards."""
     return max(num_prompts // PARTS // shards, 1) * shards
 
 
@@ -110,7 +110,7 @@ def sample_all(
     """`sampling.num_samples` samples of every prompt, `batch_size` prompts at a time.
 
     Args:
-      examples: prompts; their responses are not looked at.
+      examples: prompts; their responses are ignored.
       name: what the user calls the model, for messages.
       progress: called with how many prompts are done, and with tokens and the rate of ends since the call before.
 
@@ -154,7 +154,7 @@ def sample_all(
 
 @dataclasses.dataclass
 class _Queue:
-    """The prompts of one width that have not begun, in portions of `part`."""
+    """The prompts of one width that are not started, in portions of `part`."""
 
     examples: Sequence[Example]
     waiting: np.ndarray
@@ -163,7 +163,7 @@ class _Queue:
     num_samples: int
 
     def next(self) -> tuple[PromptBatch, np.ndarray]:
-        """A batch of prompts, filled up, and the numbers of their samples."""
+        """A batch of prompts, padded with filler rows, and the numbers of their samples."""
         chosen, self.waiting = self.waiting[: self.part], self.waiting[self.part :]
         batch = collate([self.examples[e] for e in chosen], self.widths, num_responses=0, size=self.part)
         return batch, (chosen[:, None] * self.num_samples + np.arange(self.num_samples)).ravel()
@@ -194,7 +194,7 @@ def _drain(
             placed = place_batch(batch, mesh)
             if state is None:
                 state = start(params, placed, key, allowed_V, num_rows)
-            # rows of filler prompts are sent beyond the end, where they are dropped
+            # rows of filler prompts get indices beyond the end, which are dropped
             rows = np.concatenate([free[: len(samples)], np.arange(samples_in - len(samples)) + num_rows])
             holds[rows[: len(samples)]], free = samples, free[len(samples) :]
             state = insert(params, state, placed, rows.astype(np.int32), key, allowed_V)

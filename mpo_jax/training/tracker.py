@@ -1,5 +1,5 @@
-"""Metrics of one stage: metrics.jsonl, sinks such as TensorBoard, and progress on the terminal. Of several processes
-one writes."""
+"""Metrics of one stage: metrics.jsonl, sinks such as TensorBoard, and progress on the terminal. Only the main
+process writes."""
 
 import contextlib
 import dataclasses
@@ -37,23 +37,23 @@ PLAIN_SECONDS = 15.0
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 Sums = dict[str, tuple[float, float | None]]
-"""Totals and counts of metrics by name, in float64; without a count where the total itself is what is logged."""
+"""Totals and counts of metrics by name, in float64; the count is None if the total itself is logged."""
 
 
 class Sink(Protocol):
-    """A further place for what metrics.jsonl gets, in the main process."""
+    """Another destination of the metrics in metrics.jsonl, in the main process."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """The metrics of one step."""
         ...
 
     def close(self, *, failed: bool = False) -> None:
-        """No more steps follow; `failed`: since the stage broke off."""
+        """Ends the log; `failed`: the stage ended with an error."""
         ...
 
 
 class TensorBoard:
-    """Event files, in which the stage leads every metric's name; steps after `start_step` are made again."""
+    """Event files, where every metric's name begins with the stage; steps after `start_step` are replaced."""
 
     def __init__(self, folder: Path, stage: str, start_step: int):
         from tensorboardX import SummaryWriter
@@ -70,7 +70,7 @@ class TensorBoard:
 
 
 class _Eta(TimeRemainingColumn):
-    """The time that a task's own field gives, else what rich finds from the speed so far."""
+    """The task's own `eta` field if given, else rich's estimate from the speed so far."""
 
     def render(self, task: Task) -> Text:
         given = task.fields.get("eta")
@@ -78,13 +78,13 @@ class _Eta(TimeRemainingColumn):
 
 
 class Tracker:
-    """Writes one line of metrics a logged step, and shows progress: a bar on a terminal, plain lines elsewhere.
+    """Writes one line of metrics for each logged step, and shows progress: a bar on a terminal, plain lines elsewhere.
 
     Args:
-      sinks: what else takes the logged metrics.
-      every_step: off a terminal, show each logged step as one line of names and values, for programs to read.
-      start_step: the steps already made; lines of later ones are dropped from the file.
-      sums: what `unlogged` gave at that step.
+      sinks: other destinations of the logged metrics.
+      every_step: without a terminal, print each logged step as one line of names and values, for programs to parse.
+      start_step: the number of steps already made; lines of later steps are dropped from the file.
+      sums: the value of `unlogged` at that step.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class Tracker:
         self._path = folder / "metrics.jsonl" if folder is not None and is_main() else Path(os.devnull)
         if writes:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            _forget_after(self._path, start_step)
+            _truncate_after(self._path, start_step)
         self._syncs = writes
         self._file = self._path.open("a", encoding="utf-8")
         self._sinks = list(sinks)
@@ -141,18 +141,18 @@ class Tracker:
         measures: Mapping[str, float] | None = None,
         state_hash: str | None = None,
     ) -> dict[str, float] | None:
-        """Takes one step's metrics (on the device); when `log`, fetches and writes their averages since the last log.
+        """Takes one step's metrics (on the device); with `log`, fetches and writes their averages since the last log.
 
-        `measures` are of this step's state alone: they are written as they are, also where the metrics are not.
+        `measures` are of this step's state alone, and are written unchanged even if the metrics are not.
 
-        The host waits for the device only when it logs. This process's first step is told as `timing_s/compile`, with
-        all later compilations, and is left out of the time of a step.
+        The host waits for the device only when it logs. This process's first step counts as `timing_s/compile`,
+        together with all later compilations, and not as time of a step.
         """
         first = self.step == self._first_step
         self._pending.append(metrics)
         self.step = step
         if self._overall is not None:
-            self._overall.at(step / self.num_steps)
+            self._overall.update(step / self.num_steps)
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
             if self._overall is not None:
@@ -179,13 +179,13 @@ class Tracker:
 
     @contextlib.contextmanager
     def untimed(self) -> Iterator[None]:
-        """What is done within, such as saving, is left out of the time of a step; compilation is left out anyway."""
+        """Excludes the block, such as saving, from the time of a step; compilation is always excluded."""
         begin, compiled = time.perf_counter(), self._compiled.seconds
         yield
         self._untimed += time.perf_counter() - begin - (self._compiled.seconds - compiled)
 
     def unlogged(self) -> Sums:
-        """The sums of the steps since the last logged one, as JSON: what a run that goes on from here needs."""
+        """The sums since the last logged step, as JSON: a resumed run needs them."""
         return self._fetch()
 
     def _fetch(self) -> Sums:
@@ -208,7 +208,7 @@ class Tracker:
         return values
 
     def write(self, step: int, values: Mapping[str, float], *, state_hash: str | None = None) -> None:
-        """One line of metrics.jsonl, flushed, and the same to the sinks; one with a hash is on the disk after it."""
+        """Writes a line to metrics.jsonl and to the sinks, flushed; a line with a hash is synced to disk."""
         line: dict[str, Any] = {"step": step, **{k: float(v) for k, v in values.items()}}
         if state_hash is not None:
             line["state_hash"] = state_hash
@@ -222,14 +222,14 @@ class Tracker:
     def _show(self, step: int, values: Mapping[str, float], now: float) -> None:
         measured = any(name.startswith(EVAL) for name in values)
         if self._bar is not None:
-            # a bar has one line: the last measures stay on it until there are new ones
+            # a bar has one line, which keeps the last measures until there are new ones
             self._measures = {k: v for k, v in values.items() if k.startswith(EVAL)} if measured else self._measures
             values = {**values, **self._measures}
         note = "  ".join(f"{_short(name)} {values[name]:.4g}" for name in self._headline(values))
         if self._bar is not None:
             self._bar.update(self._task, note=note)
         elif self._every_step:
-            # rich flushes what it prints
+            # rich flushes its output
             console.print(step_line(self.stage, step, values), soft_wrap=True, markup=False)
         elif measured or step >= self.num_steps or now - self._last_line > PLAIN_SECONDS:
             self._last_line = now
@@ -248,7 +248,7 @@ class Tracker:
         return [name for name in names if name in values]
 
     def close(self, *, failed: bool = False) -> None:
-        """Ends the display and the files; `failed`: the stage broke off."""
+        """Ends the display and the files; `failed`: the stage ended with an error."""
         if self._bar is not None:
             self._bar.stop()
         for sink in self._sinks:
@@ -272,7 +272,7 @@ LINE_FIELDS = {
     "timing_s/step": ("step_time_s", ".4g"),
     "perf/tokens_per_s": ("tokens_per_s", ".0f"),
 }
-"""What a step's line holds besides its loss, where it is logged: metric to name and format."""
+"""The fields of a step's line besides its loss: metric to name and format."""
 
 
 def _short(name: str) -> str:
@@ -282,8 +282,8 @@ def _short(name: str) -> str:
 def step_line(stage: str, step: int, values: Mapping[str, float]) -> str:
     """`STAGE step K loss X ...`: names and values in turn, for programs to read.
 
-    The loss of PPO is the policy's; of an update that was skipped or not made it is nan. A step that compiled says
-    `compile_s`, and the first one has no `step_time_s`.
+    PPO's loss is the policy's; a skipped or missing update has a loss of nan. A step that compiled has `compile_s`,
+    and the first one has no `step_time_s`.
     """
     loss = values.get("loss", values.get("loss/policy_avg", math.nan))
     fields = [f"{name} {values[metric]:{shape}}" for metric, (name, shape) in LINE_FIELDS.items() if metric in values]
@@ -291,9 +291,9 @@ def step_line(stage: str, step: int, values: Mapping[str, float]) -> str:
 
 
 def add_up(steps: list[Mapping[str, Any]], sums: Sums) -> Sums:
-    """`sums` with those of further steps; in parts or at once, to the bit the same.
+    """`sums` plus those of further steps; bit-identical whether added in parts or at once.
 
-    Scalars that are not finite do not count, since a skipped update has such ones.
+    Scalars that are not finite do not count: they are those of skipped updates.
     """
     sums = dict(sums)
     for step in steps:
@@ -305,7 +305,7 @@ def add_up(steps: list[Mapping[str, Any]], sums: Sums) -> Sums:
 
 
 def mean_values(sums: Sums) -> dict[str, float]:
-    """total / count of each metric that has a finite one; a Mean of nothing has none, and a sum of skips no count."""
+    """total / count of each metric for which that is finite; a total without a count is returned itself."""
     values = {name: total if count is None else total / count for name, (total, count) in sums.items() if count != 0}
     return {name: value for name, value in values.items() if math.isfinite(value)}
 
@@ -321,27 +321,27 @@ def _parts(value: Any) -> tuple[float, float | None]:
 
 @dataclasses.dataclass
 class _CompileClock:
-    """Seconds that this process has spent in the compiler."""
+    """Seconds this process has spent in the compiler."""
 
     seconds: float = 0.0
 
-    def hear(self, event: str, duration_secs: float, **kwargs: Any) -> None:
+    def on_event(self, event: str, duration_secs: float, **kwargs: Any) -> None:
         if event == COMPILE_EVENT:
             self.seconds += duration_secs
 
 
 @functools.cache
 def _compile_clock() -> _CompileClock:
-    """The one of this process: JAX's listeners cannot be taken off again."""
+    """This process's only clock: JAX's listeners cannot be removed."""
     clock = _CompileClock()
-    jax.monitoring.register_event_duration_secs_listener(clock.hear)
+    jax.monitoring.register_event_duration_secs_listener(clock.on_event)
     return clock
 
 
-def _forget_after(path: Path, step: int) -> None:
-    """Drops lines of steps that a resumed run will make again, and a line that a kill left half-written.
+def _truncate_after(path: Path, step: int) -> None:
+    """Drops lines of steps that a resumed run makes again, and a line that a killed process left incomplete.
 
-    The file is cut, not written anew, so that a kill now loses nothing either.
+    The file is truncated, not rewritten, so that a kill at this point loses nothing.
     """
     if not path.exists():
         return

@@ -88,18 +88,18 @@ def make_evaluate(
 
 
 def only_means(metrics: Metrics) -> Metrics:
-    """Those that add up over batches; filler rows count in none of them."""
+    """The metrics that add up over batches; filler rows count in none of them."""
     return {name: metric for name, metric in metrics.items() if isinstance(metric, Mean)}
 
 
 def means(batches: Iterable[Metrics]) -> dict[str, float]:
-    """Sums over all batches with one division each, in float64; not a number where it is not finite."""
+    """The means over all batches, each with one division in float64; NaN if it is not finite."""
     sums = add_up([jax.device_get(metrics) for metrics in batches], {})
     return {name: math.nan for name in sums} | mean_values(sums)
 
 
 def measure_now(evaluate: Evaluate, state: Any, step: int, stage: str) -> dict[str, float]:
-    """The measures as they are logged, with the seconds that they took; those that are not finite are left out."""
+    """The measures under their logged names, and the seconds they took; values that are not finite are left out."""
     begin = time.perf_counter()
     found = {f"{EVAL}{name}": value for name, value in evaluate(state).items()}
     if broken := [name for name, value in found.items() if not math.isfinite(value)]:
@@ -130,24 +130,24 @@ class Best:
         self._last: tuple[int, float] | None = None
 
     def improves(self, measures: Mapping[str, float]) -> bool:
-        """Whether a state with these measures on held-out rows is to be saved for being the best so far."""
+        """Whether these held-out measures are the best so far, so that the state must be saved."""
         value = measures.get(self.metric) if self.metric is not None and self.on_held_out else None
         return value is not None and self._checkpoints.improves(value)
 
     def value(
         self, step: int, logged: Mapping[str, float], measures: Mapping[str, float], *, compared: bool
     ) -> float | None:
-        """The metric by which the state of this step is compared with others.
+        """This step's value of the metric by which states are compared.
 
         Args:
           logged: the step's line, empty where it has none.
           compared: whether this is a step at which a metric of training is compared.
 
         Returns:
-          None where there is no metric, or the updates that it would tell of were skipped.
+          None where there is no metric, or its updates were skipped.
 
         Raises:
-          UserError: if the metric is none of the stage's.
+          UserError: if the stage logs no such metric.
         """
         found = measures if self.on_held_out else logged
         if self.metric is None or not found:
@@ -161,7 +161,7 @@ class Best:
         return found[self.metric]
 
     def _refuse_unknown(self, step: int, found: Mapping[str, float]) -> None:
-        """Raises UserError, unless the metric may be absent just here."""
+        """Raises UserError, unless the metric may be absent at this step."""
         skipped = any(name.endswith("skipped") and count > 0 for name, count in found.items())
         if skipped or self.on_held_out or step <= self._warmup:
             return
@@ -182,6 +182,6 @@ class Best:
             )
             return None
         step, value = chosen
-        told = f"the best {self.metric} is {value:.6g}, of step {step} of {last}: that state is exported"
-        console.print(f"  {self._stage}: {told}", soft_wrap=True)
+        chosen_text = f"the best {self.metric} is {value:.6g}, of step {step} of {last}: that state is exported"
+        console.print(f"  {self._stage}: {chosen_text}", soft_wrap=True)
         return {"step": step, "metric": self.metric, "value": value}

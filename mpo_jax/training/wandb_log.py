@@ -1,11 +1,11 @@
-"""Weights & Biases, where `runtime.wandb` asks for it: a run for each stage that trains, and one for the report.
+"""Weights & Biases, if `runtime.wandb` is set: a run for each stage that trains, and one for the report.
 
-What leaves the machine is the resolved configuration, the numbers of metrics.jsonl, and the report with its samples.
-Code, git state, installed packages, command line, host name, system metrics and terminal output stay here. The package
-itself reads the key, from the environment or the netrc file of `wandb login`.
+It uploads the resolved configuration, the numbers of metrics.jsonl, and the report with its samples. It does not upload
+code, git state, installed packages, command line, host name, system metrics or terminal output. The package itself
+reads the key, from the environment or the netrc file of `wandb login`.
 
-A failure here is a warning and never ends a stage. A server that does not answer is asked once: later runs of this
-process stay on disk, for `wandb sync`.
+A failure is a warning and never ends a stage. A server that does not answer is tried once: later runs of this process
+stay on disk, for `wandb sync`.
 """
 
 import contextlib
@@ -26,16 +26,16 @@ from mpo_jax.runtime.processes import is_main
 
 INIT_TIMEOUT_S = 30.0
 FINISH_TIMEOUT_S = 60.0
-"""For what is not uploaded yet when a run ends; the rest stays on disk."""
+"""How long the end of a run waits for its uploads; the rest stays on disk."""
 ID_FILE = "wandb_id"
-"""In a stage's folder: the id of its W&B run, so that a stage that goes on, perhaps elsewhere, goes on in that run."""
+"""In a stage's folder: the id of its W&B run, so that a resumed stage, perhaps on another machine, resumes that run."""
 REPORTED = ("report", "tables", "figures")
-"""Of a workdir, the folders that the report's artifact holds."""
+"""The folders of a workdir that the report's artifact contains."""
 
 
 @dataclasses.dataclass
 class _Session:
-    """What this process has found out, so that it neither waits nor warns again."""
+    """The state of this process, so that it neither waits nor warns twice."""
 
     unreachable: bool = False
     warned: set[str] = dataclasses.field(default_factory=set)
@@ -50,7 +50,7 @@ _session = _Session()
 
 
 def check(settings: WandbConfig | None) -> str | None:
-    """Whether runs can be logged, as far as can be known without the network: the mode; None where W&B is off.
+    """Checks what can be checked without the network, and returns the mode; None if W&B is off.
 
     Raises:
       UserError: if the package is not installed, or the mode is online and there are no credentials.
@@ -59,7 +59,7 @@ def check(settings: WandbConfig | None) -> str | None:
     if mode is None:
         return None
     try:
-        # a name of the package's: an import of the folder ./wandb, which W&B makes, succeeds too
+        # a name inside the package: importing the folder ./wandb, which W&B makes, would succeed too
         from wandb import init  # noqa: F401
     except ImportError as error:
         raise UserError(
@@ -75,11 +75,11 @@ def check(settings: WandbConfig | None) -> str | None:
 
 
 class WandbRun:
-    """One run. Nothing here raises: what fails is told once, and the run is left.
+    """One run. Nothing here raises: a failure is reported once and ends the run's logging.
 
     Args:
-      folder: where W&B makes its folder `wandb`, in which every run keeps a copy of what it sends.
-      run_id: a run of this id goes on, if there is one.
+      folder: where W&B makes its folder `wandb`, with a copy of everything that a run sends.
+      run_id: an existing run with this id is resumed.
       config: shown beside the run.
     """
 
@@ -95,7 +95,7 @@ class WandbRun:
         config: Mapping[str, Any],
     ):
         self._run: Any = None
-        with self._kept("start"):
+        with self._guarded("start"):
             mode = check(settings)
             self._run = None if mode is None else _start(
                 mode, project=settings.project, entity=settings.entity, dir=str(folder), id=run_id, name=name,
@@ -109,18 +109,18 @@ class WandbRun:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """The metrics of one step under their own names.
 
-        The step is a metric of its own and the axis of all others: W&B's own counter never goes back, as the steps of a
-        stage do that goes on from a checkpoint.
+        The step is a metric of its own and the axis of all others: W&B's own counter never goes back, while the steps
+        of a stage that resumes from a checkpoint do.
         """
         if self._run is not None:
-            with self._kept("log"):
+            with self._guarded("log"):
                 self._run.log({"step": step, **values})
 
     def log_report(self, workdir: Path, name: str) -> None:
         """The workdir's report, tables and figures as an artifact; the main table's numbers as the run's summary."""
         if self._run is None:
             return
-        with self._kept("log the report"):
+        with self._guarded("log the report"):
             import wandb
 
             artifact = wandb.Artifact(name, type="report")
@@ -132,21 +132,21 @@ class WandbRun:
             self._run.log_artifact(artifact)
 
     def close(self, *, failed: bool = False) -> None:
-        """Ends the run, once what is left is uploaded or FINISH_TIMEOUT_S are over."""
+        """Ends the run once the rest is uploaded, or after FINISH_TIMEOUT_S."""
         run, self._run = self._run, None
         if run is not None:
-            with self._kept("end"):
+            with self._guarded("end"):
                 run.finish(exit_code=int(failed))
 
     @contextlib.contextmanager
-    def _kept(self, what: str) -> Iterator[None]:
+    def _guarded(self, what: str) -> Iterator[None]:
         try:
             yield
         except Exception as error:  # the package raises errors of many libraries
             self._run = None
-            # an upload that was given up: the next run would wait as long
+            # an upload that timed out: the next run would wait as long
             _session.unreachable |= isinstance(error, TimeoutError)
-            # its text could quote what was sent
+            # its text could quote uploaded data
             message = str(error) if isinstance(error, UserError) else type(error).__name__
             _session.warn(
                 f"W&B could not {what} a run: {message}. The command goes on; what W&B has of the run is in the "
@@ -171,7 +171,7 @@ def stage_run(config: Config, folder: Path, stage: str, name: str) -> WandbRun |
 
 
 def log_report(config: Config, workdir: Path) -> None:
-    """Logs what `workdir/report` and a table's folders hold as a new version of one artifact, in the report's run."""
+    """Logs the report and a table's folders as a new version of one artifact, in the report's run."""
     settings = config.runtime.wandb
     if settings is None or _mode(settings) is None or not is_main():
         return
@@ -192,7 +192,7 @@ def server() -> str:
 
 
 def _mode(settings: WandbConfig | None) -> str | None:
-    """online or offline; None where nothing is logged."""
+    """online or offline; None if nothing is logged."""
     if settings is None:
         return None
     mode = settings.mode or os.environ.get("WANDB_MODE") or "online"
@@ -207,8 +207,8 @@ def _has_credentials() -> bool:
 
 
 def _start(mode: str, **given: Any) -> Any:
-    """A started run. Where the server cannot be reached, one that is kept on disk."""
-    # reports of the package's own faults, which are sent elsewhere
+    """A started run, kept on disk if the server cannot be reached."""
+    # the package would send reports of its own errors to its makers
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb
 
@@ -229,7 +229,7 @@ def _start(mode: str, **given: Any) -> Any:
                 "upload them with `wandb sync`"
             )
     if mode == "online":
-        # the package's service holds on to the id of a run that could not start
+        # the package's service keeps the id of a run that could not start
         more["id"] += "-offline"
     return _with_steps(wandb.init(mode="offline", **more))
 
@@ -241,14 +241,14 @@ def _with_steps(run: Any) -> Any:
 
 
 def _run_id(file: Path) -> str:
-    """The id that the file keeps; a new one where there is no such file."""
+    """The id in the file; a new one is made and written if there is none."""
     if not file.is_file():
         write_text(file, [secrets.token_hex(8)])
     return file.read_text(encoding="utf-8").strip()
 
 
 def _group(workdir: Path, seed: int | None) -> str:
-    """The workdir's name; for a seed of a table the table's."""
+    """The workdir's name, or the table's if the workdir is one of its seeds."""
     whole = workdir.resolve()
     return whole.parent.name if whole.name == f"seed-{seed}" else whole.name
 

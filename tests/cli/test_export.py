@@ -8,14 +8,15 @@ import pytest
 from safetensors.numpy import load_file
 from transformers import AutoConfig, AutoTokenizer
 
-from mpo_jax.config.schema import OptimConfig, TextConfig
+from mpo_jax.config.schema import OptimConfig
 from mpo_jax.data import toy
-from mpo_jax.data.text import TextCodec
 from mpo_jax.models import loading
 from mpo_jax.models.forward import Model
-from mpo_jax.stages.ppo import PpoState
+from mpo_jax.stages.ppo.iteration import PpoState
 from mpo_jax.training.checkpoints import Checkpoints
-from mpo_jax.training.loop import init_state
+from mpo_jax.training.optimizer import make_optimizer
+from mpo_jax.training.update import init_state
+from mpo_jax.types import trainable
 from tests.models.tiny import mesh_of, random_params
 from tests.pipeline.test_pipeline import mpo
 
@@ -60,18 +61,18 @@ def test_another_type(language_model, tmp_path, dtype):
 @pytest.fixture
 def unfinished(tmp_path, decoder):
     """What a killed stage leaves: descriptions of its models, and a checkpoint. PPO's, and SFT's beside it."""
-    mesh, codec = mesh_of(1, 1, 1), TextCodec(toy.make_tokenizer(), TextConfig())
-    actor, critic = random_params(decoder, 5), random_params(decoder, 6, head="value")
-    both = (init_state(params, OptimConfig(), mesh) for params in (actor, critic))
+    mesh, tokenizer, optimizer = mesh_of(1, 1, 1), toy.make_tokenizer(), make_optimizer(OptimConfig())
+    actor, critic = trainable(random_params(decoder, 5)), trainable(random_params(decoder, 6, head="value"))
+    both = (init_state(params, optimizer, mesh) for params in (actor, critic))
     states = {
         "ppo": PpoState(*both, kl_coef=jax.numpy.zeros(()), ema=None),
-        "sft": init_state(actor, OptimConfig(), mesh),
+        "sft": init_state(actor, optimizer, mesh),
     }
     for stage, state in states.items():
         folder = tmp_path / f".{stage}-abc.partial"
-        loading.save_description(folder / "model", Model(decoder), codec)
+        loading.save_description(folder / "model", Model(decoder), tokenizer)
         if stage == "ppo":
-            loading.save_description(folder / "critic", Model(decoder), codec, head="value")
+            loading.save_description(folder / "critic", Model(decoder), tokenizer, head="value")
         checkpoints = Checkpoints(folder / "checkpoints", keep=2)
         checkpoints.save(3, jax.tree.map(jax.numpy.zeros_like, state))
         checkpoints.save(7, state)
@@ -81,12 +82,11 @@ def unfinished(tmp_path, decoder):
 
 def test_the_newest_checkpoint_of_an_unfinished_stage(unfinished, decoder, tmp_path, capsys):
     folder, actor, critic = unfinished
-    codec = TextCodec(toy.make_tokenizer(), TextConfig())
     for stage, flags, params in (("sft", (), actor), ("ppo", (), actor), ("ppo", ("--critic",), critic)):
         out, wanted = (tmp_path / f"{name}-{stage}-{len(flags)}" for name in ("out", "wanted"))
         assert mpo("export", str(folder / f".{stage}-abc.partial"), str(out), *flags, NO_CACHE) == 0
         assert f"step 7 of the unfinished .{stage}-abc.partial" in capsys.readouterr().out
-        loading.save(wanted, Model(decoder), params, codec)
+        loading.save(wanted, Model(decoder), params, toy.make_tokenizer())
         same_tensors(tensors(out), tensors(wanted))
 
 

@@ -258,7 +258,7 @@ def test_doctor(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert found.verdict == "ok" and "MB/s sent" in found.found and names(url) == []
     (tmp_path / "file").write_text("")
     bad = doctor.bucket(f"file://{tmp_path}/file")
-    assert bad.verdict == "fail" and "cannot send" in bad.mend
+    assert bad.verdict == "fail" and "cannot send" in bad.advice
 
 
 def test_s3_holds_stages_and_no_checkpoints(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def test_a_running_stage_counts_by_its_own_speed(clock: list[float]) -> None:
     with overall.making("sft-0"):
         clock[0] += 4.0
         assert overall.remaining() == (10.0 - 4.0 + 20.0, 0)
-        overall.at(0.1)
+        overall.update(0.1)
         assert overall.remaining() == (40.0 - 4.0 + 20.0, 0)
         assert progress.current() is overall
         assert overall.text() == "table: stage 1 of 2, ETA 56 s"

@@ -46,13 +46,13 @@ def test_libraries_of_another_version_than_jax(monkeypatch):
     assert doctor.versions().verdict == "ok"
     monkeypatch.setattr(doctor, "_version", lambda name: "0.1.2" if name == "jax-cuda12-pjrt" else real(name))
     found = doctor.versions()
-    assert found.verdict == "fail" and f"jax-cuda12-pjrt 0.1.2 beside jax {jax.__version__}" in found.mend
+    assert found.verdict == "fail" and f"jax-cuda12-pjrt 0.1.2 beside jax {jax.__version__}" in found.advice
 
 
 @pytest.mark.parametrize(("hardware", "extra"), [({"gpu"}, "cuda12"), ({"tpu"}, "tpu")])
 def test_an_accelerator_that_jax_does_not_use(hardware, extra):
     found = doctor.devices([device("cpu", "cpu")], hardware)
-    assert found.verdict == "fail" and f"launch/setup.sh {extra}" in found.mend
+    assert found.verdict == "fail" and f"launch/setup.sh {extra}" in found.advice
     assert doctor.devices([device("gpu", "NVIDIA A100")] * 8, {"gpu"}).verdict == "ok"
     assert doctor.devices([device("cpu", "cpu")], set()).verdict == "ok"
 
@@ -61,7 +61,7 @@ def test_the_mesh_against_the_devices():
     assert doctor.mesh(MeshConfig(fsdp=8), 8).verdict == "ok"
     assert doctor.mesh(MeshConfig(fsdp=16), 8).verdict == "fail"
     found = doctor.mesh(MeshConfig(fsdp=4), 8)
-    assert found.verdict == "warn" and "4 devices stay idle" in found.mend
+    assert found.verdict == "warn" and "4 devices stay idle" in found.advice
 
 
 NVLINK = """\
@@ -74,7 +74,7 @@ GPU1    NV12     X      0-23
 def test_wiring():
     assert doctor.wiring(NVLINK, 2) == Check("interconnect", "ok", "2 GPUs, NVLink")
     found = doctor.wiring(NVLINK.replace("NV12", "SYS "), 2)
-    assert found.verdict == "warn" and "some joined by SYS" in found.found and "mesh.data" in found.mend
+    assert found.verdict == "warn" and "some joined by SYS" in found.found and "mesh.data" in found.advice
 
 
 def test_disk(tmp_path, monkeypatch):
@@ -85,7 +85,7 @@ def test_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "SLOW_DISK_MBS", 10**9)
     assert doctor.disk(tmp_path).verdict == "warn"
     monkeypatch.setattr(doctor, "LITTLE_SPACE_GIB", 10**9)
-    assert "160 GB for 7B" in doctor.disk(tmp_path).mend
+    assert "160 GB for 7B" in doctor.disk(tmp_path).advice
     assert list(tmp_path.iterdir()) == []
 
     def refuse(*_, **__):
@@ -93,14 +93,14 @@ def test_disk(tmp_path, monkeypatch):
 
     monkeypatch.setattr(doctor.tempfile, "NamedTemporaryFile", refuse)
     found = doctor.disk(tmp_path)
-    assert found.verdict == "fail" and "Permission denied" in found.mend
+    assert found.verdict == "fail" and "Permission denied" in found.advice
 
 
 def test_the_compilation_cache(tmp_path, monkeypatch):
     assert doctor.cache(None).verdict == "warn"
     assert doctor.cache(str(tmp_path / "new")).verdict == "ok"
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    assert "runtime.compilation_cache" in doctor.cache(str(tmp_path)).mend
+    assert "runtime.compilation_cache" in doctor.cache(str(tmp_path)).advice
 
 
 @pytest.fixture
@@ -126,7 +126,7 @@ def test_the_hub(endpoint):
     reached = doctor.hub({"HF_ENDPOINT": endpoint, "HF_TOKEN": "hf_secret"})
     assert reached.verdict == "ok" and "secret" not in reached.found
     missed = doctor.hub({"HF_ENDPOINT": "http://127.0.0.1:1"})
-    assert missed.verdict == "warn" and "HF_HUB_OFFLINE=1" in missed.mend
+    assert missed.verdict == "warn" and "HF_HUB_OFFLINE=1" in missed.advice
     assert doctor.hub({"HF_HUB_OFFLINE": "1"}).verdict == "ok"
     assert doctor.hub({"HF_ENDPOINT": "file:///etc"}).verdict == "warn"
 
@@ -148,4 +148,4 @@ def test_a_slow_device_and_a_wrong_one(monkeypatch):
 def test_findings_say_how_to_mend_what_is_not_well():
     """A Check that warns or fails always says what to do; those above are all there are."""
     for found in (doctor.cache(None), doctor.mesh(MeshConfig(fsdp=16), 8), doctor.clock_spread(np.asarray([0.0, 9.0]))):
-        assert dataclasses.asdict(found)["mend"]
+        assert dataclasses.asdict(found)["advice"]

@@ -144,7 +144,7 @@ def test_an_unfinished_checkpoint_does_not_count(tmp_path):
 )
 def test_other_shapes_are_refused_by_name(tmp_path, other, leaf, there, here, count):
     save(tmp_path, {7: make_state(1)})
-    message = rf"7: the checkpoint does not fit .*: {leaf} is {there} there and {here} here \({count} differ\); delete"
+    message = rf"7: the checkpoint does not fit .*: {leaf} is {there} in the checkpoint and {here} now \({count} differ\); delete"
     with pytest.raises(UserError, match=message):
         restore(tmp_path, make_state(1, **other))
 
@@ -152,9 +152,9 @@ def test_other_shapes_are_refused_by_name(tmp_path, other, leaf, there, here, co
 def test_another_tree_is_refused_by_name(tmp_path):
     state = make_state(1)
     save(tmp_path, {7: {"a": state.step, "b": state.step}})
-    with pytest.raises(UserError, match=r"\['b'\] is int32\[\] there and absent here \(1 differ\)"):
+    with pytest.raises(UserError, match=r"\['b'\] is int32\[\] in the checkpoint and absent now \(1 differ\)"):
         restore(tmp_path, {"a": state.step})
-    with pytest.raises(UserError, match=r"\['c'\] is absent there and int32\[\] here \(1 differ\)"):
+    with pytest.raises(UserError, match=r"\['c'\] is absent in the checkpoint and int32\[\] now \(1 differ\)"):
         restore(tmp_path, {"a": state.step, "b": state.step, "c": state.step})
 
 
@@ -240,8 +240,8 @@ def test_a_checkpoint_of_another_recipe_is_refused_with_the_differing_keys(tmp_p
     assert restore(tmp_path, make_state(0), recipe=RECIPE)[0] == 7
     settings = {"seed": 0, "sft": {"train": {"steps": 4, "optim": {"eps": 1e-8}}, "more": True}}
     message = (
-        r"7: the checkpoint does not fit .*: settings.sft.train.steps is 3 there and 4 here, "
-        r"settings.sft.more is absent there and True here; delete"
+        r"7: the checkpoint does not fit .*: settings.sft.train.steps is 3 in the checkpoint and 4 now, "
+        r"settings.sft.more is absent in the checkpoint and True now; delete"
     )
     with pytest.raises(UserError, match=message):
         restore(tmp_path, make_state(0), recipe={**RECIPE, "settings": settings})

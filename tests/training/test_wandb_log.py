@@ -254,9 +254,9 @@ def test_doctor_says_what_is_missing(monkeypatch):
     assert doctor.wandb(WandbConfig(mode="offline")).verdict == "ok"
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     found = doctor.wandb(WandbConfig())
-    assert found.verdict == "warn" and "mode=offline" in found.mend and KEY not in str(found)
+    assert found.verdict == "warn" and "mode=offline" in found.advice and KEY not in str(found)
     monkeypatch.setitem(sys.modules, "wandb", None)
-    assert "launch/setup.sh wandb" in doctor.wandb(WandbConfig(mode="offline")).mend
+    assert "launch/setup.sh wandb" in doctor.wandb(WandbConfig(mode="offline")).advice
 
 
 def test_keys():

@@ -54,9 +54,9 @@ def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -
     check_batch(train.batch_size, mesh, "ppo.train.batch_size")
     codec, offload = TextCodec(load_tokenizer(init.model), settings.text), context.offload
     numerics, text = settings.numerics, settings.text
-    reference = offload.rested(context.load(parents["reference"].model, numerics, text, frozen=True)[1])
+    reference = offload.frozen_params(context.load(parents["reference"].model, numerics, text, frozen=True)[1])
     reward_model, reward_params = context.load(reward.model, numerics, text, head="value", frozen=True)
-    reward_params = offload.rested(reward_params)
+    reward_params = offload.frozen_params(reward_params)
     actor_model, actor = context.load(init.model, numerics, text)
     critic = context.load(reward.model, numerics, text, head="value")[1]
     models = Models(actor_model, reward_model, actor["frozen"], critic["frozen"], reference, reward_params)

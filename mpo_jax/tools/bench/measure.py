@@ -22,17 +22,17 @@ DEFINITIONS = (
 
 
 CPU_SIZE = 2048
-"""Of the matrix product on a CPU: large enough for all of its cores."""
+"""The size of the matrix product on a CPU: large enough for all of its cores."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """What bounds every workload on this machine.
+    """The upper bounds of every workload on this machine.
 
     Attributes:
-      kind: as JAX names it.
+      kind: JAX's name for the device.
       matmul: measured FLOP/s of a large product of the arithmetic's type, over all devices of the mesh.
-      peak, bandwidth: the vendor's FLOP/s in bfloat16 and bytes/s, over all devices; None where they are not known.
+      peak, bandwidth: the vendor's FLOP/s in bfloat16 and bytes/s, over all devices; None if unknown.
     """
 
     kind: str
@@ -47,9 +47,9 @@ class Measured:
 
     Attributes:
       seconds: of each timed step, inputs prepared on the host included.
-      compile_s: of the first pass beyond the time of a timed one.
-      peak_bytes: the most that this process has had: on the first device, or resident on CPU.
-      parts: seconds of the parts of a step, where it has some.
+      compile_s: the first pass's time beyond that of a timed one.
+      peak_bytes: this process's peak memory: on the first device, or resident on CPU.
+      parts: seconds of the parts of a step, if it has parts.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Measured:
         return statistics.median(self.seconds)
 
     def rate(self, amount: float) -> float:
-        """Of that much over all steps, a second."""
+        """The amount per second, given its total over all steps."""
         return amount / sum(self.seconds)
 
     def to_dict(self, device: Device) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def measure(workload: Workload, *, profile: str | None = None) -> Measured:
 
 
 def peak_bytes() -> int | None:
-    """Of the first device's memory; on CPU, of this process's resident memory."""
+    """Peak memory of the first device, or on CPU this process's peak resident memory."""
     first = jax.local_devices()[0]
     if first.platform == "cpu":
         # kilobytes, but bytes on macOS

@@ -1,4 +1,4 @@
-"""How fast each stage's own functions run here, beside what bounds them."""
+"""The speed of the stages' own programs on this machine, with its upper bounds."""
 
 import dataclasses
 from collections.abc import Callable

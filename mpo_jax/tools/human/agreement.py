@@ -1,4 +1,4 @@
-"""What people chose, unblinded: win, tie and lose of A by the most votes, and how far they agree."""
+"""People's choices, unblinded: win, tie and lose of A by the most votes, and agreement."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ def import_sheets(files: Sequence[Path], *, key: Path, out: Path | None = None) 
 
 
 def unblind(item: Item, choice: Choice) -> Outcome:
-    """What a choice of a side is for A."""
+    """A's outcome by the choice of a side."""
     if choice == "tie":
         return "tie"
     return "win" if choice == item.a_is else "lose"

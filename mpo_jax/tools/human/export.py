@@ -1,4 +1,4 @@
-"""Sheets for people: a page that needs no network, and a table for a spreadsheet. Neither says who wrote what."""
+"""Sheets for people: a page that needs no network, and a table for a spreadsheet. Neither names the sides."""
 
 import csv
 import io
@@ -14,7 +14,7 @@ from mpo_jax.tools.human.sheets import Study, read_key
 COLUMNS = ("study", "item", "prompt", "left", "right", "choice", "annotator")
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
-"""A cell that begins so is computed by spreadsheets; an apostrophe before it keeps it text."""
+"""Spreadsheets evaluate a cell that begins with one of these; a leading apostrophe keeps it text."""
 
 
 def write_study(study: Study, folder: Path) -> Path:
@@ -37,7 +37,7 @@ def write_study(study: Study, folder: Path) -> Path:
 
 
 def page(study: Study) -> str:
-    """The HTML page: all of the study's texts, no name of a side, and nothing to load."""
+    """The HTML page: all of the study's texts, without the sides' names and external files."""
     shown = {
         "study": study.id,
         "items": [
@@ -66,7 +66,7 @@ def table(study: Study) -> str:
 
 
 def is_cell(cell: str, text: str) -> bool:
-    """Whether a cell of a table that came back holds the text; spreadsheets change white space."""
+    """Whether a cell of a returned table holds the text; spreadsheets change white space."""
     return cell.split() in (_cell(text).split(), text.split())
 
 
@@ -76,7 +76,7 @@ def _cell(text: str) -> str:
 
 
 def _for_script(value: object) -> str:
-    """JSON that no text can end: inside a script element `<` matters, and two line separators to older browsers."""
+    """JSON that is safe inside a script element: `<` and, for older browsers, two line separators are escaped."""
     text = json.dumps(value, ensure_ascii=False)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")

@@ -1,4 +1,4 @@
-"""Filled sheets back: whose choice for each item, after checks that each sheet is whole and of this study."""
+"""Import of filled sheets: every person's choice for each item, once each sheet is complete and of this study."""
 
 import csv
 import dataclasses
@@ -13,7 +13,7 @@ from mpo_jax.tools.human.export import COLUMNS, is_cell
 from mpo_jax.tools.human.sheets import CHOICES, Choice, Study
 
 SHOWN = 8
-"""Item numbers in a message, at most."""
+"""The largest number of item numbers in a message."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ def read_sheets(paths: Sequence[Path], study: Study) -> list[Sheet]:
     """Sheets of several people.
 
     Raises:
-      UserError: all that is wrong with any of them, or where one person has filled two.
+      UserError: with all that is wrong in any of them, or if one person has filled two.
     """
     sheets, wrong = [], []
     for path in paths:
@@ -55,8 +55,8 @@ def read_sheet(path: Path, study: Study) -> Sheet:
     """A file that the page saved (.json), or a filled table (.csv).
 
     Raises:
-      UserError: for another study's sheet, items that are missing, unknown or there twice, texts that are another
-        item's, and choices that are none.
+      UserError: for a sheet of another study, for missing, unknown or repeated items, for texts of another item, or
+        for invalid choices.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -104,7 +104,7 @@ def _from_page(text: str, path: Path, study: Study) -> tuple[str, dict[int, str]
 
 def _from_table(text: str, path: Path, study: Study) -> tuple[str, dict[int, str]]:
     header = text.partition("\n")[0]
-    # spreadsheets of many languages write semicolons
+    # in many locales spreadsheets write semicolons
     delimiter = max(",;\t", key=header.count)
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, restkey="", restval="")
     lacking = [column for column in COLUMNS[:-1] if column not in (reader.fieldnames or ())]
@@ -129,7 +129,7 @@ def _from_table(text: str, path: Path, study: Study) -> tuple[str, dict[int, str
 
 
 def _checked_row(row: Mapping[str, str], where: str, study: Study) -> int:
-    """The row's item, whose texts must stand beside it: sorting one column alone would mix up all choices."""
+    """The row's item, checked against the texts beside it: sorting one column alone would mix up all choices."""
     _check_study(row["study"].strip(), where, study)
     try:
         number = int(row["item"])

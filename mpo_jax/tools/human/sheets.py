@@ -1,4 +1,4 @@
-"""A study: which pairs people see, on which side each answer stands, and the key that tells."""
+"""A study: the pairs that people see, the side of each answer, and the key with the sides."""
 
 import dataclasses
 import hashlib
@@ -24,10 +24,10 @@ class Item:
 
     Attributes:
       number: from 1, in the order of the sheet.
-      prompt: what both sides answered, as they saw it.
-      left: the response on that side, as `right`.
-      a_is: where A's stands: part of the key, and on no sheet.
-      category: where the study has any; on no sheet either, since it might colour the choice.
+      prompt: as both sides saw it.
+      left, right: the responses on the two sides.
+      a_is: the side of A's response; part of the key, and on no sheet.
+      category: if the study has categories; on no sheet, since it might bias the choice.
     """
 
     number: int
@@ -40,11 +40,11 @@ class Item:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """All items of a study with what they are about.
+    """All items of a study.
 
     Attributes:
-      a: what the user calls the one side, as `b`.
-      seed: of the choice of items, of their order and of the sides.
+      a, b: the user's names of the two sides.
+      seed: of the choice of items, their order and their sides.
     """
 
     a: str
@@ -54,7 +54,7 @@ class Study:
 
     @property
     def id(self) -> str:
-        """12 digits of sha256 over all that the sheets show: sheets of other texts have another."""
+        """12 digits of sha256 over all texts of the sheets."""
         shown = [(item.prompt, item.left, item.right) for item in self.items]
         return hashlib.sha256(json.dumps([FORMAT, shown]).encode()).hexdigest()[:12]
 
@@ -68,10 +68,10 @@ def make_study(pairs: Sequence[Pair], names: tuple[str, str], *, n: int | None, 
 
     Args:
       n: None: all pairs.
-      by: what categories are called where they matter; None: n pairs of all.
+      by: the field of the categories to draw from; None: n pairs of all.
 
     Raises:
-      UserError: where a category holds fewer than n pairs, or where a pair has none though categories matter.
+      UserError: if a category has fewer than n pairs, or if a pair has no category though `by` is given.
     """
     groups: dict[str | None, list[Pair]] = {}
     for pair in pairs:
@@ -88,7 +88,7 @@ def make_study(pairs: Sequence[Pair], names: tuple[str, str], *, n: int | None, 
     drawn: list[tuple[Pair, Side]] = []
     for name in sorted(groups, key=str):
         chosen = rng.permutation(len(groups[name]))[:n]
-        # as good as balanced, and nobody can tell which side has one more
+        # balanced to within one, and the side with one more is random
         sides = (np.arange(len(chosen)) + rng.integers(2)) % 2
         for index, side in zip(chosen, rng.permutation(sides), strict=True):
             drawn.append((groups[name][index], "right" if side else "left"))
@@ -104,7 +104,7 @@ def read_key(path: Path) -> Study:
     """The study of a key file.
 
     Raises:
-      UserError: if it is no key, or if anything in it was changed that the sheets show.
+      UserError: if it is no key, or if any text of the sheets was changed in it.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))

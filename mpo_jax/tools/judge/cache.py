@@ -1,4 +1,4 @@
-"""Answers that were paid for, kept on disk by what was asked: a call that was made once is not made again."""
+"""A cache of answers on disk, keyed by the request: no call is paid for twice."""
 
 import errno
 import hashlib
@@ -16,7 +16,7 @@ FORMAT = 1
 
 
 def content_key(*parts: str) -> str:
-    """Sha256, in hex, of texts; lengths go before them, so that no two lists of texts share one."""
+    """Sha256, in hex, of texts, each preceded by its length, so that no two lists of texts collide."""
     digest = hashlib.sha256(f"{FORMAT}".encode())
     for part in parts:
         encoded = part.encode("utf-8", "surrogatepass")
@@ -25,9 +25,9 @@ def content_key(*parts: str) -> str:
 
 
 class Cache:
-    """A file of JSON lines {key, ...}. A line is on the disk when `put` returns, and several processes may write.
+    """A file of JSON lines {key, ...}. A line is on disk when `put` returns, and several processes may write.
 
-    Lines that cannot be read, such as one that a killed process left half-written, are left out with a warning.
+    Lines that cannot be read, such as the last one of a killed process, are skipped with a warning.
 
     Raises:
       UserError: if the file cannot be read or written.
@@ -60,7 +60,7 @@ class Cache:
         return self._found.get(key)
 
     def put(self, key: str, record: dict[str, Any]) -> None:
-        """Keeps a record; one write of one line, so that lines of several processes do not mix."""
+        """Stores a record, in one write of one line, so that lines of several processes do not mix."""
         record = {"key": key, **record}
         line = (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "replace")
         if os.write(self._file, line) < len(line):

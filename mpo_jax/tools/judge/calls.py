@@ -1,4 +1,4 @@
-"""The calls of a comparison: every pair in one or both orders, and what has been answered."""
+"""The calls of a comparison: every pair in one or both orders, and their outcomes."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -14,10 +14,9 @@ class Call:
     """One question to a judge.
 
     Attributes:
-      pair: its number.
+      pair: the pair's number.
       swapped: whether A is response 2.
-      prompt: what is asked.
-      key: of the answer in the cache.
+      key: the answer's key in the cache.
     """
 
     pair: int
@@ -28,7 +27,7 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """A judge's whole answer, with the tokens that it says it took, where it does."""
+    """A judge's whole answer, with the token counts that it reports, if any."""
 
     text: str
     prompt_tokens: int | None = None
@@ -37,7 +36,7 @@ class Reply:
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """Why a call has no answer."""
+    """The reason why a call has no answer."""
 
     reason: str
 
@@ -45,19 +44,19 @@ class Failure:
 Outcomes = dict[Call, Reply | Failure]
 
 Done = Callable[[Call, Reply | Failure], None]
-"""Hears each call's outcome as it comes, in any order."""
+"""Called with each call's outcome as it arrives, in any order."""
 
 
 class Judge(Protocol):
-    """Who answers."""
+    """A model that answers prompts."""
 
     @property
     def max_tokens(self) -> int | None:
-        """Of one answer at most; None where it is not limited."""
+        """The limit of one answer; None if there is none."""
         ...
 
     def key(self, prompt: str) -> str:
-        """Names the answer to this prompt by all that it depends on."""
+        """The cache key of the answer to a prompt: a hash of all that the answer depends on."""
         ...
 
     def count_tokens(self, calls: Sequence[Call]) -> tuple[int, str]:
@@ -68,7 +67,7 @@ class Judge(Protocol):
         """Answers the calls.
 
         Raises:
-          UserError: where going on would be of no use.
+          UserError: if every further call would fail too.
         """
         ...
 
@@ -84,7 +83,7 @@ def make_calls(judge: Judge, pairs: Sequence[Pair], prompt: str, *, swap: bool) 
 
 
 def missing(calls: Sequence[Call], cache: Cache) -> list[Call]:
-    """Those to be made: without a cached answer, and of equal ones the first."""
+    """The calls to make: those without a cached answer, and only the first of equal ones."""
     found: dict[str, Call] = {}
     for call in calls:
         if cache.get(call.key) is None:
@@ -93,7 +92,7 @@ def missing(calls: Sequence[Call], cache: Cache) -> list[Call]:
 
 
 def ask(judge: Judge, calls: Sequence[Call], cache: Cache, progress: Callable[[Reply | Failure], None]) -> Outcomes:
-    """What the judge says to every call: from the cache where it is there, where each new answer goes as it comes."""
+    """The outcome of every call, from the cache if it is there; new answers are cached as they arrive."""
     failures: dict[str, Failure] = {}
 
     def done(call: Call, outcome: Reply | Failure) -> None:

@@ -1,4 +1,4 @@
-"""Calls of an OpenAI-compatible endpoint: several at once, each tried again after what passes."""
+"""Concurrent calls of an OpenAI-compatible endpoint, retried after transient errors."""
 
 import asyncio
 import email.utils
@@ -15,32 +15,32 @@ from mpo_jax.tools.judge.calls import Call, Done, Failure, Reply
 from mpo_jax.tools.judge.endpoint import KEY, Endpoint
 
 BACKOFF_S = 1.0
-"""The first retry waits up to so long, drawn at random, each further one up to twice as long as the one before."""
+"""The first retry waits a random time up to this long; the limit doubles with each further retry."""
 
 LONGEST_BACKOFF_S = 60.0
 LONGEST_WAIT_S = 300.0
-"""What a server may ask for by Retry-After; a daily quota asks for hours, which are better waited for elsewhere."""
+"""The longest Retry-After that is waited for; a daily quota asks for hours, and ends the command instead."""
 
 STOP_AFTER = 5
-"""Calls that fail one after another, each with all of its tries."""
+"""The number of consecutive calls that may fail, each after all of its tries."""
 
 LONGEST_REASON = 300
 
 
 class Malformed(Exception):
-    """An answer of status 200 that is none."""
+    """A response of status 200 without an answer in it."""
 
 
 def ask(endpoint: Endpoint, secret: str | None, calls: Sequence[Call], done: Done) -> None:
-    """Makes the calls, and tells each outcome as it comes.
+    """Makes the calls, and passes each outcome to `done` as it arrives.
 
     Raises:
-      UserError: where every further call would fail too.
+      UserError: if every further call would fail too.
     """
     try:
         asyncio.run(_Client(endpoint, secret, done).ask(iter(calls)))
     except ExceptionGroup as group:
-        # of several workers that failed at once, one says enough
+        # if several workers failed at once, one error is enough
         raise group.exceptions[0] from None
 
 
@@ -51,7 +51,7 @@ class _Client:
         self._failed_in_row = 0
 
     async def ask(self, calls: Iterator[Call]) -> None:
-        # retries are made here, where Retry-After holds all calls back and an answer's shape is looked at
+        # retries are made here, so that Retry-After holds back all calls and malformed answers are retried too
         async with openai.AsyncOpenAI(
             base_url=self._endpoint.url, api_key=self._secret or "none", max_retries=0
         ) as client:
@@ -68,20 +68,20 @@ class _Client:
         retrying = tenacity.AsyncRetrying(
             stop=tenacity.stop_after_attempt(self._endpoint.tries),
             wait=self._wait,
-            retry=tenacity.retry_if_exception(_may_pass),
+            retry=tenacity.retry_if_exception(_is_transient),
             reraise=True,
         )
         try:
             reply = await retrying(self._attempt, client, call.prompt)
         except (openai.OpenAIError, TimeoutError, ValueError, Malformed) as error:
-            reason = self._said(error)
-            if advice := _hopeless(error):
+            reason = self._reason(error)
+            if advice := _advice(error):
                 raise UserError(f"{self._endpoint.url}: {reason}. {advice}") from None
             self._failed_in_row += 1
             if self._failed_in_row >= STOP_AFTER:
                 raise UserError(
-                    f"{self._endpoint.url}: {STOP_AFTER} calls in a row failed, the last with: {reason}. What was "
-                    "answered is kept: mend the cause, and the same command goes on"
+                    f"{self._endpoint.url}: {STOP_AFTER} calls in a row failed, the last with: {reason}. The "
+                    "answers so far are kept: fix the cause, and run the same command again"
                 ) from None
             return Failure(reason)
         self._failed_in_row = 0
@@ -90,7 +90,7 @@ class _Client:
     async def _attempt(self, client: openai.AsyncOpenAI, prompt: str) -> Reply:
         while (pause := self._paused_until - time.monotonic()) > 0:
             await asyncio.sleep(pause)
-        # the client's own time-out counts from byte to byte, so that a slow stream might never end
+        # the client's own timeout is per read, so a slow stream might never end
         async with asyncio.timeout(self._endpoint.timeout_s):
             completion = await client.chat.completions.create(
                 model=self._endpoint.model,
@@ -99,22 +99,22 @@ class _Client:
                 timeout=self._endpoint.timeout_s,
             )
         reply = _reply(completion)
-        # a server that repeats the request's headers must not bring the key into the cache
+        # a server that echoes the request's headers must not put the key into the cache
         return Reply(self._without_secret(reply.text), reply.prompt_tokens, reply.answer_tokens)
 
     def _wait(self, state: tenacity.RetryCallState) -> float:
-        asked = _retry_after(state.outcome.exception() if state.outcome else None)
-        if asked is None:
+        requested = _retry_after(state.outcome.exception() if state.outcome else None)
+        if requested is None:
             return tenacity.wait_random_exponential(multiplier=BACKOFF_S, max=LONGEST_BACKOFF_S)(state)
-        self._paused_until = max(self._paused_until, time.monotonic() + asked)
-        return asked
+        self._paused_until = max(self._paused_until, time.monotonic() + requested)
+        return requested
 
-    def _said(self, error: Exception) -> str:
-        """An error in one line, without the key."""
+    def _reason(self, error: Exception) -> str:
+        """The error in one line, without the key."""
         if isinstance(error, TimeoutError | openai.APITimeoutError):
             text = f"no whole answer within {self._endpoint.timeout_s:g} s"
         elif isinstance(error, openai.APIConnectionError):
-            text = f"no connection, or one that broke off ({error.__cause__ or 'no reason given'})"
+            text = f"connection failed or was lost ({error.__cause__ or 'no reason given'})"
         elif isinstance(error, ValueError):
             text = f"an answer that is no JSON ({error})"
         else:
@@ -126,10 +126,10 @@ class _Client:
 
 
 def _reply(completion: Any) -> Reply:
-    """The text of a completion; the client lets answers of any shape through.
+    """The answer in a completion, whose shape the client does not check.
 
     Raises:
-      Malformed: where there is no text, and no reason why not.
+      Malformed: if there is no text, and no reason for that.
     """
     try:
         choice = completion.choices[0]
@@ -137,7 +137,7 @@ def _reply(completion: Any) -> Reply:
     except (AttributeError, IndexError, TypeError):
         raise Malformed("an answer without choices[0].message.content") from None
     if text is None and why in ("length", "content_filter"):
-        text = ""  # all tokens went into thinking, or the judge refused: an answer, though one without scores
+        text = ""  # all tokens went into thinking, or the judge refused: an answer without scores
     if not isinstance(text, str):
         raise Malformed("an answer whose message has no text")
     usage = getattr(completion, "usage", None)
@@ -145,8 +145,8 @@ def _reply(completion: Any) -> Reply:
     return Reply(text, prompt if isinstance(prompt, int) else None, answer if isinstance(answer, int) else None)
 
 
-def _may_pass(error: BaseException) -> bool:
-    """Whether another try may help."""
+def _is_transient(error: BaseException) -> bool:
+    """Whether another try may succeed."""
     if isinstance(error, openai.APIStatusError):
         passes = error.status_code >= 500 or error.status_code in (408, 409, 429)
         return passes and error.code != "insufficient_quota" and (_retry_after(error) or 0.0) <= LONGEST_WAIT_S
@@ -154,19 +154,19 @@ def _may_pass(error: BaseException) -> bool:
     return isinstance(error, passing)
 
 
-def _hopeless(error: Exception) -> str | None:
-    """What to do about an error that every other call would meet too; None for one that may be this call's own."""
+def _advice(error: Exception) -> str | None:
+    """What to do about an error that every other call would have too; None if it may be this call's own."""
     if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
         return f"Set the environment variable {KEY} to a key of this endpoint"
     if isinstance(error, openai.NotFoundError):
         return "Check --endpoint (the part before /chat/completions) and --model"
-    if isinstance(error, openai.RateLimitError) and not _may_pass(error):
-        return "What was answered is kept: the same command goes on once the limit is lifted"
+    if isinstance(error, openai.RateLimitError) and not _is_transient(error):
+        return "The answers so far are kept: run the same command again once the limit is lifted"
     return None
 
 
 def _retry_after(error: BaseException | None) -> float | None:
-    """Seconds that the server asks to wait, by a number or a date; never negative."""
+    """Seconds to wait by the server's Retry-After, a number or a date; never negative."""
     headers = getattr(getattr(error, "response", None), "headers", {})
     value = headers.get("retry-after")
     if value is None:

@@ -22,7 +22,7 @@ class Comparison:
     """Pairs and the calls that grade them.
 
     Attributes:
-      prompt: what the judge is asked, with places for the pair's texts.
+      prompt: the judge's, with placeholders for the pair's texts.
       swap: grade in both orders.
     """
 
@@ -38,7 +38,7 @@ class Comparison:
 
     @cached_property
     def wanted(self) -> list[Call]:
-        """The calls to be made: without a cached answer, and of equal ones the first."""
+        """The calls to make: those without a cached answer, and only the first of equal ones."""
         return missing(self.calls, self.cache)
 
     @cached_property
@@ -103,7 +103,7 @@ def write_result(folder: Path, judged: Sequence[Judged], about: Mapping[str, Any
     """Writes `judgements.jsonl`, a line a pair, and `result.json`, which is returned.
 
     Args:
-      about: what was compared, and by whom.
+      about: the sides and the judge.
     """
     result = {**about, **summary(judged, resamples=resamples, seed=0)}
     write_lines(folder / "judgements.jsonl", (one.to_dict() for one in judged))

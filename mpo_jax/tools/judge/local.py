@@ -1,4 +1,4 @@
-"""Judges without a network: a language model on this machine that reads the same prompt, or a reward model."""
+"""Judges on this machine: a language model that gets the same prompt, or a reward model."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ from mpo_jax.tools.judge.cache import content_key
 from mpo_jax.tools.judge.calls import Call, Done, Failure, Reply
 
 BATCHES = 4
-"""Batches of answers between two writes to the disk: enough that rows which end early are refilled."""
+"""Batches of answers between two writes to disk: enough to refill rows that end early."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class LocalJudge:
     """A language model that answers greedily.
 
     Attributes:
-      chat: whether it is asked through its chat template.
+      chat: whether prompts go through its chat template.
     """
 
     path: Path
@@ -62,21 +62,21 @@ class LocalJudge:
 
     def ask(self, calls: Sequence[Call], done: Done) -> None:
         texts = [self._render(call.prompt) for call in calls]
-        asked = []
+        fitting = []
         for call, text, fitted in zip(calls, texts, self.codec.prompts(texts), strict=True):
             if fitted.truncated:
                 room = self.config.text.max_prompt_tokens
-                done(call, Failure(f"a prompt of {fitted.full} tokens, for which the model has room of {room}"))
+                done(call, Failure(f"the prompt has {fitted.full} tokens, and the model has room for {room}"))
             else:
-                asked.append((call, text))
-        if not asked:
+                fitting.append((call, text))
+        if not fitting:
             return
         with jax.set_mesh(self.mesh):
             options, limits = loading.Options.of(self.config.model), self.config.text
             model, params = loading.load(self.path, options, self.mesh, text=limits, frozen=True)
             size = BATCHES * self.config.evaluate.batch_size
-            for begin in range(0, len(asked), size):
-                part = asked[begin : begin + size]
+            for begin in range(0, len(fitting), size):
+                part = fitting[begin : begin + size]
                 found, _ = sample_texts(
                     model, params, self.codec, [text for _, text in part],
                     sampling=Sampling(limits.max_response_tokens, greedy=True),
@@ -104,9 +104,12 @@ def reward_totals(
     render: Renderer,
     progress: Callable[[int], None],
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """[pairs, 2] a reward model's raw scores of A's and B's responses, and what was cut to fit.
+    """[pairs, 2] a reward model's raw scores of A's and B's responses, and a report of what was cut to fit.
 
-    It reads prompts as the policies saw them; where that is not known, in its own template and by `render`.
+    Prompts are those that the policies saw; if they are not known, `render` and the model's own template make them.
+
+    Args:
+      progress: called with the number of batches scored so far.
     """
     rows: list[tuple[str, tuple[str, ...]]] = []
     for number, pair in enumerate(pairs, 1):

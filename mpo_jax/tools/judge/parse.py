@@ -1,4 +1,4 @@
-"""What a judge's answer says: the two totals, or that it says none. Nothing is guessed."""
+"""Parsing of a judge's answer: the two totals, or None. Nothing is guessed."""
 
 import re
 
@@ -14,15 +14,15 @@ _LINE = re.compile(
     r"(?!\s*(?:[-\u2013/]|to\b)\s*\d|[.,]?\d)",
     re.IGNORECASE,
 )
-# servers leave out the opening mark at times, and an answer that was cut has no closing one
+# some servers omit the opening mark, and a truncated answer has no closing one
 _THOUGHT = re.compile(r"\A.*</think>|<think>.*\Z", re.DOTALL | re.IGNORECASE)
 
 
 def parse_totals(text: str) -> tuple[float, float] | None:
     """The quality scores of response 1 and response 2, each from 0 to 10: "8", "8.5", "8/10".
 
-    None where one is missing, out of range, out of another total than ten, or given twice with different values. What
-    stands before </think>, or after a <think> that nothing closes, does not count.
+    None if one is missing, out of range, out of another total than ten, or given twice with different values. Text
+    before </think>, or after a <think> that is never closed, is ignored.
     """
     found: dict[str, set[float]] = {"1": set(), "2": set()}
     for side, number, whole in _LINE.findall(_THOUGHT.sub("", text)):

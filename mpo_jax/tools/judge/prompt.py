@@ -1,4 +1,4 @@
-"""What a judge is asked: one prompt with the instruction and both responses."""
+"""The judge's prompt, with the instruction and both responses."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,7 @@ from mpo_jax.errors import UserError
 from mpo_jax.evaluation.answers import Pair
 
 PLACES = ("instruction", "response_1", "response_2")
-"""What a prompt file writes in braces where these texts belong."""
+"""The placeholders of a prompt file, in braces."""
 
 PROMPT = """\
 Two assistants were given the same instruction. Grade both of their responses.
@@ -49,10 +49,10 @@ Explanation: ...
 
 
 def read_prompt(path: Path | None) -> str:
-    """The project's own prompt, or that of a file.
+    """The prompt of a file, or the project's own.
 
     Raises:
-      UserError: if the file cannot be read or lacks a place for one of the texts.
+      UserError: if the file cannot be read or lacks a placeholder.
     """
     if path is None:
         return PROMPT
@@ -70,7 +70,7 @@ def read_prompt(path: Path | None) -> str:
 
 
 def fill(prompt: str, pair: Pair, *, swapped: bool) -> str:
-    """The prompt for a pair; A is response 1, or response 2 where swapped. Braces inside the texts stay as they are."""
+    """The prompt for a pair; A is response 1, or response 2 if swapped. Braces inside the texts are kept."""
     first, second = (pair.b, pair.a) if swapped else (pair.a, pair.b)
     texts: dict[str, str] = dict(zip(PLACES, (pair.seen, first, second), strict=True))
     return re.sub("{(" + "|".join(PLACES) + ")}", lambda place: texts[place[1]].strip(), prompt)

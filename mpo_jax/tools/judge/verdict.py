@@ -15,13 +15,13 @@ from mpo_jax.tools.judge.parse import parse_totals
 
 @dataclasses.dataclass(frozen=True)
 class Grade:
-    """What one call gave.
+    """The result of one call.
 
     Attributes:
       swapped: whether A was response 2.
-      totals: of A and of B, whichever came first; None without them.
-      status: "unparsed" is an answer that holds no totals, "failed" no answer.
-      text: the answer, or why there is none.
+      totals: of A and of B, in this order; None if there are none.
+      status: "unparsed": an answer without totals; "failed": no answer.
+      text: the answer, or the reason why there is none.
     """
 
     swapped: bool
@@ -31,7 +31,7 @@ class Grade:
 
 
 def grade(call: Call, outcome: Reply | Failure) -> Grade:
-    """Reads an answer."""
+    """Grades an answer."""
     if isinstance(outcome, Failure):
         return Grade(call.swapped, None, "failed", outcome.reason)
     found = parse_totals(outcome.text)
@@ -50,9 +50,9 @@ class Judged:
 
     @property
     def totals(self) -> tuple[float, float] | None:
-        """A's and B's totals, averaged over the orders; None unless every order gave both.
+        """A's and B's totals, averaged over the orders; None unless every order has both.
 
-        One order alone would count the judge's preference for a place as one for a side.
+        One order alone would count the judge's position bias as a preference for a side.
         """
         found = [grade.totals for grade in self.grades if grade.totals is not None]
         if len(found) < len(self.grades):
@@ -78,7 +78,7 @@ class Judged:
 
 @dataclasses.dataclass(frozen=True)
 class Places:
-    """Whether a judge looks at the place of a response.
+    """A judge's position bias.
 
     Attributes:
       agree: of the pairs with a verdict, the share in which both orders give one outcome.

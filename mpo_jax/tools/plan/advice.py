@@ -4,7 +4,7 @@ from mpo_jax.config.schema import Config
 from mpo_jax.tools.plan.measure import Measured
 
 HELD_LARGE = 0.6
-"""Share of the memory from which on what is merely stored, and not the batch, is the trouble."""
+"""The share of memory above which stored arrays, not the batch, are the problem."""
 
 
 def advice(config: Config, measured: Measured) -> list[str]:
@@ -39,7 +39,7 @@ def advice(config: Config, measured: Measured) -> list[str]:
 
 
 def accumulations(config: Config, stage: str) -> list[int]:
-    """All numbers of micro-batches into which a stage's batch can be cut on this mesh, ascending."""
+    """All numbers of micro-batches into which a stage's batch divides on this mesh, ascending."""
     train = getattr(config, stage).train
     rows = train.batch_size // (config.ppo.minibatches if stage == "ppo" else 1)
     return [a for a in range(1, rows + 1) if rows % a == 0 and (rows // a) % config.mesh.batch_shards == 0]

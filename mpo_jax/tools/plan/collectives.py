@@ -27,8 +27,8 @@ class Traffic:
     Attributes:
       kind: as XLA names it.
       count, bytes: instructions outside loops, and the payload each device takes part in.
-      loop_count, loop_bytes: turns of instructions inside loops, and their payload over all turns.
-      exact: False where a loop's number of turns was read off its condition, or taken from the caller.
+      loop_count, loop_bytes: executions of instructions inside loops, and their payload over all iterations.
+      exact: False if a loop's trip count was inferred from its condition, or taken from the caller.
     """
 
     kind: str
@@ -45,10 +45,10 @@ class Traffic:
 
 @dataclasses.dataclass
 class _Computation:
-    """What one computation does by itself, and which others it enters.
+    """One computation: its own collectives, and the computations it calls.
 
     Attributes:
-      loops: body, condition and turns of each while; None where the compiler has not said how many.
+      loops: body, condition and trip count of each while loop; None if the compiler does not give it.
       limit: of a condition `i < limit`, the constant.
     """
 
@@ -62,11 +62,11 @@ class _Computation:
 def traffic(text: str, *, loop_trips: int = 1) -> list[Traffic]:
     """The collectives of an optimised HLO module, by kind, the largest first.
 
-    The payload of one is the larger of what it takes and what it gives on a device: the gathered array of an
-    all-gather, the array before it is scattered of a reduce-scatter.
+    A collective's payload is the larger of its operand and its result on a device: the gathered array of an all-gather,
+    the unscattered array of a reduce-scatter.
 
     Args:
-      loop_trips: turns of loops whose number is nowhere in the text.
+      loop_trips: the trip count of loops for which the text has none.
     """
     computations, entry = _read(text)
     counts: dict[tuple[str, bool], Counter[str]] = defaultdict(Counter)
@@ -83,10 +83,10 @@ def traffic(text: str, *, loop_trips: int = 1) -> list[Traffic]:
         for called in computation.calls:
             enter(called, times, in_loop, exact)
         for body, condition, trips in computation.loops:
-            # a scan counts from 0 to a constant; of other loops the caller knows more
+            # a scan counts from 0 to a constant; the trip count of other loops comes from the caller
             limit = computations[condition].limit if condition in computations else None
-            turns = trips or limit or loop_trips
-            enter(body, times * turns, True, exact and trips is not None)
+            count = trips or limit or loop_trips
+            enter(body, times * count, True, exact and trips is not None)
 
     enter(entry, 1, False, True)
     found = []

@@ -18,7 +18,7 @@ CUDNN = (9, 8)
 """The oldest cuDNN that JAX's CUDA plugin takes; no program here calls it."""
 
 TPU_ENVIRONMENT = {
-    # without these libtpu asks a cloud's metadata server about the machine, which is none
+    # without these libtpu queries a cloud's metadata server, which does not exist here
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5p-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -28,7 +28,7 @@ TPU_ENVIRONMENT = {
 
 
 def prepare(target: Target, *, recommended_flags: bool = False) -> None:
-    """Settles which devices this process has, and the compiler's flags. Before the first use of JAX.
+    """Sets this process's devices and compiler flags. Call it before the first use of JAX.
 
     Raises:
       UserError: if the target's compiler is not installed.
@@ -42,14 +42,14 @@ def prepare(target: Target, *, recommended_flags: bool = False) -> None:
             os.environ.setdefault(name, value)
     if recommended_flags:
         flags.apply_here("gpu" if target.platform == "cuda" else target.platform)
-    # nothing is run: a real accelerator would only be taken from whoever uses it
+    # nothing is run: a real accelerator would only be blocked for others
     jax.config.update("jax_platforms", "cpu")
     if target.kind is None:
         _simulate(target.num_devices)
 
 
 def devices(target: Target) -> list[Any]:
-    """The target's devices; those of an accelerator can be compiled for and not used.
+    """The target's devices; an accelerator's can be compiled for but not used.
 
     Raises:
       UserError: if the compiler refuses the description.

@@ -1,4 +1,4 @@
-"""Compiles programs for a target and reads from the compiler what they take."""
+"""Compiles programs for a target and reads their memory and work from the compiler."""
 
 import dataclasses
 import math
@@ -55,7 +55,7 @@ class Measured:
     """One program, compiled for a target.
 
     Attributes:
-      memory: None where the compiler gave up for lack of memory; then `refused` says what it needed, bytes a device.
+      memory: None if the compiler ran out of memory; then `refused` is what it needed, in bytes a device.
       seconds: estimate of one call at the assumed utilisations; None on the CPU.
     """
 
@@ -69,7 +69,7 @@ class Measured:
 
     @property
     def peak(self) -> int:
-        """Bytes of a device that must be there."""
+        """Bytes that a device must have."""
         if self.memory is not None:
             return self.memory.peak
         assert self.refused is not None
@@ -103,7 +103,7 @@ class Plan:
         begin: Callable[[Program], None] = lambda _: None,
         end: Callable[[Measured], None] = lambda _: None,
     ) -> list[Measured]:
-        """Compiles the programs in order, all of them by default; `begin` and `end` hear of each."""
+        """Compiles the programs in order, all of them by default; `begin` and `end` are called for each."""
         compiled: dict[str, Any] = {}
         measured = []
         for program in self.programs() if programs is None else programs:
@@ -127,7 +127,7 @@ def prepare(config: Config, target: Target) -> Plan:
             f"but {target.name} has {target.num_devices}: add {_suggest_mesh(target)}"
         )
     if target.kind is not None and config.model.compute_dtype == "auto":
-        # runtime would ask this machine, whose CPU the plan is not for
+        # runtime would detect this machine's CPU, which the plan is not for
         model = config.model.model_copy(update={"compute_dtype": "bfloat16"})
         config = config.model_copy(update={"model": model})
     decoder, source = decoder_sizes(config)
@@ -194,10 +194,10 @@ def _memory(stats: Any, held: int) -> Memory:
 
 
 def used_bytes(message: str, arguments: int) -> int | None:
-    """The memory that a program needs, from a compiler's complaint that there is too little; None for other errors.
+    """The memory that a program needs, from a compiler's out-of-memory error; None for other errors.
 
     Args:
-      arguments: bytes of the program's arguments, since one complaint is about temporaries alone.
+      arguments: bytes of the program's arguments, since one of the errors counts temporaries alone.
     """
     if "RESOURCE_EXHAUSTED" not in message:
         return None

@@ -65,13 +65,13 @@ def _traffic(one: Traffic) -> str:
 
 
 def notes(plan: Plan) -> list[str]:
-    """What the numbers rest on."""
+    """What the numbers are based on."""
     _, share = known()
     target = plan.target
     lines = [f"sizes: {plan.sizes_from}; mesh {dict(plan.mesh.shape)}; remat {plan.config.model.remat}"]
     if target.kind is None:
         lines.append(
-            "cpu: compiled by XLA's CPU backend, which fuses less and computes in float32 unless told otherwise. Taken "
+            "cpu: compiled by XLA's CPU backend, which fuses less and computes in float32 by default. Taken "
             "as an upper bound for accelerators; neither collectives nor memory are theirs, and no time is estimated"
         )
     else:

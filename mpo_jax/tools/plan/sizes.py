@@ -57,7 +57,7 @@ def decoder_sizes(config: Config) -> tuple[DecoderConfig, str]:
     """The base model's sizes, and where they come from, in words.
 
     Raises:
-      UserError: if nothing says how large the model is.
+      UserError: if the model's sizes cannot be found.
     """
     path = config.model.path
     if path is None:
@@ -73,7 +73,7 @@ def decoder_sizes(config: Config) -> tuple[DecoderConfig, str]:
         return KNOWN[repository], f"the published sizes of {repository}"
     try:
         file = huggingface_hub.hf_hub_download(repository, "config.json", revision=revision)
-    except Exception as error:  # OSError, and what the HTTP libraries raise of their own
+    except Exception as error:  # OSError, and the HTTP libraries' own errors
         raise UserError(
             f"no sizes for model.path={path}: no such folder, none of {', '.join(KNOWN)}, and its config.json could "
             f"not be fetched from the hub ({type(error).__name__})"

@@ -96,13 +96,13 @@ def known() -> tuple[dict[str, Kind], Utilisation]:
 
 
 def device_kind(name: str) -> Kind | None:
-    """The kind of the device that JAX calls by this name; None where it is not known."""
+    """The kind of a device by JAX's name for it; None if it is unknown."""
     kinds, _ = known()
     return next((kind for kind in kinds.values() if kind.name == name), None)
 
 
 def similar_kind(name: str) -> Kind | None:
-    """A kind of the same product as a device that JAX calls by this name, which may be another variant of it."""
+    """The kind of a device by JAX's name for it, or another variant of the same product; None if it is unknown."""
     kinds, _ = known()
     # TPU v5 lite before TPU v5
     by_length = sorted(kinds.values(), key=lambda kind: -len(kind.product))
@@ -118,7 +118,7 @@ def parse(name: str, *, cpu_devices: int) -> Target:
       cpu_devices: how many devices `cpu` stands for.
 
     Raises:
-      UserError: for a name that says no target, with the names that do.
+      UserError: for a name that is no target, with valid names.
     """
     if cpu := re.fullmatch(rf"{CPU}(?::(\d+(?:\.\d+)?))?", name):
         each = float(cpu[1]) * GIB if cpu[1] else host_memory() / cpu_devices

@@ -1,4 +1,4 @@
-"""What the report says of the reward model's calibration: Figure 2, reliability, ECE, and what a threshold does."""
+"""The reward model's calibration in the report: Figure 2, reliability, ECE, and the effect of thresholds."""
 
 import numpy as np
 
@@ -15,8 +15,8 @@ HELD_OUT_TRUTH = "held-out pairs against the truth"
 def signed_gaps(by_seed: BySeed) -> dict[str, np.ndarray]:
     """Gaps of each source of pairs, positive where the reward model is right; all seeds' pairs together.
 
-    Sources without a truth, such as sampled pairs of real data, are not in it. Nor are reward models that were made
-    before their gaps were kept.
+    Sources without a truth, such as sampled pairs of real data, are left out, and so are reward models without stored
+    gaps.
     """
     found: dict[str, list[np.ndarray]] = {}
     for results in by_seed.values():
@@ -58,6 +58,6 @@ def used_thresholds(by_seed: BySeed) -> tuple[float, ...]:
 
 
 def threshold_rows(gaps: dict[str, np.ndarray], used: tuple[float, ...] = ()) -> Rows:
-    """What thresholds do to every source of pairs: the usual ones and those that were used."""
+    """The effect of thresholds on every source of pairs: the usual ones and those that were used."""
     thresholds = sorted({*THRESHOLDS, *used})
     return [{"pairs": name, **row} for name, signed in gaps.items() for row in by_threshold(signed, thresholds)]

@@ -1,4 +1,4 @@
-"""How every figure looks: axes, colours, legends, and an image with its numbers. No global matplotlib state."""
+"""The style of all figures: axes, colours, legends, and an image with its numbers. No global matplotlib state."""
 
 import base64
 import dataclasses
@@ -17,7 +17,7 @@ from mpo_jax.tools.report.results import write_csv
 DPI = 200
 SIZE = (4.8, 3.4)
 COLORS = ("#000000", "#56B4E9", "#E69F00", "#009E73", "#0072B2", "#D55E00", "#CC79A7")
-"""Okabe and Ito's palette, which colour-blind readers tell apart, without yellow, which paper swallows."""
+"""Okabe and Ito's palette, which colour-blind readers can distinguish, without yellow, which is faint on paper."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 QUIET = "#555555"
 
@@ -51,14 +51,14 @@ class Chart:
 
 
 def style(run: str) -> dict[str, Any]:
-    """Colour and marker of a run: the same in every figure and every report, in black and white by the marker.
+    """Colour and marker of a run, the same in every figure and report; markers distinguish runs in black and white.
 
     MPO at a split of its own has MPO's colour, a dotted line, and the split's value as its marker.
     """
     variant = Variant.of(run)
     index = list(EXPERIMENTS).index(variant.experiment)
     shift = index // len(COLORS)
-    # the second round through the colours takes other markers
+    # once the colours repeat, other markers are used
     looks = {
         "color": COLORS[index % len(COLORS)],
         "marker": MARKERS[(index + 3 * shift) % len(MARKERS)],
@@ -84,7 +84,7 @@ def new_axes(x: str, y: str) -> tuple[Figure, Axes]:
 
 
 def legend(figure: Figure, columns: int = 4) -> None:
-    """The legend below the axes, in as many columns as its names leave room for."""
+    """The legend below the axes, in as many columns as fit."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
     # long names, of artifacts that several runs share, need the width
     columns = max(1, min(columns, len(labels), int(66 / (max(map(len, labels)) + 6))))
@@ -97,6 +97,6 @@ def finish(name: str, title: str, figure: Figure, rows: list[dict[str, Any]]) ->
     """The figure as an image under its title."""
     figure.axes[0].set_title(title, loc="left", fontsize=10, fontweight="bold")
     image = io.BytesIO()
-    # without the version of matplotlib in it, the same numbers give the same bytes
+    # without matplotlib's version in it, equal numbers give equal bytes
     figure.savefig(image, format="png", metadata={"Software": None})
     return Chart(name, title, image.getvalue(), rows)

@@ -12,7 +12,7 @@ from mpo_jax.tools.report.seeds import BySeed, Repeated, Rows, differences, of_r
 
 COMPARED = ("score", "utility")
 TOO_FEW = "too few prompts"
-"""Instead of a verdict."""
+"""Shown in place of a verdict."""
 
 RULE = (
     "Rule: a claim is supported where the difference has the claimed sign and its Holm-adjusted p-value is below "
@@ -22,12 +22,12 @@ RULE = (
 
 
 COVERAGE = {2: "88%", 3: "89%", 4: "90%"}
-"""Of seeds, that of nominal 95% intervals where seeds differ and the prompts' noise hides it: the lowest of the
-simulations that `evaluation.statistics.paired_bootstrap` tells of."""
+"""By number of seeds, the coverage of nominal 95% intervals if seeds differ and the prompts' noise hides it: the lowest
+of the simulations in the docstring of `evaluation.statistics.paired_bootstrap`."""
 
 
 def unit(by_seed: BySeed) -> str:
-    """What is resampled, and how far that carries, in sentences."""
+    """What is resampled, and the limits of the intervals, in sentences."""
     seeds = len(by_seed)
     if seeds == 1:
         return (
@@ -116,7 +116,7 @@ def claim_rows(by_seed: BySeed, *, resamples: int, at_least: int = 1) -> Rows:
         for row in family:
             if "verdict" not in row:
                 row |= {"ci_low": None, "ci_high": None, "p": None, "p_holm": None, "verdict": TOO_FEW}
-            # the verdict is what people look for, the paper's numbers are beside it
+            # readers look for the verdict; the paper's numbers come last
             row |= {key: row.pop(key) for key in ("paper_hh", "paper_tldr")}
         rows += family
     return rows
@@ -136,6 +136,6 @@ def _row(claim: Claim, column: str, paired: Repeated, resamples: int) -> dict[st
         "ci_low": low,
         "ci_high": high,
         "p": p,
-        # a difference in the paper is of rewards: it says nothing of a utility
+        # the paper's differences are of rewards, not of utilities
         **(claim.paper.cells() if column == "score" else {"paper_hh": None, "paper_tldr": None}),
     }

@@ -1,4 +1,4 @@
-"""All that a table's runs show, computed once: rows over seeds, claims, the paper's tables, calibration and figures."""
+"""A table's results, computed once: rows over seeds, claims, the paper's tables, calibration and figures."""
 
 import dataclasses
 from pathlib import Path

@@ -8,7 +8,7 @@ SHARES = ("accuracy", "share", "win", "tie", "lose", "confidence", "expected_cal
 
 
 def cell(key: str, value: Any) -> str:
-    """A value as people read it: shares in percent, other fractions with three decimals, nothing for None."""
+    """A value for readers: shares in percent, other fractions with three decimals, nothing for None."""
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -51,7 +51,7 @@ def heading(key: str) -> str:
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """A table with the columns of all rows; numbers to the right."""
     keys = list(dict.fromkeys(key for row in rows for key in row))
-    # a column that no row fills says nothing
+    # a column that is empty in every row is left out
     keys = [key for key in keys if any(row.get(key) is not None for row in rows)]
     text = [[cell(key, row.get(key)).replace("|", "\\|").replace("\n", " ") for key in keys] for row in rows]
     names = [heading(key) for key in keys]

@@ -82,7 +82,7 @@ GAPS = (
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """The paper says that one run's mean reward is above another's.
+    """A claim of the paper: one run's mean reward is above another's.
 
     Attributes:
       text: the claim in words.

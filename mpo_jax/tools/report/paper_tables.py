@@ -201,7 +201,7 @@ def subsets(by_seed: BySeed) -> PaperTable:
 
 
 def judged(by_seed: BySeed, verdicts: Verdicts) -> PaperTable:
-    """Table 4: MPO against PPO, prompt by prompt; and whatever else a judge was asked."""
+    """Table 4: MPO against PPO, prompt by prompt, and all other comparisons by a judge."""
     rows: Rows = [
         {"of": "paper", "a": "MPO(1)", "b": "PPO", "judge": f"GPT-4, {data}", "win": win, "tie": tie, "lose": lose}
         for data, (win, tie, lose) in paper.JUDGED.items()

@@ -32,7 +32,7 @@ def sources(shown: Shown, results: list[RunResult]) -> Rows:
 
 
 def truncation(shown: Shown, results: list[RunResult]) -> Rows:
-    """How many texts were cut to the token limits, a row an artifact that says so."""
+    """How many texts were cut to the token limits, a row for each artifact that records it."""
     rows: Rows = []
     for stage in ("sft", "reward"):
         for artifact, _ in distinct(results, stage):
@@ -70,7 +70,7 @@ def _step(step: Step) -> str:
 def config_differences(by_seed: BySeed) -> Rows:
     """Keys in which the runs' configurations differ, a row a key and value with the runs that have it.
 
-    Left out is what names the runs and not how they are made: the workdir, and which experiments were asked for.
+    Keys that name the runs but do not affect them are left out: the workdir, and the list of experiments.
     """
     flat: dict[str, dict[str, Any]] = {}
     for seed, results in by_seed.items():
@@ -98,7 +98,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def environments(results: list[RunResult]) -> list[dict[str, Any]]:
-    """The different machines and versions, each with the runs that it made; commands are told apart elsewhere."""
+    """The different machines and versions, each with the runs that it made; commands are listed elsewhere."""
     found: dict[str, dict[str, Any]] = {}
     for result in results:
         path = result.folder / "env.json"

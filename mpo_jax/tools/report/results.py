@@ -1,4 +1,4 @@
-"""What a workdir's finished runs say, as plain rows: the source of every table, figure and page."""
+"""A workdir's finished runs as plain rows: the source of every table, figure and page."""
 
 import csv
 import dataclasses
@@ -126,7 +126,7 @@ class RunResult:
     def of_category(self, name: str) -> "RunResult":
         """The same run, judged by its prompts and held-out pairs of one category alone."""
         view = dataclasses.replace(self, category=name)
-        # what is read already is not read again
+        # reuse what is already read
         view.__dict__.update(measured=self.measured.only(name), config=self.config)
         return view
 

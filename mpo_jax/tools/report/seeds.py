@@ -99,11 +99,11 @@ def share_prompts(by_seed: BySeed) -> bool:
 def over_seeds(by_seed: BySeed) -> Rows:
     """A row a run: the mean over seeds of each column's mean, and its standard errors.
 
-    `<column>_se` is that of repeating everything. Where each seed has prompts of its own, the spread of the seeds'
-    means holds all that another draw of prompts, labels and initial weights changes. Where seeds share their prompts,
-    the error over prompts is added to what seeds spread beyond it. With one seed it is over prompts. `error_over`
-    says which. `<column>_se_prompts` is over prompts alone, for the seeds at hand; `<column>_se_seeds` is the spread
-    of the seeds' means alone, over the root of their number.
+    `<column>_se` is the error of repeating everything. If each seed has its own prompts, the spread of the seeds' means
+    includes the effect of prompts, labels and initial weights. If seeds share their prompts, the error over prompts is
+    added to the spread of seeds beyond it. With one seed it is over prompts. `error_over` names the case.
+    `<column>_se_prompts` is over prompts alone, for the seeds at hand; `<column>_se_seeds` is the spread of the seeds'
+    means alone, over the root of their number.
     """
     rows: Rows = []
     for name in run_names(by_seed):

@@ -74,7 +74,7 @@ def outcome(rows: Rows, differences: Rows, best: dict[str, str], *, compare: boo
     """What came out, in sentences, by the true utility where it is known, else by the reward: the best run.
 
     Args:
-      compare: say the differences too, for want of claims that can be tested.
+      compare: include the differences, if there are no claims to test.
     """
     column = "utility" if any("utility" in row for row in rows) else "score"
     name = COLUMNS[column]
@@ -97,13 +97,13 @@ def outcome(rows: Rows, differences: Rows, best: dict[str, str], *, compare: boo
 
 
 def cautions(by_seed: BySeed) -> list[str]:
-    """What makes the runs' numbers incomparable, and what stages warned of, each said once."""
+    """What makes the runs' numbers incomparable, and the stages' warnings, each once."""
     incomparable = (caution for results in by_seed.values() for caution in _cautions(results))
     return list(dict.fromkeys([*incomparable, *_warnings(by_seed)]))
 
 
 def _warnings(by_seed: BySeed) -> list[str]:
-    """What the stages' manifests warn of, each with its stage, the runs that use it, and its seed."""
+    """The warnings in the stages' manifests, each with its stage, the runs that use it, and its seed."""
     found = []
     for seed, results in by_seed.items():
         for stage in ("sft", "reward", "select", "dpo", "ppo", "evaluate"):

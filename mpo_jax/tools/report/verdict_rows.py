@@ -1,4 +1,4 @@
-"""Who wins against whom: by the runs' own rewards, and by what `mpo judge` and `mpo human import` left in a workdir."""
+"""Win rates between runs: by their own rewards, and by results of `mpo judge` and `mpo human import` in a workdir."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ class Verdicts:
 
 
 def find_verdicts(workdir: Path) -> Verdicts:
-    """What lies at any depth in `<workdir>/judge` and `<workdir>/human`.
+    """All results in `<workdir>/judge` and `<workdir>/human`, at any depth.
 
     Raises:
       UserError: for a file that neither command can have written.
