@@ -8,8 +8,7 @@ from mpo_jax.stages.settings import Numerics, Split, TrainSettings
 
 
 class Method(Section, frozen=True):
-    """Everything that determines an iteration's computation; the cache key of compiled programs, so run length is not.
-    """
+    """Everything that determines an iteration's computation, whatever the run length; keys the compiled programs."""
 
     epochs: int
     minibatches: int

@@ -1,4 +1,4 @@
-"""Times, rates and memory of a workload, and of the matrix products that bound it."""
+"""Time, rates and memory of a workload, and the matrix-product rate that bounds it."""
 
 import dataclasses
 import resource
@@ -15,24 +15,25 @@ from mpo_jax.tools.bench.workloads import Workload
 from mpo_jax.tools.plan.targets import device_kind
 
 DEFINITIONS = (
-    "tokens/s: real tokens, no padding. FLOPs: necessary ones, a multiply-add as two: matrices over real tokens, "
-    "scores of visible keys, logits at response tokens, backward twice forward, nothing recomputed. of matmul: their "
-    "rate over that of one large matrix product here. MFU: over the vendor's peak in bfloat16, known devices only."
+    "tokens/s: real tokens, without padding. FLOPs: necessary ones only (a multiply-add is two): matrix products over "
+    "real tokens, scores of visible keys, logits at response tokens, backward twice forward, no recomputation. of "
+    "matmul: FLOP/s relative to one large matrix product on this machine. MFU: relative to the vendor's bfloat16 peak, "
+    "known devices only."
 )
 
 
 CPU_SIZE = 2048
-"""Of the matrix product on a CPU: large enough for all of its cores."""
+"""Side of the matrix product on a CPU: large enough to use all cores."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """What bounds every workload on this machine.
+    """The hardware limits of every workload on this machine.
 
     Attributes:
-      kind: as JAX names it.
-      matmul: measured FLOP/s of a large product of the arithmetic's type, over all devices of the mesh.
-      peak, bandwidth: the vendor's FLOP/s in bfloat16 and bytes/s, over all devices; None where they are not known.
+      kind: device name as given by JAX.
+      matmul: measured FLOP/s of a large matrix product in the arithmetic's type, over all devices of the mesh.
+      peak, bandwidth: vendor's bfloat16 FLOP/s and bytes/s, over all devices; None if unknown.
     """
 
     kind: str
@@ -43,13 +44,13 @@ class Device:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """One workload's figures; rates are over the sum of all steps.
+    """The results of one workload; rates are over the sum of all steps.
 
     Attributes:
-      seconds: of each timed step, inputs prepared on the host included.
-      compile_s: of the first pass beyond the time of a timed one.
-      peak_bytes: the most that this process has had: on the first device, or resident on CPU.
-      parts: seconds of the parts of a step, where it has some.
+      seconds: duration of each timed step, host-side input preparation included.
+      compile_s: extra seconds of the first pass over the steps compared with the timed pass.
+      peak_bytes: peak memory of this process: on the first device, or resident memory on CPU.
+      parts: seconds of the parts of a step, if it has any.
     """
 
     name: str
@@ -67,11 +68,11 @@ class Measured:
         return statistics.median(self.seconds)
 
     def rate(self, amount: float) -> float:
-        """Of that much over all steps, a second."""
+        """`amount`, a total over all steps, per second."""
         return amount / sum(self.seconds)
 
     def to_dict(self, device: Device) -> dict[str, Any]:
-        """All figures by name, in seconds, bytes and FLOPs."""
+        """All results by name, in seconds, bytes and FLOPs."""
         flops = self.rate(self.flops)
         return {
             "name": self.name,
@@ -91,7 +92,7 @@ class Measured:
 
 
 def device(dtype: str, num_devices: int) -> Device:
-    """Measures the matrix rate of this machine's first device."""
+    """The limits of this machine's devices; measures the matrix-product rate of the first one."""
     first = jax.devices()[0]
     kind = device_kind(first.device_kind)
     return Device(
@@ -103,7 +104,7 @@ def device(dtype: str, num_devices: int) -> Device:
 
 
 def measure(workload: Workload, *, profile: str | None = None) -> Measured:
-    """Runs all steps once to compile and once to time them, waiting for the devices after each."""
+    """Runs all steps once to compile and once to time them, waiting for the devices after each step."""
     begin = time.perf_counter()
     for k in range(workload.steps):
         jax.block_until_ready(workload.run(k))
@@ -128,10 +129,10 @@ def measure(workload: Workload, *, profile: str | None = None) -> Measured:
 
 
 def peak_bytes() -> int | None:
-    """Of the first device's memory; on CPU, of this process's resident memory."""
+    """Peak memory of the first device; on CPU, peak resident memory of this process."""
     first = jax.local_devices()[0]
     if first.platform == "cpu":
-        # kilobytes, but bytes on macOS
+        # ru_maxrss is in kilobytes, on macOS in bytes
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return (first.memory_stats() or {}).get("peak_bytes_in_use")
 

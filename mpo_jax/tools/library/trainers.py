@@ -1,5 +1,4 @@
-"""Trainers: an objective, an optax transformation and a state, with the step that the stage of the same name compiles.
-"""
+"""Trainers: an objective, an optax transformation and a state, with the compiled step of the stage of the same name."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping

@@ -1,5 +1,6 @@
-"""The memory plan: every program of a configuration compiled ahead of time for devices that need not be here.
+"""The memory plan: compiles every program of a configuration ahead of time, for devices that need not be present.
 
-`targets` says what the devices are, `compilers` finds a compiler for them, `programs` is the seam to the stages,
-`measure` compiles and reads memory and collectives, `flops` counts arithmetic, `advice` and `fit` say what to change.
+`targets` describes the devices, `compilers` finds a compiler for them, `sizes` finds the model's sizes, `measure`
+compiles the stages' programs and reads memory and `collectives`, `advice` and `fit` suggest changes, and `report`
+prints the tables.
 """

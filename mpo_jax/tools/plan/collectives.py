@@ -1,4 +1,4 @@
-"""Communication of a compiled program, read from its text."""
+"""Reads the communication of a compiled program from its HLO text."""
 
 import dataclasses
 import math
@@ -25,10 +25,10 @@ class Traffic:
     """One kind of collective.
 
     Attributes:
-      kind: as XLA names it.
-      count, bytes: instructions outside loops, and the payload each device takes part in.
-      loop_count, loop_bytes: turns of instructions inside loops, and their payload over all turns.
-      exact: False where a loop's number of turns was read off its condition, or taken from the caller.
+      kind: name of the collective in XLA.
+      count, bytes: number of instructions outside loops, and the payload that each device takes part in.
+      loop_count, loop_bytes: executions of instructions inside loops, and their total payload.
+      exact: False if a loop's trip count was inferred from its condition or taken from the caller.
     """
 
     kind: str
@@ -45,11 +45,11 @@ class Traffic:
 
 @dataclasses.dataclass
 class _Computation:
-    """What one computation does by itself, and which others it enters.
+    """One HLO computation: its own collectives, and the computations that it calls.
 
     Attributes:
-      loops: body, condition and turns of each while; None where the compiler has not said how many.
-      limit: of a condition `i < limit`, the constant.
+      loops: body, condition and trip count of each while loop; None if the compiler does not state the count.
+      limit: constant of a condition `i < limit`.
     """
 
     collectives: list[tuple[str, int]] = dataclasses.field(default_factory=list)
@@ -60,13 +60,13 @@ class _Computation:
 
 
 def traffic(text: str, *, loop_trips: int = 1) -> list[Traffic]:
-    """The collectives of an optimised HLO module, by kind, the largest first.
+    """The collectives of an optimised HLO module, by kind, largest first.
 
-    The payload of one is the larger of what it takes and what it gives on a device: the gathered array of an
-    all-gather, the array before it is scattered of a reduce-scatter.
+    The payload is the larger of a collective's input and output on a device: the gathered array for an all-gather, the
+    array before scattering for a reduce-scatter.
 
     Args:
-      loop_trips: turns of loops whose number is nowhere in the text.
+      loop_trips: trip count of loops for which the text states none.
     """
     computations, entry = _read(text)
     counts: dict[tuple[str, bool], Counter[str]] = defaultdict(Counter)
@@ -83,7 +83,7 @@ def traffic(text: str, *, loop_trips: int = 1) -> list[Traffic]:
         for called in computation.calls:
             enter(called, times, in_loop, exact)
         for body, condition, trips in computation.loops:
-            # a scan counts from 0 to a constant; of other loops the caller knows more
+            # a scan counts from 0 to a constant; for other loops the caller knows the count
             limit = computations[condition].limit if condition in computations else None
             turns = trips or limit or loop_trips
             enter(body, times * turns, True, exact and trips is not None)
@@ -117,7 +117,7 @@ def _read(text: str) -> tuple[dict[str, _Computation], str]:
 
 
 def _split(rest: str) -> tuple[str, str, str]:
-    """An instruction's result type, operation, and all that follows its opening parenthesis."""
+    """An instruction's result type, its operation, and the text after its opening parenthesis."""
     if rest.startswith("("):
         depth, place = 1, 1
         while depth:
@@ -135,7 +135,7 @@ def _note(current: _Computation, operation: str, result: str, tail: str, sizes: 
     if kind in KINDS:
         taken = sum(sizes.get(name, 0) for name in _operands(tail))
         given = shape_bytes(result)
-        # the result of a start carries its operands along
+        # the result of a -start instruction includes its operands
         if operation.endswith("-start") and result.startswith("(") and kind != "all-reduce":
             given -= taken
         current.collectives.append((kind, max(taken, given)))
@@ -163,7 +163,7 @@ def _called(tail: str) -> Iterator[str]:
 
 
 def shape_bytes(shape: str) -> int:
-    """Bytes of a result type in HLO text, all parts of a tuple together."""
+    """Bytes of a result type in HLO text, summed over the parts of a tuple."""
     total = 0
     for kind, dims in _SHAPE.findall(shape):
         digits = re.search(r"\d+", kind)

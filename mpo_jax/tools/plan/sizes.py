@@ -1,4 +1,4 @@
-"""A model's sizes without its weights: from its folder, from the table below, or from the hub's config.json."""
+"""A model's sizes without its weights: from its folder, the table below, or the hub's config.json."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -50,14 +50,14 @@ KNOWN: dict[str, DecoderConfig] = {
     "meta-llama/Llama-3.1-8B": LLAMA_31_8B,
     "mistralai/Mistral-7B-v0.1": MISTRAL_7B,
 }
-"""Sizes as in the published config.json; several of these repositories are gated, and a plan needs no weights."""
+"""Sizes from the published config.json; several of these repositories are gated, and a plan needs no weights."""
 
 
 def decoder_sizes(config: Config) -> tuple[DecoderConfig, str]:
-    """The base model's sizes, and where they come from, in words.
+    """The base model's sizes, and a description of their source.
 
     Raises:
-      UserError: if nothing says how large the model is.
+      UserError: if the sizes cannot be found.
     """
     path = config.model.path
     if path is None:
@@ -73,7 +73,7 @@ def decoder_sizes(config: Config) -> tuple[DecoderConfig, str]:
         return KNOWN[repository], f"the published sizes of {repository}"
     try:
         file = huggingface_hub.hf_hub_download(repository, "config.json", revision=revision)
-    except Exception as error:  # OSError, and what the HTTP libraries raise of their own
+    except Exception as error:  # OSError, and the HTTP libraries' own types
         raise UserError(
             f"no sizes for model.path={path}: no such folder, none of {', '.join(KNOWN)}, and its config.json could "
             f"not be fetched from the hub ({type(error).__name__})"
