@@ -41,7 +41,7 @@ def threshold_for_fraction(gap_N: np.ndarray, easy_fraction: float) -> float:
     Pairs with equal gaps stay together, so the easy set may be smaller than requested.
     """
     if not 0.0 <= easy_fraction <= 1.0:
-        raise ValueError(f"easy_fraction must lie in [0, 1], got {easy_fraction}")
+        raise ValueError(f"easy_fraction must be in [0, 1], got {easy_fraction}")
     # round before the floor: 0.3 * 10 must give 3 pairs, not 2
     num_easy = int(np.floor(round(easy_fraction * len(gap_N), 9)))
     # a NaN gap is hard at any threshold, so it ranks below all others

@@ -65,7 +65,7 @@ class Buckets:
           UserError: if there are no examples.
         """
         if not examples:
-            raise UserError("there is nothing to make batches of: the data set is empty; check its files and filters")
+            raise UserError("there are no rows to batch: the data set is empty; check its files and filters")
         widest = Widths.of(examples, response=response, multiple=multiple)
         prompt, longest = _lengths(examples)
         prompts = _candidates(prompt, widest.prompt, multiple)

@@ -349,7 +349,7 @@ def text_field(row: Row, field: str, place: str) -> str:
     try:
         row[field].encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UserError(f"{place}: field {field!r} holds half a surrogate pair, which is no character") from error
+        raise UserError(f"{place}: field {field!r} holds half a surrogate pair, which is not a character") from error
     return row[field]
 
 

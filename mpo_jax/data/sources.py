@@ -55,8 +55,8 @@ class Source(Protocol):
 
 
 def open_source(spec: str) -> Source:
-    """Opens a .jsonl, .json (one object a line), .jsonl.gz, .json.gz or .parquet file, a folder of .jsonl, .jsonl.gz or
-    .parquet files, a folder saved by `datasets`, or `hub:ORG/NAME[@REVISION][:DIR][:SPLIT]` (default split: `train`).
+    """Opens a .jsonl, .json (one object per line), .jsonl.gz, .json.gz or .parquet file, a folder of .jsonl, .jsonl.gz
+    or .parquet files, a folder saved by `datasets`, or `hub:ORG/NAME[@REVISION][:DIR][:SPLIT]` (default: `train`).
 
     Raises:
       UserError: if the source does not exist or its kind is unknown.
@@ -132,7 +132,8 @@ class _JsonLines:
             raise UserError(f"{self.name}:{number}: JSON that cannot be read: {error}") from error
         if not isinstance(row, dict):
             raise UserError(
-                f"{self.name}:{number}: a row must be a JSON object, not {type(row).__name__}: write one object a line"
+                f"{self.name}:{number}: a row must be a JSON object, not {type(row).__name__}: "
+                "write one object per line"
             )
         return row
 
@@ -224,7 +225,7 @@ def _open_folder(name: str, folder: Path) -> Source:
 def _open_hub(spec: str) -> Source:
     parts = _HUB_PATTERN.fullmatch(spec.removeprefix(HUB))
     if parts is None:
-        raise UserError(f"{spec!r} names no data set of the hub: write {HUB_FORM}")
+        raise UserError(f"{spec!r} is not a hub data set: write {HUB_FORM}")
     name, revision, folder, split = parts.group("name", "revision", "folder", "split")
     if name == "pandas":
         # not a data set but a builder of `datasets`; some versions of it unpickle files, which can run any code
@@ -263,16 +264,16 @@ def _hub_advice(name: str, error: Exception) -> str:
     text = str(error)
     if "scripts are no longer supported" in text:
         return (
-            "Its loading script is not run: name the files that the hub made of it, "
+            "Its loading script is not run: name the files that the hub converted it to, "
             f"hub:{name}@refs/convert/parquet[:DIR][:SPLIT]"
         )
     if "gated" in text:
         return f"Ask for access at https://huggingface.co/datasets/{name} and log in with `hf auth login`"
     if isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.startswith("httpx"):
-        return "Check the connection (and HF_HUB_OFFLINE), or download the files and name them in its place"
+        return "Check the connection (and HF_HUB_OFFLINE), or download the files and name them instead"
     return (
         f"Check the spelling of {HUB_FORM}; a private data set needs `hf auth login`; "
-        "or download the files and name them in its place"
+        "or download the files and name them instead"
     )
 
 

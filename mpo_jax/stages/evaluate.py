@@ -122,7 +122,7 @@ def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -
                 values: dict[str, Any] = {name: column[row].item() for name, column in columns.items()}
                 if (category := corpus.category(prompt)) is not None:
                     values["category"] = category
-                # a chat prompt is already rendered; the field tells readers of the file so
+                # a chat prompt is already rendered; the field marks it as such for readers of the file
                 if text.chat or shown[row] != prompt:
                     values[SHOWN] = shown[row]
                 file.write(json.dumps({"prompt": prompt, "response": response, **values}, ensure_ascii=False) + "\n")

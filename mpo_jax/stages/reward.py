@@ -192,11 +192,11 @@ def _finished(settings: Settings, context: Context, codec: TextCodec) -> tuple[M
     assert path is not None
     source = loading.open_model(path)
     if source.head != "value":
-        raise UserError(f"reward.path={path} is no reward model: it has no tensor score.weight")
+        raise UserError(f"reward.path={path} is not a reward model: it has no tensor score.weight")
     theirs = load_tokenizer(local_model(path))
     if theirs.get_vocab() != codec.tokenizer.get_vocab():
         raise UserError(
-            f"reward.path={path} has another tokenizer than the policy: their token ids differ, so the "
+            f"reward.path={path} has a different tokenizer from the policy: their token ids differ, so the "
             "reward model would misread the policy's responses"
         )
     loading.check_vocabulary(codec.vocab_size, source.decoder, path)

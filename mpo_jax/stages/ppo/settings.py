@@ -8,7 +8,7 @@ from mpo_jax.stages.settings import Numerics, Split, TrainSettings
 
 
 class Method(Section, frozen=True):
-    """Everything that determines an iteration's computation, whatever the run length; keys the compiled programs."""
+    """Everything that determines an iteration's computation, independent of run length; keys the compiled programs."""
 
     epochs: int
     minibatches: int

@@ -69,7 +69,7 @@ def measure_all(
     """Times workloads one after another.
 
     Args:
-      names: names of workloads; if empty, all of them.
+      names: workloads to time; if empty, all of them.
       batch: number of rows, pairs or prompts per step.
       steps: number of timed steps per workload.
       rows: prompt and response lengths of synthetic rows; None for the configuration's own rows.

@@ -313,5 +313,5 @@ def check_names(names: Sequence[str]) -> tuple[Name, ...]:
       UserError: for an unknown name.
     """
     if unknown := [name for name in names if name not in NAMES]:
-        raise UserError(f"no workload is called {unknown[0]}; there are {', '.join(NAMES)}")
+        raise UserError(f"no workload is called {unknown[0]}; choose from {', '.join(NAMES)}")
     return tuple(name for name in NAMES if name in names) or NAMES

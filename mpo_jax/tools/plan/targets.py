@@ -126,17 +126,17 @@ def parse(name: str, *, cpu_devices: int) -> Target:
     kinds, _ = known()
     match = re.fullmatch(r"(?:(\d+)x)?([a-z][\w-]*?)(?:x(\d+)|:(\d+(?:x\d+)*))", name)
     if match is None:
-        raise UserError(f"--on {name} names no target. Targets are cpu, and devices with their number: {EXAMPLES}")
+        raise UserError(f"--on {name} is not a target. Targets are cpu, and devices with their number: {EXAMPLES}")
     groups, kind_name, count, torus = match.groups()
     kind = kinds.get(kind_name)
     if kind is None:
         close = difflib.get_close_matches(kind_name, kinds, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        raise UserError(f"--on {name}: no device {kind_name} is known{hint} (known: {', '.join(kinds)}, cpu)")
+        raise UserError(f"--on {name}: unknown device {kind_name}{hint} (known: {', '.join(kinds)}, cpu)")
     shape = tuple(int(part) for part in (count or torus).split("x"))
     _check_shape(name, kind_name, kind, shape, is_torus=torus is not None)
     if min(*shape, int(groups or 1)) < 1:
-        raise UserError(f"--on {name}: numbers of devices start at 1")
+        raise UserError(f"--on {name}: device counts start at 1")
     capacity = kind.memory_gib * kind.usable * GIB
     return Target(name=name, kind=kind, groups=int(groups or 1), shape=shape, capacity=capacity)
 
