@@ -172,7 +172,7 @@ def test_longer_examples_than_the_buckets_are_refused():
 
 
 def test_no_examples_make_no_buckets():
-    with pytest.raises(UserError, match="nothing to make batches of"):
+    with pytest.raises(UserError, match="no rows to batch"):
         Buckets.of([], 2)
 
 
