@@ -35,7 +35,7 @@ DECODING_COST = 4.0
 
 
 @dataclasses.dataclass
-class Planned:
+class TableStage:
     """One stage of the table.
 
     Attributes:
@@ -90,25 +90,25 @@ def seed_config(config: Config, seed: int) -> Config:
     return config.model_copy(update={"seed": seed, "workdir": workdir, "data": data, "runtime": machine})
 
 
-def plan_table(config: Config) -> list[Planned]:
+def table_stages(config: Config) -> list[TableStage]:
     """Every stage of the table in the order they are made: seed by seed, run by run."""
-    stages: list[Planned] = []
+    stages: list[TableStage] = []
     for seed in config.table.seeds:
         own = seed_config(config, seed)
         pipeline = Pipeline(own, Listing(Path(own.workdir), Bucket.of(own)))
-        found: dict[str, Planned] = {}
+        found: dict[str, TableStage] = {}
         for variant in table_variants(config.table, config.select):
             for role, artifact in pipeline.experiment(variant.name).artifacts.items():
                 recipe, first = artifact.manifest, (variant.name, role)
                 one = found.setdefault(
-                    artifact.id, Planned(seed, artifact.id, recipe, first, [], recipe.get("seconds"))
+                    artifact.id, TableStage(seed, artifact.id, recipe, first, [], recipe.get("seconds"))
                 )
                 one.runs.append(variant.name)
         stages += found.values()
     return stages
 
 
-def estimates(config: Config, stages: list[Planned]) -> list[Expected]:
+def estimates(config: Config, stages: list[TableStage]) -> list[Expected]:
     """Expected time of each missing stage: that of the same stage of another seed, else an estimate from its FLOPs."""
     measured = {stage.role: stage.seconds for stage in stages if stage.seconds is not None}
     missing = [stage for stage in stages if not stage.is_there]
@@ -144,7 +144,7 @@ class Cost:
     def _flops_per_s(self) -> float:
         return SHARE_OF_PEAK * self.config.mesh.num_devices * time_matmul(machine.compute_dtype(self.config.model)).rate
 
-    def seconds(self, planned: Planned) -> float:
+    def seconds(self, planned: TableStage) -> float:
         """The estimate in seconds; expect it to be off by up to a factor of three."""
         recipe, mesh = planned.recipe, make_mesh(self.config.mesh)
         stage = STAGES[recipe["stage"]]
