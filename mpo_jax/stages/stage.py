@@ -23,7 +23,7 @@ class Stage:
       inputs: names of the non-artifact inputs that the stage may read: data, base (the base model), reward_model (a
         finished one). Reading another raises an error.
       run: function (settings, parents by role, context) -> summary for the manifest; it writes into `context.folder`.
-      programs: function (settings, shapes) -> every program with a model in it that `run` compiles, except those
+      programs: function (settings, shapes) -> every program with a model that `run` compiles, except those
         that make parameters. Memory plans compile them, benchmarks time them, and a table's estimate adds up their work.
       trains: whether the stage has checkpoints and a `train` section.
     """
