@@ -1,5 +1,7 @@
 """Warnings: shown at once, kept in the manifest of the stage that is made; and what stages warn of."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -8,9 +10,12 @@ from mpo_jax.data.pair_table import PairTable, check_subsets
 from mpo_jax.data.tokens import TokenReport
 from mpo_jax.errors import NothingSelected
 from mpo_jax.pipeline.artifacts import Store
+from mpo_jax.pipeline.recipe import make_recipe
 from mpo_jax.runtime.stage_warnings import collect_warnings, warn
 from mpo_jax.stages import sft
-from mpo_jax.training.loop import check_rows, check_schedule
+from mpo_jax.stages.context import Context, Inputs
+from mpo_jax.stages.fitting import check_rows, check_schedule
+from tests.models.tiny import mesh_of
 
 
 def table_of(*gaps: float) -> PairTable:
@@ -27,8 +32,8 @@ def test_a_warning_is_shown_and_stays_in_the_manifest(tmp_path, capsys):
         return {}
 
     store = Store(tmp_path)
-    noisy = store.build("sft", {"rows": 1}, {}, run)
-    quiet = store.build("sft", {"rows": 9}, {}, lambda folder: {})
+    noisy = store.build(make_recipe("sft", {"rows": 1}, {}, {}), run)
+    quiet = store.build(make_recipe("sft", {"rows": 9}, {}, {}), lambda folder: {})
     assert (noisy.manifest["warnings"], quiet.manifest["warnings"]) == (["too few [rows]"], [])
     assert capsys.readouterr().out.count("warning: too few [rows]") == 1
 
@@ -65,12 +70,17 @@ def test_a_batch_that_holds_rows_twice():
 
 
 def test_a_pretrained_model_on_the_toy_world_and_prompts_that_are_cut():
-    config, few = Config(model=ModelConfig(path="somewhere")), TokenReport(rows=10, truncated_prompts=5)
+    few = TokenReport(rows=10, truncated_prompts=5)
+
+    def look(config, report):
+        context = Context(mesh=mesh_of(1, 1, 1), folder=Path("."), inputs=Inputs(config, sft.STAGE.inputs))
+        sft._warn_of_inputs(sft.Settings.of(config), context, report)
+
     with collect_warnings() as warnings:
-        sft._warn_of_inputs(Config(), few)
+        look(Config(), few)
         assert not warnings
-        sft._warn_of_inputs(config, few)
-        sft._warn_of_inputs(Config(), TokenReport(rows=10, truncated_prompts=6))
+        look(Config(model=ModelConfig(path="somewhere")), few)
+        look(Config(), TokenReport(rows=10, truncated_prompts=6))
     first, second = warnings
     assert "a pretrained model learns the toy world" in first
     assert second == "6 of 10 demonstrations' prompts are cut to text.max_prompt_tokens=512: raise it"
