@@ -45,7 +45,7 @@ class Pipeline:
         self.config = config
         self.store = store
         self.inputs = Inputs(config)
-        # fail on settings that a stage refuses and on a missing source before anything is made
+        # fail on invalid stage settings or a missing source before anything is made
         for name in STAGES:
             stage_settings(name, config)
         self._data = {"fingerprint": self.inputs.only({"data"}).fingerprints["data"]}

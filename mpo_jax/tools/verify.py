@@ -61,8 +61,8 @@ def verify(workdir: Path, stage: str | None) -> bool:
             with FileLock(workdir / "stages" / f".{name}.lock", timeout=0):
                 if (stretch := _stretch(folder)) is None:
                     console.print(
-                        f"{name}: no two states are stored. Set runtime.keep_finished_checkpoints=true, and "
-                        "checkpoint_every below the number of steps, for the run that makes it",
+                        f"{name}: fewer than two states are stored. In the run that makes it, set "
+                        "runtime.keep_finished_checkpoints=true and checkpoint_every below the number of steps",
                         soft_wrap=True,
                     )
                     continue

@@ -23,7 +23,7 @@ DEFINITIONS = (
 
 
 CPU_SIZE = 2048
-"""The size of the matrix product on a CPU: large enough for all of its cores."""
+"""Side of the matrix product on a CPU: large enough to use all cores."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +47,10 @@ class Measured:
     """The results of one workload; rates are over the sum of all steps.
 
     Attributes:
-      seconds: of each timed step, inputs prepared on the host included.
-      compile_s: the first pass's time beyond that of a timed one.
-      peak_bytes: this process's peak memory: on the first device, or resident on CPU.
-      parts: seconds of the parts of a step, if it has parts.
+      seconds: duration of each timed step, host-side input preparation included.
+      compile_s: extra time of the first pass over the steps, compared with the timed pass.
+      peak_bytes: peak memory of this process, on the first device or resident on CPU.
+      parts: seconds of the parts of a step, if it has any.
     """
 
     name: str

@@ -25,8 +25,8 @@ class Traffic:
     """One kind of collective.
 
     Attributes:
-      kind: as XLA names it.
-      count, bytes: instructions outside loops, and the payload each device takes part in.
+      kind: XLA's name for the collective.
+      count, bytes: number of instructions outside loops, and the payload that each device takes part in.
       loop_count, loop_bytes: executions of instructions inside loops, and their payload over all iterations.
       exact: False if a loop's trip count was inferred from its condition, or taken from the caller.
     """
@@ -49,7 +49,7 @@ class _Computation:
 
     Attributes:
       loops: body, condition and trip count of each while loop; None if the compiler does not give it.
-      limit: of a condition `i < limit`, the constant.
+      limit: the constant of a condition `i < limit`.
     """
 
     collectives: list[tuple[str, int]] = dataclasses.field(default_factory=list)

@@ -42,14 +42,14 @@ def prepare(target: Target, *, recommended_flags: bool = False) -> None:
             os.environ.setdefault(name, value)
     if recommended_flags:
         flags.apply_here("gpu" if target.platform == "cuda" else target.platform)
-    # nothing is run: a real accelerator would only be blocked for others
+    # nothing is executed: a real accelerator would only be blocked for others
     jax.config.update("jax_platforms", "cpu")
     if target.kind is None:
         _simulate(target.num_devices)
 
 
 def devices(target: Target) -> list[Any]:
-    """The target's devices; an accelerator's can be compiled for but not used.
+    """The target's devices; accelerator devices can be compiled for but not used.
 
     Raises:
       UserError: if the compiler rejects the description.

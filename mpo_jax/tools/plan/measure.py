@@ -1,4 +1,4 @@
-"""Compiles programs for a target and reads their memory and work from the compiler."""
+"""Compiles programs for a target and reads their memory and collectives from the compiler."""
 
 import dataclasses
 import math
@@ -55,7 +55,8 @@ class Measured:
     """One program, compiled for a target.
 
     Attributes:
-      memory: None if the compiler ran out of memory; then `refused` is what it needed, in bytes a device.
+      memory: memory of the program; None if the compiler ran out of memory.
+      refused: bytes per device that the program needs if the compiler ran out of memory; else None.
       seconds: estimate of one call at the assumed utilisations; None on the CPU.
     """
 
@@ -69,7 +70,7 @@ class Measured:
 
     @property
     def peak(self) -> int:
-        """Bytes that a device must have."""
+        """Bytes that each device needs."""
         if self.memory is not None:
             return self.memory.peak
         assert self.refused is not None
@@ -128,7 +129,7 @@ def prepare(config: Config, target: Target) -> Plan:
             f"but {target.name} has {target.num_devices}: add {_suggest_mesh(target)}"
         )
     if target.kind is not None and config.model.compute_dtype == "auto":
-        # runtime would detect this machine's CPU, which the plan is not for
+        # `auto` would resolve for this machine's CPU, not for the target
         model = config.model.model_copy(update={"compute_dtype": "bfloat16"})
         config = config.model_copy(update={"model": model})
     decoder, source = decoder_sizes(config)

@@ -71,8 +71,8 @@ def notes(plan: Plan) -> list[str]:
     lines = [f"sizes: {plan.sizes_from}; mesh {dict(plan.mesh.shape)}; remat {plan.config.model.remat}"]
     if target.kind is None:
         lines.append(
-            "cpu: compiled by XLA's CPU backend, which fuses less and computes in float32 by default. Taken "
-            "as an upper bound for accelerators; neither collectives nor memory are theirs, and no time is estimated"
+            "cpu: compiled by XLA's CPU backend, which fuses less and computes in float32 by default. Take it as an "
+            "upper bound for accelerators, whose memory and collectives differ; no time is estimated"
         )
     else:
         kind = target.kind

@@ -118,7 +118,7 @@ def parse(name: str, *, cpu_devices: int) -> Target:
       cpu_devices: number of simulated devices for `cpu`.
 
     Raises:
-      UserError: for a name that is no target, with valid names.
+      UserError: if the name is not a target; the message lists valid names.
     """
     if cpu := re.fullmatch(rf"{CPU}(?::(\d+(?:\.\d+)?))?", name):
         each = float(cpu[1]) * GIB if cpu[1] else host_memory() / cpu_devices
