@@ -1,4 +1,4 @@
-"""mpo_jax.runtime.offload: what rests in host memory comes back to the bit, and a run with it is the run without it."""
+"""mpo_jax.runtime.offload: offloaded arrays come back bit-identical, and a run is the same with and without it."""
 
 import json
 import shutil
@@ -11,8 +11,10 @@ import pytest
 from mpo_jax.config.schema import OptimConfig, RuntimeConfig
 from mpo_jax.errors import UserError
 from mpo_jax.runtime.offload import HOST, Offload, to_devices, to_host
-from mpo_jax.stages import ppo
-from mpo_jax.training.loop import init_state
+from mpo_jax.stages.ppo.iteration import Loop
+from mpo_jax.training.optimizer import make_optimizer
+from mpo_jax.training.update import init_state
+from mpo_jax.types import trainable
 from tests.models.tiny import DECODER, mesh_of, random_params
 from tests.pipeline.test_pipeline import MICRO, mpo
 
@@ -29,7 +31,7 @@ def kinds(tree) -> set[str]:
 def test_there_and_back_is_the_same_array(shape):
     mesh = mesh_of(*shape)
     with jax.set_mesh(mesh):
-        state = init_state(random_params(DECODER), OptimConfig(), mesh)
+        state = init_state(trainable(random_params(DECODER)), make_optimizer(OptimConfig()), mesh)
     resting = to_host(state)
     back = to_devices(resting)
     assert kinds(state) == kinds(back) == {"device"} and kinds(resting) == {HOST}
@@ -54,14 +56,14 @@ def test_moments_rest_between_updates_alone():
         return state, rate
 
     mesh = mesh_of(1, 1, 1)
-    state = init_state(random_params(DECODER), OptimConfig(), mesh)
+    state = init_state(trainable(random_params(DECODER)), make_optimizer(OptimConfig()), mesh)
     for moments in (False, True):
         offload = Offload.of(RuntimeConfig(offload_moments=moments), mesh)
         resting = offload.state(state)
         after, rate = offload.update(update)(resting, 0.5)
         assert kinds(resting.opt_state) == kinds(after.opt_state) == {HOST if moments else "device"}
-        assert kinds(after.params) == {"device"} == seen.pop() and rate == 0.5
-        assert kinds(offload.put_away(state.params)) == {"device"}
+        assert kinds(after.trainable) == {"device"} == seen.pop() and rate == 0.5
+        assert kinds(offload.frozen_params(state.trainable)) == {"device"}
 
 
 def test_devices_without_such_memory_are_an_error(monkeypatch):
@@ -93,19 +95,20 @@ def test_ppo_is_the_same_to_the_bit_and_goes_on_with_and_without(plain, tmp_path
     workdir = tmp_path / "again"
     shutil.copytree(whole, workdir, symlinks=True)
     shutil.rmtree(workdir / "stages" / folder.name)
-    iteration, seen = ppo.Loop.iteration, []
+    iteration, seen = Loop.iteration, []
 
-    def watched(self, state, k, *rest):
+    def watched(self, state, batch, *rest):
+        k = batch.number
         if k == stop:
             raise KeyboardInterrupt
         moments = kinds((state.actor.opt_state, state.critic.opt_state))
-        state, metrics, batch = iteration(self, state, k, *rest)
+        state, metrics, kept = iteration(self, state, batch, *rest)
         later = kinds((state.actor.opt_state, state.critic.opt_state))
-        seen.append((k, moments | later, kinds((self.ref_params, self.reward_params))))
-        assert kinds((state.actor.params, state.critic.params, batch)) == {"device"}
-        return state, metrics, batch
+        seen.append((k, moments | later, kinds((self.models.reference, self.models.reward))))
+        assert kinds((state.actor.trainable, state.critic.trainable, kept)) == {"device"}
+        return state, metrics, kept
 
-    monkeypatch.setattr(ppo.Loop, "iteration", watched)
+    monkeypatch.setattr(Loop, "iteration", watched)
     command = ("ppo", MICRO, f"workdir={workdir}", *settings, "ppo.train.checkpoint_every=1")
     stop = 1
     assert mpo(*command, *ON) == 130

@@ -82,7 +82,7 @@ def test_a_mesh_larger_than_the_machine_says_how_to_mend_it():
 
 @pytest.mark.parametrize(("size", "fits"), [(8, True), (16, True), (4, False), (12, False)])
 def test_check_batch(size, fits):
-    mesh = MeshConfig(data=2, fsdp=4, tensor=3)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
     if fits:
         check_batch(size, mesh, "sft.train.batch_size")
     else:

@@ -8,9 +8,13 @@ from mpo_jax.data.pair_table import PairTable, check_subsets
 from mpo_jax.data.tokens import TokenReport
 from mpo_jax.errors import NothingSelected
 from mpo_jax.pipeline.artifacts import Store
+from mpo_jax.pipeline.recipe import make_recipe
+from mpo_jax.pipeline.stages import stage_settings
 from mpo_jax.runtime.stage_warnings import collect_warnings, warn
 from mpo_jax.stages import sft
-from mpo_jax.training.loop import check_rows, check_schedule
+from mpo_jax.stages.context import Context, Inputs
+from mpo_jax.stages.fitting import check_rows, check_schedule
+from tests.models.tiny import mesh_of
 
 
 def table_of(*gaps: float) -> PairTable:
@@ -27,8 +31,8 @@ def test_a_warning_is_shown_and_stays_in_the_manifest(tmp_path, capsys):
         return {}
 
     store = Store(tmp_path)
-    noisy = store.build("sft", {"rows": 1}, {}, run)
-    quiet = store.build("sft", {"rows": 9}, {}, lambda folder: {})
+    noisy = store.build(make_recipe("sft", {"rows": 1}, {}, {}), run)
+    quiet = store.build(make_recipe("sft", {"rows": 9}, {}, {}), lambda folder: {})
     assert (noisy.manifest["warnings"], quiet.manifest["warnings"]) == (["too few [rows]"], [])
     assert capsys.readouterr().out.count("warning: too few [rows]") == 1
 
@@ -64,13 +68,17 @@ def test_a_batch_that_holds_rows_twice():
     assert len(warnings) == 1 and "dpo has 5 rows for batches of 32" in warnings[0]
 
 
-def test_a_pretrained_model_on_the_toy_world_and_prompts_that_are_cut():
-    config, few = Config(model=ModelConfig(path="somewhere")), TokenReport(rows=10, truncated_prompts=5)
+def test_a_pretrained_model_on_the_toy_world_and_prompts_that_are_cut(tmp_path):
+    def warn_of(config: Config, cut: int) -> None:
+        settings = stage_settings("sft", config)
+        context = Context(mesh_of(1, 1, 1), tmp_path, Inputs(config))
+        sft._warn_of_inputs(settings, context, TokenReport(rows=10, truncated_prompts=cut))
+
     with collect_warnings() as warnings:
-        sft._warn_of_inputs(Config(), few)
+        warn_of(Config(), 5)
         assert not warnings
-        sft._warn_of_inputs(config, few)
-        sft._warn_of_inputs(Config(), TokenReport(rows=10, truncated_prompts=6))
+        warn_of(Config(model=ModelConfig(path="somewhere")), 5)
+        warn_of(Config(), 6)
     first, second = warnings
     assert "a pretrained model learns the toy world" in first
     assert second == "6 of 10 demonstrations' prompts are cut to text.max_prompt_tokens=512: raise it"

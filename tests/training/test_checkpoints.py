@@ -144,7 +144,8 @@ def test_an_unfinished_checkpoint_does_not_count(tmp_path):
 )
 def test_other_shapes_are_refused_by_name(tmp_path, other, leaf, there, here, count):
     save(tmp_path, {7: make_state(1)})
-    message = rf"7: the checkpoint does not fit .*: {leaf} is {there} in the checkpoint and {here} now \({count} differ\); delete"
+    differs = rf"{leaf} is {there} in the checkpoint and {here} now \({count} differ\)"
+    message = rf"7: the checkpoint does not fit .*: {differs}; delete"
     with pytest.raises(UserError, match=message):
         restore(tmp_path, make_state(1, **other))
 
