@@ -1,8 +1,8 @@
 """Attention over whole rows, a block of queries at a time: the scores of all queries are never held at once.
 
 A row's layout is known when the program is compiled (`Tokens.num_responses`), so keys that no query of a block may see
-are never multiplied: later tokens, and other responses to the same prompt. Within a block the mask decides. Other
-implementations take whole rows; what cached decoding may see is here too.
+are never multiplied: later tokens, and other responses to the same prompt. Within a block the mask decides.
+`for_layer` chooses between this and whole-row attention; `visible_slots` is the mask of cached decoding.
 Letters: B batch, q query token, s key token, G kv heads, R query heads a kv head, K head dim.
 """
 
@@ -43,7 +43,7 @@ class Block(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What is fixed about blocked attention: its blocks, and how logits are made of products."""
+    """The static part of blocked attention: its blocks, and the scale and soft cap of its logits."""
 
     blocks: tuple[Block, ...]
     scale: float
@@ -115,13 +115,13 @@ def soft_capped(logits: Array, cap: float | None) -> Array:
 
 
 def for_layer(tokens: Tokens, spec: LayerSpec, implementation: str) -> Attend:
-    """The attention of layers of one spec over these rows. The masks are made here, once for all of them.
+    """The attention of layers with this spec over these rows. Masks are computed here, once for all such layers.
 
     Args:
-      implementation: blocked, or one of jax.nn.dot_product_attention (xla, cudnn).
+      implementation: blocked, or an implementation of jax.nn.dot_product_attention (xla, cudnn).
 
     Raises:
-      UserError: if the implementation cannot do what the spec asks for.
+      UserError: cudnn with a soft cap, which it does not have.
     """
     if implementation == "blocked":
         return make_attend(tokens, spec.window, scale=spec.scale, soft_cap=spec.soft_cap)
@@ -138,7 +138,7 @@ def for_layer(tokens: Tokens, spec: LayerSpec, implementation: str) -> Attend:
 
 
 def _capped(q: Array, k: Array, v: Array, *, mask: Array, scale: float | None, soft_cap: float) -> Array:
-    """What jax.nn.dot_product_attention(implementation="xla") would give if it knew a soft cap."""
+    """Whole-row attention with a soft cap, which jax.nn.dot_product_attention does not have."""
     q_BTGRK = rearrange(q, "b t (g r) k -> b t g r k", g=k.shape[2])
     logits = jnp.einsum("btgrk,bsgk->bgrts", q_BTGRK, k, preferred_element_type=jnp.float32)
     logits = soft_capped(logits * logit_scale(scale, q.shape[-1]), soft_cap)

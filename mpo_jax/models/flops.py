@@ -111,7 +111,7 @@ def decode(sizes: DecoderConfig, rows: Rows, *, shards: int, bytes_each: int) ->
 
 
 def visible_keys(sizes: DecoderConfig, before: np.ndarray, after: np.ndarray) -> float:
-    """Keys that the tokens of stretches see, from position `before` to `after`, over all layers and their windows."""
+    """Keys seen by the tokens at positions before, ..., after - 1, summed over tokens and layers, within windows."""
 
     def up_to(length: np.ndarray, window: int | None) -> np.ndarray:
         """sum over i = 1 ... length of min(i, window)."""

@@ -167,7 +167,7 @@ def predecessor(tokens: Tokens) -> Int[Array, "B T"]:
 
 
 def _rotations(model: Model, position_BT: Int[Array, "B T"]) -> tuple[tuple[Array, Array], ...]:
-    """cos and sin for every layer of the pattern."""
+    """cos and sin for each layer of the pattern."""
     sizes = model.decoder
 
     def make(spec: LayerSpec) -> tuple[Array, Array]:
@@ -183,7 +183,7 @@ def visible_slots(
     stored_B: Int[Array, " B"],
     slot: int | Int[Array, ""],
 ) -> tuple[Bool[Array, "B T"], ...]:
-    """`attention.visible_slots` for every layer of the pattern."""
+    """`attention.visible_slots` for each layer of the pattern."""
 
     def make(spec: LayerSpec) -> Bool[Array, "B T"]:
         return attention.visible_slots(prompt_len_B, widths, stored_B, slot, spec.window)
@@ -212,7 +212,7 @@ def _run_layers(model: Model, params: Tree, tokens: Tokens, *, keep_cache: bool)
 
     def layer(place: int, x: Array, period_params: Tree) -> tuple[Array, Any]:
         """The layer at one place of the pattern."""
-        # cut out inside what is checkpointed: dots and full then keep no second copy of the weights
+        # sliced inside the checkpoint: sliced outside, the weights would be saved for the backward pass a second time
         layer_params = period_params if len(pattern) == 1 else jax.tree.map(itemgetter(place), period_params)
         block = _block(model, pattern[place], layer_params)
         x, cache = block.full(x, *rotations[place], attends[place])
@@ -239,8 +239,8 @@ def decode_step(
 
     Args:
       weights: what `for_decoding` gives.
-      visible: for every layer of the pattern, the slots of `stored` and then of `recent` that each row sees, the new
-        one included.
+      visible: for each layer of the pattern, the slots of `stored`, then of `recent`, that each row sees, `slot`
+        included.
     """
     trunk, pattern = _trunk(model, weights), model.decoder.pattern
     x = trunk.embed(ids_B[:, None], jnp.dtype(model.dtype))

@@ -162,11 +162,11 @@ def scratch_sizes(sizes: ArchitectureConfig, num_ids: int) -> DecoderConfig:
             f"model.architecture.num_heads={sizes.num_heads} is no multiple of num_kv_heads={sizes.num_kv_heads}"
         )
     # rows beyond the tokenizer's ids are never sampled
-    return of_architecture(sizes, -(-num_ids // VOCAB_MULTIPLE) * VOCAB_MULTIPLE)
+    return from_architecture(sizes, -(-num_ids // VOCAB_MULTIPLE) * VOCAB_MULTIPLE)
 
 
-def of_architecture(architecture: ArchitectureConfig, vocab_size: int) -> DecoderConfig:
-    """The sizes that a configuration's model.architecture describes; all layers are alike."""
+def from_architecture(architecture: ArchitectureConfig, vocab_size: int) -> DecoderConfig:
+    """The sizes in a configuration's model.architecture; all layers are alike."""
     sizes = architecture.model_dump()
     layer = LayerSpec(rope_theta=sizes.pop("rope_theta"))
     return DecoderConfig(vocab_size=vocab_size, pattern=(layer,), **sizes)

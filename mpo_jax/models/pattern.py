@@ -1,4 +1,4 @@
-"""Layers as repetitions of a pattern: what equal layers share, what the backward pass computes again, and the scan."""
+"""How a pattern of layers runs: what its layers share, what the backward pass recomputes, and the scan over periods."""
 
 from collections.abc import Callable
 from operator import attrgetter
@@ -21,7 +21,7 @@ Layer: TypeAlias = Callable[[Array, Params], tuple[Array, Any]]
 
 
 def shared(pattern: tuple[LayerSpec, ...], make: Callable[[LayerSpec], Made], *names: str) -> tuple[Made, ...]:
-    """make(spec) for every layer of a pattern, made once for all layers that agree on the fields `names`."""
+    """make(spec) for each layer of a pattern, called once for all layers that agree on the fields `names`."""
     key, made = attrgetter(*names), {}
     for spec in pattern:
         if key(spec) not in made:
@@ -30,7 +30,7 @@ def shared(pattern: tuple[LayerSpec, ...], make: Callable[[LayerSpec], Made], *n
 
 
 def checkpointed(layer: Layer, remat: Remat) -> Layer:
-    """The layer, of which the backward pass computes again what `remat` says."""
+    """The layer under jax.checkpoint, with the policy that `remat` names."""
     if remat == "none":
         return layer
     if remat == "full":
@@ -43,11 +43,12 @@ def checkpointed(layer: Layer, remat: Remat) -> Layer:
 
 
 def scan_periods(layers: list[Layer], x: Array, params: Params) -> tuple[Array, Any]:
-    """Runs all layers, one period of the pattern a step, so that the program does not grow with the depth.
+    """Runs all layers, one period of the pattern per step of a scan: the program grows with the period, not the depth.
 
     Args:
-      layers: of one period. Its parameters have a leading axis over the period, unless that is a single layer.
-      params: of all layers, stacked.
+      layers: the layers of one period. Each gets the parameters of the whole period, stacked; a period of one layer
+        has no such axis.
+      params: the parameters of all layers, stacked.
 
     Returns:
       x, and the caches of all layers, stacked.

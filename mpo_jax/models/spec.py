@@ -1,4 +1,4 @@
-"""What a decoder is made of, before there are parameters: its sizes, and what may differ from layer to layer."""
+"""A decoder without its parameters: sizes, and what may differ from layer to layer."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class LayerSpec:
-    """What may differ between two layers of the same sizes.
+    """What may differ between layers of the same sizes.
 
     Attributes:
       window: tokens that a token sees, itself included, counted by position (Mistral 0.1); None: all.
@@ -38,7 +38,7 @@ class LayerSpec:
       qk_norm: RMS norm of every query and key head before the rotation (Qwen3).
       scale: factor of the attention logits; None: 1 / sqrt(head_dim).
       soft_cap: attention logits x, scaled, become soft_cap * tanh(x / soft_cap) (Gemma 2); None: no cap.
-      activation: of the MLP's gate: SiLU, or GELU by its tanh formula (Gemma).
+      activation: of the MLP's gate: silu, or gelu_tanh, the tanh approximation of GELU (Gemma).
     """
 
     window: int | None = None
@@ -52,18 +52,19 @@ class LayerSpec:
 
 
 PARAMETER_FIELDS = ("qkv_bias", "qk_norm")
-"""Fields of a LayerSpec that decide which parameters a layer has: one stack holds all layers, so they must agree."""
+"""Fields of a LayerSpec that decide which parameters a layer has. All layers are one stack, so they must agree."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes and layers of one model; hashable, so that it can be a static argument.
-
-    Names follow transformers' config.json.
+    """Sizes and layers of one model; hashable, so that it can be a static argument. Names follow transformers.
 
     Attributes:
       family: transformers' model_type, by which the model is exported.
-      pattern: layer i is pattern[i % len(pattern)]; the layers are whole repetitions of it.
+      pattern: layer i is pattern[i % len(pattern)]; num_layers is a multiple of its length.
+
+    Raises:
+      ValueError: an empty pattern, one that does not divide num_layers, or one whose layers differ in parameters.
     """
 
     vocab_size: int
@@ -82,15 +83,15 @@ class DecoderConfig:
 
     def __post_init__(self):
         if not self.pattern:
-            raise ValueError("pattern is empty: it needs the spec of one layer at least")
+            raise ValueError("pattern is empty: it needs at least one LayerSpec")
         if len(self.pattern) > 1 and self.num_layers % len(self.pattern):
             raise ValueError(
-                f"num_layers={self.num_layers} is no multiple of the {len(self.pattern)} layers of the pattern"
+                f"num_layers={self.num_layers} is not a multiple of the pattern's {len(self.pattern)} layers"
             )
         for name in PARAMETER_FIELDS:
             if len(values := {getattr(spec, name) for spec in self.pattern}) > 1:
                 raise ValueError(
-                    f"the layers of a pattern must agree on {name}, which decides their parameters; got {values}"
+                    f"all layers of a pattern must agree on {name}, which decides their parameters; got {values}"
                 )
 
     @property
@@ -100,7 +101,7 @@ class DecoderConfig:
 
 
 def shortest_pattern(layers: Sequence[LayerSpec]) -> tuple[LayerSpec, ...]:
-    """The fewest leading layers that, repeated a whole number of times, give all of them."""
+    """The shortest prefix of `layers` whose repetition gives all of them."""
     whole = tuple(layers)
     lengths = (n for n in range(1, len(whole)) if len(whole) % n == 0)
     return next((whole[:n] for n in lengths if whole[:n] * (len(whole) // n) == whole), whole)

@@ -45,7 +45,9 @@ class Pipeline:
         self.config = config
         self.store = store
         self.inputs = Inputs(config)
-        # a source that is missing is known before anything is made
+        # settings that a stage refuses and a source that is missing are known before anything is made
+        for name in STAGES:
+            stage_settings(name, config)
         self._data = {"fingerprint": self.inputs.only({"data"}).fingerprints["data"]}
 
     @cached_property

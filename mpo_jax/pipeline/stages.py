@@ -123,6 +123,7 @@ def count_rows(config: Config, corpus: Corpus) -> Amounts:
     return Amounts(
         demonstrations=len(corpus.demonstrations),
         reward_pairs=len(corpus.reward_pairs),
+        reward_watched=len(corpus.validation or corpus.held_out),
         reward_test=len(corpus.reward_test),
         held_out=len(corpus.held_out),
         prompts=prompts,

@@ -28,6 +28,7 @@ from mpo_jax.stages.fitting import (
     check_sizes,
     fit_examples,
     held_out_program,
+    held_out_rows,
     num_updates,
     scoring_program,
     train_program,
@@ -225,14 +226,16 @@ def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
     """The reference's log-probabilities, and the update."""
     train, loss, amounts = settings.train, settings.loss, shapes.amounts
     check_sizes("dpo", train, shapes.mesh)
-    rows, pairs = shapes.rows(train.batch_size, 2), None
+    rows, pairs, scored = shapes.rows(train.batch_size, 2), None, None
     if amounts is not None:
         whole = amounts.selected if "pairs" in shapes.parents else amounts.human_pairs
         pairs = round(settings.split.expected_share * whole)
+        held_out = held_out_rows(shapes.watch, amounts.held_out)
+        scored = calls(pairs, train.batch_size) + calls(held_out, train.batch_size)
     if loss.needs_reference:
         yield scoring_program(
             "dpo", "reference", forward.make_response_logps(shapes.model, shapes.mesh),
-            (shapes.frozen(), shapes.batch(rows)), shapes, rows, "lm", runs=calls(pairs, train.batch_size),
+            (shapes.frozen(), shapes.batch(rows)), shapes, rows, "lm", runs=scored,
         )  # fmt: skip
 
     def batch(rows: Any) -> DpoBatch:

@@ -142,7 +142,7 @@ def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
     yield from refill_programs(
         "evaluate", shapes, settings.sampling, policy, size, num_prompts=num_prompts, held=(policy, reward_model)
     )
-    runs, key = calls(num_prompts, size), "evaluate.batch_size"
+    runs, key = None if num_prompts is None else calls(num_prompts, size), "evaluate.batch_size"
     yield scoring_program(
         "evaluate", "score", forward.make_score_pairs(shapes.model, shapes.mesh), (reward_model, shapes.batch(rows)),
         shapes, rows, "value", key=key, runs=runs, held=(policy, policy),

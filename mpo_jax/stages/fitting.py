@@ -14,7 +14,7 @@ from mpo_jax.runtime.seeds import data_seed
 from mpo_jax.runtime.sharding import check_batch, place_batch
 from mpo_jax.runtime.stage_warnings import warn
 from mpo_jax.stages.context import Context
-from mpo_jax.stages.settings import TrainSettings
+from mpo_jax.stages.settings import TrainSettings, Watch
 from mpo_jax.stages.shapes import Shapes
 from mpo_jax.stages.stage import Program
 from mpo_jax.training.loop import Batches, Fitted, Hooks, Step, fit
@@ -224,21 +224,29 @@ def held_out_program(
     held: tuple[Any, ...] = (),
 ) -> Iterator[Program]:
     """The measure on held-out rows while a stage trains; none where it never is measured."""
-    every = shapes.watch.eval_every
-    if every is None:
+    if shapes.watch.eval_every is None:
         return
     size = train.batch_size // train.accumulation
     rows = shapes.rows(size, num_responses)
     runs = None
     if updates is not None and num_rows is not None:
-        measured = min(num_rows, shapes.watch.eval_rows or HELD_OUT_ROWS)
-        runs = np.ceil(updates / every) * np.ceil(measured / size)
+        runs = evaluations(shapes.watch, updates) * calls(held_out_rows(shapes.watch, num_rows), size)
     yield scoring_program(
         name, "held-out", measure, (shapes.trained(head), batch(rows)), shapes, rows, head,
         key=f"{name}.train.accumulation", runs=runs, held=held,
     )  # fmt: skip
 
 
-def calls(num_rows: int | None, batch_size: int) -> float | None:
-    """How many batches hold so many rows; None where their number is not known."""
-    return None if num_rows is None else float(np.ceil(num_rows / batch_size))
+def evaluations(watch: Watch, updates: int) -> int:
+    """How often a stage is measured while it trains: every so many updates, and after the last one."""
+    return 0 if watch.eval_every is None else -(-updates // watch.eval_every)
+
+
+def held_out_rows(watch: Watch, num_rows: int, default: int = HELD_OUT_ROWS) -> int:
+    """On how many of so many held-out rows."""
+    return 0 if watch.eval_every is None else min(num_rows, watch.eval_rows or default)
+
+
+def calls(num_rows: int, batch_size: int) -> float:
+    """How many batches hold so many rows."""
+    return float(np.ceil(num_rows / batch_size))

@@ -260,7 +260,7 @@ def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
         )  # fmt: skip
         yield from held_out_program(
             "reward", make_held_out(shapes.model, loss, shapes.mesh), shapes.batch, shapes, 2, "value", train=train,
-            updates=updates, num_rows=None if amounts is None else amounts.reward_test,
+            updates=updates, num_rows=None if amounts is None else amounts.reward_watched,
             held=(shapes.state(train.optim, "value").opt_state, shapes.tree("value")),
         )  # fmt: skip
     yield scoring_program(

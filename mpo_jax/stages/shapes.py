@@ -24,10 +24,16 @@ MULTIPLE = 8
 
 @dataclasses.dataclass(frozen=True)
 class Amounts:
-    """How many rows there are, from which follows how often programs run."""
+    """How many rows there are, from which follows how often programs run.
+
+    Attributes:
+      reward_watched: held-out pairs on which the reward model is measured while it trains; `reward_test` are those that
+        it is measured on afterwards.
+    """
 
     demonstrations: int
     reward_pairs: int
+    reward_watched: int
     reward_test: int
     held_out: int
     prompts: int

@@ -23,8 +23,8 @@ class Stage:
       inputs: what it reads by content: data, base (the base model), reward_model (a finished one). The context refuses
         all others.
       run: (settings, parents by role, context) -> summary for the manifest; writes into `context.folder`.
-      programs: (settings, shapes) -> every program that `run` compiles. Memory plans compile them, benchmarks time
-        them, a table's estimate adds up their work.
+      programs: (settings, shapes) -> every program with a model in it that `run` compiles, but for the making of
+        parameters. Memory plans compile them, benchmarks time them, a table's estimate adds up their work.
       trains: whether it has checkpoints and a section `train`.
     """
 

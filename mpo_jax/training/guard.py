@@ -51,6 +51,7 @@ class Guard:
                 soft_wrap=True,
             )
             if skip.in_a_row >= self._limit:
+                rows = "the batches" if self._folder is None else f"the rows of the first batches, in {self._folder}"
                 raise UserError(
                     f"{what}: the loss or the gradient was not finite in {int(skip.in_a_row)} updates in a row, up to "
                     f"step {step}. The first batches are in {self._folder}: look at their rows, or lower the learning "

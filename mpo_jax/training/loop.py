@@ -116,6 +116,9 @@ def fit(
     hooks = hooks or Hooks()
     num_steps = len(batches) if num_steps is None else num_steps  # type: ignore[arg-type]
     with Preemption() as preemption, contextlib.ExitStack() as closing:
+        sinks = closing.enter_context(contextlib.ExitStack())
+        for sink in hooks.log:
+            sinks.callback(sink.close, failed=True)
         store = None
         if checkpoints is not None:
             store = Checkpoints(
@@ -137,6 +140,8 @@ def fit(
             start_step=start,
             sums=None if store is None else store.carried,
         )
+        # from here on the tracker closes them
+        sinks.pop_all()
         closing.push(lambda kind, error, trace: tracker.close(failed=kind is not None))
         guard = Guard(None if folder is None else folder / "bad_batches", name, hooks.stop_after_skipped)
         best = Best(hooks.best_metric, name, store, warmup=hooks.warmup)

@@ -89,15 +89,17 @@ def with_learning_rate(state: TrainState, rate: jax.Array | float) -> TrainState
 def state_shardings(tx: optax.GradientTransformation, params: Tree, param_shardings: Any, mesh: Mesh) -> Any:
     """Shardings of tx's state: moments like their parameters, all else (counters, factored moments) replicated.
 
-    Without them `jax.jit(tx.init)` would leave every moment whole on every device.
+    A moment is known by its shape and by its path, which ends with its parameter's. Without shardings
+    `jax.jit(tx.init)` would leave every moment whole on every device.
     """
-    everywhere = replicated(mesh)
-    shapes = jax.eval_shape(tx.init, params)
-    return optax.tree_utils.tree_map_params(
-        tx,
-        lambda leaf, param, sharding: sharding if leaf.shape == param.shape else everywhere,
-        shapes,
-        params,
-        param_shardings,
-        transform_non_params=lambda _: everywhere,
-    )
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    known = {
+        (path, leaf.shape): sharding
+        for (path, leaf), sharding in zip(leaves, jax.tree.leaves(param_shardings), strict=True)
+    }
+
+    def place(path: tuple[Any, ...], leaf: Any) -> Any:
+        ends = ((path[begin:], leaf.shape) for begin in range(len(path)))
+        return next((known[end] for end in ends if end in known), replicated(mesh))
+
+    return jax.tree_util.tree_map_with_path(place, jax.eval_shape(tx.init, params))

@@ -14,6 +14,7 @@ from tests.models.tiny import DECODER, LANGUAGE_MODELS, RECORDED, REWARD_MODELS,
 
 NAMES = LANGUAGE_MODELS + REWARD_MODELS
 LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, 32)
+LOCAL, FULL = "sliding_attention", "full_attention"
 COMMON = (
     "architectures", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_parameters", "tie_word_embeddings",
@@ -39,6 +40,11 @@ def changed(tmp_path, name, **changes):
     raw = json.loads((RECORDED / name / "config.json").read_text()) | changes
     (tmp_path / "config.json").write_text(json.dumps(raw))
     return tmp_path
+
+
+def plain_layer(family):
+    has = families.FAMILIES[family]
+    return LayerSpec(qkv_bias=has.qkv_bias, qk_norm=has.qk_norm)
 
 
 def test_sizes_of_llama():
@@ -100,9 +106,6 @@ def test_every_option_survives_the_round_trip(family, window, activation, scalin
     assert families.read_config(export(tmp_path, config)) == config
 
 
-LOCAL, FULL = "sliding_attention", "full_attention"
-
-
 @pytest.mark.parametrize("name", ["qwen2", "qwen3"])
 @pytest.mark.parametrize(
     ("kinds", "period", "first"),
@@ -133,11 +136,6 @@ def test_layers_of_two_kinds(name, kinds, period, first, tmp_path):
     assert read.max_window_layers == first, "what readers without layer_types go by"
 
 
-def plain_layer(family):
-    has = families.FAMILIES[family]
-    return LayerSpec(qkv_bias=has.qkv_bias, qk_norm=has.qk_norm)
-
-
 @pytest.mark.parametrize(
     ("family", "specs", "names"),
     [
@@ -152,9 +150,9 @@ def plain_layer(family):
         ("qwen3", [LayerSpec()], "layer 0 has qk_norm=False"),
     ],
 )
-def test_what_config_json_cannot_say_is_not_exported(family, specs, names, tmp_path):
+def test_what_config_json_cannot_express_is_not_exported(family, specs, names, tmp_path):
     config = with_layers(DECODER, *specs, family=family)
-    with pytest.raises(UserError, match=rf"config\.json: {names}, which a {family} model's config\.json cannot say"):
+    with pytest.raises(UserError, match=rf"config\.json: {names}, which the config\.json of a {family} model cannot"):
         export(tmp_path, config)
     assert not (tmp_path / "config.json").exists()
 

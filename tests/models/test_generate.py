@@ -301,7 +301,7 @@ def test_weights_are_gathered_once_and_not_for_every_token(params):
 
     with jax.set_mesh(mesh):
         joined = place_batch(prompts(), mesh)
-        state = jax.jit(decoder.begin)(placed, joined, jax.random.key(0), jnp.zeros_like(joined.key), None)
+        state = jax.jit(decoder.begin)(frozen(placed), joined, jax.random.key(0), jnp.zeros_like(joined.key), None)
         assert gathers_in_loops(True) == 0 < gathers_in_loops(False)
 
 

@@ -1,6 +1,8 @@
 """Models whose layers differ: against NumPy in float64, through every path that reads a layer's spec."""
 
 import dataclasses
+import json
+import shutil
 from functools import partial
 from typing import Any
 
@@ -16,7 +18,18 @@ from mpo_jax.models.forward import Model
 from mpo_jax.models.generate import Sampling, make_generate
 from mpo_jax.models.spec import LayerSpec, RopeScaling, shortest_pattern
 from mpo_jax.runtime.sharding import place_batch
-from tests.models.tiny import DECODER, FAST, batch, close, mesh_of, random_params, trees_close, with_layers
+from tests.models.tiny import (
+    DECODER,
+    FAST,
+    RECORDED,
+    batch,
+    close,
+    load_folder,
+    mesh_of,
+    random_params,
+    trees_close,
+    with_layers,
+)
 from tests.reference import decoder as reference
 
 LOCAL, FULL = LayerSpec(window=3), LayerSpec()
@@ -76,7 +89,7 @@ def test_the_shortest_pattern_gives_the_layers_back(period, repeats):
     ("specs", "layers", "names"),
     [
         ((), 2, "pattern is empty"),
-        ((LOCAL, FULL), 3, "num_layers=3 is no multiple of the 2 layers of the pattern"),
+        ((LOCAL, FULL), 3, "num_layers=3 is not a multiple of the pattern's 2 layers"),
         ((FULL, LayerSpec(qkv_bias=True)), 2, "must agree on qkv_bias"),
         ((FULL, LayerSpec(qk_norm=True)), 2, "must agree on qk_norm"),
     ],
@@ -103,6 +116,22 @@ def test_logits_equal_numpy(case, implementation):
             close(found[b, :prompt_len], wanted[:prompt_len], rtol=1e-4, atol=1e-4)
             begin = P + n * S
             close(found[b, begin : begin + size], wanted[prompt_len:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
+def test_a_checkpoint_with_layers_of_two_kinds(name, tmp_path):
+    """transformers' recorded weights, under a config.json whose first layer has a window."""
+    folder = shutil.copytree(RECORDED / name, tmp_path / name)
+    raw = json.loads((folder / "config.json").read_text())
+    raw |= {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 2, "use_sliding_window": True}
+    (folder / "config.json").write_text(json.dumps(raw))
+    config, params = load_folder(folder)
+    assert [spec.window for spec in config.layers] == [2, None]
+    joined = batch([7], [[5]])
+    ids = np.concatenate([joined.prompt[0], joined.response[0, 0]])
+    full = {**params, "head": forward.head_matrix(Model(config), params)}
+    wanted = reference.logits(full, ids, [plain_words(spec) for spec in config.layers], eps=config.norm_eps)
+    close(all_logits(Model(config), params, forward.join(joined))[0], wanted, rtol=1e-4, atol=1e-4)
 
 
 @partial(jax.jit, static_argnums=0)

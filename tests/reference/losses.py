@@ -51,6 +51,16 @@ def ipo(margin, ref_margin, keep, beta):
     return _reduce(lambda b: (float(margin[b]) - float(ref_margin[b]) - 1 / (2 * beta)) ** 2, keep)
 
 
+def simpo(logp, length, keep, beta, target_margin):
+    """Of summed log-probabilities [B 2] and lengths [B 2]."""
+
+    def pair(b):
+        chosen, rejected = (float(logp[b, n]) / int(length[b, n]) for n in (0, 1))
+        return -log_sigmoid(beta * chosen - beta * rejected - target_margin)
+
+    return _reduce(pair, keep)
+
+
 def chosen_nll(logp, length, keep):
     return _reduce(lambda b: -float(logp[b]) / int(length[b]), keep)
 

@@ -13,7 +13,11 @@ from mpo_jax.config.schema import OptimConfig
 from mpo_jax.models import forward
 from mpo_jax.models.forward import Model
 from mpo_jax.stages import dpo, reward, sft
-from mpo_jax.training.loop import init_state, make_update
+from mpo_jax.stages.dpo import DpoBatch
+from mpo_jax.stages.preference import PreferenceLoss
+from mpo_jax.training.optimizer import make_optimizer, with_learning_rate
+from mpo_jax.training.update import init_state, make_update
+from mpo_jax.types import trainable
 from tests.models.tiny import DECODER, batch, close, mesh_of, random_params
 
 pytestmark = pytest.mark.unoptimised
@@ -66,7 +70,9 @@ def test_dpo_at_policy_equals_reference(kind, expected):
     """log 2 for DPO whatever the smoothing, (1 / 2 beta)^2 for IPO; implicit rewards 0."""
     params = random_params(DECODER)
     ref = forward.response_logps(MODEL, params, PAIRS)
-    terms, metrics = dpo.objective(MODEL, dpo.DpoLoss(kind, 0.1, 0.1, False, 0.0), params, (PAIRS, ref))
+    options = (("label_smoothing", 0.1),) if kind == "cdpo" else ()
+    loss = PreferenceLoss(name=kind, beta=0.1, options=options)
+    terms, metrics = dpo.objective(MODEL, loss, 0.0, params, DpoBatch(PAIRS, ref))
     close(terms["loss"].value, expected)
     assert (
         metrics["rewards/chosen"].value == metrics["rewards/margins"].value == metrics["rewards/accuracies"].value == 0
@@ -76,11 +82,12 @@ def test_dpo_at_policy_equals_reference(kind, expected):
 def test_dpo_gradient_raises_chosen_and_lowers_rejected():
     params = random_params(DECODER)
     ref = forward.response_logps(MODEL, params, PAIRS)
-    objective = partial(dpo.objective, MODEL, dpo.DpoLoss("dpo", 0.1, 0.0, False, 0.0))
-    optim = OptimConfig(clip_norm=None, eps=1.0)  # with a small eps Adam's first direction is the gradient's sign
-    update = jax.jit(make_update(objective, optim, accumulation=1))
-    state, _ = update(init_state(params, optim, mesh_of(1, 1, 1)), (PAIRS, ref), jnp.asarray(1e-3))
-    moved = state.params
+    objective = partial(dpo.objective, MODEL, PreferenceLoss(name="dpo", beta=0.1), 0.0)
+    # with a small eps Adam's first direction is the gradient's sign
+    optimizer = make_optimizer(OptimConfig(clip_norm=None, eps=1.0))
+    state = with_learning_rate(init_state(trainable(params), optimizer, mesh_of(1, 1, 1)), 1e-3)
+    state, _ = jax.jit(make_update(objective, optimizer))(state, DpoBatch(PAIRS, ref))
+    moved = state.trainable
     after = forward.response_logps(MODEL, moved, PAIRS)
     margin = lambda logp: (logp[:, 0] - logp[:, 1]).mean()  # noqa: E731
     assert margin(after) > margin(ref)
@@ -90,7 +97,8 @@ def test_dpo_length_normalisation_divides_both_sides():
     params, other = random_params(DECODER), random_params(DECODER, 1)
     ref = forward.response_logps(MODEL, other, PAIRS)
     policy = forward.response_logps(MODEL, params, PAIRS)
-    terms, metrics = dpo.objective(MODEL, dpo.DpoLoss("dpo", 0.5, 0.0, True, 0.0), params, (PAIRS, ref))
+    loss = PreferenceLoss(name="dpo", beta=0.5, length_normalised=True)
+    terms, metrics = dpo.objective(MODEL, loss, 0.0, params, DpoBatch(PAIRS, ref))
     scaled = np.asarray((policy - ref) / PAIRS.response_len)
     close(terms["loss"].value, np.mean(np.log1p(np.exp(-0.5 * (scaled[:, 0] - scaled[:, 1])))), rtol=2e-5)
     close(metrics["rewards/chosen"].value, 0.5 * scaled[:, 0].mean(), rtol=2e-5)

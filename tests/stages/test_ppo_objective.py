@@ -9,7 +9,9 @@ import pytest
 from mpo_jax.config.schema import KlConfig, PpoConfig, PpoExtrasConfig, TrainConfig
 from mpo_jax.models import forward
 from mpo_jax.models.forward import Model
-from mpo_jax.stages import ppo_objective, sft
+from mpo_jax.stages import sft
+from mpo_jax.stages.ppo import objective as ppo_objective
+from mpo_jax.stages.ppo.settings import Method
 from mpo_jax.types import Rollout
 from tests.models.tiny import DECODER, batch, close, random_params
 from tests.reference import rl
@@ -21,18 +23,23 @@ ALLOWED = jnp.arange(DECODER.vocab_size) > 1
 PAIRS = batch([4, 3, 6, 5], [[9, 1], [2, 2], [1, 9], [5, 4]])
 
 
-def score(actor, reference, *, config=None, samples=None, has_eos=None, critic=5):
+def method_of(**options):
+    """PPO's method under these keys of its section."""
+    return Method.of(PpoConfig(**{"train": TrainConfig(batch_size=4), **options}))
+
+
+def score(actor, reference, *, method=None, samples=None, has_eos=None, critic=5):
     """A scored rollout of given samples and its metrics; 6 is the seed of the reward model."""
-    config = config or PpoConfig(train=TrainConfig(batch_size=4))
+    method = method or method_of()
     samples = samples or batch([4, 3, 6, 5], [[6], [2], [1], [5]])
     judges = (random_params(DECODER, critic, head="value"), random_params(DECODER, 6, head="value"))
     has_eos = jnp.asarray([True, True, False, True]) if has_eos is None else has_eos
     rollout, entropy = ppo_objective.score_rollout(
-        MODEL, MODEL, 1.0, (actor, reference), judges, samples, has_eos, ALLOWED
+        MODEL, MODEL, method.temperature, (actor, reference), judges, samples, has_eos, ALLOWED
     )
-    kl_coef = jnp.asarray(config.kl.coef)
-    estimated, shaped = ppo_objective.estimate(rollout, config, kl_coef)
-    return estimated, shaped, ppo_objective.rollout_metrics(estimated, entropy, kl_coef, config)
+    kl_coef = jnp.asarray(method.kl.coef)
+    estimated, shaped = ppo_objective.estimate(rollout, method, kl_coef)
+    return estimated, shaped, ppo_objective.rollout_metrics(estimated, entropy, kl_coef, method)
 
 
 def allowed_samples():
@@ -46,9 +53,7 @@ def test_step_0_of_mpo_has_kl_0_and_ratio_1():
     actor = random_params(DECODER)
     estimated, _, metrics = score(actor, actor, samples=allowed_samples())
     assert metrics["objective/kl"].total == 0 and metrics["objective/kl_k3"].total == 0
-    terms, update = ppo_objective.actor_objective(
-        MODEL, PpoConfig(train=TrainConfig(batch_size=4)), actor, (estimated, None), ALLOWED
-    )
+    terms, update = ppo_objective.actor_objective(MODEL, method_of(), actor, (estimated, None), ALLOWED)
     assert update["val/ratio"].value == 1 and update["policy/clipfrac_avg"].value == 0
     close(terms["loss/policy_avg"].value, -jnp.where(estimated.rollout.mask, estimated.advantage, 0).sum() / 14)
 
@@ -61,11 +66,9 @@ def test_step_0_against_another_reference_has_kl():
 
 def test_rollout_matches_the_numpy_reference():
     """Rewards, advantages and returns of ragged responses, row by row in float64."""
-    config = PpoConfig(
-        train=TrainConfig(batch_size=4), kl=KlConfig(coef=0.3), score_clip=0.5, gamma=0.9, gae_lambda=0.8
-    )
+    method = method_of(kl=KlConfig(coef=0.3), score_clip=0.5, gamma=0.9, gae_lambda=0.8)
     estimated, shaped, metrics = score(
-        random_params(DECODER), random_params(DECODER, 1), config=config, samples=allowed_samples()
+        random_params(DECODER), random_params(DECODER, 1), method=method, samples=allowed_samples()
     )
     r = estimated.rollout
     arrays = [np.asarray(x, np.float64) for x in (r.behavior_logp, r.ref_logp, r.score)]
@@ -96,21 +99,21 @@ def test_value_is_read_before_the_action():
 @pytest.mark.parametrize(("mode", "expected"), [("none", 2.0), ("replace", -3.0), ("subtract", -1.0)])
 def test_missing_eos_penalty_touches_unfinished_rows_alone(mode, expected):
     extras = PpoExtrasConfig(missing_eos=mode, missing_eos_penalty=3.0)
-    config = PpoConfig(train=TrainConfig(batch_size=2), extras=extras, kl=KlConfig(coef=0.0))
+    method = method_of(extras=extras, kl=KlConfig(coef=0.0))
     mask, zero = jnp.ones((2, 3), bool), jnp.zeros((2, 3))
     rollout = Rollout(PAIRS, mask, zero, zero, zero, jnp.asarray([2.0, 2.0]), jnp.asarray([True, False]))
-    _, shaped = ppo_objective.estimate(rollout, config, jnp.asarray(0.0))
+    _, shaped = ppo_objective.estimate(rollout, method, jnp.asarray(0.0))
     assert shaped[:, -1].tolist() == [2.0, expected]
 
 
 def test_golden_ds_chat_case_through_the_stage():
     """ALGORITHMS' case: response [5, 6, EOS, PAD], with log-probabilities and a value at the padding token."""
-    config = PpoConfig(train=TrainConfig(batch_size=1), reward_at="ds_chat")
+    method = method_of(reward_at="ds_chat")
     mask = jnp.asarray([[True, True, True, False]])
     logp, ref = jnp.asarray([[-1.0, -2.0, -0.5, -4.0]]), jnp.asarray([[-1.1, -1.5, -0.7, -3.0]])
     value, one = jnp.asarray([[0.1, 0.2, 0.3, 0.4]]), batch([2], [[3]], width=(2, 4))
     rollout = Rollout(one, mask, logp, ref, value, jnp.asarray([1.5]), jnp.asarray([True]))
-    estimated, shaped = ppo_objective.estimate(rollout, config, jnp.asarray(0.1))
+    estimated, shaped = ppo_objective.estimate(rollout, method, jnp.asarray(0.1))
     close(shaped, [[-0.01, 0.05, -0.02, 1.6]])
     close(estimated.advantage, [[1.33355, 1.309, 1.22, 0.0]])
     close(estimated.returns, [[1.43355, 1.509, 1.52, 0.0]])
@@ -121,10 +124,10 @@ def test_ds_chat_ends_with_the_critics_value_after_eos():
 
     The first row fills the columns: no room for a token after its last one.
     """
-    config = PpoConfig(train=TrainConfig(batch_size=4), reward_at="ds_chat", score_clip=0.5, kl=KlConfig(coef=0.1))
+    method = method_of(reward_at="ds_chat", score_clip=0.5, kl=KlConfig(coef=0.1))
     samples = allowed_samples()
     estimated, shaped, _ = score(
-        random_params(DECODER), random_params(DECODER, 1), config=config, samples=samples, has_eos=jnp.ones(4, bool)
+        random_params(DECODER), random_params(DECODER, 1), method=method, samples=samples, has_eos=jnp.ones(4, bool)
     )
     r, mask = estimated.rollout, np.asarray(estimated.rollout.mask)
     read = np.asarray(forward.scores(MODEL, random_params(DECODER, 5, head="value"), forward.join(samples)))
@@ -148,19 +151,19 @@ def test_ds_chat_ends_with_the_critics_value_after_eos():
 def test_the_return_at_eos_is_the_score_while_the_critic_is_the_reward_model():
     """ds_chat's first iteration: V after EOS is the score, so lambda shrinks nothing at EOS."""
     actor = random_params(DECODER)
-    config = PpoConfig(train=TrainConfig(batch_size=4), reward_at="ds_chat", gae_lambda=0.5, score_clip=100.0)
-    estimated, _, _ = score(actor, actor, config=config, samples=allowed_samples(), critic=6)
+    method = method_of(reward_at="ds_chat", gae_lambda=0.5, score_clip=100.0)
+    estimated, _, _ = score(actor, actor, method=method, samples=allowed_samples(), critic=6)
     ends = allowed_samples().response_len[:, 0] - 1
     close(estimated.returns[np.arange(4), ends], estimated.rollout.score, rtol=1e-5)
     assert np.abs(estimated.rollout.score).min() > 1e-2
 
 
 def test_ds_chat_places_the_score_after_eos():
-    config = PpoConfig(train=TrainConfig(batch_size=2), reward_at="ds_chat", kl=KlConfig(coef=0.0), gae_lambda=0.5)
+    method = method_of(reward_at="ds_chat", kl=KlConfig(coef=0.0), gae_lambda=0.5)
     mask = jnp.asarray([[True, True, False, False], [True, True, True, True]])
     zero = jnp.zeros((2, 4))
     rollout = Rollout(PAIRS, mask, zero, zero, zero, jnp.asarray([4.0, 4.0]), jnp.asarray([True, False]))
-    estimated, shaped = ppo_objective.estimate(rollout, config, jnp.asarray(0.0))
+    estimated, shaped = ppo_objective.estimate(rollout, method, jnp.asarray(0.0))
     assert shaped.tolist() == [[0, 0, 4, 0], [0, 0, 0, 4]]
     assert estimated.advantage.tolist() == [[1, 2, 0, 0], [0.5, 1, 2, 4]]
 
@@ -172,17 +175,17 @@ def test_the_share_of_clipped_scores_counts_real_rows_and_the_score_that_is_rewa
     rollout = Rollout(PAIRS, mask, zero, zero, zero, raw, jnp.asarray([True, False, True, True]))
     for mode, share in (("none", 2 / 3), ("replace", 1 / 3)):
         extras = PpoExtrasConfig(missing_eos=mode)
-        config = PpoConfig(train=TrainConfig(batch_size=4), extras=extras)
-        estimated, _ = ppo_objective.estimate(rollout, config, jnp.asarray(0.0))
-        metrics = ppo_objective.rollout_metrics(estimated, zero, jnp.asarray(0.0), config)
+        method = method_of(extras=extras)
+        estimated, _ = ppo_objective.estimate(rollout, method, jnp.asarray(0.0))
+        metrics = ppo_objective.rollout_metrics(estimated, zero, jnp.asarray(0.0), method)
         close(metrics["objective/score_clipfrac"].value, share)
         assert not [name for name in metrics if "normalised" in name or "running" in name]
 
 
 def test_whitening_options_scale_but_keep_the_mask():
     extras = PpoExtrasConfig(whiten_advantages=True, whiten_rewards=True)
-    config = PpoConfig(train=TrainConfig(batch_size=4), extras=extras)
-    estimated, _, _ = score(random_params(DECODER), random_params(DECODER, 1), config=config, samples=allowed_samples())
+    method = method_of(extras=extras)
+    estimated, _, _ = score(random_params(DECODER), random_params(DECODER, 1), method=method, samples=allowed_samples())
     kept = np.asarray(estimated.advantage)[np.asarray(estimated.rollout.mask)]
     close(kept.mean(), 0.0, atol=1e-6)
     close(kept.std(ddof=1), 1.0, rtol=1e-4)
@@ -191,8 +194,8 @@ def test_whitening_options_scale_but_keep_the_mask():
 
 def test_ptx_adds_the_sft_loss_with_its_weight():
     actor = random_params(DECODER)
-    config = PpoConfig(train=TrainConfig(batch_size=4), extras=PpoExtrasConfig(ptx_coef=0.5))
-    estimated, _, _ = score(actor, actor, config=config, samples=allowed_samples())
+    method = method_of(extras=PpoExtrasConfig(ptx_coef=0.5))
+    estimated, _, _ = score(actor, actor, method=method, samples=allowed_samples())
     shown = batch([2, 2, 3, 4], [[3], [1], [2], [2]])
-    terms, _ = ppo_objective.actor_objective(MODEL, config, actor, (estimated, shown), ALLOWED)
+    terms, _ = ppo_objective.actor_objective(MODEL, method, actor, (estimated, shown), ALLOWED)
     close(terms["loss/ptx"].value, 0.5 * sft.objective(MODEL, actor, shown)[0]["loss"].value)

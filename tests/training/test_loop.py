@@ -1,8 +1,9 @@
-"""The update is exact whatever the portions, and the host loop resumes where it was."""
+"""mpo_jax.training.loop: the host loop resumes where it was, bears broken batches, and stops when it is told to."""
 
+import dataclasses
 import json
 import signal
-from functools import cache, partial
+from collections.abc import Callable
 from typing import Any
 
 import chex
@@ -12,113 +13,56 @@ import numpy as np
 import optax
 import pytest
 
-from mpo_jax.config.load import load_config
-from mpo_jax.config.schema import Config, OptimConfig, RuntimeConfig, TrainConfig
+from mpo_jax.config.schema import OptimConfig
 from mpo_jax.errors import Preempted, UserError
-from mpo_jax.models.forward import Model
 from mpo_jax.runtime.preemption import stopping_at
-from mpo_jax.runtime.sharding import place_batch
 from mpo_jax.runtime.stage_warnings import collect_warnings
-from mpo_jax.stages import dpo, reward, sft
-from mpo_jax.training.checkpoints import leaf_hashes, state_hash
-from mpo_jax.training.loop import fit, init_state, make_update, state_sharding
-from mpo_jax.types import Mean
-from tests.models.tiny import DECODER, FAST, batch, mesh_of, random_params, trees_close
+from mpo_jax.training.checkpoints import Checkpoints, leaf_hashes, state_hash
+from mpo_jax.training.loop import Checkpointing, Fitted, Hooks, fit
+from mpo_jax.training.optimizer import make_optimizer, with_learning_rate
+from mpo_jax.training.update import init_state, make_update
+from mpo_jax.types import Mean, Params, TrainState, trainable
+from tests.models.tiny import mesh_of
+from tests.training.test_update import cases, parted
 
 pytestmark = pytest.mark.unoptimised
 
-MODEL = Model(DECODER)
-LENGTHS = [[9, 1], [2, 2], [1, 9], [5, 4], [8, 3], [3, 8], [6, 6], [1, 1]]
-"""Uneven on purpose: a mean of micro-batch means would weigh tokens wrongly."""
+
+class Batches:
+    """Batch k is the rows turned by k with a factor of the loss, and its number."""
+
+    def __init__(self, data: Any, broken: tuple[int, ...]):
+        self.data, self.broken = data, broken
+
+    def __getitem__(self, k: int) -> tuple[int, Any, np.ndarray]:
+        factor = np.nan if k in self.broken else 1.0
+        return k, jax.tree.map(lambda x: np.roll(x, k, 0), self.data), np.full(8, factor, np.float32)
 
 
-def cases():
-    one = batch([4, 3, 6, 5, 2, 6, 4, 1], [[a] for a, _ in LENGTHS])
-    two = batch([4, 3, 6, 5, 2, 6, 4, 1], LENGTHS)
-    ref = np.random.default_rng(0).normal(-10, 3, (8, 2)).astype(np.float32)
-    loss = dpo.DpoLoss("dpo", 0.1, 0.0, False, 0.3)
-    return {
-        "sft": (partial(sft.objective, MODEL), random_params(DECODER), one),
-        "reward": (partial(reward.objective, MODEL, "last_token"), random_params(DECODER, head="value"), two),
-        "reward_ds_span": (partial(reward.objective, MODEL, "ds_span"), random_params(DECODER, head="value"), two),
-        "dpo_with_nll": (partial(dpo.objective, MODEL, loss), random_params(DECODER), (two, ref)),
-    }
-
-
-@pytest.mark.parametrize("name", cases())
-def test_accumulation_equals_the_whole_batch(name):
-    objective, params, data = cases()[name]
-    data = jax.tree.map(jnp.asarray, data)
-    optim = OptimConfig(clip_norm=None, beta1=0.0)  # the first moment is the gradient
-
-    state = init_state(params, optim, mesh_of(1, 1, 1))
-
-    def run(accumulation):
-        update = jax.jit(make_update(objective, optim, accumulation=accumulation))
-        arguments = state, data, jnp.asarray(0.1)
-        after, metrics = update.lower(*arguments).compile(FAST)(*arguments)
-        assert metrics.pop("skipped").count == 0
-        return optax.tree_utils.tree_get(after.opt_state, "mu"), metrics.pop("grad_norm"), metrics
-
-    whole_grads, whole_norm, whole_metrics = run(1)
-    for accumulation in (2, 4, 8):
-        grads, norm, metrics = run(accumulation)
-        trees_close(grads, whole_grads, rtol=2e-5, atol=2e-6)
-        np.testing.assert_allclose(norm, whole_norm, rtol=1e-5)
-        for key, value in whole_metrics.items():
-            if isinstance(value, Mean):
-                np.testing.assert_allclose(metrics[key].total, value.total, rtol=1e-5, atol=1e-5)
-                assert metrics[key].count == value.count
-            else:
-                assert metrics[key] == value
-
-
-def test_uneven_masks_would_tell_a_mean_of_means_apart():
-    """Guards the test above: the micro-batches' own means do differ from the whole batch's."""
-    objective, params, data = cases()["sft"]
-    whole = objective(params, data)[0]["loss"].value
-    halves = [objective(params, jax.tree.map(lambda x, s=s: x[s::2], data))[0]["loss"].value for s in (0, 1)]
-    assert abs(np.mean(halves) - whole) > 1e-3
-
-
-@cache
-def updated(name: str, shape: tuple[int, int, int]) -> tuple[Any, float]:
-    """Parameters after one update on a mesh, and the gradient's norm; the state lies where state_sharding says."""
-    objective, params, data = cases()[name]
-    mesh = mesh_of(*shape)
-    # eps large against rounding: Adam's first step is sign(g), which amplifies the rounding of tiny gradients
-    optim = OptimConfig(learning_rate=0.1, eps=1e-2, weight_decay=0.1)
-    with jax.set_mesh(mesh):
-        shardings = state_sharding(MODEL, optim, mesh, head="value" if name == "reward" else "lm")
-        state = init_state(jax.device_put(params, shardings.params), optim, mesh)
-        assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding == s, state.opt_state, shardings.opt_state))
-        step = jax.jit(make_update(objective, optim, accumulation=1), out_shardings=(shardings, None))
-        arguments = state, place_batch(data, mesh), jnp.asarray(0.1)
-        state, metrics = step.lower(*arguments).compile(FAST)(*arguments)
-    moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim > 1]
-    sharded = [x for x in moments if not x.sharding.is_fully_replicated]
-    assert bool(sharded) == (shape not in ((1, 1, 1), (8, 1, 1)))
-    return jax.device_get(state.params), float(metrics["grad_norm"])
-
-
-@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2)])
-@pytest.mark.parametrize("name", ["sft", "reward", "dpo_with_nll"])
-def test_update_on_a_mesh_equals_one_device(shape, name):
-    """Updated parameters and moments agree to rounding, and the optimiser's state lies like its parameters."""
-    (one, one_norm), (many, many_norm) = updated(name, (1, 1, 1)), updated(name, shape)
-    trees_close(many, one, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(many_norm, one_norm, rtol=1e-5)
-
-
-def run_fit(folder, *, steps=7, broken=(), die_at=None, at=None, carry_on=False, config=None, **train):
+def run_fit(
+    folder,
+    *,
+    steps=7,
+    broken=(),
+    die_at=None,
+    at: Callable[[int], Any] | None = None,
+    carry_on=False,
+    optimizer: Any = None,
+    params: Params | None = None,
+    checkpoint_every=2,
+    keep_checkpoints=2,
+    log_every=1,
+    **hooks: Any,
+) -> Fitted:
     """SFT steps through `fit`; batches `broken` give no finite number, and `at(k)` is called in step k.
 
-    `carry_on`: without the guard, as a reference for what a run without the broken batches gives.
+    `carry_on`: without the guard, as a reference for what a run without the broken batches gives. `optimizer`: has its
+    rate from itself; without one, AdamW is given a rate every step.
     """
-    objective, params, data = cases()["sft"]
-    mesh, optim = mesh_of(1, 1, 1), OptimConfig(learning_rate=0.01)
-    config = config or Config(runtime=RuntimeConfig(tensorboard=False))
-    train = TrainConfig(steps=steps, batch_size=8, optim=optim, **{"log_every": 1, "checkpoint_every": 2, **train})
+    objective, tree, data = cases()["sft"]
+    params = params or trainable(tree)
+    own_rate, mesh = optimizer is not None, mesh_of(1, 1, 1)
+    optimizer = optimizer or make_optimizer(OptimConfig())
 
     def poisoned(params, batch):
         rows, poison_B = batch
@@ -127,21 +71,30 @@ def run_fit(folder, *, steps=7, broken=(), die_at=None, at=None, carry_on=False,
         return {"loss": Mean(loss.total * poison_B[0], loss.count)}, metrics
 
     with jax.set_mesh(mesh):
-        update = jax.jit(make_update(poisoned, optim, accumulation=1), donate_argnums=0)
+        update = jax.jit(make_update(poisoned, optimizer), donate_argnums=0)
 
-        def step(state, k):
+        def step(state: TrainState, batch: Any) -> Any:
+            k, rows, factor = batch
             if k == die_at:
                 raise RuntimeError("killed")
             if at is not None:
                 at(k)
-            rolled = jax.tree.map(lambda x: np.roll(x, k, 0), data)
             if k in broken and carry_on:
-                return state, {}, None
-            batch = (rolled, np.full(8, np.nan if k in broken else 1.0, np.float32))
-            return *update(state, batch, jnp.asarray(0.01 * (k + 1))), {"rows": rolled}
+                return state, {}
+            if not own_rate:
+                state = with_learning_rate(state, 0.01 * (k + 1))
+            return *update(state, (rows, factor), params["frozen"]), {"rows": rows}
 
-        start = init_state(params, optim, mesh)
-        return fit(start, step, config=config, train=train, num_steps=steps, folder=folder, stage="sft")
+        return fit(
+            init_state(params, optimizer, mesh),
+            step,
+            Batches(data, broken),
+            num_steps=steps,
+            name="sft",
+            folder=folder,
+            hooks=Hooks(log_every=log_every, **hooks),
+            checkpoints=Checkpointing(folder / "checkpoints", every=checkpoint_every, keep=keep_checkpoints),
+        )
 
 
 def logged(folder) -> list[dict]:
@@ -183,47 +136,10 @@ def test_skipped_updates_are_warned_of_and_a_model_without_any_is_no_result(tmp_
         run_fit(tmp_path / "none", steps=3, broken=(0, 1, 2))
 
 
-@pytest.mark.parametrize("accumulation", [1, 4])
-@pytest.mark.parametrize("what", ["gradient", "loss"])
-def test_an_update_that_is_not_finite_changes_nothing(what, accumulation):
-    """Not the parameters, moments or counts; and the next update is as if the bad one had never been."""
-    objective, params, data = cases()["sft"]
-    optim = OptimConfig(learning_rate=0.01)
-
-    def poisoned(params, batch):
-        rows, poison_B = batch
-        terms, metrics = objective(params, rows)
-        loss = terms["loss"]
-        # an infinite loss whose gradient is the usual one
-        total = loss.total * poison_B[0] if what == "gradient" else loss.total + jax.lax.stop_gradient(poison_B[0] - 1)
-        return {"loss": Mean(total, loss.count)}, metrics
-
-    mesh = mesh_of(1, 1, 1)
-    with jax.set_mesh(mesh):
-        step = jax.jit(make_update(poisoned, optim, accumulation=accumulation))
-        one = lambda state, value: step(state, (data, np.full(8, value, np.float32)), jnp.asarray(0.01))  # noqa: E731
-        first, metrics = one(init_state(params, optim, mesh), 1.0)
-        assert (int(metrics["skipped"].count), int(metrics["skipped"].in_a_row)) == (0, 0)
-        state = first
-        for number, value in enumerate((np.nan, np.inf) if what == "gradient" else (np.inf, np.nan), 1):
-            state, metrics = one(state, value)
-            assert (int(metrics["skipped"].count), int(metrics["skipped"].in_a_row)) == (1, number)
-            assert metrics["loss"].count == 0 == metrics["loss"].total
-        chex.assert_trees_all_equal(
-            (first.step, first.params, first.opt_state), (state.step, state.params, state.opt_state)
-        )
-        assert (int(state.skipped), int(state.skipped_in_a_row)) == (2, 2)
-        (after, metrics), (expected, _) = one(state, 1.0), one(first, 1.0)
-    chex.assert_trees_all_equal(after.params, expected.params)
-    chex.assert_trees_all_equal(after.opt_state, expected.opt_state)
-    assert (int(after.skipped), int(after.skipped_in_a_row), int(after.step)) == (2, 0, 2)
-    assert metrics["loss"].count > 0
-
-
 def test_fit_goes_on_after_a_broken_batch_and_keeps_it(tmp_path, capsys):
     state, _ = run_fit(tmp_path / "a", broken=(2,))
     expected, _ = run_fit(tmp_path / "b", broken=(2,), carry_on=True)
-    chex.assert_trees_all_equal(jax.device_get(state.params), jax.device_get(expected.params))
+    chex.assert_trees_all_equal(jax.device_get(state.trainable), jax.device_get(expected.trainable))
     rows = logged(tmp_path / "a")
     assert [row["skipped"] for row in rows] == [0, 0, 1, 0, 0, 0, 0]
     assert ["loss" in row for row in rows] == ["grad_norm" in row for row in rows] == [True] * 2 + [False] + [True] * 4
@@ -256,8 +172,8 @@ def test_too_many_skips_in_a_row_stop_the_run(tmp_path):
         run_fit(tmp_path, steps=9, broken=broken, die_at=5, stop_after_skipped=4)
     started = []
     message = (
-        r"sft: the loss or the gradient was not finite in 4 updates in a row, up to step 7\..*bad_batches: look at "
-        r"their rows, or lower the learning rate. sft.train.stop_after_skipped=4"
+        r"sft: the loss or the gradient was not finite in 4 updates in a row, up to step 7\. Look at the rows of "
+        r"the first batches, in .*bad_batches, or lower the learning rate. sft.train.stop_after_skipped=4"
     )
     with pytest.raises(UserError, match=message):
         run_fit(tmp_path, steps=9, broken=broken, at=started.append, stop_after_skipped=4)
@@ -292,10 +208,10 @@ def test_sigterm_in_the_last_step_is_not_lost(tmp_path):
     heard = []
     before = signal.signal(signal.SIGTERM, lambda *_: heard.append(True))
     try:
-        state, _ = run_fit(tmp_path, steps=3, at=lambda k: k == 2 and signal.raise_signal(signal.SIGTERM)), None
+        state, _ = run_fit(tmp_path, steps=3, at=lambda k: k == 2 and signal.raise_signal(signal.SIGTERM))
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert heard == [True] and int(state[0].step) == 3
+    assert heard == [True] and int(state.step) == 3
 
 
 def test_a_run_that_is_told_where_to_stop_stops_there(tmp_path):
@@ -322,17 +238,92 @@ def test_checkpoints_are_kept_by_metric(tmp_path):
         run_fit(tmp_path / "none", best_metric="losss")
 
 
-def test_the_folder_holds_the_configuration(tmp_path):
-    run_fit(tmp_path, steps=1)
-    assert load_config(tmp_path / "config.yaml") == Config(runtime=RuntimeConfig(tensorboard=False))
+# ---- any optimiser, a frozen part, and a loop without a stage ------------------------------------------------------
 
 
-def test_init_state_leaves_the_given_parameters_usable():
-    """Steps donate their state; the caller's own copy of the parameters must survive that."""
-    objective, params, data = cases()["sft"]
-    mesh, optim = mesh_of(1, 1, 1), OptimConfig()
-    with jax.set_mesh(mesh):
-        before = jax.device_get(params)
-        step = jax.jit(make_update(objective, optim, accumulation=1), donate_argnums=0)
-        step(init_state(params, optim, mesh), jax.tree.map(jnp.asarray, data), jnp.asarray(0.1))
-        chex.assert_trees_all_equal(before, jax.device_get(params))
+def test_plain_adamw_of_optax_resumes_bit_for_bit(tmp_path):
+    """With a schedule of its own: its count is in the state, so a resumed run goes on at its rate."""
+    optimizer = optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 0.05, 2, 7), weight_decay=0.1)
+    whole, summary = run_fit(tmp_path / "whole", optimizer=optimizer)
+    with pytest.raises(RuntimeError, match="killed"):
+        run_fit(tmp_path / "killed", optimizer=optimizer, die_at=5)
+    made: list[int] = []
+    resumed, again = run_fit(tmp_path / "killed", optimizer=optimizer, at=made.append)
+    assert made == [4, 5, 6] and int(resumed.step) == 7
+    assert leaf_hashes(resumed) == leaf_hashes(whole)
+    assert again["train"]["loss"] == summary["train"]["loss"] and logged(tmp_path / "whole") == logged(
+        tmp_path / "killed"
+    )
+    start = trainable(cases()["sft"][1])["trainable"]
+    assert np.abs(whole.trainable["embedding"] - start["embedding"]).max() > 1e-2
+
+
+def test_a_frozen_part_is_in_no_checkpoint_and_a_resumed_run_ends_alike(tmp_path):
+    params = parted(cases()["sft"][1])
+    before = jax.device_get(params["frozen"])
+    whole, _ = run_fit(tmp_path / "whole", params=params)
+    with pytest.raises(RuntimeError, match="killed"):
+        run_fit(tmp_path / "killed", params=params, die_at=5)
+    checkpoints = Checkpoints(tmp_path / "killed" / "checkpoints", keep=2)
+    leaves, frozen = set(checkpoints.record(4)["leaves"]), jax.tree_util.tree_leaves_with_path(before)
+    checkpoints.close()
+    assert any(name.startswith(".trainable['layers']['attention']") for name in leaves)
+    assert not [name for name in leaves for path, _ in frozen if name.endswith(jax.tree_util.keystr(path))]
+    resumed, _ = run_fit(tmp_path / "killed", params=params)
+    assert leaf_hashes(resumed) == leaf_hashes(whole)
+    chex.assert_trees_all_equal(before, jax.device_get(params["frozen"]))
+
+
+def counting(state: Any, batch: int) -> tuple[Any, dict[str, Any]]:
+    return {"sum": state["sum"] + batch}, {"batch": jnp.float32(batch)}
+
+
+class Lines:
+    """A sink that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.lines: list[tuple[int, dict[str, float]]] = []
+        self.failed: bool | None = None
+
+    def write(self, step, values):
+        self.lines.append((step, dict(values)))
+
+    def close(self, *, failed=False):
+        self.failed = failed
+
+
+def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
+    """Any state, as many steps as there are batches; and lines go to sinks all the same."""
+    monkeypatch.chdir(tmp_path)
+    sink = Lines()
+    state, summary = fit({"sum": jnp.int32(0)}, counting, [3, 4, 5], hooks=Hooks(log_every=2, log=(sink,)))
+    assert int(state["sum"]) == 12 and (summary["steps"], summary["best"]) == (3, None)
+    assert [(step, values["batch"]) for step, values in sink.lines] == [(1, 3), (2, 4), (3, 5)]
+    assert sink.failed is False and summary["train"]["batch"] == 5
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_skipped_update_without_a_folder_is_told_and_kept_nowhere(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    optimizer, params = optax.sgd(0.1), {"norm": {"scale": jnp.ones(2)}}
+    broken = lambda tree, batch_B: ({"loss": Mean.of(tree["norm"]["scale"].sum() * batch_B)}, {})  # noqa: E731
+    state = init_state(trainable(params), optimizer, mesh_of(1, 1, 1))
+    with pytest.raises(
+        UserError, match=r"in 2 updates in a row, up to step 2\. Look at the batches, or lower the lear"
+    ):
+        fit(state, make_update(broken, optimizer), [np.full(2, np.nan)] * 9, hooks=Hooks(stop_after_skipped=2))
+    assert "train step 1: loss or gradient is not finite" in " ".join(capsys.readouterr().out.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sinks_are_told_that_a_run_broke_off(tmp_path):
+    """Also before its first step."""
+    sink, other = Lines(), Lines()
+    with pytest.raises(ZeroDivisionError):
+        fit({"sum": jnp.int32(0)}, lambda state, batch: 1 // 0, [1], hooks=Hooks(log=(sink,)))
+    saved = Checkpointing(tmp_path, every=1, recipe={"stage": "a"})
+    fit({"sum": jnp.int32(0)}, counting, [1, 2], checkpoints=saved)
+    with pytest.raises(UserError, match="stage is a there and b here"):
+        refused = dataclasses.replace(saved, recipe={"stage": "b"})
+        fit({"sum": jnp.int32(0)}, counting, [1, 2], checkpoints=refused, hooks=Hooks(log=(other,)))
+    assert (sink.failed, other.failed, other.lines) == (True, True, [])

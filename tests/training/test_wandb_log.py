@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,9 +51,17 @@ def configured(workdir: Path, mode: str | None = "offline") -> Config:
     return Config(workdir=str(workdir), seed=3, runtime=RuntimeConfig(tensorboard=False, wandb=settings))
 
 
+def run_stage(config: Config, folder: Path, **options: Any) -> None:
+    """SFT steps in this folder, logged as the configuration says."""
+    folder.mkdir(parents=True, exist_ok=True)
+    run = wandb_log.stage_run(config, folder, "sft", folder.name)
+    assert run is not None
+    run_fit(folder, log=(run,), **options)
+
+
 def test_a_stage_s_run_holds_its_configuration_and_every_metric(tmp_path):
     config, folder = configured(tmp_path / "work"), tmp_path / "work" / "stages" / "sft-1"
-    run_fit(folder, steps=3, config=config)
+    run_stage(config, folder, steps=3)
     (run,) = written(tmp_path / "work")
     assert (run.run.project, run.run.entity, run.run.run_group) == ("mine", "team", "work")
     assert (run.run.job_type, run.run.display_name, run.exit_code) == ("sft", "sft-1", 0)
@@ -69,9 +78,9 @@ def test_a_stage_that_goes_on_goes_on_in_its_run(tmp_path):
     """It died in step 6 and goes on from the checkpoint of step 4: step 5 is there twice, with the same numbers."""
     config, folder = configured(tmp_path / "work"), tmp_path / "work" / "stages" / "sft-1"
     with pytest.raises(RuntimeError, match="killed"):
-        run_fit(folder, die_at=5, config=config)
+        run_stage(config, folder, die_at=5)
     time.sleep(1.1)  # W&B names folders by the second
-    run_fit(folder, config=config)
+    run_stage(config, folder)
     killed, resumed = written(tmp_path / "work")
     assert killed.run.run_id == resumed.run.run_id and killed.run.resume and resumed.run.resume
     assert (killed.exit_code, resumed.exit_code) == (1, 0)
@@ -82,7 +91,7 @@ def test_a_stage_that_goes_on_goes_on_in_its_run(tmp_path):
 
 def test_nothing_of_the_machine_leaves_it(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    run_fit(tmp_path / "stages" / "sft-1", steps=2, config=configured(tmp_path))
+    run_stage(configured(tmp_path), tmp_path / "stages" / "sft-1", steps=2)
     (run,) = written(tmp_path)
     assert run.kinds == {"header", "run", "telemetry", "metric", "history", "summary", "exit"}
     assert run.run.host == "-" and not run.run.HasField("git")
@@ -115,7 +124,7 @@ def test_a_table_s_report_holds_its_tables_and_a_seed_s_run_is_in_its_group(tmp_
     (workdir / "tables").mkdir()
     (workdir / "tables" / "claims.csv").write_text("claim\n")
     wandb_log.log_report(configured(workdir), workdir)
-    run_fit(workdir / "seed-3" / "stages" / "sft-1", steps=1, config=configured(workdir / "seed-3"))
+    run_stage(configured(workdir / "seed-3"), workdir / "seed-3" / "stages" / "sft-1", steps=1)
     (report,), (stage,) = written(workdir), written(workdir / "seed-3")
     assert "tables/claims.csv" in {entry.path for entry in report.artifacts[0].manifest.contents}
     assert report.run.run_group == stage.run.run_group == "table"
@@ -127,7 +136,7 @@ def test_a_server_that_does_not_answer_is_asked_once(tmp_path, monkeypatch, caps
     monkeypatch.setattr(wandb_log, "INIT_TIMEOUT_S", 0.5)
     config = configured(tmp_path / "work", "online")
     for name in ("sft-1", "sft-2"):
-        run_fit(tmp_path / "work" / "stages" / name, steps=2, config=config)
+        run_stage(config, tmp_path / "work" / "stages" / name, steps=2)
     told = capsys.readouterr().out
     assert told.count(f"{NOWHERE} cannot be used") == 1 and KEY not in told
     assert [(run.run.display_name, len(run.rows)) for run in written(tmp_path / "work")] == [("sft-1", 2), ("sft-2", 2)]
@@ -173,9 +182,9 @@ def test_a_server_that_goes_away_holds_no_stage_up(server, tmp_path, monkeypatch
     """The stage ends once the time for the rest is over; the next one is kept on disk from the start."""
     monkeypatch.setattr(wandb_log, "FINISH_TIMEOUT_S", 0.5)
     config = configured(tmp_path, "online")
-    run_fit(tmp_path / "stages" / "sft-1", steps=2, config=config, at=lambda k: server.set())
+    run_stage(config, tmp_path / "stages" / "sft-1", steps=2, at=lambda k: server.set())
     assert "team/mine/runs/" in (told := capsys.readouterr().out) and "could not end a run: TimeoutError" in told
-    run_fit(tmp_path / "stages" / "sft-2", steps=2, config=config)
+    run_stage(config, tmp_path / "stages" / "sft-2", steps=2)
     assert [(run.run.display_name, len(run.rows)) for run in written(tmp_path)] == [("sft-2", 2)]
 
 

@@ -18,8 +18,8 @@ class Family:
     """One model_type: transformers' configuration class, the prefix of its model classes' names, what it always has.
 
     Attributes:
-      sliding_window: config.json can say that tokens see a window.
-      layer_types: and which layers have it.
+      sliding_window: whether its config.json has that key.
+      layer_types: whether it also says which layers have the window.
     """
 
     config: Any
@@ -38,7 +38,7 @@ FAMILIES = {
 }
 
 ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-"""config.json's hidden_act, and our name of it."""
+"""hidden_act in config.json -> LayerSpec.activation."""
 
 
 def read_config(folder: str | Path) -> DecoderConfig:
@@ -154,7 +154,7 @@ def _rope_scaling(rope: dict[str, Any], path: Path) -> RopeScaling | None:
 
 
 def _windows(config: Any, family: Family, path: Path) -> list[int | None]:
-    """The window of every layer; of one layer where all are alike."""
+    """Every layer's window, or a single one for all."""
     window = None if config.sliding_window is None else int(config.sliding_window)
     kinds = getattr(config, "layer_types", None)
     if not kinds:
@@ -227,7 +227,7 @@ def save_config(
 
 
 def _window_keys(config: DecoderConfig, family: Family) -> dict[str, Any]:
-    """What config.json says of windows."""
+    """The keys of config.json that say which layers have a window."""
     if not family.sliding_window:
         return {}
     windows = [spec.window for spec in config.layers]
@@ -246,11 +246,11 @@ def _window_keys(config: DecoderConfig, family: Family) -> dict[str, Any]:
 
 
 def _check_described(config: DecoderConfig, described: DecoderConfig, path: Path) -> None:
-    """Raises UserError where what config.json says is another model; names what it cannot say."""
+    """Raises UserError if config.json describes other layers than these; names the first field that differs."""
     for i, (ours, theirs) in enumerate(zip(config.layers, described.layers, strict=True)):
         for field in fields(ours):
             if (value := getattr(ours, field.name)) != getattr(theirs, field.name):
                 raise UserError(
-                    f"{path}: layer {i} has {field.name}={value!r}, which a {config.family} model's config.json cannot "
-                    "say: export it as a family that has it"
+                    f"{path}: layer {i} has {field.name}={value!r}, which the config.json of a {config.family} model "
+                    "cannot express"
                 )

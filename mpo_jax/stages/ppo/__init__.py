@@ -21,16 +21,19 @@ from mpo_jax.runtime.seeds import data_seed
 from mpo_jax.runtime.sharding import batch_sharding, check_batch
 from mpo_jax.stages.context import Context
 from mpo_jax.stages.fitting import (
+    calls,
     check_rows,
     check_schedule,
     check_sizes,
+    evaluations,
     fit_stage,
+    held_out_rows,
     num_updates,
     scoring_program,
     train_program,
 )
 from mpo_jax.stages.ppo.compiled import make_one_pass, make_score, make_updates
-from mpo_jax.stages.ppo.held_out import exported, make_evaluate
+from mpo_jax.stages.ppo.held_out import NUM_PROMPTS, exported, make_evaluate
 from mpo_jax.stages.ppo.iteration import Loop, Models, PpoState, init_ppo_state
 from mpo_jax.stages.ppo.settings import Settings
 from mpo_jax.stages.sampling import rollout_programs
@@ -118,31 +121,24 @@ def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
     """A rollout, its scoring, and the updates of critic and actor."""
     method, train, model, mesh = settings.method, settings.train, shapes.model, shapes.mesh
     check_sizes("ppo", train, mesh, minibatches=method.minibatches)
-    rows, runs, key = shapes.rows(train.batch_size, 1), None, "ppo.train.batch_size"
+    rows, key = shapes.rows(train.batch_size, 1), "ppo.train.batch_size"
+    runs = measured = sampled = None
     if shapes.amounts is not None:
         whole = shapes.amounts.selected if "pairs" in shapes.parents else shapes.amounts.prompts
         runs = num_updates(train, round(settings.split.expected_share * whole))
+        held_out = held_out_rows(shapes.watch, shapes.amounts.test_prompts, default=NUM_PROMPTS)
+        measured = evaluations(shapes.watch, runs) * calls(held_out, train.batch_size)
+        sampled = runs + measured
     actor, critic = shapes.state(method.actor_optim), shapes.state(method.critic_optim, "value")
     policy, judge = ({"trainable": state.trainable, "frozen": {}} for state in (actor, critic))
     frozen = (shapes.frozen(), shapes.frozen("value"))
     ema = (shapes.tree(),) if method.extras.ema_decay is not None else ()
     yield from rollout_programs(
-        "ppo", shapes, settings.sampling, policy, train.batch_size, key=key, runs=runs,
+        "ppo", shapes, settings.sampling, policy, train.batch_size, key=key, runs=sampled,
         held=(actor.opt_state, critic, *frozen, *ema),
     )  # fmt: skip
     joined, has_eos = shapes.batch(rows), shapes.array(rows.count, 1, dtype=jnp.bool_)
     scoring = flops.forward(model.decoder, rows, "lm") + flops.forward(model.decoder, rows, "value")
-    if method.in_one_pass:
-        update = make_one_pass(model, model, method, mesh)
-        arguments = (actor, critic, ({}, {}), frozen, joined, has_eos, shapes.allowed(), shapes.number())
-        training = [flops.train(model.decoder, rows, head, model.remat) for head in ("lm", "value")]
-        yield Program(
-            stage="ppo", name="ppo update", batch_key="ppo.train.accumulation", function=update,
-            arguments=lambda _: arguments, work=training[0] + training[1] + scoring, runs=runs,
-            accumulation=train.accumulation, held=ema,
-        )  # fmt: skip
-        return
-
     score = make_score(model, model, method, mesh)
     number: Any = shapes.number()
     arguments = (
@@ -155,10 +151,22 @@ def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
         Moments(number, number, number) if method.score == "normalised" else None,
     )
     held = (actor.opt_state, critic.opt_state, *ema)
-    yield dataclasses.replace(
-        scoring_program("ppo", "score", score, arguments, shapes, rows, "lm", key=key, runs=runs, held=held),
-        work=scoring.times(2),
-    )
+    if not method.in_one_pass or shapes.watch.eval_every is not None:
+        scorings = measured if method.in_one_pass else sampled
+        yield dataclasses.replace(
+            scoring_program("ppo", "score", score, arguments, shapes, rows, "lm", key=key, runs=scorings, held=held),
+            work=scoring.times(2),
+        )
+    if method.in_one_pass:
+        update = make_one_pass(model, model, method, mesh)
+        joint = (actor, critic, ({}, {}), frozen, joined, has_eos, shapes.allowed(), shapes.number())
+        training = [flops.train(model.decoder, rows, head, model.remat) for head in ("lm", "value")]
+        yield Program(
+            stage="ppo", name="ppo update", batch_key="ppo.train.accumulation", function=update,
+            arguments=lambda _: joint, work=training[0] + training[1] + scoring, runs=runs,
+            accumulation=train.accumulation, held=ema,
+        )  # fmt: skip
+        return
 
     part = dataclasses.replace(rows, count=rows.count // method.minibatches)
     scored = shaped(jax.eval_shape(score, *arguments)[0], batch_sharding(mesh))
@@ -166,14 +174,16 @@ def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
     scored = jax.tree.map(lambda x: shapes.array(part.count, *x.shape[1:], dtype=x.dtype), scored)
     demonstrations = shapes.batch(part) if method.extras.ptx_coef else None
     update_actor, update_critic = make_updates(model, model, method, mesh)
-    updates = None if runs is None else runs * method.updates
+    updates = own_updates = None
+    if runs is not None:
+        updates, own_updates = runs * method.updates, max(runs - method.extras.critic_warmup, 0) * method.updates
     yield train_program(
         "ppo", "critic", update_critic, (critic, scored, {}), shapes, part, "value", accumulation=train.accumulation,
         runs=updates, held=(actor, *frozen, *ema, *whole_batch),
     )  # fmt: skip
     yield train_program(
         "ppo", "actor", update_actor, (actor, (scored, demonstrations), {}, shapes.allowed()), shapes, part, "lm",
-        accumulation=train.accumulation, runs=updates, held=(critic, *frozen, *ema, *whole_batch),
+        accumulation=train.accumulation, runs=own_updates, held=(critic, *frozen, *ema, *whole_batch),
         times=2 if demonstrations else 1,
     )  # fmt: skip
 

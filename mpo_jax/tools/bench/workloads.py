@@ -274,7 +274,7 @@ class Bench:
         if path is not None:
             return options.model(loading.open_model(path).decoder, self.mesh)
         vocab = self.vocab_size if self.rows else len(self._codec.tokenizer)
-        return options.model(loading.of_architecture(self.config.model.architecture, vocab), self.mesh)
+        return options.model(loading.from_architecture(self.config.model.architecture, vocab), self.mesh)
 
     def _params(self) -> Params:
         """float32 master parameters on the mesh."""

@@ -1,0 +1,178 @@
+"""`Stage.programs` is one description: what it lists is what a stage calls, the very objects, and as often as it says.
+
+Memory plans compile these programs, benchmarks time them, and a table's estimate adds up their work, so a program that
+a stage runs and does not list is memory and time that nobody sees.
+"""
+
+import dataclasses
+import functools
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import pytest
+
+from mpo_jax.config.load import load_config
+from mpo_jax.data import toy
+from mpo_jax.data.corpus import load_corpus
+from mpo_jax.models.hf import families
+from mpo_jax.pipeline import table
+from mpo_jax.pipeline.stages import STAGES, count_rows, stage_shapes
+from mpo_jax.pipeline.table import Cost, Planned
+from mpo_jax.stages import sampling
+from mpo_jax.stages.stage import Program
+from tests.pipeline.test_pipeline import MICRO, mpo
+
+pytestmark = pytest.mark.unoptimised
+
+PLAIN = ("experiment=mpo",)
+MUCH = (
+    "experiment=mpo", "seed=1", "select.num_prompts=40", "sft.train.accumulation=2", "reward.train.accumulation=2",
+    "dpo.train.steps=null", "dpo.train.epochs=2", "ppo.train.steps=null", "ppo.train.epochs=1", "ppo.epochs=2",
+    "ppo.minibatches=2", "ppo.extras.critic_warmup=1", "ppo.extras.ema_decay=0.9", "ppo.extras.ptx_coef=0.1",
+    "ppo.score=normalised", "evaluate.num_prompts=9", "evaluate.batch_size=8",
+    *(f"{stage}.train.{key}" for stage in ("sft", "reward", "dpo", "ppo") for key in ("eval_every=2", "eval_rows=11")),
+)  # fmt: skip
+HUMAN = ("experiment=dpo_base,ppo", "seed=2", "select.pair_source=human", "ppo.one_pass=true", "ppo.train.eval_every=2",
+         "dpo.train.steps=null", "ppo.train.steps=null")  # fmt: skip
+CONFIGURATIONS = {"plain": PLAIN, "much": MUCH, "human": HUMAN}
+
+ONCE = {
+    "init_state", "init", "with_value_head",  # parameters and moments are made and placed
+    "_cast",  # and stored in their type
+    "start",  # the first, empty rows that are refilled
+    "make_minibatch",  # rows are gathered
+}  # fmt: skip
+"""Who makes the small programs that are not listed: they have no forward pass, and hold nothing but what they make."""
+
+
+class Counted:
+    """A jitted function that notes its calls, those with arrays alone."""
+
+    def __init__(self, function: Any, maker: str, calls: list["Counted"]):
+        self.function, self.maker, self.calls = function, maker, calls
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((args, options))):
+            self.calls.append(self)
+        return self.function(*args, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.function, name)
+
+
+@dataclasses.dataclass
+class Ran:
+    """A stage that ran: what it lists for these amounts of data, and its calls."""
+
+    stage: str
+    programs: dict[str, Program]
+    calls: list[Counted]
+    recipe: Any
+
+    def is_estimated(self, name: str) -> bool:
+        """Whether how often it runs depends on where samples end: rows that have ended are refilled."""
+        return self.stage in ("select", "evaluate") and name.endswith(("prefill", "decode"))
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Calls by program's name; of those that are not listed, by their makers."""
+        names = {id(program.function): name for name, program in self.programs.items()}
+        return dict(Counter(names.get(id(one), one.maker) for one in self.calls))
+
+
+def clear_caches() -> None:
+    """Forgets all functions that are made once."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("mpo_jax"):
+            for value in vars(module).values():
+                if callable(getattr(value, "cache_clear", None)):
+                    value.cache_clear()
+
+
+@pytest.fixture(scope="module", params=CONFIGURATIONS)
+def ran(request, tmp_path_factory) -> Iterator[list[Ran]]:
+    """Every stage of a run through the command line, with jitted functions that note their calls."""
+    workdir, overrides = tmp_path_factory.mktemp("programs"), CONFIGURATIONS[request.param]
+    config, calls, found = load_config(MICRO, overrides), [], []
+    real = jax.jit
+
+    def jit(function: Any = None, **options: Any) -> Any:
+        frame = sys._getframe(1)
+        if function is None or not frame.f_globals["__name__"].startswith("mpo_jax"):
+            return real(function, **options) if function is not None else functools.partial(jit, **options)
+        maker = frame.f_code.co_name
+        if (name := getattr(function, "__name__", "")) == "start":
+            maker = name
+        return Counted(real(function, **options), maker, calls)
+
+    def watched(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(settings: Any, parents: Any, context: Any) -> Any:
+            calls.clear()
+            summary = run(settings, parents, context)
+            called = list(calls)
+            model = parents["sft"].model if name in ("select", "evaluate") else context.folder / "model"
+            shapes = stage_shapes(
+                name, config, families.read_config(model), context.mesh,
+                amounts=count_rows(config, load_corpus(config)), parents=frozenset(parents),
+            )  # fmt: skip
+            programs = list(STAGES[name].programs(settings, shapes))
+            assert len({program.name for program in programs}) == len(programs)
+            found.append(Ran(name, {program.name: program for program in programs}, called, context.recipe))
+            return summary
+
+        return wrapped
+
+    clear_caches()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "jit", jit)
+        # which id ends a response changes neither memory nor work, but makes another function
+        patch.setattr(sampling, "ANY_EOS", toy.make_tokenizer().eos_token_id)
+        for name, stage in STAGES.items():
+            patch.setitem(STAGES, name, dataclasses.replace(stage, run=watched(name, stage.run)))
+        assert mpo("run", MICRO, f"workdir={workdir}", *overrides) == 0
+        yield found
+    clear_caches()
+
+
+def test_what_runs_is_listed(ran):
+    """By identity, and nothing but the small programs beside it."""
+    for one in ran:
+        assert one.counts.keys() <= one.programs.keys() | ONCE, one.stage
+
+
+def test_what_is_listed_runs(ran):
+    for one in ran:
+        assert one.programs.keys() <= one.counts.keys(), one.stage
+
+
+def test_it_runs_as_often_as_is_said(ran):
+    """Exactly, but for rows that are refilled."""
+    for one in ran:
+        for name, program in one.programs.items():
+            count = one.counts[name]
+            if one.is_estimated(name):
+                assert count / 2 <= program.runs <= 2 * count, name
+            else:
+                assert count == program.runs, name
+
+
+def test_a_table_s_estimate_adds_up_these_calls(ran, request, monkeypatch):
+    """At an operation a second, so that seconds are operations: as many as the calls that were counted need."""
+    overrides = CONFIGURATIONS[request.node.callspec.params["ran"]]
+    monkeypatch.setattr(table, "product_flops", lambda dtype: 1 / table.SHARE_OF_PEAK)
+    cost = Cost(load_config(MICRO, overrides))
+    for one in ran:
+        planned = Planned(0, one.stage, one.recipe, (one.stage, one.stage), [one.stage], None)
+        expected = 0.0
+        for name, program in one.programs.items():
+            slower = table.DECODING_COST if name.endswith("decode") else 1.0
+            runs = program.runs if one.is_estimated(name) else one.counts[name]
+            expected += slower * runs * program.work.flops
+        assert cost.seconds(planned) - table.FIXED_SECONDS == pytest.approx(expected, rel=1e-9), one.stage
+
+
+def test_all_stages_ran(ran):
+    assert {"sft", "reward", "dpo", "ppo", "evaluate"} <= {one.stage for one in ran} <= set(STAGES)
