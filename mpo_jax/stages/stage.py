@@ -24,7 +24,7 @@ class Stage:
         finished one). Reading another raises an error.
       run: function (settings, parents by role, context) -> summary for the manifest; it writes into `context.folder`.
       programs: function (settings, shapes) -> every program with a model that `run` compiles, except those
-        that make parameters. Memory plans compile them, benchmarks time them, and a table's estimate adds up their work.
+        that make parameters. Memory plans compile them, benchmarks time them, and a table adds up their work.
       trains: whether the stage has checkpoints and a `train` section.
     """
 

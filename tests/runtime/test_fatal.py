@@ -9,7 +9,7 @@ from mpo_jax.runtime.fatal import ABORT, explanation
 
 PROGRAM = """
 import os, sys
-from mpo_jax import fatal
+from mpo_jax.runtime import fatal
 fatal.explain_aborts(" in process 1 of 2")
 os.write(2, b"Files are read\\nF")
 os.write(2, b"or a while \\xff")

@@ -147,9 +147,9 @@ def test_a_request_that_the_server_refuses_is_not_repeated():
         (Act(status=404, body=b'{"error": {"message": "no model judge"}}'), "Check --endpoint"),
         (
             Act(status=429, body=b'{"error": {"message": "pay", "code": "insufficient_quota"}}'),
-            "goes on once the limit",
+            "run the same command again once the limit",
         ),
-        (Act(status=429, body=b"{}", headers={"Retry-After": "86400"}), "goes on once the limit"),
+        (Act(status=429, body=b"{}", headers={"Retry-After": "86400"}), "run the same command again once the limit"),
     ],
     ids=["401", "403", "404", "quota", "tomorrow"],
 )
@@ -163,7 +163,7 @@ def test_a_server_that_is_not_there_stops_after_some_calls():
     with serving(lambda prompt, before: GOOD) as server:
         url = server.url
     heard = []
-    with pytest.raises(UserError, match="5 calls in a row failed, the last with: no connection"):
+    with pytest.raises(UserError, match="5 calls in a row failed, the last with: connection failed"):
         ask(url, [str(n) for n in range(50)], tries=2, concurrency=1, done=lambda call, outcome: heard.append(call))
     assert len(heard) == 4
 
