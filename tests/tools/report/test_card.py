@@ -19,8 +19,8 @@ def workdir(tmp_path: Path) -> Path:
     made = workdirs.make(tmp_path, ("sft", "mpo"), configs={"sft": config, "mpo": config})
     lineage = {
         "sft-1": ({}, {}), "reward-1": ({"sft": "sft-1"}, {}),
-        "dpo-mpo": ({"init": "sft-1", "reference": "sft-1"}, {"subset": "easy"}),
-        "ppo-mpo": ({"init": "dpo-mpo", "reference": "dpo-mpo", "reward": "reward-1"}, {"subset": "hard"}),
+        "dpo-mpo": ({"init": "sft-1", "reference": "sft-1"}, {"split": {"subset": "easy"}}),
+        "ppo-mpo": ({"init": "dpo-mpo", "reference": "dpo-mpo", "reward": "reward-1"}, {"split": {"subset": "hard"}}),
         "evaluate-mpo": ({"policy": "ppo-mpo"}, {}), "evaluate-sft": ({"policy": "sft-1"}, {}),
     }  # fmt: skip
     for name, (parents, settings) in lineage.items():
@@ -82,7 +82,7 @@ def test_a_reward_model_has_its_accuracy(workdir: Path, tmp_path: Path) -> None:
 def test_an_unfinished_stage_says_so(workdir: Path, tmp_path: Path) -> None:
     folder = workdir / "stages" / ".dpo-half.partial"
     (folder / "model").mkdir(parents=True)
-    recipe = {"stage": "dpo", "settings": {"subset": "all"}, "parents": {"init": "sft-1"}}
+    recipe = {"stage": "dpo", "settings": {"split": {"subset": "all"}}, "parents": {"init": "sft-1"}}
     (folder / "recipe.json").write_text(json.dumps(recipe))
     (folder / "config.yaml").write_text((workdir / "runs/mpo/config.yaml").read_text())
     assert "had not finished" in card(folder / "model", tmp_path / "out")
