@@ -20,7 +20,7 @@ from mpo_jax.data.corpus import load_corpus
 from mpo_jax.models.hf import families
 from mpo_jax.pipeline import table
 from mpo_jax.pipeline.stages import STAGES, count_rows, stage_shapes
-from mpo_jax.pipeline.table import Cost, Planned
+from mpo_jax.pipeline.table import Cost, TableStage
 from mpo_jax.stages import sampling
 from mpo_jax.stages.stage import Program
 from tests.pipeline.test_pipeline import MICRO, mpo
@@ -165,7 +165,7 @@ def test_a_table_s_estimate_adds_up_these_calls(ran, request, monkeypatch):
     monkeypatch.setattr(table, "product_flops", lambda dtype: 1 / table.SHARE_OF_PEAK)
     cost = Cost(load_config(MICRO, overrides))
     for one in ran:
-        planned = Planned(0, one.stage, one.recipe, (one.stage, one.stage), [one.stage], None)
+        planned = TableStage(0, one.stage, one.recipe, (one.stage, one.stage), [one.stage], None)
         expected = 0.0
         for name, program in one.programs.items():
             slower = table.DECODING_COST if name.endswith("decode") else 1.0

@@ -63,7 +63,7 @@ def test_moments_rest_between_updates_alone():
         after, rate = offload.update(update)(resting, 0.5)
         assert kinds(resting.opt_state) == kinds(after.opt_state) == {HOST if moments else "device"}
         assert kinds(after.trainable) == {"device"} == seen.pop() and rate == 0.5
-        assert kinds(offload.rested(state.trainable)) == {"device"}
+        assert kinds(offload.frozen_params(state.trainable)) == {"device"}
 
 
 def test_devices_without_such_memory_are_an_error(monkeypatch):

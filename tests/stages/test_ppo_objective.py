@@ -35,10 +35,10 @@ def score(actor, reference, *, method=None, samples=None, has_eos=None, critic=5
     """A scored rollout of given samples and its metrics; 6 is the seed of the reward model."""
     method = method or method_of()
     samples = samples or batch([4, 3, 6, 5], [[6], [2], [1], [5]])
-    judges = (random_params(DECODER, critic, head="value"), random_params(DECODER, 6, head="value"))
+    value_models = (random_params(DECODER, critic, head="value"), random_params(DECODER, 6, head="value"))
     has_eos = jnp.asarray([True, True, False, True]) if has_eos is None else has_eos
     rollout, entropy = ppo_objective.score_rollout(
-        MODEL, MODEL, method.temperature, (actor, reference), judges, samples, has_eos, ALLOWED
+        MODEL, MODEL, method.temperature, (actor, reference), value_models, samples, has_eos, ALLOWED
     )
     kl_coef = jnp.asarray(method.kl.coef)
     estimated, shaped = ppo_objective.estimate(rollout, method, kl_coef)
@@ -207,13 +207,13 @@ def test_ptx_adds_the_sft_loss_with_its_weight():
 def test_one_pass_gives_trainable_parts_the_gradients_of_whole_models():
     """And the same rollout, where the rest of actor and critic is frozen."""
     trees = random_params(DECODER), random_params(DECODER, 5, head="value")
-    judges = random_params(DECODER, 1), random_params(DECODER, 6, head="value")
+    value_models = random_params(DECODER, 1), random_params(DECODER, 6, head="value")
     inputs = allowed_samples(), jnp.asarray([True, True, False, True]), ALLOWED, jnp.asarray(0.1), jnp.asarray(14.0)
     run = jax.jit(partial(ppo_objective.one_pass, MODEL, MODEL, method_of()))
-    whole, whole_kept, whole_found = run(trees, ({}, {}), judges, *inputs)
+    whole, whole_kept, whole_found = run(trees, ({}, {}), value_models, *inputs)
     parts = [parted(tree) for tree in trees]
     trained, rest = (tuple(part[name] for part in parts) for name in ("trainable", "frozen"))
-    grads, kept, found = run(trained, rest, judges, *inputs)
+    grads, kept, found = run(trained, rest, value_models, *inputs)
     trees_close(grads, tuple(parted(grad)["trainable"] for grad in whole), rtol=1e-4, atol=1e-5)
     trees_close((kept, found), (whole_kept, whole_found), rtol=1e-4, atol=1e-5)
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads))

@@ -244,8 +244,8 @@ def test_one_pass_equals_scoring_and_then_updating(options, accumulation, shape)
             **compiled.named("policy", actor_metrics),
         }
         step = compiled.make_one_pass(MODEL, MODEL, method, mesh)
-        judges = frozen(ref), frozen(reward_model)
-        found = step(*state(), ({}, {}), judges, joined, has_eos, ALLOWED, kl_coef)
+        value_models = frozen(ref), frozen(reward_model)
+        found = step(*state(), ({}, {}), value_models, joined, has_eos, ALLOWED, kl_coef)
     assert found[3].keys() == wanted.keys()
     assert float(found[3]["val/ratio"].value) == 1 and float(found[3]["policy/approxkl_avg"].value) == 0
     values = lambda metrics: {k: getattr(m, "value", m) for k, m in metrics.items()}  # noqa: E731
@@ -282,8 +282,8 @@ def test_a_broken_reward_skips_both_updates_of_one_pass():
         state = lambda: (start(random_params(DECODER)), start(random_params(DECODER, 5, head="value")))  # noqa: E731
         step = compiled.make_one_pass(MODEL, MODEL, method, mesh)
         inputs = place_batch((allowed_samples(), np.ones((4, 1), bool)), mesh)
-        judges = frozen(random_params(DECODER, 1)), frozen(reward_model)
-        *found, _, metrics = step(*state(), ({}, {}), judges, *inputs, ALLOWED, jnp.asarray(0.1))
+        value_models = frozen(random_params(DECODER, 1)), frozen(reward_model)
+        *found, _, metrics = step(*state(), ({}, {}), value_models, *inputs, ALLOWED, jnp.asarray(0.1))
     for before, after in zip(state(), found, strict=True):
         assert int(after.skipped) == 1
         chex.assert_trees_all_equal(after.trainable, before.trainable)

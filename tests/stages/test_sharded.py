@@ -69,13 +69,13 @@ def scored(shape: tuple[int, int, int]) -> Any:
     mesh = mesh_of(*shape)
     kinds = trainable, frozen
     policies = tuple(kind(on_mesh(random_params(DECODER, s), mesh)) for kind, s in zip(kinds, (0, 1), strict=True))
-    judges = tuple(
+    value_models = tuple(
         kind(on_mesh(random_params(DECODER, s, head="value"), mesh)) for kind, s in zip(kinds, (5, 6), strict=True)
     )
     with jax.set_mesh(mesh):
         score = compiled.make_score(MODEL, MODEL, PPO, mesh)
         joined, ended = place_batch((SAMPLES, ENDED[:, None]), mesh)
-        arguments = policies, judges, joined, ended, ALLOWED, jnp.asarray(0.1)
+        arguments = policies, value_models, joined, ended, ALLOWED, jnp.asarray(0.1)
         return jax.device_get(score.lower(*arguments).compile(FAST)(*arguments)[:2])
 
 

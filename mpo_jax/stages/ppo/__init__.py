@@ -130,7 +130,7 @@ def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
         measured = evaluations(shapes.watch, runs) * calls(held_out, train.batch_size)
         sampled = runs + measured
     actor, critic = shapes.state(method.actor_optim), shapes.state(method.critic_optim, "value")
-    policy, judge = ({"trainable": state.trainable, "frozen": {}} for state in (actor, critic))
+    policy, critic_params = ({"trainable": state.trainable, "frozen": {}} for state in (actor, critic))
     frozen = (shapes.frozen(), shapes.frozen("value"))
     ema = (shapes.tree(),) if method.extras.ema_decay is not None else ()
     yield from rollout_programs(
@@ -143,7 +143,7 @@ def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
     number: Any = shapes.number()
     arguments = (
         (policy, frozen[0]),
-        (judge, frozen[1]),
+        (critic_params, frozen[1]),
         joined,
         has_eos,
         shapes.allowed(),

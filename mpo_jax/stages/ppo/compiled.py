@@ -28,20 +28,20 @@ from mpo_jax.types import Metrics, Tree, merge
 
 @lru_cache
 def make_score(actor_model: Model, reward_model: Model, method: Method, mesh: Mesh) -> Any:
-    """The jitted (policies, judges, batch, has_eos, allowed_V, kl_coef, moments) -> (PpoBatch, metrics, moments).
+    """The jitted (policies, value_models, batch, has_eos, allowed_V, kl_coef, moments) -> (PpoBatch, metrics, moments).
 
-    `policies` are the parameters of actor and reference, `judges` those of critic and reward model. `moments` are the
+    `policies` are the parameters of actor and reference, `value_models` those of critic and reward model. `moments` are the
     running `Moments` of all raw scores, or None if scores are not normalised. The scores of this batch's real rows are
     added before normalisation; a batch with a non-finite score adds none.
     """
 
-    def score(policies, judges, joined, has_eos_BN, allowed_V, kl_coef, moments=None):
+    def score(policies, value_models, joined, has_eos_BN, allowed_V, kl_coef, moments=None):
         rollout, entropy_BS = score_rollout(
             actor_model,
             reward_model,
             method.temperature,
             (merge(policies[0]), merge(policies[1])),
-            (merge(judges[0]), merge(judges[1])),
+            (merge(value_models[0]), merge(value_models[1])),
             joined,
             has_eos_BN[:, 0],
             allowed_V,

@@ -40,12 +40,14 @@ def make_evaluate(
 
     def evaluate(state: PpoState) -> dict[str, float]:
         policies = loop.models.policies(exported(state, loop)["trainable"])
-        judges = loop.models.judges(state.critic.trainable)
+        value_models = loop.models.value_models(state.critic.trainable)
 
         def measure(batch: Any) -> Any:
             rows, visit = place_batch((batch.rows, batch.epoch), loop.mesh)
             joined, has_eos = loop.generate(policies[0], rows, key, visit, loop.allowed_V)
-            _, metrics, _ = loop.score(policies, judges, joined, has_eos, loop.allowed_V, state.kl_coef, state.scores)
+            _, metrics, _ = loop.score(
+                policies, value_models, joined, has_eos, loop.allowed_V, state.kl_coef, state.scores
+            )
             return only_means(metrics)
 
         return means(map(measure, batches))

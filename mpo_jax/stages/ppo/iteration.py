@@ -69,7 +69,7 @@ class Models:
         """Parameters of a policy and of the reference, on the devices."""
         return {"trainable": trainable, "frozen": self.actor_frozen}, to_devices(self.reference)
 
-    def judges(self, trainable: Tree) -> tuple[Params, Params]:
+    def value_models(self, trainable: Tree) -> tuple[Params, Params]:
         """Parameters of the critic and of the reward model, on the devices."""
         return {"trainable": trainable, "frozen": self.critic_frozen}, to_devices(self.reward)
 
@@ -144,7 +144,7 @@ class Loop:
                 scored, metrics, scores = wait(
                     self.score(
                         self.models.policies(state.actor.trainable),
-                        self.models.judges(state.critic.trainable),
+                        self.models.value_models(state.critic.trainable),
                         joined,
                         has_eos,
                         self.allowed_V,

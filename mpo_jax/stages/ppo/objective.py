@@ -31,7 +31,7 @@ def score_rollout(
     reward_model: Model,
     temperature: float,
     policies: tuple[Tree, Tree],
-    judges: tuple[Tree, Tree],
+    value_models: tuple[Tree, Tree],
     joined: PromptBatch,
     has_eos_B: Bool[Array, " B"],
     allowed_V: Bool[Array, " V"],
@@ -40,15 +40,17 @@ def score_rollout(
 
     Args:
       policies: parameters of actor and reference.
-      judges: parameters of critic and reward model.
+      value_models: parameters of critic and reward model.
     """
     tokens = forward.join(joined)
     behavior_BS, entropy_BS = forward.token_logp(
         actor_model, policies[0], tokens, temperature=temperature, allowed_V=allowed_V, with_entropy=True
     )
-    value_BS = with_end(*values(reward_model, judges[0], joined), joined)
-    frozen = policies[1], judges[1]
-    rollout = judge(actor_model, reward_model, temperature, frozen, joined, has_eos_B, allowed_V, behavior_BS, value_BS)
+    value_BS = with_end(*values(reward_model, value_models[0], joined), joined)
+    frozen = policies[1], value_models[1]
+    rollout = with_frozen_scores(
+        actor_model, reward_model, temperature, frozen, joined, has_eos_B, allowed_V, behavior_BS, value_BS
+    )
     return rollout, entropy_BS
 
 
@@ -70,7 +72,7 @@ def with_end(value_BS: Float[Array, "B S"], end_B1: Float[Array, "B 1"], joined:
     return jnp.where(behind_BS & (joined.prompt_len > 0)[:, None], end_B1, value_BS)
 
 
-def judge(
+def with_frozen_scores(
     actor_model: Model,
     reward_model: Model,
     temperature: float,
@@ -262,7 +264,7 @@ def one_pass(
 
     value_BS, pull_value, end_B1 = jax.vjp(critic, trained[1], has_aux=True)
     kept_BS = with_end(value_BS, end_B1, joined)
-    rollout = judge(
+    rollout = with_frozen_scores(
         actor_model, reward_model, method.temperature, frozen, joined, has_eos_B, allowed_V, logp_BS, kept_BS
     )
     ppo, _ = estimate(rollout, method, kl_coef)

@@ -210,11 +210,13 @@ class Bench:
         itemsize = jnp.dtype(model.dtype).itemsize
         for k in range(self.steps):
             prompts, lengths = np.asarray(batches[k].rows.prompt_len), np.asarray(run(k))
-            vocab, judge = (flops.necessary(model.decoder, prompts, lengths, head) for head in ("lm", "value"))
+            policy_work, critic_work = (
+                flops.necessary(model.decoder, prompts, lengths, head) for head in ("lm", "value")
+            )
             drawn = flops.sampling(model.decoder, prompts, lengths, itemsize)
-            passes = 3 * settings.method.epochs * (vocab + judge)
+            passes = 3 * settings.method.epochs * (policy_work + critic_work)
             # reference and reward model only; behaviour log-probs and values come from the first update's forward pass
-            scoring = vocab + judge
+            scoring = policy_work + critic_work
             workload.flops.append(drawn.flops + passes + scoring)
             workload.tokens.append(int(prompts.sum() + lengths.sum()))
             workload.padded.append(self.batch * (prompt + room))

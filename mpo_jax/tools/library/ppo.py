@@ -107,8 +107,8 @@ class Ppo:
             rows, visit = place_batch((rows, visit), mesh)
             joined, has_eos = self.generate(self.params, rows, self._key, visit, self._allowed_V)
             policies = self.params, self._reference.params
-            judges = trainable(self.critic.trainable), self._reward.params
-            samples, metrics, _ = self.score(policies, judges, joined, has_eos, self._allowed_V, self._kl_coef)
+            value_models = trainable(self.critic.trainable), self._reward.params
+            samples, metrics, _ = self.score(policies, value_models, joined, has_eos, self._allowed_V, self._kl_coef)
         return samples, metrics
 
     def update(self, samples: PpoBatch) -> Any:
