@@ -22,6 +22,7 @@ from mpo_jax.pipeline import table
 from mpo_jax.pipeline.stages import STAGES, count_rows, stage_shapes
 from mpo_jax.pipeline.table import Cost, TableStage
 from mpo_jax.stages import sampling
+from mpo_jax.stages.context import Inputs
 from mpo_jax.stages.stage import Program
 from tests.pipeline.test_pipeline import MICRO, mpo
 
@@ -65,11 +66,12 @@ class Counted:
 
 @dataclasses.dataclass
 class Ran:
-    """A stage that ran: what it lists for these amounts of data, and its calls."""
+    """A stage that ran: what it lists for these amounts of data, its calls, and the inputs that it read."""
 
     stage: str
     programs: dict[str, Program]
     calls: list[Counted]
+    reads: set[str]
     recipe: Any
 
     def is_estimated(self, name: str) -> bool:
@@ -96,8 +98,8 @@ def clear_caches() -> None:
 def ran(request, tmp_path_factory) -> Iterator[list[Ran]]:
     """Every stage of a run through the command line, with jitted functions that note their calls."""
     workdir, overrides = tmp_path_factory.mktemp("programs"), CONFIGURATIONS[request.param]
-    config, calls, found = load_config(MICRO, overrides), [], []
-    real = jax.jit
+    config, calls, reads, found = load_config(MICRO, overrides), [], [], []
+    real, check = jax.jit, Inputs._check
 
     def jit(function: Any = None, **options: Any) -> Any:
         frame = sys._getframe(1)
@@ -111,8 +113,9 @@ def ran(request, tmp_path_factory) -> Iterator[list[Ran]]:
     def watched(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(settings: Any, parents: Any, context: Any) -> Any:
             calls.clear()
+            reads.clear()
             summary = run(settings, parents, context)
-            called = list(calls)
+            called, read = list(calls), set(reads)
             model = parents["sft"].model if name in ("select", "evaluate") else context.folder / "model"
             shapes = stage_shapes(
                 name, config, families.read_config(model), context.mesh,
@@ -120,13 +123,18 @@ def ran(request, tmp_path_factory) -> Iterator[list[Ran]]:
             )  # fmt: skip
             programs = list(STAGES[name].programs(settings, shapes))
             assert len({program.name for program in programs}) == len(programs)
-            found.append(Ran(name, {program.name: program for program in programs}, called, context.recipe))
+            found.append(Ran(name, {program.name: program for program in programs}, called, read, context.recipe))
             return summary
 
         return wrapped
 
+    def noted(self: Inputs, name: str) -> None:
+        reads.append(name)
+        check(self, name)
+
     clear_caches()
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Inputs, "_check", noted)
         patch.setattr(jax, "jit", jit)
         # which id ends a response changes neither memory nor work, but makes another function
         patch.setattr(sampling, "ANY_EOS", toy.make_tokenizer().eos_token_id)
@@ -172,6 +180,14 @@ def test_a_table_s_estimate_adds_up_these_calls(ran, request, monkeypatch):
             runs = program.runs if one.is_estimated(name) else one.counts[name]
             expected += slower * runs * program.work.flops
         assert cost.seconds(planned) - table.FIXED_SECONDS == pytest.approx(expected, rel=1e-9), one.stage
+
+
+def test_stages_read_what_they_declare(ran, request):
+    """No more ever, and no less where they are measured on held-out rows."""
+    for one in ran:
+        declared = STAGES[one.stage].inputs
+        assert one.reads <= declared
+        assert one.reads == declared or request.node.callspec.params["ran"] != "much", one.stage
 
 
 def test_all_stages_ran(ran):
