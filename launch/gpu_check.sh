@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Correctness and speed on one GPU in one command of under 9 minutes; writes Markdown and JSON.
+# Checks correctness and speed on one GPU in under 9 minutes; writes Markdown and JSON.
 #
 #   bash launch/gpu_check.sh [FOLDER]        default: runs/gpu_check
 #
 # PYTHON names the interpreter (default: .venv/bin/python, else python3) of an environment with jax and its CUDA plugin.
-# Where there is no GPU it says so and ends with status 0. Each part has its own time limit; one that fails is written
-# down, the others go on, and the status is then 1.
+# Without a GPU it prints a note and exits with status 0. Each part has its own time limit; if a part fails, the failure
+# is recorded, the other parts still run, and the exit status is 1.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 

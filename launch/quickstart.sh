@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole method on the embedded toy data, on any machine: sets up .venv, then runs every stage and writes the report.
+# Runs the whole method on the embedded toy data, on any machine: sets up .venv, runs every stage and writes the report.
 #
 #   bash launch/quickstart.sh [key=value ...]     overrides of configs/quickstart.yaml, e.g.  seed=1
 set -euo pipefail

@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
-# Makes or reuses .venv in the project's root with mpo_jax installed editable, at the versions of constraints.txt.
+# Creates or reuses .venv in the project root, with an editable install of mpo_jax at the versions in constraints.txt.
 #
 #   bash launch/setup.sh [EXTRA ...]     e.g.  setup.sh    setup.sh test    setup.sh test cuda12
 #
-# Extras are those of pyproject.toml. A call whose extras are already installed does nothing; extras add up over calls.
-# PYTHON names the interpreter (3.11 or later). Unfinished or moved environments are made anew.
+# Extras are those of pyproject.toml; they add up over calls. If everything is already installed, nothing happens.
+# PYTHON names the interpreter (3.11 or later). Unfinished or moved environments are rebuilt.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 root=$(pwd -P)
-stamp=.venv/mpo-setup.stamp           # written last: exists only for a complete set-up
-unfinished=.venv/mpo-setup.unfinished # exists while one is being made
+stamp=.venv/mpo-setup.stamp           # written last: exists only after a complete setup
+unfinished=.venv/mpo-setup.unfinished # exists during setup
 
 fail() { printf 'setup: %s\n' "$*" >&2; exit 1; }
 recent() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }
 
-# One set-up at a time (the lock goes with this process).
+# One setup at a time (the lock is released when this process ends).
 if command -v flock >/dev/null 2>&1 && { exec 9<>constraints.txt; } 2>/dev/null; then
-  flock -n 9 2>/dev/null || { echo "setup: waiting for another set-up of this folder"; flock 9 || true; }
+  flock -n 9 2>/dev/null || { echo "setup: waiting for another setup of this folder"; flock 9 || true; }
 fi
 
 base=
@@ -24,12 +24,12 @@ for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
   if recent "$candidate"; then base=$candidate; break; fi
 done
 if [ -z "$base" ]; then
-  found=$("${PYTHON:-python3}" --version 2>/dev/null) || found="not there"
+  found=$("${PYTHON:-python3}" --version 2>/dev/null) || found="not installed"
   fail "Python 3.11 or later is needed; ${PYTHON:-python3} is $found." \
-    "Install one, or name it: PYTHON=/path/to/python3.11 bash launch/setup.sh"
+    "Install it, or name it: PYTHON=/path/to/python3.11 bash launch/setup.sh"
 fi
 
-# Prints what to do (reuse, install or rebuild), the key of the wanted state, and the extras to install.
+# Prints the action (reuse, install or rebuild), the key of the requested state, and the extras to install.
 plan=$("$base" - "$root" "$stamp" "${PYTHON:+chosen}" "$@" <<'PY'
 import hashlib, pathlib, sys, tomllib
 
@@ -78,12 +78,12 @@ if [ "$action" = rebuild ]; then
   find .venv/ -mindepth 1 ! -path "*/${unfinished#*/}" -delete
 fi
 if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
-  "$base" -m venv .venv || fail "could not make a virtual environment with $base; it needs the modules venv and" \
+  "$base" -m venv .venv || fail "could not create a virtual environment with $base; it needs the modules venv and" \
     "ensurepip (on Debian and Ubuntu: apt install python3-venv)"
 fi
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-input --no-compile \
   -c constraints.txt -e ".${extras:+[${extras// /,}]}" \
-  || fail "the installation failed (see above); the next call starts it anew"
+  || fail "the installation failed (see above); the next call starts over"
 .venv/bin/python - "$root" "$key" "$extras" >"$stamp.new" <<'PY'
 import sys
 

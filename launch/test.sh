@@ -3,7 +3,7 @@
 #
 #   bash launch/test.sh [pytest option ...]     e.g.  -k dpo    -n 8
 #
-# Without -m, the tests marked "parity" (they need: setup.sh parity) are left out.
+# Without -m, tests marked "parity" are skipped (they need setup.sh parity).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/setup.sh test

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# A TPU slice of several hosts on Google Cloud: the same command on every host.
+# Runs on a multi-host TPU slice on Google Cloud: the same command on every host.
 #
 #   TPU=NAME ZONE=ZONE bash launch/tpu_pod.sh setup                        clone and install on every host
 #   TPU=NAME ZONE=ZONE BUCKET=gs://NAME/DIR bash launch/tpu_pod.sh run     configs/hh_llama2_7b.yaml on v5p-8 chips
 #   TPU=NAME ZONE=ZONE BUCKET=gs://NAME/DIR bash launch/tpu_pod.sh run CONFIG PRESET [key=value ...]
 #
-# Edit or set: TPU, ZONE; REPOSITORY (what the hosts clone); BUCKET, which keeps everything (the hosts' service account
-# must be able to write there), or WORKDIR, a folder that all hosts share (Filestore or other NFS). HF_TOKEN is handed on
-# where it is set. A preempted slice is made again, set up, and run again.
+# Edit or set: TPU, ZONE; REPOSITORY (cloned by the hosts); BUCKET, which keeps everything (the hosts' service account
+# needs write access), or WORKDIR, a folder that all hosts share (Filestore or other NFS). HF_TOKEN is passed on if set.
+# After a preemption, create the slice again, then call setup and run again.
 set -euo pipefail
 : "${TPU:?set TPU to the name of the TPU VM}" "${ZONE:?set ZONE to its zone}"
 

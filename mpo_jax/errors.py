@@ -1,15 +1,15 @@
-"""What ends a command with a message instead of a traceback."""
+"""Exceptions that end a command with a message instead of a traceback."""
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: the message says what is wrong, where, and what to do.
+    """A mistake that the user can fix: the message says what is wrong, where, and what to do.
 
     The command line prints the message alone and exits with status 2; `--debug` shows the traceback.
     """
 
 
 class NotFinite(UserError):
-    """A model's outputs hold NaN or infinity, so whatever was made of them would mean nothing."""
+    """A model's outputs contain NaN or infinity, so results computed from them would be meaningless."""
 
     def __init__(self, model: str, what: str):
         super().__init__(
@@ -20,15 +20,15 @@ class NotFinite(UserError):
 
 
 class NothingSelected(UserError):
-    """A split of the pairs leaves nothing to train on: one run of a table that the others can do without."""
+    """A split of the pairs leaves nothing to train on; a table skips that run and continues with the others."""
 
 
 class Preempted(Exception):
-    """SIGTERM came while a stage trained, and a checkpoint of the step at hand is saved.
+    """SIGTERM arrived during training, and a checkpoint of the current step has been saved.
 
     The command line prints the message and exits with status 143.
     """
 
     def __init__(self, step: int):
-        super().__init__(f"terminated; a checkpoint of step {step} is saved; the same command goes on from it")
+        super().__init__(f"terminated; a checkpoint of step {step} is saved; the same command resumes from it")
         self.step = step

@@ -11,7 +11,7 @@ from mpo_jax.types import Mean
 
 
 def _kept(x_B, valid_B):
-    """x at the valid pairs, else 0: masking only the sum would let a filler row's NaN into the gradient."""
+    """x at valid pairs, else 0: if only the sum were masked, NaN from a padding row would reach the gradient."""
     return x_B if valid_B is None else jnp.where(valid_B, x_B, 0.0)
 
 
@@ -37,12 +37,12 @@ def span_reward_loss(
 ) -> Mean:
     """Token-wise -log sigmoid(r_w - r_l), averaged over [first differing index, longer end), nats per pair.
 
-    DeepSpeed-Chat's reward loss. Both sides are whole rows from the same first token; `length_BN` counts real tokens.
-    A pair without a difference compares its last token alone.
+    DeepSpeed-Chat's reward loss. Both sides start at the same token; `length_BN` counts real tokens. Identical sides
+    are compared at their last token only.
     """
     index_T = jnp.arange(ids_BNT.shape[-1])[None]
     end_B = length_BN.max(-1)
-    # past its own end a side holds padding, which differs from any real token whatever the pad id is
+    # past the end of a side is padding, which counts as different from any real token, whatever the pad id
     real_BNT = index_T[None] < length_BN[..., None]
     differs_BT = (ids_BNT[:, 0] != ids_BNT[:, 1]) | (real_BNT[:, 0] != real_BNT[:, 1])
     differs_BT &= index_T < end_B[:, None]
@@ -74,7 +74,7 @@ def cdpo_loss(
     label_smoothing: float,
     valid_B: Bool[Array, " B"] | None = None,
 ) -> Mean:
-    """DPO when a label is wrong with probability `label_smoothing`: the expected loss over the two orders.
+    """DPO if a label is wrong with probability `label_smoothing`: the expected loss over both orders.
 
     -(1 - e) log sigmoid(z) - e log sigmoid(-z), z = beta (policy margin - reference margin). Eq. 3 of Mitchell's note
     on DPO under noisy labels (2023).
@@ -100,7 +100,7 @@ def chosen_nll_loss(
     chosen_len_B: Int[Array, " B"],
     valid_B: Bool[Array, " B"] | None = None,
 ) -> Mean:
-    """-log p(chosen) / its tokens, nats per token, averaged over pairs; DPO's added term in arXiv:2404.19733."""
+    """-log p(chosen) / response tokens, nats per token, averaged over pairs; DPO's added term in arXiv:2404.19733."""
     return Mean.of(-chosen_logp_B / jnp.maximum(chosen_len_B, 1), valid_B)
 
 
@@ -112,8 +112,8 @@ def ppo_policy_loss(
     *,
     clip: float,
 ) -> Mean:
-    """max(-A rho, -A clip(rho, 1 - clip, 1 + clip)) a token, rho = exp(logp - old logp). Eq. 7 of arXiv:1707.06347."""
-    # inputs are masked, not only the sum: 0 times the derivative of garbage would still be NaN
+    """max(-A rho, -A clip(rho, 1 - clip, 1 + clip)) per token, rho = exp(logp - old logp). Eq. 7, arXiv:1707.06347."""
+    # mask the inputs, not only the sum: 0 times a NaN derivative is still NaN
     advantage_BT = jnp.where(mask_BT, advantage_BT, 0.0)
     log_ratio_BT = jnp.where(mask_BT, logp_BT - old_logp_BT, 0.0)
     ratio_BT = jnp.exp(log_ratio_BT)
@@ -129,7 +129,7 @@ def value_loss(
     *,
     clip: float,
 ) -> Mean:
-    """0.5 max((V - R)^2, (V_clipped - R)^2) per token, V_clipped within +-clip of the old value; DeepSpeed-Chat's."""
+    """0.5 max((V - R)^2, (V_clipped - R)^2) per token, V_clipped within +-clip of the old value (DeepSpeed-Chat)."""
     value_BT, old_value_BT, returns_BT = (jnp.where(mask_BT, x, 0.0) for x in (value_BT, old_value_BT, returns_BT))
     clipped_BT = old_value_BT + jnp.clip(value_BT - old_value_BT, -clip, clip)
     return Mean.of(0.5 * jnp.maximum((value_BT - returns_BT) ** 2, (clipped_BT - returns_BT) ** 2), mask_BT)

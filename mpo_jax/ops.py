@@ -1,6 +1,6 @@
 """Array mathematics shared by losses and stages. Sources: PPO arXiv:1707.06347, GAE arXiv:1506.02438.
 
-Every token array is about the token at its own index; `mask_BT` is True at response tokens.
+Index t of every token array refers to token t; `mask_BT` is True at response tokens.
 """
 
 import jax
@@ -11,12 +11,12 @@ from mpo_jax.types import Moments
 
 
 def masked_sum(x_BT: Float[Array, "B T"], mask_BT: Bool[Array, "B T"]) -> Float[Array, " B"]:
-    """Row sums over the kept tokens; what a dropped token holds (NaN included) has no influence."""
+    """Row sums over the kept tokens; dropped tokens never contribute, not even a NaN."""
     return jnp.where(mask_BT, x_BT, 0.0).sum(-1)
 
 
 def masked_mean(x_BT: Float[Array, "B T"], mask_BT: Bool[Array, "B T"]) -> Float[Array, ""]:
-    """Mean over all kept tokens; 0 where none is kept."""
+    """Mean over all kept tokens; 0 if none is kept."""
     return masked_sum(x_BT, mask_BT).sum() / jnp.maximum(mask_BT.sum(), 1)
 
 
@@ -30,7 +30,7 @@ def whiten(
 ) -> Float[Array, "B T"]:
     """(x - mean) / sqrt(var + eps) over the kept tokens, unbiased variance; dropped tokens become 0.
 
-    With `shift_mean=False` the mean is added back, so that only the scale changes.
+    With `shift_mean=False` the mean is added back, so only the scale changes.
     """
     count = jnp.maximum(mask_BT.sum(), 1)
     mean = masked_mean(x_BT, mask_BT)
@@ -41,7 +41,7 @@ def whiten(
 
 
 def add_to_moments(moments: Moments, x_B: Float[Array, " B"], mask_B: Bool[Array, " B"]) -> Moments:
-    """The moments with the kept numbers added, all at once; a kept NaN or infinity leaves the moments unchanged.
+    """Updates the moments with all kept numbers at once; a kept NaN or infinity leaves the moments unchanged.
 
     Pairwise update of Chan, Golub and LeVeque (1983), eq. 1.5: m2 = m2_a + m2_b + delta^2 n_a n_b / (n_a + n_b).
     """
@@ -57,22 +57,22 @@ def add_to_moments(moments: Moments, x_B: Float[Array, " B"], mask_B: Bool[Array
 
 
 def normalise(x_B: Float[Array, " B"], moments: Moments) -> Float[Array, " B"]:
-    """(x - mean) / std; x - mean where the standard deviation is 0."""
+    """(x - mean) / std; x - mean if the standard deviation is 0."""
     return (x_B - moments.mean) / jnp.where(moments.std > 0, moments.std, 1.0)
 
 
 def kl_k1(logp: Float[Array, "*S"], ref_logp: Float[Array, "*S"]) -> Float[Array, "*S"]:
-    """log p - log q at samples of p: unbiased for KL(p, q), may be negative. nats."""
+    """log p - log q at samples of p: an unbiased estimate of KL(p, q) that may be negative. nats."""
     return logp - ref_logp
 
 
 def kl_k2(logp: Float[Array, "*S"], ref_logp: Float[Array, "*S"]) -> Float[Array, "*S"]:
-    """(log p - log q)^2 / 2 at samples of p: biased, low variance, never negative. nats."""
+    """(log p - log q)^2 / 2 at samples of p: a biased, low-variance estimate of KL(p, q), never negative. nats."""
     return 0.5 * jnp.square(logp - ref_logp)
 
 
 def kl_k3(logp: Float[Array, "*S"], ref_logp: Float[Array, "*S"]) -> Float[Array, "*S"]:
-    """exp(-k1) - 1 + k1 at samples of p: unbiased for KL(p, q) and never negative. nats."""
+    """exp(-k1) - 1 + k1 at samples of p: an unbiased estimate of KL(p, q), never negative. nats."""
     k1 = logp - ref_logp
     return jnp.expm1(-k1) + k1
 
@@ -88,7 +88,7 @@ def shape_rewards(
 ) -> Float[Array, "B T"]:
     """-kl_coef (logp - ref_logp) at every response token, plus the score clipped to +-clip at the last one.
 
-    Dropped tokens get 0. A row that keeps no token gets no reward.
+    Dropped tokens get 0; a row without kept tokens gets no reward.
     """
     return _place_score(logp_BT, ref_logp_BT, score_B, mask_BT, last_index(mask_BT), kl_coef, clip)
 
@@ -102,11 +102,11 @@ def shape_rewards_ds_chat(
     kl_coef: float | Float[Array, ""],
     clip: float,
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
-    """`shape_rewards` with the score one index after the last response token, where there is such an index.
+    """`shape_rewards` with the score one index after the last response token, if that index exists.
 
-    DeepSpeed-Chat's placement: its rewards, KL charge included, run one token past EOS. Returns the rewards and the
-    mask of the indices that carry one. Advantages must be estimated over that mask, with the value of the state after
-    the response at the index added; losses still use `mask_BT`.
+    DeepSpeed-Chat's placement: its rewards, KL penalty included, run one token past EOS. Returns the rewards and the
+    mask of the indices that carry a reward. Estimate advantages over that mask, with the value of the state after the
+    response at the added index; losses still use `mask_BT`.
     """
     after_B = jnp.minimum(last_index(mask_BT) + 1, mask_BT.shape[-1] - 1)
     index_T = jnp.arange(mask_BT.shape[-1])[None]
@@ -131,8 +131,7 @@ def gae(
     """Generalised advantage estimation; returns (advantage, returns), both 0 at dropped tokens.
 
     delta_t = r_t + gamma V_{t+1} - V_t;  A_t = delta_t + gamma gae_lambda A_{t+1};  returns = A + V.
-    V after the last kept token is 0, and dropped tokens are skipped as if they were not there. Eq. 16 of
-    arXiv:1506.02438.
+    V after the last kept token is 0, and dropped tokens are skipped. Eq. 16 of arXiv:1506.02438.
     """
 
     def backwards(carry, x):
@@ -154,7 +153,7 @@ def adaptive_kl_coef(
 ) -> Float[Array, ""]:
     """Log-space proportional controller: coef * (1 + clip(kl / target - 1, +-0.2) * n / horizon).
 
-    `kl` is the mean KL a response in nats. Section 2.2 of arXiv:1909.08593.
+    `kl` is the mean KL per response in nats. Section 2.2 of arXiv:1909.08593.
     """
     error = jnp.clip(kl / target - 1.0, -0.2, 0.2)
     return kl_coef * (1.0 + error * num_samples / horizon)
@@ -163,7 +162,7 @@ def adaptive_kl_coef(
 def explained_variance(
     value_BT: Float[Array, "B T"], returns_BT: Float[Array, "B T"], mask_BT: Bool[Array, "B T"]
 ) -> Float[Array, ""]:
-    """1 - var(returns - value) / var(returns) over the kept tokens; 0 where returns do not vary."""
+    """1 - var(returns - value) / var(returns) over the kept tokens; 0 if the returns are constant."""
     count = jnp.maximum(mask_BT.sum(), 1)
 
     def variance(x_BT):

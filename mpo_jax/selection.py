@@ -12,18 +12,18 @@ from jaxtyping import Array, Bool, Float, Int
 def make_pair_scorer(
     score_row: Callable[[Any, Any], Float[Array, " N"]], *, spmd_axis_name: Any = None
 ) -> Callable[[Any, Any], Float[Array, "B N"]]:
-    """Batched pair scoring: `score_row(params, row)` for one prompt with its N responses, vmapped over the pairs.
+    """Batched pair scoring: vmaps `score_row(params, row)`, which scores the N responses of one prompt, over the pairs.
 
-    The parameters are shared by all pairs; `rows` is any pytree whose leaves lead with the pair axis, which
-    `spmd_axis_name` ties to mesh axes.
+    All pairs share the parameters. `rows` is any pytree with the pair axis first; `spmd_axis_name` names the mesh axes
+    that this axis is sharded over.
     """
     return jax.vmap(score_row, in_axes=(None, 0), spmd_axis_name=spmd_axis_name)
 
 
 def rank(score_BN: Float[Array, "B 2"]) -> tuple[Int[Array, "B 2"], Float[Array, " B"]]:
-    """Order of each pair with the higher score first, and the gap, which is never negative.
+    """Order of each pair with the higher score first, and the non-negative gap.
 
-    A tie keeps the sampled order: sample 0 counts as chosen, and its gap is 0.
+    A tie keeps the sampled order: sample 0 is chosen and the gap is 0.
     """
     swap_B = score_BN[:, 1] > score_BN[:, 0]
     order_BN = jnp.stack([swap_B, ~swap_B], -1).astype(jnp.int32)
@@ -31,19 +31,19 @@ def rank(score_BN: Float[Array, "B 2"]) -> tuple[Int[Array, "B 2"], Float[Array,
 
 
 def split(gap_N: Float[Array, " N"] | np.ndarray, threshold: float) -> Bool[Array, " N"] | np.ndarray:
-    """True for easy pairs: gap > threshold, strictly. Ties with the threshold are hard, and so is a NaN gap."""
+    """True for easy pairs: gap > threshold. A gap equal to the threshold is hard, and so is a NaN gap."""
     return gap_N > threshold
 
 
 def threshold_for_fraction(gap_N: np.ndarray, easy_fraction: float) -> float:
-    """The threshold whose easy set is the largest that holds at most `easy_fraction` of the pairs.
+    """The threshold that gives the largest easy set with at most `easy_fraction` of the pairs.
 
-    Equal gaps are never split apart, so the easy set may be smaller than asked for.
+    Pairs with equal gaps stay together, so the easy set may be smaller than requested.
     """
     if not 0.0 <= easy_fraction <= 1.0:
-        raise ValueError(f"easy_fraction must lie in [0, 1], got {easy_fraction}")
-    # the fraction is rounded before the floor, since 0.3 * 10 must give 3 pairs and not 2
+        raise ValueError(f"easy_fraction must be in [0, 1], got {easy_fraction}")
+    # round before the floor: 0.3 * 10 must give 3 pairs, not 2
     num_easy = int(np.floor(round(easy_fraction * len(gap_N), 9)))
-    # a NaN gap is hard whatever the threshold, so it ranks below all others
+    # a NaN gap is hard at any threshold, so it ranks below all others
     descending_N = np.sort(np.where(np.isnan(gap_N), -np.inf, gap_N))[::-1]
     return float(descending_N[num_easy]) if num_easy < len(gap_N) else float("-inf")

@@ -1,4 +1,4 @@
-"""Pytrees that travel between layers. Letters: B batch, N side or sample, T token, P prompt, S response token."""
+"""Pytrees passed between layers. Letters: B batch, N side or sample, T token, P prompt, S response token."""
 
 import dataclasses
 from pathlib import Path
@@ -10,31 +10,31 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 Head = Literal["lm", "value"]
-"""What a model has on its trunk: next-token logits, or one value a token (a reward model, a critic)."""
+"""The head on a model's trunk: next-token logits, or one value per token (a reward model, a critic)."""
 
 Tree: TypeAlias = dict[str, Any]
-"""Nested plain dicts of arrays: all of a model's parameters, or a part of them."""
+"""Nested plain dicts of arrays: all or part of a model's parameters."""
 
 Params: TypeAlias = dict[str, Tree]
 """A model's parameters as {"trainable": tree, "frozen": tree}.
 
-Gradients, optimiser moments, checkpoints and averages exist for the trainable part alone. Full training has an empty
-frozen part, a model that only scores an empty trainable one. Models may share one frozen tree.
+Only the trainable part has gradients, optimiser moments, checkpoints and averages. Under full training the frozen part
+is empty; in a model that only scores, the trainable part is empty. Models may share one frozen tree.
 """
 
 
 def trainable(tree: Tree) -> Params:
-    """Parameters that all train."""
+    """Parameters with every leaf trainable."""
     return {"trainable": tree, "frozen": {}}
 
 
 def frozen(tree: Tree) -> Params:
-    """Parameters of which none trains."""
+    """Parameters with every leaf frozen."""
     return {"trainable": {}, "frozen": tree}
 
 
 def merge(params: Params) -> Tree:
-    """Both parts as the one tree that a forward pass reads.
+    """Merges both parts into the single tree that a forward pass reads.
 
     Raises:
       ValueError: if a leaf is in both parts.
@@ -53,27 +53,27 @@ def _merged(a: Tree, b: Tree, path: str) -> Tree:
 
 
 Metrics: TypeAlias = dict[str, Any]
-"""Means, Skips, or scalars of the whole batch, by the name under which they are logged."""
+"""`Mean`s, `Skips` or whole-batch scalars, by logged name."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Mean:
-    """A mean kept as a sum and a count, so that parts of a batch add up to exactly the whole batch's mean."""
+    """A mean kept as a sum and a count, so parts of a batch add up to the mean of the whole batch."""
 
     total: Float[Array, ""]
     count: Float[Array, ""]
 
     @classmethod
     def of(cls, x: Array, mask: Array | None = None) -> "Mean":
-        """Sum and count of the elements of `x` that `mask` (bool, same shape) keeps; all of them without a mask."""
+        """Sum and count of the elements of `x` that `mask` (bool, same shape) keeps; of all elements without a mask."""
         if mask is None:
             return cls(x.astype(jnp.float32).sum(), jnp.asarray(x.size, jnp.float32))
         return cls(jnp.where(mask, x, 0).astype(jnp.float32).sum(), mask.astype(jnp.float32).sum())
 
     @property
     def value(self) -> Array:
-        """total / count, and 0 where nothing was counted."""
+        """total / count; 0 if the count is 0."""
         return self.total / jnp.maximum(self.count, 1.0)
 
     def __add__(self, other: "Mean") -> "Mean":
@@ -83,12 +83,12 @@ class Mean:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """Running mean and spread of a stream of numbers.
+    """Running mean and variance of a stream of numbers.
 
     Attributes:
-      count: [] how many numbers.
+      count: [] number of values.
       mean: [] their mean.
-      m2: [] the sum of their squared differences from the mean.
+      m2: [] sum of their squared deviations from the mean.
     """
 
     count: Float[Array, ""]
@@ -104,11 +104,11 @@ class Moments:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Skips:
-    """Updates left out because a loss or a gradient was not finite.
+    """Updates skipped because a loss or gradient was not finite.
 
     Attributes:
-      count: [] int32, how many of these.
-      in_a_row: [] int32, how many up to and with the last of these, earlier ones included.
+      count: [] int32, number of skipped updates.
+      in_a_row: [] int32, length of the run of skips that ends with the last update, earlier updates included.
     """
 
     count: Int[Array, ""]
@@ -121,14 +121,14 @@ class Skips:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PromptBatch:
-    """Prompts with N responses each, as ids with lengths; what batches are made of, on the host and on the device.
+    """Prompts with N responses each, as ids and lengths, on the host or on the devices.
 
     Attributes:
       prompt: [B P] ids, right-padded.
-      prompt_len: [B] number of real prompt tokens; 0 marks a row that only fills the batch.
+      prompt_len: [B] number of real prompt tokens; 0 marks a padding row.
       response: [B N S] ids, right-padded.
       response_len: [B N] number of real response tokens, EOS included.
-      key: [B] uint32, the prompt's fingerprint: what its random numbers are folded from.
+      key: [B] uint32, fingerprint of the prompt, folded into the random key of the row.
     """
 
     prompt: Int[Array, "B P"] | np.ndarray
@@ -141,16 +141,17 @@ class PromptBatch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """One layout for plain, padded and prompt-shared rows; every field [B T] and about the token at its own index.
+    """One layout for plain, padded and prompt-shared rows; every array is [B T], and index t refers to token t.
 
     Attributes:
       ids: token ids.
-      position: rotary position; every branch continues the prompt's positions.
-      segment: 0 is padding; tokens see only tokens of their own segment.
-      branch: 0 is the prompt, 1, 2, ... its responses; a token sees branch 0 and its own branch.
+      position: rotary position; every branch continues the positions of the prompt.
+      segment: segment number, 0 for padding; a token attends only to its own segment.
+      branch: 0 for the prompt, 1, 2, ... for its responses; a token attends to branch 0 and to its own branch.
       loss_mask: True at response tokens (EOS included).
-      scored_from: no column before this one has a True loss mask (static; lets the head skip the prompt).
-      num_responses: the columns from there on are this many equal stretches, none of which sees another (static).
+      scored_from: first column that may have a True loss mask (static; lets the head skip the prompt).
+      num_responses: number of equal blocks that the columns from `scored_from` on form; a block does not attend to
+        another (static).
     """
 
     ids: Int[Array, "B T"]
@@ -165,17 +166,17 @@ class Tokens:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-    """Sampled responses with all that PPO's update needs; token arrays are [B S] over response tokens.
+    """Sampled responses with everything PPO's update needs; token arrays are [B S] over response tokens.
 
     Attributes:
-      joined: the prompts and the sampled responses (N = 1).
+      joined: prompts with the sampled responses (N = 1).
       mask: [B S] True at real response tokens.
-      behavior_logp: log-probability in nats under the policy that sampled, by the training forward pass.
-      ref_logp: the same under the KL reference.
-      value: the critic's value of the state before each token, and at the column behind the last token, where there
-        is one, of the state after it.
+      behavior_logp: log-probability in nats under the sampling policy, from the training forward pass.
+      ref_logp: log-probability in nats under the KL reference.
+      value: critic's value of the state before each token; the column after the last token, if it exists, holds the
+        value of the final state.
       score: [B] raw reward-model score of the whole response.
-      has_eos: [B] True where the response ended by itself.
+      has_eos: [B] True if the response ended with EOS.
     """
 
     joined: PromptBatch
@@ -190,7 +191,7 @@ class Rollout:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PpoBatch:
-    """A rollout with advantages and returns [B S]; an input of the update, so no gradient flows into it."""
+    """A rollout with advantages and returns [B S]; an input of the update, so it receives no gradient."""
 
     rollout: Rollout
     advantage: Float[Array, "B S"]
@@ -200,14 +201,14 @@ class PpoBatch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What one model's optimisation carries from step to step.
+    """Training state of one model.
 
     Attributes:
-      step: [] int32, updates made; a skipped update is not counted.
+      step: [] int32, number of updates applied; skipped updates do not count.
       trainable: float32 master parameters of the trainable part.
-      opt_state: the optax state, sharded like the parameters it belongs to.
-      skipped: [] int32, updates left out because a loss or gradient was not finite.
-      skipped_in_a_row: [] int32, those since the last update made.
+      opt_state: optax state, sharded like the parameters.
+      skipped: [] int32, number of updates skipped because a loss or gradient was not finite.
+      skipped_in_a_row: [] int32, number of updates skipped since the last one applied.
     """
 
     step: Int[Array, ""]
@@ -219,7 +220,7 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class Artifact:
-    """A finished stage's folder and the manifest in it."""
+    """The folder of a finished stage and its manifest."""
 
     path: Path
     manifest: dict[str, Any]
@@ -231,5 +232,5 @@ class Artifact:
 
     @property
     def model(self) -> Path:
-        """The stage's model as a Hugging Face folder."""
+        """Hugging Face folder of the stage's model."""
         return self.path / "model"

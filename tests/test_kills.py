@@ -196,7 +196,7 @@ def test_sigterm_saves_says_so_and_the_same_command_goes_on(commands, whole, tmp
     subprocess.run(["kill", "-15", str(process)], check=True)
     assert commands.status() == 143
     (saved,) = (path.name for path in workdir.glob(f"stages/.{stage}-*.partial/checkpoints/*"))
-    said = f"error: terminated; a checkpoint of step {saved} is saved; the same command goes on from it"
+    said = f"error: terminated; a checkpoint of step {saved} is saved; the same command resumes from it"
     assert commands.said().splitlines()[-1] == said
     commands.run(*command)
     one, other = folder_of(whole, stage), folder_of(workdir, stage)

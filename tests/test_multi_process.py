@@ -135,7 +135,7 @@ def test_one_process_goes_on_where_two_were_killed_and_ended(tmp_path, alone):
     pair.running[1].send_signal(signal.SIGTERM)
     assert pair.wait() == [143, 143], pair.text(0)[-3000:] + pair.text(1)[-3000:]
     (said,) = {pair.text(index).splitlines()[-1].split(": ", 1)[1] for index in range(2)}
-    assert "the same command goes on from it" in said and not stages(workdir)
+    assert "the same command resumes from it" in said and not stages(workdir)
     assert mpo(*command, "runtime.cpu_devices=8", CACHE) == 0
     assert mpo("sft", MICRO, f"workdir={tmp_path / 'x'}", *MESH, *longer, "runtime.cpu_devices=8", CACHE) == 0
     resumed, whole = (

@@ -11,7 +11,7 @@ from mpo_jax.runtime.console import console
 from mpo_jax.runtime.progress import Expected, duration
 
 if TYPE_CHECKING:
-    from mpo_jax.pipeline.table import Planned
+    from mpo_jax.pipeline.table import TableStage
 
 
 def table(
@@ -70,13 +70,13 @@ def _print_left_out(name: str, reason: str) -> None:
 
 def _dry_run(config: Config) -> None:
     """Prints the graph of stages, what is there, and how long the rest will take."""
-    from mpo_jax.pipeline.table import estimates, plan_table
+    from mpo_jax.pipeline.table import estimates, table_stages
     from mpo_jax.runtime import machine
     from mpo_jax.runtime.processes import is_main
 
     machine.start(config.runtime)
     console.quiet = not is_main()
-    stages = plan_table(config)
+    stages = table_stages(config)
     expected = {one.name: one for one in estimates(config, stages)}
     seed = None
     for stage in stages:
@@ -97,7 +97,7 @@ def _dry_run(config: Config) -> None:
         console.print(f"about {duration(seconds)} to go ({basis})", soft_wrap=True)
 
 
-def _line(stage: "Planned", expected: Expected | None) -> str:
+def _line(stage: "TableStage", expected: Expected | None) -> str:
     """A stage of the graph: its state, its parents, and the runs that use it."""
     if stage.seconds is not None:
         state = f"there, {duration(stage.seconds)}"

@@ -9,7 +9,7 @@ __all__ = ["load_corpus"]
 
 
 def __getattr__(name: str) -> Any:
-    # on demand, since a reader of batches needs no tokenizer
+    # imported lazily: code that only reads batches needs no tokenizer
     if name == "load_corpus":
         from mpo_jax.data.corpus import load_corpus
 

@@ -1,8 +1,8 @@
 """Examples to fixed-shape batches: length buckets, collation, and a deterministic order.
 
-A batch is a `PromptBatch` of NumPy arrays. Batch k of a run is a function of the seed and k alone, so that resuming
-needs only the step count. Every process collates whole batches, of which sharding.place_batch takes its own devices'
-rows: ids are small, and nothing is assumed about which rows a process's devices hold.
+A batch is a `PromptBatch` of NumPy arrays. Batch k of a run depends on the seed and k alone, so resuming needs only the
+step count. Every process collates whole batches, and sharding.place_batch picks the rows of its own devices: token ids
+are small, and no code assumes which rows a process's devices hold.
 """
 
 import dataclasses
@@ -20,21 +20,21 @@ from mpo_jax.errors import NotFinite, UserError
 from mpo_jax.runtime.processes import to_host
 from mpo_jax.types import PromptBatch
 
-WINDOW = 64  # batches among which rows of similar length are brought together
-MIN_SAVING = 0.03  # of the padded tokens: what a bucket must save to be worth another compilation
-QUANTILES = 16  # candidates for the width of a bucket's prompts, and as many for its responses
+WINDOW = 64  # batches within which rows of similar length are grouped
+MIN_SAVING = 0.03  # fraction of the padded tokens that a bucket must save to be worth another compilation
+QUANTILES = 16  # candidate widths for prompts, and as many for responses
 
 
 @dataclasses.dataclass(frozen=True)
 class Widths:
-    """Columns of a batch: prompt, and each response. Static shapes, hence one compilation."""
+    """Padded lengths of a batch's prompts and of its responses. Shapes are static: one compilation per `Widths`."""
 
     prompt: int
     response: int
 
     @classmethod
     def of(cls, examples: Sequence[Example], *, response: int | None = None, multiple: int = 8) -> "Widths":
-        """The narrowest widths, rounded up to `multiple`, that hold all examples; `response` overrides one."""
+        """The narrowest widths, in multiples of `multiple`, that hold all examples; `response` fixes its width."""
 
         def up(n: int) -> int:
             return -(-max(n, 1) // multiple) * multiple
@@ -45,7 +45,7 @@ class Widths:
 
 @dataclasses.dataclass(frozen=True)
 class Buckets:
-    """The shapes that batches are padded to, the cheapest first; the last one holds every example."""
+    """The shapes that batches are padded to, cheapest first; the last one holds every example."""
 
     widths: tuple[Widths, ...]
 
@@ -53,24 +53,24 @@ class Buckets:
     def of(
         cls, examples: Sequence[Example], count: int, *, response: int | None = None, multiple: int = 8
     ) -> "Buckets":
-        """At most `count` widths, chosen greedily to pad the examples to few tokens: P + N*S summed over the rows.
+        """At most `count` widths, chosen greedily to minimise padded tokens: P + N*S summed over the rows.
 
         Args:
-          examples: N responses each, the same number in all.
-          count: how many widths at most; 1 gives `Widths.of` alone.
-          response: the response width of all buckets, in place of what the examples need.
-          multiple: every other width is a multiple of it.
+          examples: rows with the same number N of responses each.
+          count: maximum number of widths; 1 gives `Widths.of` alone.
+          response: fixed response width of all buckets; None: what the examples need.
+          multiple: divisor of every other width.
 
         Raises:
           UserError: if there are no examples.
         """
         if not examples:
-            raise UserError("there is nothing to make batches of: the data set is empty; check its files and filters")
+            raise UserError("there are no rows to batch: the data set is empty; check its files and filters")
         widest = Widths.of(examples, response=response, multiple=multiple)
         prompt, longest = _lengths(examples)
         prompts = _candidates(prompt, widest.prompt, multiple)
         responses = np.asarray([response]) if response is not None else _candidates(longest, widest.response, multiple)
-        # only the candidates matter to where an example fits, so examples are counted by cell of their grid
+        # which bucket an example fits depends only on the candidate widths, so count examples per cell of their grid
         shape = len(prompts), len(responses)
         cell = np.searchsorted(prompts, prompt) * shape[1] + np.searchsorted(
             responses, np.minimum(longest, responses[-1])
@@ -82,16 +82,16 @@ class Buckets:
         return cls(tuple(Widths(int(prompts[i]), int(responses[j])) for i, j in chosen))
 
     def place(self, examples: Sequence[Example]) -> np.ndarray:
-        """[E] the number of the cheapest widths that hold each example."""
+        """[E] index of the cheapest widths that hold each example."""
         return self._first(*_lengths(examples))
 
     def holding(self, examples: Sequence[Example]) -> Widths:
-        """The cheapest widths that hold all of the examples at once."""
+        """The cheapest widths that hold all the examples."""
         prompt, response = _lengths(examples)
         return self.widths[int(self._first(prompt.max(keepdims=True), response.max(keepdims=True))[0])]
 
     def widened(self, examples: Sequence[Example]) -> "Buckets":
-        """These widths, and one that holds all of the examples where one of them fits into none."""
+        """These widths, plus one that holds all the examples if any of them fits none."""
         widest, needed = self.widths[-1], Widths.of(examples)
         if needed.prompt <= widest.prompt and needed.response <= widest.response:
             return self
@@ -105,7 +105,7 @@ class Buckets:
 
 
 def _lengths(examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray]:
-    """[E] prompt lengths and [E] lengths of the longest response, 0 without any."""
+    """[E] prompt lengths and [E] longest response lengths, 0 without responses."""
     prompt = [len(example.prompt) for example in examples]
     response = [max((len(ids) for ids in example.responses), default=0) for example in examples]
     return np.asarray(prompt, np.int64), np.asarray(response, np.int64)
@@ -119,12 +119,12 @@ def _candidates(lengths: np.ndarray, widest: int, multiple: int) -> np.ndarray:
 
 
 def _greedy(rows: np.ndarray, cost: np.ndarray, count: int) -> list[tuple[int, int]]:
-    """Cells of the grid to pad to: the last, then one after another the cell that saves most, while that is enough.
+    """Grid cells to pad to: the last one, then repeatedly the cell that saves most, until the saving is too small.
 
     Args:
-      rows: [I J] examples in each cell; a cell holds those with neither index higher.
+      rows: [I J] number of examples in each cell; padding to a cell covers every cell with neither index higher.
       cost: [I J] tokens of a row padded to the cell's widths.
-      count: how many cells at most.
+      count: maximum number of cells.
     """
     chosen = [(rows.shape[0] - 1, rows.shape[1] - 1)]
     paid = np.full(rows.shape, cost[-1, -1])
@@ -142,7 +142,7 @@ def _greedy(rows: np.ndarray, cost: np.ndarray, count: int) -> list[tuple[int, i
 
 
 def collate(examples: Sequence[Example], widths: Widths, *, num_responses: int, size: int | None = None) -> PromptBatch:
-    """Right-pads examples into arrays; rows up to `size` are filler with a prompt length of 0."""
+    """Right-pads examples into arrays and adds padding rows (prompt length 0) up to `size`."""
     size = len(examples) if size is None else size
     prompt = np.zeros((size, widths.prompt), np.int32)
     prompt_len = np.zeros((size,), np.int32)
@@ -163,10 +163,10 @@ class Batch(NamedTuple):
     """A batch of examples on the host.
 
     Attributes:
-      number: its place in the run, from 0.
-      rows: prompts and responses; rows with a prompt length of 0 only fill the batch.
-      example: [B] the number of the row's example; -1 where the row only fills the batch.
-      epoch: [B] uint32, how often the row was seen before.
+      number: index of the batch in the run, from 0.
+      rows: prompts and responses; a prompt length of 0 marks a padding row.
+      example: [B] index of the row's example; -1 for padding rows.
+      epoch: [B] uint32, number of earlier epochs in which the row was seen.
     """
 
     number: int
@@ -177,13 +177,13 @@ class Batch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TrainBatches:
-    """An endless, reshuffled-every-epoch sequence of batches of one size; `batches[k]` is the k-th.
+    """An endless sequence of batches of one size, reshuffled every epoch; `batches[k]` is the k-th.
 
-    Without `shuffle` batch k is the examples k * batch_size and after in their own order, around the end to the first.
+    Without `shuffle`, batch k starts at example k * batch_size, in the given order, wrapping around at the end.
 
-    An epoch's last, incomplete batch is filled from the next epoch's start: every example is seen equally often, and no
-    example twice before all others. With several buckets, rows of one bucket are brought together within a window of
-    batches, and the window's batches are shuffled; a batch has the cheapest widths that hold all its rows.
+    An epoch's last, incomplete batch is filled from the start of the next epoch, so every example is seen equally often
+    and none twice before all others. With several buckets, rows of the same bucket are grouped within a window of
+    batches, and the window's batches are shuffled; each batch uses the cheapest widths that hold all its rows.
     """
 
     examples: Sequence[Example]
@@ -206,11 +206,11 @@ class TrainBatches:
 
     @cached_property
     def _window(self) -> Callable[[int, int], tuple[int, np.ndarray]]:
-        # a batch lies in two windows where an epoch ends in it
+        # a batch spans two windows if an epoch ends inside it
         return lru_cache(maxsize=2)(self._make_window)
 
     def _make_window(self, epoch: int, number: int) -> tuple[int, np.ndarray]:
-        """The place where a window of an epoch begins in the run's sequence of rows, and the examples from there on."""
+        """Start of an epoch's window in the run's sequence of rows, and the indices of the examples in that window."""
         count, size = len(self.examples), self.batch_size
         first = epoch * count // size + number * WINDOW
         begin, end = max(first * size, epoch * count), min((first + WINDOW) * size, (epoch + 1) * count)
@@ -218,15 +218,15 @@ class TrainBatches:
         if len(self.buckets.widths) == 1:
             return begin, rows
         rows = rows[np.argsort(self._bucket[rows], kind="stable")]
-        # The rows of one batch stay together and the batches change places. The epoch's first and last one may be
-        # parts of a batch, so the rows are cut in the order in which the parts are drawn.
+        # Batches are permuted as wholes. The epoch's first and last batch may be partial, so the rows are split into
+        # parts in their shuffled order.
         edges = np.unique(np.clip(np.arange(first, first + WINDOW + 1) * size, begin, end))
         order = np.random.default_rng([self.seed, epoch, number]).permutation(len(edges) - 1)
         parts = np.split(rows, np.cumsum(np.diff(edges)[order])[:-1])
         return begin, np.concatenate([parts[i] for i in np.argsort(order)])
 
     def _rows(self, k: int) -> np.ndarray:
-        """The numbers of the examples in global batch k."""
+        """Indices of the examples in global batch k."""
         count, begin, end = len(self.examples), k * self.batch_size, (k + 1) * self.batch_size
         if not self.shuffle:
             return np.arange(begin, end) % count
@@ -245,7 +245,7 @@ class TrainBatches:
 
 
 def num_steps(num_examples: int, *, epochs: float, steps: int | None, batch_size: int) -> int:
-    """Updates in a run: `steps` where given, else the epochs' examples over the batch size, at least one."""
+    """Number of updates in a run: `steps` if given, else epochs * num_examples // batch_size, at least one."""
     return steps if steps is not None else max(1, int(epochs * num_examples // batch_size))
 
 
@@ -257,19 +257,20 @@ def map_batches(
     *,
     models: Any = None,
 ) -> Any:
-    """Applies `function` (a batch to a pytree of [B ...] NumPy arrays) to all examples; drops the filler.
+    """Applies `function` (batch -> pytree of [B ...] NumPy arrays) to all examples and drops the padding rows.
 
-    Every example is padded to the widths of its own bucket, whatever lies beside it.
+    Every example is padded to the widths of its own bucket, whatever else is in its batch.
 
     Args:
-      models: like the function's result, what made each array, for messages; None: numbers are not checked.
+      models: pytree shaped like the function's result, with the name of the model behind each array, for messages;
+        None: outputs are not checked.
 
     Returns:
-      One pytree of arrays that lead with len(examples), in the examples' order. Where buckets give arrays of different
-      trailing axes, the smaller are padded with zeros at the end.
+      One pytree of arrays with leading axis len(examples), in the order of the examples. Where trailing axes differ
+      between buckets, the smaller arrays are zero-padded at the end.
 
     Raises:
-      UserError: if there are no examples, or as soon as one of the models gives NaN or infinity.
+      UserError: if there are no examples, or at the first NaN or infinity in a model's outputs.
     """
     if not examples:
         raise UserError("there are no rows to run a model on: the data set is empty; check its files and filters")
@@ -283,7 +284,7 @@ def map_batches(
 
 
 def padded_batches(examples: Sequence[Example], buckets: Buckets, batch_size: int) -> Iterator[Batch]:
-    """Every example once, in batches of one size, filled up at the end."""
+    """Every example once, in batches of one size; the last batch of each bucket has padding rows."""
     bucket, count = buckets.place(examples), itertools.count()
     for number, widths in enumerate(buckets.widths):
         members = np.flatnonzero(bucket == number)
@@ -306,7 +307,7 @@ def _check_finite(model: str, values: np.ndarray) -> None:
 
 
 def _scatter(places: Sequence[np.ndarray], parts: Sequence[np.ndarray]) -> np.ndarray:
-    """The parts' rows at their places, each padded with zeros to the widest trailing axes."""
+    """The parts' rows scattered to their places, each zero-padded to the widest trailing axes."""
     shape = np.max([part.shape[1:] for part in parts], axis=0).astype(int)
     whole = np.zeros((sum(map(len, places)), *shape), np.result_type(*parts))
     for rows, part in zip(places, parts, strict=True):

@@ -1,4 +1,4 @@
-"""Conversations to text, by the tokenizer's own chat template."""
+"""Renders conversations as text with the tokenizer's own chat template."""
 
 from collections.abc import Sequence
 from typing import Any, TypedDict
@@ -8,8 +8,8 @@ from transformers import PreTrainedTokenizerBase
 
 from mpo_jax.errors import UserError
 
-# Some templates write today's date, and a run could be neither repeated nor resumed on another day. Templates take no
-# function from outside, so this macro hides theirs.
+# Some templates print today's date, so a run could not be repeated or resumed on another day. Templates accept no
+# functions from outside, so this macro shadows their `strftime_now`.
 _DAY = {"Y": "2024", "y": "24", "m": "07", "d": "26", "B": "July", "b": "Jul", "A": "Friday", "a": "Fri"}
 _FIXED_DAY = (
     "{% macro strftime_now(form) %}{{ form"
@@ -45,21 +45,21 @@ class Chat:
         self._template = _FIXED_DAY + template if "strftime_now" in template else template
 
     def prompt(self, messages: Sequence[Message]) -> str:
-        """All turns and the header of the assistant's next one."""
+        """All turns, followed by the header of the assistant's next turn."""
         return self._render(messages, add_generation_prompt=True)
 
     def response(self, messages: Sequence[Message], reply: str) -> str:
-        """What the template writes after `prompt(messages)` when the assistant replies so, up to EOS and without it.
+        """The text that the template writes after `prompt(messages)` for this reply, up to and without the EOS.
 
-        It ends with the reply where the template writes no EOS after it. The reply itself where the template rewrites
-        earlier turns once there is a reply, so that no such text exists.
+        Without an EOS after the reply, the text ends with the reply. If the template rewrites earlier turns once there
+        is a reply, no such text exists and the reply itself is returned.
         """
         prompt = self.prompt(messages)
         whole = self._render([*messages, {"role": "assistant", "content": reply}], add_generation_prompt=False)
         if not whole.startswith(prompt):
             return reply
         rest = whole[len(prompt) :]
-        # an EOS spelled inside the reply does not end it
+        # an EOS spelled out inside the reply does not end it
         kept = reply if reply in rest else reply.strip()
         end = rest.find(kept) + len(kept) if kept in rest else 0
         eos = str(self.tokenizer.eos_token or "")

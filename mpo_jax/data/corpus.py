@@ -1,4 +1,4 @@
-"""From the data section to rows: which reader, which split, and a fingerprint of it all."""
+"""Loads the rows named by the `data` section: picks readers, splits the rows and fingerprints the sources."""
 
 import dataclasses
 import hashlib
@@ -35,20 +35,21 @@ TESTED = "also a test prompt"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """All rows of a run. No row of a training set has a test prompt.
+    """All rows of a run. No training row has a test prompt.
 
     Attributes:
-      demonstrations: SFT's training rows.
+      demonstrations: training rows for SFT.
       pairs: preference rows for selection and DPO.
-      reward_pairs: those of `pairs` that the reward model trains on: without the validation rows.
-      validation: preference rows that the reward model does not train on; where there is a test set, other stages do.
-      held_out: preference rows that nothing trains on: data.test_path, or `validation` where there is no test set.
-      prompts: for sampling, of data.prompt_path, else of `pairs`; once a row or each once, as data.prompts says.
-      test_prompts: to evaluate policies on, each once: of data.test_prompt_path, else of `held_out`.
-      categories: of the test prompts that have one.
-      reports: what was read and dropped, a source each.
-      pairs_by_prompt: whether `prompts` are the pairs' prompts, each once.
-      utility: the toy world's true utility of (prompt, response); None for real data.
+      reward_pairs: the reward model's training rows: `pairs` without the validation rows.
+      validation: preference rows held out from the reward model only; with a test set, other stages train on them.
+      held_out: preference rows held out from every stage: data.test_path, or `validation` without a test set.
+      prompts: prompts to sample from: data.prompt_path, else those of `pairs`; one per row or distinct, as
+        data.prompts says.
+      test_prompts: distinct prompts for evaluating policies: data.test_prompt_path, else those of `held_out`.
+      categories: category of each test prompt that has one.
+      reports: rows read and dropped, one report per source.
+      pairs_by_prompt: whether `prompts` are the distinct prompts of `pairs`.
+      utility: true utility of (prompt, response) in the toy world; None for real data.
     """
 
     demonstrations: list[Demonstration]
@@ -65,7 +66,7 @@ class Corpus:
 
     @property
     def sizes(self) -> str:
-        """The sets' sizes, in words."""
+        """A one-line summary of the sets' sizes."""
         return (
             f"{len(self.demonstrations)} demonstrations, {len(self.pairs)} pairs ({len(self.reward_pairs)} of them for "
             f"the reward model), {len(self.prompts)} prompts to sample from ({len(set(self.prompts))} distinct), "
@@ -74,19 +75,19 @@ class Corpus:
 
     @property
     def reward_test(self) -> list[Preference]:
-        """Preference rows that reward accuracy is reported on; the reward model trains on none of them."""
+        """Preference rows on which reward accuracy is reported; the reward model does not train on them."""
         return self.held_out or self.validation
 
     def category(self, prompt: str) -> str | None:
-        """The category of a test prompt; None where its rows name none, or several."""
+        """The category of a test prompt; None if its rows name none or several."""
         return self.categories.get(prompt)
 
     def sampled_prompts(self, num_prompts: int | None) -> list[str]:
-        """The prompts of selection and of PPO on all: the first `num_prompts`, or all."""
+        """The first `num_prompts` prompts (None: all), for selection and for PPO without a selection."""
         return self.prompts[:num_prompts]
 
     def human_pairs(self, num_prompts: int | None) -> list[Preference]:
-        """The labelled pairs of the same part: those of `sampled_prompts`, or as many where prompts have own files."""
+        """The labelled pairs of `sampled_prompts`, or the first `num_prompts` pairs if prompts have their own rows."""
         if not self.pairs_by_prompt:
             return self.pairs[:num_prompts]
         part = set(self.sampled_prompts(num_prompts))
@@ -94,10 +95,10 @@ class Corpus:
 
 
 def fingerprint(config: DataConfig) -> str:
-    """A hash of everything that the rows depend on; files count by content, not by name, unless it names a category.
+    """A hash of everything the rows depend on: of a file its content, and its name only if that implies a category.
 
     Raises:
-      UserError: a source that is missing; a data set of the hub that cannot be loaded.
+      UserError: if a source is missing or a hub data set cannot be loaded.
     """
     options = {"validation_fraction", "prompts"}
     if config.kind == "toy":
@@ -113,7 +114,7 @@ def fingerprint(config: DataConfig) -> str:
 
 
 def _fingerprint_sources(specs: tuple[str, ...]) -> list[Any]:
-    # splits of one hub data set can share their files, so there the name counts too
+    # splits of one hub data set can share files, so the name is hashed too
     hub = [spec for spec in specs if spec.startswith(HUB)]
     return [hub, fingerprint_files(file for spec in specs for file in open_source(spec).files())]
 
@@ -124,13 +125,13 @@ def _named_categories(specs: tuple[str, ...], category: Callable[[str], str | No
 
 
 def load_corpus(config: Config) -> Corpus:
-    """Reads or generates all rows; the last ones stay in memory.
+    """Reads or generates all rows; the two most recent results are cached in memory.
 
-    They depend on the data section, on text.chat and, where conversations are rendered, on the tokenizer of model.path.
+    Rows depend on the `data` section, on text.chat and, if conversations are rendered, on the tokenizer of model.path.
 
     Raises:
-      UserError: a missing file, a broken row (file and line), a template that refuses a row, or a set that is empty
-        after filtering.
+      UserError: for a missing file, a broken row (with file and line), a row that the chat template rejects, or a set
+        that is empty after filtering.
     """
     return _load(
         Config(data=config.data, text=TextConfig(chat=config.text.chat), model=ModelConfig(path=config.model.path))
@@ -162,12 +163,12 @@ def _load(config: Config) -> Corpus:
 
 
 def known_utility(config: DataConfig) -> Callable[[str, str], float] | None:
-    """The true utility of (prompt, response), which the toy world has and real data have not."""
+    """The true utility of (prompt, response) for the toy world; None for real data."""
     return toy.utility if config.kind == "toy" else None
 
 
 Part = tuple[list[T], DataReport]
-"""A source's rows, and what became of them."""
+"""A source's kept rows and the report that counts the dropped ones."""
 
 
 def _load_toy(config: Config) -> Corpus:
@@ -195,7 +196,7 @@ def _assemble(
     prompts: Sequence[Part[Prompt]] = (),
     test_prompts: Sequence[Part[Prompt]] = (),
 ) -> Corpus:
-    """Splits what was read; rows that a set may not have are dropped from it and counted."""
+    """Splits the rows into sets; rows that a set must not contain are dropped and counted."""
 
     def is_held(row: Preference | Demonstration) -> bool:
         return is_validation(row.group, seed=0, fraction=data.validation_fraction)
@@ -219,7 +220,7 @@ def _assemble(
     if data.prompts == "unique":
         sampled = list(dict.fromkeys(sampled))
     if data.prompt_path:
-        sampled = [row.prompt for row in _keep(prompts, _unasked(tested, data.prompts == "unique"))]
+        sampled = [row.prompt for row in _keep(prompts, _prompt_filter(tested, data.prompts == "unique"))]
     evaluated = asked if data.test_prompt_path else held_out
     return Corpus(
         demonstrations=imitated,
@@ -241,7 +242,7 @@ def _rows_of(parts: Iterable[Part[T]]) -> list[T]:
 
 
 def _keep(parts: Iterable[Part[T]], reason: Callable[[T], str | None]) -> list[T]:
-    """The rows for which there is no reason to drop them; the others are counted in their source's report."""
+    """The rows for which `reason` returns None; the others are counted by reason in their source's report."""
     kept = []
     for rows, report in parts:
         for row in rows:
@@ -254,8 +255,8 @@ def _keep(parts: Iterable[Part[T]], reason: Callable[[T], str | None]) -> list[T
     return kept
 
 
-def _unasked(tested: set[str], each_once: bool) -> Callable[[Prompt], str | None]:
-    """The reason not to sample a prompt: that it is tested on or, if `each_once`, that it has come before."""
+def _prompt_filter(tested: set[str], each_once: bool) -> Callable[[Prompt], str | None]:
+    """Returns the reason to drop a prompt: it is a test prompt or, if `each_once`, a duplicate."""
     seen: set[str] = set()
 
     def reason(row: Prompt) -> str | None:
@@ -305,7 +306,7 @@ def _load_sources(config: Config) -> Corpus:
             references, own = readers.demonstrations(source)
             imitated.append((references, dataclasses.replace(own, source=f"{source.name} (references)")))
         else:
-            # counted with the pairs
+            # these rows are already counted with the pairs
             imitated.append(([Demonstration(r.prompt, r.chosen, r.group, r.category) for r in rows], DataReport("")))
     return _assemble(
         data,
@@ -318,7 +319,7 @@ def _load_sources(config: Config) -> Corpus:
 
 
 def fingerprint_model(path: str) -> str:
-    """A hash of a model's files, so that changed weights are another model, and the same elsewhere are the same."""
+    """A hash of a model's files: changed weights count as another model, a moved or copied folder as the same one."""
     local = local_model(path)
     return fingerprint_files([local] if local.is_file() else sorted(file for file in local.iterdir() if file.is_file()))
 
@@ -327,7 +328,7 @@ def base_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     """The base model's tokenizer; a model from scratch uses the toy world's.
 
     Raises:
-      UserError: if rows from files are to be read by a model that has no tokenizer.
+      UserError: if rows come from files but the model has no tokenizer.
     """
     if config.model.path is not None:
         return load_tokenizer(local_model(config.model.path))

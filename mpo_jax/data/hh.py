@@ -1,4 +1,4 @@
-"""HH-RLHF: dialogues of `\\n\\nHuman:` and `\\n\\nAssistant:` turns, a preferred and a less preferred one a row."""
+"""HH-RLHF: dialogues of `\\n\\nHuman:` and `\\n\\nAssistant:` turns, one chosen and one rejected per row."""
 
 import re
 from functools import partial
@@ -31,11 +31,12 @@ _ROLES = {HUMAN: "user", ASSISTANT: "assistant"}
 def read_hh(
     source: Source, *, strict: bool = True, max_rows: int | None = None, render: Renderer
 ) -> tuple[list[Preference], DataReport]:
-    """Rows {chosen, rejected}: the prompt is everything through the last `\\n\\nAssistant:` of chosen.
+    """Reads rows {chosen, rejected}; the prompt is everything through the last `\\n\\nAssistant:` of chosen.
 
-    Strict drops, by counted reason: equal sides, a rejected side with another prompt, an empty response, turns that do
-    not alternate. Otherwise every row is kept, a foreign rejected side with what follows its own last turn; as a chat,
-    every row that has a turn before the response. A category that no field names is the source's (`source_category`).
+    Strict drops, counted by reason: equal sides, a rejected side with another prompt, empty responses, turns that do
+    not alternate. Non-strict keeps every row; a rejected side with another prompt contributes the text after its own
+    last `\\n\\nAssistant:`. Chat rendering also drops rows without a turn before the response. A row without a category
+    field takes the category of its source (`source_category`).
     """
 
     def convert(place: str, row: Row) -> Preference:
@@ -57,7 +58,7 @@ def read_hh(
 def read_hh_prompts(
     source: Source, *, strict: bool = True, max_rows: int | None = None, render: Renderer
 ) -> tuple[list[Prompt], DataReport]:
-    """The prompts of HH-RLHF's own {chosen, rejected}, or of any row that `read_prompts` takes. Drops empty ones."""
+    """Reads the prompts of HH-RLHF rows {chosen, rejected} or of rows that `read_prompts` takes; drops empty ones."""
 
     def convert(place: str, row: Row) -> Prompt:
         own = "prompt" not in row and isinstance(row.get("chosen"), str)
@@ -70,16 +71,16 @@ def read_hh_prompts(
 
 
 def source_category(place: str) -> str | None:
-    """`helpful` or `harmless`, as the last part of a file's, folder's or hub data set's name that says one of them."""
+    """`helpful` or `harmless`: whichever the last matching part of a file, folder or hub data set name contains."""
     parts = re.split(r"[/:]", place.lower())
     named = (set(CATEGORIES) & set(re.split(r"[^a-z]+", part)) for part in reversed(parts))
     return next((words.pop() for words in named if len(words) == 1), None)
 
 
 def dialogue_turns(prompt: str) -> list[Message]:
-    """A prompt's turns as messages, stripped; the assistant's turn that it leaves open is none of them.
+    """A prompt's turns as stripped messages, without the open assistant turn at its end.
 
-    Text before the first turn, which is all of a prompt without any, is the user's.
+    Text before the first marker counts as a user turn; so does a whole prompt without markers.
     """
     first, *rest = re.split(f"({HUMAN}|{ASSISTANT})", prompt)
     turns: list[Message] = [{"role": "user", "content": first.strip()}] if first.strip() else []

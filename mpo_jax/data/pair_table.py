@@ -1,4 +1,4 @@
-"""The table of scored response pairs that selection writes and that DPO, PPO and the report read."""
+"""The table of scored response pairs: written by selection, read by DPO, PPO and the report."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ FILE = "pairs.parquet"
 
 
 class Border(Protocol):
-    """Where easy ends and hard begins: one of the two is given."""
+    """The split between easy and hard pairs; exactly one of the two is set."""
 
     @property
     def threshold(self) -> float | None: ...
@@ -29,16 +29,16 @@ class Border(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class PairTable:
-    """All pairs, in the order of their prompts; the two sides of row i are responses i, 0 and i, 1.
+    """All pairs in prompt order; the sides of row i are `response[i][0]` and `response[i][1]`.
 
     Attributes:
       prompt: N texts.
       response: [N, 2] texts; side 0 is the first sample, or the human-preferred response.
-      ids: [N][2] token ids of the responses as sampled, EOS included where it came.
+      ids: [N][2] token ids of the responses as sampled, with EOS if one was sampled.
       score: [N, 2] raw reward-model scores.
-      chosen: [N] the side to prefer.
-      gap: [N] score of the chosen side minus the other's; negative only where a human label contradicts the scores.
-      utility: [N, 2] true utilities, NaN where no truth is known.
+      chosen: [N] index of the chosen side.
+      gap: [N] score of the chosen side minus the other's; negative only if a human label contradicts the scores.
+      utility: [N, 2] true utilities, NaN if unknown.
     """
 
     prompt: list[str]
@@ -82,10 +82,10 @@ class PairTable:
         return _threshold(self.gap, border)
 
     def rows(self, subset: Subset, border: Border) -> np.ndarray:
-        """Indices of the easy, the hard or all rows. Warns where easy or hard rows are all that there are.
+        """Indices of the easy, the hard or all rows. Warns if the other side of the split is empty.
 
         Raises:
-          NothingSelected: if there are none, with the gaps' range.
+          NothingSelected: if the subset is empty, with the range of the gaps.
         """
         rows = _rows(self.gap, subset, border)
         if subset != "all":
@@ -93,7 +93,7 @@ class PairTable:
         return rows
 
     def warn_if_one_sided(self, border: Border) -> None:
-        """Warns where the configured split leaves the easy or the hard side empty."""
+        """Warns if the configured split leaves the easy or the hard side empty."""
         sides: tuple[Subset, Subset] = ("easy", "hard")
         for side in sides:
             try:
@@ -103,18 +103,18 @@ class PairTable:
 
     @property
     def truth(self) -> np.ndarray:
-        """[N] true utility of the chosen side minus the other's, NaN where no truth is known."""
+        """[N] true utility of the chosen side minus the other's, NaN if unknown."""
         return np.where(self.chosen == 0, 1, -1) * (self.utility[:, 0] - self.utility[:, 1])
 
     def label_accuracy(self, rows: np.ndarray) -> float | None:
-        """Share of the rows whose chosen side has the higher true utility, ties left out; None where none is known."""
+        """Fraction of rows whose chosen side has the higher true utility, ties excluded; None if none is known."""
         signed = self.truth[rows]
         decided = np.isfinite(signed) & (signed != 0)
         return float((signed[decided] > 0).mean()) if decided.any() else None
 
 
 def check_subsets(folder: Path, subsets: Iterable[Subset], border: Border) -> None:
-    """Raises NothingSelected if a subset of the table in `folder` is empty; reads nothing but the gaps."""
+    """Raises NothingSelected if a subset of the table in `folder` is empty; reads only the gaps."""
     gap_N = pq.read_table(folder / FILE, columns=["gap"])["gap"].to_numpy()
     for subset in subsets:
         _rows(gap_N, subset, border)

@@ -1,4 +1,4 @@
-"""Rows: what a source holds, checked, turned into text and counted. The generic readers: strings and conversations."""
+"""Row types, and the generic readers for strings and conversations: they check rows, render them and count drops."""
 
 import dataclasses
 import hashlib
@@ -18,12 +18,12 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A prompt as the model is to see it.
+    """A prompt as the model sees it.
 
     Attributes:
-      group: the prompt's text before rendering, whatever layout and whitespace it came in (see `Renderer.group`). Rows
-        of one group are on one side of every split.
-      category: what tables are broken down by, where the row or its source names one.
+      group: prompt text before rendering, independent of layout and whitespace (see `Renderer.group`). All rows of a
+        group fall on the same side of every split.
+      category: label by which tables are broken down, if the row or its source names one.
     """
 
     prompt: str
@@ -33,7 +33,7 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True)
 class Demonstration:
-    """A prompt and a response to imitate; `group` and `category` as of `Prompt`."""
+    """A prompt and a response to imitate; `group` and `category` as in `Prompt`."""
 
     prompt: str
     response: str
@@ -43,7 +43,7 @@ class Demonstration:
 
 @dataclasses.dataclass(frozen=True)
 class Preference:
-    """A prompt with a preferred and a less preferred response; `group` and `category` as of `Prompt`."""
+    """A prompt with a chosen and a rejected response; `group` and `category` as in `Prompt`."""
 
     prompt: str
     chosen: str
@@ -54,7 +54,7 @@ class Preference:
 
 @dataclasses.dataclass
 class DataReport:
-    """What became of the rows of one source: read = kept + dropped; drops are counted by reason."""
+    """Row counts of one source: read = kept + dropped; drops are counted by reason."""
 
     source: str
     read: int = 0
@@ -69,11 +69,11 @@ class DataReport:
 
 
 class Drop(Exception):
-    """The row at hand is left out, for the reason that is the message."""
+    """Raised to drop the current row; the message is the reason."""
 
 
 def collect(source: Source, max_rows: int | None, convert: Callable[[str, Row], T]) -> tuple[list[T], DataReport]:
-    """Applies `convert` (place, row) to the rows of a source; those for which it raises `Drop` are counted."""
+    """Applies `convert(place, row)` to the rows of a source; rows for which it raises `Drop` are counted."""
     report = DataReport(source.name)
     rows = []
     for place, row in source.rows(max_rows):
@@ -87,7 +87,7 @@ def collect(source: Source, max_rows: int | None, convert: Callable[[str, Row], 
 
 
 def user_turn(prompt: str) -> list[Message]:
-    """A plain prompt as a conversation."""
+    """A plain prompt as a conversation of one user turn."""
     return [{"role": "user", "content": prompt}]
 
 
@@ -96,9 +96,9 @@ class Renderer:
     """How conversations become text, and whether plain prompts become conversations first.
 
     Attributes:
-      chat: makes the chat template; called only for rows that need one.
-      wrap: text.chat: plain prompts are turns too.
-      turns: the turns of a plain prompt.
+      chat: factory of the chat template; called only for rows that need one.
+      wrap: the value of text.chat: whether plain prompts are rendered as conversations too.
+      turns: function from a plain prompt to its turns.
     """
 
     chat: Callable[[], Chat]
@@ -106,26 +106,26 @@ class Renderer:
     turns: Callable[[str], list[Message]] = user_turn
 
     def group(self, prompt: str | list[Message]) -> str:
-        """The group of a prompt: its text without differences in whitespace, or its turns' if it has several.
+        """The group of a prompt: its text, or its turns if it has several, with whitespace normalised.
 
-        It does not depend on the model, and a plain prompt has the group of the conversation that it stands for.
+        It does not depend on the model, and a plain prompt has the same group as the equivalent conversation.
         """
         turns = self.turns(prompt) if isinstance(prompt, str) else prompt
         texts = [[turn["role"], one_line(turn["content"])] for turn in turns]
         return texts[0][1] if len(texts) == 1 and texts[0][0] == "user" else json.dumps(texts)
 
     def render(self, prompt: str | list[Message], replies: Sequence[str], place: str) -> tuple[str, list[str]]:
-        """Prompt and replies as the model is to see them.
+        """Prompt and replies as the model sees them.
 
         Raises:
           Drop: if a plain prompt has no turns.
-          UserError: if there is no template, or if it refuses these turns.
+          UserError: if there is no chat template, or it rejects these turns.
         """
         if isinstance(prompt, str):
             if not self.wrap:
                 return prompt, list(replies)
             prompt = self.turns(prompt)
-            # the space that joins plain text is no part of a turn
+            # plain text is joined by a space that does not belong to the turn
             replies = [reply.removeprefix(" ") for reply in replies]
         if not prompt:
             raise Drop("empty prompt")
@@ -138,7 +138,7 @@ class Renderer:
 
 @dataclasses.dataclass(frozen=True)
 class Readers:
-    """Of one format, each from a source to its rows and what became of them."""
+    """The readers of one format; each maps a source to its kept rows and a report."""
 
     preferences: "Callable[[Source], tuple[list[Preference], DataReport]]"
     demonstrations: "Callable[[Source], tuple[list[Demonstration], DataReport]]"
@@ -147,13 +147,13 @@ class Readers:
 
 @dataclasses.dataclass(frozen=True)
 class RowFormat:
-    """A layout of rows; `data.kind` names one by `mpo_jax.config.registry.ROW_FORMATS`.
+    """A row layout; `data.kind` names one in `mpo_jax.config.registry.ROW_FORMATS`.
 
     Attributes:
-      readers: (data section, options of all readers: strict, max_rows, render) -> its readers.
-      turns: the turns that a plain prompt stands for, in a chat.
-      has_references: whether preference rows of a source hold demonstrations beside the pairs.
-      category: the category that a source's name says, where its name counts for its rows.
+      readers: function (data section, options of all readers: strict, max_rows, render) -> readers.
+      turns: function from a plain prompt to its chat turns.
+      has_references: whether the preference rows of a source also hold demonstrations.
+      category: function from a source's name to the category it implies; None if names imply none.
     """
 
     readers: Callable[[DataConfig, dict[str, Any]], Readers]
@@ -165,15 +165,16 @@ class RowFormat:
 def read_preferences(
     source: Source, *, strict: bool = True, max_rows: int | None = None, render: Renderer
 ) -> tuple[list[Preference], DataReport]:
-    """Rows {prompt, chosen, rejected}: strings, or conversations (lists of {role, content}).
+    """Reads rows {prompt, chosen, rejected} of strings or conversations (lists of {role, content}).
 
-    Of conversations, chosen and rejected end with the reply that is compared; what comes before it is the prompt. They
-    may hold the whole conversation, with or without a field `prompt` beside them, or only what follows the prompt.
-    Strict drops, by counted reason: equal sides, empty prompts and responses, a rejected side with another prompt.
-    Otherwise only empty prompts go, and a foreign rejected side gives its last reply.
+    In conversations, chosen and rejected end with the replies to compare; the turns before are the prompt. Each side
+    may hold the whole conversation, with or without a `prompt` field, or only the turns after the prompt.
+    Strict drops, counted by reason: equal sides, empty prompts or responses, a rejected side with another prompt.
+    Non-strict drops only empty prompts; a rejected side with another prompt contributes its last reply.
 
     Raises:
-      UserError: a missing field, one of another type, or a conversation that does not end with the assistant.
+      UserError: for a field that is missing or has the wrong type, or a conversation that does not end with the
+        assistant.
     """
 
     def convert(place: str, row: Row) -> Preference:
@@ -194,13 +195,14 @@ def read_preferences(
 def read_demonstrations(
     source: Source, *, strict: bool = True, max_rows: int | None = None, render: Renderer
 ) -> tuple[list[Demonstration], DataReport]:
-    """Rows {prompt, response} or {prompt, completion} of strings or conversations, or {messages}, a conversation.
+    """Reads rows {prompt, response} or {prompt, completion} of strings or conversations, or {messages}, a conversation.
 
-    Of a conversation the last reply is the response, and all before it the prompt. Strict drops rows with an empty
-    prompt or response, counted; otherwise only those with an empty prompt.
+    The last reply of a conversation is the response, and the turns before it are the prompt. Strict drops and counts
+    rows with an empty prompt or response; non-strict only those with an empty prompt.
 
     Raises:
-      UserError: a missing field, one of another type, or a conversation that does not end with the assistant.
+      UserError: for a field that is missing or has the wrong type, or a conversation that does not end with the
+        assistant.
     """
 
     def convert(place: str, row: Row) -> Demonstration:
@@ -222,11 +224,11 @@ def read_demonstrations(
 def read_prompts(
     source: Source, *, strict: bool = True, max_rows: int | None = None, render: Renderer
 ) -> tuple[list[Prompt], DataReport]:
-    """The prompts of rows {prompt}, a string or a conversation that the assistant is to continue, or of rows that
-    `read_preferences` and `read_demonstrations` take. Drops empty prompts, counted.
+    """Reads the prompts of rows {prompt} (a string, or a conversation for the assistant to continue), or of rows that
+    `read_preferences` and `read_demonstrations` take. Drops and counts empty prompts.
 
     Raises:
-      UserError: a missing field, or one of another type.
+      UserError: for a field that is missing or has the wrong type.
     """
 
     def convert(place: str, row: Row) -> Prompt:
@@ -237,10 +239,10 @@ def read_prompts(
 
 
 def asked(row: Row, place: str, render: Renderer) -> str | list[Message]:
-    """The prompt of a row of any layout, as the reader of that layout takes it.
+    """The prompt of a row of any layout, as the reader of that layout would extract it.
 
     Raises:
-      UserError: a missing field, or one of another type.
+      UserError: for a field that is missing or has the wrong type.
     """
     sides = ("chosen", "response", "completion")
     field = next((name for name in sides if isinstance(row.get(name), list)), None)
@@ -263,10 +265,10 @@ def preference(
     strict: bool,
     render: Renderer,
 ) -> Preference:
-    """A checked and rendered row; its group is the prompt's unless given.
+    """Checks and renders a row; `group` defaults to the group of the prompt.
 
     Raises:
-      Drop: if the row is not to be used.
+      Drop: if the row is filtered out.
     """
     if strict and chosen == rejected:
         raise Drop("chosen equals rejected")
@@ -285,7 +287,7 @@ def demonstration(
     strict: bool,
     render: Renderer,
 ) -> Demonstration:
-    """As `preference`, for a row with one response."""
+    """Like `preference`, for a row with one response."""
     _drop_empty(prompt, (response,), strict)
     text, (reply,) = render.render(prompt, (response,), place)
     return Demonstration(text, reply, render.group(prompt) if group is None else group, category)
@@ -300,28 +302,28 @@ def prompt_only(
     strict: bool,
     render: Renderer,
 ) -> Prompt:
-    """As `preference`, for a row without a response."""
+    """Like `preference`, for a row without responses."""
     _drop_empty(prompt, (), strict)
     text, _ = render.render(prompt, (), place)
     return Prompt(text, render.group(prompt) if group is None else group, category)
 
 
 def row_category(row: Row) -> str | None:
-    """The row's own field `category`, where it holds a text."""
+    """The row's `category` field if it is a non-empty string."""
     category = row.get("category")
     return category.strip() or None if isinstance(category, str) else None
 
 
 def one_line(text: str) -> str:
-    """The text with every run of whitespace as one space, and none at its ends."""
+    """The text with every run of whitespace collapsed to one space and the ends stripped."""
     return " ".join(text.split())
 
 
 def said(row: Row, field: str, place: str) -> str | list[Message]:
-    """A field that holds a string or a conversation, of which only role and content are kept.
+    """A field that holds a string or a conversation; of each message only role and content are kept.
 
     Raises:
-      UserError: if it is missing, or anything else.
+      UserError: if the field is missing or has another type.
     """
     if not isinstance(row.get(field), list):
         return text_field(row, field, place)
@@ -338,7 +340,7 @@ def text_field(row: Row, field: str, place: str) -> str:
     """A field that holds a string.
 
     Raises:
-      UserError: if it is missing, of another type, or no valid text.
+      UserError: if the field is missing, has another type or is not valid Unicode.
     """
     if field not in row:
         raise UserError(f"{place}: the row has no field {field!r}; it has: {', '.join(row) or 'nothing'}")
@@ -347,14 +349,14 @@ def text_field(row: Row, field: str, place: str) -> str:
     try:
         row[field].encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UserError(f"{place}: field {field!r} holds half a surrogate pair, which is no character") from error
+        raise UserError(f"{place}: field {field!r} holds half a surrogate pair, which is not a character") from error
     return row[field]
 
 
 def is_validation(group: str, *, seed: int, fraction: float) -> bool:
-    """Whether a group of rows is validation: sha256(seed|group) mod 10000 < 10000 fraction.
+    """Whether a group belongs to the validation rows: sha256(seed|group) mod 10000 < 10000 fraction.
 
-    It depends on neither row order nor process count, and rows of one prompt stay together.
+    Independent of row order and process count; rows of one prompt stay together.
     """
     digest = hashlib.sha256(f"{seed}|{group}".encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest, "big") % 10000 < round(10000 * fraction)
@@ -363,11 +365,11 @@ def is_validation(group: str, *, seed: int, fraction: float) -> bool:
 def _last_reply(
     prompt: str | list[Message], side: str | list[Message], where: str, render: Renderer
 ) -> tuple[list[Message], str]:
-    """The conversation of a prompt and one side, as what comes before the last reply, and that reply."""
+    """The conversation of a prompt and one side, split into the turns before the last reply and that reply."""
     context = render.turns(prompt) if isinstance(prompt, str) else prompt
     if isinstance(side, str):
         return context, side
-    # beside a plain prompt, a side that the assistant does not begin is the whole conversation
+    # with a plain prompt, a side that does not start with the assistant is the whole conversation
     begun = isinstance(prompt, str) and bool(side) and side[0]["role"] != "assistant"
     whole = side if begun or side[: len(context)] == context else [*context, *side]
     last = side[-1]["role"] if side else "nothing"
@@ -378,7 +380,7 @@ def _last_reply(
 
 def _drop_empty(prompt: str | list[Message], replies: Sequence[str], strict: bool) -> None:
     text = prompt if isinstance(prompt, str) else "".join(message["content"] for message in prompt)
-    # a response needs something to follow, even where nothing is filtered
+    # a response must follow something, even without filtering
     if not (text.strip() if strict else prompt):
         raise Drop("empty prompt")
     if strict and not all(reply.strip() for reply in replies):

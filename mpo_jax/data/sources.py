@@ -1,7 +1,7 @@
-"""Where rows come from: JSON lines, parquet, folders, data sets saved by `datasets`, and the Hugging Face hub.
+"""Row sources: JSON lines, parquet, folders, data sets saved by `datasets`, and the Hugging Face hub.
 
-A source gives each row with its place, for error messages, and names its files, by whose content a run knows its data.
-`datasets` is imported only where it is needed: for what it saved itself, and for the hub.
+A source yields each row with its place, for error messages, and lists its files, whose content fingerprints the data.
+`datasets` is imported only when needed: for folders that it saved and for the hub.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ HUB_FORM = "hub:ORG/NAME[@REVISION][:DIR][:SPLIT]"
 _HUB_PATTERN = re.compile(
     r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[^:@]+))?(?::(?P<folder>(?!/)[^:]*))?(?::(?P<split>[\w.]+))?"
 )
-# of decoded rows in memory: rows of a megabyte exist
+# rows decoded at a time; small, because some rows take a megabyte
 _PARQUET_BATCH = 256
 
 
@@ -38,28 +38,28 @@ class Source(Protocol):
 
     @property
     def name(self) -> str:
-        """What the user calls it."""
+        """The name that the user gave."""
         ...
 
     def rows(self, max_rows: int | None = None) -> Iterator[tuple[str, Row]]:
-        """Each row with its place, "file.jsonl:12" or "file.parquet row 3", counted from 1; at most `max_rows` a file.
+        """Yields (place, row), at most `max_rows` per file; places count from 1: "file.jsonl:12", "file.parquet row 3".
 
         Raises:
-          UserError: naming the place of whatever cannot be read.
+          UserError: if a row cannot be read, with its place.
         """
         ...
 
     def files(self) -> list[Path]:
-        """The files that hold the rows, in the order of the rows."""
+        """The files that hold the rows, in row order."""
         ...
 
 
 def open_source(spec: str) -> Source:
-    """A .jsonl, .jsonl.gz, .json (of lines) or .parquet file, a folder of such, a folder saved by `datasets`, or
-    `hub:ORG/NAME[@REVISION][:DIR][:SPLIT]`, whose split is `train` where none is given.
+    """Opens a .jsonl, .json (one object per line), .jsonl.gz, .json.gz or .parquet file, a folder of .jsonl, .jsonl.gz
+    or .parquet files, a folder saved by `datasets`, or `hub:ORG/NAME[@REVISION][:DIR][:SPLIT]` (default: `train`).
 
     Raises:
-      UserError: if nothing is there, or if it is of no known kind.
+      UserError: if the source does not exist or its kind is unknown.
     """
     if spec.startswith(HUB):
         return _open_hub(spec)
@@ -76,7 +76,7 @@ def open_source(spec: str) -> Source:
 
 
 def fingerprint_files(paths: Iterable[Path]) -> str:
-    """sha256 over the files' bytes, in order.
+    """sha256 of the files' contents, in order.
 
     Raises:
       UserError: if a file is missing or cannot be read.
@@ -95,7 +95,7 @@ def fingerprint_files(paths: Iterable[Path]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _JsonLines:
-    """One JSON object a line. Blank lines, a byte-order mark and Windows line ends are no part of the rows."""
+    """One JSON object per line; blank lines, a byte-order mark and Windows line endings are ignored."""
 
     name: str
     path: Path
@@ -106,7 +106,7 @@ class _JsonLines:
     def rows(self, max_rows: int | None = None) -> Iterator[tuple[str, Row]]:
         count = number = 0
         try:
-            # decoded line by line: a text file decodes ahead, and its error would name a line far from the fault
+            # decoded line by line: text mode decodes ahead, so its error would name a line far from the fault
             with gzip.open(self.path, "rb") if self.path.suffix == ".gz" else self.path.open("rb") as lines:
                 for number, encoded in enumerate(lines, 1):
                     line = encoded.decode("utf-8-sig" if number == 1 else "utf-8").rstrip()
@@ -128,11 +128,12 @@ class _JsonLines:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{self.name}:{number}: broken JSON: {error.msg} (column {error.colno})") from error
-        except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        except (ValueError, RecursionError) as error:  # a number with thousands of digits, thousands of brackets
             raise UserError(f"{self.name}:{number}: JSON that cannot be read: {error}") from error
         if not isinstance(row, dict):
             raise UserError(
-                f"{self.name}:{number}: a row must be a JSON object, not {type(row).__name__}: write one object a line"
+                f"{self.name}:{number}: a row must be a JSON object, not {type(row).__name__}: "
+                "write one object per line"
             )
         return row
 
@@ -158,7 +159,7 @@ class _Parquet:
 
 @dataclasses.dataclass(frozen=True)
 class _Saved:
-    """What the library `datasets` keeps in arrow files: a saved folder, or a data set of the hub in its cache."""
+    """Arrow files written by the library `datasets`: a saved folder, or a hub data set in its cache."""
 
     name: str
     load: Callable[[], Any]
@@ -167,13 +168,13 @@ class _Saved:
         return [Path(file["filename"]) for file in self.load().cache_files]
 
     def rows(self, max_rows: int | None = None) -> Iterator[tuple[str, Row]]:
-        # a format saved with the data set would hide columns or give arrays in place of strings
+        # a format saved with the data set could hide columns or turn strings into arrays
         return _numbered(self.name, lambda: iter(self.load().with_format(None)), max_rows, "arrow data set")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Many:
-    """Several files as one source; `max_rows` counts in each of them."""
+    """Several files as one source; `max_rows` applies to each file."""
 
     name: str
     parts: Sequence[Source]
@@ -224,10 +225,10 @@ def _open_folder(name: str, folder: Path) -> Source:
 def _open_hub(spec: str) -> Source:
     parts = _HUB_PATTERN.fullmatch(spec.removeprefix(HUB))
     if parts is None:
-        raise UserError(f"{spec!r} names no data set of the hub: write {HUB_FORM}")
+        raise UserError(f"{spec!r} is not a hub data set: write {HUB_FORM}")
     name, revision, folder, split = parts.group("name", "revision", "folder", "split")
     if name == "pandas":
-        # no data set but a reader of `datasets`, which in some versions unpickles files: those can run any code
+        # not a data set but a builder of `datasets`; some versions of it unpickle files, which can run any code
         raise UserError(f"{spec!r} would read pickled files, which can run code: save them as .parquet or .jsonl")
     return _Saved(spec, lambda: _load_hub(spec, name, revision, folder or None, split or "train"))
 
@@ -235,7 +236,7 @@ def _open_hub(spec: str) -> Source:
 def _load_folder(name: str, folder: Path) -> Any:
     library = _datasets(name)
     try:
-        # in memory it would name no files
+        # an in-memory data set lists no files
         return library.load_from_disk(str(folder), keep_in_memory=False)
     except Exception as error:  # a missing or damaged file fails in many ways
         raise UserError(f"{name}: broken or incomplete arrow data set: {_reason(error)}") from error
@@ -243,11 +244,11 @@ def _load_folder(name: str, folder: Path) -> Any:
 
 @lru_cache(maxsize=16)
 def _load_hub(spec: str, name: str, revision: str | None, folder: str | None, split: str) -> Any:
-    """Cached, so that fingerprint and rows of a run are of one state of the hub."""
+    """Cached, so a run's fingerprint and rows come from the same state of the hub."""
     library = _datasets(spec)
     try:
         return library.load_dataset(name, data_dir=folder, revision=revision, split=split, keep_in_memory=False)
-    except Exception as error:  # of several libraries
+    except Exception as error:  # several libraries raise their own types
         raise UserError(f"cannot load {spec}: {_reason(error)}. {_hub_advice(name, error)}") from error
 
 
@@ -263,16 +264,16 @@ def _hub_advice(name: str, error: Exception) -> str:
     text = str(error)
     if "scripts are no longer supported" in text:
         return (
-            "Its loading script is not run: name the files that the hub made of it, "
+            "Its loading script is not run: name the files that the hub converted it to, "
             f"hub:{name}@refs/convert/parquet[:DIR][:SPLIT]"
         )
     if "gated" in text:
         return f"Ask for access at https://huggingface.co/datasets/{name} and log in with `hf auth login`"
     if isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.startswith("httpx"):
-        return "Check the connection (and HF_HUB_OFFLINE), or download the files and name them in its place"
+        return "Check the connection (and HF_HUB_OFFLINE), or download the files and name them instead"
     return (
         f"Check the spelling of {HUB_FORM}; a private data set needs `hf auth login`; "
-        "or download the files and name them in its place"
+        "or download the files and name them instead"
     )
 
 

@@ -1,4 +1,7 @@
-"""Text to ids and back: tokenizer, templates, truncation. Prompt and response are tokenized apart and joined as ids."""
+"""Text to ids and back: tokenizer, templates, truncation.
+
+Prompt and response are tokenized separately and joined as ids.
+"""
 
 import dataclasses
 import hashlib
@@ -16,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from mpo_jax.config.schema import TextConfig
 from mpo_jax.errors import UserError
 
-# one call of the tokenizer: enough texts to keep its threads busy, few enough for their offsets and masks in memory
+# per tokenizer call: enough texts to keep its threads busy, few enough to hold their offsets and masks in memory
 CHUNK_TEXTS = 1000
 CHUNK_CHARACTERS = 4_000_000
 LOOK_AHEAD = 12
@@ -24,22 +27,22 @@ LOOK_AHEAD = 12
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:
-    """Token ids within their limit, and how many there were before anything was cut; both count BOS and EOS."""
+    """Token ids within the limit, and their number before truncation; both include BOS and EOS."""
 
     ids: list[int]
     full: int
 
     @property
     def truncated(self) -> bool:
-        """Whether anything was cut."""
+        """Whether ids were cut."""
         return self.full > len(self.ids)
 
 
 class TextCodec:
-    """A Hugging Face tokenizer with this project's joining rules.
+    """A Hugging Face tokenizer with this project's rules for joining prompt and response.
 
-    Exactly one BOS starts a prompt where the tokenizer itself adds one (or `text.add_bos` says so); exactly one EOS
-    ends a complete response; a response cut short carries none.
+    A prompt starts with exactly one BOS if the tokenizer itself adds one (or `text.add_bos` says so). A complete
+    response ends with exactly one EOS; a truncated response has none.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: TextConfig):
@@ -53,7 +56,7 @@ class TextCodec:
 
     @cached_property
     def adds_bos(self) -> bool:
-        """Whether rows start with BOS."""
+        """Whether prompts start with BOS."""
         if self.config.add_bos != "auto":
             return self.config.add_bos == "true"
         bos = self.special("bos")
@@ -61,7 +64,7 @@ class TextCodec:
 
     @cached_property
     def adds_space(self) -> bool:
-        """Whether the tokenizer puts a space before every text it is given, as SentencePiece models do."""
+        """Whether the tokenizer prepends a space to every text, as SentencePiece models do."""
         tokens = self.tokenizer.convert_ids_to_tokens(self.tokenizer("a", add_special_tokens=False).input_ids)
         return bool(tokens) and str(tokens[0]).startswith("\u2581")
 
@@ -75,12 +78,12 @@ class TextCodec:
 
     @property
     def vocab_size(self) -> int:
-        """Ids the tokenizer can produce: the largest plus one."""
+        """Number of ids that the tokenizer can produce: the largest id plus one."""
         return int(self._ids.max()) + 1
 
     @cached_property
     def fingerprint(self) -> str:
-        """Sha256, in hex, of all that ids depend on: the tokenizer's state, its special tokens, the text settings."""
+        """Hex sha256 of everything that ids depend on: the tokenizer's state, special tokens and text settings."""
         config = self.config.model_dump(
             include={"max_prompt_tokens", "max_response_tokens", "prompt_template", "truncation"}
         )
@@ -88,12 +91,12 @@ class TextCodec:
         return hashlib.sha256(parts.encode() + _state(self.tokenizer)).hexdigest()
 
     def special(self, name: Literal["bos", "pad"]) -> int | None:
-        """A special token's id, where the tokenizer defines one."""
+        """A special token's id; None if the tokenizer does not define it."""
         value = getattr(self.tokenizer, f"{name}_token_id")
         return None if value is None else int(value)
 
     def allowed(self, vocab_size: int) -> np.ndarray:
-        """[V] bool, the ids that may be sampled: no pad, BOS, unknown or other special token but EOS, no extra row."""
+        """[V] bool, the ids that may be sampled: the tokenizer's ids, without special tokens other than EOS."""
         allowed = np.zeros(vocab_size, bool)
         allowed[self._ids[self._ids < vocab_size]] = True
         added = [i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special]
@@ -106,12 +109,12 @@ class TextCodec:
         return self.prompts([text])[0]
 
     def prompts(self, texts: Sequence[str]) -> list[Fitted]:
-        """The templated prompts' ids, with at most one BOS: the tokenizer's, or the one that a chat template wrote.
+        """Ids of the templated prompts, with at most one BOS: the tokenizer's, or the one written by a chat template.
 
-        Too long a prompt loses the end of its POST section or its own start, as `text.truncation` says.
+        A prompt that is too long loses the end of its POST section or its start, as `text.truncation` says.
 
         Raises:
-          UserError: if nothing is left, since a response needs a token to follow; or if the section to cut is missing.
+          UserError: if no token is left for a response to follow, or if the section to cut is missing.
         """
         templated = [self.templated(text) for text in texts]
         return [self._fit_prompt(text, ids) for text, ids in zip(templated, self._encode(templated), strict=True)]
@@ -121,7 +124,7 @@ class TextCodec:
         return self.config.prompt_template.replace("{prompt}", text)
 
     def as_seen(self, texts: Sequence[str]) -> list[str]:
-        """What a model reads of these prompts, as text without BOS: templated, and cut where they are too long."""
+        """The prompts as a model reads them, as text without BOS: templated, and truncated if too long."""
         return [
             str(self.tokenizer.decode(self._split_bos(fitted.ids)[1], clean_up_tokenization_spaces=False))
             if fitted.truncated
@@ -134,15 +137,15 @@ class TextCodec:
         return self.responses([text])[0]
 
     def responses(self, texts: Sequence[str]) -> list[Fitted]:
-        """The responses' ids with EOS; too long a response loses its end, EOS included. Empty text gives EOS alone."""
-        # the tokenizer's own space stands for the one that the response begins with, so that the seam holds one
+        """Ids of the responses with EOS; if too long, the end is cut, EOS included. Empty text gives EOS alone."""
+        # a tokenizer that prepends a space supplies the response's leading one; the join must hold exactly one
         seamed = [text[1:] if self.adds_space and text.startswith(" ") else text for text in texts]
-        # text that spells a special token stays text: a "</s>" inside a response would end it
+        # special tokens spelled out in a response stay text; as a token, a "</s>" would end the response
         whole = [[*ids, self.eos_id] for ids in self._encode(seamed, split_special_tokens=True)]
         return [Fitted(ids[: self.config.max_response_tokens], len(ids)) for ids in whole]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Text of response ids up to the first EOS, with the space at its start that joins it to the prompt."""
+        """Text of response ids up to the first EOS, with the leading space that joins it to the prompt."""
         kept = [int(i) for i in ids]
         if self.eos_id in kept:
             kept = kept[: kept.index(self.eos_id)]
@@ -155,14 +158,14 @@ class TextCodec:
         self.tokenizer.save_pretrained(folder)
 
     def _encode(self, texts: Sequence[str], **options: Any) -> list[list[int]]:
-        # verbose warns of texts longer than the model takes, which are cut here
+        # verbose=False: no warning about over-long texts, since this class truncates them
         options |= {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
         return [
             list(ids) for chunk in _chunks(texts) for ids in self.tokenizer(chunk, verbose=False, **options).input_ids
         ]
 
     def _split_bos(self, ids: list[int]) -> tuple[list[int], list[int]]:
-        """What must start the row, [BOS] or nothing, and the ids after it."""
+        """The start of the row, [BOS] or nothing, and the ids after it."""
         bos = self.special("bos")
         written = next((i for i, token in enumerate(ids) if token != bos), len(ids))
         return ([bos] if bos is not None and (written or self.adds_bos) else []), ids[written:]
@@ -182,7 +185,7 @@ class TextCodec:
         return Fitted(start + ids, full)
 
     def _cut_post(self, text: str, full: int, room: int) -> list[int] | None:
-        """Ids, BOS apart, of the text with a shorter POST section; None without one, or where the rest is too long."""
+        """Ids without BOS of the text with a shortened POST section; None without one, or if the rest is too long."""
         section = _post_section(text)
         if section is None:
             if self.config.truncation == "auto":
@@ -197,13 +200,13 @@ class TextCodec:
             ids = self._split_bos(self._encode([text[:stop] + text[end:]])[0])[1]
             return ids if len(ids) <= room else None
 
-        # an empty first line would leave nothing of the post
+        # cutting at an empty first line would leave nothing of the post
         lines = [m.start() for m in re.finditer(r"\r?\n", text[:end]) if text[begin : m.start()].strip()]
         return _last_fit(lines, fit) or _last_fit(range(begin, end), fit)
 
 
 def _last_fit(stops: Sequence[int], fit: Callable[[int], list[int] | None]) -> list[int] | None:
-    """`fit` of the last of the ascending stops for which it is not None, by bisection."""
+    """`fit` of the last stop (ascending) for which it is not None, found by bisection."""
     best, low, high = None, 0, len(stops)
     while low < high:
         middle = (low + high) // 2
@@ -212,14 +215,14 @@ def _last_fit(stops: Sequence[int], fit: Callable[[int], list[int] | None]) -> l
             high = middle
         else:
             best, low = ids, middle + 1
-    # a part of a word can be more tokens than the word
+    # not monotonic: part of a word can take more tokens than the whole word, so look a few stops further
     for stop in stops[low : low + LOOK_AHEAD]:
         best = fit(stop) or best
     return best
 
 
 def _post_section(text: str) -> tuple[int, int] | None:
-    """Where the text between the first "POST:", at a line's start if there is one, and the last "TL;DR:" lies."""
+    """Start and end of the text between the first "POST:" (preferably at a line start) and the last "TL;DR:"."""
     start = re.search(r"^POST:", text, re.MULTILINE) or re.search("POST:", text)
     end = text.rfind("\n\nTL;DR:")
     return None if start is None or end < start.end() else (start.end(), end)
@@ -239,7 +242,7 @@ def _chunks(texts: Sequence[str]) -> Iterator[list[str]]:
 
 
 def _state(tokenizer: Any) -> bytes:
-    """The tokenizer's own state, without the padding and truncation that its last call left in it."""
+    """The tokenizer's state, without the padding and truncation settings left by its last call."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         state = json.loads(backend.to_str())

@@ -1,7 +1,7 @@
-"""TL;DR: Reddit posts with summaries, and comparisons of two summaries, in the layouts in which they are published.
+"""TL;DR: Reddit posts with summaries, and comparisons of two summaries, in their published layouts.
 
-A query is `SUBREDDIT: r/{subreddit}\\n\\nTITLE: {title}\\n\\nPOST: {post}\\n\\nTL;DR:`, and a summary follows it after
-exactly one space. A row's layout is known by its fields:
+A query is `SUBREDDIT: r/{subreddit}\\n\\nTITLE: {title}\\n\\nPOST: {post}\\n\\nTL;DR:`; exactly one space separates it
+from the summary. A row's fields determine its layout:
 
     {subreddit, title, post, summary}        a post and its author's summary
     {info, summaries, choice}                a post or news article in info, two summaries, the better one's index
@@ -9,8 +9,8 @@ exactly one space. A row's layout is known by its fields:
     {prompt, label}, {prompt, completion}, {prompt, response}    a query and a summary
     {prompt, chosen, rejected}               a query and two summaries
 
-The group of a row is its query up to the final `TL;DR:`, so that a post has one group in all layouts. Its category is
-the subreddit.
+A row's group is its query up to the final `TL;DR:`, so a post has the same group in every layout. Its category is the
+subreddit.
 """
 
 import re
@@ -58,13 +58,13 @@ _SUBREDDIT = re.compile(r"\s*SUBREDDIT: (r/\S+)")
 def read_tldr_preferences(
     source: Source, *, strict: bool = True, max_rows: int | None = None, render: Renderer, keep_news: bool = False
 ) -> tuple[list[Preference], DataReport]:
-    """Pairs of summaries of one query.
+    """Reads pairs of summaries of one query.
 
-    Drops, by counted reason: comparisons on news articles unless `keep_news`, rows without a preference, and, if
+    Drops, counted by reason: comparisons on news articles unless `keep_news`, rows without a preference, and, if
     strict, equal or empty summaries. A news article's query is `Article:\\n{article}\\n\\nTL;DR:`.
 
     Raises:
-      UserError: a layout that holds no preferences, or a field that is missing or of another kind.
+      UserError: for a layout without preferences, or a field that is missing or has the wrong type.
     """
 
     def convert(place: str, row: Row) -> Preference:
@@ -86,10 +86,10 @@ def read_tldr_preferences(
 def read_tldr_demonstrations(
     source: Source, *, strict: bool = True, max_rows: int | None = None, render: Renderer
 ) -> tuple[list[Demonstration], DataReport]:
-    """Queries with the summary to imitate: of a row that has several, the author's. Strict drops empty ones, counted.
+    """Reads queries with the summary to imitate (of several, the author's). Strict drops and counts empty ones.
 
     Raises:
-      UserError: a layout without such a summary, or a field that is missing or of another kind.
+      UserError: for a layout without such a summary, or a field that is missing or has the wrong type.
     """
 
     def convert(place: str, row: Row) -> Demonstration:
@@ -104,10 +104,10 @@ def read_tldr_demonstrations(
 def read_tldr_prompts(
     source: Source, *, strict: bool = True, max_rows: int | None = None, render: Renderer, keep_news: bool = False
 ) -> tuple[list[Prompt], DataReport]:
-    """The queries of rows of any layout, or {prompt} alone. Drops news articles unless `keep_news`, counted.
+    """Reads the queries of rows of any layout, or of {prompt} alone. Drops and counts news articles unless `keep_news`.
 
     Raises:
-      UserError: a layout without a query, or a field that is missing or of another kind.
+      UserError: for a layout without a query, or a field that is missing or has the wrong type.
     """
 
     def convert(place: str, row: Row) -> Prompt:
@@ -121,7 +121,7 @@ def read_tldr_prompts(
 
 
 def has_references(source: Source) -> bool:
-    """Whether the source's first row has the layout with an author's summary in every row, preferred or not."""
+    """Whether the source's first row has the `REFERENCE` layout, in which every row holds the author's summary."""
     return any(set(REFERENCE) <= row.keys() for _, row in source.rows(1))
 
 
@@ -143,7 +143,7 @@ def _query(row: Row, place: str, keep_news: bool) -> str:
     if not isinstance(post, dict):
         raise UserError(f"{place}: field 'info' must be an object, not {type(post).__name__}")
     where = f"{place}: field 'info'" if "info" in row else place
-    # a table's columns that a row does not use are null
+    # in a table, the columns that a row does not use are null
     if not post.get("post") and post.get("article"):
         if not keep_news:
             raise Drop("news article")
@@ -182,7 +182,7 @@ def _preferred(row: Row, place: str) -> tuple[str, str]:
 
 
 def _end_in_query(query: str, chosen: str, rejected: str) -> tuple[str, str, str]:
-    """Moves the `TL;DR:` that some published pairs have at the start of both summaries to the query's end."""
+    """Moves a `TL;DR:` at the start of both summaries, as in some published pairs, to the end of the query."""
     sides = [text.lstrip() for text in (chosen, rejected)]
     if query.rstrip().endswith(END) or not all(side.startswith(END) for side in sides):
         return query, chosen, rejected

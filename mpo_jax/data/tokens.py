@@ -1,4 +1,4 @@
-"""Rows of text to rows of ids, counted, and kept on disk so that a later run need not tokenize them again."""
+"""Tokenizes rows of text, counts truncations, and caches the ids on disk for later runs."""
 
 import contextlib
 import dataclasses
@@ -31,7 +31,7 @@ class Example:
     """A tokenized prompt with its responses.
 
     Attributes:
-      visit: how many rows before this one have the same prompt, where rows are sampled from (see `number_visits`).
+      visit: number of earlier rows with the same prompt, for rows to sample from (see `number_visits`).
     """
 
     prompt: Ids
@@ -45,21 +45,21 @@ class Example:
 
     @property
     def key(self) -> int:
-        """32 bits that the row's random numbers are folded from: another key for every visit of a prompt."""
-        # an odd step is a permutation of the residues, so that no two visits share a key
+        """32 bits to fold into the row's random key; each visit of a prompt has its own."""
+        # multiplying by an odd step permutes the residues mod 2**32, so no two visits share a key
         return (self.fingerprint + self.visit * VISIT_STEP) % 2**32
 
 
 @dataclasses.dataclass
 class TokenReport:
-    """What tokenization did.
+    """Counts of truncated rows, and token statistics.
 
     Attributes:
-      rows: how many.
-      truncated_prompts: rows whose prompt was cut.
-      truncated_responses: rows of which any response was cut.
-      prompt_tokens: p50, p90, p99 and max of the prompts' tokens before cutting, BOS included; empty without rows.
-      response_tokens: the same of the responses', EOS included.
+      rows: number of rows.
+      truncated_prompts: number of rows with a truncated prompt.
+      truncated_responses: number of rows with at least one truncated response.
+      prompt_tokens: p50, p90, p99 and max of the prompt lengths before truncation, BOS included; empty without rows.
+      response_tokens: the same statistics of the response lengths, EOS included.
     """
 
     rows: int = 0
@@ -74,12 +74,12 @@ class TokenReport:
 
 @dataclasses.dataclass(frozen=True)
 class _Table:
-    """All texts' ids in one flat array: the different prompts in order of appearance, then the rows' responses.
+    """Ids of all texts in one flat array: the distinct prompts in order of appearance, then the responses row by row.
 
     Attributes:
-      ids: int32, one text's after the other's.
-      length: [texts] int32.
-      full: [texts] int32, lengths before cutting.
+      ids: int32, concatenated ids of all texts.
+      length: [texts] int32, number of ids of each text.
+      full: [texts] int32, the same before truncation.
     """
 
     ids: np.ndarray
@@ -88,15 +88,16 @@ class _Table:
 
 
 def tokenize(codec: TextCodec, rows: Sequence[Row], *, cache: Path | None = None) -> tuple[list[Example], TokenReport]:
-    """Tokenizes (prompt, responses) rows and counts what was cut.
+    """Tokenizes (prompt, responses) rows and counts truncations.
 
     Args:
-      codec: the tokenizer with its limits.
-      rows: a prompt and its responses each; equal prompts are tokenized once and share their ids.
-      cache: folder of finished results, by content. One that cannot be read or written costs time, never an error.
+      codec: tokenizer with its limits.
+      rows: pairs of a prompt and its responses; equal prompts are tokenized once and share their ids.
+      cache: folder of earlier results, keyed by content. Read and write errors are ignored; the rows are then tokenized
+        again.
 
     Returns:
-      One example a row, whose ids are read-only int32 views into one array, and the report.
+      One example per row, with ids that are read-only int32 views into one array, and the report.
     """
     numbers = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompt for prompt, _ in rows))}
     responses = [response for _, row in rows for response in row]
@@ -110,7 +111,7 @@ def tokenize(codec: TextCodec, rows: Sequence[Row], *, cache: Path | None = None
 
 
 def number_visits(examples: Sequence[Example]) -> list[Example]:
-    """The same rows, those whose prompt has come before numbered, so that each row draws samples of its own."""
+    """The same rows with `visit` set on repeated prompts, so each row draws its own samples."""
     seen: Counter[int] = Counter()
     numbered = []
     for example in examples:
@@ -124,7 +125,7 @@ def number_visits(examples: Sequence[Example]) -> list[Example]:
 def _encode(codec: TextCodec, prompts: Sequence[str], responses: Sequence[str]) -> _Table:
     ids, length, full = [np.zeros(0, np.int32)], [], []
     for encode, texts in ((codec.prompts, prompts), (codec.responses, responses)):
-        # lists of ids take nine times the memory of int32, so they exist for one part of the texts at a time
+        # lists of ids take nine times the memory of int32 arrays, so only one chunk of texts has them at a time
         for begin in range(0, len(texts), CHUNK_TEXTS):
             for fitted in encode(texts[begin : begin + CHUNK_TEXTS]):
                 ids.append(np.asarray(fitted.ids, np.int32))
@@ -155,14 +156,14 @@ def _report(table: _Table, rows: Sequence[Row], numbers: dict[str, int]) -> Toke
 
 
 def _percentiles(lengths: np.ndarray) -> dict[str, int]:
-    """Each the smallest length that so many percent do not exceed."""
+    """Percentiles of the lengths by name, each an observed length; empty without lengths."""
     if not len(lengths):
         return {}
     return {name: int(np.percentile(lengths, p, method="inverted_cdf")) for name, p in PERCENTILES.items()}
 
 
 def _key(codec: TextCodec, rows: Sequence[Row]) -> str:
-    """Sha256 of everything that the table depends on; lengths go before texts, so that no two lists of rows collide."""
+    """sha256 of everything the table depends on; lengths precede the texts, so two lists of rows never hash alike."""
     versions = f"{FORMAT} {tokenizers.__version__} {transformers.__version__} {codec.fingerprint}"
     digest = hashlib.sha256(versions.encode())
     for prompt, responses in rows:
@@ -173,7 +174,7 @@ def _key(codec: TextCodec, rows: Sequence[Row]) -> str:
 
 
 def _read(path: Path, num_texts: int) -> _Table | None:
-    """The cached table, or None where there is none that is whole."""
+    """The cached table; None if it is missing or damaged."""
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             table = _Table(file["ids"], file["length"], file["full"])
@@ -189,7 +190,8 @@ def _read(path: Path, num_texts: int) -> _Table | None:
 
 
 def _write(path: Path, table: _Table) -> None:
-    # written beside and renamed: other processes may write the same file, and a killed one must leave no part of it
+    # written to a temporary folder, then renamed: another process may write the same file, and a kill must not leave a
+    # partial one
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:

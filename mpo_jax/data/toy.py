@@ -1,16 +1,16 @@
-"""The toy TL;DR world: short posts, candidate summaries, and a utility that is known exactly.
+"""The toy TL;DR world: short posts, candidate summaries, and a true utility in closed form.
 
 A post states facts: who it is about, the problem, some attempts to solve it, a question. A writer of quality q in
-[0, 1] drops facts, invents facts, repeats itself and rambles, each less often the better the writer. The utility of a
-summary is
+[0, 1] drops facts, invents facts, repeats facts and rambles; better writers do so less often. The utility of a summary
+is
 
     u = sum of WEIGHTS over the post's facts that the summary mentions
         - INVENTED x facts mentioned that the post does not state
         - REPEATED x mentions of a fact beyond its first
         - RAMBLING x words that belong to no fact
 
-and a label prefers side 1 with probability sigmoid((u1 - u2) / label_temperature) (Bradley-Terry), so that near-ties
-are noisy, which is the premise of selecting by reward gap.
+and a label prefers side 1 with probability sigmoid((u1 - u2) / label_temperature) (Bradley-Terry), so near-ties have
+noisy labels: the premise of selection by reward gap.
 """
 
 import itertools
@@ -66,7 +66,7 @@ _PIECE = r"\n+| ?[^\s\w]?[\w/']+:?| ?[^\s\w]"
 
 
 class Post:
-    """One post's facts, in the order in which a good summary mentions them."""
+    """The facts of one post, in the order that a good summary mentions them."""
 
     def __init__(self, subreddit: str, facts: list[tuple[str, str]], fillers: list[str]):
         self.subreddit, self.facts, self.fillers = subreddit, facts, fillers
@@ -93,7 +93,7 @@ _KIND = {value: kind for kind, values in FACTS.items() for value in values}
 
 
 def utility(prompt: str, response: str) -> float:
-    """The true utility of a response to a prompt, both as text; the formula is at the top of this file."""
+    """The true utility of a response to a prompt, both as text; see the formula at the top of this file."""
     body = prompt.partition("POST:")[2].partition("TL;DR:")[0]
     stated = set(_fact_pattern().findall(body))
     mentioned = _fact_pattern().findall(response)
@@ -105,7 +105,7 @@ def utility(prompt: str, response: str) -> float:
 
 
 def demonstrations(config: ToyConfig) -> list[Demonstration]:
-    """Posts with one summary each by writers of all qualities: the SFT set."""
+    """Posts with one summary each by writers of random quality: the SFT set."""
     rng = np.random.default_rng((config.seed, 0))
     rows = []
     for _ in range(config.num_demonstrations):
@@ -156,7 +156,7 @@ def _write(rng: np.random.Generator, config: ToyConfig, post: Post) -> str:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer of the whole world; a word and the space before it are one token, so joins lose nothing.
+    """A word-level tokenizer of the toy world; a word and its leading space are one token, so joining is lossless.
 
     It adds no BOS. Pad is distinct from EOS.
     """
@@ -178,5 +178,5 @@ def _all_text() -> Iterator[str]:
     for subreddit in SUBREDDITS:
         yield Post(subreddit, [("who", "x"), ("problem", "x"), ("question", "x")], []).prompt()
     for phrase in itertools.chain(*FACTS.values(), FILLERS, RAMBLES):
-        # as a sentence's start, behind a space, and at the start of a title or a summary
+        # at the start of a sentence, after a space, and at the start of a title or summary
         yield f" {phrase}. i {phrase}, {phrase}?"

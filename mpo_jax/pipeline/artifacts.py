@@ -1,4 +1,4 @@
-"""Finished stages on disk: folders named by content, published by rename, reused when they exist."""
+"""Finished stages on disk: folders named by a hash of their recipe, published by rename, reused if they exist."""
 
 import contextlib
 import json
@@ -25,23 +25,23 @@ from mpo_jax.types import Artifact
 
 
 class Builder(Protocol):
-    """What a pipeline asks for its stages. `makes`: whether they are made, or only named."""
+    """Provides a pipeline with its stages. `makes`: whether `build` runs missing stages or only names them."""
 
     makes: bool
 
     def build(self, recipe: Mapping[str, Any], run: Callable[[Path], Mapping[str, Any]]) -> Artifact:
-        """The artifact of this recipe, which `run(folder)` makes."""
+        """The artifact of this recipe; `run(folder)` makes it."""
         ...
 
 
 class Store:
-    """The artifacts below `<workdir>/stages`, and in the bucket where there is one.
+    """The artifacts in `<workdir>/stages`, and in the bucket if there is one.
 
-    With a bucket every host may have a disk and workdir of its own: what one publishes the others fetch.
+    With a bucket, hosts need not share a disk or workdir: what one host publishes, the others fetch.
 
     Args:
-      overall: told of every stage that is made here.
-      bucket: keeps every finished stage too, and is asked for what the workdir lacks.
+      overall: progress over all stages, notified of every stage made here.
+      bucket: second copy of every finished stage, and the source of stages missing from the workdir.
 
     Raises:
       UserError: if the workdir or the bucket cannot be written.
@@ -67,16 +67,16 @@ class Store:
         self.reused: list[str] = []
 
     def build(self, recipe: Mapping[str, Any], run: Callable[[Path], Mapping[str, Any]]) -> Artifact:
-        """The artifact of this recipe: the stored one, or what `run(folder)` makes now.
+        """The artifact of this recipe: the stored one if it exists, else what `run(folder)` makes.
 
-        `run` works in a hidden folder, resumes from whatever an earlier, killed run left there, and returns a summary
-        for the manifest. The folder gets its real name only when all is written.
+        `run` works in a hidden folder, resumes from what an earlier, killed run left there, and returns a summary for
+        the manifest. The folder gets its final name only when everything is written.
         """
         name = artifact_name(recipe)
         final = self.folder / name
         partial = _partial(final)
         if (done := self._find(final)) is None:
-            # of several processes the first one holds the lock for all
+            # the main process holds the lock for all processes
             with FileLock(self.folder / f".{name}.lock") if is_main() else contextlib.nullcontext():
                 # another run may have finished it while this one waited for the lock
                 if (done := self._find(final)) is None:
@@ -89,25 +89,25 @@ class Store:
         return done
 
     def _find(self, final: Path) -> Artifact | None:
-        """The finished artifact, if there is one; all processes get the same answer."""
-        there = is_main() and (_is_whole(final) or (self.bucket is not None and self.bucket.has(_manifest(final))))
+        """The finished artifact if it exists, else None; the result is the same in all processes."""
+        there = is_main() and (_is_complete(final) or (self.bucket is not None and self.bucket.has(_manifest(final))))
         if not agree(there):
             return None
-        if is_main() and _is_whole(final):
-            self._keep(final)
+        if is_main() and _is_complete(final):
+            self._upload(final)
         return self._open(final)
 
     def _open(self, final: Path) -> Artifact:
-        """The artifact in this process's workdir, where it is fetched to if it is not there."""
+        """Opens the artifact in this process's workdir, fetching it first if it is missing there."""
         if self.bucket is not None:
-            # processes that share a disk fetch once; the stage's own lock may be held by this very process
+            # so that processes sharing a disk fetch once; a lock of its own, as this process may hold the stage's lock
             with FileLock(self.folder / f".{final.name}.fetch.lock"):
-                if not _is_whole(final):
+                if not _is_complete(final):
                     self.bucket.fetch(stage_place(final), final)
         return Artifact(final, json.loads((final / "manifest.json").read_text(encoding="utf-8")))
 
-    def _keep(self, final: Path) -> None:
-        """Sends a finished stage to the bucket, if it is not there, and removes there what it was made from."""
+    def _upload(self, final: Path) -> None:
+        """Uploads a finished stage to the bucket unless it is there, and removes its partial folder from the bucket."""
         if self.bucket is not None:
             if not self.bucket.has(_manifest(final)):
                 self.bucket.send(final, stage_place(final), last="manifest.json")
@@ -117,7 +117,7 @@ class Store:
         console.print(f"[bold]make {final.name}[/bold]")
         if is_main():
             if self.bucket is not None and self.bucket.has(f"{stage_place(partial)}/{RECIPE}"):
-                # perhaps another machine's work: its metrics go with the checkpoints there
+                # possibly another machine's partial run: its metrics belong to the checkpoints there
                 self.bucket.fetch(stage_place(partial), partial)
             partial.mkdir(exist_ok=True)
             write_json(partial / RECIPE, recipe)
@@ -132,19 +132,19 @@ class Store:
             made = {"version": __version__, "seconds": round(time.time() - begin, 1), "warnings": warnings}
             write_json(partial / "manifest.json", {**recipe, **made, "summary": summary})
             os.rename(partial, final)
-            # not before: a kill in between would cost all of the training
+            # only now: deleted before the rename, a kill in between would lose the whole training
             if not _keeps_checkpoints(final):
                 shutil.rmtree(final / CHECKPOINTS, ignore_errors=True)
-            self._keep(final)
+            self._upload(final)
         wait(f"{final.name} published")
         if self.bucket is not None:
-            # on this process's own disk, where it has one
+            # hosts with a disk of their own have a partial folder each
             shutil.rmtree(partial, ignore_errors=True)
         return self._open(final)
 
 
 def _partial(final: Path) -> Path:
-    """Where a stage is made that will be published as `final`."""
+    """The hidden folder in which the stage `final` is made."""
     return final.with_name(f".{final.name}.partial")
 
 
@@ -152,11 +152,11 @@ def _manifest(final: Path) -> str:
     return f"{stage_place(final)}/manifest.json"
 
 
-def _is_whole(final: Path) -> bool:
+def _is_complete(final: Path) -> bool:
     return (final / "manifest.json").is_file()
 
 
 def _keeps_checkpoints(folder: Path) -> bool:
-    """As the configuration says that a stage which trains leaves in its folder."""
+    """Whether a stage keeps its checkpoints; training stages store their configuration in the folder."""
     config = folder / "config.yaml"
     return config.is_file() and load_config(config).runtime.keep_finished_checkpoints

@@ -1,4 +1,4 @@
-"""Runs by name: an experiment, and where its pairs are split. Table 3, Table 6 and Figure 4 of the MPO paper."""
+"""Runs by name: an experiment and the split of its pairs. Table 3, Table 6 and Figure 4 of the MPO paper."""
 
 import dataclasses
 import re
@@ -9,23 +9,23 @@ from mpo_jax.config.schema import SelectConfig, TableConfig
 from mpo_jax.errors import UserError
 
 AT_SPLITS: tuple[str, ...] = ("mpo", "dpo_easy", "dpo_hard", "ppo_easy", "ppo_hard")
-"""Experiments that a table runs at every split of the pairs: MPO (Table 3) and the parts of Figure 4."""
+"""Experiments that a table runs at every split: MPO (Table 3) and the parts of Figure 4."""
 
 _NAME = re.compile(r"(?P<experiment>\w+?)(?:_(?P<kind>[tf])(?P<value>-?\d[\d.e+-]*))?")
 
 
 def _exact(value: float) -> str:
-    """The shortest text that reads back as the same number: 2, 0.25."""
+    """The shortest text that parses to the same number: 2, 0.25."""
     return repr(float(value)).removesuffix(".0")
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A run: an experiment, and where its pairs are split if not where the section `select` says.
+    """A run: an experiment, and its own split of the pairs if it differs from the `select` section.
 
     Attributes:
-      threshold: the gap above which a pair is easy.
-      easy_fraction: the share of the pairs that is easy. At most one of the two is given.
+      threshold: gap above which a pair is easy.
+      easy_fraction: fraction of the pairs that is easy; at most one of the two is set.
     """
 
     experiment: str
@@ -41,44 +41,44 @@ class Variant:
 
     @classmethod
     def of(cls, name: str) -> "Variant":
-        """The variant of that name.
+        """The variant with this name.
 
         Raises:
-          UserError: if there is no such experiment.
+          UserError: if the name is not that of a run.
         """
         found = _NAME.fullmatch(name)
         if found is None or found["experiment"] not in EXPERIMENTS:
-            raise UserError(f"no run is called {name}: known are {', '.join(EXPERIMENTS)}, and mpo_t2 for threshold 2")
+            raise UserError(f"no run is called {name}; runs are {', '.join(EXPERIMENTS)}, or mpo_t2 for threshold 2")
         value = None if found["value"] is None else float(found["value"])
         split = {"threshold" if found["kind"] == "t" else "easy_fraction": value}
         return cls(found["experiment"], **split)  # type: ignore[arg-type]
 
     def select(self, config: SelectConfig) -> SelectConfig:
-        """The section `select` under which this run splits its pairs."""
+        """The `select` section with this run's split."""
         if self.threshold is None and self.easy_fraction is None:
             return config
         return config.model_copy(update={"threshold": self.threshold, "easy_fraction": self.easy_fraction})
 
     @property
     def rank(self) -> tuple[int, bool, float, float]:
-        """Where it stands in every table: experiments in the order above, thresholds and then fractions rising."""
+        """Sort key for tables: experiments in registry order; within one, thresholds, then fractions, ascending."""
         place = list(EXPERIMENTS).index(self.experiment)
         return place, self != Variant(self.experiment), self.threshold or 0.0, self.easy_fraction or 0.0
 
 
 def is_run(name: str) -> bool:
-    """Whether a folder's name is that of a run."""
+    """Whether a folder is named like a run."""
     found = _NAME.fullmatch(name)
     return found is not None and found["experiment"] in EXPERIMENTS
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Names of runs in the order of the tables."""
+    """Run names in table order."""
     return sorted(names, key=lambda name: Variant.of(name).rank)
 
 
 def table_variants(table: TableConfig, select: SelectConfig) -> list[Variant]:
-    """The runs of `mpo table`, in the order in which they are made: `AT_SPLITS` also at every further split."""
+    """The runs of `mpo table` in the order they are made, with those in `AT_SPLITS` at every additional split too."""
     variants = {Variant(name) for name in table.experiment}
     for name in AT_SPLITS:
         if name not in table.experiment:

@@ -32,27 +32,27 @@ StageName = Literal["sft", "reward", "select", "dpo", "ppo", "evaluate"]
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A finished experiment, under its run's name: its artifacts by role, in the order they were made."""
+    """A finished run: its name, and its artifacts by role in the order they were made."""
 
     name: str
     artifacts: dict[str, Artifact]
 
 
 class Pipeline:
-    """Asks a store for the stages of one configuration, which makes them, has them, or only lists them."""
+    """Requests the stages of one configuration from a store, which makes them, reuses them, or only lists them."""
 
     def __init__(self, config: Config, store: Builder):
         self.config = config
         self.store = store
         self.inputs = Inputs(config)
-        # settings that a stage refuses and a source that is missing are known before anything is made
+        # fail on invalid stage settings or a missing source before anything is made
         for name in STAGES:
             stage_settings(name, config)
         self._data = {"fingerprint": self.inputs.only({"data"}).fingerprints["data"]}
 
     @cached_property
     def mesh(self) -> Mesh:
-        """Made on first use: a run that only reuses artifacts needs none."""
+        """Created on first use: a run that only reuses artifacts needs no mesh."""
         return make_mesh(self.config.mesh)
 
     def sft(self) -> Artifact:
@@ -65,10 +65,10 @@ class Pipeline:
         return self._build("select", {"sft": sft, "reward": reward})
 
     def selected(self, steps: tuple[Step, ...], sft: Artifact, reward: Artifact) -> Artifact:
-        """The selection, from which every one of the steps has something to learn.
+        """The selection, checked to be non-empty for every step.
 
         Raises:
-          NothingSelected: before any of the steps is trained, if a step's subset is empty.
+          NothingSelected: if a step's subset is empty, before any step is trained.
         """
         artifact = self.select(sft, reward)
         if self.store.makes:
@@ -76,7 +76,7 @@ class Pipeline:
         return artifact
 
     def step(self, step: Step, init: Artifact, sft: Artifact, reward: Artifact) -> Artifact:
-        """One DPO or PPO step from the policy `init`."""
+        """Runs one DPO or PPO step from the policy `init`."""
         parents = {"init": init, "reference": sft if step.reference == "sft" else init}
         if step.needs_selection:
             parents["pairs"] = self.select(sft, reward)
@@ -88,13 +88,13 @@ class Pipeline:
         return self._build("evaluate", {"policy": policy, "sft": sft, "reward": reward})
 
     def experiment(self, name: str, *, until: StageName = "evaluate") -> Run:
-        """Everything that a run of `runs/<name>` needs, up to the last stage of the kind `until`.
+        """Makes everything the run `runs/<name>` needs, up to the last stage of kind `until`.
 
         Args:
-          name: of an experiment, or of one at a split of its own (`mpo_t2`).
+          name: name of an experiment, optionally with its own split (`mpo_t2`).
 
         Raises:
-          UserError: before anything is trained, if there is nothing to evaluate on.
+          UserError: if there are no held-out prompts to evaluate on, before anything is trained.
         """
         if until == "evaluate" and not self.config.data.has_test_prompts:
             raise UserError(
@@ -123,7 +123,7 @@ class Pipeline:
         return Run(name, made)
 
     def _split_at(self, variant: Variant) -> "Pipeline":
-        """The same pipeline where the pairs are split as the variant says."""
+        """The same pipeline with the variant's split of the pairs."""
         split = copy.copy(self)
         split.config = self.config.model_copy(update={"select": variant.select(self.config.select)})
         return split
@@ -144,7 +144,7 @@ class Pipeline:
         return self.store.build(recipe, run)
 
     def record(self, run: Run) -> None:
-        """`runs/<name>/`: the resolved configuration, the environment, and links to the artifacts."""
+        """Writes `runs/<name>/`: the resolved configuration, the environment, and links to the artifacts."""
         if not is_main():
             return
         folder = Path(self.config.workdir) / "runs" / run.name

@@ -1,4 +1,4 @@
-"""What an artifact is made from, and the name that follows from it."""
+"""The recipe of an artifact (everything its content depends on) and the name derived from it."""
 
 import hashlib
 import json
@@ -8,21 +8,21 @@ from typing import Any
 from mpo_jax.types import Artifact
 
 FORMAT = 5
-"""Raise it when what a stage computes or writes changes: artifacts of another format are not reused."""
+"""Increment it when a change affects what a stage computes or writes: artifacts of another format are not reused."""
 
 RECIPE = "recipe.json"
-"""In an unfinished stage's folder: what it is made from. The manifest of a finished one says the same."""
+"""File with the recipe in an unfinished stage's folder; once finished, the manifest contains it."""
 
 
 def make_recipe(
     stage: str, settings: Mapping[str, Any], inputs: Mapping[str, str], parents: Mapping[str, Artifact]
 ) -> dict[str, Any]:
-    """All that a stage's result depends on.
+    """Everything a stage's result depends on.
 
     Args:
-      settings: the stage's, as plain values.
-      inputs: fingerprints of what it reads that is no artifact.
-      parents: the artifacts that it reads, by role.
+      settings: the stage's settings, as plain values.
+      inputs: fingerprints of the inputs that are not artifacts.
+      parents: artifacts that the stage reads, by role.
     """
     return {
         "format": FORMAT,
@@ -34,5 +34,5 @@ def make_recipe(
 
 
 def artifact_name(recipe: Mapping[str, Any]) -> str:
-    """`<stage>-<hash>`: the folder of what this recipe makes."""
+    """`<stage>-<hash>`: the folder name of this recipe's artifact."""
     return f"{recipe['stage']}-{hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]}"

@@ -1,4 +1,4 @@
-"""The method's stages by name, and what a configuration gives each of them."""
+"""The method's stages by name, and their settings, contexts and shapes under a configuration."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,17 +28,17 @@ from mpo_jax.training.wandb_log import stage_run
 STAGES: dict[str, Stage] = {
     stage.name: stage for stage in (sft.STAGE, reward.STAGE, select.STAGE, dpo.STAGE, ppo.STAGE, evaluate.STAGE)
 }
-"""In the order of the method."""
+"""The stages by name, in the order of the method."""
 
 PLANNED = Step("ppo", "hard")
-"""The step whose settings stand for all steps of an algorithm where no experiment is named: shapes do not differ."""
+"""The step used for settings when no experiment is named; program shapes do not depend on the step."""
 
 
 def stage_settings(name: str, config: Config, step: Step = PLANNED) -> Any:
     """A stage's settings under a configuration.
 
     Args:
-      step: of a DPO or PPO stage: which pairs or prompts it learns from.
+      step: step of a DPO or PPO stage: which pairs or prompts it learns from.
     """
     if name in ("dpo", "ppo"):
         split = Split.of(step.subset, config.select, selected=step.needs_selection)
@@ -50,10 +50,10 @@ def stage_settings(name: str, config: Config, step: Step = PLANNED) -> Any:
 def stage_context(
     config: Config, stage: Stage, mesh: Mesh, folder: Path, inputs: Inputs, recipe: Mapping[str, Any]
 ) -> Context:
-    """Where and how a stage runs under a configuration; writes the configuration beside what is trained.
+    """Where and how a stage runs under a configuration; a stage that trains gets a copy of it in `folder`.
 
     Args:
-      folder: where the stage is made.
+      folder: folder in which the stage is made.
     """
     runtime, bucket, watch = config.runtime, Bucket.of(config), Watch()
     if stage.trains:
@@ -64,7 +64,7 @@ def stage_context(
 
     def send() -> None:
         if bucket is not None and bucket.takes_checkpoints and is_main():
-            # before the checkpoint: one that is there has all of its metrics beside it
+            # before the checkpoint, so that a checkpoint in the bucket always has all its metrics
             bucket.send(folder, stage_place(folder))
 
     def sinks() -> Sequence[Sink]:
@@ -97,11 +97,11 @@ def stage_shapes(
     amounts: Amounts | None = None,
     parents: frozenset[str] | None = None,
 ) -> Shapes:
-    """What a stage's programs are compiled with under a configuration.
+    """The shapes that a stage's programs are compiled with under a configuration.
 
     Args:
-      amounts: of rows; None where none were read.
-      parents: roles of the artifacts that the stage reads; None: all that it can.
+      amounts: numbers of rows; None if no data was read.
+      parents: roles of the artifacts that the stage reads; None: all its roles.
     """
     loading.check_positions(decoder, config.text)
     stage = STAGES[name]
@@ -117,7 +117,7 @@ def stage_shapes(
 
 
 def count_rows(config: Config, corpus: Corpus) -> Amounts:
-    """How many rows the stages of a configuration have."""
+    """The number of rows of each stage under a configuration."""
     prompts = len(corpus.sampled_prompts(config.select.num_prompts))
     human_pairs = len(corpus.human_pairs(config.select.num_prompts))
     return Amounts(

@@ -1,4 +1,4 @@
-"""The stages of `mpo table` without making any: their order, what is there already, and how long the rest will take."""
+"""Plans `mpo table` without running a stage: the order, the stages that already exist, and the time for the rest."""
 
 import dataclasses
 import json
@@ -27,24 +27,24 @@ from mpo_jax.stages.shapes import Amounts
 from mpo_jax.types import Artifact
 
 SHARE_OF_PEAK = 0.3
-"""Of the speed of a large matrix product, what a stage reaches: within a factor of two to three for most sizes."""
+"""Fraction of a large matrix product's speed that a stage reaches; off by a factor of two to three for most sizes."""
 FIXED_SECONDS = 4.0
-"""Reading, compiling and writing of a stage, whatever its size."""
+"""Time to read, compile and write a stage of any size."""
 DECODING_COST = 4.0
-"""How many times longer an operation takes where tokens are drawn one after the other."""
+"""Slowdown of an operation when tokens are sampled one at a time."""
 
 
 @dataclasses.dataclass
-class Planned:
+class TableStage:
     """One stage of the table.
 
     Attributes:
-      seed: of the runs that use it; no stage is shared by two seeds.
-      name: its folder's name.
-      recipe: what it is made from.
-      role: the run and the role under which it first appears: the same for its twins of other seeds.
-      runs: all runs of its seed that use it.
-      seconds: what it took, if it is there already.
+      seed: seed of the runs that use the stage; seeds share no stages.
+      name: folder name of the stage.
+      recipe: recipe of the stage.
+      role: run and role in which the stage first appears; the same stage of another seed has the same role.
+      runs: all runs of this seed that use the stage.
+      seconds: time it took to make; None if it does not exist yet.
     """
 
     seed: int
@@ -64,7 +64,7 @@ class Planned:
 
 
 class Listing:
-    """A store that makes nothing: it names what would be made and opens what there is."""
+    """A store that makes nothing: it opens existing stages and names the missing ones."""
 
     makes = False
 
@@ -81,7 +81,7 @@ class Listing:
 
 
 def seed_config(config: Config, seed: int) -> Config:
-    """The configuration of one seed of a table, in `<workdir>/seed-N`; the toy world is another one for every seed."""
+    """The configuration of one seed of a table, in `<workdir>/seed-N`; every seed has its own toy world."""
     toy = config.data.toy.model_copy(update={"seed": config.data.toy.seed + seed})
     data = config.data.model_copy(update={"toy": toy})
     workdir, machine = str(Path(config.workdir) / f"seed-{seed}"), config.runtime
@@ -90,26 +90,26 @@ def seed_config(config: Config, seed: int) -> Config:
     return config.model_copy(update={"seed": seed, "workdir": workdir, "data": data, "runtime": machine})
 
 
-def plan_table(config: Config) -> list[Planned]:
-    """Every stage of the table in the order in which it is made: seed by seed, run by run."""
-    stages: list[Planned] = []
+def table_stages(config: Config) -> list[TableStage]:
+    """Every stage of the table in the order they are made: seed by seed, run by run."""
+    stages: list[TableStage] = []
     for seed in config.table.seeds:
         own = seed_config(config, seed)
         pipeline = Pipeline(own, Listing(Path(own.workdir), Bucket.of(own)))
-        found: dict[str, Planned] = {}
+        found: dict[str, TableStage] = {}
         for variant in table_variants(config.table, config.select):
             for role, artifact in pipeline.experiment(variant.name).artifacts.items():
                 recipe, first = artifact.manifest, (variant.name, role)
                 one = found.setdefault(
-                    artifact.id, Planned(seed, artifact.id, recipe, first, [], recipe.get("seconds"))
+                    artifact.id, TableStage(seed, artifact.id, recipe, first, [], recipe.get("seconds"))
                 )
                 one.runs.append(variant.name)
         stages += found.values()
     return stages
 
 
-def estimates(config: Config, stages: list[Planned]) -> list[Expected]:
-    """What each stage that is not there will take: as long as its twin of another seed, else by its arithmetic."""
+def estimates(config: Config, stages: list[TableStage]) -> list[Expected]:
+    """Expected time of each missing stage: that of the same stage of another seed, else an estimate from its FLOPs."""
     measured = {stage.role: stage.seconds for stage in stages if stage.seconds is not None}
     missing = [stage for stage in stages if not stage.is_there]
     cost = None if all(stage.role in measured for stage in missing) else Cost(config)
@@ -124,7 +124,7 @@ def estimates(config: Config, stages: list[Planned]) -> list[Expected]:
 
 @dataclasses.dataclass
 class Cost:
-    """Rough seconds of stages that were never timed, from their programs' work and a product timed on this machine."""
+    """Rough seconds of stages never timed, from their programs' work and a matrix product timed on this machine."""
 
     config: Config
 
@@ -144,8 +144,8 @@ class Cost:
     def _flops_per_s(self) -> float:
         return SHARE_OF_PEAK * self.config.mesh.num_devices * time_matmul(machine.compute_dtype(self.config.model)).rate
 
-    def seconds(self, planned: Planned) -> float:
-        """The estimate; a factor of three off is no surprise."""
+    def seconds(self, planned: TableStage) -> float:
+        """The estimate in seconds; expect it to be off by up to a factor of three."""
         recipe, mesh = planned.recipe, make_mesh(self.config.mesh)
         stage = STAGES[recipe["stage"]]
         settings = stage.Settings.model_validate(recipe["settings"])
@@ -156,7 +156,7 @@ class Cost:
         with jax.set_mesh(mesh):
             for program in stage.programs(settings, shapes):
                 assert program.runs is not None
-                # tokens drawn one after the other take several times as long as the same products in one
+                # sampling one token at a time takes several times as long as the same products in one call
                 slower = DECODING_COST if program.work.decode_reads else 1.0
                 total += slower * program.runs * program.work.flops
         return FIXED_SECONDS + total / self._flops_per_s

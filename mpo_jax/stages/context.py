@@ -1,4 +1,4 @@
-"""What a stage is given besides its settings: where it runs, what it reads by content, and who watches."""
+"""What a stage receives besides its settings: mesh and folder, fingerprinted inputs, logging and checkpoints."""
 
 import contextlib
 import dataclasses
@@ -31,31 +31,31 @@ from mpo_jax.types import Head, Params
 
 NO_OFFLOAD = Offload(frozen=False, moments=False)
 INPUTS = frozenset({"data", "base", "reward_model"})
-"""What stages read that is no artifact: the rows, the base model's files, and those of a finished reward model."""
+"""Inputs of stages that are not artifacts: the rows, the base model, and a finished reward model."""
 
 
 class Inputs:
-    """What is read by content, each with the fingerprint that enters the names of the stages that read it.
+    """A stage's non-artifact inputs; their fingerprints enter the names of the stages that read them.
 
     Args:
-      reads: those that may be read; the others raise AssertionError.
+      reads: names of the inputs that may be read; reading another raises AssertionError.
     """
 
     def __init__(self, config: Config, reads: Collection[str] = INPUTS):
-        # the sections that name inputs, and what turns their rows into prompts
+        # workdir and seed do not affect the inputs
         self._config = config.model_copy(update={"workdir": "", "seed": 0})
         self._reads = frozenset(reads)
         self._fingerprints: dict[str, Any] = {}
 
     def only(self, reads: Collection[str]) -> "Inputs":
-        """The same inputs for a stage that reads no others."""
+        """The same inputs, restricted to those in `reads`."""
         narrowed = Inputs(self._config, reads)
         narrowed._fingerprints = self._fingerprints
         return narrowed
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """By input: a hash of its content, whatever it is called and wherever it lies; absent inputs have none."""
+        """Content hashes of the readable inputs, independent of name and location; absent inputs have none."""
         config = self._config
         found: dict[str, Callable[[], str]] = {"data": lambda: corpus.fingerprint(config.data)}
         if config.model.path is not None:
@@ -75,25 +75,25 @@ class Inputs:
 
     @property
     def utility(self) -> Callable[[str, str], float] | None:
-        """The true utility of (prompt, response), where the data's world knows it."""
+        """The true utility of (prompt, response) for toy data, else None."""
         self._check("data")
         return corpus.known_utility(self._config.data)
 
     @property
     def samples_once(self) -> bool:
-        """Whether each distinct prompt is sampled once, whatever the number of its rows."""
+        """Whether each distinct prompt is sampled once, however many rows it has."""
         self._check("data")
         return self._config.data.prompts == "unique"
 
     @property
     def is_toy(self) -> bool:
-        """Whether the rows are of the embedded toy world."""
+        """Whether the rows come from the embedded toy world."""
         self._check("data")
         return self._config.data.kind == "toy"
 
     @property
     def base(self) -> str | None:
-        """The base model; None where it is trained from scratch."""
+        """Path or hub id of the base model; None if it is trained from scratch."""
         self._check("base")
         return self._config.model.path
 
@@ -105,7 +105,7 @@ class Inputs:
 
     @property
     def reward_model(self) -> str | None:
-        """A finished reward model that takes the place of a trained one."""
+        """Path or hub id of a finished reward model to use instead of training one; None to train."""
         self._check("reward_model")
         return self._config.reward.path
 
@@ -115,18 +115,18 @@ class Inputs:
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """Where and how a stage runs. Nothing here changes a result beyond rounding, except the inputs' content.
+    """Where and how a stage runs. Only the inputs' content can change a result by more than rounding.
 
     Attributes:
-      folder: where the stage is made.
-      watch: of a stage that trains.
-      remat: what the backward pass computes again.
-      logit_chunk: tokens a device whose logits exist at one time.
-      token_cache: folder of tokenized rows; None: none.
-      checkpoints: where the training state is saved; None: `folder/checkpoints`.
-      before_save: called before every checkpoint, in every process.
-      recipe: what the stage is made from, kept beside its checkpoints.
-      sinks: makes further places for logged metrics.
+      folder: folder in which the stage is made.
+      watch: logging, checkpointing and held-out evaluation of a training stage.
+      remat: which activations the backward pass recomputes.
+      logit_chunk: number of tokens per device with logits in memory at a time.
+      token_cache: folder of cached tokenized rows; None: no cache.
+      checkpoints: folder of the training state; None: `folder/checkpoints`.
+      before_save: callback before every checkpoint, in every process.
+      recipe: recipe of the stage, stored with its checkpoints.
+      sinks: factory of additional sinks for logged metrics.
     """
 
     mesh: Mesh
@@ -144,7 +144,7 @@ class Context:
     sinks: Callable[[], Sequence[Sink]] = tuple
 
     def options(self, numerics: Numerics) -> loading.Options:
-        """How models are loaded and run."""
+        """Options for loading and running models."""
         return loading.Options(
             dtype=numerics.compute_dtype,
             frozen_dtype=numerics.frozen_dtype,
@@ -156,7 +156,7 @@ class Context:
     def load(
         self, path: str | Path, numerics: Numerics, text: TextConfig, *, head: Head = "lm", frozen: bool = False
     ) -> tuple[Model, Params]:
-        """A model on the mesh, with room for the text's prompts and responses."""
+        """Loads a model onto the mesh and checks that it has enough positions for the text's prompts and responses."""
         return loading.load(path, self.options(numerics), self.mesh, text=text, head=head, frozen=frozen)
 
     def load_base(
@@ -166,7 +166,7 @@ class Context:
         architecture: ArchitectureConfig | None,
         seed: int,
     ) -> tuple[Model, Params]:
-        """The model that everything starts from: the base model, or fresh parameters of these sizes."""
+        """The model that training starts from: the base model, or freshly initialised parameters of `architecture`."""
         base, options = self.inputs.base, self.options(numerics)
         if base is None:
             assert architecture is not None
@@ -177,7 +177,7 @@ class Context:
         return self.load(base, numerics, codec.config)
 
     def tokenize(self, codec: TextCodec, rows: Sequence[Row]) -> tuple[list[Example], TokenReport]:
-        """Rows (prompt, responses) as ids, from the cache where they are there."""
+        """Tokenizes rows (prompt, responses), or reads their ids from the cache."""
         return tokenize(codec, rows, cache=self.token_cache)
 
     def sample(
@@ -193,10 +193,10 @@ class Context:
         batch_size: int,
         source: Path,
     ) -> Samples:
-        """Samples of every prompt, with progress under the stage's name.
+        """Samples responses to every prompt, with progress logged under the stage's name.
 
         Args:
-          source: the model's place, for messages.
+          source: path of the model, for messages.
         """
         with contextlib.closing(Tracker(self.folder, name, len(examples), tensorboard=False)) as tracker:
             return sample_examples(
@@ -214,7 +214,7 @@ class Context:
 
     @property
     def checkpointing(self) -> Checkpointing:
-        """Where and how often `fit` saves."""
+        """Where and how often `fit` saves checkpoints."""
         return Checkpointing(
             self.checkpoints or self.folder / "checkpoints",
             every=self.watch.checkpoint_every,

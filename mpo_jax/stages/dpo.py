@@ -1,4 +1,4 @@
-"""Direct preference optimisation on pairs. The reference's log-probabilities are computed once, before training."""
+"""Direct preference optimisation on pairs. Reference log-probabilities are computed once, before training."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,7 +44,7 @@ from mpo_jax.types import Artifact, Mean, Metrics, PromptBatch, Tree
 
 
 class Settings(Section, frozen=True):
-    """What the policy depends on, besides the models, pairs and rows that it reads.
+    """Everything the policy depends on, besides the models, pairs and rows that the stage reads.
 
     Attributes:
       nll_coef: weight of the chosen response's NLL per token.
@@ -74,10 +74,10 @@ class Settings(Section, frozen=True):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DpoBatch:
-    """Pairs with what the reference says of them.
+    """Pairs with their log-probabilities under the reference.
 
     Attributes:
-      pairs: the chosen response first.
+      pairs: prompts with their two responses, the chosen one first.
       ref_logp: [B 2] summed log-probabilities under the reference, nats; None for a loss without a reference.
     """
 
@@ -88,7 +88,7 @@ class DpoBatch:
 def objective(
     model: Model, loss: PreferenceLoss, nll_coef: float, tree: Tree, batch: DpoBatch
 ) -> tuple[Metrics, Metrics]:
-    """The preference loss, and the NLL term where it has a weight."""
+    """The preference loss, plus the NLL term if it has a weight."""
     rows = batch.pairs
     tokens = forward.join(rows)
     logp_BN = forward.response_logps(model, tree, rows)
@@ -124,14 +124,14 @@ def make_step(
 
 @lru_cache
 def make_held_out(model: Model, loss: PreferenceLoss, nll_coef: float, mesh: Mesh) -> Any:
-    """The jitted (params, DpoBatch) -> means on held-out rows."""
+    """The jitted (params, DpoBatch) -> metric means on held-out rows."""
     return make_measure(partial(objective, model, loss, nll_coef), mesh)
 
 
 def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -> dict[str, Any]:
     """Trains the policy `init` against `reference` and writes `model/`.
 
-    Parents: `init`; `reference`; `pairs`, a selection, absent for the human pairs as they are labelled (DPO-base).
+    Parents: `init`; `reference`; `pairs`, a selection (absent for DPO-base, which uses the human pairs as labelled).
     """
     train, init = settings.train, parents["init"]
     check_sizes("dpo", train, context.mesh)
@@ -143,7 +143,7 @@ def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -
         examples = _human_examples(context, codec, human)
     held_out: list[Example] = []
     if context.watch.eval_every is not None:
-        # people's pairs, also where training has sampled ones: the same for all runs, with labels of their own
+        # always human pairs, even if training uses sampled ones: the same for all runs, with independent labels
         rows = first_rows(context.inputs.corpus.held_out, context.watch, "dpo")
         held_out = _human_examples(context, codec, rows)
     reference, held_out_reference = _reference_logps(settings, context, parents["reference"], examples, held_out)
@@ -174,7 +174,7 @@ def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -
 
 
 def _with_reference(ref_EN: np.ndarray | None, batch: Batch) -> DpoBatch:
-    """What the objective takes of a batch; rows that only fill it have a reference of 0."""
+    """The objective's input for a batch; padding rows have reference log-probabilities of 0."""
     if ref_EN is None:
         return DpoBatch(batch.rows, None)
     return DpoBatch(batch.rows, np.where(batch.example[:, None] >= 0, ref_EN[batch.example], np.float32(0.0)))
@@ -183,10 +183,10 @@ def _with_reference(ref_EN: np.ndarray | None, batch: Batch) -> DpoBatch:
 def _reference_logps(
     settings: Settings, context: Context, reference: Artifact, *sets: Sequence[Example]
 ) -> list[np.ndarray | None]:
-    """[E 2] float32 log-probabilities of each set under the reference, which then leaves memory.
+    """[E 2] float32 log-probabilities of each set under the reference, which is freed afterwards.
 
-    Each set has buckets of its own, so that what is computed of one does not depend on another. A loss without a
-    reference gets None, and no model is loaded.
+    Each set has its own buckets, so its results do not depend on the other sets. For a loss without a reference the
+    result is None, and no model is loaded.
     """
     if not settings.loss.needs_reference:
         return [None for _ in sets]
@@ -211,7 +211,7 @@ def _human_examples(context: Context, codec: TextCodec, rows: Sequence[Preferenc
 
 
 def _selected(settings: Settings, context: Context, codec: TextCodec, pairs: Artifact) -> list[Example]:
-    """The selection's rows with the chosen side first; responses keep the ids that were sampled."""
+    """The selection's pairs with the chosen side first; responses keep their sampled ids."""
     table = PairTable.read(pairs.path)
     rows = table.rows(settings.split.subset, settings.split)
     prompts, _ = context.tokenize(codec, [(table.prompt[row], ()) for row in rows])
@@ -223,7 +223,7 @@ def _selected(settings: Settings, context: Context, codec: TextCodec, pairs: Art
 
 
 def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
-    """The reference's log-probabilities, and the update."""
+    """The reference log-probabilities, the update and, if requested, the held-out metrics."""
     train, loss, amounts = settings.train, settings.loss, shapes.amounts
     check_sizes("dpo", train, shapes.mesh)
     rows, pairs, scored = shapes.rows(train.batch_size, 2), None, None

@@ -1,4 +1,4 @@
-"""Evaluation of one policy on held-out prompts: raw reward, true utility where known, length, EOS rate, KL to SFT."""
+"""Evaluation of one policy on held-out prompts: raw reward, true utility if known, length, EOS rate, KL to SFT."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -34,7 +34,7 @@ from mpo_jax.types import Artifact, Params, PromptBatch, merge
 
 
 class Settings(Section, frozen=True):
-    """What the measures depend on, besides the three models and the prompts."""
+    """Everything the results depend on, besides the three models and the prompts."""
 
     seed: int
     text: TextConfig
@@ -59,13 +59,13 @@ class Settings(Section, frozen=True):
 
     @property
     def sampling(self) -> Sampling:
-        """One sample a prompt."""
+        """One sample per prompt."""
         return Sampling(self.text.max_response_tokens, temperature=self.temperature, greedy=self.greedy)
 
 
 @lru_cache
 def make_kl(model: Model, temperature: float, mesh: Mesh) -> Any:
-    """A jitted (policy, sft, batch, allowed_V) -> sampled KL(policy || SFT) of each response, k1 in nats [B]."""
+    """The jitted (policy, sft, batch, allowed_V) -> [B] sampled KL(policy || SFT) of each response, k1 in nats."""
 
     def kl(policy: Params, sft: Params, batch: PromptBatch, allowed_V: jax.Array) -> jax.Array:
         tokens = forward.join(batch)
@@ -79,11 +79,10 @@ def make_kl(model: Model, temperature: float, mesh: Mesh) -> Any:
 
 
 def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -> dict[str, Any]:
-    """Writes `samples.jsonl`, a line a prompt, and returns means with standard errors.
+    """Writes `samples.jsonl` with one line per prompt, and returns means with standard errors.
 
-    A line holds the prompt as the corpus has it, by which runs are paired, and as the field `shown` what the policy
-    read, where that differs. All policies draw from the same random numbers, so that differences between them pair up
-    by prompt.
+    A line holds the prompt as in the corpus, which pairs runs, and, if it differs, the text that the policy read as the
+    field `shown`. All policies sample with the same random numbers, so their results can be compared prompt by prompt.
     """
     check_batch(settings.batch_size, context.mesh, "evaluate.batch_size")
     policy, sft, reward = (parents[role] for role in ("policy", "sft", "reward"))
@@ -123,7 +122,7 @@ def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -
                 values: dict[str, Any] = {name: column[row].item() for name, column in columns.items()}
                 if (category := corpus.category(prompt)) is not None:
                     values["category"] = category
-                # of a chat the prompt is rendered already: the field says so to whoever reads the file
+                # a chat prompt is already rendered; the field marks it as such for readers of the file
                 if text.chat or shown[row] != prompt:
                     values[SHOWN] = shown[row]
                 file.write(json.dumps({"prompt": prompt, "response": response, **values}, ensure_ascii=False) + "\n")
@@ -134,7 +133,7 @@ def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -
 
 
 def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
-    """Sampling with refilled rows, scores, and the KL to SFT."""
+    """Sampling with refilled rows, scoring, and the KL to SFT."""
     size, num_prompts = settings.batch_size, None
     if shapes.amounts is not None:
         num_prompts = min(shapes.amounts.test_prompts, settings.num_prompts or shapes.amounts.test_prompts)

@@ -1,4 +1,4 @@
-"""What the training stages share: the loop with a stage's settings and context, over a fixed set of examples."""
+"""Shared by the training stages: the training loop under a stage's settings and context, over fixed examples."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -24,9 +24,9 @@ from mpo_jax.training.validation import HELD_OUT_ROWS, Evaluate
 from mpo_jax.types import Head, Params, Tree
 
 MIN_UPDATES = 20
-"""Fewer updates than these teach a model little, whatever its learning rate."""
+"""With fewer updates a model learns little at any learning rate."""
 LONG_WARMUP = 0.3
-"""The share of a stage's updates above which a warm-up is worth a warning."""
+"""Fraction of a stage's updates above which a warm-up triggers a warning."""
 
 
 def fit_stage(
@@ -41,10 +41,10 @@ def fit_stage(
     evaluate: Evaluate | None = None,
     warmup: int = 0,
 ) -> Fitted:
-    """`fit` as a stage's settings and context say.
+    """Runs `fit` under a stage's settings and context.
 
     Args:
-      warmup: how many of the first steps may log fewer metrics than later ones.
+      warmup: number of initial steps that may log fewer metrics than later ones.
     """
     watch, choice = context.watch, train.choice
     hooks = Hooks(
@@ -83,12 +83,12 @@ def fit_examples(
     data: Callable[[Batch], Any] = lambda batch: batch.rows,
     evaluate: Callable[[Params], Mapping[str, float]] | None = None,
 ) -> tuple[Params, dict[str, Any]]:
-    """Trains on batches of examples; returns the parameters to export, and what the manifest says of the training.
+    """Trains on batches of examples; returns the parameters to export and a training summary for the manifest.
 
     Args:
-      update: the jitted (state, batch, frozen) -> (state, metrics).
-      buckets: widths that batches are padded to, at most.
-      data: what the objective takes of a batch.
+      update: jitted function (state, batch, frozen) -> (state, metrics).
+      buckets: maximum number of widths that batches are padded to.
+      data: function from a batch to the objective's input.
     """
     frozen = params["frozen"]
     steps = num_updates(train, len(examples))
@@ -121,23 +121,23 @@ def fit_examples(
 
 
 def num_updates(train: TrainSettings, num_examples: int) -> int:
-    """Batches of a stage's training."""
+    """Number of batches that a stage trains on."""
     epochs = 1.0 if train.epochs is None else train.epochs
     return num_steps(num_examples, epochs=epochs, steps=train.steps, batch_size=train.batch_size)
 
 
 def check_schedule(key: str, optim: OptimConfig, updates: int) -> None:
-    """Warns where a model gets few updates or spends many of them warming up.
+    """Warns if a model gets few updates or spends many of them on warm-up.
 
     Args:
-      key: of the section with the optimiser, such as `sft.train.optim`.
+      key: configuration key of the optimiser section, such as `sft.train.optim`.
     """
     stage = key.partition(".")[0]
     whose = "ppo's critic" if key == "ppo.critic_optim" else stage
     if updates < MIN_UPDATES:
         warn(
             f"{whose} makes {updates} updates, which hardly train a model: give it more rows, lower "
-            f"{stage}.train.batch_size, or raise {stage}.train.epochs (or train.steps, which comes before them)"
+            f"{stage}.train.batch_size, or raise {stage}.train.epochs (or train.steps, which takes precedence)"
         )
     asked, given = optim.warmup_steps, warmup_steps(optim, updates)
     if asked is not None and asked > LONG_WARMUP * updates:
@@ -149,16 +149,16 @@ def check_schedule(key: str, optim: OptimConfig, updates: int) -> None:
 
 
 def check_rows(stage: str, num_rows: int, batch_size: int) -> None:
-    """Warns where a batch holds rows more than once."""
+    """Warns if a batch contains rows more than once."""
     if num_rows < batch_size:
         warn(
-            f"{stage} has {num_rows} rows for batches of {batch_size}, which hold each of them several times: lower "
+            f"{stage} has {num_rows} rows for batches of {batch_size}, so a batch repeats rows: lower "
             f"{stage}.train.batch_size"
         )
 
 
 def check_sizes(name: str, train: TrainSettings, mesh: Any, *, minibatches: int = 1) -> None:
-    """Raises UserError where a stage's micro-batches do not divide over the mesh."""
+    """Raises UserError if a stage's micro-batches do not divide over the mesh."""
     check_batch(
         train.batch_size // (train.accumulation * minibatches),
         mesh,
@@ -180,7 +180,7 @@ def train_program(
     held: tuple[Any, ...] = (),
     times: int = 1,
 ) -> Program:
-    """An update, of which `times` batches are differentiated."""
+    """An update that differentiates `times` batches."""
     work = flops.train(shapes.model.decoder, rows, head, shapes.model.remat).times(times)
     return Program(
         stage=name, name=f"{name} {part}", batch_key=f"{name}.train.accumulation", function=update,
@@ -202,7 +202,7 @@ def scoring_program(
     held: tuple[Any, ...] = (),
     times: float = 1.0,
 ) -> Program:
-    """A program of `times` forward passes, whose rows `key` decides."""
+    """A program of `times` forward passes; the configuration key `key` sets its number of rows."""
     return Program(
         stage=name, name=f"{name} {part}", batch_key=key or f"{name}.train.batch_size", function=function,
         arguments=lambda _: arguments, work=flops.forward(shapes.model.decoder, rows, head).times(times), runs=runs,
@@ -223,7 +223,7 @@ def held_out_program(
     num_rows: int | None,
     held: tuple[Any, ...] = (),
 ) -> Iterator[Program]:
-    """The measure on held-out rows while a stage trains; none where it never is measured."""
+    """The held-out evaluation during training; no program if there is none."""
     if shapes.watch.eval_every is None:
         return
     size = train.batch_size // train.accumulation
@@ -238,15 +238,15 @@ def held_out_program(
 
 
 def evaluations(watch: Watch, updates: int) -> int:
-    """How often a stage is measured while it trains: every so many updates, and after the last one."""
+    """Number of held-out evaluations during training: every `eval_every` updates and after the last one."""
     return 0 if watch.eval_every is None else -(-updates // watch.eval_every)
 
 
 def held_out_rows(watch: Watch, num_rows: int, default: int = HELD_OUT_ROWS) -> int:
-    """On how many of so many held-out rows."""
+    """Number of held-out rows that an evaluation uses, of `num_rows`."""
     return 0 if watch.eval_every is None else min(num_rows, watch.eval_rows or default)
 
 
 def calls(num_rows: int, batch_size: int) -> float:
-    """How many batches hold so many rows."""
+    """Number of batches needed for `num_rows` rows."""
     return float(np.ceil(num_rows / batch_size))

@@ -1,4 +1,4 @@
-"""The reward model: a value head on the SFT trunk, Bradley-Terry on human pairs, prompt shared by both sides."""
+"""The reward model: a value head on the SFT trunk, Bradley-Terry loss on human pairs, one shared prompt per pair."""
 
 from collections.abc import Iterator, Mapping
 from functools import lru_cache, partial
@@ -49,7 +49,7 @@ class Training(Section, frozen=True):
     """How a reward model is trained.
 
     Attributes:
-      architecture: sizes of a base model from scratch that it starts from; None: it starts from another model.
+      architecture: sizes of the base model if training starts from one initialised from scratch; else None.
     """
 
     init: Literal["sft", "base"]
@@ -59,11 +59,11 @@ class Training(Section, frozen=True):
 
 
 class Settings(Section, frozen=True):
-    """What the reward model and its measures depend on, besides the rows and models that it reads.
+    """Everything the reward model and its held-out metrics depend on, besides the rows and models that it reads.
 
     Attributes:
-      batch_size: pairs a call where it is measured.
-      training: None where a finished model takes its place.
+      batch_size: number of pairs per call in the held-out evaluation.
+      training: how the model is trained; None if a finished model is used.
     """
 
     seed: int
@@ -91,7 +91,7 @@ class Settings(Section, frozen=True):
 
 
 def objective(model: Model, loss: Loss, tree: Tree, batch: PromptBatch) -> tuple[Metrics, Metrics]:
-    """Bradley-Terry on the last token's scores, or DeepSpeed-Chat's over the span where the sides differ."""
+    """Bradley-Terry loss on last-token scores, or DeepSpeed-Chat's loss over the span where the sides differ."""
     tokens = forward.join(batch)
     score_BT = forward.scores(model, tree, tokens)
     score_BN = forward.response_scores(score_BT, batch)
@@ -112,7 +112,7 @@ def objective(model: Model, loss: Loss, tree: Tree, batch: PromptBatch) -> tuple
 
 
 def _span_term(score_BT: Float[Array, "B T"], batch: PromptBatch, valid_B: Bool[Array, " B"]) -> Mean:
-    """The span loss over response columns: the sides share the prompt, so they cannot differ before them."""
+    """The span loss over response columns; the sides share the prompt, so they cannot differ earlier."""
     P = batch.prompt.shape[1]
     score_BNS = rearrange(score_BT[:, P:], "b (n s) -> b n s", n=2)
     return span_reward_loss(score_BNS, jnp.asarray(batch.response), jnp.asarray(batch.response_len), valid_B)
@@ -129,14 +129,14 @@ def make_step(model: Model, optim: OptimConfig, loss: Loss, accumulation: int, m
 
 @lru_cache
 def make_held_out(model: Model, loss: Loss, mesh: Mesh) -> Any:
-    """The jitted (params, batch) -> means on held-out rows."""
+    """The jitted (params, batch) -> metric means on held-out rows."""
     return make_measure(partial(objective, model, loss), mesh)
 
 
 def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -> dict[str, Any]:
-    """Trains, or takes a finished model; writes `model/` and `held_out.parquet`.
+    """Trains a reward model, or loads a finished one; writes `model/` and `held_out.parquet`.
 
-    Returns counts, held-out accuracy, and accuracy by gap against labels and truth; None where nothing is held out.
+    Returns row counts, held-out accuracy, and accuracy by gap against labels and truth (None if nothing is held out).
     """
     codec = TextCodec(context.inputs.tokenizer, settings.text)
     if settings.training is None:
@@ -187,24 +187,24 @@ def _train(
 
 
 def _finished(settings: Settings, context: Context, codec: TextCodec) -> tuple[Model, Params]:
-    """The reward model at `reward.path`, which must read the policy's token ids."""
+    """The reward model at `reward.path`; it must have the policy's tokenizer."""
     path = context.inputs.reward_model
     assert path is not None
     source = loading.open_model(path)
     if source.head != "value":
-        raise UserError(f"reward.path={path} is no reward model: it has no tensor score.weight")
+        raise UserError(f"reward.path={path} is not a reward model: it has no tensor score.weight")
     theirs = load_tokenizer(local_model(path))
     if theirs.get_vocab() != codec.tokenizer.get_vocab():
         raise UserError(
-            f"reward.path={path} has another tokenizer than the policy: their token ids differ, and the "
-            "reward model would read other text than was written"
+            f"reward.path={path} has a different tokenizer from the policy: their token ids differ, so the "
+            "reward model would misread the policy's responses"
         )
     loading.check_vocabulary(codec.vocab_size, source.decoder, path)
     return context.load(path, settings.numerics, settings.text, head="value")
 
 
 def _measure(settings: Settings, context: Context, model: Model, params: Params, codec: TextCodec) -> dict[str, Any]:
-    """Accuracy on the held-out pairs, against their labels and, where it is known, the truth; writes their gaps."""
+    """Accuracy on the held-out pairs against their labels and, if known, the truth; writes their gaps."""
     corpus = context.inputs.corpus
     if not corpus.reward_test:
         return {"held_out_accuracy": None, "accuracy_by_gap": None}
@@ -247,7 +247,7 @@ def _measure(settings: Settings, context: Context, model: Model, params: Params,
 
 
 def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
-    """The update, where the model is trained, and the scoring of held-out pairs."""
+    """The update and held-out metrics, if the model is trained, and the scoring of held-out pairs."""
     amounts, rows = shapes.amounts, shapes.rows(settings.batch_size, 2)
     if settings.training is not None:
         train, loss = settings.training.train, settings.training.loss

@@ -1,4 +1,4 @@
-"""The programs of sampling: a batch drawn to its end as in PPO, and rows refilled as in selection and evaluation."""
+"""The programs of sampling: whole batches, as in PPO, and refilled rows, as in selection and evaluation."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -18,7 +18,7 @@ from mpo_jax.training import refill
 from mpo_jax.types import Params
 
 ANY_EOS = 0
-"""Which id ends a response changes neither memory nor work."""
+"""A placeholder: the EOS id affects neither memory nor work."""
 
 
 def rollout_programs(
@@ -32,7 +32,7 @@ def rollout_programs(
     runs: float | None,
     held: tuple[Any, ...] = (),
 ) -> Iterator[Program]:
-    """Prefill and decode of one batch; the caches lie between them as the compiled prefill lays them out."""
+    """Prefill and decode of one batch; decode takes the caches in the layout of the compiled prefill."""
     generate = make_generate(shapes.model, sampling, ANY_EOS, shapes.mesh)
     rows, decoder = shapes.rows(size, sampling.num_samples), Decoder(shapes.model, sampling, ANY_EOS)
     prompts = shapes.prompts(rows)
@@ -54,7 +54,7 @@ def rollout_programs(
 
     yield program(
         name=f"{stage} decode", function=generate.finish, arguments=then,
-        # the parameters stay beside the weights made from them
+        # the parameters stay in memory beside the decoding weights made from them
         held=(params, *held), work=shapes.decoding(rows), loop_trips=-(-decoder.room // decoder.chunk),
     )  # fmt: skip
 
@@ -69,7 +69,7 @@ def refill_programs(
     num_prompts: int | None,
     held: tuple[Any, ...] = (),
 ) -> Iterator[Program]:
-    """A portion of prompts into rows that have ended, and a chunk of tokens for all rows."""
+    """Prefill of a portion of prompts into finished rows, and decode of a chunk of tokens for all rows."""
     start, insert, advance = refill.programs(shapes.model, sampling, ANY_EOS, shapes.mesh)
     decoder, for_decoding = Decoder(shapes.model, sampling, ANY_EOS), make_for_decoding(shapes.model)
     rows = shapes.rows(size, sampling.num_samples)
@@ -80,7 +80,7 @@ def refill_programs(
     places = jax.ShapeDtypeStruct((part.count * sampling.num_samples,), jnp.int32, sharding=replicated(shapes.mesh))
     program = partial(Program, stage, batch_key=f"{stage}.batch_size")
     portions = None if num_prompts is None else num_prompts / part.count
-    # rows are refilled, so that all of them draw until the prompts are at their end
+    # rows are refilled, so all rows keep sampling until the prompts run out
     chunks = None if num_prompts is None else num_prompts / size * sampling.max_new_tokens / decoder.chunk
     yield program(
         name=f"{stage} weights", function=for_decoding, arguments=lambda _: (params,), held=held, work=Work(0.0),
@@ -104,6 +104,6 @@ def refill_programs(
 
 
 def _made(shapes: Shapes, compiled: Mapping[str, Any], name: str, function: Any, arguments: tuple[Any, ...]) -> Any:
-    """What a program gives, laid out as it was compiled."""
+    """Shapes of a program's results, with the shardings of its compiled version if there is one."""
     found = jax.eval_shape(function, *arguments)
     return shaped(found, compiled[name].output_shardings if name in compiled else batch_sharding(shapes.mesh))

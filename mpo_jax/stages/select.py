@@ -1,6 +1,6 @@
-"""Data selection: two samples a prompt from the SFT model, both scored in one batched vmap pass, every pair kept.
+"""Data selection: two samples per prompt from the SFT model, scored in one batched vmap pass; every pair is kept.
 
-The split into easy and hard is a filter over the stored table, so this stage does not depend on the threshold.
+The easy/hard split is a filter over the stored table, so this stage does not depend on the threshold.
 """
 
 from collections.abc import Iterator, Mapping
@@ -38,7 +38,7 @@ HISTOGRAM_BINS = 40
 
 
 class Settings(Section, frozen=True):
-    """What the table of pairs depends on, besides the two models and the rows."""
+    """Everything the table of pairs depends on, besides the two models and the rows."""
 
     seed: int
     text: TextConfig
@@ -65,14 +65,14 @@ class Settings(Section, frozen=True):
 
     @property
     def sampling(self) -> Sampling:
-        """Two samples a prompt."""
+        """Two samples per prompt."""
         return Sampling(
             max_new_tokens=self.text.max_response_tokens, num_samples=2, temperature=self.temperature, top_p=self.top_p
         )
 
 
 def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -> dict[str, Any]:
-    """Writes `pairs.parquet`; returns sizes by threshold, the gap histogram, and accuracy by gap where known."""
+    """Writes `pairs.parquet`; returns sizes by threshold, the gap histogram and, if known, accuracy by gap."""
     check_batch(settings.batch_size, context.mesh, "select.batch_size")
     sft, reward, corpus = parents["sft"], parents["reward"], context.inputs.corpus
     codec = TextCodec(load_tokenizer(sft.model), settings.text)
@@ -108,7 +108,7 @@ def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -
 def _sampled(
     settings: Settings, context: Context, codec: TextCodec, sft: Artifact, prompts: list[str]
 ) -> list[Example]:
-    """The prompts, each with two responses of the SFT model."""
+    """The prompts, each with two responses sampled from the SFT model."""
     model, params = context.load(sft.model, settings.numerics, settings.text, frozen=True)
     examples = number_visits(context.tokenize(codec, [(prompt, ()) for prompt in prompts])[0])
     found = context.sample(
@@ -131,7 +131,7 @@ def _table(
         order, gap = rank(jnp.asarray(score_BN))
         chosen, gap = np.asarray(order)[:, 0], np.asarray(gap)
     else:
-        # people have said which side is better; the gap then tells how far the reward model agrees
+        # humans labelled which side is better; the gap then says how far the reward model agrees
         chosen, gap = labels, score_BN[:, 0] - score_BN[:, 1]
     utility = np.full((len(prompts), 2), np.nan)
     if corpus.utility is not None:
@@ -143,10 +143,10 @@ def _table(
 
 
 def describe(table: PairTable, border: Border | None = None) -> dict[str, Any]:
-    """Sizes and label accuracy of easy and hard at each threshold, the gap histogram, and accuracy by gap.
+    """Sizes and label accuracy of the easy and hard sides at each threshold, the gap histogram, and accuracy by gap.
 
     Args:
-      border: a further place where the table is split.
+      border: additional split to include.
     """
     own = set() if border is None else {table.threshold(border)}
     sizes = []
@@ -185,7 +185,7 @@ def _show(summary: dict[str, Any]) -> None:
 
 
 def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
-    """Sampling with refilled rows, and the scoring pass."""
+    """Sampling with refilled rows, and pair scoring."""
     amounts, size = shapes.amounts, settings.batch_size
     if settings.pair_source == "sampled":
         prompts = None if amounts is None else amounts.prompts

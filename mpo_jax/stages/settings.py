@@ -1,4 +1,4 @@
-"""The parts that stages' settings are made of: what a result depends on, apart from what changes none."""
+"""Building blocks of the stages' settings: what a result depends on, and apart from it what cannot change a result."""
 
 import dataclasses
 from typing import Literal
@@ -9,7 +9,7 @@ from mpo_jax.runtime import machine
 
 
 class Numerics(Section, frozen=True):
-    """The arithmetic of every model: its type, the type in which frozen models are stored, how it attends."""
+    """The arithmetic of every model: compute type, storage type of frozen models, attention implementation."""
 
     compute_dtype: str
     frozen_dtype: str
@@ -17,7 +17,7 @@ class Numerics(Section, frozen=True):
 
     @classmethod
     def of(cls, config: ModelConfig) -> "Numerics":
-        """`auto` resolved on this machine."""
+        """The model section's numerics, with `auto` resolved for this machine."""
         return cls(
             compute_dtype=machine.compute_dtype(config),
             frozen_dtype=machine.frozen_dtype(config),
@@ -26,11 +26,11 @@ class Numerics(Section, frozen=True):
 
 
 class Choice(Section, frozen=True):
-    """Which state is exported where it is not the last: by which metric, and which states are compared.
+    """Which state is exported if not the last: the metric to compare by, and the states compared.
 
     Attributes:
-      every: updates between states that are compared.
-      over: held-out rows that they are measured on, or updates that a training metric is averaged over.
+      every: number of updates between compared states.
+      over: number of held-out rows they are measured on, or of updates that a training metric is averaged over.
     """
 
     metric: str
@@ -48,10 +48,10 @@ class Choice(Section, frozen=True):
 
 
 class TrainSettings(Section, frozen=True):
-    """How long and in what portions a stage trains, by which optimiser, and which of its states it exports.
+    """A stage's training: its length, batches and optimiser, and which state it exports.
 
     Attributes:
-      epochs: None where `steps` says how long.
+      epochs: passes over the rows; None if `steps` is set.
     """
 
     epochs: float | None
@@ -76,11 +76,11 @@ class TrainSettings(Section, frozen=True):
 
 
 class Split(Section, frozen=True):
-    """Which of a selection's pairs a step learns from.
+    """The part of a selection's pairs that a step learns from.
 
     Attributes:
-      threshold, easy_fraction: where easy ends and hard begins; both None for all pairs.
-      num_prompts: of a step without a selection, the first training prompts that it learns from; None: all.
+      threshold, easy_fraction: split between easy and hard pairs; both None for all pairs.
+      num_prompts: for a step without a selection, number of leading training prompts it learns from; None: all.
     """
 
     subset: Subset = "all"
@@ -95,20 +95,20 @@ class Split(Section, frozen=True):
           selected: whether the step reads a selection.
         """
         if subset == "all":
-            # what sampling is limited to is the data of every experiment
+            # the limit on sampled prompts defines the data of every experiment
             return cls(num_prompts=None if selected else select.num_prompts)
         return cls(subset=subset, threshold=select.threshold, easy_fraction=select.easy_fraction)
 
     @property
     def expected_share(self) -> float:
-        """Of all pairs, about how many are in the subset: half at a threshold, which the pairs' gaps decide."""
+        """Approximate fraction of the pairs in the subset; 0.5 at a threshold, since it depends on the gaps."""
         easy = 0.5 if self.easy_fraction is None else self.easy_fraction
         return {"all": 1.0, "easy": easy, "hard": 1.0 - easy}[self.subset]
 
 
 @dataclasses.dataclass(frozen=True)
 class Watch:
-    """How a training stage is watched and saved; nothing here changes its last state."""
+    """Logging, checkpointing and held-out evaluation of a training stage; none of it changes the final state."""
 
     log_every: int = 10
     checkpoint_every: int = 500
@@ -123,4 +123,4 @@ class Watch:
 
 
 NOT_WATCHED = Watch()
-"""Of a stage that does not train, or whose watching does not matter."""
+"""Defaults for a stage that does not train, or where logging and checkpointing do not matter."""

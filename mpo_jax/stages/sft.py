@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the base model learns the demonstrations' response tokens. No prompt loss, no packing."""
+"""Supervised fine-tuning of the base model on the demonstrations' response tokens. No prompt loss, no packing."""
 
 from collections.abc import Iterator, Mapping
 from functools import lru_cache, partial
@@ -39,10 +39,10 @@ from mpo_jax.types import Artifact, Metrics, Params, PromptBatch, Tree, merge
 
 
 class Settings(Section, frozen=True):
-    """What SFT's model depends on, besides the rows and the base model's files.
+    """Everything the SFT model depends on, besides the rows and the base model's files.
 
     Attributes:
-      architecture: sizes of a model from scratch; None where there is a base model.
+      architecture: sizes of a model trained from scratch; None if there is a base model.
     """
 
     seed: int
@@ -79,13 +79,13 @@ def make_step(model: Model, optim: OptimConfig, accumulation: int, mesh: Mesh) -
 
 @lru_cache
 def make_held_out(model: Model, mesh: Mesh) -> Any:
-    """The jitted (params, batch) -> means on held-out rows."""
+    """The jitted (params, batch) -> metric means on held-out rows."""
     return make_measure(partial(objective, model), mesh)
 
 
 @lru_cache
 def make_nll(model: Model, mesh: Mesh) -> Any:
-    """A jitted (params, batch) -> each row's summed response NLL [B] and response tokens [B]."""
+    """The jitted (params, batch) -> summed response NLL [B] and number of response tokens [B] of each row."""
 
     def nll(params: Params, batch: PromptBatch) -> tuple[jax.Array, jax.Array]:
         tokens = forward.join(batch)
@@ -97,7 +97,7 @@ def make_nll(model: Model, mesh: Mesh) -> Any:
 
 
 def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -> dict[str, Any]:
-    """Trains, writes `model/`, and returns counts, the last metrics and the held-out NLL per token."""
+    """Trains, writes `model/`, and returns row counts, the last metrics and the held-out NLL per token."""
     train, corpus = settings.train, context.inputs.corpus
     check_sizes("sft", train, context.mesh)
     codec = TextCodec(context.inputs.tokenizer, settings.text)
@@ -135,7 +135,7 @@ def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -
 
 
 def _held_out_nll(settings: Settings, context: Context, model: Model, params: Params, codec: TextCodec) -> float | None:
-    """Nats per token of the held-out chosen responses; None where nothing is held out."""
+    """NLL in nats per token of the held-out chosen responses; None if nothing is held out."""
     held_out = context.inputs.corpus.held_out
     if not held_out:
         return None
@@ -154,8 +154,8 @@ def _held_out_nll(settings: Settings, context: Context, model: Model, params: Pa
 def _warn_of_inputs(settings: Settings, context: Context, tokens: TokenReport) -> None:
     if context.inputs.is_toy and context.inputs.base is not None:
         warn(
-            "model.path is set and data.kind is toy: a pretrained model learns the toy world. To train on rows of your "
-            "own, name data.path and data.kind"
+            "model.path is set and data.kind is toy: a pretrained model learns the toy world. To train on your own "
+            "rows, set data.path and data.kind"
         )
     if 2 * tokens.truncated_prompts > tokens.rows:
         warn(
@@ -176,7 +176,7 @@ def _show(corpus: Corpus, tokens: TokenReport) -> None:
 
 
 def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
-    """The update, and the NLL of held-out rows."""
+    """The update, the held-out metrics if requested, and the final held-out NLL."""
     train, amounts = settings.train, shapes.amounts
     check_sizes("sft", train, shapes.mesh)
     rows, updates = (
@@ -187,7 +187,7 @@ def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
         "sft", "step", make_step(shapes.model, train.optim, train.accumulation, shapes.mesh),
         (shapes.state(train.optim), shapes.batch(rows), {}), shapes, rows, "lm", accumulation=train.accumulation,
         runs=updates,
-        # the stage's own name for the parameters it starts from lives as long as the training
+        # `run` keeps a reference to the initial parameters until training ends
         held=(shapes.tree(),),
     )  # fmt: skip
     yield from held_out_program(

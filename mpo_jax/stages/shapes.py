@@ -1,4 +1,4 @@
-"""Shapes with shardings of all that stages' programs are called with, so that they compile without any array."""
+"""Shapes and shardings of the arguments of every stage program, so that programs compile without arrays."""
 
 import dataclasses
 from typing import Any
@@ -19,16 +19,16 @@ from mpo_jax.training.update import state_sharding
 from mpo_jax.types import Head, Params, PromptBatch, TrainState, Tree, frozen, trainable
 
 MULTIPLE = 8
-"""Batches' widths are rounded up to it (data.batches)."""
+"""Batch widths are rounded up to a multiple of this (see data.batches)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Amounts:
-    """How many rows there are, from which follows how often programs run.
+    """Numbers of rows, which determine how often programs run.
 
     Attributes:
-      reward_watched: held-out pairs on which the reward model is measured while it trains; `reward_test` are those that
-        it is measured on afterwards.
+      reward_watched: held-out pairs that the reward model is evaluated on during training.
+      reward_test: held-out pairs that it is evaluated on afterwards.
     """
 
     demonstrations: int
@@ -44,14 +44,14 @@ class Amounts:
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """One model on one mesh: what programs take, and how often they run.
+    """Argument shapes of the programs for one model on one mesh, and the row counts that set how often they run.
 
     Attributes:
-      text: limits of prompts and responses, to which rows are padded.
-      frozen_dtype: in which models that do not train are stored.
-      amounts: None where no data was read.
+      text: length limits of prompts and responses; rows are padded to them.
+      frozen_dtype: storage type of models that do not train.
+      amounts: numbers of rows; None if no data was read.
       parents: roles of the artifacts that the stage reads.
-      watch: of a stage that trains: how often it is evaluated meanwhile.
+      watch: how often a training stage is evaluated on held-out rows.
     """
 
     model: Model
@@ -64,20 +64,20 @@ class Shapes:
 
     @property
     def shards(self) -> int:
-        """Groups of devices over which a batch is divided."""
+        """Number of device groups that a batch is divided over."""
         return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
 
     def tree(self, head: Head = "lm") -> Tree:
-        """All parameters, float32."""
+        """All parameters in float32."""
         shapes = forward.abstract_params(self.model.decoder, head=head)
         return shaped(shapes, forward.param_shardings(shapes, self.mesh))
 
     def trained(self, head: Head = "lm") -> Params:
-        """float32 master parameters of a model that trains."""
+        """Float32 master parameters of a model that trains."""
         return trainable(self.tree(head))
 
     def frozen(self, head: Head = "lm") -> Params:
-        """A model that does not train, as `weights.load_params` stores it."""
+        """Parameters of a model that does not train, as `weights.load_params` stores them."""
         dtype = jnp.dtype(self.frozen_dtype)
 
         def store(path: Any, leaf: Any) -> Any:
@@ -88,7 +88,7 @@ class Shapes:
         return frozen(jax.tree_util.tree_map_with_path(store, self.tree(head)))
 
     def state(self, optim: OptimConfig, head: Head = "lm") -> TrainState:
-        """A model's training state."""
+        """The training state of a model."""
         optimizer = make_optimizer(optim)
 
         def init(tree: Tree) -> TrainState:
@@ -103,7 +103,7 @@ class Shapes:
         return Rows(count, up(self.text.max_prompt_tokens), num_responses, up(self.text.max_response_tokens))
 
     def array(self, *shape: int, dtype: Any = jnp.int32) -> Any:
-        """An array whose leading axis is the batch."""
+        """An array with the batch as its leading axis."""
         return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(self.mesh))
 
     def batch(self, rows: Rows) -> PromptBatch:
@@ -123,7 +123,7 @@ class Shapes:
         return dataclasses.replace(prompts, response_len=self.array(rows.count, 1))
 
     def number(self) -> Any:
-        """One float32 on every device."""
+        """A float32 scalar, replicated on every device."""
         return jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(self.mesh))
 
     def allowed(self) -> Any:
@@ -135,13 +135,13 @@ class Shapes:
         return shaped(jax.eval_shape(lambda: jax.random.key(0)), replicated(self.mesh))
 
     def decoding(self, rows: Rows) -> Work:
-        """Drawing all response tokens of a batch."""
+        """The work of decoding all response tokens of a batch."""
         size = jnp.dtype(self.model.dtype).itemsize
         return flops.decode(self.model.decoder, rows, shards=self.shards, bytes_each=size)
 
 
 def shaped(tree: Any, shardings: Any) -> Any:
-    """The tree's shapes and types with these shardings: a like tree of them, or one for all leaves."""
+    """The tree's shapes and types with the given shardings: a tree of the same structure, or one for all leaves."""
     if isinstance(shardings, jax.sharding.Sharding):
         shardings = jax.tree.map(lambda _: shardings, tree)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)

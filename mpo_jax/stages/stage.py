@@ -1,4 +1,4 @@
-"""What a stage is: a value with settings, parents, a function that runs it, and the programs that it compiles."""
+"""A stage as a value: its settings, its parents, the function that runs it, and the programs that it compiles."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
@@ -17,15 +17,15 @@ class Stage:
 
     Attributes:
       name: sft, reward, select, dpo, ppo or evaluate.
-      Settings: a frozen model of exactly what the result depends on, besides parents and inputs. `run` receives it and
-        the artifact's name hashes it, so a stage cannot read a key that its name does not hold.
-      parents: roles of the artifacts that it may read.
-      inputs: what it reads by content: data, base (the base model), reward_model (a finished one). The context refuses
-        all others.
-      run: (settings, parents by role, context) -> summary for the manifest; writes into `context.folder`.
-      programs: (settings, shapes) -> every program with a model in it that `run` compiles, but for the making of
-        parameters. Memory plans compile them, benchmarks time them, a table's estimate adds up their work.
-      trains: whether it has checkpoints and a section `train`.
+      Settings: frozen model of exactly what the result depends on, besides parents and inputs. `run` receives it and
+        the artifact's name hashes it, so a stage cannot read a key that is missing from its name.
+      parents: roles of the artifacts that the stage may read.
+      inputs: names of the non-artifact inputs that the stage may read: data, base (the base model), reward_model (a
+        finished one). Reading another raises an error.
+      run: function (settings, parents by role, context) -> summary for the manifest; it writes into `context.folder`.
+      programs: function (settings, shapes) -> every program with a model that `run` compiles, except those
+        that make parameters. Memory plans compile them, benchmarks time them, and a table adds up their work.
+      trains: whether the stage has checkpoints and a `train` section.
     """
 
     name: str
@@ -42,17 +42,17 @@ class Program:
     """One compiled program of a stage.
 
     Attributes:
-      stage: whose it is.
-      name: unique within a stage.
-      batch_key: the configuration key that decides its rows.
-      function: jitted, as the stage calls it.
-      arguments: from the programs compiled before, by name, to shapes with shardings.
-      work: of one call, analytic, over all devices.
-      runs: how often the stage calls it; None where the amounts of data are not known.
-      accumulation: micro-batches of an update; None for a program that trains nothing.
-      held: what the stage keeps in memory besides the arguments.
-      keeps: names of programs compiled before whose results it keeps too.
-      loop_trips: turns of a loop whose number the compiler cannot know.
+      stage: name of the stage.
+      name: name of the program, unique within its stage.
+      batch_key: configuration key that sets its number of rows.
+      function: jitted function that the stage calls.
+      arguments: function from the already compiled programs, by name, to shapes with shardings.
+      work: analytic work of one call, over all devices.
+      runs: number of calls in the stage; None if the amounts of data are unknown.
+      accumulation: number of micro-batches of an update; None for a program that does not train.
+      held: arrays that the stage keeps in memory besides the arguments.
+      keeps: names of already compiled programs whose results stay in memory.
+      loop_trips: iterations of loops whose count the compiler cannot know.
     """
 
     stage: str

@@ -11,7 +11,7 @@ from mpo_jax.pipeline.artifacts import Store
 from mpo_jax.pipeline.bucket import Bucket
 from mpo_jax.pipeline.experiments import table_variants
 from mpo_jax.pipeline.pipeline import Pipeline
-from mpo_jax.pipeline.table import estimates, plan_table, seed_config
+from mpo_jax.pipeline.table import estimates, seed_config, table_stages
 from mpo_jax.runtime.files import write_text
 from mpo_jax.runtime.processes import is_main
 from mpo_jax.runtime.progress import Overall
@@ -53,7 +53,7 @@ class SeedTable:
     def __init__(self, config: Config):
         self._config, self._workdir = config, Path(config.workdir)
         self.names = [variant.name for variant in table_variants(config.table, config.select)]
-        self.stages = plan_table(config)
+        self.stages = table_stages(config)
         self.overall = Overall(estimates(config, self.stages))
         self._left_out: dict[str, str] = {}
 

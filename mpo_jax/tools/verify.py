@@ -1,4 +1,4 @@
-"""`mpo verify`: trains a stretch between two stored states again, and compares the hashes of the states."""
+"""`mpo verify`: retrains the steps between two stored states and compares the hashes of the final states."""
 
 import dataclasses
 import json
@@ -28,13 +28,13 @@ from mpo_jax.types import Artifact
 
 @dataclasses.dataclass(frozen=True)
 class Stretch:
-    """What to train again, and what must come of it.
+    """The steps to retrain and the expected result.
 
     Attributes:
-      start: the checkpoint to begin with.
-      end: a later step whose state's hash is known.
-      expected: that hash.
-      leaves: the hash of each leaf, where there is a checkpoint of the end too.
+      start: step of the checkpoint to start from.
+      end: later step with a known state hash.
+      expected: state hash at `end`.
+      leaves: hash of each leaf at `end`, if there is a checkpoint; else None.
     """
 
     start: int
@@ -44,12 +44,12 @@ class Stretch:
 
 
 def verify(workdir: Path, stage: str | None) -> bool:
-    """Whether every stage of the workdir that can be checked gives the recorded bits again; prints a line for each.
+    """Whether every stage that can be checked reproduces its recorded states bit for bit; prints a line for each.
 
-    Equal bits are promised on the same devices, mesh and versions alone.
+    Bitwise equality is guaranteed only on the same devices, mesh and versions.
 
     Args:
-      stage: a kind (sft, reward, dpo, ppo) or one stage's folder name; None for all.
+      stage: kind of stage (sft, reward, dpo, ppo) or folder name of one stage; None for all.
 
     Raises:
       UserError: if there is nothing to check.
@@ -61,14 +61,14 @@ def verify(workdir: Path, stage: str | None) -> bool:
             with FileLock(workdir / "stages" / f".{name}.lock", timeout=0):
                 if (stretch := _stretch(folder)) is None:
                     console.print(
-                        f"{name}: no two states are stored. Set runtime.keep_finished_checkpoints=true, and "
-                        "checkpoint_every below the number of steps, for the run that makes it",
+                        f"{name}: fewer than two states are stored. In the run that makes it, set "
+                        "runtime.keep_finished_checkpoints=true and checkpoint_every below the number of steps",
                         soft_wrap=True,
                     )
                     continue
                 results.append(_same(workdir, folder, name, recipe, stretch, first=not results))
         except Timeout:
-            console.print(f"{name}: another run is making it just now", soft_wrap=True)
+            console.print(f"{name}: another run is making it right now", soft_wrap=True)
     if not results:
         what = f"stage {stage}" if stage else "stage"
         raise UserError(f"{workdir}: no {what} with two stored states to compare: see above, or check the names")
@@ -76,7 +76,7 @@ def verify(workdir: Path, stage: str | None) -> bool:
 
 
 def _trained(workdir: Path, stage: str | None) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The folders of stages that train, unfinished ones included, and what each is made from."""
+    """Folders and recipes of the training stages, unfinished ones included."""
     for folder in sorted((workdir / "stages").glob("*")):
         paths = [path for path in (folder / RECIPE, folder / "manifest.json") if path.is_file()]
         if not paths or not (folder / "metrics.jsonl").is_file():
@@ -91,7 +91,7 @@ def _trained(workdir: Path, stage: str | None) -> Iterator[tuple[Path, dict[str,
 
 
 def _stretch(folder: Path) -> Stretch | None:
-    """From the last checkpoint but one to the last, or from the only one to the next recorded hash."""
+    """The steps between the last two checkpoints, or from the only checkpoint to the next recorded hash."""
     if not (folder / "checkpoints").is_dir() or not (folder / "config.yaml").is_file():
         return None
     recorded = _recorded(folder / "metrics.jsonl")
@@ -109,7 +109,7 @@ def _stretch(folder: Path) -> Stretch | None:
 
 
 def _recorded(path: Path) -> dict[int, str]:
-    """The hashes of states by step, up to a line that a kill left half-written."""
+    """State hashes by step, up to the first incomplete line (left by a kill)."""
     recorded = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -122,7 +122,7 @@ def _recorded(path: Path) -> dict[int, str]:
 
 
 def _same(workdir: Path, folder: Path, name: str, recipe: Mapping[str, Any], stretch: Stretch, *, first: bool) -> bool:
-    """Trains the stretch in a scratch folder, and prints and returns whether it ends as recorded."""
+    """Retrains the steps in a scratch folder; prints and returns whether the final state is as recorded."""
     config = load_config(folder / "config.yaml")
     single = config.runtime.model_copy(update={"processes": ProcessesConfig(), "bucket": None, "wandb": None})
     config = config.model_copy(update={"workdir": str(workdir), "runtime": single})
@@ -138,7 +138,7 @@ def _same(workdir: Path, folder: Path, name: str, recipe: Mapping[str, Any], str
     leaf = first_difference(stretch.leaves, found) if stretch.leaves else None
     what = f"the first leaf that differs is {leaf}" if leaf else "which leaf differs is not recorded"
     if stretch.leaves and not leaf:
-        what = "the stored checkpoint has the bits of this run, so it is the record that differs"
+        what = "the stored checkpoint equals this run's bit for bit, so the recorded hash is wrong"
     console.print(
         f"{name}: steps {stretch.start} to {stretch.end} differ: state_hash {stretch.expected[:12]} was recorded and "
         f"is {state_hash(found)[:12]} now; {what}",
@@ -150,7 +150,7 @@ def _same(workdir: Path, folder: Path, name: str, recipe: Mapping[str, Any], str
 def _train_again(
     config: Config, workdir: Path, folder: Path, scratch: Path, recipe: Mapping[str, Any], stretch: Stretch
 ) -> dict[str, str]:
-    """The hashes of the state's leaves after the stretch."""
+    """Hashes of the state's leaves after retraining the steps."""
     place = Path("checkpoints") / str(stretch.start)
     shutil.copytree(folder / place, scratch / place)
     write_json(scratch / RECIPE, recipe)
@@ -158,7 +158,7 @@ def _train_again(
     for role, parent in recipe["parents"].items():
         path = workdir / "stages" / parent
         if not (path / "manifest.json").is_file():
-            raise UserError(f"{folder}: its {role} {path} is gone; without it the stage cannot be trained again")
+            raise UserError(f"{folder}: its {role} {path} is missing; without it the stage cannot be retrained")
         parents[role] = Artifact(path, json.loads((path / "manifest.json").read_text(encoding="utf-8")))
     stage, mesh = STAGES[recipe["stage"]], make_mesh(config.mesh)
     settings = stage.Settings.model_validate(recipe["settings"])

@@ -54,8 +54,8 @@ class Guard:
                 rows = "the batches" if self._folder is None else f"the rows of the first batches, in {self._folder}"
                 raise UserError(
                     f"{what}: the loss or the gradient was not finite in {int(skip.in_a_row)} updates in a row, up to "
-                    f"step {step}. The first batches are in {self._folder}: look at their rows, or lower the learning "
-                    f"rate. {self._stage}.train.stop_after_skipped={self._limit} is the limit"
+                    f"step {step}. Look at {rows}, or lower the learning rate. "
+                    f"{self._stage}.train.stop_after_skipped={self._limit} is the limit"
                 )
 
     def _keep(self, step: int, batch: Any) -> str:

@@ -22,7 +22,7 @@ from mpo_jax.models.forward import Model
 from mpo_jax.models.generate import Decoder, Decoding, Sampling, make_for_decoding
 from mpo_jax.runtime.processes import to_host
 from mpo_jax.runtime.sharding import place_batch, replicated
-from mpo_jax.types import Params, PromptBatch
+from mpo_jax.types import Params, PromptBatch, Tree
 
 PARTS = 8
 """A prefill inserts an eighth of the prompts being sampled: fewer would make the matrix products narrow, more would
@@ -75,7 +75,7 @@ def programs(model: Model, sampling: Sampling, eos_id: int, mesh: Mesh) -> tuple
         put = lambda old, new: old.at[row_R].set(new, mode="drop", unique_indices=True)  # noqa: E731
         return jax.tree.map(put, state, begin(params, prompts, key, allowed_V))
 
-    def advance(weights: Params, state: Decoding, allowed_V: Array) -> tuple[Decoding, Bool[Array, "2 B"]]:
+    def advance(weights: Tree, state: Decoding, allowed_V: Array) -> tuple[Decoding, Bool[Array, "2 B"]]:
         state = decoder.advance(weights, state, allowed_V)
         # one array, which the host fetches at once
         return state, jnp.stack([state.active, state.finite])
@@ -172,7 +172,7 @@ class _Queue:
 def _drain(
     parts: tuple[Any, Any, Any],
     params: Params,
-    weights: Params,
+    weights: Tree,
     queue: _Queue,
     num_rows: int,
     key: Array,

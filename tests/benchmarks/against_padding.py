@@ -34,15 +34,18 @@ from mpo_jax.models.generate import Sampling, make_generate
 from mpo_jax.models.hf.tokenizer import load_tokenizer
 from mpo_jax.models.spec import DecoderConfig
 from mpo_jax.runtime import machine
-from mpo_jax.runtime.sharding import make_mesh, place_batch, replicated
+from mpo_jax.runtime.sharding import make_mesh, place_batch
 from mpo_jax.runtime.timing import seconds
 from mpo_jax.stages import dpo, reward
+from mpo_jax.stages.preference import Pairs, PreferenceLoss
 from mpo_jax.tools.bench.speed import SIZES
-from mpo_jax.training.loop import init_state, make_update, state_sharding
+from mpo_jax.training.optimizer import make_optimizer, with_learning_rate
 from mpo_jax.training.refill import sample_all
-from mpo_jax.types import Mean, PromptBatch
+from mpo_jax.training.update import init_state, jit_update
+from mpo_jax.types import Mean, PromptBatch, Tree, frozen, trainable
 
-RATE = np.float32(1e-5)
+RATE = 1e-5
+LOSS = PreferenceLoss(name="dpo", beta=0.1)
 
 
 def two_rows(joined: PromptBatch) -> PromptBatch:
@@ -57,18 +60,16 @@ def two_rows(joined: PromptBatch) -> PromptBatch:
     )
 
 
-def padded_dpo(
-    model: Model, params: Any, batch: tuple[PromptBatch, jax.Array]
-) -> tuple[dict[str, Mean], dict[str, Any]]:
-    joined, reference = batch
-    logp = forward.response_logps(model, params, two_rows(joined)).reshape(-1, 2)
-    loss = dpo.DpoLoss("dpo", 0.1, 0.0, False, 0.0)
-    return {"loss": loss.preference(logp[:, 0] - logp[:, 1], reference[:, 0] - reference[:, 1])}, {}
+def padded_dpo(model: Model, tree: Tree, batch: dpo.DpoBatch) -> tuple[dict[str, Mean], dict[str, Any]]:
+    rows = batch.pairs
+    logp = forward.response_logps(model, tree, two_rows(rows)).reshape(-1, 2)
+    pairs = Pairs(logp, jnp.asarray(batch.ref_logp), jnp.asarray(rows.response_len), jnp.asarray(rows.prompt_len) > 0)
+    return {"loss": LOSS.value(pairs)}, {}
 
 
-def padded_reward(model: Model, params: Any, joined: PromptBatch) -> tuple[dict[str, Mean], dict[str, Any]]:
+def padded_reward(model: Model, tree: Tree, joined: PromptBatch) -> tuple[dict[str, Mean], dict[str, Any]]:
     rows = two_rows(joined)
-    score = forward.response_scores(forward.scores(model, params, forward.join(rows)), rows).reshape(-1, 2)
+    score = forward.response_scores(forward.scores(model, tree, forward.join(rows)), rows).reshape(-1, 2)
     return {"loss": bradley_terry_loss(score[:, 0], score[:, 1])}, {}
 
 
@@ -85,7 +86,7 @@ class Comparison:
         vocab = len(self.codec.tokenizer)
         decoder = DecoderConfig(vocab_size=vocab, max_positions=2 * sum(given.lengths), **SIZES)
         self.ours, self.plain = Model(decoder, remat="dots"), Model(decoder, remat="dots", attention="xla")
-        self.params = jax.jit(forward.init_params, static_argnums=0)(decoder, jax.random.key(0))
+        self.tree = jax.jit(forward.init_params, static_argnums=0)(decoder, jax.random.key(0))
         self.batch, self.rows, self.mean_length = given.batch, given.rows, given.mean_length
         corpus = load_corpus(self.config)
         pairs = [(row.prompt, (row.chosen, row.rejected)) for row in corpus.pairs[: given.rows]]
@@ -94,29 +95,27 @@ class Comparison:
 
     def updates(self, name: str) -> tuple[Callable[[], float], Callable[[], float]]:
         """A pass of updates over all pairs, ours and padded; each returns its loss at the first step."""
-        optim, head = self.config.dpo.train.optim, "value" if name == "reward" else "lm"
-        params = forward.with_score_head(self.params, self.ours.decoder) if head == "value" else self.params
-        if head == "value":
+        optim, is_reward = self.config.dpo.train.optim, name == "reward"
+        tree = forward.with_score_head(self.tree, self.ours.decoder) if is_reward else self.tree
+        if is_reward:
             ours = reward.make_step(self.ours, optim, "last_token", 1, self.mesh)
         else:
-            ours = dpo.make_step(self.ours, optim, dpo.DpoLoss("dpo", 0.1, 0.0, False, 0.0), 1, self.mesh)
-        plain = jax.jit(
-            make_update(partial(padded_reward if head == "value" else padded_dpo, self.plain), optim, accumulation=1),
-            donate_argnums=0,
-            out_shardings=(state_sharding(self.plain, optim, self.mesh, head=head), replicated(self.mesh)),
-        )
-        reference = jnp.zeros((self.batch, 2))
+            ours = dpo.make_step(self.ours, optim, LOSS, 0.0, 1, self.mesh)
+        padded = partial(padded_reward if is_reward else padded_dpo, self.plain)
+        plain = jit_update(padded, make_optimizer(optim), tree, self.mesh)
+        reference = np.zeros((self.batch, 2), np.float32)
 
         def make_pass(step: Any, buckets: int) -> Callable[[], float]:
             batches = TrainBatches(self.pairs, Buckets.of(self.pairs, buckets), self.batch, 0)
             count = len(self.pairs) // self.batch
-            state = [init_state(params, optim, self.mesh)]
+            state = [init_state(trainable(tree), make_optimizer(optim), self.mesh)]
 
             def run() -> float:
                 loss = 0.0
                 for k in range(count):
-                    rows = place_batch(batches[k].rows, self.mesh)
-                    state[0], metrics = step(state[0], rows if head == "value" else (rows, reference), RATE)
+                    rows = batches[k].rows
+                    data = place_batch(rows if is_reward else dpo.DpoBatch(rows, reference), self.mesh)
+                    state[0], metrics = step(with_learning_rate(state[0], RATE), data, {})
                     loss += float(metrics["loss"].value)
                 return loss / count
 
@@ -134,14 +133,14 @@ class Comparison:
 
         def refilled() -> Any:
             found = sample_all(
-                self.ours, self.params, self.prompts, sampling=sampling, eos_id=self.codec.eos_id,
+                self.ours, frozen(self.tree), self.prompts, sampling=sampling, eos_id=self.codec.eos_id,
                 allowed_V=allowed_V, key=key, buckets=buckets, batch_size=self.batch, mesh=self.mesh,
             )  # fmt: skip
             return found.ids, found.length
 
         def one(batch: PromptBatch) -> Any:
             placed = place_batch(batch, self.mesh)
-            joined, _ = generate(self.params, placed, key, jnp.zeros_like(placed.key), allowed_V)
+            joined, _ = generate(frozen(self.tree), placed, key, jnp.zeros_like(placed.key), allowed_V)
             return joined.response, joined.response_len
 
         return refilled, lambda: map_batches(self.prompts, buckets, self.batch, one)

@@ -24,9 +24,10 @@ from mpo_jax.models.spec import DecoderConfig
 from mpo_jax.runtime.sharding import make_mesh
 from mpo_jax.stages import sft
 from mpo_jax.tools.bench.speed import SIZES
-from mpo_jax.training.loop import init_state
+from mpo_jax.training.optimizer import make_optimizer, with_learning_rate
 from mpo_jax.training.refill import sample_all
-from mpo_jax.types import PromptBatch
+from mpo_jax.training.update import init_state
+from mpo_jax.types import PromptBatch, frozen, trainable
 
 VOCAB, EOS = 4096, 7
 DECODER = DecoderConfig(vocab_size=VOCAB, max_positions=1024, **{**SIZES, "head_dim": 64})
@@ -90,9 +91,10 @@ def determinism() -> None:
     batch = jax.tree.map(jnp.asarray, rows(1))
 
     def train() -> list[bytes]:
-        state, step = init_state(params, optim, mesh), sft.make_step(model, optim, 1, mesh)
+        state = init_state(trainable(params), make_optimizer(optim), mesh)
+        step = sft.make_step(model, optim, 1, mesh)
         for _ in range(3):
-            state, _ = step(state, batch, np.float32(1e-3))
+            state, _ = step(with_learning_rate(state, 1e-3), batch, {})
         return [np.asarray(x).tobytes() for x in jax.tree.leaves(state)]
 
     with jax.set_mesh(mesh):
@@ -104,7 +106,7 @@ def samples() -> None:
     """Refilled rows draw what a fixed batch draws, and cached decoding follows the full forward pass."""
     mesh = make_mesh(MeshConfig())
     model = Model(DECODER, remat="dots")
-    params = jax.jit(forward.init_params, static_argnums=0)(DECODER, jax.random.key(0))
+    params = frozen(jax.jit(forward.init_params, static_argnums=0)(DECODER, jax.random.key(0)))
     rng = np.random.default_rng(1)
     examples = [Example(rng.integers(8, VOCAB, rng.integers(5, 60), np.int32), []) for _ in range(24)]
     allowed_V, key = (jnp.arange(VOCAB) >= 8).at[EOS].set(True), jax.random.key(0)

@@ -245,13 +245,14 @@ def _bench_config(stage: str, folder: Path, *overrides: str) -> Any:
 def mpo_jax_training(work: str, folder: Path, channel: Channel) -> None:
     """The stages' own jitted steps on the batches that their commands would take."""
     import jax
-    import jax.numpy as jnp
 
     from mpo_jax.data.batches import Buckets, TrainBatches, map_batches
     from mpo_jax.models import forward, loading
     from mpo_jax.runtime.sharding import make_mesh, place_batch
     from mpo_jax.stages import dpo, reward, sft
-    from mpo_jax.training.loop import init_state
+    from mpo_jax.stages.preference import PreferenceLoss
+    from mpo_jax.training.optimizer import make_optimizer, with_learning_rate
+    from mpo_jax.training.update import init_state
 
     stage, size = work.removesuffix("_precomputed"), WORK[work][1]
     rows = ROWS if stage == "sft" else PAIRS
@@ -262,19 +263,20 @@ def mpo_jax_training(work: str, folder: Path, channel: Channel) -> None:
     batches = TrainBatches(examples, buckets, size, 0, shuffle=False)
     with jax.set_mesh(mesh):
         head = "value" if stage == "reward" else "lm"
-        model, params = loading.load(folder / ("reward" if head == "value" else "model"), config, mesh, head=head)
+        options = loading.Options.of(config.model)
+        model, params = loading.load(folder / ("reward" if head == "value" else "model"), options, mesh, head=head)
         if stage == "sft":
             update = sft.make_step(model, optim, 1, mesh)
         elif stage == "reward":
             update = reward.make_step(model, optim, config.reward.loss, 1, mesh)
         else:
-            update = dpo.make_step(model, optim, dpo.DpoLoss.of(config.dpo), 1, mesh)
+            update = dpo.make_step(model, optim, PreferenceLoss.of(config.dpo), config.dpo.nll_coef, 1, mesh)
         logps = forward.make_response_logps(model, mesh)
         known_EN = np.zeros((len(examples), 0), np.float32)
         if work == "dpo_precomputed":
             known_EN = map_batches(examples, buckets, size, partial(_placed, logps, params, mesh))
         # the state holds a copy, so that the reference stays as it is; elsewhere it is in nobody's memory
-        state, k, rate = init_state(params, optim, mesh), 0, jnp.float32(optim.learning_rate)
+        state, k = init_state(params, make_optimizer(optim), mesh), 0
         reference = params if work == "dpo" else None
         params = None
         channel.ready([])
@@ -288,8 +290,10 @@ def mpo_jax_training(work: str, folder: Path, channel: Channel) -> None:
                 nonlocal state
                 batch = place_batch(host, mesh)
                 if stage == "dpo":
-                    batch = batch, place_batch(known, mesh) if reference is None else logps(reference, batch)
-                state, metrics = jax.block_until_ready(update(state, batch, rate))
+                    known_BN = place_batch(known, mesh) if reference is None else logps(reference, batch)
+                    batch = dpo.DpoBatch(batch, known_BN)
+                state = with_learning_rate(state, optim.learning_rate)
+                state, metrics = jax.block_until_ready(update(state, batch, {}))
                 return float(metrics["loss"].value)
 
             return timed
@@ -324,8 +328,10 @@ def mpo_jax_ppo(one_pass: bool, folder: Path, channel: Channel) -> None:
     from mpo_jax.data.batches import Buckets, TrainBatches, Widths, collate
     from mpo_jax.data.tokens import Example
     from mpo_jax.models import forward, loading
+    from mpo_jax.pipeline.stages import stage_settings
+    from mpo_jax.runtime.offload import Offload
     from mpo_jax.runtime.sharding import make_mesh, place_batch
-    from mpo_jax.stages import ppo
+    from mpo_jax.stages.ppo.iteration import Loop, Models, init_ppo_state
 
     lengths = (f"ppo.train.batch_size={ROLLOUTS}", f"text.max_response_tokens={LENGTH}")
     config = _bench_config("ppo", folder, f"ppo.one_pass={str(one_pass).lower()}", *lengths)
@@ -337,20 +343,23 @@ def mpo_jax_ppo(one_pass: bool, folder: Path, channel: Channel) -> None:
     # a response never ends before its last token
     codec: Any = SimpleNamespace(eos_id=-1, allowed=lambda _: allowed)
     with jax.set_mesh(mesh):
-        model, params = loading.load(folder / "model", config, mesh)
-        judge, judge_params = loading.load(folder / "reward", config, mesh, head="value")
+        options = loading.Options.of(config.model)
+        model, params = loading.load(folder / "model", options, mesh)
+        judge, judge_params = loading.load(folder / "reward", options, mesh, head="value")
         fixed = place_batch(collate(rows[:ROLLOUTS], Widths.of(rows[:ROLLOUTS]), num_responses=1), mesh)
         scores = forward.make_score_pairs(judge, mesh)(judge_params, fixed)
         logps = forward.make_response_logps(model, mesh)(params, fixed)
-        loop = ppo.Loop(config, mesh, codec, model, judge, params, judge_params, ROWS // ROLLOUTS)
+        settings, offload = stage_settings("ppo", config), Offload.of(config.runtime, mesh)
+        models = Models(model, judge, {}, {}, params, judge_params)
+        loop = Loop(settings, mesh, codec, models, offload, ROWS // ROLLOUTS, config.ppo.train.log_every)
         # each state holds a copy, so that reference and reward model stay as they are
-        state = ppo.init_ppo_state(config.ppo, params, judge_params, mesh, loop.offload)
+        state = init_ppo_state(settings.method, params, judge_params, mesh, offload)
         params, judge_params, k = None, None, 0
         channel.ready([float(x) for x in (*np.ravel(scores), *np.ravel(logps))])
 
         def timed() -> float:
             nonlocal state, k
-            state, metrics, _ = jax.block_until_ready(loop.iteration(state, k, batches, None))
+            state, metrics, _ = jax.block_until_ready(loop.iteration(state, batches[k], None))
             k += 1
             return float(metrics["objective/scores"].value)
 
@@ -371,7 +380,7 @@ def mpo_jax_sampling(batch_size: int, folder: Path, channel: Channel) -> None:
     mesh = make_mesh(config.mesh)
     examples = [Example(row, ()) for row in np.load(folder / "prompts.npy")[:batch_size]]
     with jax.set_mesh(mesh):
-        model, params = loading.load(folder / "model", config, mesh)
+        model, params = loading.load(folder / "model", loading.Options.of(config.model), mesh)
         prompts = place_batch(collate(examples, Widths.of(examples), num_responses=0), mesh)
         index = place_batch(np.zeros(batch_size, np.uint32), mesh)
         allowed = jnp.ones(VOCAB, bool).at[jnp.asarray([PAD, UNK, EOS])].set(False)

@@ -79,7 +79,7 @@ def test_own_rows_are_padded_to_their_buckets(tmp_path):
 
 def test_mistakes_have_status_2(capfd, tmp_path):
     assert mpo("bench", "sfd", f"workdir={tmp_path}") == 2
-    assert "no workload is called sfd; there are sft, reward" in capfd.readouterr().err
+    assert "no workload is called sfd; choose from sft, reward" in capfd.readouterr().err
     assert mpo("bench", "sft", "--rows", "128x128") == 2
     assert "--rows wants PROMPT+RESPONSE tokens" in capfd.readouterr().err
     assert mpo("bench", "sft", "mesh.fsdp=8", "runtime.cpu_devices=8", "--batch", "4") == 2

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mpo_jax.data.pair_table import PairTable
-from mpo_jax.pipeline.table import Planned
+from mpo_jax.pipeline.table import TableStage
 from tests.pipeline.test_pipeline import MICRO, mpo
 
 RUNS = "experiment=sft,ppo,mpo"
@@ -173,5 +173,5 @@ def test_mistakes_are_messages(
 
 def test_planned_stages_know_whether_they_are_there() -> None:
     recipe = {"stage": "dpo", "parents": {}}
-    assert not Planned(0, "dpo-1", recipe, ("dpo", "1-dpo"), ["dpo"], None).is_there
-    assert Planned(0, "dpo-1", recipe, ("dpo", "1-dpo"), ["dpo"], 0.0).is_there
+    assert not TableStage(0, "dpo-1", recipe, ("dpo", "1-dpo"), ["dpo"], None).is_there
+    assert TableStage(0, "dpo-1", recipe, ("dpo", "1-dpo"), ["dpo"], 0.0).is_there

@@ -97,7 +97,7 @@ def test_a_record_that_was_changed_is_told(copied, capsys):
     assert "steps 4 to 6 differ: state_hash 000000000000 was recorded" in out
     assert "which leaf differs is not recorded" in out
     assert "steps 2 to 4 differ: state_hash 000000000000 was recorded" in out
-    assert "so it is the record that differs" in out
+    assert "so the recorded hash is wrong" in out
     assert out.count("identical") == 2, "the other stages are checked all the same"
 
 
@@ -115,7 +115,7 @@ def test_an_unfinished_stage_is_verified_too(copied, capsys):
     assert f"{folder.name}: steps 2 to 4 identical" in said(capsys)
     with FileLock(copied / "stages" / f".{folder.name}.lock"):
         assert mpo("verify", copied, "--stage", folder.name) == 2
-    assert "another run is making it just now" in said(capsys)
+    assert "another run is making it right now" in said(capsys)
 
 
 def test_without_stored_states_it_says_what_to_set(copied, capsys):

@@ -6,14 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpo_jax.data.batches import Buckets, Widths, collate, map_batches, num_steps
+from mpo_jax.data.batches import Buckets, Widths, collate, map_batches, num_steps, padded_batches
 from mpo_jax.data.tokens import Example
 from mpo_jax.errors import UserError
 
 EXAMPLES = [
-    Example([5, 6, 7], [[8, 2], [9]], (0.5, -1.0)),
-    Example([5], [[2], [8, 9, 2]], (0.0, 2.0)),
-    Example([6, 6], [[], [7]], (1.5, 0.0)),
+    Example([5, 6, 7], [[8, 2], [9]]),
+    Example([5], [[2], [8, 9, 2]]),
+    Example([6, 6], [[], [7]]),
 ]
 WIDTHS = Widths(4, 3)
 ONE = Buckets((WIDTHS,))
@@ -21,7 +21,7 @@ ONE = Buckets((WIDTHS,))
 
 def numbered(count: int) -> list[Example]:
     """Examples whose prompt is their number."""
-    return [Example([i], [[i]], (float(i),)) for i in range(count)]
+    return [Example([i], [[i]]) for i in range(count)]
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_longer_examples_than_the_buckets_are_refused():
 
 
 def test_no_examples_make_no_buckets():
-    with pytest.raises(UserError, match="nothing to make batches of"):
+    with pytest.raises(UserError, match="no rows to batch"):
         Buckets.of([], 2)
 
 
@@ -220,6 +220,18 @@ def test_map_batches_pads_each_row_to_its_own_bucket():
     assert half.tolist() == [[p / 2] for p, _ in sizes] and half.dtype == np.float64
     shapes = [((2, w.prompt), (2, 1, w.response)) for w in buckets.widths]
     assert seen == [shapes[0], shapes[0], shapes[1], shapes[2]]
+
+
+def test_padded_batches_number_their_rows_and_their_filler():
+    """Every example once, by its number; -1 where a row only fills the batch."""
+    examples = sized((4, 2), (30, 2), (4, 20), (8, 8), (2, 1))
+    found = list(padded_batches(examples, Buckets((Widths(8, 8), Widths(32, 24))), 2))
+    assert [batch.number for batch in found] == [0, 1, 2]
+    assert [batch.example.tolist() for batch in found] == [[0, 3], [4, -1], [1, 2]]
+    for batch in found:
+        assert batch.epoch.tolist() == [0, 0] and batch.epoch.dtype == np.uint32
+        for number, length in zip(batch.example, batch.rows.prompt_len, strict=True):
+            assert length == (0 if number < 0 else len(examples[number].prompt))
 
 
 @given(SIZES, st.integers(1, 4), st.integers(1, 9))

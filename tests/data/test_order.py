@@ -14,9 +14,9 @@ from mpo_jax.data.tokens import Example
 from mpo_jax.errors import UserError
 
 EXAMPLES = [
-    Example([5, 6, 7], [[8, 2], [9]], (0.5, -1.0)),
-    Example([5], [[2], [8, 9, 2]], (0.0, 2.0)),
-    Example([6, 6], [[], [7]], (1.5, 0.0)),
+    Example([5, 6, 7], [[8, 2], [9]]),
+    Example([5], [[2], [8, 9, 2]]),
+    Example([6, 6], [[], [7]]),
 ]
 WIDTHS = Widths(4, 3)
 ONE = Buckets((WIDTHS,))
@@ -24,7 +24,7 @@ ONE = Buckets((WIDTHS,))
 
 def numbered(count: int) -> list[Example]:
     """Examples whose prompt is their number."""
-    return [Example([i], [[i]], (float(i),)) for i in range(count)]
+    return [Example([i], [[i]]) for i in range(count)]
 
 
 def batches(count: int, size: int, seed: int = 0) -> TrainBatches:
@@ -76,17 +76,20 @@ def test_without_shuffling_rows_come_in_file_order(count, size):
         assert source[k].epoch.tolist() == (places // count).tolist()
 
 
-def test_extra_numbers_travel_with_their_row():
+def test_the_number_of_its_example_travels_with_each_row():
+    """By it, what is known of an example, such as its log-probabilities under a reference, finds its row."""
     source = TrainBatches(EXAMPLES, ONE, 2, seed=3)
     seen = Counter()
-    for batch in (source[k] for k in range(3)):
-        assert (batch.extra.shape, batch.extra.dtype) == ((2, 2), np.float32)
-        for length, key, extra in zip(batch.rows.prompt_len, batch.rows.key, batch.extra, strict=True):
-            example = next(e for e in EXAMPLES if e.key == key)
-            assert (length, tuple(extra)) == (len(example.prompt), example.extra)
-            seen[int(key)] += 1
-    assert set(seen.values()) == {2}
-    assert TrainBatches([Example([1], [[2]])] * 3, ONE, 2, seed=0)[0].extra.shape == (2, 0)
+    for k in range(3):
+        batch = source[k]
+        assert batch.number == k and batch.example.shape == (2,)
+        for length, key, number in zip(batch.rows.prompt_len, batch.rows.key, batch.example, strict=True):
+            example = EXAMPLES[number]
+            assert (length, key) == (len(example.prompt), example.key)
+            seen[int(number)] += 1
+    assert seen == {0: 2, 1: 2, 2: 2}
+    in_order = TrainBatches(EXAMPLES, ONE, 2, seed=3, shuffle=False)
+    assert [in_order[k].example.tolist() for k in range(3)] == [[0, 1], [2, 0], [1, 2]]
 
 
 def test_one_bucket_keeps_grains_order():

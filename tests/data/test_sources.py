@@ -193,7 +193,7 @@ def test_a_broken_gzip_file_is_named(tmp_path):
         (b'{"n": 1} {', r":2: broken JSON: Extra data \(column 10\)"),
         (b"[" * 100_000, ":2: JSON that cannot be read"),
         (b'{"n": 1' + b"0" * 5000 + b"}", ":2: JSON that cannot be read"),
-        (b'[{"n": 1}]', ":2: a row must be a JSON object, not list: write one object a line"),
+        (b'[{"n": 1}]', ":2: a row must be a JSON object, not list: write one object per line"),
         (b"null", ":2: a row must be a JSON object, not NoneType"),
         (b'{"n": "\xff"}', ":2: not UTF-8 text: invalid start byte"),
         ('{"n": 1}'.encode("utf-16"), ":2: not UTF-8 text"),
@@ -316,7 +316,7 @@ def test_a_hub_name_has_revision_folder_and_split(hub, tmp_path, spec, name, rev
     "spec", ["hub:", "hub:a/b/c", "hub:a b", "hub:a/b@", "hub:a/b:c:d:e", "hub:https://x/y", "hub:a/b::t[:9]"]
 )
 def test_a_malformed_hub_name_is_refused(spec):
-    with pytest.raises(UserError, match=r"names no data set of the hub: write hub:ORG/NAME\[@REVISION\]"):
+    with pytest.raises(UserError, match=r"is not a hub data set: write hub:ORG/NAME\[@REVISION\]"):
         open_source(spec)
 
 

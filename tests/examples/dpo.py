@@ -1,4 +1,4 @@
-"""DPO on pairs of one's own: python tests/examples/dpo.py MODEL PAIRS.jsonl OUT"""
+"""DPO on your own pairs: python tests/examples/dpo.py MODEL PAIRS.jsonl OUT"""
 
 import sys
 

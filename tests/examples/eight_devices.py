@@ -1,4 +1,4 @@
-"""The same step on one device and on a mesh of eight: python tests/examples/eight_devices.py MODEL PAIRS.jsonl
+"""The same training on one device and on a mesh of eight: python tests/examples/eight_devices.py MODEL PAIRS.jsonl
 
 Without accelerators, eight CPU devices are simulated.
 """

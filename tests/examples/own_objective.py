@@ -1,6 +1,6 @@
-"""An objective of one's own, SimPO: python tests/examples/own_objective.py MODEL PAIRS.jsonl OUT
+"""Your own objective, here SimPO: python tests/examples/own_objective.py MODEL PAIRS.jsonl OUT
 
-The loop, which is the stages' own, logs, saves, and goes on from the last checkpoint when the script is started again.
+`mpo.fit` is the stages' own loop: it logs, saves checkpoints, and resumes from the last one if the script runs again.
 """
 
 import sys
@@ -19,7 +19,7 @@ pairs = mpo.read_pairs(rows, policy.tokenizer)
 
 
 def simpo(tree, rows, beta=2.0, target_margin=1.0):
-    """-log sigmoid(beta * difference of the average log-probabilities - target margin). arXiv:2405.14734."""
+    """-log sigmoid(beta * difference of mean log-probabilities - target margin). arXiv:2405.14734."""
     logp_BN = forward.response_logps(policy.model, tree, rows) / rows.response_len
     margin_B = beta * (logp_BN[:, 0] - logp_BN[:, 1])
     terms = {"loss": Mean.of(-jax.nn.log_sigmoid(margin_B - target_margin))}

@@ -13,8 +13,8 @@ ppo = mpo.Ppo(
     policy, reward, optimizer=optax.adamw(1e-5), critic_optimizer=optax.adamw(5e-5), kl_coef=0.1, max_new_tokens=16
 )
 for batch in prompts.batches(8, seed=0):
-    samples, said = ppo.rollout(batch)  # samples with scores, log-probabilities, values and advantages
-    kl, score = said["objective/kl"].value, said["objective/scores"].value
+    samples, metrics = ppo.rollout(batch)  # samples with scores, log-probabilities, values and advantages
+    kl, score = metrics["objective/kl"].value, metrics["objective/scores"].value
     for _ in range(2):
         updated = ppo.update(samples)
     clipped = updated["policy/clipfrac_avg"].value

@@ -1,4 +1,4 @@
-"""Pairs split by reward gap, for TRL or anything else: python tests/examples/select_pairs.py REWARD PAIRS.jsonl OUT"""
+"""Pairs split by reward gap, for TRL or other trainers: python tests/examples/select_pairs.py REWARD PAIRS.jsonl OUT"""
 
 import sys
 from pathlib import Path

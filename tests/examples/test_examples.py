@@ -1,4 +1,4 @@
-"""The examples run as they stand, and their results are those of the stages' own functions."""
+"""The examples run as written, and their results match the stages' own functions."""
 
 import json
 import re
@@ -59,7 +59,7 @@ def run(name: str, *arguments: str, capsys, monkeypatch) -> str:
 
 
 def test_dpo(files, tmp_path, capsys, monkeypatch):
-    """The first loss is log 2, since policy and reference are one; the written model is another one than before."""
+    """The first loss is log 2, since policy and reference are equal; the saved model differs from the initial one."""
     out = run("dpo.py", files["policy"], files["pairs.jsonl"], str(tmp_path / "out"), capsys=capsys,
               monkeypatch=monkeypatch)  # fmt: skip
     losses = [float(x) for x in re.findall(r"loss ([\d.]+)", out)]
@@ -70,11 +70,11 @@ def test_dpo(files, tmp_path, capsys, monkeypatch):
 
 
 def test_the_example_of_dpo_has_fifteen_lines():
-    assert len((HERE / "dpo.py").read_text(encoding="utf-8").rstrip().splitlines()) <= 18  # with its blank lines
+    assert len((HERE / "dpo.py").read_text(encoding="utf-8").rstrip().splitlines()) <= 18  # including blank lines
 
 
 def test_select(files, tmp_path, capsys, monkeypatch):
-    """Both files together hold every pair once; gaps are the reward model's own, and the border is strict."""
+    """The two files together hold every pair once; gaps are the reward model's own, and the threshold is strict."""
     run("select_pairs.py", files["reward"], files["pairs.jsonl"], str(tmp_path), capsys=capsys,
         monkeypatch=monkeypatch)  # fmt: skip
     parts = {name: lines_of(tmp_path / f"{name}.jsonl")
@@ -100,7 +100,7 @@ def test_relabelled_pairs_have_the_higher_score_first(files):
 
 
 def test_own_objective(files, tmp_path, capsys, monkeypatch):
-    """SimPO by hand equals the registered loss, is logged, saved, and goes on where it was when started again."""
+    """Hand-written SimPO equals the registered loss, is logged and saved, and resumes when run again."""
     arguments = files["policy"], files["pairs.jsonl"], str(tmp_path)
     first = run("own_objective.py", *arguments, capsys=capsys, monkeypatch=monkeypatch)
     lines = lines_of(tmp_path / "metrics.jsonl")
@@ -118,7 +118,7 @@ def test_own_objective(files, tmp_path, capsys, monkeypatch):
 
 
 def test_ppo_by_hand(files, tmp_path, capsys, monkeypatch):
-    """The first KL is exactly 0, since policy and reference are one; the last is not."""
+    """The first KL is exactly 0, since policy and reference are the same; the last one is not."""
     out = run("ppo_by_hand.py", files["policy"], files["reward"], files["pairs.jsonl"], str(tmp_path / "out"),
               capsys=capsys, monkeypatch=monkeypatch)  # fmt: skip
     kls = [float(x) for x in re.findall(r"KL (-?[\d.]+)", out)]
@@ -132,7 +132,7 @@ def test_eight_devices(files, capsys, monkeypatch):
 
 
 def test_sft_and_a_reward_model_learn(files):
-    """Loss and accuracy on the rows that are trained on."""
+    """Loss and accuracy on the training rows."""
     policy = mpo.load(files["policy"])
     rows = lines_of(files["pairs.jsonl"])
     shown = mpo.read_demonstrations([{"prompt": r["prompt"], "response": r["chosen"]} for r in rows], policy.tokenizer)
@@ -185,7 +185,7 @@ def test_mistakes(files, call, message):
 
 
 def test_the_import_is_light():
-    """Under a second, and without JAX, transformers or Orbax; every exported name is there."""
+    """It takes under a second and loads neither JAX nor transformers nor Orbax; every exported name exists."""
     code = (
         "import sys, time; begin = time.perf_counter(); import mpo_jax; print(time.perf_counter() - begin); "
         "print(sorted(name for name in ('jax', 'flax', 'transformers', 'orbax', 'pydantic') if name in sys.modules))"

@@ -21,7 +21,7 @@ from mpo_jax.errors import UserError
 from mpo_jax.pipeline.artifacts import Store
 from mpo_jax.pipeline.bucket import Bucket
 from mpo_jax.pipeline.recipe import make_recipe
-from mpo_jax.pipeline.table import plan_table
+from mpo_jax.pipeline.table import table_stages
 from mpo_jax.tools import doctor
 from tests.pipeline.test_pipeline import mpo, stages
 from tests.test_kills import MICRO, assert_same, folder_of
@@ -241,7 +241,7 @@ def test_a_table_is_there_on_another_machine(table, capsys: pytest.CaptureFixtur
     ):
         assert file in kept, kept
     assert sum(name.endswith("/manifest.json") for name in kept) == len(stages(folder / "a" / "seed-0")) == 5
-    planned = plan_table(load_config(MICRO, ("table.seeds=0", "table.experiment=dpo", f"runtime.bucket={url}",
+    planned = table_stages(load_config(MICRO, ("table.seeds=0", "table.experiment=dpo", f"runtime.bucket={url}",
                                              f"workdir={folder / 'b'}", CACHE)))  # fmt: skip
     assert all(stage.is_there for stage in planned) and len(planned) == 5
     capsys.readouterr()

@@ -196,7 +196,7 @@ def test_a_finished_reward_model_takes_the_trained_one_s_place(finished, copied,
     capsys.readouterr()
     policy = given.parents[1] / manifest_folder(finished, "mpo", "sft").name / "model"
     assert mpo("reward", MICRO, f"workdir={copied}", f"reward.path={policy}") == 2
-    assert "is no reward model: it has no tensor score.weight" in capsys.readouterr().err
+    assert "is not a reward model: it has no tensor score.weight" in capsys.readouterr().err
 
 
 def test_a_reward_model_of_other_tokens_is_refused(finished, tmp_path, capsys):
@@ -208,7 +208,7 @@ def test_a_reward_model_of_other_tokens_is_refused(finished, tmp_path, capsys):
     vocab[" my"], vocab[" boss"] = vocab[" boss"], vocab[" my"]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert mpo("reward", MICRO, f"workdir={finished}", f"reward.path={other}") == 2
-    assert "has another tokenizer than the policy" in capsys.readouterr().err
+    assert "has a different tokenizer from the policy" in capsys.readouterr().err
 
 
 def test_frozen_models_stay_as_they_were(copied):

@@ -1,4 +1,4 @@
-"""mpo_jax.runtime.offload: offloaded arrays come back bit-identical, and a run is the same with and without it."""
+"""mpo_jax.runtime.offload: what rests in host memory comes back to the bit, and a run with it is the run without it."""
 
 import json
 import shutil
@@ -63,7 +63,7 @@ def test_moments_rest_between_updates_alone():
         after, rate = offload.update(update)(resting, 0.5)
         assert kinds(resting.opt_state) == kinds(after.opt_state) == {HOST if moments else "device"}
         assert kinds(after.trainable) == {"device"} == seen.pop() and rate == 0.5
-        assert kinds(offload.frozen_params(state.trainable)) == {"device"}
+        assert kinds(offload.rested(state.trainable)) == {"device"}
 
 
 def test_devices_without_such_memory_are_an_error(monkeypatch):
@@ -98,13 +98,12 @@ def test_ppo_is_the_same_to_the_bit_and_goes_on_with_and_without(plain, tmp_path
     iteration, seen = Loop.iteration, []
 
     def watched(self, state, batch, *rest):
-        k = batch.number
-        if k == stop:
+        if batch.number == stop:
             raise KeyboardInterrupt
         moments = kinds((state.actor.opt_state, state.critic.opt_state))
         state, metrics, kept = iteration(self, state, batch, *rest)
         later = kinds((state.actor.opt_state, state.critic.opt_state))
-        seen.append((k, moments | later, kinds((self.models.reference, self.models.reward))))
+        seen.append((batch.number, moments | later, kinds((self.models.reference, self.models.reward))))
         assert kinds((state.actor.trainable, state.critic.trainable, kept)) == {"device"}
         return state, metrics, kept
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mpo_jax.config.schema import MeshConfig
@@ -82,7 +82,7 @@ def test_a_mesh_larger_than_the_machine_says_how_to_mend_it():
 
 @pytest.mark.parametrize(("size", "fits"), [(8, True), (16, True), (4, False), (12, False)])
 def test_check_batch(size, fits):
-    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    mesh = AbstractMesh((2, 4, 3), ("data", "fsdp", "tensor"))
     if fits:
         check_batch(size, mesh, "sft.train.batch_size")
     else:

@@ -1,5 +1,7 @@
 """Warnings: shown at once, kept in the manifest of the stage that is made; and what stages warn of."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,6 @@ from mpo_jax.data.tokens import TokenReport
 from mpo_jax.errors import NothingSelected
 from mpo_jax.pipeline.artifacts import Store
 from mpo_jax.pipeline.recipe import make_recipe
-from mpo_jax.pipeline.stages import stage_settings
 from mpo_jax.runtime.stage_warnings import collect_warnings, warn
 from mpo_jax.stages import sft
 from mpo_jax.stages.context import Context, Inputs
@@ -68,17 +69,18 @@ def test_a_batch_that_holds_rows_twice():
     assert len(warnings) == 1 and "dpo has 5 rows for batches of 32" in warnings[0]
 
 
-def test_a_pretrained_model_on_the_toy_world_and_prompts_that_are_cut(tmp_path):
-    def warn_of(config: Config, cut: int) -> None:
-        settings = stage_settings("sft", config)
-        context = Context(mesh_of(1, 1, 1), tmp_path, Inputs(config))
-        sft._warn_of_inputs(settings, context, TokenReport(rows=10, truncated_prompts=cut))
+def test_a_pretrained_model_on_the_toy_world_and_prompts_that_are_cut():
+    few = TokenReport(rows=10, truncated_prompts=5)
+
+    def look(config, report):
+        context = Context(mesh=mesh_of(1, 1, 1), folder=Path("."), inputs=Inputs(config, sft.STAGE.inputs))
+        sft._warn_of_inputs(sft.Settings.of(config), context, report)
 
     with collect_warnings() as warnings:
-        warn_of(Config(), 5)
+        look(Config(), few)
         assert not warnings
-        warn_of(Config(model=ModelConfig(path="somewhere")), 5)
-        warn_of(Config(), 6)
+        look(Config(model=ModelConfig(path="somewhere")), few)
+        look(Config(), TokenReport(rows=10, truncated_prompts=6))
     first, second = warnings
     assert "a pretrained model learns the toy world" in first
     assert second == "6 of 10 demonstrations' prompts are cut to text.max_prompt_tokens=512: raise it"

@@ -8,6 +8,7 @@ import pytest
 from mpo_jax.config.schema import Config
 from mpo_jax.errors import NotFinite
 from mpo_jax.stages import evaluate, select
+from mpo_jax.stages.context import Context, Inputs
 from mpo_jax.types import Artifact
 from tests.cli.conftest import damaged, decoder, language_model, reward_model  # noqa: F401 (fixtures)
 from tests.models.tiny import mesh_of
@@ -26,7 +27,6 @@ CONFIG = Config.model_validate(
         "data": {"toy": {"num_demonstrations": 4, "num_pairs": 4, "num_test": 4}},
         "evaluate": {"batch_size": 4},
         "select": {"batch_size": 4},
-        "runtime": {"token_cache": None},
     }
 )
 
@@ -51,10 +51,12 @@ def artifacts(tmp_path, language_model, reward_model):  # noqa: F811
 
 
 def run(stage, folder, sft, reward):
+    """The module's stage with the configuration's settings."""
+    parents = {"sft": sft, "reward": reward} | ({"policy": sft} if stage is evaluate else {})
     mesh = mesh_of(1, 1, 1)
-    own = {"policy": sft} if stage is evaluate else {}
+    context = Context(mesh=mesh, folder=folder, inputs=Inputs(CONFIG, stage.STAGE.inputs))
     with jax.set_mesh(mesh):
-        return stage.run(CONFIG, mesh, folder, sft=sft, reward=reward, **own)
+        return stage.run(stage.Settings.of(CONFIG), parents, context)
 
 
 def test_samples_hold_the_prompt_as_the_policy_read_it(artifacts, tmp_path):

@@ -25,7 +25,7 @@ from mpo_jax.runtime.seeds import stage_key
 from mpo_jax.stages.evaluate import make_kl
 from mpo_jax.training.checkpoints import Checkpoints
 from mpo_jax.training.refill import sample_all, with_responses
-from mpo_jax.types import Head
+from mpo_jax.types import Head, Params, merge
 from tests.models.tiny import mesh_of
 from tests.pipeline.test_pipeline import MICRO, mpo, stages
 
@@ -64,10 +64,12 @@ def config_of(workdir: Path, stage: str) -> Config:
     return load_config(folder_of(workdir, stage) / "config.yaml")
 
 
-def load(workdir: Path, stage: str, *, head: Head = "lm") -> tuple[Any, Any, TextCodec]:
+def load(workdir: Path, stage: str, *, head: Head = "lm") -> tuple[Any, Params, TextCodec]:
     """A finished stage's model and codec, on one device."""
     config, folder = config_of(workdir, stage), folder_of(workdir, stage) / "model"
-    model, params = loading.load(folder, config, mesh_of(1, 1, 1), head=head)
+    model, params = loading.load(
+        folder, loading.Options.of(config.model), mesh_of(1, 1, 1), text=config.text, head=head
+    )
     return model, params, TextCodec(load_tokenizer(folder), config.text)
 
 
@@ -141,7 +143,7 @@ def logp(model: Any, params: Any, example: Example) -> list[float]:
     return totals
 
 
-LOGITS = jax.jit(lambda model, params, row: forward.logits(model, params, forward.join(row)), static_argnums=0)
+LOGITS = jax.jit(lambda model, params, row: forward.logits(model, merge(params), forward.join(row)), static_argnums=0)
 
 
 def test_dpo_s_measures_are_those_of_the_held_out_human_pairs(measured):
@@ -229,10 +231,10 @@ def test_ppo_exports_actor_critic_and_average_of_its_best_state_and_verifies(mea
     assert checkpoints.steps() == [1, 2]
     stored = checkpoints._manager.restore(1, args=None)["state"]
     checkpoints.close()
-    for name, params in (("model", stored["ema"]), ("critic", stored["critic"]["params"])):
-        _, written = loading.load(
-            folder / name, config_of(workdir, "ppo"), mesh_of(1, 1, 1), head="value" if name == "critic" else "lm"
-        )
+    for name, params in (("model", stored["ema"]), ("critic", stored["critic"]["trainable"])):
+        options = loading.Options.of(config_of(workdir, "ppo").model)
+        head: Head = "value" if name == "critic" else "lm"
+        written = merge(loading.load(folder / name, options, mesh_of(1, 1, 1), head=head)[1])
         for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(written), jax.tree.leaves(params), strict=True):
             assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), (name, jax.tree_util.keystr(path))
     capsys.readouterr()

@@ -1,7 +1,9 @@
 """What PPO's objective must give at known points, from sampled responses to losses and metrics."""
 
 import dataclasses
+from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,8 +15,9 @@ from mpo_jax.stages import sft
 from mpo_jax.stages.ppo import objective as ppo_objective
 from mpo_jax.stages.ppo.settings import Method
 from mpo_jax.types import Rollout
-from tests.models.tiny import DECODER, batch, close, random_params
+from tests.models.tiny import DECODER, batch, close, random_params, trees_close
 from tests.reference import rl
+from tests.training.test_update import parted
 
 pytestmark = pytest.mark.unoptimised
 
@@ -199,3 +202,18 @@ def test_ptx_adds_the_sft_loss_with_its_weight():
     shown = batch([2, 2, 3, 4], [[3], [1], [2], [2]])
     terms, _ = ppo_objective.actor_objective(MODEL, method, actor, (estimated, shown), ALLOWED)
     close(terms["loss/ptx"].value, 0.5 * sft.objective(MODEL, actor, shown)[0]["loss"].value)
+
+
+def test_one_pass_gives_trainable_parts_the_gradients_of_whole_models():
+    """And the same rollout, where the rest of actor and critic is frozen."""
+    trees = random_params(DECODER), random_params(DECODER, 5, head="value")
+    judges = random_params(DECODER, 1), random_params(DECODER, 6, head="value")
+    inputs = allowed_samples(), jnp.asarray([True, True, False, True]), ALLOWED, jnp.asarray(0.1), jnp.asarray(14.0)
+    run = jax.jit(partial(ppo_objective.one_pass, MODEL, MODEL, method_of()))
+    whole, whole_kept, whole_found = run(trees, ({}, {}), judges, *inputs)
+    parts = [parted(tree) for tree in trees]
+    trained, rest = (tuple(part[name] for part in parts) for name in ("trainable", "frozen"))
+    grads, kept, found = run(trained, rest, judges, *inputs)
+    trees_close(grads, tuple(parted(grad)["trainable"] for grad in whole), rtol=1e-4, atol=1e-5)
+    trees_close((kept, found), (whole_kept, whole_found), rtol=1e-4, atol=1e-5)
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads))

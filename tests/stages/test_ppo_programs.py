@@ -10,17 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpo_jax.config.schema import Config, KlConfig, OptimConfig, PpoConfig, PpoExtrasConfig, TrainConfig
+from mpo_jax.config.schema import KlConfig, OptimConfig, PpoExtrasConfig, TrainConfig
+from mpo_jax.data.batches import Batch
 from mpo_jax.models import forward
 from mpo_jax.ops import add_to_moments, normalise
+from mpo_jax.runtime.offload import Offload
 from mpo_jax.runtime.sharding import place_batch, replicated
-from mpo_jax.stages import ppo, ppo_programs
-from mpo_jax.training.loop import init_state
-from mpo_jax.training.optimizer import make_schedule
-from mpo_jax.types import Mean, Moments
+from mpo_jax.stages.ppo import compiled
+from mpo_jax.stages.ppo.iteration import Loop, Models, PpoState, init_ppo_state
+from mpo_jax.stages.ppo.settings import Method
+from mpo_jax.training.optimizer import make_optimizer, make_schedule, with_learning_rate
+from mpo_jax.training.update import init_state
+from mpo_jax.types import Mean, Moments, frozen, trainable
 from tests.models.tiny import DECODER, batch, close, mesh_of, random_params, trees_close
 from tests.reference import rl
-from tests.stages.test_ppo_objective import ALLOWED, MODEL, PAIRS, allowed_samples, score
+from tests.stages.test_ppo_objective import ALLOWED, MODEL, PAIRS, allowed_samples, method_of, score
 
 pytestmark = pytest.mark.unoptimised
 
@@ -28,11 +32,11 @@ pytestmark = pytest.mark.unoptimised
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
 def test_normalised_scores_follow_the_running_moments_of_all_raw_scores(shape):
     """Three batches against NumPy, this batch's scores counted before use; the third is broken and changes nothing."""
-    config = PpoConfig(train=TrainConfig(batch_size=4), score="normalised", score_clip=1.0, kl=KlConfig(coef=0.0))
+    method = method_of(score="normalised", score_clip=1.0, kl=KlConfig(coef=0.0))
     mesh, seen = mesh_of(*shape), []
     place = lambda params: jax.device_put(params, forward.param_shardings(params, mesh))  # noqa: E731
     with jax.set_mesh(mesh):
-        run = ppo_programs.make_score(MODEL, MODEL, config, mesh)
+        run = compiled.make_score(MODEL, MODEL, method, mesh)
         actor, critic, judge = (place(random_params(DECODER, s, head="value" if s else "lm")) for s in (0, 5, 6))
         moments = jax.device_put(Moments(*jnp.zeros((3,))), replicated(mesh))
         for number in range(3):
@@ -44,7 +48,14 @@ def test_normalised_scores_follow_the_running_moments_of_all_raw_scores(shape):
                 judge = jax.tree.map(lambda x: x * jnp.nan, judge)
             rows = place_batch((samples, np.ones((4, 1), bool)), mesh)
             before = jax.device_get(moments)
-            found, metrics, moments = run((actor, actor), (critic, judge), *rows, ALLOWED, jnp.asarray(0.0), moments)
+            found, metrics, moments = run(
+                (trainable(actor), frozen(actor)),
+                (trainable(critic), frozen(judge)),
+                *rows,
+                ALLOWED,
+                jnp.asarray(0.0),
+                moments,
+            )
             raw, real = np.asarray(found.rollout.score, np.float64), samples.prompt_len > 0
             if number == 2:
                 chex.assert_trees_all_equal(jax.device_get(moments), before)
@@ -74,7 +85,7 @@ def test_a_first_batch_of_one_score_is_normalised_to_zero():
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
 def test_minibatches_are_drawn_anew_each_epoch_and_cover_the_rows(shape):
     mesh, rows = mesh_of(*shape), np.arange(16)
-    draw, key = ppo_programs.make_minibatch(4, mesh), jax.random.key(3)
+    draw, key = compiled.make_minibatch(4, mesh), jax.random.key(3)
     with jax.set_mesh(mesh):
         placed = place_batch({"row": rows, "wide": rows[:, None]}, mesh)
         orders = {}
@@ -91,26 +102,44 @@ def test_minibatches_are_drawn_anew_each_epoch_and_cover_the_rows(shape):
     together = [[frozenset(part) for part in order.reshape(4, 4)] for order in orders.values()]
     assert together[0] != together[1] != together[2] != together[0]
     # the same rows on every mesh
-    alone = ppo_programs.make_minibatch(4, mesh_of(1, 1, 1))(rows, key, 0, 1, 2)
+    alone = compiled.make_minibatch(4, mesh_of(1, 1, 1))(rows, key, 0, 1, 2)
     np.testing.assert_array_equal(alone, orders[0, 1].reshape(4, 4)[2])
+
+
+def make_loop(method: Method, *, iterations: int = 1, frozen_models: Any = ({}, {})) -> Loop:
+    """A loop over the tiny models, all parts compiled as it needs them."""
+    settings: Any = SimpleNamespace(seed=0, method=method, sampling=None)
+    codec: Any = SimpleNamespace(eos_id=0, allowed=lambda size: np.arange(size) > 1)
+    models = Models(MODEL, MODEL, {}, {}, *frozen_models)
+    return Loop(settings, mesh_of(1, 1, 1), codec, models, Offload(False, False), iterations, log_every=10)
+
+
+def rows_of(k: int) -> Batch:
+    return Batch(k, PAIRS, np.arange(4), np.zeros(4, np.uint32))
+
+
+def rate_of(state: Any) -> float:
+    return float(state.opt_state.hyperparams["learning_rate"])
+
+
+def bare_state() -> PpoState:
+    """Two models of one number each."""
+    params, mesh = trainable({"norm": {"scale": jnp.ones(1)}}), mesh_of(1, 1, 1)
+    return PpoState(*(init_state(params, make_optimizer(OptimConfig()), mesh) for _ in range(2)), jnp.asarray(0.1))
 
 
 def test_every_epoch_has_minibatches_of_its_own():
     """As the loop asks for them: of two iterations with three epochs, no two epochs cut the rows alike."""
-    config = Config(ppo=PpoConfig(train=TrainConfig(batch_size=8), epochs=3, minibatches=2))
     cuts: list[tuple[int, ...]] = []
 
     def update(state: Any, rows: Any, *_: Any) -> tuple[Any, dict[str, Any]]:
         cuts.append(tuple(sorted(rows.tolist())))
         return state, {}
 
-    loop: Any = SimpleNamespace(config=config, update_critic=update, update_actor=lambda state, *_: (state, {}))
-    loop.minibatch, loop.minibatch_key = ppo_programs.make_minibatch(2, mesh_of(1, 1, 1)), jax.random.key(0)
-    loop.actor_rate = loop.critic_rate = lambda k: jnp.asarray(0.0)
-    loop.allowed_V = None
-    state = ppo.PpoState(*(SimpleNamespace(params=None),) * 2, jnp.asarray(0.1))
+    loop = make_loop(method_of(epochs=3, minibatches=2))
+    loop.update_critic, loop.update_actor = update, lambda state, *_: (state, {})
     for k in range(2):
-        ppo.Loop._updates(loop, state, k, (jnp.arange(8), None))
+        loop._updates(bare_state(), k, (jnp.arange(8), None))
     epochs = [frozenset(cuts[i : i + 2]) for i in range(0, len(cuts), 2)]
     assert len(epochs) == len(set(epochs)) == 6
     assert all(sorted(sum(epoch, ())) == list(range(8)) for epoch in epochs)
@@ -119,22 +148,18 @@ def test_every_epoch_has_minibatches_of_its_own():
 def test_critic_warmup_leaves_the_actors_schedule_whole():
     """Actor and critic each get the rates of a schedule over their own updates, from step 0 to the last."""
     optim = OptimConfig(learning_rate=1.0, warmup_steps=2)
-    config = Config(
-        ppo=PpoConfig(
-            train=TrainConfig(batch_size=4, optim=optim), critic_optim=optim, epochs=2,
-            extras=PpoExtrasConfig(critic_warmup=3),
-        )
+    method = method_of(
+        train=TrainConfig(batch_size=4, optim=optim), critic_optim=optim, epochs=2,
+        extras=PpoExtrasConfig(critic_warmup=3),
     )  # fmt: skip
-    codec: Any = SimpleNamespace(eos_id=0, allowed=lambda size: np.ones(size, bool))
-    with jax.set_mesh(mesh := mesh_of(1, 1, 1)):
-        loop = ppo.Loop(config, mesh, codec, MODEL, MODEL, {}, {}, 7)
+    loop = make_loop(method, iterations=7)
     rates: dict[str, list[float]] = {"actor": [], "critic": []}
 
     def update(name: str) -> Any:
-        return lambda state, batch, rate, *_: (rates[name].append(float(rate)), (state, {}))[1]
+        return lambda state, *_: (rates[name].append(rate_of(state)), (state, {}))[1]
 
     loop.update_actor, loop.update_critic = update("actor"), update("critic")
-    state = ppo.PpoState(*(SimpleNamespace(params=None),) * 2, jnp.asarray(0.1))
+    state = bare_state()
     for k in range(7):
         loop._updates(state, k, (None, None))
     close(rates["critic"], [make_schedule(optim, 14)(step) for step in range(14)])
@@ -146,35 +171,31 @@ def test_critic_warmup_leaves_the_actors_schedule_whole():
 def test_actor_and_critic_skip_updates_each_by_itself(broken):
     """The first of two minibatches is not finite for one of the models: as if that one had had the second alone."""
     mesh = mesh_of(1, 1, 1)
-    config = Config(ppo=PpoConfig(train=TrainConfig(batch_size=4), minibatches=2, critic_optim=OptimConfig()))
+    method = method_of(minibatches=2, critic_optim=OptimConfig())
+    loop = make_loop(method)
+    loop.actor_rate = loop.critic_rate = lambda k: jnp.asarray(0.01)
     with jax.set_mesh(mesh):
-        actor, critic = ppo_programs.make_updates(MODEL, MODEL, config.ppo, mesh)
-        rate = lambda k: jnp.asarray(0.01)  # noqa: E731
-        loop: Any = SimpleNamespace(config=config, update_actor=actor, update_critic=critic, actor_rate=rate)
-        loop.minibatch, loop.minibatch_key = ppo_programs.make_minibatch(2, mesh), jax.random.key(0)
-        loop.critic_rate, loop.allowed_V = rate, ALLOWED
-        state = lambda: ppo.PpoState(  # noqa: E731
-            init_state(random_params(DECODER), config.ppo.train.optim, mesh),
-            init_state(random_params(DECODER, 5, head="value"), config.ppo.critic_optim, mesh),
-            jnp.asarray(0.1),
-            None,
+        actor, critic = compiled.make_updates(MODEL, MODEL, method, mesh)
+        tree, value_tree = random_params(DECODER), random_params(DECODER, 5, head="value")
+        state = lambda: init_ppo_state(  # noqa: E731
+            method, trainable(tree), trainable(value_tree), mesh, Offload(False, False)
         )
         estimated, _, _ = score(random_params(DECODER), random_params(DECODER, 1), samples=allowed_samples())
-        first = ppo_programs.make_minibatch(2, mesh)(jnp.arange(4), loop.minibatch_key, 0, 0, 0)
+        first = compiled.make_minibatch(2, mesh)(jnp.arange(4), loop.minibatch_key, 0, 0, 0)
         field = "advantage" if broken == "actor" else "returns"
         poisoned = dataclasses.replace(estimated, **{field: getattr(estimated, field).at[first[0]].set(jnp.nan)})
-        found, metrics = ppo.Loop._updates(loop, state(), 0, (poisoned, None))
-        whole, _ = ppo.Loop._updates(loop, state(), 0, (estimated, None))
+        found, metrics = loop._updates(state(), 0, (poisoned, None))
+        whole, _ = loop._updates(state(), 0, (estimated, None))
         second = loop.minibatch((estimated, None), loop.minibatch_key, 0, 0, 1)
-        alone = actor(state().actor, second, rate(0), ALLOWED) if broken == "actor" else None
-        alone = alone or critic(state().critic, second[0], rate(0))
+        start = with_learning_rate(getattr(state(), broken), 0.01)
+        alone = actor(start, second, {}, ALLOWED) if broken == "actor" else critic(start, second[0], {})
     names = {"actor": "policy/skipped", "critic": "critic/skipped"}
     assert {name: int(metrics[key].count) for name, key in names.items()} == {
         name: int(name == broken) for name in names
     }
     other = "critic" if broken == "actor" else "actor"
     chex.assert_trees_all_equal(getattr(found, other), getattr(whole, other))
-    chex.assert_trees_all_equal(getattr(found, broken).params, alone[0].params)
+    chex.assert_trees_all_equal(getattr(found, broken).trainable, alone[0].trainable)
     assert (int(getattr(found, broken).skipped), int(getattr(found, broken).skipped_in_a_row)) == (1, 0)
 
 
@@ -192,31 +213,39 @@ def test_one_pass_equals_scoring_and_then_updating(options, accumulation, shape)
     mesh = mesh_of(*shape)
     optim = OptimConfig(beta1=0.5, clip_norm=None, eps=1.0)  # gradients can be read off the moments
     train = TrainConfig(batch_size=4, accumulation=accumulation, optim=optim)
-    config = PpoConfig(train=train, critic_optim=optim, one_pass=True, **options)
-    assert ppo_programs.updates_in_one_pass(config)
-    rates = jnp.asarray(0.01), jnp.asarray(0.02)
+    method = method_of(train=train, critic_optim=optim, one_pass=True, **options)
+    assert method.in_one_pass
     samples = dataclasses.replace(allowed_samples(), prompt_len=np.asarray([4, 3, 0, 5], np.int32))
     place = lambda params: jax.device_put(params, forward.param_shardings(params, mesh))  # noqa: E731
     with jax.set_mesh(mesh):
         actor, ref = (place(random_params(DECODER, seed)) for seed in (0, 1))
         critic, reward_model = (place(random_params(DECODER, seed, head="value")) for seed in (5, 6))
-        state = lambda: (init_state(actor, optim, mesh), init_state(critic, optim, mesh))  # noqa: E731
+        start = lambda params, rate: with_learning_rate(  # noqa: E731
+            init_state(trainable(params), make_optimizer(optim), mesh), rate
+        )
+        state = lambda: (start(actor, 0.01), start(critic, 0.02))  # noqa: E731
         has_eos, kl_coef = jnp.asarray([[True], [True], [False], [True]]), jnp.asarray(0.1)
         joined, has_eos = place_batch((samples, has_eos), mesh)
-        batch, metrics, _ = ppo_programs.make_score(MODEL, MODEL, config, mesh)(
-            (actor, ref), (critic, reward_model), joined, has_eos, ALLOWED, kl_coef
+        batch, metrics, _ = compiled.make_score(MODEL, MODEL, method, mesh)(
+            (trainable(actor), frozen(ref)),
+            (trainable(critic), frozen(reward_model)),
+            joined,
+            has_eos,
+            ALLOWED,
+            kl_coef,
         )
-        update_actor, update_critic = ppo_programs.make_updates(MODEL, MODEL, config, mesh)
+        update_actor, update_critic = compiled.make_updates(MODEL, MODEL, method, mesh)
         before = state()
-        new_critic, critic_metrics = update_critic(before[1], batch, rates[1])
-        new_actor, actor_metrics = update_actor(before[0], (batch, None), rates[0], ALLOWED)
+        new_critic, critic_metrics = update_critic(before[1], batch, {})
+        new_actor, actor_metrics = update_actor(before[0], (batch, None), {}, ALLOWED)
         wanted = {
             **metrics,
-            **ppo_programs.named("critic", critic_metrics),
-            **ppo_programs.named("policy", actor_metrics),
+            **compiled.named("critic", critic_metrics),
+            **compiled.named("policy", actor_metrics),
         }
-        step = ppo_programs.make_one_pass(MODEL, MODEL, config, mesh)
-        found = step(*state(), (ref, reward_model), joined, has_eos, ALLOWED, kl_coef, rates)
+        step = compiled.make_one_pass(MODEL, MODEL, method, mesh)
+        judges = frozen(ref), frozen(reward_model)
+        found = step(*state(), ({}, {}), judges, joined, has_eos, ALLOWED, kl_coef)
     assert found[3].keys() == wanted.keys()
     assert float(found[3]["val/ratio"].value) == 1 and float(found[3]["policy/approxkl_avg"].value) == 0
     values = lambda metrics: {k: getattr(m, "value", m) for k, m in metrics.items()}  # noqa: E731
@@ -239,44 +268,37 @@ def test_one_pass_equals_scoring_and_then_updating(options, accumulation, shape)
     ],
 )
 def test_where_one_pass_is_not_enough(options):
-    assert not ppo_programs.updates_in_one_pass(
-        PpoConfig(**{"train": TrainConfig(batch_size=4), "one_pass": True, **options})
-    )
+    assert not method_of(**{"one_pass": True, **options}).in_one_pass
 
 
 def test_a_broken_reward_skips_both_updates_of_one_pass():
     mesh = mesh_of(1, 1, 1)
-    config = PpoConfig(train=TrainConfig(batch_size=4), critic_optim=OptimConfig(), one_pass=True)
+    method = method_of(critic_optim=OptimConfig(), one_pass=True)
     with jax.set_mesh(mesh):
         reward_model = jax.tree.map(lambda x: x * jnp.nan, random_params(DECODER, 6, head="value"))
-        state = lambda: (  # noqa: E731
-            init_state(random_params(DECODER), config.train.optim, mesh),
-            init_state(random_params(DECODER, 5, head="value"), config.critic_optim, mesh),
+        start = lambda params: with_learning_rate(  # noqa: E731
+            init_state(trainable(params), make_optimizer(OptimConfig()), mesh), 0.01
         )
-        step = ppo_programs.make_one_pass(MODEL, MODEL, config, mesh)
+        state = lambda: (start(random_params(DECODER)), start(random_params(DECODER, 5, head="value")))  # noqa: E731
+        step = compiled.make_one_pass(MODEL, MODEL, method, mesh)
         inputs = place_batch((allowed_samples(), np.ones((4, 1), bool)), mesh)
-        frozen, rates = (random_params(DECODER, 1), reward_model), (jnp.asarray(0.01), jnp.asarray(0.01))
-        *found, _, metrics = step(*state(), frozen, *inputs, ALLOWED, jnp.asarray(0.1), rates)
+        judges = frozen(random_params(DECODER, 1)), frozen(reward_model)
+        *found, _, metrics = step(*state(), ({}, {}), judges, *inputs, ALLOWED, jnp.asarray(0.1))
     for before, after in zip(state(), found, strict=True):
         assert int(after.skipped) == 1
-        chex.assert_trees_all_equal(after.params, before.params)
+        chex.assert_trees_all_equal(after.trainable, before.trainable)
     assert int(metrics["policy/skipped"].count) == int(metrics["critic/skipped"].count) == 1
 
 
 def test_a_kl_that_is_not_finite_leaves_its_coefficient():
     """Else one broken rollout would make every later reward NaN."""
-    ppo_config = PpoConfig(train=TrainConfig(batch_size=4), kl=KlConfig(adaptive=True, horizon=10.0))
-    loop: Any = SimpleNamespace(config=Config(ppo=ppo_config), mesh=mesh_of(1, 1, 1), key=None, allowed_V=ALLOWED)
-    loop.ref_params = loop.reward_params = loop.one_pass = None
+    loop = make_loop(method_of(kl=KlConfig(adaptive=True, horizon=10.0)))
     loop.generate = lambda *_: (None, None)
     loop._updates = lambda state, *_: (state, {})
     loop.utility = lambda joined: {}
-    params = SimpleNamespace(params=None)
-    start = ppo.PpoState(params, params, jnp.asarray(0.1), None)
-    rows = [SimpleNamespace(rows=PAIRS, epoch=np.zeros(4, np.uint32))]
     coefficients = []
     for kl in (jnp.nan, 1e9):
         metrics = {"objective/kl": Mean(jnp.asarray(kl), jnp.asarray(1.0))}
         loop.score = lambda *_, metrics=metrics: (None, metrics, None)
-        coefficients.append(float(ppo.Loop.iteration(loop, start, 0, rows, None)[0].kl_coef))
+        coefficients.append(float(loop.iteration(bare_state(), rows_of(0), None)[0].kl_coef))
     assert coefficients[0] == float(jnp.float32(0.1)) and coefficients[1] > 0.1

@@ -17,10 +17,14 @@ from mpo_jax.models import forward
 from mpo_jax.models.forward import Model
 from mpo_jax.models.generate import Decoder, Sampling
 from mpo_jax.runtime.sharding import place_batch
-from mpo_jax.stages import dpo, ppo_programs, reward, sft
+from mpo_jax.stages import dpo, reward, sft
+from mpo_jax.stages.ppo import compiled
+from mpo_jax.stages.ppo.settings import Method
+from mpo_jax.stages.preference import PreferenceLoss
 from mpo_jax.training.checkpoints import Checkpoints
-from mpo_jax.training.loop import init_state
-from mpo_jax.types import Head, Mean, TrainState
+from mpo_jax.training.optimizer import make_optimizer, with_learning_rate
+from mpo_jax.training.update import init_state
+from mpo_jax.types import Head, Mean, TrainState, frozen, trainable
 from tests.models.tiny import DECODER, FAST, batch, mesh_of, random_params, trees_close
 
 pytestmark = pytest.mark.unoptimised
@@ -28,7 +32,7 @@ pytestmark = pytest.mark.unoptimised
 ONE = (1, 1, 1)
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2)]
 OBJECTIVES = ("sft", "reward_last_token", "reward_ds_span", "dpo", "ppo_actor", "ppo_critic")
-# tests/test_train.py has the updates of these on every mesh
+# tests/training/test_update.py has the updates of these on every mesh
 SEEN_ELSEWHERE = ("reward_last_token", "dpo")
 CASES = [(name, shape) for name in OBJECTIVES for shape in (MESHES[-1:] if name in SEEN_ELSEWHERE else MESHES)]
 
@@ -37,7 +41,7 @@ MODEL = Model(DECODER, logit_chunk=8 * COLUMNS)
 OPTIM = OptimConfig(beta1=0.5, clip_norm=None, weight_decay=0.1, eps=1.0)
 """No clipping, so that the first moment after one step is the gradient times 1 - beta1. A small eps would make Adam's
 first direction the gradient's sign, which turns rounding of small gradients into large differences."""
-PPO = PpoConfig(train=TrainConfig(batch_size=8, optim=OPTIM), critic_optim=OPTIM)
+PPO = Method.of(PpoConfig(train=TrainConfig(batch_size=8, optim=OPTIM), critic_optim=OPTIM))
 ALLOWED = jnp.arange(DECODER.vocab_size) > 1
 
 PROMPTS = [4, 3, 6, 5, 2, 6, 4, 1]
@@ -63,10 +67,13 @@ def on_mesh(params: Any, mesh: jax.sharding.Mesh) -> Any:
 def scored(shape: tuple[int, int, int]) -> Any:
     """(PpoBatch, metrics) of the samples, on the host."""
     mesh = mesh_of(*shape)
-    policies = tuple(on_mesh(random_params(DECODER, seed), mesh) for seed in (0, 1))
-    judges = tuple(on_mesh(random_params(DECODER, seed, head="value"), mesh) for seed in (5, 6))
+    kinds = trainable, frozen
+    policies = tuple(kind(on_mesh(random_params(DECODER, s), mesh)) for kind, s in zip(kinds, (0, 1), strict=True))
+    judges = tuple(
+        kind(on_mesh(random_params(DECODER, s, head="value"), mesh)) for kind, s in zip(kinds, (5, 6), strict=True)
+    )
     with jax.set_mesh(mesh):
-        score = ppo_programs.make_score(MODEL, MODEL, PPO, mesh)
+        score = compiled.make_score(MODEL, MODEL, PPO, mesh)
         joined, ended = place_batch((SAMPLES, ENDED[:, None]), mesh)
         arguments = policies, judges, joined, ended, ALLOWED, jnp.asarray(0.1)
         return jax.device_get(score.lower(*arguments).compile(FAST)(*arguments)[:2])
@@ -79,22 +86,22 @@ def nearby(seed: int, *, head: Head = "lm") -> Any:
 
 
 def case(name: str, mesh: jax.sharding.Mesh, accumulation: int) -> tuple[Any, Any, tuple[Any, ...]]:
-    """The stage's real jitted step, its parameters, and (batch, *fixed arguments)."""
+    """The stage's real jitted step, its parameters, and (batch, frozen part, *fixed arguments)."""
     if name == "sft":
-        return sft.make_step(MODEL, OPTIM, accumulation, mesh), random_params(DECODER), (SINGLES,)
+        return sft.make_step(MODEL, OPTIM, accumulation, mesh), random_params(DECODER), (SINGLES, {})
     if name == "dpo":
         ref = np.random.default_rng(0).normal(-10, 3, (8, 2)).astype(np.float32)
-        loss = dpo.DpoLoss("dpo", 0.1, 0.0, False, 0.3)
-        return dpo.make_step(MODEL, OPTIM, loss, accumulation, mesh), random_params(DECODER), ((PAIRS, ref),)
+        step = dpo.make_step(MODEL, OPTIM, PreferenceLoss(name="dpo", beta=0.1), 0.3, accumulation, mesh)
+        return step, random_params(DECODER), (dpo.DpoBatch(PAIRS, ref), {})
     if name.startswith("reward"):
         step = reward.make_step(MODEL, OPTIM, name.removeprefix("reward_"), accumulation, mesh)
-        return step, random_params(DECODER, head="value"), (PAIRS,)
+        return step, random_params(DECODER, head="value"), (PAIRS, {})
     rollouts, _ = scored(ONE)
-    train = PPO.train.model_copy(update={"accumulation": accumulation})
-    actor, critic = ppo_programs.make_updates(MODEL, MODEL, PPO.model_copy(update={"train": train}), mesh)
+    method = PPO.model_copy(update={"accumulation": accumulation})
+    actor, critic = compiled.make_updates(MODEL, MODEL, method, mesh)
     if name == "ppo_actor":
-        return actor, nearby(0), ((rollouts, None), ALLOWED)
-    return critic, nearby(5, head="value"), (rollouts,)
+        return actor, nearby(0), ((rollouts, None), {}, ALLOWED)
+    return critic, nearby(5, head="value"), (rollouts, {})
 
 
 @dataclasses.dataclass
@@ -127,7 +134,7 @@ def metrics_close(found: dict[str, Any], wanted: dict[str, Any]) -> None:
 @cache
 def start(shape: tuple[int, int, int], head: Head) -> tuple[TrainState, Any]:
     """A state at step 0 on the host, and the shardings that init_state gave it."""
-    state = init_state(random_params(DECODER, head=head), OPTIM, mesh_of(*shape))
+    state = init_state(trainable(random_params(DECODER, head=head)), make_optimizer(OPTIM), mesh_of(*shape))
     return jax.device_get(state), jax.tree.map(lambda x: x.sharding, state)
 
 
@@ -137,20 +144,21 @@ def run_step(name: str, shape: tuple[int, int, int], accumulation: int = 1) -> S
     mesh = mesh_of(*shape)
     with jax.set_mesh(mesh):
         update, params, (data, *fixed) = case(name, mesh, accumulation)
-        state, shardings = start(shape, "score" in params)
-        before = jax.device_put(dataclasses.replace(state, params=params), shardings, may_alias=False)
-        arguments = (before, place_batch(data, mesh), jnp.asarray(0.1), *fixed)
-        compiled = update.lower(*arguments).compile(FAST)
-        state, metrics = compiled(*arguments)
-    return Step(before, state, jax.device_get(metrics), compiled)
+        state, shardings = start(shape, "value" if "score" in params else "lm")
+        before = jax.device_put(dataclasses.replace(state, trainable=params), shardings, may_alias=False)
+        before = with_learning_rate(before, 0.1)
+        arguments = (before, place_batch(data, mesh), *fixed)
+        program = update.lower(*arguments).compile(FAST)
+        state, metrics = program(*arguments)
+    return Step(before, state, jax.device_get(metrics), program)
 
 
 @pytest.mark.parametrize(("name", "shape"), CASES)
 def test_loss_metrics_gradients_and_parameters_equal_one_devices(name, shape):
     one, many = run_step(name, ONE), run_step(name, shape)
-    assert many.state.params["embedding"].sharding.num_devices == 8
+    assert many.state.trainable["embedding"].sharding.num_devices == 8
     trees_close(many.gradients, one.gradients, rtol=0, atol=1e-5)
-    trees_close(many.state.params, one.state.params, rtol=0, atol=1e-5)
+    trees_close(many.state.trainable, one.state.trainable, rtol=0, atol=1e-5)
     metrics_close(many.metrics, one.metrics)
 
 
@@ -167,14 +175,16 @@ def test_the_cases_are_worth_comparing():
 @pytest.mark.parametrize(("name", "shape"), CASES)
 def test_the_new_state_lies_like_its_parameters_and_the_old_one_is_donated(name, shape):
     done, mesh = run_step(name, shape), mesh_of(*shape)
-    wanted = forward.param_shardings(done.state.params, mesh)
+    wanted = forward.param_shardings(done.state.trainable, mesh)
     adam = done.state.opt_state
-    for tree in (done.state.params, *(optax.tree_utils.tree_get(adam, moment) for moment in ("mu", "nu"))):
+    for tree in (done.state.trainable, *(optax.tree_utils.tree_get(adam, moment) for moment in ("mu", "nu"))):
         assert jax.tree.structure(tree) == jax.tree.structure(wanted)
         for leaf, sharding in zip(jax.tree.leaves(tree), jax.tree.leaves(wanted), strict=True):
             assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
             assert leaf.addressable_shards[0].data.shape == sharding.shard_shape(leaf.shape)
-    assert optax.tree_utils.tree_get(adam, "count").sharding.is_fully_replicated
+    numbers = [leaf for leaf in jax.tree.leaves(done.state) if leaf.ndim == 0]
+    # the state's three counters, the learning rate, and the updates that Adam and the injected rate have counted
+    assert len(numbers) == 6 and all(leaf.sharding.is_fully_replicated for leaf in numbers)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(done.before))
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(done.state))
     assert done.compiled.memory_analysis().alias_size_in_bytes >= held
@@ -220,10 +230,10 @@ def test_the_cache_is_divided_over_batch_and_kv_heads(shape):
     decoder = Decoder(MODEL, Sampling(S, num_samples=N), 0)
 
     def decode(params, state):
-        return decoder.advance(forward.for_decoding(MODEL, params), state, None)
+        return decoder.advance(forward.for_decoding(MODEL, params["trainable"]), state, None)
 
     with jax.set_mesh(mesh):
-        params, prompts = on_mesh(random_params(DECODER), mesh), place_batch(SINGLES, mesh)
+        params, prompts = trainable(on_mesh(random_params(DECODER), mesh)), place_batch(SINGLES, mesh)
         visit = jnp.zeros_like(prompts.key)
         first = jax.jit(decoder.begin).lower(params, prompts, jax.random.key(0), visit, None).compile(FAST)
         state = first(params, prompts, jax.random.key(0), visit, None)

@@ -1,4 +1,4 @@
-"""Proximal policy optimisation on prompts, with a KL penalty to a reference; the critic is a model of its own.
+"""Proximal policy optimisation on prompts, with a KL penalty to a reference and a separate critic model.
 
 Sources: arXiv:1707.06347, arXiv:2009.01325, DeepSpeed-Chat.
 """
@@ -45,8 +45,8 @@ from mpo_jax.types import Artifact, Metrics, Moments
 def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -> dict[str, Any]:
     """Trains the actor from `init` against `reference` and writes `model/` and `critic/`.
 
-    Parents: `init`; `reference`; `reward`, which scores and which the critic starts from; `pairs`, a selection whose
-    prompts to use, absent for all training prompts.
+    Parents: `init`; `reference`; `reward`, which scores responses and initialises the critic; `pairs`, a selection that
+    supplies the prompts (absent: all training prompts).
     """
     method, train, mesh = settings.method, settings.train, context.mesh
     init, reward = parents["init"], parents["reward"]
@@ -118,7 +118,7 @@ def _demonstrations(settings: Settings, codec: TextCodec, context: Context) -> T
 
 
 def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
-    """A rollout, its scoring, and the updates of critic and actor."""
+    """The rollout, its scoring, and the updates of critic and actor."""
     method, train, model, mesh = settings.method, settings.train, shapes.model, shapes.mesh
     check_sizes("ppo", train, mesh, minibatches=method.minibatches)
     rows, key = shapes.rows(train.batch_size, 1), "ppo.train.batch_size"

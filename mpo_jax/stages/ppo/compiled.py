@@ -1,4 +1,4 @@
-"""PPO's compiled programs: scoring of rollouts, the updates of actor and critic, and both in one pass."""
+"""PPO's compiled programs: scoring of rollouts, updates of actor and critic, and both fused in one pass."""
 
 from functools import lru_cache, partial
 from typing import Any
@@ -28,11 +28,11 @@ from mpo_jax.types import Metrics, Tree, merge
 
 @lru_cache
 def make_score(actor_model: Model, reward_model: Model, method: Method, mesh: Mesh) -> Any:
-    """A jitted (policies, judges, batch, has_eos, allowed_V, kl_coef, moments) -> (PpoBatch, metrics, moments).
+    """The jitted (policies, judges, batch, has_eos, allowed_V, kl_coef, moments) -> (PpoBatch, metrics, moments).
 
-    `policies` are the parameters of actor and reference, `judges` those of critic and reward model. `moments` is the
-    running `Moments` of all raw scores, or None where scores are not normalised. This batch's scores are added before
-    they are normalised, those of real rows alone. A batch with a score that is not finite adds none.
+    `policies` are the parameters of actor and reference, `judges` those of critic and reward model. `moments` are the
+    running `Moments` of all raw scores, or None if scores are not normalised. The scores of this batch's real rows are
+    added before normalisation; a batch with a non-finite score adds none.
     """
 
     def score(policies, judges, joined, has_eos_BN, allowed_V, kl_coef, moments=None):
@@ -75,10 +75,10 @@ def make_updates(actor_model: Model, reward_model: Model, method: Method, mesh: 
 
 @lru_cache
 def make_one_pass(actor_model: Model, reward_model: Model, method: Method, mesh: Mesh) -> Any:
-    """The jitted scoring and update in one:
+    """The jitted scoring and update in one pass.
 
-    (actor, critic, rest, frozen, batch, has_eos [B 1], allowed_V, kl_coef) -> (actor, critic, PpoBatch, metrics),
-    where `rest` is the frozen parts of actor and critic, and `frozen` the parameters of reference and reward model.
+    (actor, critic, rest, frozen, batch, has_eos [B 1], allowed_V, kl_coef) -> (actor, critic, PpoBatch, metrics).
+    `rest` holds the frozen parts of actor and critic, `frozen` the parameters of reference and reward model.
     """
     optimizers = make_optimizer(method.actor_optim), make_optimizer(method.critic_optim)
 
@@ -123,11 +123,11 @@ def make_one_pass(actor_model: Model, reward_model: Model, method: Method, mesh:
 
 @lru_cache
 def make_minibatch(count: int, mesh: Mesh) -> Any:
-    """A jitted (batch, key, iteration, epoch, index) -> part `index` of `count` of the batch's rows.
+    """The jitted (batch, key, iteration, epoch, index) -> minibatch `index` of `count` of the batch's rows.
 
-    The parts of one epoch are disjoint and cover the rows, in an order drawn by key, iteration and epoch alone. Rows
-    cross devices, so that any two can meet; they are token arrays, which is little beside an update. Each device gets
-    an equal share of a part.
+    The minibatches of an epoch are disjoint and cover all rows, in an order that depends on key, iteration and epoch
+    alone. Rows move between devices, so any two rows can share a minibatch; moving token arrays is cheap next to an
+    update. Each device gets an equal share of a minibatch.
     """
 
     def minibatch(
@@ -148,5 +148,5 @@ def average(ema: Tree, tree: Tree, decay: float) -> Tree:
 
 
 def named(model: str, metrics: Metrics) -> Metrics:
-    """An update's metrics, those that both models have under the model's name."""
+    """An update's metrics; those that both models report get the model's name as a prefix."""
     return {(f"{model}/{name}" if name in ("grad_norm", "skipped") else name): m for name, m in metrics.items()}

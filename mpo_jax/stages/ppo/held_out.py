@@ -1,4 +1,4 @@
-"""PPO's measures on test prompts: scores and KL of samples that are drawn with the same random numbers every time."""
+"""PPO's evaluation on test prompts: scores and KL of samples drawn with the same random numbers every time."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +15,7 @@ NUM_PROMPTS = 64
 
 
 def exported(state: PpoState, loop: Loop) -> Params:
-    """The policy that the stage exports: the actor, or its average where one is kept."""
+    """The policy that the stage exports: the actor, or its moving average if one is kept."""
     trainable = state.actor.trainable if state.ema is None else state.ema
     return {"trainable": trainable, "frozen": loop.models.actor_frozen}
 
@@ -23,13 +23,13 @@ def exported(state: PpoState, loop: Loop) -> Params:
 def make_evaluate(
     loop: Loop, context: Context, buckets: Buckets, batch_size: int
 ) -> Callable[[PpoState], dict[str, float]] | None:
-    """From PPO's state to the exported policy's measures on the first test prompts; None where it is never asked.
+    """Returns a function from PPO's state to the exported policy's metrics on the first test prompts.
 
-    It runs the loop's own sampling and scoring, in batches of the stage's size, so that only a prompt that is longer
-    than all of training's needs another compilation.
+    None if `eval_every` is None. The function runs the loop's own sampling and scoring in batches of the stage's size,
+    so only prompts longer than all training prompts need another compilation.
 
     Args:
-      buckets: of the training prompts.
+      buckets: buckets of the training prompts.
     """
     if context.watch.eval_every is None:
         return None

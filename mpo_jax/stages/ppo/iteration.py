@@ -1,5 +1,6 @@
 """One PPO iteration: sample from the actor; score, and recompute log-probabilities and values with the training
-forward pass; shape rewards; estimate advantages; update on minibatches."""
+forward pass; shape rewards; estimate advantages; update on minibatches.
+"""
 
 import contextlib
 import dataclasses
@@ -31,13 +32,13 @@ from mpo_jax.types import Mean, Metrics, Moments, Params, PpoBatch, PromptBatch,
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PpoState:
-    """All that changes.
+    """Everything that changes during PPO.
 
     Attributes:
-      actor: and `critic`, the two models.
-      kl_coef: of the penalty.
-      ema: the average of the actor's trainable part, where one is kept.
-      scores: running moments of the raw scores, where scores are normalised.
+      actor, critic: training states of the two models.
+      kl_coef: coefficient of the KL penalty.
+      ema: moving average of the actor's trainable part, if one is kept.
+      scores: running moments of the raw scores, if scores are normalised.
     """
 
     actor: TrainState
@@ -49,12 +50,12 @@ class PpoState:
 
 @dataclasses.dataclass(frozen=True)
 class Models:
-    """The four models of an iteration; the two that train are in the state, but for their frozen parts.
+    """The four models of an iteration, except the trainable parts of actor and critic, which are in the state.
 
     Attributes:
-      actor, critic: sizes and arithmetic; reference and reward model have the same.
-      actor_frozen, critic_frozen: the frozen parts of the models that train.
-      reference, reward: parameters of the models that do not.
+      actor, critic: sizes and arithmetic, also those of the reference and of the reward model.
+      actor_frozen, critic_frozen: frozen parts of the models that train.
+      reference, reward: parameters of the models that do not train.
     """
 
     actor: Model
@@ -74,7 +75,7 @@ class Models:
 
 
 def init_ppo_state(method: Method, actor: Params, critic: Params, mesh: Mesh, offload: Offload) -> PpoState:
-    """The state before the first iteration; it holds copies of the trainable parameters."""
+    """The state before the first iteration, with copies of the trainable parameters."""
 
     def number(value: float) -> Array:
         return jax.device_put(jnp.asarray(value, jnp.float32), replicated(mesh))
@@ -93,9 +94,9 @@ class Loop:
     """The compiled parts of an iteration and the frozen models they read.
 
     Attributes:
-      iterations: of the whole training, over which the learning rates' schedules run.
-      log_every: iterations between two of which the parts are timed; timing makes the host wait for the devices.
-      truth: of samples, where it is known.
+      iterations: number of iterations of the whole training, for the learning-rate schedules.
+      log_every: number of iterations between timed ones; timing makes the host wait for the devices.
+      truth: true utility of samples, if known.
     """
 
     settings: Settings
@@ -119,7 +120,7 @@ class Loop:
         self.key = stage_key(self.settings.seed, "ppo")
         self.minibatch = make_minibatch(method.minibatches, mesh)
         self.minibatch_key = stage_key(self.settings.seed, "ppo minibatches")
-        # each model's schedule counts its own updates: the actor's starts when the critic has warmed up
+        # each schedule counts its own model's updates: the actor's starts after the critic's warm-up
         own_iterations = max(self.iterations - method.extras.critic_warmup, 0)
         self.actor_rate = make_learning_rate(method.actor_optim, own_iterations * method.updates)
         self.critic_rate = make_learning_rate(method.critic_optim, self.iterations * method.updates)
@@ -127,7 +128,7 @@ class Loop:
     def iteration(
         self, state: PpoState, batch: Batch, demonstrations: TrainBatches | None
     ) -> tuple[PpoState, Metrics, Any]:
-        """One PPO iteration on a batch of prompts; also returns the scored rollouts and the demonstrations."""
+        """Runs one PPO iteration on a batch of prompts; also returns the scored rollouts and the demonstrations."""
         method, k = self.settings.method, batch.number
         clock = _Clock(on=(k + 1) % self.log_every == 0)
         prompts, epoch = place_batch((batch.rows, batch.epoch), self.mesh)
@@ -164,7 +165,7 @@ class Loop:
                 horizon=method.kl.horizon,
                 num_samples=len(batch.example),
             )
-            # as with the models, a batch that is not finite changes nothing
+            # as for the models, a non-finite batch changes nothing
             kl_coef = jnp.where(jnp.isfinite(adapted), adapted, kl_coef)
         ema = state.ema
         if ema is not None:
@@ -176,7 +177,7 @@ class Loop:
     def _in_one_pass(
         self, state: PpoState, k: int, joined: PromptBatch, has_eos: Array
     ) -> tuple[PpoState, PpoBatch, Metrics]:
-        """Scores and updates, where the update differentiates the forward pass that scores."""
+        """Scores and updates in one pass: the update differentiates the forward pass that scores."""
         models = self.models
         actor, critic, frozen = to_devices((state.actor, state.critic, (models.reference, models.reward)))
         actor = with_learning_rate(actor, self.actor_rate(k))
@@ -190,7 +191,7 @@ class Loop:
         return state, scored, metrics
 
     def _updates(self, state: PpoState, k: int, batch: tuple[PpoBatch, PromptBatch | None]) -> tuple[PpoState, Metrics]:
-        """All passes over one iteration's rollouts."""
+        """Runs all updates on one iteration's rollouts."""
         method, models = self.settings.method, self.models
         collected: list[Metrics] = []
         actor, critic = state.actor, state.critic
@@ -214,12 +215,12 @@ class Loop:
 
 
 def _exceeds(mean: Mean | None, limit: float) -> bool:
-    """The one place where the host waits for the device inside an iteration, and only if asked to stop early."""
+    """Whether a metric exceeds a limit; the only wait for the device within an iteration, for early stopping."""
     return mean is not None and float(mean.value) > limit
 
 
 def _mean_of(collected: list[Metrics]) -> Metrics:
-    """Means and skips added, scalars averaged, over an iteration's updates."""
+    """Combines the metrics of an iteration's updates: adds means and skips, averages scalars."""
     totals: Metrics = {}
     for metrics in collected:
         for name, value in metrics.items():
@@ -229,14 +230,14 @@ def _mean_of(collected: list[Metrics]) -> Metrics:
 
 @dataclasses.dataclass
 class _Clock:
-    """Seconds of the parts of an iteration, as metrics."""
+    """Times the parts of an iteration, in seconds, as metrics."""
 
     on: bool
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @contextlib.contextmanager
     def timing(self, part: str) -> Iterator[Callable[[Any], Any]]:
-        """Gives the function through which the part's results go: where it is timed, it waits for them."""
+        """Yields a function to pass the part's results through; if the part is timed, it waits for them."""
         begin = time.perf_counter()
         yield jax.block_until_ready if self.on else lambda x: x
         if self.on:

@@ -1,4 +1,4 @@
-"""PPO's mathematics over models: from sampled responses to scores, advantages, losses and their metrics.
+"""PPO's computations on models: from sampled responses to scores, advantages, losses and their metrics.
 
 Sources: arXiv:1707.06347, arXiv:2009.01325, DeepSpeed-Chat.
 """
@@ -36,7 +36,7 @@ def score_rollout(
     has_eos_B: Bool[Array, " B"],
     allowed_V: Bool[Array, " V"],
 ) -> tuple[Rollout, Float[Array, "B S"]]:
-    """One pass of every model over the sampled responses, and the policy's entropy at each token.
+    """Runs every model once over the sampled responses; returns the rollout and the policy's entropy at each token.
 
     Args:
       policies: parameters of actor and reference.
@@ -53,7 +53,7 @@ def score_rollout(
 
 
 def values(model: Model, critic: Tree, joined: PromptBatch) -> tuple[Float[Array, "B S"], Float[Array, "B 1"]]:
-    """The critic's value of the state before each response token, 0 elsewhere; and of the state after the last."""
+    """The critic's value of the state before each response token (0 elsewhere), and of the state after the last one."""
     tokens = forward.join(joined)
     score_BT = forward.scores(model, critic, tokens)
     value_BS = forward.values_before(score_BT, tokens)
@@ -62,9 +62,9 @@ def values(model: Model, critic: Tree, joined: PromptBatch) -> tuple[Float[Array
 
 
 def with_end(value_BS: Float[Array, "B S"], end_B1: Float[Array, "B 1"], joined: PromptBatch) -> Float[Array, "B S"]:
-    """The values with that of the state after the last token in the column behind it, where there is one.
+    """The values, with the value of the final state in the column after the last token, if that column exists.
 
-    That state is the one before the column, so it stands where the alignment law puts it.
+    The alignment holds: a column has the value of the state before it, and the final state precedes that column.
     """
     behind_BS = jnp.arange(value_BS.shape[1])[None] == joined.response_len[:, :1]
     return jnp.where(behind_BS & (joined.prompt_len > 0)[:, None], end_B1, value_BS)
@@ -81,7 +81,7 @@ def judge(
     behavior_BS: Float[Array, "B S"],
     value_BS: Float[Array, "B S"],
 ) -> Rollout:
-    """The rollout, with what the frozen models (reference, reward model) say of it."""
+    """The rollout with the outputs of the frozen models: reference log-probabilities and reward-model scores."""
     tokens = forward.join(joined)
     ref_BS, _ = forward.token_logp(actor_model, frozen[0], tokens, temperature=temperature, allowed_V=allowed_V)
     score_BN = forward.response_scores(forward.scores(reward_model, frozen[1], tokens), joined)
@@ -97,7 +97,7 @@ def judge(
 
 
 def rewarded_score(rollout: Rollout, method: Method, moments: Moments | None) -> Float[Array, " B"]:
-    """The score that the reward takes, before it is clipped: normalised by `moments` if given, then penalised."""
+    """The score before clipping: normalised by `moments` if given, then penalised for a missing EOS."""
     score_B = rollout.score if moments is None else normalise(rollout.score, moments)
     if method.extras.missing_eos == "replace":
         return jnp.where(rollout.has_eos, score_B, -method.extras.missing_eos_penalty)
@@ -112,13 +112,13 @@ def estimate(
     """Advantages and returns of a rollout, and its shaped rewards.
 
     Args:
-      moments: of the raw scores, this rollout's included, where scores are normalised.
+      moments: moments of the raw scores including this rollout's, if scores are normalised.
     """
     score_B = rewarded_score(rollout, method, moments)
     place = {"kl_coef": kl_coef, "clip": method.score_clip}
     if method.reward_at == "ds_chat":
         # The token after EOS carries the score, the value of the state after EOS, and the KL of the rollout's
-        # log-probs there. Those of `token_logp` are 0: no policy can sample the padding token.
+        # log-probs there; `token_logp` gives 0 for both, since no policy can sample the padding token.
         reward_BS, carry_BS = shape_rewards_ds_chat(
             rollout.behavior_logp, rollout.ref_logp, score_B, rollout.mask, **place
         )
@@ -137,7 +137,7 @@ def estimate(
 def rollout_metrics(
     batch: PpoBatch, entropy_BS: Array, kl_coef: Array, method: Method, moments: Moments | None = None
 ) -> Metrics:
-    """What the rollout says about the policy, before any update; sums run over a response, means over responses."""
+    """Metrics of the rollout, before any update; sums run over a response, means over responses."""
     r = batch.rollout
     real_B = r.mask.any(-1)
     clipped_B = jnp.abs(rewarded_score(r, method, moments)) > method.score_clip
@@ -172,7 +172,7 @@ def rollout_metrics(
 
 
 def policy_terms(logp_BS: Float[Array, "B S"], ppo: PpoBatch, method: Method) -> tuple[Metrics, Metrics]:
-    """The clipped policy loss and its metrics, from the log-probabilities that are being trained."""
+    """The clipped policy loss and its metrics, from the differentiated log-probabilities."""
     rollout = ppo.rollout
     loss = ppo_policy_loss(logp_BS, rollout.behavior_logp, ppo.advantage, rollout.mask, clip=method.clip_eps)
     log_ratio_BS = jnp.where(rollout.mask, logp_BS - rollout.behavior_logp, 0.0)
@@ -191,9 +191,9 @@ def actor_objective(
     batch: tuple[PpoBatch, PromptBatch | None],
     allowed_V: Bool[Array, " V"],
 ) -> tuple[Metrics, Metrics]:
-    """The clipped policy loss, and the SFT loss on demonstrations where it has a weight.
+    """The clipped policy loss, plus the weighted SFT loss on demonstrations if there are any.
 
-    `batch` is the rollouts, and demonstrations or None.
+    `batch` holds the rollouts, and demonstrations or None.
     """
     ppo, demonstrations = batch
     tokens = forward.join(ppo.rollout.joined)
@@ -213,7 +213,7 @@ def critic_objective(model: Model, method: Method, tree: Tree, ppo: PpoBatch) ->
 
 
 def value_terms(value_BS: Float[Array, "B S"], ppo: PpoBatch, method: Method) -> tuple[Metrics, Metrics]:
-    """The clipped value loss and its metrics, from the values that are being trained."""
+    """The clipped value loss and its metrics, from the differentiated values."""
     rollout = ppo.rollout
     loss = value_loss(value_BS, rollout.value, ppo.returns, rollout.mask, clip=method.value_clip_eps)
     clipped_BS = jnp.abs(value_BS - rollout.value) > method.value_clip_eps
@@ -233,19 +233,19 @@ def one_pass(
     kl_coef: Float[Array, ""],
     count: Float[Array, ""],
 ) -> tuple[tuple[Tree, Tree], tuple[PpoBatch, Float[Array, "B S"]], tuple[Metrics, Metrics]]:
-    """What a first update on these rollouts needs, from one forward pass of each model.
+    """Scores rollouts and differentiates both losses for the first update, with one forward pass per model.
 
-    In the first update the policy that is trained is the one that sampled, so its log-probabilities are the old ones
-    too, and the critic's values likewise: the forward pass that scores is the one that is differentiated.
+    In the first update the trained policy is the one that sampled, so its log-probabilities are also the old ones, and
+    likewise for the critic's values: the same forward pass scores and is differentiated.
 
     Args:
       trained: trainable parts of actor and critic.
-      rest: their frozen parts.
+      rest: frozen parts of actor and critic.
       frozen: parameters of reference and reward model.
-      count: response tokens of the whole batch, of which these rows may be a part.
+      count: number of response tokens in the whole batch; these rows may be a micro-batch of it.
 
     Returns:
-      Gradients of actor and critic; the batch with its policy's entropy; terms and metrics of actor and critic.
+      Gradients of actor and critic; the batch and the policy's entropy; terms and metrics of actor and critic.
     """
     tokens = forward.join(joined)
 

@@ -1,4 +1,4 @@
-"""PPO's settings: the method, which decides its compiled programs, and how long and on what it trains."""
+"""PPO's settings: the method, which determines the compiled programs, and the length and data of training."""
 
 from typing import Literal
 
@@ -8,7 +8,7 @@ from mpo_jax.stages.settings import Numerics, Split, TrainSettings
 
 
 class Method(Section, frozen=True):
-    """All that decides what an iteration computes; compiled programs are kept by it, whatever a run's length."""
+    """Everything that determines an iteration's computation, independent of run length; keys the compiled programs."""
 
     epochs: int
     minibatches: int
@@ -35,17 +35,17 @@ class Method(Section, frozen=True):
 
     @property
     def updates(self) -> int:
-        """Updates of each model in an iteration."""
+        """Number of updates of each model per iteration."""
         return self.epochs * self.minibatches
 
     @property
     def in_one_pass(self) -> bool:
         """Whether an iteration's only update takes its old log-probabilities and values from its own forward pass.
 
-        Not where a statistic of the whole batch stands between scores and losses of micro-batches, where scores are
-        normalised, where there are further losses, or where the actor waits. Not unless asked for: a forward pass that
-        is differentiated is compiled otherwise than the reference's, so that the first KL is 0 to rounding in place of
-        exactly.
+        Requires `one_pass` and a single update. Not possible if micro-batch losses need a whole-batch statistic
+        (whitening), if scores are normalised, with the demonstrations' loss, or with a critic warm-up. Off by default:
+        a differentiated forward pass compiles differently from the reference's, so the first KL is 0 only up to
+        rounding instead of exactly.
         """
         extras, single = self.extras, self.one_pass and self.updates == 1
         whitens = (extras.whiten_advantages or extras.whiten_rewards) and self.accumulation > 1
@@ -53,10 +53,10 @@ class Method(Section, frozen=True):
 
 
 class Settings(Section, frozen=True):
-    """What policy and critic depend on, besides the models, prompts and rows that they read.
+    """Everything policy and critic depend on, besides the models, prompts and rows that the stage reads.
 
     Attributes:
-      samples_once: whether each distinct prompt of a selection is sampled once, whatever the number of its rows.
+      samples_once: whether each distinct prompt of a selection is sampled once, however many rows it has.
     """
 
     seed: int
@@ -81,6 +81,6 @@ class Settings(Section, frozen=True):
 
     @property
     def sampling(self) -> Sampling:
-        """One sample a prompt, from the very distribution whose log-probabilities the update uses."""
+        """One sample per prompt, from the same distribution whose log-probabilities the update uses."""
         method = self.method
         return Sampling(self.text.max_response_tokens, temperature=method.temperature, greedy=method.greedy)

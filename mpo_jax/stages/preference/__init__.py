@@ -1,4 +1,4 @@
-"""Preference losses by the name that `dpo.loss` takes: a module each, found through the registry."""
+"""Preference losses by their `dpo.loss` name, one module each, found through the registry."""
 
 import dataclasses
 import importlib
@@ -19,13 +19,13 @@ from mpo_jax.types import Mean
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-    """What a preference loss may read; side 0 is the chosen one.
+    """The inputs of a preference loss; side 0 is the chosen one.
 
     Attributes:
       logp: [B 2] summed log-probabilities of the responses under the policy, nats.
-      ref_logp: the same under the reference; None for a loss without one.
-      length: [B 2] response tokens, EOS included.
-      valid: [B] False at rows that only fill the batch.
+      ref_logp: [B 2] the same under the reference; None for a loss without a reference.
+      length: [B 2] number of response tokens, EOS included.
+      valid: [B] False for padding rows.
     """
 
     logp: Float[Array, "B 2"]
@@ -34,7 +34,7 @@ class Pairs:
     valid: Bool[Array, " B"]
 
     def per_token(self) -> "Pairs":
-        """The same with log-probabilities divided by the responses' tokens."""
+        """The same pairs with log-probabilities divided by response length."""
         count_BN = jnp.maximum(self.length, 1)
         ref_BN = None if self.ref_logp is None else self.ref_logp / count_BN
         return dataclasses.replace(self, logp=self.logp / count_BN, ref_logp=ref_BN)
@@ -47,12 +47,12 @@ class Pairs:
 
 
 class PreferenceLoss(Section, frozen=True):
-    """A preference loss with its static choices.
+    """A preference loss with its static options.
 
     Attributes:
-      name: in the registry.
-      length_normalised: whether log-probabilities are divided by the response's tokens first.
-      options: the loss's own keyword arguments besides beta, by name.
+      name: name of the loss in the registry.
+      length_normalised: whether log-probabilities are first divided by response length.
+      options: keyword arguments of the loss other than beta, by name.
     """
 
     name: str
@@ -62,7 +62,7 @@ class PreferenceLoss(Section, frozen=True):
 
     @classmethod
     def of(cls, config: DpoConfig) -> "PreferenceLoss":
-        """As the configuration says; options that it leaves out have the loss's own defaults.
+        """The loss that a configuration names; missing options take the loss's own defaults.
 
         Raises:
           UserError: for an option that the loss does not have.
@@ -81,7 +81,7 @@ class PreferenceLoss(Section, frozen=True):
 
     @property
     def needs_reference(self) -> bool:
-        """Whether reference log-probabilities must be there."""
+        """Whether the loss needs reference log-probabilities."""
         return _definition(self.name).NEEDS_REFERENCE
 
     def value(self, pairs: Pairs) -> Mean:
@@ -89,7 +89,7 @@ class PreferenceLoss(Section, frozen=True):
         return _definition(self.name).loss(self._read(pairs), beta=self.beta, **dict(self.options))
 
     def rewards(self, pairs: Pairs) -> Float[Array, "B 2"]:
-        """beta times each response's log-ratio to the reference; times its log-probability where there is none."""
+        """beta times each response's log-ratio to the reference, or its log-probability if there is no reference."""
         pairs = self._read(pairs)
         return self.beta * (pairs.logp if pairs.ref_logp is None else pairs.logp - pairs.ref_logp)
 

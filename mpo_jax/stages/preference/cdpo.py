@@ -1,4 +1,4 @@
-"""Conservative DPO, for labels of which some are wrong. Note of E. Mitchell, 2023."""
+"""Conservative DPO, for noisy labels. Note of E. Mitchell, 2023."""
 
 from mpo_jax.losses import cdpo_loss
 from mpo_jax.stages.preference import Pairs
@@ -9,5 +9,5 @@ PER_TOKEN = False
 
 
 def loss(pairs: Pairs, *, beta: float, label_smoothing: float = 0.1) -> Mean:
-    """DPO's loss with a share `label_smoothing` of the labels taken as flipped, nats per pair."""
+    """DPO loss that assumes a fraction `label_smoothing` of the labels to be flipped, nats per pair."""
     return cdpo_loss(*pairs.margins, beta=beta, label_smoothing=label_smoothing, valid_B=pairs.valid)

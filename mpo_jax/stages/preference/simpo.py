@@ -1,4 +1,4 @@
-"""SimPO: the average log-probability of a token as reward, a target margin, no reference model. arXiv:2405.14734."""
+"""SimPO: the mean log-probability per token as reward, a target margin, no reference model. arXiv:2405.14734."""
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,8 @@ PER_TOKEN = True
 def loss(pairs: Pairs, *, beta: float, target_margin: float = 1.0) -> Mean:
     """-log sigmoid(beta * (log p(chosen) / |chosen| - log p(rejected) / |rejected|) - margin), nats per pair. Eq. 6.
 
-    The paper's beta is 2 to 10 and its margin, there called gamma, 0.3 to 1.6.
+    The paper uses beta from 2 to 10 and a margin (there called gamma) from 0.3 to 1.6.
     """
     margin_B = beta * (pairs.logp[:, 0] - pairs.logp[:, 1]) - target_margin
-    # inputs are masked, not only the sum: a filler row's NaN would reach the gradient
+    # mask the inputs, not only the sum: a NaN in a padding row would reach the gradient
     return Mean.of(-jax.nn.log_sigmoid(jnp.where(pairs.valid, margin_B, 0.0)), pairs.valid)

@@ -1,1 +1,1 @@
-"""Timing of every stage's own compiled functions: `workloads` builds them with their inputs, `measure` times them."""
+"""Times every stage's own compiled functions: `workloads` builds them with their inputs, `measure` times them."""

@@ -1,4 +1,4 @@
-"""Times, rates and memory of a workload, and of the matrix products that bound it."""
+"""Time, rates and memory of a workload, and the matrix-product rate that bounds it."""
 
 import dataclasses
 import resource
@@ -15,14 +15,15 @@ from mpo_jax.tools.bench.workloads import Workload
 from mpo_jax.tools.plan.targets import device_kind
 
 DEFINITIONS = (
-    "tokens/s: real tokens, no padding. FLOPs: necessary ones, a multiply-add as two: matrices over real tokens, "
-    "scores of visible keys, logits at response tokens, backward twice forward, nothing recomputed. of matmul: their "
-    "rate over that of one large matrix product here. MFU: over the vendor's peak in bfloat16, known devices only."
+    "tokens/s: real tokens, without padding. FLOPs: necessary ones only (a multiply-add is two): matrix products over "
+    "real tokens, scores of visible keys, logits at response tokens, backward twice forward, no recomputation. of "
+    "matmul: FLOP/s relative to one large matrix product on this machine. MFU: relative to the vendor's bfloat16 peak, "
+    "known devices only."
 )
 
 
 CPU_SIZE = 2048
-"""The size of the matrix product on a CPU: large enough for all of its cores."""
+"""Side of the matrix product on a CPU: large enough to use all cores."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,13 +44,13 @@ class Device:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """One workload's figures; rates are over the sum of all steps.
+    """The results of one workload; rates are over the sum of all steps.
 
     Attributes:
-      seconds: of each timed step, inputs prepared on the host included.
-      compile_s: the first pass's time beyond that of a timed one.
-      peak_bytes: this process's peak memory: on the first device, or resident on CPU.
-      parts: seconds of the parts of a step, if it has parts.
+      seconds: duration of each timed step, host-side input preparation included.
+      compile_s: extra time of the first pass over the steps, compared with the timed pass.
+      peak_bytes: peak memory of this process, on the first device or resident on CPU.
+      parts: seconds of the parts of a step, if it has any.
     """
 
     name: str
@@ -71,7 +72,7 @@ class Measured:
         return amount / sum(self.seconds)
 
     def to_dict(self, device: Device) -> dict[str, Any]:
-        """All figures by name, in seconds, bytes and FLOPs."""
+        """All results by name, in seconds, bytes and FLOPs."""
         flops = self.rate(self.flops)
         return {
             "name": self.name,
@@ -91,7 +92,7 @@ class Measured:
 
 
 def device(dtype: str, num_devices: int) -> Device:
-    """Measures the matrix rate of this machine's first device."""
+    """The limits of this machine's devices; measures the matrix-product rate of the first one."""
     first = jax.devices()[0]
     kind = device_kind(first.device_kind)
     return Device(
@@ -103,7 +104,7 @@ def device(dtype: str, num_devices: int) -> Device:
 
 
 def measure(workload: Workload, *, profile: str | None = None) -> Measured:
-    """Runs all steps once to compile and once to time them, waiting for the devices after each."""
+    """Runs all steps once to compile and once to time them, waiting for the devices after each step."""
     begin = time.perf_counter()
     for k in range(workload.steps):
         jax.block_until_ready(workload.run(k))
@@ -131,7 +132,7 @@ def peak_bytes() -> int | None:
     """Peak memory of the first device, or on CPU this process's peak resident memory."""
     first = jax.local_devices()[0]
     if first.platform == "cpu":
-        # kilobytes, but bytes on macOS
+        # ru_maxrss is in kilobytes, on macOS in bytes
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return (first.memory_stats() or {}).get("peak_bytes_in_use")
 

@@ -23,17 +23,17 @@ SIZES = {
     "head_dim": 48,
     "tie_embeddings": False,
 }
-"""The benchmark's own model, where the configuration names none: 8.3M parameters with a vocabulary of 4096."""
+"""The benchmark's own model if the configuration names none: 8.3M parameters with a vocabulary of 4096."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
-    """The figures of a benchmark.
+    """The results of a benchmark.
 
     Attributes:
-      dtype: the arithmetic's type.
-      batch: rows, pairs or prompts a step.
-      rows: prompt and response lengths of made-up rows; None for the configuration's own.
+      dtype: type of the arithmetic.
+      batch: number of rows, pairs or prompts per step.
+      rows: prompt and response lengths of synthetic rows; None for the configuration's own rows.
     """
 
     device: Device
@@ -43,7 +43,7 @@ class Speed:
     workloads: list[Measured]
 
     def to_dict(self) -> dict[str, Any]:
-        """All figures with the machine they were measured on."""
+        """All results, with the machine they were measured on."""
         bound = self.device
         return {
             "environment": machine.environment(),
@@ -66,15 +66,16 @@ def measure_all(
     profile: Path | None = None,
     log: Callable[[str], None] = lambda line: None,
 ) -> Speed:
-    """Times workloads one after the other.
+    """Times workloads one after another.
 
     Args:
-      names: of workloads; all of them if empty.
-      steps: timed steps of each workload.
-      rows: prompt and response lengths of made-up rows; None for the configuration's own.
-      vocab_size: of the benchmark's own model.
+      names: workloads to time; if empty, all of them.
+      batch: number of rows, pairs or prompts per step.
+      steps: number of timed steps per workload.
+      rows: prompt and response lengths of synthetic rows; None for the configuration's own rows.
+      vocab_size: vocabulary of the benchmark's own model.
       profile: folder for a trace of one step of each workload.
-      log: called with a line before each measurement.
+      log: callback for a line before each measurement.
 
     Raises:
       UserError: for an unknown name, or a batch that does not divide over the mesh.
@@ -98,7 +99,7 @@ def measure_all(
 
 
 def _sized(config: Config, rows: tuple[int, int] | None) -> Config:
-    """With room for made-up rows, and the benchmark's model where the configuration names none."""
+    """The configuration with length limits for synthetic rows, and the benchmark's own model if it names none."""
     if rows is None:
         if config.data.kind == "toy" and config.model.path is not None:
             raise UserError("mpo bench --rows data needs data.kind and data.path besides model.path")

@@ -1,4 +1,4 @@
-"""What is timed: the stages' own programs, on rows of given lengths or on a configuration's own rows."""
+"""The timed workloads: the stages' own programs, on rows of given lengths or on a configuration's own rows."""
 
 import dataclasses
 from collections import defaultdict
@@ -40,7 +40,7 @@ ABOUT: dict[Name, str] = {
     "dpo": "one DPO update on pairs, reference log-probabilities given",
     "reference": "log-probabilities of pairs, as computed once before DPO",
     "score": "pair scoring, as in data selection",
-    "generate": "one batch sampled to its end, as in a PPO rollout",
+    "generate": "one batch sampled to completion, as in a PPO rollout",
     "sample": "all prompts sampled twice with rows refilled, as in data selection",
     "ppo": "one PPO iteration: rollout, scores, updates of actor and critic",
 }
@@ -51,19 +51,19 @@ PROGRAMS: dict[Name, str] = {
     "reference": "dpo reference",
     "score": "select score",
 }
-"""The stage's program behind each workload that is one program."""
+"""The stage program behind each workload that consists of one program."""
 RATE = 1e-5
 
 
 @dataclasses.dataclass
 class Workload:
-    """Steps to be timed, each with what it does.
+    """Steps to time, with the work that each does.
 
     Attributes:
-      run: starts step k and returns what to wait for.
-      tokens, padded: real and padded tokens of each step; of sampling, drawn ones.
-      flops: necessary ones of each step.
-      bytes_read: that a decode loop must read, 0 elsewhere.
+      run: function that starts step k and returns the arrays to wait for.
+      tokens, padded: real and padded tokens of each step; sampled tokens for sampling workloads.
+      flops: necessary FLOPs of each step.
+      bytes_read: bytes that a decode loop must read in each step, 0 for other workloads.
       parts: seconds of the parts of a step, filled as it runs.
     """
 
@@ -85,9 +85,9 @@ class Bench:
     """Builds workloads.
 
     Attributes:
-      batch: rows, pairs or prompts a step.
-      rows: prompt and response lengths of made-up rows; None for the configuration's own rows.
-      vocab_size: of the model that is made up where the configuration names none.
+      batch: number of rows, pairs or prompts per step.
+      rows: prompt and response lengths of synthetic rows; None for the configuration's own rows.
+      vocab_size: vocabulary of the benchmark's own model, used if the configuration names none.
     """
 
     config: Config
@@ -213,7 +213,7 @@ class Bench:
             vocab, judge = (flops.necessary(model.decoder, prompts, lengths, head) for head in ("lm", "value"))
             drawn = flops.sampling(model.decoder, prompts, lengths, itemsize)
             passes = 3 * settings.method.epochs * (vocab + judge)
-            # reference and reward model; behaviour and values are those of the first update's own forward pass
+            # reference and reward model only; behaviour log-probs and values come from the first update's forward pass
             scoring = vocab + judge
             workload.flops.append(drawn.flops + passes + scoring)
             workload.tokens.append(int(prompts.sum() + lengths.sum()))
@@ -221,8 +221,6 @@ class Bench:
             workload.bytes_read.append(0.0)
         workload.run = run
         return workload
-
-    # what workloads are made of
 
     @cached_property
     def _sized(self) -> Config:
@@ -242,7 +240,7 @@ class Bench:
         return stage_settings(stage, self._sized)
 
     def _program(self, name: Name) -> Any:
-        """The jitted function of a workload that is one program, as its stage lists it."""
+        """The jitted function of a single-program workload, as listed by its stage."""
         wanted = PROGRAMS[name]
         stage = wanted.partition(" ")[0]
         shapes = stage_shapes(stage, self._sized, self._model.decoder, self.mesh)
@@ -260,7 +258,7 @@ class Bench:
 
     @property
     def _eos(self) -> int:
-        # rows of given lengths are drawn to their end
+        # with given lengths, no id ends a response early
         return -1 if self.rows else self._codec.eos_id
 
     @property
@@ -277,7 +275,7 @@ class Bench:
         return options.model(loading.from_architecture(self.config.model.architecture, vocab), self.mesh)
 
     def _params(self) -> Params:
-        """float32 master parameters on the mesh."""
+        """Float32 master parameters on the mesh."""
         path = self.config.model.path
         if path is not None:
             return loading.load(path, loading.Options.of(self.config.model), self.mesh)[1]
@@ -309,11 +307,11 @@ class Bench:
 
 
 def check_names(names: Sequence[str]) -> tuple[Name, ...]:
-    """The workloads asked for, all of them if none is named.
+    """The requested workloads; all of them if `names` is empty.
 
     Raises:
-      UserError: for a name that is none.
+      UserError: for an unknown name.
     """
     if unknown := [name for name in names if name not in NAMES]:
-        raise UserError(f"no workload is called {unknown[0]}; there are {', '.join(NAMES)}")
+        raise UserError(f"no workload is called {unknown[0]}; choose from {', '.join(NAMES)}")
     return tuple(name for name in NAMES if name in names) or NAMES

@@ -1,5 +1,5 @@
-"""The public library: models, rows and trainers for a notebook or a script of one's own.
+"""The public library: models, rows and trainers for notebooks and scripts.
 
-Each trainer is a few lines over the pure step that the stage of the same name compiles. `import mpo_jax as mpo` gives
-all of these names.
+Each trainer is a few lines over the pure step that the stage of the same name compiles. `import mpo_jax as mpo`
+provides all of these names.
 """

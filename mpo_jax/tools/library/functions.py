@@ -1,4 +1,4 @@
-"""What one does with a loaded model besides training it: sample, score, select."""
+"""Functions on loaded models other than training: sample, score, select."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -30,14 +30,14 @@ def sample(
     seed: int = 0,
     batch_size: int = 32,
 ) -> list[list[str]]:
-    """Responses to each prompt, `num_samples` of them.
+    """Samples `num_samples` responses to each prompt.
 
-    A sample depends on prompt, seed and its number alone, not on what is sampled beside it.
+    A sample depends only on the prompt, the seed and the sample's index, not on the rest of the batch.
 
     Args:
-      prompts: texts as the model is to read them, or rows.
-      max_new_tokens: None for the policy's `text.max_response_tokens`.
-      batch_size: prompts at a time.
+      prompts: texts as the model reads them, or rows.
+      max_new_tokens: maximum response length; None: the policy's `text.max_response_tokens`.
+      batch_size: number of prompts per batch.
     """
     codec = policy.codec
     texts = prompts.prompts if isinstance(prompts, Rows) else prompts
@@ -79,16 +79,16 @@ def select(
     relabel: bool = False,
     batch_size: int = 8,
 ) -> tuple[Pairs, Pairs]:
-    """The pairs as (easy, hard): easy where the reward gap is above the threshold. Section 3.1 of arXiv:2403.19443.
+    """Splits pairs into (easy, hard): easy if the reward gap exceeds the threshold. Section 3.1 of arXiv:2403.19443.
 
     Args:
-      threshold: of the gap; a gap that equals it is hard.
-      easy_fraction: in place of a threshold, the share of the pairs that is easy.
-      relabel: the response with the higher score becomes the chosen one, as for sampled pairs, and gaps are never
-        negative; otherwise the labels stay, and a pair that the reward model orders the other way has a negative gap.
+      threshold: gap above which a pair is easy; a gap equal to it is hard.
+      easy_fraction: fraction of the pairs that is easy, instead of a threshold.
+      relabel: whether the response with the higher score becomes the chosen one, as for sampled pairs, so gaps are
+        never negative. Otherwise labels stay, and a pair that the reward model orders the other way has a negative gap.
 
     Returns:
-      Both with `gap`, in the order of the pairs.
+      Both parts with `gap` set, in the original order.
     """
     score_BN = score(reward, pairs, batch_size=batch_size)
     gap = score_BN[:, 0] - score_BN[:, 1]

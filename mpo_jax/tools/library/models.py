@@ -1,4 +1,4 @@
-"""Models with their tokenizer and mesh: loading and saving them."""
+"""Loads and saves models with their tokenizer and mesh."""
 
 import dataclasses
 from pathlib import Path
@@ -20,7 +20,7 @@ from mpo_jax.runtime import sharding
 from mpo_jax.types import Head, Params, PromptBatch
 
 MAX_TOKENS = 512
-"""Tokens of prompt and of response, each, unless half of the model's positions are fewer."""
+"""Default limit for prompt tokens and for response tokens, unless half the model's positions is less."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +28,9 @@ class LoadedModel:
     """A model on a mesh, with its tokenizer.
 
     Attributes:
-      model: what stays fixed: sizes, arithmetic.
+      model: sizes and arithmetic, which training does not change.
       params: {"trainable": tree, "frozen": tree}.
-      text: limits and joins of prompts and responses.
+      text: length limits of prompts and responses, and the rules for joining them.
     """
 
     model: Model
@@ -41,7 +41,7 @@ class LoadedModel:
 
     @property
     def codec(self) -> TextCodec:
-        """Text to ids and back."""
+        """The codec between text and ids."""
         return TextCodec(self.tokenizer, self.text)
 
     def with_params(self, params: Params) -> "LoadedModel":
@@ -50,15 +50,15 @@ class LoadedModel:
 
 
 def make_mesh(*, data: int | None = None, fsdp: int | None = None, tensor: int = 1) -> Mesh:
-    """A mesh over this process's view of the devices.
+    """A mesh over the devices that this process sees.
 
     Args:
-      data: copies of the model; gradients are summed over them.
-      fsdp: devices over which parameters and moments are divided. With neither `data` nor `fsdp` all devices are.
-      tensor: devices over which heads, feed-forward and vocabulary are divided.
+      data: number of model replicas; gradients are summed over them.
+      fsdp: number of devices that parameters and moments are sharded over; with neither `data` nor `fsdp`, all devices.
+      tensor: number of devices that heads, feed-forward and vocabulary are sharded over.
 
     Raises:
-      UserError: if there are fewer devices.
+      UserError: if there are too few devices.
     """
     if data is None and fsdp is None:
         fsdp = max(len(jax.devices()) // tensor, 1)
@@ -66,14 +66,14 @@ def make_mesh(*, data: int | None = None, fsdp: int | None = None, tensor: int =
 
 
 def check_rows(rows: PromptBatch, model: LoadedModel) -> None:
-    """Raises UserError where a host batch does not divide over the model's mesh, or its rows have too many tokens."""
+    """Raises UserError if a host batch does not divide over the model's mesh, or its rows have too many tokens."""
     sharding.check_batch(len(rows.prompt_len), model.mesh, "batch_size")
     responses = np.asarray(rows.response_len)
     longest = int((np.asarray(rows.prompt_len) + (responses.max(1) if responses.size else 0)).max())
     if longest > model.model.decoder.max_positions:
         raise UserError(
-            f"a row has {longest} tokens, but the model has {model.model.decoder.max_positions} positions: give the "
-            "reader of the rows a smaller max_prompt_tokens or max_response_tokens"
+            f"a row has {longest} tokens, but the model has {model.model.decoder.max_positions} positions: read the "
+            "rows with a smaller max_prompt_tokens or max_response_tokens"
         )
 
 
@@ -90,14 +90,14 @@ def load(
     """A language model from a Hugging Face folder, a .gguf file or a hub id.
 
     Args:
-      mesh: None for all devices (`make_mesh()`).
-      max_prompt_tokens, max_response_tokens: None for 512 each, or half of the model's positions if they are fewer.
-      compute_dtype: of the arithmetic; auto: float32 on CPU, bfloat16 elsewhere. Parameters that train are float32.
-      remat: what the backward pass computes again.
-      frozen: stored in the arithmetic's type, for a model that does not train.
+      mesh: device mesh; None: all devices (`make_mesh()`).
+      max_prompt_tokens, max_response_tokens: length limits; None: 512 each, or half the model's positions if less.
+      compute_dtype: type of the arithmetic; auto: float32 on CPU, bfloat16 elsewhere. Trained parameters are float32.
+      remat: which activations the backward pass recomputes.
+      frozen: whether to store parameters in the arithmetic's type, for a model that does not train.
 
     Raises:
-      UserError: nothing there, a broken file, or an architecture that is not supported.
+      UserError: if the path does not exist, a file is broken, or the architecture is not supported.
     """
     return _load(path, "lm", mesh, max_prompt_tokens, max_response_tokens, compute_dtype, remat, frozen)
 
@@ -112,10 +112,10 @@ def load_reward(
     remat: Literal["none", "dots", "full"] = "dots",
     frozen: bool = True,
 ) -> LoadedModel:
-    """A reward model (a sequence classifier with one label); arguments as of `load`.
+    """A reward model (a sequence classifier with one label); arguments as for `load`.
 
     Raises:
-      UserError: as `load`; also if it is a language model.
+      UserError: as for `load`, or if the path holds a language model.
     """
     return _load(path, "value", mesh, max_prompt_tokens, max_response_tokens, compute_dtype, remat, frozen)
 
@@ -145,7 +145,7 @@ def _load(
 def save(
     model: LoadedModel, folder: str | Path, *, dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 ) -> None:
-    """Writes a Hugging Face folder that transformers and `load` read: config.json, safetensors, tokenizer.
+    """Writes a Hugging Face folder that transformers and `load` can read: config.json, safetensors, tokenizer.
 
     Raises:
       UserError: if the folder exists and is not empty.

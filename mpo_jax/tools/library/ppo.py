@@ -1,4 +1,4 @@
-"""PPO with a reward model of one's own: the stage's rollout, scoring and updates, an iteration at a time."""
+"""PPO as a library: the stage's rollout, scoring and updates, one iteration at a time."""
 
 from functools import partial
 from typing import Any
@@ -26,16 +26,16 @@ class Ppo:
     """Proximal policy optimisation on prompts, with a KL penalty to a reference. arXiv:1707.06347.
 
     Args:
-      policy: what is trained; it stays as it is, and its trained copy is `ppo.policy`.
-      reward: scores the samples; the critic starts from it.
-      optimizer: of the policy.
-      critic_optimizer: of the critic; None: the policy's.
-      reference: of the KL; None: the policy as it is now.
-      kl_coef: weight of the KL per token in the reward.
-      epochs: updates on the samples of an iteration.
-      max_new_tokens: None for the policy's `text.max_response_tokens`.
-      seed: of the samples; one depends on prompt, seed and visit alone.
-      options: further keys of the section `ppo`, such as score_clip, reward_at or extras (configs/README.md).
+      policy: model to train; it is not modified, and `ppo.policy` is the trained copy.
+      reward: reward model that scores the samples and initialises the critic.
+      optimizer: optimizer of the policy.
+      critic_optimizer: optimizer of the critic; None: the same as the policy's.
+      reference: reference of the KL penalty; None: the initial policy.
+      kl_coef: weight of the per-token KL in the reward.
+      epochs: number of updates per iteration on its samples.
+      max_new_tokens: maximum response length; None: the policy's `text.max_response_tokens`.
+      seed: random seed; a sample depends only on prompt, seed and visit.
+      options: other keys of the `ppo` section, such as score_clip, reward_at or extras (configs/README.md).
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Ppo:
         )
         update = partial(jit_update, mesh=mesh, accumulation=accumulation)
         with jax.set_mesh(mesh):
-            # masters are float32, whatever the reward model is stored in
+            # master parameters are float32, whatever type the reward model is stored in
             critic = trainable(jax.tree.map(lambda x: x.astype(jnp.float32), merge(reward.params)))
             self.actor = init_state(policy.params, optimizer, mesh)
             self.critic = init_state(critic, critic_optimizer or optimizer, mesh)
@@ -90,7 +90,7 @@ class Ppo:
         self._key = stage_key(seed, "ppo")
 
     def step(self, batch: Batch | PromptBatch) -> Measures:
-        """An iteration: samples, scores, and `epochs` updates of critic and policy."""
+        """Runs one iteration: sampling, scoring, and `epochs` updates of critic and policy."""
         with jax.set_mesh(self._start.mesh):
             samples, metrics = self.rollout(batch)
             for _ in range(self.method.epochs):
@@ -98,7 +98,7 @@ class Ppo:
         return Measures(metrics)
 
     def rollout(self, batch: Batch | PromptBatch) -> tuple[PpoBatch, Any]:
-        """One sample a prompt, with advantages and returns; and what it says about the policy."""
+        """Draws one sample per prompt; returns it with advantages and returns, and the rollout metrics."""
         rows, visit = (batch.rows, batch.epoch) if isinstance(batch, Batch) else (batch, None)
         visit = np.zeros(len(rows.prompt_len), np.uint32) if visit is None else visit
         mesh = self._start.mesh
@@ -112,7 +112,7 @@ class Ppo:
         return samples, metrics
 
     def update(self, samples: PpoBatch) -> Any:
-        """One update of critic and policy on scored samples; gives their metrics."""
+        """Updates critic and policy once on scored samples; returns their metrics."""
         with jax.set_mesh(self._start.mesh):
             self.critic, critic = self._update_critic(self.critic, samples, {})
             frozen = self._start.params["frozen"]
@@ -121,10 +121,10 @@ class Ppo:
 
     @property
     def params(self) -> Params:
-        """The trained policy's parameters; the next step reuses their memory, so save or copy them before it."""
+        """The trained policy's parameters; the next step donates their memory, so save or copy them first."""
         return {"trainable": self.actor.trainable, "frozen": self._start.params["frozen"]}
 
     @property
     def policy(self) -> LoadedModel:
-        """The trained policy; as `params`, valid until the next step."""
+        """The trained policy; like `params`, valid until the next step."""
         return self._start.with_params(self.params)

@@ -1,4 +1,4 @@
-"""Rows of one's own, tokenized: pairs, demonstrations and prompts, and their batches."""
+"""Reads and tokenizes the user's rows: pairs, demonstrations and prompts, and their batches."""
 
 import dataclasses
 import importlib
@@ -26,14 +26,14 @@ from mpo_jax.tools.library.models import MAX_TOKENS
 Self = TypeVar("Self", bound="Rows")
 
 Given = str | Path | Iterable[Mapping[str, Any]]
-"""A file, folder or hub data set, or the rows themselves."""
+"""Path of a file or folder, a hub data set, or the rows themselves."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Batches:
-    """Batches of fixed size in a seeded order; batch k is the same in every run, and an epoch's rows come once.
+    """Batches of fixed size in a seeded order; batch k is the same in every run, and an epoch has each row once.
 
-    `batches[k]` and iteration give `Batch`es: the step's number, `rows` (a `PromptBatch`), which examples they are.
+    Indexing and iteration give `Batch`es: the step number, `rows` (a `PromptBatch`) and the indices of the examples.
     """
 
     source: TrainBatches
@@ -54,9 +54,9 @@ class Rows:
     """Tokenized rows with their texts.
 
     Attributes:
-      prompts: as the model reads them.
-      responses: of each row as many as the others have: (chosen, rejected), (response,) or none.
-      report: what was read and dropped.
+      prompts: prompts as the model reads them.
+      responses: responses of each row, the same number in all: (chosen, rejected), (response,) or ().
+      report: counts of rows read and dropped.
     """
 
     prompts: Sequence[str]
@@ -68,7 +68,7 @@ class Rows:
         return len(self.examples)
 
     def take(self: Self, index: Sequence[int] | np.ndarray) -> Self:
-        """The rows of these numbers."""
+        """The rows with these indices."""
         changed: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             values = getattr(self, field.name)
@@ -84,8 +84,8 @@ class Rows:
         """Batches of `batch_size` rows over all devices.
 
         Args:
-          epochs: passes over the rows; an incomplete last batch is filled from the next pass.
-          length_buckets: widths that batches are padded to, at most: each is one compilation.
+          epochs: number of passes over the rows; an incomplete last batch is filled from the next pass.
+          length_buckets: maximum number of widths that batches are padded to; each compiles once.
         """
         buckets = Buckets.of(self.examples, length_buckets)
         source = TrainBatches(self.examples, buckets, batch_size, seed, shuffle)
@@ -103,7 +103,7 @@ class Pairs(Rows):
     gap: np.ndarray | None = None
 
     def to_jsonl(self, path: str | Path) -> None:
-        """Writes rows {prompt, chosen, rejected} and, where it is known, gap: what TRL and `read_pairs` read."""
+        """Writes rows {prompt, chosen, rejected} and, if known, gap, in the format that TRL and `read_pairs` read."""
         lines = []
         for row, (prompt, (chosen, rejected)) in enumerate(zip(self.prompts, self.responses, strict=True)):
             line: dict[str, Any] = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
@@ -113,7 +113,7 @@ class Pairs(Rows):
 
 @dataclasses.dataclass(frozen=True)
 class _Given:
-    """Rows in memory, as a source."""
+    """In-memory rows as a source."""
 
     given: Sequence[Mapping[str, Any]]
     name: str = "rows"
@@ -127,17 +127,17 @@ class _Given:
 
 
 def read_pairs(source: Given, tokenizer: PreTrainedTokenizerBase, **options: Any) -> Pairs:
-    """Preference rows: {prompt, chosen, rejected}, or those of another format.
+    """Reads preference rows: {prompt, chosen, rejected}, or another format.
 
     Args:
-      source: a .jsonl or .parquet file, a folder, hub:ORG/NAME, or the rows themselves.
-      tokenizer: of the model that reads them.
-      options: kind (a format of configs/README.md, "pairs"), max_prompt_tokens and max_response_tokens (512), chat
-        (False: plain prompts stay plain), prompt_template ("{prompt}"), strict (True: drops rows that cannot teach,
-        counted in `report`), max_rows.
+      source: .jsonl or .parquet file, folder, hub:ORG/NAME, or the rows themselves.
+      tokenizer: tokenizer of the model that reads the rows.
+      options: kind (a row format in configs/README.md, default "pairs"), max_prompt_tokens and max_response_tokens
+        (512), chat (False: plain prompts stay plain), prompt_template ("{prompt}"), strict (True: drops unusable rows
+        and counts them in `report`), max_rows.
 
     Raises:
-      UserError: a missing file, a row that is none (with its place), or no rows.
+      UserError: for a missing file, a malformed row (with its place), or if there are no rows.
     """
     readers, codec, text = _open(source, tokenizer, options)
     rows, report = readers.preferences(text)
@@ -146,14 +146,14 @@ def read_pairs(source: Given, tokenizer: PreTrainedTokenizerBase, **options: Any
 
 
 def read_demonstrations(source: Given, tokenizer: PreTrainedTokenizerBase, **options: Any) -> Rows:
-    """Rows {prompt, response} to imitate; options as of `read_pairs`."""
+    """Reads rows {prompt, response} to imitate; options as for `read_pairs`."""
     readers, codec, text = _open(source, tokenizer, options)
     rows, report = readers.demonstrations(text)
     return Rows(*_tokenized(codec, [(row.prompt, (row.response,)) for row in _some(rows, report)]), report)
 
 
 def read_prompts(source: Given, tokenizer: PreTrainedTokenizerBase, **options: Any) -> Rows:
-    """The prompts of rows of any layout, to sample from; options as of `read_pairs`."""
+    """Reads the prompts of rows of any layout, to sample from; options as for `read_pairs`."""
     readers, codec, text = _open(source, tokenizer, options)
     rows, report = readers.prompts(text)
     prompts, responses, examples = _tokenized(codec, [(row.prompt, ()) for row in _some(rows, report)])
@@ -170,7 +170,7 @@ def _open(
         raise UserError(f"rows have no option {name}{suggest(name, [*known])}")
     given = {**known, **options}
     if given["kind"] not in ROW_FORMATS:
-        raise UserError(f"kind={given['kind']!r} is no format of rows{suggest(str(given['kind']), [*ROW_FORMATS])}")
+        raise UserError(f"kind={given['kind']!r} is not a row format{suggest(str(given['kind']), [*ROW_FORMATS])}")
     text = TextConfig(
         **{name: given[name] for name in ("max_prompt_tokens", "max_response_tokens", "chat", "prompt_template")}
     )

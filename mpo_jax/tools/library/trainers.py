@@ -1,4 +1,4 @@
-"""Trainers: an objective, an optax transformation and a state, with the step that the stage of that name compiles."""
+"""Trainers: an objective, an optax transformation and a state, with the compiled step of the stage of the same name."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +22,7 @@ from mpo_jax.types import Params, PromptBatch, TrainState
 
 
 class Measures(Mapping[str, float]):
-    """A step's metrics: they stay on the devices until one is read, so that a loop need not wait for them."""
+    """A step's metrics, kept on the devices until one is read, so a loop need not wait for them."""
 
     def __init__(self, metrics: Mapping[str, Any]):
         self._metrics: Any = metrics
@@ -48,13 +48,13 @@ class Measures(Mapping[str, float]):
 
 @dataclasses.dataclass
 class Trainer:
-    """A model that an objective trains.
+    """Trains a model on an objective.
 
     Attributes:
-      start: the model it starts from, whose parameters stay as they are.
-      state: what changes; `fit(trainer.state, trainer.update, batches)` gives the next one.
-      compiled: the jitted (state, batch, frozen) -> (state, metrics).
-      prepare: what the objective takes of a batch on the mesh.
+      start: initial model; its parameters are not modified.
+      state: current training state; `fit(trainer.state, trainer.update, batches)` advances it.
+      compiled: jitted function (state, batch, frozen) -> (state, metrics).
+      prepare: function from a batch on the mesh to the objective's input.
     """
 
     start: LoadedModel
@@ -63,12 +63,12 @@ class Trainer:
     prepare: Callable[[PromptBatch], Any] = lambda rows: rows
 
     def step(self, batch: Batch | PromptBatch) -> Measures:
-        """One update; an update whose loss or gradient is not finite is skipped and counted as `skipped`."""
+        """Makes one update; if the loss or gradient is not finite, it is skipped and counted as `skipped`."""
         self.state, metrics = self.update(self.state, batch)
         return Measures(metrics)
 
     def update(self, state: TrainState, batch: Batch | PromptBatch) -> tuple[TrainState, Any]:
-        """The step as a function of the state, which is donated: for `fit`, or a loop of one's own."""
+        """The step as a function of the state, which is donated; for `fit` or a custom loop."""
         rows = batch.rows if isinstance(batch, Batch) else batch
         mesh = self.start.mesh
         check_rows(rows, self.start)
@@ -77,12 +77,12 @@ class Trainer:
 
     @property
     def params(self) -> Params:
-        """The trained parameters; the next step reuses their memory, so save or copy them before it."""
+        """The trained parameters; the next step donates their memory, so save or copy them first."""
         return {"trainable": self.state.trainable, "frozen": self.start.params["frozen"]}
 
     @property
     def policy(self) -> LoadedModel:
-        """The trained model; as `params`, valid until the next step."""
+        """The trained model; like `params`, valid until the next step."""
         return self.start.with_params(self.params)
 
 
@@ -94,11 +94,11 @@ def train(
     accumulation: int = 1,
     prepare: Callable[[PromptBatch], Any] = lambda rows: rows,
 ) -> Trainer:
-    """A trainer of any objective (tree, batch) -> (terms, metrics) by any optax transformation.
+    """A trainer for any objective (tree, batch) -> (terms, metrics) with any optax transformation.
 
     Args:
-      accumulation: micro-batches an update.
-      prepare: what the objective takes of a batch of rows on the mesh.
+      accumulation: number of micro-batches per update.
+      prepare: function from a batch on the mesh to the objective's input.
     """
     trainable = model.params["trainable"]
     if not trainable:
@@ -110,7 +110,7 @@ def train(
 
 
 def Sft(model: LoadedModel, *, optimizer: optax.GradientTransformation, accumulation: int = 1) -> Trainer:
-    """Supervised fine-tuning on rows with one response: its NLL in nats per token, EOS included."""
+    """Supervised fine-tuning on rows with one response; the loss is its NLL in nats per token, EOS included."""
     return train(model, partial(sft.objective, model.model), optimizer, accumulation=accumulation)
 
 
@@ -121,11 +121,12 @@ def Reward(
     loss: reward.Loss = "last_token",
     accumulation: int = 1,
 ) -> Trainer:
-    """A reward model on pairs: a zero value head on the language model's trunk, Bradley-Terry's loss.
+    """A reward model on pairs: a zero-initialised value head on the language model's trunk, Bradley-Terry loss.
 
     Args:
-      model: a language model, or a reward model that is trained on.
-      loss: on the scores of the last tokens, or DeepSpeed-Chat's over the tokens where the sides differ.
+      model: language model, or reward model to train further.
+      loss: "last_token" for the scores of the last tokens, or "ds_span" for DeepSpeed-Chat's loss over the tokens where
+        the sides differ.
     """
     if "score" not in model.params["trainable"]:
         with jax.set_mesh(model.mesh):
@@ -149,11 +150,11 @@ def Dpo(
 
     Args:
       beta: strength of the pull towards the reference.
-      loss: dpo, cdpo, ipo or simpo, and what the registry holds besides.
-      loss_options: of the loss, by name.
-      length_normalised: log-probabilities are divided by the response's tokens first.
+      loss: name of a registered loss: dpo, cdpo, ipo, simpo or your own.
+      loss_options: options of the loss, by name.
+      length_normalised: whether log-probabilities are first divided by response length.
       nll_coef: weight of the chosen response's NLL per token.
-      reference: None for the policy as it is now.
+      reference: reference model; None: the initial policy.
     """
     settings = DpoConfig.model_validate({
         "loss": loss, "beta": beta, "loss_options": dict(loss_options or {}), "length_normalised": length_normalised,

@@ -1,4 +1,4 @@
-"""What to change where a program does not fit, most effective first."""
+"""Suggested changes if a program does not fit, most effective first."""
 
 from mpo_jax.config.schema import Config
 from mpo_jax.tools.plan.measure import Measured
@@ -8,7 +8,7 @@ HELD_LARGE = 0.6
 
 
 def advice(config: Config, measured: Measured) -> list[str]:
-    """Overrides or changes, each with what it costs."""
+    """Overrides or other changes, each with its cost."""
     program, mesh = measured.program, config.mesh
     changes: list[str] = []
     if program.accumulation is not None:
@@ -16,16 +16,16 @@ def advice(config: Config, measured: Measured) -> list[str]:
         if finer is not None:
             changes.append(f"{program.batch_key}={finer}: the same global batch in smaller parts, exact")
         if config.model.remat != "full":
-            changes.append("model.remat=full: the backward pass computes each layer again, a third more arithmetic")
+            changes.append("model.remat=full: the backward pass recomputes each layer, a third more arithmetic")
     elif program.stage in ("select", "evaluate"):
         rows = (config.select if program.stage == "select" else config.evaluate).batch_size
         if rows > mesh.batch_shards:
             smaller = max(rows // 2 // mesh.batch_shards, 1) * mesh.batch_shards
-            changes.append(f"{program.batch_key}={smaller}: fewer rows a call, the same results")
+            changes.append(f"{program.batch_key}={smaller}: fewer rows per call, the same results")
     if program.name.endswith(("prefill", "decode")):
         changes.append("mesh.tensor=2 with half the mesh.fsdp: weights and caches of sampling are divided over tensor")
     if config.model.logit_chunk > 256 and not program.name.endswith(("reward step", "critic", "prefill", "decode")):
-        changes.append("model.logit_chunk=256: fewer logits at one time")
+        changes.append("model.logit_chunk=256: fewer logits in memory at a time")
     if "float32" in (config.model.compute_dtype, config.model.frozen_dtype):
         changes.append(
             "model.compute_dtype=bfloat16 model.frozen_dtype=bfloat16: half the activations and frozen models"

@@ -1,4 +1,4 @@
-"""Communication of a compiled program, read from its text."""
+"""Reads the communication of a compiled program from its HLO text."""
 
 import dataclasses
 import math
@@ -25,8 +25,8 @@ class Traffic:
     """One kind of collective.
 
     Attributes:
-      kind: as XLA names it.
-      count, bytes: instructions outside loops, and the payload each device takes part in.
+      kind: XLA's name for the collective.
+      count, bytes: number of instructions outside loops, and the payload that each device takes part in.
       loop_count, loop_bytes: executions of instructions inside loops, and their payload over all iterations.
       exact: False if a loop's trip count was inferred from its condition, or taken from the caller.
     """
@@ -49,7 +49,7 @@ class _Computation:
 
     Attributes:
       loops: body, condition and trip count of each while loop; None if the compiler does not give it.
-      limit: of a condition `i < limit`, the constant.
+      limit: the constant of a condition `i < limit`.
     """
 
     collectives: list[tuple[str, int]] = dataclasses.field(default_factory=list)
@@ -60,7 +60,7 @@ class _Computation:
 
 
 def traffic(text: str, *, loop_trips: int = 1) -> list[Traffic]:
-    """The collectives of an optimised HLO module, by kind, the largest first.
+    """The collectives of an optimised HLO module, by kind, largest first.
 
     A collective's payload is the larger of its operand and its result on a device: the gathered array of an all-gather,
     the unscattered array of a reduce-scatter.
@@ -117,7 +117,7 @@ def _read(text: str) -> tuple[dict[str, _Computation], str]:
 
 
 def _split(rest: str) -> tuple[str, str, str]:
-    """An instruction's result type, operation, and all that follows its opening parenthesis."""
+    """An instruction's result type, its operation, and the text after its opening parenthesis."""
     if rest.startswith("("):
         depth, place = 1, 1
         while depth:
@@ -135,7 +135,7 @@ def _note(current: _Computation, operation: str, result: str, tail: str, sizes: 
     if kind in KINDS:
         taken = sum(sizes.get(name, 0) for name in _operands(tail))
         given = shape_bytes(result)
-        # the result of a start carries its operands along
+        # the result of a -start instruction includes its operands
         if operation.endswith("-start") and result.startswith("(") and kind != "all-reduce":
             given -= taken
         current.collectives.append((kind, max(taken, given)))
@@ -163,7 +163,7 @@ def _called(tail: str) -> Iterator[str]:
 
 
 def shape_bytes(shape: str) -> int:
-    """Bytes of a result type in HLO text, all parts of a tuple together."""
+    """Bytes of a result type in HLO text, summed over the parts of a tuple."""
     total = 0
     for kind, dims in _SHAPE.findall(shape):
         digits = re.search(r"\d+", kind)

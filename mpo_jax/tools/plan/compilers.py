@@ -1,4 +1,4 @@
-"""Devices to compile for without owning them: the compilers come with wheels, the devices are descriptions."""
+"""Devices to compile for without owning them: compilers come from wheels, devices are descriptions."""
 
 import importlib.util
 import os
@@ -15,14 +15,14 @@ from mpo_jax.tools.plan.targets import GIB, Kind, Target
 
 CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 CUDNN = (9, 8)
-"""The oldest cuDNN that JAX's CUDA plugin takes; no program here calls it."""
+"""The oldest cuDNN that JAX's CUDA plugin accepts; no program here calls it."""
 
 TPU_ENVIRONMENT = {
     # without these libtpu queries a cloud's metadata server, which does not exist here
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5p-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
-    # its lock is for those who use a TPU
+    # libtpu's lock matters only for processes that use a TPU
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
@@ -42,17 +42,17 @@ def prepare(target: Target, *, recommended_flags: bool = False) -> None:
             os.environ.setdefault(name, value)
     if recommended_flags:
         flags.apply_here("gpu" if target.platform == "cuda" else target.platform)
-    # nothing is run: a real accelerator would only be blocked for others
+    # nothing is executed: a real accelerator would only be blocked for others
     jax.config.update("jax_platforms", "cpu")
     if target.kind is None:
         _simulate(target.num_devices)
 
 
 def devices(target: Target) -> list[Any]:
-    """The target's devices; an accelerator's can be compiled for but not used.
+    """The target's devices; accelerator devices can be compiled for but not used.
 
     Raises:
-      UserError: if the compiler refuses the description.
+      UserError: if the compiler rejects the description.
     """
     if target.kind is None:
         return jax.devices("cpu")[: target.num_devices]
@@ -67,7 +67,7 @@ def devices(target: Target) -> list[Any]:
         ).devices
     except (RuntimeError, NotImplementedError) as error:
         raise UserError(
-            f"--on {target.name}: the compiler refuses this target: {str(error).splitlines()[0]}"
+            f"--on {target.name}: the compiler rejects this target: {str(error).splitlines()[0]}"
         ) from error
 
 
@@ -85,7 +85,7 @@ def _tpu_options(target: Target) -> dict[str, Any]:
 
 
 def gpu_description(kind: Kind) -> str:
-    """XLA's GpuTargetConfig of a GPU, as protocol-buffer text."""
+    """XLA's GpuTargetConfig for a GPU, as protocol-buffer text."""
     facts = dict(kind.compiler)
     major, minor = facts.pop("capability")
     fields = {

@@ -1,4 +1,4 @@
-"""`--fit`: the remat and micro-batches with the shortest estimated steps that fit, global batches unchanged."""
+"""`--fit`: finds the remat and micro-batches that fit with the shortest estimated steps, at the same global batches."""
 
 import dataclasses
 from collections.abc import Callable
@@ -16,11 +16,11 @@ STAGES = ("sft", "reward", "dpo", "ppo")
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """One value of model.remat with each stage's fewest micro-batches that fit under it.
+    """One value of model.remat, with the fewest micro-batches that fit for each stage.
 
     Attributes:
-      accumulation: by stage; a stage for which nothing fits is missing.
-      seconds: estimated time of one update of every stage, all stages together.
+      accumulation: number of micro-batches by stage, without stages that do not fit.
+      seconds: estimated total time of one update of every stage.
     """
 
     remat: str
@@ -37,10 +37,10 @@ class Choice:
 
 
 def search(config: Config, target: Target, note: Callable[[str], None] = lambda _: None) -> list[Choice]:
-    """All three values of remat, the best first.
+    """All three values of remat, best first.
 
-    More micro-batches take less memory and gather the weights more often, so that each stage takes the fewest that
-    fit; they are found by bisection.
+    More micro-batches take less memory but gather the weights more often, so each stage gets the fewest that fit, found
+    by bisection.
     """
     choices = []
     for remat in REMATS:
@@ -58,7 +58,7 @@ def search(config: Config, target: Target, note: Callable[[str], None] = lambda 
 def _fewest(
     config: Config, target: Target, remat: str, stage: str, note: Callable[[str], None]
 ) -> tuple[int, float] | None:
-    """The fewest micro-batches with which a stage's updates fit, and their estimated seconds."""
+    """The smallest number of micro-batches at which a stage's updates fit, and their estimated seconds."""
     candidates = accumulations(config, stage)
     low, high, best = 0, len(candidates) - 1, None
     while low <= high:
@@ -85,7 +85,7 @@ def _updates(config: Config, target: Target, remat: str, stage: str, accumulatio
 
 
 def changed(config: Config, changes: dict[str, Any]) -> Config:
-    """The configuration with some values replaced, checked anew."""
+    """The configuration with some values replaced, validated again."""
 
     def merge(values: Any, update: Any) -> Any:
         if not isinstance(update, dict):

@@ -1,4 +1,4 @@
-"""Compiles programs for a target and reads their memory and work from the compiler."""
+"""Compiles programs for a target and reads their memory and collectives from the compiler."""
 
 import dataclasses
 import math
@@ -29,14 +29,14 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes of one device.
+    """Memory on one device, in bytes.
 
     Attributes:
-      arguments: what the program is called with; donated ones are reused for its results.
-      temporaries: scratch while it runs.
-      results: new arrays it leaves, beyond the donated ones.
-      code: of the program itself, where it lies in the device's memory.
-      held: what the stage keeps there besides.
+      arguments: the program's arguments; donated ones are reused for its results.
+      temporaries: scratch memory while the program runs.
+      results: results that do not reuse donated arguments.
+      code: the program itself, if it is stored in device memory.
+      held: other arrays that the stage keeps on the device.
     """
 
     arguments: int
@@ -55,7 +55,8 @@ class Measured:
     """One program, compiled for a target.
 
     Attributes:
-      memory: None if the compiler ran out of memory; then `refused` is what it needed, in bytes a device.
+      memory: memory of the program; None if the compiler ran out of memory.
+      refused: bytes per device that the program needs if the compiler ran out of memory; else None.
       seconds: estimate of one call at the assumed utilisations; None on the CPU.
     """
 
@@ -69,7 +70,7 @@ class Measured:
 
     @property
     def peak(self) -> int:
-        """Bytes that a device must have."""
+        """Bytes that each device needs."""
         if self.memory is not None:
             return self.memory.peak
         assert self.refused is not None
@@ -82,7 +83,7 @@ class Measured:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A configuration with its mesh over a target's devices, ready to be compiled."""
+    """A configuration with its mesh over a target's devices, ready to compile."""
 
     config: Config
     target: Target
@@ -91,7 +92,7 @@ class Plan:
     sizes_from: str
 
     def programs(self, stages: Sequence[str] = tuple(STAGES)) -> Iterator[Program]:
-        """The programs of some stages; the others' settings are not read."""
+        """The programs of the given stages; the settings of other stages are not read."""
         for name in (name for name in STAGES if name in stages):
             shapes = stage_shapes(name, self.config, self.decoder, self.mesh)
             yield from STAGES[name].programs(stage_settings(name, self.config), shapes)
@@ -115,10 +116,11 @@ class Plan:
 
 
 def prepare(config: Config, target: Target) -> Plan:
-    """The plan of a configuration; `compilers.prepare` comes first.
+    """The plan of a configuration; call `compilers.prepare` first.
 
     Raises:
-      UserError: if the mesh is not the target's, a batch does not divide over it, or the model's sizes are not known.
+      UserError: if the mesh does not match the target, a batch does not divide over it, or the model's sizes are
+        unknown.
     """
     if config.mesh.num_devices != target.num_devices:
         mesh = config.mesh
@@ -127,7 +129,7 @@ def prepare(config: Config, target: Target) -> Plan:
             f"but {target.name} has {target.num_devices}: add {_suggest_mesh(target)}"
         )
     if target.kind is not None and config.model.compute_dtype == "auto":
-        # runtime would detect this machine's CPU, which the plan is not for
+        # `auto` would resolve for this machine's CPU, not for the target
         model = config.model.model_copy(update={"compute_dtype": "bfloat16"})
         config = config.model_copy(update={"model": model})
     decoder, source = decoder_sizes(config)
@@ -144,7 +146,7 @@ def _suggest_mesh(target: Target) -> str:
 def compile_one(
     program: Program, mesh: Mesh, target: Target, mesh_config: MeshConfig, compiled: dict[str, Any]
 ) -> Measured:
-    """Compiles one program, and adds it to `compiled` by name."""
+    """Compiles one program and adds it to `compiled` under its name."""
     arguments = program.arguments(compiled)
     kept = sum(compiled[name].memory_analysis().output_size_in_bytes for name in program.keeps if name in compiled)
     with jax.set_mesh(mesh):
@@ -173,7 +175,7 @@ def compile_one(
 
 
 def device_bytes(tree: Any) -> int:
-    """Bytes that each device holds of a tree of shapes with shardings."""
+    """Bytes per device of a tree of shapes with shardings."""
 
     def one(leaf: Any) -> int:
         sharding = leaf.sharding
@@ -208,16 +210,16 @@ def used_bytes(message: str, arguments: int) -> int | None:
 
 
 def seconds(work: Work, found: Sequence[Traffic], target: Target, mesh: MeshConfig) -> float | None:
-    """The longest of arithmetic, reading (of a decode loop) and communication, as if the three overlapped."""
+    """The longest of arithmetic, reading (in a decode loop) and communication, as if the three overlapped."""
     parts = time_parts(work, found, target, mesh)
     return None if parts is None else max(parts.values())
 
 
 def time_parts(work: Work, found: Sequence[Traffic], target: Target, mesh: MeshConfig) -> Mapping[str, float] | None:
-    """Seconds of each part by itself, at the utilisations in targets.yaml; None on the CPU.
+    """Seconds of each part alone, at the utilisations in targets.yaml; None on the CPU.
 
-    Collectives run over a group's own links, with two exceptions where there are several groups: the sums over `data`
-    (all-reduce), and all of them where `fsdp` x `tensor` is larger than a group.
+    Collectives use the links within a group. With several groups, two kinds use the network instead: the sums over
+    `data` (all-reduce), and all collectives if `fsdp` x `tensor` is larger than a group.
     """
     if target.kind is None:
         return None

@@ -1,4 +1,4 @@
-"""A plan as tables for the terminal and as JSON."""
+"""Formats a plan as tables for the terminal and as JSON."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,16 +14,16 @@ from mpo_jax.tools.plan.measure import Measured, Plan, gib, time_parts
 from mpo_jax.tools.plan.targets import known
 
 DEFINITIONS = """\
-GiB of one device. held: what the stage keeps besides the arguments (other models, optimiser states, the parameters a
-training started from). peak: arguments + temporaries + new results + held. FLOPs: matrix products of one call on all
-devices, padded tokens included, recomputation left out. estimate: seconds of one call, the longest of arithmetic
-(recomputation included), a decode loop's reading and communication, as if they overlapped. PPO's decode is counted to
-its last column; selection and evaluation refill their rows, so that prefill there is one portion of prompts, and decode
-one chunk of tokens for all rows. Collectives: bytes each device takes part in, once + in loops (all turns)."""
+GiB are per device. held: arrays that the stage keeps besides the arguments (other models, optimiser states, initial
+parameters). peak: arguments + temporaries + new results + held. FLOPs: matrix products of one call on all devices, with
+padded tokens, without recomputation. estimate: seconds of one call, the longest of arithmetic (recomputation included),
+reading in a decode loop, and communication, as if they overlapped. PPO's decode is counted to the last column;
+selection and evaluation refill rows, so their prefill is one portion of prompts and their decode one chunk of tokens
+for all rows. Collectives: bytes each device takes part in, once + in loops (all iterations)."""
 
 
 def memory_table(measured: Sequence[Measured], plan: Plan) -> Table:
-    """Arguments, temporaries and peak of every program against the device's memory."""
+    """Arguments, temporaries and peak of every program, compared with the device's memory."""
     table = Table(title=f"Memory on {plan.target.name}, GiB a device", title_justify="left")
     table.add_column("program")
     for name in ("arguments", "temporaries", "held", "peak", "usable", "fits", "compile s"):
@@ -54,7 +54,7 @@ def work_table(measured: Sequence[Measured], plan: Plan) -> Table:
 
 
 def bound(one: Measured, plan: Plan) -> str | None:
-    """Which part of the estimate is the longest."""
+    """The name of the longest part of the estimate."""
     parts = time_parts(one.program.work, one.traffic, plan.target, plan.config.mesh)
     return None if parts is None or one.memory is None else max(parts, key=lambda name: parts[name])
 
@@ -71,8 +71,8 @@ def notes(plan: Plan) -> list[str]:
     lines = [f"sizes: {plan.sizes_from}; mesh {dict(plan.mesh.shape)}; remat {plan.config.model.remat}"]
     if target.kind is None:
         lines.append(
-            "cpu: compiled by XLA's CPU backend, which fuses less and computes in float32 by default. Taken "
-            "as an upper bound for accelerators; neither collectives nor memory are theirs, and no time is estimated"
+            "cpu: compiled by XLA's CPU backend, which fuses less and computes in float32 by default. Take it as an "
+            "upper bound for accelerators, whose memory and collectives differ; no time is estimated"
         )
     else:
         kind = target.kind
@@ -85,7 +85,7 @@ def notes(plan: Plan) -> list[str]:
 
 
 def unfit(config: Config, measured: Sequence[Measured]) -> list[str]:
-    """A paragraph for each program that does not fit: by how much, and what to change."""
+    """Lines for each program that does not fit: its peak, the memory there is, and what to change."""
     lines = []
     for one in measured:
         if not one.fits:
@@ -97,7 +97,7 @@ def unfit(config: Config, measured: Sequence[Measured]) -> list[str]:
 
 
 def to_json(measured: Sequence[Measured], plan: Plan) -> dict[str, Any]:
-    """Everything as plain values; bytes, seconds and FLOPs."""
+    """The whole plan as plain values, in bytes, seconds and FLOPs."""
     _, share = known()
     kind = plan.target.kind
     return {

@@ -1,4 +1,4 @@
-"""A model's sizes without its weights: from its folder, from the table below, or from the hub's config.json."""
+"""A model's sizes without its weights: from its folder, the table below, or the hub's config.json."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -50,11 +50,11 @@ KNOWN: dict[str, DecoderConfig] = {
     "meta-llama/Llama-3.1-8B": LLAMA_31_8B,
     "mistralai/Mistral-7B-v0.1": MISTRAL_7B,
 }
-"""Sizes as in the published config.json; several of these repositories are gated, and a plan needs no weights."""
+"""Sizes from the published config.json; several of these repositories are gated, and a plan needs no weights."""
 
 
 def decoder_sizes(config: Config) -> tuple[DecoderConfig, str]:
-    """The base model's sizes, and where they come from, in words.
+    """The base model's sizes, and a description of their source.
 
     Raises:
       UserError: if the model's sizes cannot be found.

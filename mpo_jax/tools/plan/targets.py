@@ -1,4 +1,4 @@
-"""Targets of a plan: how many devices of which kind, from names like `a100x8`, `2xa100x8`, `v5p:2x2x2`, `cpu`."""
+"""Targets of a plan: kind and number of devices, parsed from names like `a100x8`, `2xa100x8`, `v5p:2x2x2`, `cpu`."""
 
 import difflib
 import math
@@ -27,7 +27,7 @@ class Facts(BaseModel, frozen=True):
 
 
 class Kind(Facts, frozen=True):
-    """One kind of device; the units are explained in targets.yaml."""
+    """One kind of device; targets.yaml explains the units."""
 
     platform: Literal["cuda", "tpu"]
     name: str
@@ -44,12 +44,12 @@ class Kind(Facts, frozen=True):
 
     @property
     def product(self) -> str:
-        """The device's name without its variant, such as A100 or TPU v5 lite."""
+        """The product name without the variant, such as A100 or TPU v5 lite."""
         return self.name if self.platform == "tpu" else re.split(r"[ -]", self.name)[1]
 
 
 class Utilisation(Facts, frozen=True):
-    """Assumed shares of a device's peaks."""
+    """Assumed fractions of a device's peak rates."""
 
     matmul: float = Field(gt=0, le=1)
     bandwidth: float = Field(gt=0, le=1)
@@ -60,11 +60,11 @@ class Target(Facts, frozen=True):
     """Devices to compile for.
 
     Attributes:
-      name: as given on the command line.
-      kind: None for the CPU of this machine.
-      groups: hosts of GPUs, or slices of TPUs.
+      name: name given on the command line.
+      kind: kind of device; None for this machine's CPU.
+      groups: number of GPU hosts or TPU slices.
       shape: devices of a group: one number for GPUs, the torus for TPUs.
-      capacity: bytes of a device that may be filled.
+      capacity: usable bytes per device.
     """
 
     name: str
@@ -83,7 +83,7 @@ class Target(Facts, frozen=True):
 
     @property
     def spans_network(self) -> bool:
-        """Whether collectives over all devices leave a host's or a slice's fast links."""
+        """Whether collectives over all devices use the network between hosts or slices."""
         return self.groups > 1
 
 
@@ -104,21 +104,21 @@ def device_kind(name: str) -> Kind | None:
 def similar_kind(name: str) -> Kind | None:
     """The kind of a device by JAX's name for it, or another variant of the same product; None if it is unknown."""
     kinds, _ = known()
-    # TPU v5 lite before TPU v5
+    # longest first: TPU v5 lite must match before TPU v5
     by_length = sorted(kinds.values(), key=lambda kind: -len(kind.product))
     return next((kind for kind in by_length if kind.product in name), None)
 
 
 def parse(name: str, *, cpu_devices: int) -> Target:
-    """A target from its name.
+    """Parses a target name.
 
-    `cpu` stands for this machine, whose memory its simulated devices share; `cpu:80` for devices of 80 GiB each.
+    `cpu` is this machine, with its memory shared by the simulated devices; `cpu:80` gives each device 80 GiB.
 
     Args:
-      cpu_devices: how many devices `cpu` stands for.
+      cpu_devices: number of simulated devices for `cpu`.
 
     Raises:
-      UserError: for a name that is no target, with valid names.
+      UserError: if the name is not a target; the message lists valid names.
     """
     if cpu := re.fullmatch(rf"{CPU}(?::(\d+(?:\.\d+)?))?", name):
         each = float(cpu[1]) * GIB if cpu[1] else host_memory() / cpu_devices
@@ -126,23 +126,23 @@ def parse(name: str, *, cpu_devices: int) -> Target:
     kinds, _ = known()
     match = re.fullmatch(r"(?:(\d+)x)?([a-z][\w-]*?)(?:x(\d+)|:(\d+(?:x\d+)*))", name)
     if match is None:
-        raise UserError(f"--on {name} names no target. Targets are cpu, and devices with their number: {EXAMPLES}")
+        raise UserError(f"--on {name} is not a target. Targets are cpu, and devices with their number: {EXAMPLES}")
     groups, kind_name, count, torus = match.groups()
     kind = kinds.get(kind_name)
     if kind is None:
         close = difflib.get_close_matches(kind_name, kinds, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        raise UserError(f"--on {name}: no device {kind_name} is known{hint} (known: {', '.join(kinds)}, cpu)")
+        raise UserError(f"--on {name}: unknown device {kind_name}{hint} (known: {', '.join(kinds)}, cpu)")
     shape = tuple(int(part) for part in (count or torus).split("x"))
     _check_shape(name, kind_name, kind, shape, is_torus=torus is not None)
     if min(*shape, int(groups or 1)) < 1:
-        raise UserError(f"--on {name}: numbers of devices start at 1")
+        raise UserError(f"--on {name}: device counts start at 1")
     capacity = kind.memory_gib * kind.usable * GIB
     return Target(name=name, kind=kind, groups=int(groups or 1), shape=shape, capacity=capacity)
 
 
 def host_memory() -> int:
-    """Bytes of this machine's memory."""
+    """Total memory of this machine in bytes."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
