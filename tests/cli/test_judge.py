@@ -255,7 +255,7 @@ def test_a_language_model_as_judge(judge, language_model, tmp_path, capsys):
     assert "8 calls: 8 answered before, 0 to make" in capsys.readouterr().out
     path.write_text("my boss " * 60 + "{instruction} {response_1} {response_2}")
     assert judge(*flags) == 2
-    assert "8 of 8 calls failed" in (said := capsys.readouterr().err) and "room of 90" in said
+    assert "8 of 8 calls failed" in (said := capsys.readouterr().err) and "room for 90" in said
 
 
 def test_mistakes(judge, sides, language_model, reward_model, tmp_path, capsys):
