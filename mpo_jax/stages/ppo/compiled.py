@@ -30,8 +30,8 @@ from mpo_jax.types import Metrics, Tree, merge
 def make_score(actor_model: Model, reward_model: Model, method: Method, mesh: Mesh) -> Any:
     """The jitted (policies, value_models, batch, has_eos, allowed_V, kl_coef, moments) -> (PpoBatch, metrics, moments).
 
-    `policies` are the parameters of actor and reference, `value_models` those of critic and reward model. `moments` are
-    the running `Moments` of all raw scores, or None if scores are not normalised. The scores of this batch's real rows are
+    `policies` are the parameters of actor and reference, `value_models` those of critic and reward model. `moments`
+    are the running `Moments` of all raw scores, or None if scores are not normalised. The scores of real rows are
     added before normalisation; a batch with a non-finite score adds none.
     """
 
