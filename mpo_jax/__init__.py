@@ -6,24 +6,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mpo_jax.runtime.version import __version__ as __version__
-    from mpo_jax.tools.library.functions import sample, score, select
-    from mpo_jax.tools.library.models import LoadedModel, load, load_reward, make_mesh, save
-    from mpo_jax.tools.library.ppo import Ppo
-    from mpo_jax.tools.library.rows import Pairs, Rows, read_demonstrations, read_pairs, read_prompts
-    from mpo_jax.tools.library.trainers import Dpo, Reward, Sft, Trainer, train
+    from mpo_jax.tools.api.functions import sample, score, select
+    from mpo_jax.tools.api.models import LoadedModel, load, load_reward, make_mesh, save
+    from mpo_jax.tools.api.ppo import Ppo
+    from mpo_jax.tools.api.rows import Pairs, Rows, read_demonstrations, read_pairs, read_prompts
+    from mpo_jax.tools.api.trainers import Dpo, Reward, Sft, Trainer, train
     from mpo_jax.training.loop import Checkpointing, Fitted, Hooks, fit
     from mpo_jax.training.update import init_state, make_update
 
 # transformers reports on import that PyTorch is missing, which this package does without
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
-_LIBRARY = "mpo_jax.tools.library"
+_API = "mpo_jax.tools.api"
 _HOMES = {
-    **dict.fromkeys(("load", "load_reward", "make_mesh", "save", "LoadedModel"), f"{_LIBRARY}.models"),
-    **dict.fromkeys(("read_pairs", "read_demonstrations", "read_prompts", "Pairs", "Rows"), f"{_LIBRARY}.rows"),
-    **dict.fromkeys(("Sft", "Reward", "Dpo", "Trainer", "train"), f"{_LIBRARY}.trainers"),
-    "Ppo": f"{_LIBRARY}.ppo",
-    **dict.fromkeys(("select", "sample", "score"), f"{_LIBRARY}.functions"),
+    **dict.fromkeys(("load", "load_reward", "make_mesh", "save", "LoadedModel"), f"{_API}.models"),
+    **dict.fromkeys(("read_pairs", "read_demonstrations", "read_prompts", "Pairs", "Rows"), f"{_API}.rows"),
+    **dict.fromkeys(("Sft", "Reward", "Dpo", "Trainer", "train"), f"{_API}.trainers"),
+    "Ppo": f"{_API}.ppo",
+    **dict.fromkeys(("select", "sample", "score"), f"{_API}.functions"),
     **dict.fromkeys(("fit", "Fitted", "Hooks", "Checkpointing"), "mpo_jax.training.loop"),
     **dict.fromkeys(("make_update", "init_state"), "mpo_jax.training.update"),
     "__version__": "mpo_jax.runtime.version",

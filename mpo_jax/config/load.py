@@ -25,7 +25,7 @@ def load_config(path: str | Path | None, overrides: tuple[str, ...] = (), *, sta
     Args:
       path: a YAML file; None for the defaults.
       overrides: each `key.sub=value`, or the path of a further YAML file to merge.
-      stage: in whose section `train.KEY=value` lies; None: such a short key is an error.
+      stage: section that `train.KEY=value` belongs to; None: such a short key is an error.
 
     `${a.b}` stands for another key's value. `${name:...}` is refused: a resolver such as `oc.env` would put secrets of
     the environment into what a run prints and stores.

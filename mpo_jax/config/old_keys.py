@@ -1,4 +1,4 @@
-"""Keys that were renamed or removed. A configuration that still sets one is refused and told what to do."""
+"""Keys that were renamed or removed. A configuration that still sets one is refused with what to write instead."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path

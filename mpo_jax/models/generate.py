@@ -172,7 +172,7 @@ class Decoder:
         """Reads the prompts and draws the first token of each of their samples.
 
         Args:
-          index_B: tells apart repeated visits of a prompt: sample n of visit i draws from sample index i N + n.
+          index_B: distinguishes repeated visits of a prompt: sample n of visit i draws from sample index i N + n.
         """
         N = self.sampling.num_samples
         tree = merge(params)
@@ -289,7 +289,7 @@ def make_generate(model: Model, sampling: Sampling, eos_id: int, mesh: Mesh) -> 
     """A function (params, prompts, key, index_B, allowed_V) -> (PromptBatch with N samples, has_eos [B N]).
 
     All prompts are decoded side by side until the last sample is done, without a word from the host.
-    `index_B` tells apart repeated visits of a prompt: sample n of visit i draws from sample index i N + n.
+    `index_B` distinguishes repeated visits of a prompt: sample n of visit i draws from sample index i N + n.
     """
     rows = batch_sharding(mesh)
     decoder = Decoder(model, sampling, eos_id)
@@ -320,15 +320,15 @@ def make_stream(model: Model, sampling: Sampling, eos_id: int, chunk: int) -> An
     begin, advance = jax.jit(decoder.begin), jax.jit(decoder.advance, donate_argnums=1)
 
     def stream(params, prompts, key, index_B, allowed_V):
-        def look(state):
+        def so_far(state):
             return *gathered(prompts, state), state.finite.reshape(len(prompts.prompt), -1)
 
         state = begin(params, prompts, key, index_B, allowed_V)
         weights = make_for_decoding(model)(params)
-        yield look(state)
+        yield so_far(state)
         while bool(state.active.any()):
             state = advance(weights, state, allowed_V)
-            yield look(state)
+            yield so_far(state)
 
     return stream
 

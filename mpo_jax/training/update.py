@@ -78,7 +78,7 @@ def jit_update(
     *,
     accumulation: int = 1,
 ) -> Any:
-    """`make_update` compiled for a mesh: the state is donated and stays where it lies, metrics are on every device.
+    """`make_update` compiled for a mesh: the state is donated and keeps its sharding, metrics are on every device.
 
     Args:
       trainable: arrays or shapes of the trainable part.

@@ -88,7 +88,7 @@ def read_sheet(path: Path, study: Study) -> Sheet:
 def _from_page(text: str, path: Path, study: Study) -> tuple[str, dict[int, str]]:
     def no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(pairs)) < len(pairs):
-            raise ValueError("a name stands twice")
+            raise ValueError("a name appears twice")
         return dict(pairs)
 
     try:
@@ -117,7 +117,7 @@ def _from_table(text: str, path: Path, study: Study) -> tuple[str, dict[int, str
             if any(row[column].strip() for column in COLUMNS[:-1]):
                 number = _checked_row(row, f"{path}:{reader.line_num}", study)
                 if number in choices:
-                    raise UserError(f"{path}:{reader.line_num}: item {number} stands there twice: keep one")
+                    raise UserError(f"{path}:{reader.line_num}: item {number} appears twice: keep one")
                 choices[number] = row["choice"].strip().lower()
                 names.add(row.get("annotator", "").strip())
     except csv.Error as error:

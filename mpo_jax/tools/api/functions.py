@@ -14,8 +14,8 @@ from mpo_jax.models import forward
 from mpo_jax.models.generate import Sampling
 from mpo_jax.runtime.seeds import stage_key
 from mpo_jax.runtime.sharding import check_batch, place_batch
-from mpo_jax.tools.library.models import LoadedModel
-from mpo_jax.tools.library.rows import Pairs, Rows
+from mpo_jax.tools.api.models import LoadedModel
+from mpo_jax.tools.api.rows import Pairs, Rows
 
 
 def sample(

@@ -15,7 +15,7 @@ from mpo_jax.runtime.sharding import place_batch
 from mpo_jax.stages import dpo, reward, sft
 from mpo_jax.stages.dpo import DpoBatch
 from mpo_jax.stages.preference import PreferenceLoss
-from mpo_jax.tools.library.models import LoadedModel, check_rows
+from mpo_jax.tools.api.models import LoadedModel, check_rows
 from mpo_jax.training.tracker import add_up, mean_values
 from mpo_jax.training.update import Objective, init_state, jit_update
 from mpo_jax.types import Params, PromptBatch, TrainState

@@ -16,8 +16,8 @@ from mpo_jax.runtime.sharding import place_batch, replicated
 from mpo_jax.stages.ppo.compiled import make_score, named
 from mpo_jax.stages.ppo.objective import actor_objective, critic_objective
 from mpo_jax.stages.ppo.settings import Method
-from mpo_jax.tools.library.models import LoadedModel, check_rows
-from mpo_jax.tools.library.trainers import Measures
+from mpo_jax.tools.api.models import LoadedModel, check_rows
+from mpo_jax.tools.api.trainers import Measures
 from mpo_jax.training.update import init_state, jit_update
 from mpo_jax.types import Params, PpoBatch, PromptBatch, merge, trainable
 

@@ -21,7 +21,7 @@ from mpo_jax.data.text import TextCodec
 from mpo_jax.data.tokens import Example, number_visits, tokenize
 from mpo_jax.errors import UserError
 from mpo_jax.runtime.files import write_lines
-from mpo_jax.tools.library.models import MAX_TOKENS
+from mpo_jax.tools.api.models import MAX_TOKENS
 
 Self = TypeVar("Self", bound="Rows")
 
