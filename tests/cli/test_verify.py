@@ -132,4 +132,4 @@ def test_without_stored_states_it_says_what_to_set(copied, capsys):
 def test_an_input_that_is_gone_is_named(copied, capsys):
     shutil.rmtree(folder_of(copied, "reward"))
     assert mpo("verify", copied, "--stage", "ppo") == 2
-    assert "its reward" in (error := capsys.readouterr().err) and "is gone" in error
+    assert "its reward" in (error := capsys.readouterr().err) and "is missing" in error
