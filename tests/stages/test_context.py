@@ -122,3 +122,14 @@ def test_a_base_model_whose_heads_do_not_group_is_refused(tmp_path):
     context = context_of(micro(), mesh_of(1, 1, 1), tmp_path)
     with pytest.raises(UserError, match=r"num_heads=4 is no multiple of num_kv_heads=3"):
         context.load_base(Numerics.of(micro().model), toy_codec(micro().text), sizes, 0)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_that_trains_keeps_its_configuration_beside_its_checkpoints(name, tmp_path):
+    """What `mpo verify`, `mpo export` and model cards read, before anything is trained."""
+    config = micro("seed=7", f"workdir={tmp_path}")
+    recipe = {"format": 5, "stage": name, "settings": {}, "inputs": {}, "parents": {}}
+    stage_context(config, STAGES[name], mesh_of(1, 1, 1), tmp_path / "made", Inputs(config), recipe)
+    written = tmp_path / "made" / "config.yaml"
+    assert written.is_file() == STAGES[name].trains
+    assert not STAGES[name].trains or load_config(written) == config
