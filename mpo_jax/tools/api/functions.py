@@ -9,6 +9,7 @@ import numpy as np
 from mpo_jax import selection
 from mpo_jax.data.batches import Buckets, map_batches
 from mpo_jax.data.tokens import number_visits, tokenize
+from mpo_jax.errors import UserError
 from mpo_jax.evaluation.sampling import sample_examples
 from mpo_jax.models import forward
 from mpo_jax.models.generate import Sampling
@@ -89,7 +90,14 @@ def select(
 
     Returns:
       Both parts with `gap` set, in the original order.
+
+    Raises:
+      UserError: if there is neither a threshold nor an easy_fraction in [0, 1].
     """
+    if threshold is None and easy_fraction is None:
+        raise UserError("select needs a threshold or an easy_fraction")
+    if easy_fraction is not None and not 0.0 <= easy_fraction <= 1.0:
+        raise UserError(f"easy_fraction={easy_fraction} must lie in [0, 1]")
     score_BN = score(reward, pairs, batch_size=batch_size)
     gap = score_BN[:, 0] - score_BN[:, 1]
     if relabel:
@@ -102,7 +110,6 @@ def select(
         pairs, gap = dataclasses.replace(pairs, examples=examples, responses=texts), np.abs(gap)
     pairs = dataclasses.replace(pairs, gap=gap)
     border = threshold if easy_fraction is None else selection.threshold_for_fraction(gap, easy_fraction)
-    if border is None:
-        raise ValueError("give a threshold or an easy_fraction")
+    assert border is not None
     easy = np.asarray(selection.split(gap, border))
     return pairs.take(np.flatnonzero(easy)), pairs.take(np.flatnonzero(~easy))
