@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from mpo_jax.config.base import Pairs
 from mpo_jax.config.interpolation import literal, refuse_resolvers
-from mpo_jax.config.old_keys import dotted, refuse_old_keys
+from mpo_jax.config.old_keys import dotted, refuse_old_keys, renamed
 from mpo_jax.config.schema import TRAINED, Config
 from mpo_jax.config.suggestion import suggest
 from mpo_jax.errors import UserError
@@ -54,6 +54,21 @@ def load_config(path: str | Path | None, overrides: tuple[str, ...] = (), *, sta
         raise UserError(f"{path}: {_first_line(error)}") from error
     try:
         return Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_explain(error, path)) from error
+
+
+def read_record(path: Path) -> Config:
+    """The configuration that a run left in its folder, also one of an earlier version: old keys get their new names.
+
+    Raises:
+      UserError: as `load_config`.
+    """
+    try:
+        values = renamed(yaml.safe_load(path.read_text(encoding="utf-8")))
+        return Config.model_validate(values)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read {path}: {_first_line(error)}") from error
     except ValidationError as error:
         raise UserError(_explain(error, path)) from error
 

@@ -43,3 +43,17 @@ def dotted(values: Any, prefix: str = "") -> Iterator[str]:
         for key, value in values.items():
             yield f"{prefix}{key}"
             yield from dotted(value, f"{prefix}{key}.")
+
+
+def renamed(values: Any) -> Any:
+    """A nested mapping with old keys under their new names, and without the removed ones."""
+    if not isinstance(values, dict):
+        return values
+    for old in (*RENAMED, *REMOVED):
+        section, _, name = old.rpartition(".")
+        inner = values.get(section)
+        if isinstance(inner, dict) and name in inner:
+            value = inner.pop(name)
+            if old in RENAMED:
+                inner.setdefault(RENAMED[old].rpartition(".")[2], value)
+    return values

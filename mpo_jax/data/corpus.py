@@ -26,7 +26,7 @@ from mpo_jax.data.records import (
 )
 from mpo_jax.data.sources import HUB, Source, fingerprint_files, open_source
 from mpo_jax.errors import UserError
-from mpo_jax.models.hf.hub import local_model
+from mpo_jax.models.hf.hub import WANTED, local_model
 from mpo_jax.models.hf.tokenizer import load_tokenizer
 
 T = TypeVar("T")
@@ -319,9 +319,16 @@ def _load_sources(config: Config) -> Corpus:
 
 
 def fingerprint_model(path: str) -> str:
-    """A hash of a model's files: changed weights count as another model, a moved or copied folder as the same one."""
+    """A hash of a model's files: changed weights count as another model, a moved or copied folder as the same one.
+
+    In a folder the files that a model is read from count, with their names; notes beside them do not.
+    """
     local = local_model(path)
-    return fingerprint_files([local] if local.is_file() else sorted(file for file in local.iterdir() if file.is_file()))
+    if local.is_file():
+        return fingerprint_files([local])
+    files = sorted(file for file in local.iterdir() if file.is_file() and any(map(file.match, WANTED)))
+    content = [[file.name, fingerprint_files([file])] for file in files]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def base_tokenizer(config: Config) -> PreTrainedTokenizerBase:

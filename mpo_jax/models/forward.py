@@ -69,8 +69,12 @@ def abstract_params(config: DecoderConfig, *, head: Head = "lm") -> Tree:
 
 
 def param_shardings(params: Tree, mesh: Mesh) -> Any:
-    """NamedShardings of a parameter tree (arrays or shapes) by the one table of logical axes."""
-    axes = {path: PARAM_AXES[".".join(path)] for path in flatten_dict(params)}
+    """NamedShardings of a parameter tree (arrays or shapes) by the one table of logical axes.
+
+    A parameter that the decoder does not have, of a user's own model, is on every device whole.
+    """
+    flat: dict[Any, Any] = flatten_dict(params)
+    axes = {path: PARAM_AXES.get(".".join(path), (None,) * leaf.ndim) for path, leaf in flat.items()}
     return shardings_for(unflatten_dict(axes), params, mesh)
 
 

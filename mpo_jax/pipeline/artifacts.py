@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from filelock import FileLock
 
-from mpo_jax.config.load import load_config
+from mpo_jax.config.load import read_record
 from mpo_jax.errors import UserError
 from mpo_jax.pipeline.bucket import CHECKPOINTS, Bucket, stage_place
 from mpo_jax.pipeline.recipe import RECIPE, artifact_name
@@ -159,4 +159,4 @@ def _is_complete(final: Path) -> bool:
 def _keeps_checkpoints(folder: Path) -> bool:
     """Whether a stage keeps its checkpoints; training stages store their configuration in the folder."""
     config = folder / "config.yaml"
-    return config.is_file() and load_config(config).runtime.keep_finished_checkpoints
+    return config.is_file() and read_record(config).runtime.keep_finished_checkpoints

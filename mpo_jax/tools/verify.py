@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from filelock import FileLock, Timeout
 
-from mpo_jax.config.load import load_config
+from mpo_jax.config.load import read_record
 from mpo_jax.config.schema import Config, ProcessesConfig
 from mpo_jax.errors import Preempted, UserError
 from mpo_jax.pipeline.recipe import FORMAT, RECIPE
@@ -123,7 +123,7 @@ def _recorded(path: Path) -> dict[int, str]:
 
 def _same(workdir: Path, folder: Path, name: str, recipe: Mapping[str, Any], stretch: Stretch, *, first: bool) -> bool:
     """Retrains the steps in a scratch folder; prints and returns whether the final state is as recorded."""
-    config = load_config(folder / "config.yaml")
+    config = read_record(folder / "config.yaml")
     single = config.runtime.model_copy(update={"processes": ProcessesConfig(), "bucket": None, "wandb": None})
     config = config.model_copy(update={"workdir": str(workdir), "runtime": single})
     if first:

@@ -22,6 +22,10 @@ SPARE_BYTES = 2**20
 """Disk space beyond the arrays themselves: metadata, and the metrics written meanwhile."""
 
 
+OTHER_STRUCTURE = "tree structures do not match"
+"""Part of Orbax's message for arrays that agree in a tree that does not: no damage, so nothing to remove."""
+
+
 class Checkpoints:
     """The checkpoints of one stage's training state, newest last.
 
@@ -37,16 +41,18 @@ class Checkpoints:
         *,
         keep: int,
         best: Literal["min", "max"] | None = None,
+        metric: str | None = None,
         recipe: Mapping[str, Any] | None = None,
         clean: bool = False,
     ):
         """
         Args:
           folder: a Path on a disk, or a bucket's.
+          metric: name of the value that `best` compares; values of another metric do not count.
           recipe: what the stage is made from; a checkpoint of another recipe is refused.
           clean: remove the incomplete checkpoints of a killed process; only for the process that writes here.
         """
-        self._folder, self._recipe = folder, recipe
+        self._folder, self._recipe, self._metric = folder, recipe, metric
         self._kept = _Kept(keep, best)
         self._manager = ocp.CheckpointManager(
             self._folder.resolve() if isinstance(self._folder, Path) else self._folder,
@@ -77,6 +83,11 @@ class Checkpoints:
             except (UserError, PermissionError, MemoryError, jax.errors.JaxRuntimeError):
                 raise
             except Exception as error:
+                if OTHER_STRUCTURE in str(error):
+                    raise UserError(
+                        f"{self._folder / str(step)}: the checkpoint does not fit this configuration: its arrays "
+                        "are in another tree, as those of another optimiser; delete the folder or use another workdir"
+                    ) from error
                 self._drop(step, error)
                 continue
             self.carried = record["carried"]
@@ -178,6 +189,7 @@ class Checkpoints:
             "hashes": hashes or leaf_hashes(state),
             "recipe": self._recipe,
             "value": value,
+            "metric": self._metric,
             "carried": carried or {},
         }
         if value is not None:
@@ -230,7 +242,8 @@ class Checkpoints:
         if self._kept.best is None:
             return None
         try:
-            return self.record(step)["value"]
+            record = self.record(step)
+            return record["value"] if record.get("metric") == self._metric else None
         except Exception:  # another checkpoint is restored, so this one may be broken
             return None
 

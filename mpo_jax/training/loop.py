@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import jax
 from etils import epath
 
+from mpo_jax.config.schema import EVAL
 from mpo_jax.errors import Preempted, UserError
 from mpo_jax.runtime.preemption import Preemption
 from mpo_jax.runtime.stage_warnings import warn
@@ -55,6 +56,16 @@ class Hooks:
     warmup: int = 0
     stop_after_skipped: int = 5
 
+    def __post_init__(self) -> None:
+        for field in ("log_every", "eval_every", "stop_after_skipped"):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise UserError(f"{field}={value} must be at least 1")
+        if self.best_mode not in ("min", "max"):
+            raise UserError(f"best_mode={self.best_mode!r} must be min or max")
+        if (self.best_metric or "").startswith(EVAL) and not (self.evaluate and self.eval_every):
+            raise UserError(f"best_metric={self.best_metric} needs evaluate and eval_every")
+
 
 @dataclasses.dataclass(frozen=True)
 class Checkpointing:
@@ -73,6 +84,10 @@ class Checkpointing:
     keep: int = 2
     recipe: Mapping[str, Any] | None = None
     before_save: Callable[[], None] | None = None
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.keep < 1:
+            raise UserError(f"every={self.every} and keep={self.keep} must be at least 1")
 
 
 class Fitted(NamedTuple):
@@ -94,7 +109,7 @@ def fit(
     *,
     num_steps: int | None = None,
     name: str = "train",
-    folder: Path | None = None,
+    folder: str | Path | None = None,
     tensorboard: bool = False,
     hooks: Hooks | None = None,
     checkpoints: Checkpointing | None = None,
@@ -113,7 +128,9 @@ def fit(
         `hooks.best_metric`.
       Preempted: after SIGTERM, once a checkpoint of the current step is saved.
     """
-    hooks = hooks or Hooks()
+    hooks, folder = hooks or Hooks(), None if folder is None else Path(folder)
+    if not hasattr(batches, "__getitem__"):
+        raise UserError(f"{name}: batches must be indexed (batches[k]), so that a resumed run can go on: make a list")
     num_steps = len(batches) if num_steps is None else num_steps  # type: ignore[arg-type]
     with Preemption() as preemption, contextlib.ExitStack() as closing:
         sinks = closing.enter_context(contextlib.ExitStack())
@@ -125,11 +142,17 @@ def fit(
                 checkpoints.folder,
                 keep=checkpoints.keep,
                 best=hooks.best_mode if hooks.best_metric else None,
+                metric=hooks.best_metric,
                 recipe=checkpoints.recipe,
                 clean=True,
             )
             closing.callback(store.close)
         start, state = (0, state) if store is None else store.restore(state)
+        if start > num_steps:
+            raise UserError(
+                f"{name}: the newest checkpoint is of step {start}, but num_steps={num_steps}: raise it, or name "
+                "another folder for checkpoints"
+            )
         tracker = Tracker(
             folder,
             name,

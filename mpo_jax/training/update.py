@@ -20,6 +20,7 @@ Objective = Callable[..., tuple[Metrics, Metrics]]
 
 `tree` holds all of the model's parameters. `batch` leads with the batch axis everywhere and is cut into micro-batches;
 `fixed` is the same for all of them. Terms are `Mean`s whose counts may depend on the batch but not on the parameters.
+Metrics are `Mean`s too, or numbers that are added over micro-batches, such as a count of tokens.
 """
 
 Total = TypeVar("Total")
@@ -154,7 +155,8 @@ def apply_if_finite(
     params: Any = optax.apply_updates(state.trainable, updates)
     norm = optax.tree.norm(grads)
     updated = TrainState(state.step + 1, params, opt_state, state.skipped, jnp.zeros_like(state.skipped_in_a_row))
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    # an optimiser can make a finite gradient infinite, such as by its schedule
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(updates))
     skipped = dataclasses.replace(state, skipped=state.skipped + 1, skipped_in_a_row=state.skipped_in_a_row + 1)
     state = jax.tree.map(partial(jnp.where, finite), updated, skipped)
     skips = Skips(jnp.where(finite, 0, 1), state.skipped_in_a_row)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from pydantic import BaseModel, ValidationError
 
-from mpo_jax.config.load import load_config, to_yaml
+from mpo_jax.config.load import load_config, read_record, to_yaml
 from mpo_jax.config.schema import Config
 from mpo_jax.errors import UserError
 
@@ -306,3 +306,21 @@ def test_what_is_written_reads_back_equal(tmp_path_factory, values):
     written = to_yaml(config)
     assert load(tmp_path_factory.getbasetemp(), written) == config
     assert list(yaml.safe_load(written)) == list(Config.model_fields)
+
+
+def test_records_of_earlier_versions_are_read_under_the_new_names(tmp_path):
+    """What a run left in its folder; a configuration that a user writes is refused."""
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "ppo: {discount: 0.5, top_p: 1.0, trace: 0.9}\nruntime: {keep_checkpoints: true}\n", encoding="utf-8"
+    )
+    read = read_record(path)
+    assert (read.ppo.gamma, read.ppo.gae_lambda, read.runtime.keep_finished_checkpoints) == (0.5, 0.9, True)
+    with pytest.raises(UserError, match=r"ppo\.discount is called ppo\.gamma now"):
+        load_config(path)
+    assert read_record_of(tmp_path, read) == read
+
+
+def read_record_of(folder, config):
+    (folder / "now.yaml").write_text(to_yaml(config), encoding="utf-8")
+    return read_record(folder / "now.yaml")

@@ -38,5 +38,5 @@ fitted = mpo.fit(
     checkpoints=mpo.Checkpointing(Path(out) / "checkpoints", every=5),
 )
 trainer.state = fitted.state
-mpo.save(trainer.policy, Path(out) / "model")
+mpo.save(trainer.policy, Path(out) / "model", overwrite=True)
 print(fitted.summary)

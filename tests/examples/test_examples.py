@@ -93,7 +93,7 @@ def test_select(files, tmp_path, capsys, monkeypatch):
 def test_relabelled_pairs_have_the_higher_score_first(files):
     reward = mpo.load_reward(files["reward"])
     pairs = mpo.read_pairs(files["pairs.jsonl"], reward.tokenizer)
-    easy, hard = mpo.select(pairs, reward, threshold=None, easy_fraction=0.5, relabel=True)
+    easy, hard = mpo.select(pairs, reward, easy_fraction=0.5, relabel=True)
     assert len(easy) == 30 and len(hard) == 30 and min(easy.gap) > max(hard.gap) >= 0
     score = mpo.score(reward, easy)
     assert (score[:, 0] > score[:, 1]).all()
@@ -110,11 +110,10 @@ def test_own_objective(files, tmp_path, capsys, monkeypatch):
     ours = mpo.Dpo(policy, loss="simpo", beta=2.0, optimizer=optax.sgd(0.0))
     assert lines[0]["loss"] == pytest.approx(ours.step(batches[0])["loss"], rel=1e-5)
     assert "simpo" in first
-    (tmp_path / "model").rename(tmp_path / "before")
+    before = (tmp_path / "model" / "model.safetensors").read_bytes()
     again = run("own_objective.py", *arguments, capsys=capsys, monkeypatch=monkeypatch)
     assert "'steps': 15" in again
-    for name in ("model.safetensors",):
-        assert (tmp_path / "model" / name).read_bytes() == (tmp_path / "before" / name).read_bytes()
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
 
 
 def test_ppo_by_hand(files, tmp_path, capsys, monkeypatch):
@@ -146,6 +145,41 @@ def test_sft_and_a_reward_model_learn(files):
     assert np.mean([m["accuracy"] for m in measures[-4:]]) > 0.8
 
 
+def test_select_takes_one_kind_of_border(files):
+    reward = mpo.load_reward(files["reward"])
+    pairs = mpo.read_pairs(files["pairs.jsonl"], reward.tokenizer)
+    with pytest.raises(UserError, match="give one of them"):
+        mpo.select(pairs, reward, threshold=1.0, easy_fraction=0.5)
+    with pytest.raises(UserError, match="must lie in"):
+        mpo.select(pairs, reward, easy_fraction=1.5)
+
+
+def test_a_reward_model_keeps_its_head_when_it_trains_on(files):
+    reward = mpo.load_reward(files["reward"], frozen=False)
+    pairs = mpo.read_pairs(files["pairs.jsonl"], reward.tokenizer).take(np.arange(60) < 8)
+    assert len(pairs) == 8
+    np.testing.assert_array_equal(
+        mpo.score(mpo.Reward(reward, optimizer=optax.sgd(0.0)).policy, pairs), mpo.score(reward, pairs)
+    )
+
+
+def test_rows_are_sampled_as_they_were_read(files):
+    """With the template under which they were tokenized."""
+    policy = mpo.load(files["policy"], max_response_tokens=8)
+    texts = mpo.read_prompts(files["pairs.jsonl"], policy.tokenizer).prompts[:8]
+    rows = [{"prompt": text} for text in texts]
+    templated = mpo.read_prompts(rows, policy.tokenizer, prompt_template="my {prompt}")
+    wanted = mpo.sample(policy, [f"my {text}" for text in texts], batch_size=8)
+    assert mpo.sample(policy, templated, batch_size=8) == wanted != mpo.sample(policy, texts, batch_size=8)
+
+
+def test_what_is_printed_fits_a_line(files):
+    policy = mpo.load(files["policy"])
+    pairs = mpo.read_pairs(files["pairs.jsonl"], policy.tokenizer)
+    assert "language model" in repr(policy) and "60 pairs" in repr(pairs)
+    assert max(len(repr(policy)), len(repr(pairs))) < 160
+
+
 def test_samples_depend_on_prompt_seed_and_number_alone(files):
     policy = mpo.load(files["policy"], max_response_tokens=8)
     prompts = mpo.read_prompts(files["pairs.jsonl"], policy.tokenizer).prompts[:16]
@@ -162,6 +196,10 @@ def test_scores_of_a_language_model_are_log_probabilities(files):
     np.testing.assert_allclose(mpo.score(policy, pairs), wanted, rtol=1e-4)
 
 
+def first_pairs(policy, files):
+    return mpo.read_pairs(files["pairs.jsonl"], policy.tokenizer).batches(8)[0]
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -171,6 +209,20 @@ def test_scores_of_a_language_model_are_log_probabilities(files):
         (lambda p, f: mpo.read_pairs(f["pairs.jsonl"], p.tokenizer, kind="hhh"), "did you mean hh"),
         (lambda p, f: mpo.load_reward(f["policy"]), "a language model, not a reward model"),
         (lambda p, f: mpo.save(p, Path(f["policy"])), "not empty"),
+        (lambda p, f: mpo.select(mpo.read_pairs(f["pairs.jsonl"], p.tokenizer), p), "reward must be a reward model"),
+        (lambda p, f: mpo.Ppo(p, p, optimizer=optax.sgd(1.0)), "reward must be a reward model"),
+        (lambda p, f: mpo.Dpo(mpo.load_reward(f["reward"]), optimizer=optax.sgd(1.0)), "must be a language model"),
+        (lambda p, f: mpo.Dpo(p, optimizer=optax.sgd(1.0), loss="simp"), "did you mean simpo"),
+        (lambda p, f: mpo.Dpo(p, optimizer=optax.sgd(1.0), beta=-1.0), "beta: .*greater than 0"),
+        (lambda p, f: mpo.Dpo(p, optimizer=optax.sgd(1.0), loss_options={"a": 1.0}), "no such option: it has none"),
+        (lambda p, f: mpo.Ppo(p, mpo.load_reward(f["reward"]), optimizer=optax.sgd(1.0), one_pass=True), "no option"),
+        (lambda p, f: mpo.Reward(mpo.load_reward(f["reward"]), optimizer=optax.sgd(1.0)), "is frozen"),
+        (lambda p, f: mpo.Dpo(p, optimizer=optax.sgd(1.0), loss="cdpo", loss_options={"label_smoothing": 0.9}), "0.5"),
+        (lambda p, f: mpo.score(p, mpo.read_prompts(f["pairs.jsonl"], p.tokenizer)), "no responses"),
+        (lambda p, f: mpo.sample(p, ["a"], max_new_tokens=1000), "positions"),
+        (lambda p, f: mpo.Sft(p, optimizer=optax.sgd(1.0)).step(first_pairs(p, f)), "must be demonstrations"),
+        (lambda p, f: mpo.Sft(mpo.load(f["policy"], frozen=True), optimizer=optax.sgd(1.0)), "is frozen"),
+        (lambda p, f: mpo.sample(p, "one prompt"), "a list of texts"),
         (lambda p, f: next(iter(mpo.read_pairs(f["pairs.jsonl"], p.tokenizer).batches(6))), None),
     ],
 )  # fmt: skip

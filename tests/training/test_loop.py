@@ -192,7 +192,9 @@ def test_sigterm_saves_after_the_step_at_hand(tmp_path):
     options = {"steps": 9, "log_every": 4, "checkpoint_every": 5}
     before = signal.getsignal(signal.SIGTERM)
     whole, _ = run_fit(tmp_path / "whole", **options)
-    with pytest.raises(Preempted, match="terminated; a checkpoint of step 3 is saved; the same command goes on") as end:
+    with pytest.raises(
+        Preempted, match="terminated; a checkpoint of step 3 is saved; the same command resumes from it"
+    ) as end:
         run_fit(tmp_path / "ended", **options, at=lambda k: k == 2 and signal.raise_signal(signal.SIGTERM))
     assert end.value.step == 3 and signal.getsignal(signal.SIGTERM) == before
     made = []
@@ -323,7 +325,70 @@ def test_sinks_are_told_that_a_run_broke_off(tmp_path):
         fit({"sum": jnp.int32(0)}, lambda state, batch: 1 // 0, [1], hooks=Hooks(log=(sink,)))
     saved = Checkpointing(tmp_path, every=1, recipe={"stage": "a"})
     fit({"sum": jnp.int32(0)}, counting, [1, 2], checkpoints=saved)
-    with pytest.raises(UserError, match="stage is a there and b here"):
+    with pytest.raises(UserError, match="stage is a in the checkpoint and b now"):
         refused = dataclasses.replace(saved, recipe={"stage": "b"})
         fit({"sum": jnp.int32(0)}, counting, [1, 2], checkpoints=refused, hooks=Hooks(log=(other,)))
     assert (sink.failed, other.failed, other.lines) == (True, True, [])
+
+
+def least_squares(tree: Any, batch: Any) -> Any:
+    return {"loss": Mean.of((tree["w"] - batch) ** 2)}, {}
+
+
+def fit_plain(folder, optimizer, *, steps=4, hooks=None, batches=None) -> Fitted:
+    """Least squares of parameters that the package's models do not have."""
+    with jax.set_mesh(mesh_of(1, 1, 1)):
+        state = init_state(trainable({"w": jnp.zeros(3)}), optimizer, mesh_of(1, 1, 1))
+        step = jax.jit(make_update(least_squares, optimizer))
+        batches = [jnp.ones(3) * k for k in range(8)] if batches is None else batches
+        saved = Checkpointing(folder / "checkpoints", every=2)
+        return fit(state, step, batches, num_steps=steps, hooks=hooks, checkpoints=saved)
+
+
+@pytest.mark.parametrize("other", [optax.adamw(0.1), optax.sgd(0.1)])
+def test_a_checkpoint_of_another_optimiser_is_refused_and_stays(tmp_path, other):
+    """adam and adamw have equal arrays in different trees; sgd has fewer arrays."""
+    fit_plain(tmp_path, optax.adam(0.1))
+    before = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    with pytest.raises(UserError, match="does not fit this configuration"):
+        fit_plain(tmp_path, other)
+    assert before and sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == before
+
+
+def test_fewer_steps_than_a_checkpoint_has_are_refused(tmp_path):
+    fit_plain(tmp_path, optax.sgd(0.1), steps=6)
+    with pytest.raises(UserError, match="newest checkpoint is of step 4, but num_steps=3"):
+        fit_plain(tmp_path, optax.sgd(0.1), steps=3)
+
+
+def test_values_of_another_metric_choose_no_state(tmp_path):
+    """The first run compared eval/loss, by which step 2 was best; the loss falls to the end."""
+    measures = iter([0.5, 0.1, 0.4, 0.3, 0.2, 0.2, 0.2, 0.2])
+    watched = Hooks(evaluate=lambda _: {"loss": next(measures)}, eval_every=1, best_metric="eval/loss", log_every=1)
+    ones = [jnp.ones(3)] * 8
+    assert fit_plain(tmp_path, optax.sgd(0.1), hooks=watched, batches=ones).summary["best"]["step"] == 2
+    again = fit_plain(tmp_path, optax.sgd(0.1), steps=8, hooks=Hooks(best_metric="loss", log_every=1), batches=ones)
+    assert again.summary["best"]["metric"] == "loss" and again.summary["best"]["step"] == 8
+
+
+def test_an_update_that_is_not_finite_is_skipped_though_its_gradient_is(tmp_path):
+    optimizer = optax.sgd(lambda count: jnp.where(count == 2, jnp.nan, 0.1))
+    with collect_warnings() as warnings:
+        fitted = fit_plain(tmp_path, optimizer)
+    assert np.isfinite(fitted.state.trainable["w"]).all() and int(fitted.state.skipped) == 2
+    assert "skipped 2 of 4" in warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        (lambda: Hooks(log_every=0), "log_every=0 must be at least 1"),
+        (lambda: Hooks(best_mode="mx"), "must be min or max"),  # type: ignore[arg-type]
+        (lambda: Hooks(best_metric="eval/loss"), "needs evaluate and eval_every"),
+        (lambda: Checkpointing("folder", every=0), "must be at least 1"),  # type: ignore[arg-type]
+        (lambda: fit(0, lambda s, b: (s, {}), iter([1])), "must be indexed"),  # type: ignore[arg-type]
+    ],
+)
+def test_mistakes_are_told_before_the_first_step(mistake, message):
+    with pytest.raises(UserError, match=message):
+        mistake()

@@ -72,9 +72,8 @@ class PreferenceLoss(Section, frozen=True):
         given = dict(config.loss_options)
         if unknown := given.keys() - known.keys():
             name = sorted(unknown)[0]
-            raise UserError(
-                f"dpo.loss_options.{name}: dpo.loss={config.loss} has no such option{suggest(name, [*known])}"
-            )
+            hint = suggest(name, [*known]) if known else ": it has none"
+            raise UserError(f"dpo.loss_options.{name}: dpo.loss={config.loss} has no such option{hint}")
         shared = {name: getattr(config, name) for name in known if name in type(config).model_fields}
         options = tuple(sorted((known | shared | given).items()))
         return cls(name=config.loss, beta=config.beta, length_normalised=config.length_normalised, options=options)

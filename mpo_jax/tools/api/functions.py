@@ -15,7 +15,7 @@ from mpo_jax.models import forward
 from mpo_jax.models.generate import Sampling
 from mpo_jax.runtime.seeds import stage_key
 from mpo_jax.runtime.sharding import check_batch, place_batch
-from mpo_jax.tools.api.models import LoadedModel
+from mpo_jax.tools.api.models import LoadedModel, check_lengths, check_same_tokens
 from mpo_jax.tools.api.rows import Pairs, Rows
 
 
@@ -40,10 +40,24 @@ def sample(
       max_new_tokens: maximum response length; None: the policy's `text.max_response_tokens`.
       batch_size: number of prompts per batch.
     """
+    policy.check_head("lm", "policy")
+    if isinstance(prompts, str):
+        raise UserError("prompts must be a list of texts, not one text")
+    if num_samples < 1 or temperature <= 0 or not 0 < top_p <= 1 or (max_new_tokens is not None and max_new_tokens < 1):
+        raise UserError(
+            f"num_samples={num_samples} and max_new_tokens={max_new_tokens} must be at least 1, "
+            f"temperature={temperature} above 0 (greedy=True takes the likeliest token), and top_p={top_p} in (0, 1]"
+        )
     codec = policy.codec
-    texts = prompts.prompts if isinstance(prompts, Rows) else prompts
-    examples = number_visits(tokenize(codec, [(text, ()) for text in texts])[0])
-    sampling = Sampling(max_new_tokens or policy.text.max_response_tokens, num_samples, temperature, top_p, greedy)
+    if isinstance(prompts, Rows):
+        check_same_tokens(policy.tokenizer, prompts.tokenizer, "policy and prompts")
+        examples = [dataclasses.replace(example, responses=[], visit=0) for example in prompts.examples]
+    else:
+        examples = tokenize(codec, [(text, ()) for text in prompts])[0]
+    examples = number_visits(examples)
+    new_tokens = max_new_tokens or policy.text.max_response_tokens
+    check_lengths(np.asarray([len(example.prompt) + new_tokens for example in examples]), policy)
+    sampling = Sampling(new_tokens, num_samples, temperature, top_p, greedy)
     check_batch(batch_size, policy.mesh, "batch_size")
     with jax.set_mesh(policy.mesh):
         found = sample_examples(
@@ -59,8 +73,14 @@ def sample(
 def score(model: LoadedModel, rows: Rows, *, batch_size: int = 8) -> np.ndarray:
     """[E N] float32: a reward model's raw score of each response, or a language model's log-probability in nats."""
     check_batch(batch_size, model.mesh, "batch_size")
-    is_reward = "score" in {**model.params["trainable"], **model.params["frozen"]}
-    function = (forward.make_score_pairs if is_reward else forward.make_response_logps)(model.model, model.mesh)
+    check_same_tokens(model.tokenizer, rows.tokenizer, "the model and the rows")
+    if not all(example.responses for example in rows.examples):
+        raise UserError("these rows have no responses to score: see read_pairs and read_demonstrations")
+    longest = [len(example.prompt) + max(map(len, example.responses)) for example in rows.examples]
+    check_lengths(np.asarray(longest), model)
+    function = (forward.make_score_pairs if model.head == "value" else forward.make_response_logps)(
+        model.model, model.mesh
+    )
     with jax.set_mesh(model.mesh):
         return map_batches(
             rows.examples,
@@ -75,7 +95,7 @@ def select(
     pairs: Pairs,
     reward: LoadedModel,
     *,
-    threshold: float | None = 1.0,
+    threshold: float | None = None,
     easy_fraction: float | None = None,
     relabel: bool = False,
     batch_size: int = 8,
@@ -83,7 +103,7 @@ def select(
     """Splits pairs into (easy, hard): easy if the reward gap exceeds the threshold. Section 3.1 of arXiv:2403.19443.
 
     Args:
-      threshold: gap above which a pair is easy; a gap equal to it is hard.
+      threshold: gap above which a pair is easy; a gap equal to it is hard. With neither this nor `easy_fraction`, 1.0.
       easy_fraction: fraction of the pairs that is easy, instead of a threshold.
       relabel: whether the response with the higher score becomes the chosen one, as for sampled pairs, so gaps are
         never negative. Otherwise labels stay, and a pair that the reward model orders the other way has a negative gap.
@@ -92,10 +112,13 @@ def select(
       Both parts with `gap` set, in the original order.
 
     Raises:
-      UserError: if there is neither a threshold nor an easy_fraction in [0, 1].
+      UserError: if `reward` is a language model, both a threshold and a fraction are given, or the fraction does not
+        lie in [0, 1].
     """
-    if threshold is None and easy_fraction is None:
-        raise UserError("select needs a threshold or an easy_fraction")
+    reward.check_head("value", "reward")
+    if threshold is not None and easy_fraction is not None:
+        raise UserError("threshold and easy_fraction are two ways to name one split: give one of them")
+    threshold = 1.0 if threshold is None else threshold
     if easy_fraction is not None and not 0.0 <= easy_fraction <= 1.0:
         raise UserError(f"easy_fraction={easy_fraction} must lie in [0, 1]")
     score_BN = score(reward, pairs, batch_size=batch_size)
@@ -110,6 +133,5 @@ def select(
         pairs, gap = dataclasses.replace(pairs, examples=examples, responses=texts), np.abs(gap)
     pairs = dataclasses.replace(pairs, gap=gap)
     border = threshold if easy_fraction is None else selection.threshold_for_fraction(gap, easy_fraction)
-    assert border is not None
     easy = np.asarray(selection.split(gap, border))
     return pairs.take(np.flatnonzero(easy)), pairs.take(np.flatnonzero(~easy))

@@ -1,6 +1,7 @@
 """Loads and saves models with their tokenizer and mesh."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Literal
 
@@ -17,13 +18,14 @@ from mpo_jax.models.forward import Model
 from mpo_jax.models.hf.hub import local_model
 from mpo_jax.models.hf.tokenizer import load_tokenizer
 from mpo_jax.runtime import sharding
+from mpo_jax.runtime.processes import is_main
 from mpo_jax.types import Head, Params, PromptBatch
 
 MAX_TOKENS = 512
 """Default limit for prompt tokens and for response tokens, unless half the model's positions is less."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class LoadedModel:
     """A model on a mesh, with its tokenizer.
 
@@ -38,6 +40,22 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
     mesh: Mesh
     text: TextConfig
+
+    def __repr__(self) -> str:
+        decoder, count = self.model.decoder, sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        kind = "reward model" if self.head == "value" else "language model"
+        return f"<{decoder.family} {kind}, {count:,} parameters, mesh {dict(self.mesh.shape)}>"
+
+    @property
+    def head(self) -> Head:
+        """`value` for a reward model, `lm` for a language model."""
+        return "value" if "score" in {**self.params["trainable"], **self.params["frozen"]} else "lm"
+
+    def check_head(self, head: Head, what: str) -> None:
+        """Raises UserError if the model has the other head; `what` names its role."""
+        if self.head != head:
+            kinds = {"lm": "a language model", "value": "a reward model"}
+            raise UserError(f"{what} must be {kinds[head]}, but this is {kinds[self.head]}")
 
     @property
     def codec(self) -> TextCodec:
@@ -65,16 +83,42 @@ def make_mesh(*, data: int | None = None, fsdp: int | None = None, tensor: int =
     return sharding.make_mesh(MeshConfig(data=data or 1, fsdp=fsdp or 1, tensor=tensor))
 
 
-def check_rows(rows: PromptBatch, model: LoadedModel) -> None:
-    """Raises UserError if a host batch does not divide over the model's mesh, or its rows have too many tokens."""
+def check_rows(rows: PromptBatch, model: LoadedModel, *, num_responses: int | None = None, new_tokens: int = 0) -> None:
+    """Checks a host batch against the model that reads it.
+
+    Args:
+      num_responses: how many responses a row must have; None: any number.
+      new_tokens: tokens that will be sampled after each prompt.
+
+    Raises:
+      UserError: if the batch does not divide over the mesh, its rows have another number of responses, or a row is
+        longer than the model has positions.
+    """
     sharding.check_batch(len(rows.prompt_len), model.mesh, "batch_size")
     responses = np.asarray(rows.response_len)
-    longest = int((np.asarray(rows.prompt_len) + (responses.max(1) if responses.size else 0)).max())
-    if longest > model.model.decoder.max_positions:
+    if num_responses is not None and responses.shape[1] != num_responses:
+        wanted = {0: "prompts alone", 1: "demonstrations, with one response", 2: "pairs, with two responses"}
         raise UserError(
-            f"a row has {longest} tokens, but the model has {model.model.decoder.max_positions} positions: read the "
-            "rows with a smaller max_prompt_tokens or max_response_tokens"
+            f"the rows must be {wanted[num_responses]}; these have {responses.shape[1]} responses: see read_pairs, "
+            "read_demonstrations and read_prompts"
         )
+    check_lengths(np.asarray(rows.prompt_len) + (responses.max(1) if responses.size else 0) + new_tokens, model)
+
+
+def check_lengths(length: np.ndarray, model: LoadedModel) -> None:
+    """Raises UserError if a row of these lengths, in tokens, is longer than the model has positions."""
+    positions = model.model.decoder.max_positions
+    if len(length) and int(length.max()) > positions:
+        raise UserError(
+            f"a row takes {int(length.max())} tokens, but the model has {positions} positions: give the reader of the "
+            "rows a smaller max_prompt_tokens or max_response_tokens, or sample fewer new tokens"
+        )
+
+
+def check_same_tokens(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, what: str) -> None:
+    """Raises UserError if two tokenizers give other ids: a model would read other text than was written."""
+    if one is not other and one.get_vocab() != other.get_vocab():
+        raise UserError(f"{what} have different tokenizers: their token ids differ")
 
 
 def load(
@@ -143,15 +187,32 @@ def _load(
 
 
 def save(
-    model: LoadedModel, folder: str | Path, *, dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    model: LoadedModel,
+    folder: str | Path,
+    *,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    overwrite: bool = False,
 ) -> None:
     """Writes a Hugging Face folder that transformers and `load` can read: config.json, safetensors, tokenizer.
 
+    The folder is written beside its place and renamed into it, so it never looks finished before it is.
+
+    Args:
+      overwrite: whether a model that is already there is replaced.
+
     Raises:
-      UserError: if the folder exists and is not empty.
+      UserError: if the folder exists and is not empty, unless `overwrite` is set and it holds a model.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} exists and is not empty: name a new folder")
+    taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    if taken and not (overwrite and (folder / "config.json").is_file()):
+        hint = "" if overwrite else ", or set overwrite=True"
+        raise UserError(f"{folder} exists and is not empty: name a new folder{hint}")
+    partial = folder.with_name(f".{folder.name}.partial")
+    if is_main():
+        shutil.rmtree(partial, ignore_errors=True)
     with jax.set_mesh(model.mesh):
-        loading.save(folder, model.model, model.params, model.tokenizer, dtype=dtype)
+        loading.save(partial, model.model, model.params, model.tokenizer, dtype=dtype)
+    if is_main():
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)

@@ -9,17 +9,23 @@ import numpy as np
 import optax
 
 from mpo_jax.config.schema import PpoConfig
+from mpo_jax.config.suggestion import suggest
 from mpo_jax.data.batches import Batch
+from mpo_jax.errors import UserError
 from mpo_jax.models.generate import Sampling, make_generate
 from mpo_jax.runtime.seeds import stage_key
 from mpo_jax.runtime.sharding import place_batch, replicated
 from mpo_jax.stages.ppo.compiled import make_score, named
 from mpo_jax.stages.ppo.objective import actor_objective, critic_objective
 from mpo_jax.stages.ppo.settings import Method
-from mpo_jax.tools.api.models import LoadedModel, check_rows
-from mpo_jax.tools.api.trainers import Measures
+from mpo_jax.tools.api.models import LoadedModel, check_rows, check_same_tokens
+from mpo_jax.tools.api.trainers import Measures, check_trains, checked
 from mpo_jax.training.update import init_state, jit_update
 from mpo_jax.types import Params, PpoBatch, PromptBatch, merge, trainable
+
+OPTIONS = ("score_clip", "reward_at", "greedy")
+EXTRAS = ("whiten_advantages", "whiten_rewards", "missing_eos", "missing_eos_penalty")
+"""Further keys of the sections `ppo` and `ppo.extras`: those that an iteration here honours."""
 
 
 class Ppo:
@@ -35,7 +41,8 @@ class Ppo:
       epochs: number of updates per iteration on its samples.
       max_new_tokens: maximum response length; None: the policy's `text.max_response_tokens`.
       seed: random seed; a sample depends only on prompt, seed and visit.
-      options: other keys of the `ppo` section, such as score_clip, reward_at or extras (configs/README.md).
+      options: score_clip, reward_at, greedy, whiten_advantages, whiten_rewards, missing_eos and missing_eos_penalty, as
+        the keys of the sections `ppo` and `ppo.extras` (configs/README.md).
     """
 
     def __init__(
@@ -58,17 +65,28 @@ class Ppo:
         seed: int = 0,
         **options: Any,
     ):
-        config = PpoConfig.model_validate({
-            **options, "kl": {"coef": kl_coef}, "gamma": gamma, "gae_lambda": gae_lambda, "clip_eps": clip_eps,
+        policy.check_head("lm", "policy")
+        reward.check_head("value", "reward")
+        (reference or policy).check_head("lm", "reference")
+        check_trains(policy)
+        check_same_tokens(policy.tokenizer, reward.tokenizer, "policy and reward model")
+        if policy.mesh != reward.mesh:
+            raise UserError("policy and reward model lie on different meshes: load both with the same mesh")
+        if unknown := options.keys() - {*OPTIONS, *EXTRAS}:
+            name = sorted(unknown)[0]
+            raise UserError(f"Ppo has no option {name}{suggest(name, [*OPTIONS, *EXTRAS])}")
+        config = checked(PpoConfig, {
+            **{name: value for name, value in options.items() if name in OPTIONS},
+            "extras": {name: value for name, value in options.items() if name in EXTRAS},
+            "kl": {"coef": kl_coef}, "gamma": gamma, "gae_lambda": gae_lambda, "clip_eps": clip_eps,
             "value_clip_eps": value_clip_eps, "temperature": temperature, "epochs": epochs,
             "train": {"batch_size": accumulation, "accumulation": accumulation},
         })  # fmt: skip
         self.method, mesh = Method.of(config), policy.mesh
         self._start, self._reference, self._reward = policy, reference or policy, reward
         codec = policy.codec
-        sampling = Sampling(
-            max_new_tokens or policy.text.max_response_tokens, temperature=temperature, greedy=config.greedy
-        )
+        self._new_tokens = max_new_tokens or policy.text.max_response_tokens
+        sampling = Sampling(self._new_tokens, temperature=temperature, greedy=config.greedy)
         update = partial(jit_update, mesh=mesh, accumulation=accumulation)
         with jax.set_mesh(mesh):
             # master parameters are float32, whatever type the reward model is stored in
@@ -102,7 +120,7 @@ class Ppo:
         rows, visit = (batch.rows, batch.epoch) if isinstance(batch, Batch) else (batch, None)
         visit = np.zeros(len(rows.prompt_len), np.uint32) if visit is None else visit
         mesh = self._start.mesh
-        check_rows(rows, self._start)
+        check_rows(rows, self._start, num_responses=0, new_tokens=self._new_tokens)
         with jax.set_mesh(mesh):
             rows, visit = place_batch((rows, visit), mesh)
             joined, has_eos = self.generate(self.params, rows, self._key, visit, self._allowed_V)

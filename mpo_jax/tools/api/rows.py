@@ -43,37 +43,46 @@ class Batches:
         return self.count
 
     def __getitem__(self, k: int) -> Batch:
+        if not 0 <= k < self.count:
+            raise IndexError(f"batch {k} of {self.count}")
         return self.source[k]
 
     def __iter__(self) -> Iterator[Batch]:
         return map(self.source.__getitem__, range(self.count))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Rows:
     """Tokenized rows with their texts.
 
     Attributes:
-      prompts: prompts as the model reads them.
+      prompts: prompts before the template; `examples` holds what the model reads.
       responses: responses of each row, the same number in all: (chosen, rejected), (response,) or ().
       report: counts of rows read and dropped.
+      tokenizer: what the ids belong to.
     """
 
     prompts: Sequence[str]
     responses: Sequence[tuple[str, ...]]
     examples: Sequence[Example]
     report: DataReport
+    tokenizer: PreTrainedTokenizerBase
 
     def __len__(self) -> int:
         return len(self.examples)
 
+    def __repr__(self) -> str:
+        return f"<{len(self)} {type(self).__name__.lower()} from {self.report.source}>"
+
     def take(self: Self, index: Sequence[int] | np.ndarray) -> Self:
-        """The rows with these indices."""
+        """The rows with these indices, or where a mask of booleans is True."""
+        index = np.asarray(index)
+        index = np.flatnonzero(index) if index.dtype == bool else index
         changed: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             values = getattr(self, field.name)
             if isinstance(values, np.ndarray):
-                changed[field.name] = values[np.asarray(index, np.int64)]
+                changed[field.name] = values[index.astype(np.int64)]
             elif isinstance(values, Sequence):
                 changed[field.name] = [values[int(i)] for i in index]
         return dataclasses.replace(self, **changed)
@@ -84,15 +93,20 @@ class Rows:
         """Batches of `batch_size` rows over all devices.
 
         Args:
-          epochs: number of passes over the rows; an incomplete last batch is filled from the next pass.
+          epochs: number of passes over the rows. A batch that a pass does not fill continues with the next pass;
+            what is left of the last pass is not used. There is one batch at least.
           length_buckets: maximum number of widths that batches are padded to; each compiles once.
         """
+        if batch_size < 1 or epochs <= 0 or length_buckets < 1:
+            raise UserError(
+                f"batch_size={batch_size}, epochs={epochs} and length_buckets={length_buckets} must be positive"
+            )
         buckets = Buckets.of(self.examples, length_buckets)
         source = TrainBatches(self.examples, buckets, batch_size, seed, shuffle)
         return Batches(source, num_steps(len(self), epochs=epochs, steps=None, batch_size=batch_size))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Pairs(Rows):
     """Preference rows; the first response is the chosen one.
 
@@ -142,14 +156,14 @@ def read_pairs(source: Given, tokenizer: PreTrainedTokenizerBase, **options: Any
     readers, codec, text = _open(source, tokenizer, options)
     rows, report = readers.preferences(text)
     texts = [(row.prompt, (row.chosen, row.rejected)) for row in _some(rows, report)]
-    return Pairs(*_tokenized(codec, texts), report)
+    return Pairs(*_tokenized(codec, texts), report, tokenizer)
 
 
 def read_demonstrations(source: Given, tokenizer: PreTrainedTokenizerBase, **options: Any) -> Rows:
     """Reads rows {prompt, response} to imitate; options as for `read_pairs`."""
     readers, codec, text = _open(source, tokenizer, options)
     rows, report = readers.demonstrations(text)
-    return Rows(*_tokenized(codec, [(row.prompt, (row.response,)) for row in _some(rows, report)]), report)
+    return Rows(*_tokenized(codec, [(row.prompt, (row.response,)) for row in _some(rows, report)]), report, tokenizer)
 
 
 def read_prompts(source: Given, tokenizer: PreTrainedTokenizerBase, **options: Any) -> Rows:
@@ -157,7 +171,7 @@ def read_prompts(source: Given, tokenizer: PreTrainedTokenizerBase, **options: A
     readers, codec, text = _open(source, tokenizer, options)
     rows, report = readers.prompts(text)
     prompts, responses, examples = _tokenized(codec, [(row.prompt, ()) for row in _some(rows, report)])
-    return Rows(prompts, responses, number_visits(examples), report)
+    return Rows(prompts, responses, number_visits(examples), report, tokenizer)
 
 
 def _open(

@@ -3,22 +3,28 @@
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar, get_args
 
 import jax
 import optax
+from pydantic import ValidationError
 
-from mpo_jax.config.schema import DpoConfig
+from mpo_jax.config.registry import PREFERENCE_LOSSES
+from mpo_jax.config.schema import DpoConfig, Section
+from mpo_jax.config.suggestion import suggest
 from mpo_jax.data.batches import Batch
+from mpo_jax.errors import UserError
 from mpo_jax.models import forward, loading
 from mpo_jax.runtime.sharding import place_batch
 from mpo_jax.stages import dpo, reward, sft
 from mpo_jax.stages.dpo import DpoBatch
 from mpo_jax.stages.preference import PreferenceLoss
-from mpo_jax.tools.api.models import LoadedModel, check_rows
+from mpo_jax.tools.api.models import LoadedModel, check_rows, check_same_tokens
 from mpo_jax.training.tracker import add_up, mean_values
 from mpo_jax.training.update import Objective, init_state, jit_update
 from mpo_jax.types import Params, PromptBatch, TrainState
+
+S = TypeVar("S", bound=Section)
 
 
 class Measures(Mapping[str, float]):
@@ -52,15 +58,18 @@ class Trainer:
 
     Attributes:
       start: initial model; its parameters are not modified.
-      state: current training state; `fit(trainer.state, trainer.update, batches)` advances it.
+      state: current training state; after `fitted = fit(trainer.state, trainer.update, batches)` set it to
+        `fitted.state`, since a step donates the state that it is given.
       compiled: jitted function (state, batch, frozen) -> (state, metrics).
       prepare: function from a batch on the mesh to the objective's input.
+      num_responses: responses that each row must have; None: any number.
     """
 
     start: LoadedModel
     state: TrainState
     compiled: Callable[..., Any]
     prepare: Callable[[PromptBatch], Any] = lambda rows: rows
+    num_responses: int | None = None
 
     def step(self, batch: Batch | PromptBatch) -> Measures:
         """Makes one update; if the loss or gradient is not finite, it is skipped and counted as `skipped`."""
@@ -71,7 +80,7 @@ class Trainer:
         """The step as a function of the state, which is donated; for `fit` or a custom loop."""
         rows = batch.rows if isinstance(batch, Batch) else batch
         mesh = self.start.mesh
-        check_rows(rows, self.start)
+        check_rows(rows, self.start, num_responses=self.num_responses)
         with jax.set_mesh(mesh):
             return self.compiled(state, self.prepare(place_batch(rows, mesh)), self.start.params["frozen"])
 
@@ -93,25 +102,51 @@ def train(
     *,
     accumulation: int = 1,
     prepare: Callable[[PromptBatch], Any] = lambda rows: rows,
+    num_responses: int | None = None,
 ) -> Trainer:
     """A trainer for any objective (tree, batch) -> (terms, metrics) with any optax transformation.
 
     Args:
       accumulation: number of micro-batches per update.
       prepare: function from a batch on the mesh to the objective's input.
+      num_responses: responses that each row must have; None: any number.
+
+    Raises:
+      UserError: if the model is frozen.
     """
+    check_trains(model)
     trainable = model.params["trainable"]
-    if not trainable:
-        raise ValueError("the model is frozen: load it without frozen=True to train it")
+    if accumulation < 1:
+        raise UserError(f"accumulation={accumulation} must be at least 1")
     with jax.set_mesh(model.mesh):
         state = init_state(model.params, optimizer, model.mesh)
         compiled = jit_update(objective, optimizer, trainable, model.mesh, accumulation=accumulation)
-    return Trainer(model, state, compiled, prepare)
+    return Trainer(model, state, compiled, prepare, num_responses)
+
+
+def check_trains(model: LoadedModel) -> None:
+    """Raises UserError if the model has no parameters that train."""
+    if not model.params["trainable"]:
+        raise UserError("the model is frozen: load it with frozen=False to train it")
+
+
+def checked(section: type[S], given: Mapping[str, Any]) -> S:
+    """A configuration section from arguments.
+
+    Raises:
+      UserError: for a value that the section refuses, with the argument's name.
+    """
+    try:
+        return section.model_validate(dict(given))
+    except ValidationError as error:
+        problems = (f"{'.'.join(map(str, p['loc']))}: {p['msg'].removeprefix('Value error, ')}" for p in error.errors())
+        raise UserError("; ".join(problems)) from error
 
 
 def Sft(model: LoadedModel, *, optimizer: optax.GradientTransformation, accumulation: int = 1) -> Trainer:
     """Supervised fine-tuning on rows with one response; the loss is its NLL in nats per token, EOS included."""
-    return train(model, partial(sft.objective, model.model), optimizer, accumulation=accumulation)
+    model.check_head("lm", "model")
+    return train(model, partial(sft.objective, model.model), optimizer, accumulation=accumulation, num_responses=1)
 
 
 def Reward(
@@ -128,10 +163,15 @@ def Reward(
       loss: "last_token" for the scores of the last tokens, or "ds_span" for DeepSpeed-Chat's loss over the tokens where
         the sides differ.
     """
-    if "score" not in model.params["trainable"]:
+    check_trains(model)
+    if loss not in get_args(reward.Loss):
+        raise UserError(f"loss={loss!r} is no reward loss{suggest(loss, list(get_args(reward.Loss)))}")
+    if model.head == "lm":
         with jax.set_mesh(model.mesh):
             model = model.with_params(loading.with_value_head(model.model, model.params, model.mesh))
-    return train(model, partial(reward.objective, model.model, loss), optimizer, accumulation=accumulation)
+    return train(
+        model, partial(reward.objective, model.model, loss), optimizer, accumulation=accumulation, num_responses=2
+    )
 
 
 def Dpo(
@@ -156,15 +196,22 @@ def Dpo(
       nll_coef: weight of the chosen response's NLL per token.
       reference: reference model; None: the initial policy.
     """
-    settings = DpoConfig.model_validate({
-        "loss": loss, "beta": beta, "loss_options": dict(loss_options or {}), "length_normalised": length_normalised,
-    })  # fmt: skip
+    policy.check_head("lm", "policy")
+    if loss not in PREFERENCE_LOSSES:
+        raise UserError(f"loss={loss!r} is no preference loss{suggest(loss, [*PREFERENCE_LOSSES])}")
+    # options that are keys of `dpo` themselves have that key's bounds
+    options = dict(loss_options or {})
+    shared = {name: options.pop(name) for name in ("label_smoothing",) if name in options}
+    given = {"loss": loss, "beta": beta, "loss_options": options, "nll_coef": nll_coef, **shared}
+    settings = checked(DpoConfig, given | {"length_normalised": length_normalised})
     preference = PreferenceLoss.of(settings)
     reference = policy if reference is None else reference
+    reference.check_head("lm", "reference")
+    check_same_tokens(policy.tokenizer, reference.tokenizer, "policy and reference")
     logps = forward.make_response_logps(reference.model, policy.mesh)
 
     def prepare(rows: PromptBatch) -> DpoBatch:
         return DpoBatch(rows, logps(reference.params, rows) if preference.needs_reference else None)
 
     objective = partial(dpo.objective, policy.model, preference, nll_coef)
-    return train(policy, objective, optimizer, accumulation=accumulation, prepare=prepare)
+    return train(policy, objective, optimizer, accumulation=accumulation, prepare=prepare, num_responses=2)

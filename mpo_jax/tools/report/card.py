@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from mpo_jax.config.load import load_config, to_yaml
+from mpo_jax.config.load import read_record, to_yaml
 from mpo_jax.config.schema import Config
 from mpo_jax.pipeline.artifacts import RECIPE
 from mpo_jax.pipeline.experiments import Variant, is_run
@@ -77,7 +77,7 @@ def trained_config(model: Path) -> Config | None:
     """
     exported = model / CONFIG_FILE
     if exported.is_file():
-        return load_config(exported)
+        return read_record(exported)
     stage = model.resolve().parent
     return None if _manifest(stage) is None else _stage_config(stage, _run_of(stage)[1])
 
@@ -85,7 +85,7 @@ def trained_config(model: Path) -> Config | None:
 def _stage_config(stage: Path, run: Path | None) -> Config | None:
     """A run that used a stage has its settings; a stage that trained has them too."""
     kept = [path for path in (run / "config.yaml" if run else None, stage / "config.yaml") if path]
-    return next((load_config(path) for path in kept if path.is_file()), None)
+    return next((read_record(path) for path in kept if path.is_file()), None)
 
 
 def _manifest(stage: Path) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mpo_jax.config.load import load_config
+from mpo_jax.config.load import read_record
 from mpo_jax.config.schema import Config, SelectConfig
 from mpo_jax.errors import UserError
 from mpo_jax.evaluation.answers import CATEGORY, SAMPLES
@@ -157,7 +157,7 @@ class RunResult:
     @cached_property
     def config(self) -> Config:
         """The resolved configuration, with the run's own split in the section `select`."""
-        return load_config(self.folder / "config.yaml")
+        return read_record(self.folder / "config.yaml")
 
     @property
     def experiment(self) -> str:
