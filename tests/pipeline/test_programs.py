@@ -21,6 +21,7 @@ from mpo_jax.models.hf import families
 from mpo_jax.pipeline import table
 from mpo_jax.pipeline.stages import STAGES, count_rows, stage_shapes
 from mpo_jax.pipeline.table import Cost, TableStage
+from mpo_jax.runtime.timing import Matmul
 from mpo_jax.stages import sampling
 from mpo_jax.stages.context import Inputs
 from mpo_jax.stages.stage import Program
@@ -170,8 +171,10 @@ def test_it_runs_as_often_as_is_said(ran):
 def test_a_table_s_estimate_adds_up_these_calls(ran, request, monkeypatch):
     """At an operation a second, so that seconds are operations: as many as the calls that were counted need."""
     overrides = CONFIGURATIONS[request.node.callspec.params["ran"]]
-    monkeypatch.setattr(table, "product_flops", lambda dtype: 1 / table.SHARE_OF_PEAK)
-    cost = Cost(load_config(MICRO, overrides))
+    config = load_config(MICRO, overrides)
+    rate = 1 / (table.SHARE_OF_PEAK * config.mesh.num_devices)
+    monkeypatch.setattr(table, "time_matmul", lambda dtype: Matmul(1, rate, True))
+    cost = Cost(config)
     for one in ran:
         planned = TableStage(0, one.stage, one.recipe, (one.stage, one.stage), [one.stage], None)
         expected = 0.0
