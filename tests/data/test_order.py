@@ -113,7 +113,7 @@ def test_without_shuffling_no_lengths_are_brought_together():
 
 def mixed(count: int, size: int, seed: int = 0, share: int = 3) -> TrainBatches:
     """Every share-th example is long."""
-    examples = [Example([i] * (16 if i % share == 0 else 4), [[i]], (float(i),)) for i in range(count)]
+    examples = [Example([i] * (16 if i % share == 0 else 4), [[i]]) for i in range(count)]
     return TrainBatches(examples, Buckets((SHORT, LONG)), size, seed)
 
 
