@@ -18,6 +18,7 @@ from mpo_jax.models.forward import Model
 from mpo_jax.models.generate import Sampling, make_generate
 from mpo_jax.models.spec import LayerSpec, RopeScaling, shortest_pattern
 from mpo_jax.runtime.sharding import place_batch
+from mpo_jax.types import frozen
 from tests.models.tiny import (
     DECODER,
     FAST,
@@ -236,7 +237,9 @@ def test_greedy_samples_are_the_full_forwards_argmax():
     params, joined = random_params(config), batch([5, 1, 7], [[1], [1], [1]])
     prompts = dataclasses.replace(joined, response=joined.response[..., :0], response_len=0 * joined.response_len)
     sample = make_generate(Model(config), Sampling(max_new_tokens=20, greedy=True), -1, mesh_of(1, 1, 1))
-    drawn, _ = sample(params, prompts, jax.random.key(0), np.zeros(3, np.int32), jnp.ones(config.vocab_size, bool))
+    drawn, _ = sample(
+        frozen(params), prompts, jax.random.key(0), np.zeros(3, np.int32), jnp.ones(config.vocab_size, bool)
+    )
     tokens = forward.join(drawn)
     logits = np.asarray(all_logits(Model(config), params, tokens))
     before = np.asarray(forward.predecessor(tokens))[:, tokens.scored_from :]
