@@ -192,9 +192,7 @@ def test_sigterm_saves_after_the_step_at_hand(tmp_path):
     options = {"steps": 9, "log_every": 4, "checkpoint_every": 5}
     before = signal.getsignal(signal.SIGTERM)
     whole, _ = run_fit(tmp_path / "whole", **options)
-    with pytest.raises(
-        Preempted, match="terminated; a checkpoint of step 3 is saved; the same command resumes"
-    ) as end:
+    with pytest.raises(Preempted, match="terminated; a checkpoint of step 3 is saved; the same command resumes") as end:
         run_fit(tmp_path / "ended", **options, at=lambda k: k == 2 and signal.raise_signal(signal.SIGTERM))
     assert end.value.step == 3 and signal.getsignal(signal.SIGTERM) == before
     made = []
