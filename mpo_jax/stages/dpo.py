@@ -12,16 +12,16 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from mpo_jax.config.schema import Config, OptimConfig, Section, TextConfig
-from mpo_jax.data.batches import Batch, Buckets, map_batches
+from mpo_jax.data.batches import Batch
 from mpo_jax.data.pair_table import PairTable
 from mpo_jax.data.records import Preference
 from mpo_jax.data.text import TextCodec
 from mpo_jax.data.tokens import Example
+from mpo_jax.evaluation.scoring import score_examples
 from mpo_jax.losses import chosen_nll_loss
 from mpo_jax.models import forward, loading
 from mpo_jax.models.forward import Model
 from mpo_jax.models.hf.tokenizer import load_tokenizer
-from mpo_jax.runtime.sharding import place_batch
 from mpo_jax.stages.context import Context
 from mpo_jax.stages.fitting import (
     calls,
@@ -191,17 +191,14 @@ def _reference_logps(
     if not settings.loss.needs_reference:
         return [None for _ in sets]
     model, params = context.load(reference.model, settings.numerics, settings.text, frozen=True)
-    logps = forward.make_response_logps(model, context.mesh)
-
-    def measure(batch: PromptBatch) -> Any:
-        return logps(params, place_batch(batch, context.mesh))
 
     def of(examples: Sequence[Example]) -> np.ndarray | None:
         if not examples:
             return None
-        buckets = Buckets.of(examples, settings.text.length_buckets)
-        found = map_batches(examples, buckets, settings.train.batch_size, measure, models=str(reference.model))
-        return np.asarray(found, np.float32)
+        return score_examples(
+            model, params, examples, head="lm", batch_size=settings.train.batch_size,
+            length_buckets=settings.text.length_buckets, mesh=context.mesh, name=str(reference.model),
+        )  # fmt: skip
 
     return [of(examples) for examples in sets]
 

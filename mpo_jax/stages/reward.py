@@ -11,10 +11,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from mpo_jax.config.schema import ArchitectureConfig, Config, OptimConfig, Section, TextConfig
-from mpo_jax.data.batches import Buckets, map_batches
 from mpo_jax.data.text import TextCodec
 from mpo_jax.errors import UserError
 from mpo_jax.evaluation.calibration import accuracy_by_gap, against_truth, write_gaps
+from mpo_jax.evaluation.scoring import score_examples
 from mpo_jax.evaluation.verdicts import rate
 from mpo_jax.losses import bradley_terry_loss, span_reward_loss
 from mpo_jax.models import forward, loading
@@ -22,7 +22,7 @@ from mpo_jax.models.forward import Model
 from mpo_jax.models.hf.hub import local_model
 from mpo_jax.models.hf.tokenizer import load_tokenizer
 from mpo_jax.runtime.processes import is_main
-from mpo_jax.runtime.sharding import check_batch, place_batch
+from mpo_jax.runtime.sharding import check_batch
 from mpo_jax.runtime.stage_warnings import warn
 from mpo_jax.stages.context import Context
 from mpo_jax.stages.fitting import (
@@ -210,14 +210,11 @@ def _measure(settings: Settings, context: Context, model: Model, params: Params,
         return {"held_out_accuracy": None, "accuracy_by_gap": None}
     rows = [(row.prompt, (row.chosen, row.rejected)) for row in corpus.reward_test]
     held_out, _ = context.tokenize(codec, rows)
-    score = forward.make_score_pairs(model, context.mesh)
-    score_BN = map_batches(
-        held_out,
-        Buckets.of(held_out, settings.text.length_buckets),
-        settings.batch_size,
-        lambda batch: score(params, place_batch(batch, context.mesh)),
-        models=context.inputs.reward_model or str(context.folder / "model"),
-    )
+    score_BN = score_examples(
+        model, params, held_out, head="value", batch_size=settings.batch_size,
+        length_buckets=settings.text.length_buckets, mesh=context.mesh,
+        name=str(context.inputs.reward_model or context.folder / "model"),
+    )  # fmt: skip
     gap = score_BN[:, 0] - score_BN[:, 1]
     accuracy = rate(int((gap > 0).sum()), len(gap))
     assert accuracy is not None

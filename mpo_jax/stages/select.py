@@ -10,19 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpo_jax.config.schema import Config, Section, TextConfig
-from mpo_jax.data.batches import Buckets, map_batches
 from mpo_jax.data.corpus import Corpus
 from mpo_jax.data.pair_table import Border, PairTable
 from mpo_jax.data.text import TextCodec
 from mpo_jax.data.tokens import Example, number_visits
 from mpo_jax.evaluation.calibration import accuracy_by_gap, against_truth
+from mpo_jax.evaluation.scoring import score_examples
 from mpo_jax.models import forward
 from mpo_jax.models.generate import Sampling
 from mpo_jax.models.hf.tokenizer import load_tokenizer
 from mpo_jax.runtime.console import console
 from mpo_jax.runtime.processes import is_main
 from mpo_jax.runtime.seeds import stage_key
-from mpo_jax.runtime.sharding import check_batch, place_batch
+from mpo_jax.runtime.sharding import check_batch
 from mpo_jax.selection import rank, split
 from mpo_jax.stages.context import Context
 from mpo_jax.stages.fitting import calls, scoring_program
@@ -89,14 +89,10 @@ def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -
     reward_model, reward_params = context.load(
         reward.model, settings.numerics, settings.text, head="value", frozen=True
     )
-    score = forward.make_score_pairs(reward_model, context.mesh)
-    score_BN = map_batches(
-        examples,
-        Buckets.of(examples, settings.text.length_buckets),
-        settings.batch_size,
-        lambda batch: score(reward_params, place_batch(batch, context.mesh)),
-        models=str(reward.model),
-    )
+    score_BN = score_examples(
+        reward_model, reward_params, examples, head="value", batch_size=settings.batch_size,
+        length_buckets=settings.text.length_buckets, mesh=context.mesh, name=str(reward.model),
+    )  # fmt: skip
     table = _table(prompts, examples, score_BN, labels, codec, corpus)
     if is_main():
         table.write(context.folder)

@@ -9,13 +9,12 @@ import jax
 import numpy as np
 
 from mpo_jax.data import hh, records
-from mpo_jax.data.batches import Buckets, map_batches
 from mpo_jax.data.sources import Row, Source, open_source
 from mpo_jax.data.tokens import Example, TokenReport, tokenize
 from mpo_jax.errors import UserError
 from mpo_jax.evaluation.answers import SHOWN
-from mpo_jax.models import forward
-from mpo_jax.runtime.sharding import check_batch, place_batch
+from mpo_jax.evaluation.scoring import score_examples
+from mpo_jax.runtime.sharding import check_batch
 from mpo_jax.tools.opening import OpenModel
 
 
@@ -127,12 +126,7 @@ def _values(opened: OpenModel, examples: list[Example], batch_size: int) -> np.n
     config, mesh, head = opened.config, opened.mesh, opened.source.head
     with jax.set_mesh(mesh):
         model, params = opened.load(head)
-        function = (forward.make_score_pairs if head == "value" else forward.make_response_logps)(model, mesh)
-        buckets = Buckets.of(examples, config.text.length_buckets)
-        return map_batches(
-            examples,
-            buckets,
-            batch_size,
-            lambda batch: function(params, place_batch(batch, mesh)),
-            models=str(opened.path),
-        )
+        return score_examples(
+            model, params, examples, head=head, batch_size=batch_size, length_buckets=config.text.length_buckets,
+            mesh=mesh, name=str(opened.path),
+        )  # fmt: skip

@@ -7,14 +7,13 @@ import jax
 import numpy as np
 
 from mpo_jax import selection
-from mpo_jax.data.batches import Buckets, map_batches
 from mpo_jax.data.tokens import number_visits, tokenize
 from mpo_jax.errors import UserError
 from mpo_jax.evaluation.sampling import sample_examples
-from mpo_jax.models import forward
+from mpo_jax.evaluation.scoring import score_examples
 from mpo_jax.models.generate import Sampling
 from mpo_jax.runtime.seeds import stage_key
-from mpo_jax.runtime.sharding import check_batch, place_batch
+from mpo_jax.runtime.sharding import check_batch
 from mpo_jax.tools.api.models import LoadedModel, check_lengths, check_same_tokens
 from mpo_jax.tools.api.rows import Pairs, Rows
 
@@ -78,17 +77,11 @@ def score(model: LoadedModel, rows: Rows, *, batch_size: int = 8) -> np.ndarray:
         raise UserError("these rows have no responses to score: see read_pairs and read_demonstrations")
     longest = [len(example.prompt) + max(map(len, example.responses)) for example in rows.examples]
     check_lengths(np.asarray(longest), model)
-    function = (forward.make_score_pairs if model.head == "value" else forward.make_response_logps)(
-        model.model, model.mesh
-    )
     with jax.set_mesh(model.mesh):
-        return map_batches(
-            rows.examples,
-            Buckets.of(rows.examples, model.text.length_buckets),
-            batch_size,
-            lambda batch: function(model.params, place_batch(batch, model.mesh)),
-            models="the model",
-        )
+        return score_examples(
+            model.model, model.params, rows.examples, head=model.head, batch_size=batch_size,
+            length_buckets=model.text.length_buckets, mesh=model.mesh,
+        )  # fmt: skip
 
 
 def select(

@@ -11,7 +11,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mpo_jax.config.schema import Config
-from mpo_jax.data.batches import Buckets, map_batches
 from mpo_jax.data.chat import Chat
 from mpo_jax.data.records import Renderer, user_turn
 from mpo_jax.data.sources import fingerprint_files
@@ -19,10 +18,10 @@ from mpo_jax.data.text import TextCodec
 from mpo_jax.data.tokens import tokenize
 from mpo_jax.evaluation.answers import Pair
 from mpo_jax.evaluation.sampling import sample_texts
-from mpo_jax.models import forward, loading
+from mpo_jax.evaluation.scoring import score_examples
+from mpo_jax.models import loading
 from mpo_jax.models.generate import Sampling
 from mpo_jax.runtime.seeds import stage_key
-from mpo_jax.runtime.sharding import place_batch
 from mpo_jax.tools.judge.cache import content_key
 from mpo_jax.tools.judge.calls import Call, Done, Failure, Reply
 
@@ -120,19 +119,12 @@ def reward_totals(
         rows.append((codec.templated(prompt), tuple(replies)))
     codec = TextCodec(codec.tokenizer, config.text.model_copy(update={"prompt_template": "{prompt}"}))
     examples, report = tokenize(codec, rows, cache=config.runtime.token_cache_folder)
-    count = 0
     with jax.set_mesh(mesh):
         model, params = loading.load(
             path, loading.Options.of(config.model), mesh, text=config.text, head="value", frozen=True
         )
-        score = forward.make_score_pairs(model, mesh)
-
-        def measure(batch: Any) -> Any:
-            nonlocal count
-            count += 1
-            progress(count)
-            return score(params, place_batch(batch, mesh))
-
-        buckets = Buckets.of(examples, config.text.length_buckets)
-        scores = map_batches(examples, buckets, config.evaluate.batch_size, measure, models=str(path))
+        scores = score_examples(
+            model, params, examples, head="value", batch_size=config.evaluate.batch_size,
+            length_buckets=config.text.length_buckets, mesh=mesh, name=str(path), progress=progress,
+        )  # fmt: skip
     return np.asarray(scores, np.float64), report.to_dict()
