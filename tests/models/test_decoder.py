@@ -14,7 +14,16 @@ from flax.traverse_util import flatten_dict
 from mpo_jax.models import attention, decoder, forward
 from mpo_jax.models.decoder import MLP, PARAM_AXES, Block, RMSNorm, ValueHead
 from mpo_jax.models.spec import LayerSpec, RopeScaling
-from tests.models.tiny import DECODER, RECORDED, batch, close, load_folder, random_params, with_layers
+from tests.models.tiny import (
+    DECODER,
+    RECORDED,
+    batch,
+    check_cached_decoding,
+    close,
+    load_folder,
+    random_params,
+    with_layers,
+)
 
 SPEC = LayerSpec()
 GEMMA = LayerSpec(scale=0.3, soft_cap=1.5, activation="gelu_tanh")
@@ -224,26 +233,7 @@ def test_grouped_queries_equal_repeated_heads():
 def test_decoding_with_a_cache_equals_the_full_forward(name):
     """Token by token behind prompts of several lengths, with garbage in the slots still to be written."""
     config, params = load_folder(RECORDED / name)
-    model, (P, S) = forward.Model(config), (9, 8)
-    joined = batch([4, 9, 1], [[8], [8], [8]], width=(P, S))
-    wanted = jax.jit(forward.hidden_states, static_argnums=0)(model, params, forward.join(joined))
-    prompts = dataclasses.replace(joined, response=joined.response[..., :0], response_len=0 * joined.response_len)
-    hidden, cache = jax.jit(forward.prefill, static_argnums=0)(model, params, forward.join(prompts))
-    prompt_len = jnp.asarray(joined.prompt_len)
-    for row, length in enumerate(joined.prompt_len):
-        close(hidden[row, :length], wanted[row, :length], atol=1e-4)
-    half = S // 2
-    cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, half), (0, 0)), constant_values=50.0), cache)
-    recent = jax.tree.map(lambda x: jnp.full_like(x[:, :, :half], 50.0), cache)
-    weights = forward.for_decoding(model, params)
-    step = jax.jit(forward.decode_step, static_argnums=0)
-    for t in range(S):
-        if t == half:
-            cache = jax.tree.map(lambda old, new: old.at[:, :, P:].set(new), cache, recent)
-        stored, slot = jnp.full(3, t // half * half), jnp.asarray(t % half)
-        visible = forward.visible_slots(model, prompt_len, (P, half, half), stored, slot)
-        out, recent = step(model, weights, joined.response[:, 0, t], prompt_len + t, cache, recent, visible, slot)
-        close(out, wanted[:, P + t], rtol=1e-4, atol=1e-4)
+    check_cached_decoding(forward.Model(config), params, batch([4, 9, 1], [[8], [8], [8]], width=(9, 8)))
 
 
 @pytest.mark.parametrize("window", [1, 3, 5])

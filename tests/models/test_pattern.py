@@ -24,6 +24,7 @@ from tests.models.tiny import (
     FAST,
     RECORDED,
     batch,
+    check_cached_decoding,
     close,
     load_folder,
     mesh_of,
@@ -203,26 +204,7 @@ def test_devices_change_nothing():
 def test_decoding_with_a_cache_equals_the_full_forward(case):
     """Teacher-forced behind prompts of several lengths, with garbage in the slots still to be written."""
     config, params, _ = case
-    model, (P, S) = Model(config), (7, 8)
-    joined = batch([4, 7, 1], [[8], [8], [8]], width=(P, S))
-    wanted = jax.jit(forward.hidden_states, static_argnums=0)(model, params, forward.join(joined))
-    prompts = dataclasses.replace(joined, response=joined.response[..., :0], response_len=0 * joined.response_len)
-    hidden, cache = jax.jit(forward.prefill, static_argnums=0)(model, params, forward.join(prompts))
-    prompt_len = jnp.asarray(joined.prompt_len)
-    for row, length in enumerate(joined.prompt_len):
-        close(hidden[row, :length], wanted[row, :length], atol=1e-4)
-    half = S // 2
-    cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, half), (0, 0)), constant_values=50.0), cache)
-    recent = jax.tree.map(lambda x: jnp.full_like(x[:, :, :half], 50.0), cache)
-    weights = forward.for_decoding(model, params)
-    step = jax.jit(forward.decode_step, static_argnums=0)
-    for t in range(S):
-        if t == half:
-            cache = jax.tree.map(lambda old, new: old.at[:, :, P:].set(new), cache, recent)
-        stored, slot = jnp.full(3, t // half * half), jnp.asarray(t % half)
-        visible = forward.visible_slots(model, prompt_len, (P, half, half), stored, slot)
-        out, recent = step(model, weights, joined.response[:, 0, t], prompt_len + t, cache, recent, visible, slot)
-        close(out, wanted[:, P + t], rtol=1e-4, atol=1e-4)
+    check_cached_decoding(Model(config), params, batch([4, 7, 1], [[8], [8], [8]], width=(7, 8)))
 
 
 def test_masks_and_rotations_are_made_once_for_equal_layers():

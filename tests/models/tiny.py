@@ -130,3 +130,29 @@ def trees_close(actual, expected, *, rtol=1e-5, atol=1e-6):
         np.testing.assert_allclose(a, b, rtol=rtol, atol=atol * scale, err_msg=jax.tree_util.keystr(path))
 
     jax.tree_util.tree_map_with_path(check, actual, expected)
+
+
+def check_cached_decoding(model: Model, params: Tree, joined: PromptBatch) -> None:
+    """Decodes the only response of each row token by token, behind garbage in the slots still to be written.
+
+    Asserts that hidden states equal the full forward's, those of the prompts too. Responses fill their width.
+    """
+    P, S = joined.prompt.shape[1], joined.response.shape[2]
+    wanted = jax.jit(forward.hidden_states, static_argnums=0)(model, params, forward.join(joined))
+    prompts = dataclasses.replace(joined, response=joined.response[..., :0], response_len=0 * joined.response_len)
+    hidden, cache = jax.jit(forward.prefill, static_argnums=0)(model, params, forward.join(prompts))
+    prompt_len = jnp.asarray(joined.prompt_len)
+    for row, length in enumerate(joined.prompt_len):
+        close(hidden[row, :length], wanted[row, :length], atol=1e-4)
+    half = S // 2
+    cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, half), (0, 0)), constant_values=50.0), cache)
+    recent = jax.tree.map(lambda x: jnp.full_like(x[:, :, :half], 50.0), cache)
+    weights = forward.for_decoding(model, params)
+    step = jax.jit(forward.decode_step, static_argnums=0)
+    for t in range(S):
+        if t == half:
+            cache = jax.tree.map(lambda old, new: old.at[:, :, P:].set(new), cache, recent)
+        stored, slot = jnp.full(len(prompt_len), t // half * half), jnp.asarray(t % half)
+        visible = forward.visible_slots(model, prompt_len, (P, half, half), stored, slot)
+        out, recent = step(model, weights, joined.response[:, 0, t], prompt_len + t, cache, recent, visible, slot)
+        close(out, wanted[:, P + t], rtol=1e-4, atol=1e-4)
