@@ -31,6 +31,8 @@ from mpo_jax.models.hf.tokenizer import load_tokenizer
 
 T = TypeVar("T")
 TESTED = "also a test prompt"
+FIRST_ROWS = 4
+"""Rows of each file that are read before a run starts, to see that they are of the right kind."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -287,6 +289,32 @@ def _readers(config: Config) -> Readers:
     data, form = config.data, _format(config.data.kind)
     render = Renderer(cache(lambda: Chat(base_tokenizer(config))), wrap=config.text.chat, turns=form.turns)
     return form.readers(data, {"strict": data.filter == "strict", "max_rows": data.max_rows, "render": render})
+
+
+def check_first_rows(config: Config) -> None:
+    """Reads the first rows of every source under the reader of its key, as `load_corpus` will read all of them.
+
+    Raises:
+      UserError: for a missing source or a row of another layout; names the key.
+    """
+    data = config.data
+    if data.kind == "toy":
+        return
+    first = min(FIRST_ROWS, data.max_rows or FIRST_ROWS)
+    readers = _readers(config.model_copy(update={"data": data.model_copy(update={"max_rows": first})}))
+    readers_by_key: dict[str, Callable[[Source], Any]] = {
+        "path": readers.preferences,
+        "sft_path": readers.demonstrations,
+        "test_path": readers.preferences,
+        "prompt_path": readers.prompts,
+        "test_prompt_path": readers.prompts,
+    }
+    for key, reader in readers_by_key.items():
+        for spec in getattr(data, key):
+            try:
+                reader(open_source(spec))
+            except UserError as error:
+                raise UserError(f"data.{key}: {error}") from error
 
 
 def _load_sources(config: Config) -> Corpus:

@@ -1,5 +1,7 @@
 """Whole models: sizes, parameters and run-time options together, from folders and GGUF files, to folders."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -118,6 +120,30 @@ def check_vocabulary(num_ids: int, decoder: DecoderConfig, folder: str | Path) -
             f"{folder}: the tokenizer has only {num_ids} ids, but the embedding has {decoder.vocab_size} rows "
             "(vocab_size in config.json): the tokenizer belongs to another model"
         )
+
+
+def check_source(source: Source, num_ids: int, text: TextConfig, *, head: Head) -> None:
+    """Checks a model that will be loaded, without its weights.
+
+    Args:
+      num_ids: the tokenizer's largest id plus one.
+
+    Raises:
+      UserError: if a tensor is missing or superfluous, a file is cut off, the texts are too long for its positions, or
+        the tokenizer does not fit its embedding.
+    """
+    weights.check_tensors(source.tensors, source.decoder, head=head)
+    check_positions(source.decoder, text)
+    check_vocabulary(num_ids, source.decoder, source.tensors.where)
+
+
+@contextlib.contextmanager
+def naming(key: str, path: str) -> Iterator[None]:
+    """Puts the configuration key that names a model in front of an error."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{key}={path}: {error}") from error
 
 
 def load(

@@ -5,23 +5,26 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from mpo_jax.config.load import read_record
 from mpo_jax.errors import UserError
-from mpo_jax.pipeline.bucket import CHECKPOINTS, Bucket, stage_place
+from mpo_jax.pipeline.bucket import CHECKPOINTS, Bucket, stage_files, stage_place
 from mpo_jax.pipeline.recipe import RECIPE, artifact_name
 from mpo_jax.runtime.console import console
-from mpo_jax.runtime.files import write_json
+from mpo_jax.runtime.files import wait_for_files, write_json
 from mpo_jax.runtime.processes import agree, is_main, wait
 from mpo_jax.runtime.progress import Overall
 from mpo_jax.runtime.stage_warnings import collect_warnings
 from mpo_jax.runtime.version import __version__
 from mpo_jax.types import Artifact
+
+LOCK_POLL_S = 1.0
+"""Seconds between two tries to get a lock that another run holds."""
 
 
 class Builder(Protocol):
@@ -61,8 +64,9 @@ class Store:
             raise UserError(
                 f"cannot write to workdir {workdir}: {error.strerror}; choose another with workdir=DIR"
             ) from error
-        if bucket is not None and is_main():
-            bucket.check()
+        if bucket is not None:
+            # every host reads from it, and process 0 writes too
+            bucket.check(writes=is_main())
         self.made: list[str] = []
         self.reused: list[str] = []
 
@@ -77,7 +81,7 @@ class Store:
         partial = _partial(final)
         if (done := self._find(final)) is None:
             # the main process holds the lock for all processes
-            with FileLock(self.folder / f".{name}.lock") if is_main() else contextlib.nullcontext():
+            with _locked(self.folder / f".{name}.lock", name) if is_main() else contextlib.nullcontext():
                 # another run may have finished it while this one waited for the lock
                 if (done := self._find(final)) is None:
                     done = self._make(recipe, final, partial, run)
@@ -90,20 +94,28 @@ class Store:
 
     def _find(self, final: Path) -> Artifact | None:
         """The finished artifact if it exists, else None; the result is the same in all processes."""
-        there = is_main() and (_is_complete(final) or (self.bucket is not None and self.bucket.has(_manifest(final))))
-        if not agree(there):
-            return None
+        there = None
         if is_main() and _is_complete(final):
             self._upload(final)
-        return self._open(final)
+            there = _sizes(final)
+        elif is_main() and self.bucket is not None and self.bucket.has(_manifest(final)):
+            there = {}
+        there = agree(there, f"process 0 looks for {final.name}")
+        return None if there is None else self._open(final, there)
 
-    def _open(self, final: Path) -> Artifact:
-        """Opens the artifact in this process's workdir, fetching it first if it is missing there."""
+    def _open(self, final: Path, there: Mapping[str, int]) -> Artifact:
+        """Opens the artifact in this process's workdir, fetching it first if it is missing there.
+
+        Args:
+          there: the files that process 0 sees, and their bytes.
+        """
         if self.bucket is not None:
             # so that processes sharing a disk fetch once; a lock of its own, as this process may hold the stage's lock
             with FileLock(self.folder / f".{final.name}.fetch.lock"):
                 if not _is_complete(final):
                     self.bucket.fetch(stage_place(final), final)
+        else:
+            wait_for_files(final, there)
         return Artifact(final, json.loads((final / "manifest.json").read_text(encoding="utf-8")))
 
     def _upload(self, final: Path) -> None:
@@ -121,7 +133,9 @@ class Store:
                 self.bucket.fetch(stage_place(partial), partial)
             partial.mkdir(exist_ok=True)
             write_json(partial / RECIPE, recipe)
-        wait(f"{final.name} begun")
+        begun = agree({RECIPE: _size(partial / RECIPE)} if is_main() else None, f"process 0 begins {final.name}")
+        if self.bucket is None and begun is not None:
+            wait_for_files(partial, begun)
         begin = time.time()
         making = self._overall.making(final.name) if self._overall else contextlib.nullcontext()
         with making, collect_warnings() as warnings:
@@ -136,11 +150,26 @@ class Store:
             if not _keeps_checkpoints(final):
                 shutil.rmtree(final / CHECKPOINTS, ignore_errors=True)
             self._upload(final)
-        wait(f"{final.name} published")
+        published = agree(_sizes(final) if is_main() else {}, f"process 0 publishes {final.name}")
         if self.bucket is not None:
             # hosts with a disk of their own have a partial folder each
             shutil.rmtree(partial, ignore_errors=True)
-        return self._open(final)
+        return self._open(final, published)
+
+
+@contextlib.contextmanager
+def _locked(path: Path, name: str) -> Iterator[None]:
+    """Holds the lock of a stage; says so if another run holds it, which may take hours."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        console.print(f"waiting for {name}, which another run is making", soft_wrap=True)
+        lock.acquire(poll_interval=LOCK_POLL_S)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _partial(final: Path) -> Path:
@@ -154,6 +183,15 @@ def _manifest(final: Path) -> str:
 
 def _is_complete(final: Path) -> bool:
     return (final / "manifest.json").is_file()
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes of every file of a finished stage besides its checkpoints."""
+    return {path.relative_to(folder).as_posix(): _size(path) for path in stage_files(folder)}
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size
 
 
 def _keeps_checkpoints(folder: Path) -> bool:

@@ -71,8 +71,15 @@ class Bucket:
         root = Path(self._root) if self._is_mounted else epath.Path(self.url)
         return root / stage_place(folder) / CHECKPOINTS
 
-    def check(self) -> None:
-        """Writes and removes a small file, so that missing permissions show before anything is computed."""
+    def check(self, *, writes: bool = True) -> None:
+        """Tries the bucket, so that missing permissions show before anything is computed.
+
+        Args:
+          writes: write and remove a small file; else only look for one.
+        """
+        if not writes:
+            self.has("stages/manifest.json")
+            return
         with self._reporting_errors("write to it"):
             path = f"{self._root}/.probe-{os.getpid()}"
             self._fs.pipe_file(path, b"")
@@ -95,7 +102,7 @@ class Bucket:
         Args:
           last: name of the file that marks the others as complete; it is uploaded after them.
         """
-        files = [path for path in _files(folder) if path.name != last or path.parent != folder]
+        files = [path for path in stage_files(folder) if path.name != last or path.parent != folder]
         self._send(folder, files, name)
         if last is not None:
             with self._reporting_errors(f"send {name}/{last}"):
@@ -160,7 +167,7 @@ class Bucket:
             ) from error
 
 
-def _files(folder: Path) -> list[Path]:
+def stage_files(folder: Path) -> list[Path]:
     """All files of a stage's folder except its checkpoints."""
     inside = (path for path in sorted(folder.rglob("*")) if path.relative_to(folder).parts[0] != CHECKPOINTS)
     return [path for path in inside if path.is_file()]

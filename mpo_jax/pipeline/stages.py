@@ -16,7 +16,7 @@ from mpo_jax.pipeline.bucket import Bucket, checkpoint_folder, stage_place
 from mpo_jax.pipeline.recipe import artifact_name
 from mpo_jax.runtime import machine
 from mpo_jax.runtime.offload import Offload
-from mpo_jax.runtime.processes import is_main
+from mpo_jax.runtime.processes import is_main, wait
 from mpo_jax.stages import dpo, evaluate, ppo, reward, select, sft
 from mpo_jax.stages.context import Context, Inputs
 from mpo_jax.stages.settings import Split, Watch
@@ -63,9 +63,13 @@ def stage_context(
             (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
 
     def send() -> None:
-        if bucket is not None and bucket.takes_checkpoints and is_main():
+        if bucket is None or not bucket.takes_checkpoints:
+            return
+        if is_main():
             # before the checkpoint, so that a checkpoint in the bucket always has all its metrics
             bucket.send(folder, stage_place(folder))
+        # else the others would wait for process 0 in the collectives of the checkpoint
+        wait(f"process 0 sends the metrics of {folder.name}")
 
     def sinks() -> Sequence[Sink]:
         run = stage_run(config, folder, stage.name, artifact_name(recipe))

@@ -1,6 +1,7 @@
 """The process: devices, compilation cache, precision."""
 
 import importlib.metadata
+import os
 import platform
 import subprocess
 import sys
@@ -11,9 +12,12 @@ import jax
 
 from mpo_jax.config.schema import ModelConfig, RuntimeConfig
 from mpo_jax.errors import UserError
-from mpo_jax.runtime import flags, processes
+from mpo_jax.runtime import flags, offload, processes
+from mpo_jax.runtime.console import console
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "grain", "numpy")
+CONTAINER_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")
+"""Files below /sys/fs/cgroup that hold a container's limit: of cgroups version 2 and 1."""
 
 
 def start(config: RuntimeConfig) -> None:
@@ -22,8 +26,10 @@ def start(config: RuntimeConfig) -> None:
     Raises:
       UserError: if JAX has already started, as in a notebook, with fewer devices than configured.
     """
+    accelerator = "cpu" if config.cpu_devices is not None else flags.detect(os.environ)
     if config.flags == "recommended":
-        flags.apply_here("cpu" if config.cpu_devices is not None else None)
+        flags.apply_here(accelerator)
+    pool_gib = offload.widen_pool(config, accelerator, host_memory(), os.environ)
     if config.cpu_devices is not None:
         try:
             jax.config.update("jax_platforms", "cpu")
@@ -38,6 +44,26 @@ def start(config: RuntimeConfig) -> None:
     if config.compilation_cache is not None:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache).expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    if pool_gib is not None and processes.is_main():
+        console.print(
+            f"[dim]{offload.POOL_LIMIT}={pool_gib}: XLA may pin all of the host's memory, for runtime.offload_*[/dim]",
+            soft_wrap=True,
+        )
+
+
+def host_memory() -> int:
+    """Bytes of memory of this host, or of the container that this process is in."""
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limits = (_number(Path("/sys/fs/cgroup") / name) for name in CONTAINER_LIMITS)
+    return min([physical, *(limit for limit in limits if limit is not None)])
+
+
+def _number(path: Path) -> int | None:
+    """The number in a file; None if it is absent or holds no number, as that of no limit."""
+    try:
+        return int(path.read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return None
 
 
 def compute_dtype(config: ModelConfig) -> str:

@@ -8,7 +8,7 @@ import os
 import socket
 import sys
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
@@ -17,6 +17,9 @@ from jax.experimental import multihost_utils
 from mpo_jax.config.schema import ProcessesConfig
 from mpo_jax.errors import UserError
 from mpo_jax.runtime import fatal, offload
+from mpo_jax.runtime.coordination import coordination
+
+T = TypeVar("T")
 
 
 def join(config: ProcessesConfig) -> None:
@@ -71,16 +74,24 @@ def is_main() -> bool:
 
 
 def wait(name: str) -> None:
-    """Returns once all processes have reached this call."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+    """Returns once all processes have reached this call, however long that takes; no device is held meanwhile.
+
+    Args:
+      name: what is waited for, the same in all processes.
+    """
+    if (together := coordination()) is not None:
+        together.wait(name)
 
 
-def agree(value: bool) -> bool:
-    """Process 0's value, for all processes: a file that one sees may not have reached another's disk."""
-    if jax.process_count() == 1:
-        return value
-    return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+def agree(value: T, name: str = "process 0's decision") -> T:
+    """Process 0's value, for all processes: a file that one sees may not have reached another's disk.
+
+    Args:
+      value: anything that JSON holds; only process 0's is used.
+      name: what is waited for, the same in all processes.
+    """
+    together = coordination()
+    return value if together is None else together.agree(value, name)
 
 
 _name = ""

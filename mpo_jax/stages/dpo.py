@@ -128,13 +128,18 @@ def make_held_out(model: Model, loss: PreferenceLoss, nll_coef: float, mesh: Mes
     return make_measure(partial(objective, model, loss, nll_coef), mesh)
 
 
+def check(settings: Settings, mesh: Mesh) -> None:
+    """Raises UserError if a batch does not divide over the mesh: of the update, or of the reference's pass."""
+    check_sizes("dpo", settings.train, mesh)
+
+
 def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -> dict[str, Any]:
     """Trains the policy `init` against `reference` and writes `model/`.
 
     Parents: `init`; `reference`; `pairs`, a selection (absent for DPO-base, which uses the human pairs as labelled).
     """
     train, init = settings.train, parents["init"]
-    check_sizes("dpo", train, context.mesh)
+    check(settings, context.mesh)
     codec = TextCodec(load_tokenizer(init.model), settings.text)
     if "pairs" in parents:
         examples = _selected(settings, context, codec, parents["pairs"])
@@ -222,7 +227,7 @@ def _selected(settings: Settings, context: Context, codec: TextCodec, pairs: Art
 def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
     """The reference log-probabilities, the update and, if requested, the held-out metrics."""
     train, loss, amounts = settings.train, settings.loss, shapes.amounts
-    check_sizes("dpo", train, shapes.mesh)
+    check(settings, shapes.mesh)
     rows, pairs, scored = shapes.rows(train.batch_size, 2), None, None
     if amounts is not None:
         whole = amounts.selected if "pairs" in shapes.parents else amounts.human_pairs
@@ -252,4 +257,4 @@ def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
     )  # fmt: skip
 
 
-STAGE = Stage("dpo", Settings, ("init", "reference", "pairs"), frozenset({"data"}), run, programs, trains=True)
+STAGE = Stage("dpo", Settings, ("init", "reference", "pairs"), frozenset({"data"}), run, programs, check, trains=True)

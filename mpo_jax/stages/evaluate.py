@@ -78,13 +78,18 @@ def make_kl(model: Model, temperature: float, mesh: Mesh) -> Any:
     return jax.jit(kl, out_shardings=replicated(mesh))
 
 
+def check(settings: Settings, mesh: Mesh) -> None:
+    """Raises UserError if a batch does not divide over the mesh."""
+    check_batch(settings.batch_size, mesh, "evaluate.batch_size")
+
+
 def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -> dict[str, Any]:
     """Writes `samples.jsonl` with one line per prompt, and returns means with standard errors.
 
     A line holds the prompt as in the corpus, which pairs runs, and, if it differs, the text that the policy read as the
     field `shown`. All policies sample with the same random numbers, so their results can be compared prompt by prompt.
     """
-    check_batch(settings.batch_size, context.mesh, "evaluate.batch_size")
+    check(settings, context.mesh)
     policy, sft, reward = (parents[role] for role in ("policy", "sft", "reward"))
     corpus, mesh, numerics, text = context.inputs.corpus, context.mesh, settings.numerics, settings.text
     codec = TextCodec(load_tokenizer(policy.model), text)
@@ -153,4 +158,4 @@ def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
     )  # fmt: skip
 
 
-STAGE = Stage("evaluate", Settings, ("policy", "sft", "reward"), frozenset({"data"}), run, programs)
+STAGE = Stage("evaluate", Settings, ("policy", "sft", "reward"), frozenset({"data"}), run, programs, check)

@@ -133,14 +133,22 @@ def make_held_out(model: Model, loss: Loss, mesh: Mesh) -> Any:
     return make_measure(partial(objective, model, loss), mesh)
 
 
+def check(settings: Settings, mesh: Mesh) -> None:
+    """Raises UserError if a batch does not divide over the mesh: of the update, or of the held-out pairs."""
+    if settings.training is not None:
+        check_sizes("reward", settings.training.train, mesh)
+    else:
+        check_batch(settings.batch_size, mesh, "reward.train.batch_size")
+
+
 def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -> dict[str, Any]:
     """Trains a reward model, or loads a finished one; writes `model/` and `held_out.parquet`.
 
     Returns row counts, held-out accuracy, and accuracy by gap against labels and truth (None if nothing is held out).
     """
     codec = TextCodec(context.inputs.tokenizer, settings.text)
+    check(settings, context.mesh)
     if settings.training is None:
-        check_batch(settings.batch_size, context.mesh, "reward.train.batch_size")
         model, params = _finished(settings, context, codec)
         sources = [source.to_dict() for source in context.inputs.corpus.reports]
         summary: dict[str, Any] = {"path": context.inputs.reward_model, "data": sources}
@@ -154,7 +162,6 @@ def _train(
     settings: Settings, training: Training, sft: Artifact, context: Context, codec: TextCodec
 ) -> tuple[Model, Params, dict[str, Any]]:
     train, corpus = training.train, context.inputs.corpus
-    check_sizes("reward", train, context.mesh)
     if training.init == "sft":
         model, params = context.load(sft.model, settings.numerics, settings.text)
     else:
@@ -187,20 +194,32 @@ def _train(
 
 
 def _finished(settings: Settings, context: Context, codec: TextCodec) -> tuple[Model, Params]:
-    """The reward model at `reward.path`; it must have the policy's tokenizer."""
+    """The reward model at `reward.path`."""
     path = context.inputs.reward_model
     assert path is not None
-    source = loading.open_model(path)
+    check_finished(path, codec)
+    return context.load(path, settings.numerics, settings.text, head="value")
+
+
+def check_finished(path: str, codec: TextCodec) -> None:
+    """Checks a finished reward model, without its weights.
+
+    Raises:
+      UserError: if there is none, or its architecture, head, length or tokenizer does not do for this policy.
+    """
+    with loading.naming("reward.path", path):
+        source = loading.open_model(path)
     if source.head != "value":
         raise UserError(f"reward.path={path} is not a reward model: it has no tensor score.weight")
-    theirs = load_tokenizer(local_model(path))
+    with loading.naming("reward.path", path):
+        theirs = load_tokenizer(local_model(path))
     if theirs.get_vocab() != codec.tokenizer.get_vocab():
         raise UserError(
             f"reward.path={path} has a different tokenizer from the policy: their token ids differ, so the "
             "reward model would misread the policy's responses"
         )
-    loading.check_vocabulary(codec.vocab_size, source.decoder, path)
-    return context.load(path, settings.numerics, settings.text, head="value")
+    with loading.naming("reward.path", path):
+        loading.check_source(source, codec.vocab_size, codec.config, head="value")
 
 
 def _measure(settings: Settings, context: Context, model: Model, params: Params, codec: TextCodec) -> dict[str, Any]:
@@ -246,9 +265,9 @@ def _measure(settings: Settings, context: Context, model: Model, params: Params,
 def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
     """The update and held-out metrics, if the model is trained, and the scoring of held-out pairs."""
     amounts, rows = shapes.amounts, shapes.rows(settings.batch_size, 2)
+    check(settings, shapes.mesh)
     if settings.training is not None:
         train, loss = settings.training.train, settings.training.loss
-        check_sizes("reward", train, shapes.mesh)
         updates = None if amounts is None else num_updates(train, amounts.reward_pairs)
         yield train_program(
             "reward", "step", make_step(shapes.model, train.optim, loss, train.accumulation, shapes.mesh),
@@ -267,4 +286,6 @@ def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
     )  # fmt: skip
 
 
-STAGE = Stage("reward", Settings, ("sft",), frozenset({"data", "base", "reward_model"}), run, programs, trains=True)
+STAGE = Stage(
+    "reward", Settings, ("sft",), frozenset({"data", "base", "reward_model"}), run, programs, check, trains=True
+)

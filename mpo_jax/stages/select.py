@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from mpo_jax.config.schema import Config, Section, TextConfig
 from mpo_jax.data.corpus import Corpus
@@ -71,9 +72,14 @@ class Settings(Section, frozen=True):
         )
 
 
+def check(settings: Settings, mesh: Mesh) -> None:
+    """Raises UserError if a batch does not divide over the mesh."""
+    check_batch(settings.batch_size, mesh, "select.batch_size")
+
+
 def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -> dict[str, Any]:
     """Writes `pairs.parquet`; returns sizes by threshold, the gap histogram and, if known, accuracy by gap."""
-    check_batch(settings.batch_size, context.mesh, "select.batch_size")
+    check(settings, context.mesh)
     sft, reward, corpus = parents["sft"], parents["reward"], context.inputs.corpus
     codec = TextCodec(load_tokenizer(sft.model), settings.text)
     if settings.pair_source == "sampled":
@@ -194,4 +200,4 @@ def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
     )  # fmt: skip
 
 
-STAGE = Stage("select", Settings, ("sft", "reward"), frozenset({"data"}), run, programs)
+STAGE = Stage("select", Settings, ("sft", "reward"), frozenset({"data"}), run, programs, check)

@@ -96,10 +96,15 @@ def make_nll(model: Model, mesh: Mesh) -> Any:
     return jax.jit(nll, out_shardings=replicated(mesh))
 
 
+def check(settings: Settings, mesh: Mesh) -> None:
+    """Raises UserError if a batch does not divide over the mesh."""
+    check_sizes("sft", settings.train, mesh)
+
+
 def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -> dict[str, Any]:
     """Trains, writes `model/`, and returns row counts, the last metrics and the held-out NLL per token."""
     train, corpus = settings.train, context.inputs.corpus
-    check_sizes("sft", train, context.mesh)
+    check(settings, context.mesh)
     codec = TextCodec(context.inputs.tokenizer, settings.text)
     model, params = context.load_base(settings.numerics, codec, settings.architecture, settings.seed)
     loading.save_description(context.folder / "model", model, codec.tokenizer)
@@ -178,7 +183,7 @@ def _show(corpus: Corpus, tokens: TokenReport) -> None:
 def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
     """The update, the held-out metrics if requested, and the final held-out NLL."""
     train, amounts = settings.train, shapes.amounts
-    check_sizes("sft", train, shapes.mesh)
+    check(settings, shapes.mesh)
     rows, updates = (
         shapes.rows(train.batch_size, 1),
         None if amounts is None else num_updates(train, amounts.demonstrations),
@@ -201,4 +206,4 @@ def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
     )  # fmt: skip
 
 
-STAGE = Stage("sft", Settings, (), frozenset({"data", "base"}), run, programs, trains=True)
+STAGE = Stage("sft", Settings, (), frozenset({"data", "base"}), run, programs, check, trains=True)

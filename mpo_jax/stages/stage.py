@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from jax.sharding import Mesh
+
 from mpo_jax.config.schema import Section
 from mpo_jax.models.flops import Work
 from mpo_jax.stages.context import Context
@@ -25,6 +27,8 @@ class Stage:
       run: function (settings, parents by role, context) -> summary for the manifest; it writes into `context.folder`.
       programs: function (settings, shapes) -> every program with a model that `run` compiles, except those
         that make parameters. Memory plans compile them, benchmarks time them, and a table adds up their work.
+      check: function (settings, mesh) that raises UserError if a batch does not divide over the mesh; all stages are
+        checked before the first one runs.
       trains: whether the stage has checkpoints and a `train` section.
     """
 
@@ -34,6 +38,7 @@ class Stage:
     inputs: frozenset[str]
     run: Callable[[Any, Mapping[str, Artifact], Context], dict[str, Any]]
     programs: "Callable[[Any, Shapes], Iterator[Program]]"
+    check: Callable[[Any, Mesh], None]
     trains: bool = False
 
 

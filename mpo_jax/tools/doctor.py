@@ -22,10 +22,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mpo_jax.config.schema import Config, MeshConfig, WandbConfig
+from mpo_jax.data.corpus import check_first_rows
 from mpo_jax.errors import UserError
+from mpo_jax.pipeline import preflight
 from mpo_jax.pipeline.bucket import Bucket
-from mpo_jax.runtime import flags
+from mpo_jax.runtime import flags, machine
 from mpo_jax.runtime.machine import PACKAGES
+from mpo_jax.runtime.processes import wait
 from mpo_jax.runtime.sharding import mesh_of, replicated
 from mpo_jax.runtime.timing import fastest, time_matmul
 from mpo_jax.tools.plan import targets
@@ -67,6 +70,7 @@ def examine(config: Config) -> Iterator[Check]:
     yield disk(Path(config.workdir))
     if config.runtime.bucket is not None:
         yield bucket(config.runtime.bucket)
+    yield from inputs(config)
     yield cache(config.runtime.compilation_cache)
     yield hub(os.environ)
     if config.runtime.wandb is not None:
@@ -146,7 +150,7 @@ def mesh(config: MeshConfig, there: int) -> Check:
 
 def memory() -> Check:
     """Memory of the host and of a device."""
-    host = targets.host_memory()
+    host = machine.host_memory()
     stats = jax.local_devices()[0].memory_stats() or {}
     limit = stats.get("bytes_limit")
     text = f"host {host / GIB:.0f} GiB" + (f", device {limit / GIB:.1f} GiB for JAX" if limit else "")
@@ -247,6 +251,28 @@ def _disk_speed(folder: Path, mebibytes: int) -> tuple[float, float]:
     return size / (between - begin), size / (end - between)
 
 
+def inputs(config: Config) -> Iterator[Check]:
+    """What the configuration names, as every run checks it before its first stage: models and rows."""
+    base, given, data = config.model.path, config.reward.path, config.data
+    try:
+        codec, decoder = preflight.check_base(config)
+        yield Check("model", "ok", f"{base or 'from scratch'}: {decoder.family}, {codec.vocab_size} token ids")
+    except UserError as error:
+        yield Check("model", "fail", base or "from scratch", str(error))
+        return
+    try:
+        if given is not None:
+            preflight.check_reward(config, codec)
+            yield Check("reward model", "ok", given)
+    except UserError as error:
+        yield Check("reward model", "fail", str(given), str(error))
+    try:
+        check_first_rows(config)
+        yield Check("data", "ok", "toy world" if data.kind == "toy" else f"{data.kind}: {', '.join(data.path)}")
+    except UserError as error:
+        yield Check("data", "fail", data.kind, str(error))
+
+
 def cache(folder: str | None) -> Check:
     """The compilation cache, without which every start compiles again."""
     if folder is None:
@@ -306,6 +332,8 @@ def clocks() -> Check:
     """How far the processes' clocks differ, read right after a barrier."""
     if jax.process_count() == 1:
         return Check("clocks", "ok", "one process")
+    # the checks before take longer on some hosts; the barrier on the devices is the one that ends at one moment
+    wait("mpo doctor checks the clocks")
     multihost_utils.sync_global_devices("mpo doctor clocks")
     # whole seconds and microseconds apart: float32 would round a time of day to minutes
     now = time.time()

@@ -18,7 +18,7 @@ from mpo_jax.models.hf import families, weights
 from mpo_jax.models.hf.tokenizer import load_tokenizer
 from mpo_jax.models.spec import DecoderConfig
 from mpo_jax.runtime import machine
-from mpo_jax.runtime.processes import is_main
+from mpo_jax.runtime.processes import agree, is_main
 from mpo_jax.runtime.sharding import make_mesh
 from mpo_jax.tools.opening import find_model
 from mpo_jax.tools.report.card import write_card
@@ -65,16 +65,18 @@ def export(path: str, target: Path, config: Config, *, critic: bool = False, dty
         tokenizer = load_tokenizer(found)
         loading.check_vocabulary(TextCodec(tokenizer, config.text).vocab_size, decoder, found)
         partial = target.with_name(f".{target.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        if is_main():
+            shutil.rmtree(partial, ignore_errors=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
         loading.save(partial, Model(decoder), frozen(tree), tokenizer, dtype=dtype)
     kind = "reward model" if "score" in tree else "language model"
     if is_main():
         write_card(partial, found, path, name=target.name, kind=kind, dtype=dtype)
-    if target.is_dir():
-        target.rmdir()
-    os.rename(partial, target)
-    return Exported(where, decoder.family, kind, sum(file.stat().st_size for file in target.iterdir()))
+        if target.is_dir():
+            target.rmdir()
+        os.rename(partial, target)
+    written = sum(file.stat().st_size for file in target.iterdir()) if is_main() else 0
+    return Exported(where, decoder.family, kind, agree(written, f"process 0 writes {target.name}"))
 
 
 def _read(found: Path, mesh: Mesh, dtype: Dtype, *, critic: bool) -> tuple[DecoderConfig, Tree, str]:

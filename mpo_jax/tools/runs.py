@@ -9,6 +9,7 @@ from pathlib import Path
 from mpo_jax.config.registry import EXPERIMENTS
 from mpo_jax.config.schema import Config, ExperimentName
 from mpo_jax.errors import UserError
+from mpo_jax.pipeline import preflight
 from mpo_jax.pipeline.artifacts import Store
 from mpo_jax.pipeline.bucket import Bucket
 from mpo_jax.pipeline.pipeline import Pipeline, StageName
@@ -52,8 +53,10 @@ def start(config: Config) -> None:
 def run_experiments(config: Config) -> Finished | None:
     """Makes what is missing of every experiment of the configuration, and the report; None except in process 0."""
     begin = time.perf_counter()
+    preflight.check_inputs(config)
     store = Store(Path(config.workdir), bucket=Bucket.of(config))
     pipeline = Pipeline(config, store)
+    preflight.check_missing(pipeline, config.experiment)
     runs = []
     for name in config.experiment:
         runs.append(pipeline.experiment(name))
@@ -82,7 +85,9 @@ def run_until(config: Config, stage: StageName) -> Iterator[tuple[ExperimentName
         raise UserError(
             f"experiment={','.join(config.experiment)} has no {stage} step: choose another, experiment=NAME"
         )
+    preflight.check_inputs(config, stage)
     pipeline = Pipeline(config, Store(Path(config.workdir), bucket=Bucket.of(config)))
+    preflight.check_missing(pipeline, names, stage)
     for name in names:
         made = pipeline.experiment(name, until=stage)
         if stage == "evaluate":

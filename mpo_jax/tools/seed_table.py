@@ -7,6 +7,7 @@ from pathlib import Path
 from mpo_jax.config.load import to_yaml
 from mpo_jax.config.schema import Config
 from mpo_jax.errors import NothingSelected
+from mpo_jax.pipeline import preflight
 from mpo_jax.pipeline.artifacts import Store
 from mpo_jax.pipeline.bucket import Bucket
 from mpo_jax.pipeline.experiments import table_variants
@@ -53,7 +54,9 @@ class SeedTable:
     def __init__(self, config: Config):
         self._config, self._workdir = config, Path(config.workdir)
         self.names = [variant.name for variant in table_variants(config.table, config.select)]
+        preflight.check_inputs(config)
         self.stages = table_stages(config)
+        preflight.check_stages(config, [stage.recipe for stage in self.stages if not stage.is_there])
         self.overall = Overall(estimates(config, self.stages))
         self._left_out: dict[str, str] = {}
 

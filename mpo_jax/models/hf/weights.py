@@ -21,6 +21,7 @@ from mpo_jax.errors import UserError
 from mpo_jax.models import forward
 from mpo_jax.models.decoder import FLOAT32
 from mpo_jax.models.spec import DecoderConfig
+from mpo_jax.runtime.processes import wait
 from mpo_jax.types import Head, Tree
 
 SHARD_BYTES = 2 * 2**30
@@ -107,6 +108,10 @@ class Tensors(Protocol):
 
     def names(self) -> set[str]: ...
 
+    def check(self) -> None:
+        """Raises UserError if a file is broken or cut off."""
+        ...
+
     def read(self, name: str) -> np.ndarray: ...
 
 
@@ -123,6 +128,17 @@ class SafetensorsFolder:
 
     def names(self) -> set[str]:
         return set(self._files)
+
+    def check(self) -> None:
+        for path in sorted(set(self._files.values())):
+            try:
+                # reads the header, and compares the sizes in it with the file's
+                with safe_open(path, framework="np") as file:
+                    held = set(file.keys())
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{path}: broken safetensors file: {error}") from error
+            if absent := sorted(name for name, place in self._files.items() if place == path and name not in held):
+                raise UserError(f"{path}: the index says that tensor {absent[0]} is here, but it is not")
 
     def read(self, name: str) -> np.ndarray:
         try:
@@ -169,8 +185,7 @@ def load_params(tensors: Tensors, config: DecoderConfig, mesh: Mesh, *, head: He
     Raises:
       UserError: a missing, superfluous or unreadable tensor, or one of another shape; names the tensor.
     """
-    wanted: dict[tuple[str, ...], Any] = flatten_dict(forward.abstract_params(config, head=head))
-    _check_names(tensors, {".".join(path) for path in wanted}, config)
+    wanted = _wanted(tensors, config, head)
     shardings: dict[Any, Any] = flatten_dict(forward.param_shardings(unflatten_dict(wanted), mesh))
     params = {}
     for path, shape in wanted.items():
@@ -192,6 +207,23 @@ def load_params(tensors: Tensors, config: DecoderConfig, mesh: Mesh, *, head: He
             )
         params[path] = stack
     return unflatten_dict(params)
+
+
+def check_tensors(tensors: Tensors, config: DecoderConfig, *, head: Head) -> None:
+    """Checks that all files are whole and hold just the tensors of a model of these sizes; reads no weights.
+
+    Raises:
+      UserError: a missing or superfluous tensor, or a file that is cut off.
+    """
+    _wanted(tensors, config, head)
+    tensors.check()
+
+
+def _wanted(tensors: Tensors, config: DecoderConfig, head: Head) -> dict[tuple[str, ...], Any]:
+    """The shapes of the model's parameters by path, once all of them are known to be there."""
+    wanted: dict[tuple[str, ...], Any] = flatten_dict(forward.abstract_params(config, head=head))
+    _check_names(tensors, {".".join(path) for path in wanted}, config)
+    return wanted
 
 
 def _check_names(tensors: Tensors, paths: set[str], config: DecoderConfig) -> None:
@@ -273,6 +305,8 @@ def save_params(
         if writes:
             save_file(tensors, folder / file, metadata={"format": "pt"})
         del tensors
+        # else the others would wait for a slow disk in the collectives of the next file
+        wait(f"process 0 writes {file}")
     if writes and plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")

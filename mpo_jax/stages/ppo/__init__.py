@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from mpo_jax.data.batches import Buckets, TrainBatches
 from mpo_jax.data.pair_table import PairTable
@@ -42,6 +43,12 @@ from mpo_jax.stages.stage import Program, Stage
 from mpo_jax.types import Artifact, Metrics, Moments
 
 
+def check(settings: Settings, mesh: Mesh) -> None:
+    """Raises UserError if a batch does not divide over the mesh: of prompts, or of an update's rows."""
+    check_sizes("ppo", settings.train, mesh, minibatches=settings.method.minibatches)
+    check_batch(settings.train.batch_size, mesh, "ppo.train.batch_size")
+
+
 def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -> dict[str, Any]:
     """Trains the actor from `init` against `reference` and writes `model/` and `critic/`.
 
@@ -50,8 +57,7 @@ def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -
     """
     method, train, mesh = settings.method, settings.train, context.mesh
     init, reward = parents["init"], parents["reward"]
-    check_sizes("ppo", train, mesh, minibatches=method.minibatches)
-    check_batch(train.batch_size, mesh, "ppo.train.batch_size")
+    check(settings, mesh)
     codec, offload = TextCodec(load_tokenizer(init.model), settings.text), context.offload
     numerics, text = settings.numerics, settings.text
     reference = offload.frozen_params(context.load(parents["reference"].model, numerics, text, frozen=True)[1])
@@ -120,7 +126,7 @@ def _demonstrations(settings: Settings, codec: TextCodec, context: Context) -> T
 def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
     """The rollout, its scoring, and the updates of critic and actor."""
     method, train, model, mesh = settings.method, settings.train, shapes.model, shapes.mesh
-    check_sizes("ppo", train, mesh, minibatches=method.minibatches)
+    check(settings, mesh)
     rows, key = shapes.rows(train.batch_size, 1), "ppo.train.batch_size"
     runs = measured = sampled = None
     if shapes.amounts is not None:
@@ -188,6 +194,17 @@ def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
     )  # fmt: skip
 
 
+def offloaded(settings: Settings, shapes: Shapes) -> tuple[Any, Any]:
+    """What `runtime.offload_frozen` and `runtime.offload_moments` keep in host memory: shapes with shardings.
+
+    Returns:
+      The frozen models, reference and reward model; and the moments of actor and critic.
+    """
+    method = settings.method
+    actor, critic = shapes.state(method.actor_optim), shapes.state(method.critic_optim, "value")
+    return (shapes.frozen(), shapes.frozen("value")), (actor.opt_state, critic.opt_state)
+
+
 STAGE = Stage(
-    "ppo", Settings, ("init", "reference", "pairs", "reward"), frozenset({"data"}), run, programs, trains=True
+    "ppo", Settings, ("init", "reference", "pairs", "reward"), frozenset({"data"}), run, programs, check, trains=True
 )

@@ -18,7 +18,7 @@ from mpo_jax.models.forward import Model
 from mpo_jax.models.hf.hub import local_model
 from mpo_jax.models.hf.tokenizer import load_tokenizer
 from mpo_jax.runtime import sharding
-from mpo_jax.runtime.processes import is_main
+from mpo_jax.runtime.processes import is_main, wait
 from mpo_jax.types import Head, Params, PromptBatch
 
 MAX_TOKENS = 512
@@ -216,3 +216,4 @@ def save(
     if is_main():
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
+    wait(f"process 0 writes {folder.name}")

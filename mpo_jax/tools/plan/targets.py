@@ -2,7 +2,6 @@
 
 import difflib
 import math
-import os
 import re
 from functools import lru_cache
 from pathlib import Path
@@ -12,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from mpo_jax.errors import UserError
+from mpo_jax.runtime import machine
 
 FILE = Path(__file__).with_name("targets.yaml")
 GIB = 2**30
@@ -143,7 +143,7 @@ def parse(name: str, *, cpu_devices: int) -> Target:
 
 def host_memory() -> int:
     """Total memory of this machine in bytes."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return machine.host_memory()
 
 
 def _check_shape(name: str, kind_name: str, kind: Kind, shape: tuple[int, ...], *, is_torus: bool) -> None:

@@ -1,0 +1,112 @@
+"""What a run needs besides its stages, checked before the first of them starts: models, rows, batches, host memory."""
+
+import copy
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from mpo_jax.config.schema import Config
+from mpo_jax.data.corpus import base_tokenizer, check_first_rows
+from mpo_jax.data.text import TextCodec
+from mpo_jax.errors import UserError
+from mpo_jax.models import loading
+from mpo_jax.models.spec import DecoderConfig
+from mpo_jax.pipeline.bucket import Bucket
+from mpo_jax.pipeline.pipeline import Pipeline, StageName
+from mpo_jax.pipeline.stages import STAGES, stage_shapes
+from mpo_jax.pipeline.table import Listing
+from mpo_jax.runtime import machine
+from mpo_jax.runtime.offload import Offload, check_pinned
+from mpo_jax.runtime.sharding import make_mesh
+from mpo_jax.stages import ppo, reward
+
+
+def check_inputs(config: Config, until: StageName = "evaluate") -> None:
+    """Opens everything that the configuration names by a path, reading headers and first rows alone.
+
+    It takes seconds, also for models of 7B parameters, and leaves out what no stage up to `until` reads.
+
+    Raises:
+      UserError: names the key that is wrong.
+    """
+    codec, _ = check_base(config)
+    if until != "sft":
+        check_reward(config, codec)
+    check_first_rows(config)
+
+
+def check_base(config: Config) -> tuple[TextCodec, DecoderConfig]:
+    """The base model's tokenizer and sizes, checked to belong together and to have room for the texts.
+
+    Raises:
+      UserError: if there is no such model, it is no language model or not supported, or the texts are too long for it.
+    """
+    path = config.model.path
+    if path is None:
+        codec = TextCodec(base_tokenizer(config), config.text)
+        decoder = loading.scratch_sizes(config.model.architecture, codec.vocab_size)
+        loading.check_positions(decoder, config.text)
+        return codec, decoder
+    with loading.naming("model.path", path):
+        source = loading.open_model(path)
+        codec = TextCodec(base_tokenizer(config), config.text)
+        loading.check_source(source, codec.vocab_size, config.text, head="lm")
+    return codec, source.decoder
+
+
+def check_reward(config: Config, codec: TextCodec) -> None:
+    """Checks the finished reward model of `reward.path`, if there is one, against the policy's tokenizer.
+
+    Raises:
+      UserError: if it cannot score the policy's responses.
+    """
+    if config.reward.path is not None:
+        reward.check_finished(config.reward.path, codec)
+
+
+def check_missing(pipeline: Pipeline, names: Iterable[str], until: StageName = "evaluate") -> None:
+    """Checks the stages that have to be made for the runs against this machine. Where none is missing, nothing is done:
+    finished runs need no accelerator.
+
+    Raises:
+      UserError: if a stage cannot run here, or a run has nothing to be evaluated on.
+    """
+    config, listing = pipeline.config, copy.copy(pipeline)
+    listing.store = Listing(Path(config.workdir), Bucket.of(config))
+    named = (listing.experiment(name, until=until).artifacts.values() for name in names)
+    missing = {made.id: made.manifest for artifacts in named for made in artifacts if "seconds" not in made.manifest}
+    check_stages(config, missing.values())
+
+
+def check_stages(config: Config, recipes: Iterable[Mapping[str, Any]]) -> None:
+    """Checks stages that are going to be made: their batches against the mesh, and offloading against the memory.
+
+    Raises:
+      UserError: if a batch does not divide over the mesh, there are too few devices, or the host has too little memory.
+    """
+    recipes = list(recipes)
+    if not recipes:
+        return
+    mesh = make_mesh(config.mesh)
+    offload = Offload.of(config.runtime, mesh)
+    for recipe in recipes:
+        stage = STAGES[recipe["stage"]]
+        settings = stage.Settings.model_validate(recipe["settings"])
+        stage.check(settings, mesh)
+        if stage.name == "ppo" and (offload.frozen or offload.moments):
+            _check_host_memory(config, settings, offload, mesh)
+
+
+def _check_host_memory(config: Config, settings: Any, offload: Offload, mesh: Mesh) -> None:
+    shapes = stage_shapes("ppo", config, check_base(config)[1], mesh)
+    frozen, moments = ppo.offloaded(settings, shapes)
+    needed = offload.pinned_bytes(frozen=frozen, moments=moments, num_devices=len(mesh.local_devices))
+    try:
+        check_pinned(needed, machine.host_memory(), jax.default_backend(), os.environ)
+    except UserError as error:
+        keys = " and ".join(f"runtime.offload_{key}=true" for key in ("frozen", "moments") if getattr(offload, key))
+        raise UserError(f"{keys}: {error}") from error
