@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from mpo_jax.data.pair_table import PairTable
 from mpo_jax.runtime import processes
@@ -38,10 +39,11 @@ class Pair:
         common += ("runtime.processes.count=2", f"runtime.processes.timeout_s={timeout}")
         self.logs = [folder / f"log-{index}" for index in range(2)]
         self.running = []
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         for index, log in enumerate(self.logs):
             command = [*COMMAND, *common, f"runtime.processes.index={index}", *own[index]]
             with log.open("w") as file:
-                self.running.append(subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=os.environ))
+                self.running.append(subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment))
 
     def wait(self, timeout: float = 400) -> list[int]:
         """Exit statuses; whatever still runs at the end is killed."""
@@ -61,10 +63,18 @@ def metrics(workdir: Path, role: str) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory) -> tuple[Path, Pair]:
+def together(tmp_path_factory, alone) -> tuple[Path, Pair]:
+    """A run of two processes, which begins while another run holds the lock of its first stage."""
     folder = tmp_path_factory.mktemp("two")
-    resting = ("runtime.offload_frozen=true", "runtime.offload_moments=true")
-    pair = Pair(folder, "run", str(MICRO), f"workdir={folder / 'w'}", *MESH, *MEASURED, *resting)
+    (name,) = (name for name in stages(alone) if name.startswith("sft-"))
+    (folder / "w" / "stages").mkdir(parents=True)
+    with FileLock(folder / "w" / "stages" / f".{name}.lock"):
+        resting = ("runtime.offload_frozen=true", "runtime.offload_moments=true")
+        pair = Pair(folder, "run", str(MICRO), f"workdir={folder / 'w'}", *MESH, *MEASURED, *resting)
+        wait_until(lambda: f"waiting for {name}, which another run is making" in pair.text(0))
+        assert [process.poll() for process in pair.running] == [None, None]
+        time.sleep(3)
+        assert not stages(folder / "w")
     assert pair.wait() == [0, 0], pair.text(0)[-3000:] + pair.text(1)[-3000:]
     return folder / "w", pair
 
@@ -101,6 +111,7 @@ def test_every_stage_gives_one_process_s_numbers(together, alone):
 
 def test_the_first_process_alone_writes(together):
     workdir, pair = together
+    assert "which another run is making" in pair.text(0), "process 0 waited for the lock, and nothing timed out"
     assert "6 stages made" in pair.text(0) and "stages made" not in pair.text(1) and "make sft" not in pair.text(1)
     steps = [line["step"] for line in metrics(workdir, "2-ppo")]
     assert steps == sorted(set(steps)), "no line twice"
@@ -173,7 +184,7 @@ def test_a_mistake_of_one_process_stops_both(tmp_path):
     pair = Pair(tmp_path, "sft", str(MICRO), f"workdir={tmp_path / 'w'}", *MESH, own=own, timeout=5)
     first, second = pair.wait(120)
     assert second == 2 and first != 0
-    assert "error in process 1 of 2: no data file nowhere.jsonl" in pair.text(1)
+    assert "error in process 1 of 2: data.kind=pairs needs model.path" in pair.text(1)
 
 
 def test_processes_that_do_not_come_are_an_error(tmp_path, capfd):

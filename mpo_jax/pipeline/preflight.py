@@ -24,6 +24,21 @@ from mpo_jax.runtime.offload import Offload, check_pinned
 from mpo_jax.runtime.sharding import make_mesh
 from mpo_jax.stages import ppo, reward
 
+FINISHED = ("stages/*/manifest.json", "seed-*/stages/*/manifest.json")
+"""Patterns of what a finished stage leaves in a workdir, also in that of a table's seed."""
+
+
+def check_fresh(config: Config, until: StageName = "evaluate") -> bool:
+    """Checks the inputs if the workdir holds no finished stage yet; returns whether it did.
+
+    To name stages means to hash the models' files, which takes longer than this check. Where stages are finished, all
+    of them may be: then there is nothing to check, and `check_missing` knows.
+    """
+    if any(next(Path(config.workdir).glob(pattern), None) for pattern in FINISHED):
+        return False
+    check_inputs(config, until)
+    return True
+
 
 def check_inputs(config: Config, until: StageName = "evaluate") -> None:
     """Opens everything that the configuration names by a path, reading headers and first rows alone.
@@ -68,9 +83,13 @@ def check_reward(config: Config, codec: TextCodec) -> None:
         reward.check_finished(config.reward.path, codec)
 
 
-def check_missing(pipeline: Pipeline, names: Iterable[str], until: StageName = "evaluate") -> None:
-    """Checks the stages that have to be made for the runs against this machine. Where none is missing, nothing is done:
-    finished runs need no accelerator.
+def check_missing(
+    pipeline: Pipeline, names: Iterable[str], until: StageName = "evaluate", *, inputs_checked: bool
+) -> None:
+    """Checks the stages that have to be made for the runs; where none is missing, nothing.
+
+    Args:
+      inputs_checked: what `check_fresh` has returned.
 
     Raises:
       UserError: if a stage cannot run here, or a run has nothing to be evaluated on.
@@ -79,18 +98,24 @@ def check_missing(pipeline: Pipeline, names: Iterable[str], until: StageName = "
     listing.store = Listing(Path(config.workdir), Bucket.of(config))
     named = (listing.experiment(name, until=until).artifacts.values() for name in names)
     missing = {made.id: made.manifest for artifacts in named for made in artifacts if "seconds" not in made.manifest}
-    check_stages(config, missing.values())
+    check_stages(config, missing.values(), until, inputs_checked=inputs_checked)
 
 
-def check_stages(config: Config, recipes: Iterable[Mapping[str, Any]]) -> None:
-    """Checks stages that are going to be made: their batches against the mesh, and offloading against the memory.
+def check_stages(
+    config: Config, recipes: Iterable[Mapping[str, Any]], until: StageName = "evaluate", *, inputs_checked: bool
+) -> None:
+    """Checks stages that are going to be made: what they read, their batches against the mesh, and offloading against
+    the host's memory.
 
     Raises:
-      UserError: if a batch does not divide over the mesh, there are too few devices, or the host has too little memory.
+      UserError: if an input is wrong, a batch does not divide over the mesh, there are too few devices, or the host has
+        too little memory.
     """
     recipes = list(recipes)
     if not recipes:
         return
+    if not inputs_checked:
+        check_inputs(config, until)
     mesh = make_mesh(config.mesh)
     offload = Offload.of(config.runtime, mesh)
     for recipe in recipes:

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mpo_jax.config.registry import EXPERIMENTS
@@ -53,10 +53,7 @@ def start(config: Config) -> None:
 def run_experiments(config: Config) -> Finished | None:
     """Makes what is missing of every experiment of the configuration, and the report; None except in process 0."""
     begin = time.perf_counter()
-    preflight.check_inputs(config)
-    store = Store(Path(config.workdir), bucket=Bucket.of(config))
-    pipeline = Pipeline(config, store)
-    preflight.check_missing(pipeline, config.experiment)
+    store, pipeline = _checked(config, config.experiment)
     runs = []
     for name in config.experiment:
         runs.append(pipeline.experiment(name))
@@ -69,6 +66,15 @@ def run_experiments(config: Config) -> Finished | None:
     if store.bucket is not None:
         store.bucket.send_results(workdir)
     return Finished(finished, page, len(store.made), len(store.reused), time.perf_counter() - begin)
+
+
+def _checked(config: Config, names: Sequence[str], until: StageName = "evaluate") -> tuple[Store, Pipeline]:
+    """The store and the pipeline, once everything that the missing stages need is known to be there."""
+    inputs_checked = preflight.check_fresh(config, until)
+    store = Store(Path(config.workdir), bucket=Bucket.of(config))
+    pipeline = Pipeline(config, store)
+    preflight.check_missing(pipeline, names, until, inputs_checked=inputs_checked)
+    return store, pipeline
 
 
 def run_until(config: Config, stage: StageName) -> Iterator[tuple[ExperimentName, Artifact]]:
@@ -85,9 +91,7 @@ def run_until(config: Config, stage: StageName) -> Iterator[tuple[ExperimentName
         raise UserError(
             f"experiment={','.join(config.experiment)} has no {stage} step: choose another, experiment=NAME"
         )
-    preflight.check_inputs(config, stage)
-    pipeline = Pipeline(config, Store(Path(config.workdir), bucket=Bucket.of(config)))
-    preflight.check_missing(pipeline, names, stage)
+    _, pipeline = _checked(config, names, stage)
     for name in names:
         made = pipeline.experiment(name, until=stage)
         if stage == "evaluate":

@@ -54,9 +54,10 @@ class SeedTable:
     def __init__(self, config: Config):
         self._config, self._workdir = config, Path(config.workdir)
         self.names = [variant.name for variant in table_variants(config.table, config.select)]
-        preflight.check_inputs(config)
+        inputs_checked = preflight.check_fresh(config)
         self.stages = table_stages(config)
-        preflight.check_stages(config, [stage.recipe for stage in self.stages if not stage.is_there])
+        missing = [stage.recipe for stage in self.stages if not stage.is_there]
+        preflight.check_stages(config, missing, inputs_checked=inputs_checked)
         self.overall = Overall(estimates(config, self.stages))
         self._left_out: dict[str, str] = {}
 

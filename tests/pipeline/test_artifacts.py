@@ -8,14 +8,18 @@ import threading
 import time
 
 import pytest
+from filelock import FileLock
 
 from mpo_jax import __version__
 from mpo_jax.config.load import to_yaml
 from mpo_jax.config.schema import Config, RuntimeConfig
 from mpo_jax.errors import UserError
+from mpo_jax.pipeline import artifacts
 from mpo_jax.pipeline.artifacts import Store
-from mpo_jax.pipeline.recipe import FORMAT, RECIPE, make_recipe
+from mpo_jax.pipeline.recipe import FORMAT, RECIPE, artifact_name, make_recipe
+from mpo_jax.runtime.coordination import Coordination
 from mpo_jax.runtime.files import write_json
+from tests.runtime.stores import Shared, together
 
 
 def writer(text: str, calls: list | None = None, summary: dict | None = None):
@@ -216,6 +220,88 @@ def test_processes_that_want_the_same_stage_run_it_once(tmp_path):
     assert (tmp_path / "calls").read_text() == "x"
     assert last[0][0] == last[1][0]
     assert sorted(line[1:] for line in last) == [["0", "1"], ["1", "0"]]
+
+
+def several(monkeypatch, count: int, process) -> None:
+    """`process(index)` in a thread for each of several processes, which take one another for hosts."""
+    local = threading.local()
+
+    def run(one: Coordination, index: int) -> None:
+        local.one, local.index = one, index
+        process(index)
+
+    monkeypatch.setattr(artifacts, "is_main", lambda: local.index == 0)
+    monkeypatch.setattr(artifacts, "wait", lambda name: local.one.wait(name))
+    monkeypatch.setattr(artifacts, "agree", lambda value, name: local.one.agree(value, name))
+    together(Shared(), count, run)
+
+
+def test_hosts_wait_for_the_lock_of_another_run_together(tmp_path, monkeypatch, capsys):
+    """Nothing limits the wait, and no collective is begun meanwhile: the device barriers would raise here."""
+    forbidden = lambda *_, **__: pytest.fail("a collective on the devices")  # noqa: E731
+    for name in ("sync_global_devices", "broadcast_one_to_all", "process_allgather"):
+        monkeypatch.setattr(f"jax.experimental.multihost_utils.{name}", forbidden)
+    monkeypatch.setattr(artifacts, "LOCK_POLL_S", 0.05)
+    calls, made = [], {}
+    other = FileLock(tmp_path / "stages" / f".{artifact_name(recipe())}.lock", thread_local=False)
+    Store(tmp_path)
+    other.acquire()
+    timer = threading.Timer(1.5, other.release)
+    timer.start()
+    begin = time.monotonic()
+
+    def process(index: int) -> None:
+        made[index] = Store(tmp_path).build(recipe(), writer("x", calls if index else None)).id
+
+    several(monkeypatch, 3, process)
+    timer.join()
+    assert len(set(made.values())) == 1 and calls == ["x", "x"] and time.monotonic() - begin >= 1.5
+    assert f"waiting for {made[0]}, which another run is making" in capsys.readouterr().out
+
+
+def test_a_host_waits_until_it_sees_what_process_0_has_published(tmp_path, monkeypatch):
+    """Process 1 has a folder of its own that follows process 0's after a while, as on a network file system."""
+    slow, fast = tmp_path / "slow", tmp_path / "fast"
+    for folder in (slow, fast):
+        (folder / "stages").mkdir(parents=True)
+    seen = {}
+
+    def follow() -> None:
+        """Copies a folder to the slower host's once it has been there for a while."""
+        shown: dict[str, float] = {}
+        while not stop.is_set():
+            for path in sorted(fast.rglob("*")):
+                place = slow / path.relative_to(fast)
+                if path.suffix != ".lock" and time.monotonic() - shown.setdefault(str(path), time.monotonic()) > 0.4:
+                    if path.is_dir():
+                        place.mkdir(exist_ok=True)
+                    elif not place.exists() and place.parent.is_dir():
+                        place.write_bytes(path.read_bytes())
+            time.sleep(0.05)
+
+    def run(folder):
+        assert (folder / RECIPE).is_file(), "begun here, too"
+        if folder.is_relative_to(fast):
+            (folder / "model").mkdir()
+            (folder / "model" / "weights").write_bytes(bytes(100))
+        return {}
+
+    def process(index: int) -> None:
+        store = Store(slow if index else fast)
+        made = store.build(recipe("sft"), run)
+        seen[index] = (made.path / "model" / "weights").read_bytes(), made.manifest
+        # again, as a parent of the next stage and in a later run
+        assert store.build(recipe("sft"), run) == made
+
+    stop = threading.Event()
+    thread = threading.Thread(target=follow)
+    thread.start()
+    try:
+        several(monkeypatch, 2, process)
+    finally:
+        stop.set()
+        thread.join()
+    assert seen[0] == seen[1] and len(seen[1][0]) == 100
 
 
 def test_a_workdir_that_cannot_be_written_is_refused(tmp_path, monkeypatch):

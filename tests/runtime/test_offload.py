@@ -1,15 +1,18 @@
 """mpo_jax.runtime.offload: what rests in host memory comes back to the bit, and a run with it is the run without it."""
 
 import json
+import os
 import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mpo_jax.config.schema import OptimConfig, RuntimeConfig
 from mpo_jax.errors import UserError
+from mpo_jax.runtime import machine, offload
 from mpo_jax.runtime.offload import HOST, Offload, to_devices, to_host
 from mpo_jax.stages.ppo.iteration import Loop
 from mpo_jax.training.optimizer import make_optimizer
@@ -72,6 +75,88 @@ def test_devices_without_such_memory_are_an_error(monkeypatch):
     with pytest.raises(UserError, match=message):
         Offload.of(RuntimeConfig(offload_moments=True), mesh_of(1, 1, 1))
     Offload.of(RuntimeConfig(), mesh_of(1, 1, 1))
+
+
+def test_pinned_memory_is_counted_from_shapes():
+    """By hand: a [16 8] float32 array in 4 parts and one that is whole on 4 devices, frozen once and moments twice."""
+    mesh = mesh_of(1, 4, 1)
+
+    def shape(*dims, spec, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(dims, dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+
+    divided, whole = shape(16, 8, spec=("fsdp",)), shape(8, spec=(), dtype=jnp.bfloat16)
+    bytes_each = 16 * 8 * 4 // 4 + 8 * 2
+    assert offload.device_bytes({"a": divided, "b": [whole]}) == bytes_each
+    for frozen, moments, times in [(True, True, 3), (True, False, 1), (False, True, 2), (False, False, 0)]:
+        needed = Offload(frozen, moments).pinned_bytes(frozen=[divided, whole], moments=[divided, whole], num_devices=4)
+        assert needed == 4 * times * bytes_each
+
+
+GPU_HOST = 512 * offload.GIB
+
+
+@pytest.mark.parametrize(
+    ("keys", "platform", "memory", "given", "limit"),
+    [
+        (("offload_moments",), "gpu", GPU_HOST, {}, "512"),
+        (("offload_frozen",), "gpu", GPU_HOST + 1, {}, "512"),
+        ((), "gpu", GPU_HOST, {}, None),
+        (("offload_moments",), "tpu", GPU_HOST, {}, None),
+        # the user's own limit stays, and so does XLA's where the host has no more
+        (("offload_moments",), "gpu", GPU_HOST, {offload.POOL_LIMIT: "100"}, "100"),
+        (("offload_moments",), "gpu", 32 * offload.GIB, {}, None),
+        # this one takes the whole pool at once
+        (("offload_moments",), "gpu", GPU_HOST, {"XLA_PJRT_GPU_HOST_MEMORY_PREALLOCATE": "true"}, None),
+    ],
+)
+def test_xla_s_pool_may_grow_to_the_host_s_memory(keys, platform, memory, given, limit):
+    environment = dict(given)
+    runtime = RuntimeConfig(**dict.fromkeys(keys, True))
+    widened = offload.widen_pool(runtime, platform, memory, environment)
+    assert environment.get("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB") == limit
+    assert widened == (int(limit) if limit is not None and not given else None)
+
+
+def test_it_is_widened_before_jax_starts_and_said(monkeypatch, capsys):
+    monkeypatch.setattr(machine.flags, "detect", lambda environment: "gpu")
+    monkeypatch.setattr(machine, "host_memory", lambda: GPU_HOST)
+    # set and then removed, so that the test leaves no trace
+    monkeypatch.setenv(offload.POOL_LIMIT, "1")
+    monkeypatch.delenv(offload.POOL_LIMIT)
+    monkeypatch.setattr(machine.processes, "join", lambda _: seen.append(os.environ[offload.POOL_LIMIT]))
+    seen: list[str] = []
+    machine.start(RuntimeConfig(offload_moments=True, compilation_cache=None))
+    assert seen == ["512"] and f"{offload.POOL_LIMIT}=512" in capsys.readouterr().out
+    os.environ.pop(offload.POOL_LIMIT)
+
+
+@pytest.mark.parametrize(
+    ("gib", "platform", "given", "message"),
+    [
+        (300, "gpu", {offload.POOL_LIMIT: "512"}, None),
+        (300, "cpu", {}, None),
+        (600, "cpu", {}, "600.0 GiB of host memory are needed, but this host has 512.0 GiB"),
+        (600, "gpu", {offload.POOL_LIMIT: "1024"}, "but this host has 512.0 GiB"),
+        (300, "gpu", {}, "but XLA pins at most 64 GiB: unset XLA_PJRT_.*or set it to 300 or more"),
+        (300, "gpu", {offload.POOL_LIMIT: "100"}, "but XLA pins at most 100 GiB"),
+    ],
+)
+def test_too_little_memory_is_an_error(gib, platform, given, message):
+    check = lambda: offload.check_pinned(gib * offload.GIB, GPU_HOST, platform, given)  # noqa: E731
+    if message is None:
+        check()
+    else:
+        with pytest.raises(UserError, match=message):
+            check()
+
+
+def test_a_container_s_limit_counts_as_the_host_s_memory(tmp_path, monkeypatch):
+    physical = machine.host_memory()
+    monkeypatch.setattr(machine, "CONTAINER_LIMITS", (str(tmp_path / "v2"), str(tmp_path / "v1")))
+    assert machine.host_memory() >= physical
+    for text, expected in [("max\n", None), ("1073741824\n", offload.GIB), ("9223372036854771712\n", None)]:
+        (tmp_path / "v2").write_text(text)
+        assert machine.host_memory() == expected or (expected is None and machine.host_memory() >= physical)
 
 
 @pytest.fixture(scope="module", params=[(1, False), (1, True), (8, False)], ids=["1", "1 one pass", "8"])

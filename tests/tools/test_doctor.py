@@ -28,7 +28,7 @@ def test_the_command_on_this_machine(capsys, monkeypatch, tmp_path):
     lines = capsys.readouterr().out.splitlines()
     names = [line[5:].partition(":")[0] for line in lines if line.startswith(("ok", "warn", "FAIL"))]
     assert names == [
-        "versions", "compilers", "compiler flags", "devices", "mesh", "memory", "interconnect", "disk",
+        "versions", "compilers", "compiler flags", "devices", "mesh", "memory", "interconnect", "disk", "model", "data",
         "compilation cache", "hub", "clocks", "matmul", "collective",
     ]  # fmt: skip
     assert any("8 devices: all-gather at" in line for line in lines)
