@@ -21,6 +21,9 @@ from mpo_jax.runtime.coordination import coordination
 
 T = TypeVar("T")
 
+REPORTED = "process 0 writes the report"
+"""What the other processes wait for before they end."""
+
 
 def join(config: ProcessesConfig) -> None:
     """Joins the other processes, if the configuration or a launcher names any. Call it before any device is used.

@@ -16,7 +16,7 @@ from mpo_jax.pipeline.pipeline import Pipeline, StageName
 from mpo_jax.runtime import machine
 from mpo_jax.runtime.console import console
 from mpo_jax.runtime.files import write_json
-from mpo_jax.runtime.processes import is_main
+from mpo_jax.runtime.processes import REPORTED, is_main, wait
 from mpo_jax.runtime.version import __version__
 from mpo_jax.tools.report import results
 from mpo_jax.tools.report.page import write_report
@@ -59,12 +59,15 @@ def run_experiments(config: Config) -> Finished | None:
         runs.append(pipeline.experiment(name))
         pipeline.record(runs[-1])
     if not is_main():
+        # a process that ends waits for the others only as long as for a heartbeat
+        wait(REPORTED)
         return None
     workdir = Path(config.workdir)
     finished = results.collect(workdir, tuple(made.name for made in runs))
     page = _report(workdir, config)
     if store.bucket is not None:
         store.bucket.send_results(workdir)
+    wait(REPORTED)
     return Finished(finished, page, len(store.made), len(store.reused), time.perf_counter() - begin)
 
 

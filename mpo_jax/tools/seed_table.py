@@ -14,7 +14,7 @@ from mpo_jax.pipeline.experiments import table_variants
 from mpo_jax.pipeline.pipeline import Pipeline
 from mpo_jax.pipeline.table import estimates, seed_config, table_stages
 from mpo_jax.runtime.files import write_text
-from mpo_jax.runtime.processes import is_main
+from mpo_jax.runtime.processes import REPORTED, is_main, wait
 from mpo_jax.runtime.progress import Overall
 from mpo_jax.tools.report import results
 from mpo_jax.tools.report.evidence import Evidence, gather, write_evidence
@@ -93,6 +93,8 @@ class SeedTable:
     def finish(self) -> Finished | None:
         """Writes tables, figures, claims and the report; None except in process 0."""
         if not is_main():
+            # a process that ends waits for the others only as long as for a heartbeat
+            wait(REPORTED)
             return None
         config, workdir = self._config, self._workdir
         names = tuple(self.names)
@@ -104,4 +106,5 @@ class SeedTable:
         if (bucket := Bucket.of(config)) is not None:
             bucket.send_results(workdir)
         wandb_log.log_report(config, workdir)
+        wait(REPORTED)
         return Finished(by_seed, evidence, claims, page, [workdir / name for name in FOLDERS])
