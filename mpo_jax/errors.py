@@ -32,3 +32,11 @@ class Preempted(Exception):
     def __init__(self, step: int):
         super().__init__(f"terminated; a checkpoint of step {step} is saved; the same command resumes from it")
         self.step = step
+
+
+class PassPreempted(Preempted):
+    """SIGTERM arrived during a pass over many rows, and its finished rows are on disk."""
+
+    def __init__(self, name: str, done: int, total: int):
+        super().__init__(done)
+        self.args = (f"terminated; {done} of {total} rows of {name} are saved; the same command resumes from them",)

@@ -1,5 +1,7 @@
 """mpo_jax.training.refill: the samples of every prompt, whatever the rows they were drawn in."""
 
+import signal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,10 +9,12 @@ import pytest
 
 from mpo_jax.data.batches import Buckets, Widths, collate
 from mpo_jax.data.tokens import Example
-from mpo_jax.errors import NotFinite, UserError
+from mpo_jax.errors import NotFinite, PassPreempted, UserError
 from mpo_jax.models import forward
 from mpo_jax.models.forward import Model
-from mpo_jax.models.generate import Sampling, make_generate
+from mpo_jax.models.generate import Decoder, Sampling, make_generate
+from mpo_jax.runtime.parts import Parts
+from mpo_jax.runtime.passes import Pass
 from mpo_jax.runtime.sharding import place_batch
 from mpo_jax.training.refill import sample_all, with_responses
 from mpo_jax.types import frozen
@@ -35,8 +39,9 @@ def examples():
 
 
 def sample(
-    params, examples, *, progress=None, shape=(1, 1, 1), batch_size=8, buckets=2, sampling=SAMPLING, allowed=ALLOWED
-):
+    params, examples, *, progress=None, shape=(1, 1, 1), batch_size=8, buckets=2, sampling=SAMPLING, allowed=ALLOWED,
+    keep=None,
+):  # fmt: skip
     mesh = mesh_of(*shape)
     with jax.set_mesh(mesh):
         found = sample_all(
@@ -50,6 +55,7 @@ def sample(
             buckets=Buckets.of(examples, buckets),
             batch_size=batch_size,
             mesh=mesh,
+            keep=keep,
             progress=progress,
         )
     return found
@@ -160,3 +166,113 @@ def test_a_logit_that_is_not_finite_ends_it_at_once(params, examples, reference,
     # an id that is never sampled does not count
     harmless = {**params, "head": jnp.asarray(np.where(np.arange(head.shape[1]) == 3, value, head))}
     same(sample(harmless, examples), reference)
+
+
+# ---- going on after a kill -----------------------------------------------------------------------------------------
+
+
+class Kill(Exception):
+    """Ends a pass without a word."""
+
+
+def interrupted(params, examples, folder, calls, *, told=None, **options):
+    """One run of the pass, ended after that many chunks; None: to its end."""
+    with Pass("samples", COUNT, Parts(folder, {}, minutes=0), every=8) as keep:
+        before, check, left = keep.done, keep.check, [calls]
+
+        def counting():
+            check()
+            if left[0] is not None:
+                left[0] -= 1
+                if left[0] == 0:
+                    raise Kill
+
+        keep.check = counting
+        progress = None if told is None else lambda done, metrics: told.append((done, metrics))
+        if told is not None:
+            # as the tracker drops lines of rows that are made again
+            told[:] = [line for line in told if line[0] <= keep.reported]
+        return sample(params, examples, keep=keep, progress=progress, **options), before
+
+
+def test_after_any_kill_it_goes_on_to_the_same_samples_and_the_same_sums(params, examples, reference, tmp_path):
+    told, done = [], [0]
+    for calls in (1, 3, 1, 4, 2):
+        with pytest.raises(Kill):
+            interrupted(params, examples, tmp_path, calls, told=told)
+        done.append(Parts(tmp_path, {}, minutes=0).rows)
+    found, before = interrupted(params, examples, tmp_path, None, told=told)
+    assert done == sorted(done) and 0 < before == done[-1] < COUNT, done
+    same(found, reference)
+    assert [prompts for prompts, _ in told] == [8, 16, 24, 32, 37]
+    assert sum(metrics["tokens"] for _, metrics in told) == reference.length.sum()
+    again, before = interrupted(params, examples, tmp_path, None)
+    assert before == COUNT
+    same(again, reference)
+
+
+def test_what_is_finished_is_not_sampled_again(params, examples, reference, tmp_path, monkeypatch):
+    from mpo_jax.training import refill
+
+    with pytest.raises(Kill):
+        interrupted(params, examples, tmp_path, 6)
+    kept = np.concatenate([entry["prompt"] for entry in Parts(tmp_path, {}, minutes=0).entries])
+    begun, collate_rows = [], refill.collate
+    monkeypatch.setattr(
+        refill, "collate", lambda rows, *args, **named: (begun.extend(rows), collate_rows(rows, *args, **named))[1]
+    )
+    same(interrupted(params, examples, tmp_path, None)[0], reference)
+    assert len(begun) == COUNT - len(kept)
+    assert not {example.fingerprint for example in begun} & {examples[e].fingerprint for e in kept}
+
+
+def test_it_goes_on_on_another_mesh(params, examples, reference, tmp_path):
+    with pytest.raises(Kill):
+        interrupted(params, examples, tmp_path, 6)
+    found, before = interrupted(params, examples, tmp_path, None, shape=(2, 2, 2))
+    assert 0 < before < COUNT
+    same(found, reference)
+
+
+def test_sigterm_ends_it_between_two_chunks(params, examples, reference, tmp_path):
+    def progress(done, metrics):
+        signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(PassPreempted), Pass("samples", COUNT, Parts(tmp_path, {}, minutes=60)) as keep:
+        sample(params, examples, keep=keep, progress=progress)
+    found, before = interrupted(params, examples, tmp_path, None)
+    assert 8 <= before < COUNT
+    same(found, reference)
+
+
+def test_a_row_s_bits_depend_on_neither_its_place_nor_its_neighbours(params, examples):
+    """What lets a run go on with other prompts beside the unfinished ones: tokens, and keys and values to the bit."""
+    mesh, decoder = mesh_of(1, 1, 1), Decoder(MODEL, SAMPLING, EOS)
+    begin, advance = jax.jit(decoder.begin), jax.jit(decoder.advance)
+    weights = forward.for_decoding(MODEL, params)
+    widths = Widths.of(examples)
+
+    def drawn(chosen, row, chunks):
+        """Everything about the samples of one prompt of the batch, after each chunk."""
+        batch = collate([examples[e] for e in chosen], widths, num_responses=0)
+        with jax.set_mesh(mesh):
+            state = begin(
+                frozen(params), place_batch(batch, mesh), jax.random.key(0), jnp.zeros(len(chosen), jnp.uint32),
+                jnp.asarray(ALLOWED),
+            )  # fmt: skip
+            states = [state]
+            for _ in range(chunks):
+                states.append(advance(weights, states[-1], jnp.asarray(ALLOWED)))
+        rows = slice(2 * row, 2 * row + 2)
+        # a row that has ended is not used again: what a chunk adds behind its last token depends on the others
+        used = np.asarray(states[-1].length[rows]) - 1 + widths.prompt
+        caches = [
+            [np.asarray(cache)[rows][n, :, : used[n]] for n in range(2)]
+            for cache in jax.tree.leaves(states[-1].caches)
+        ]  # fmt: skip
+        return [np.asarray(x)[rows] for state in states for x in (state.ids, state.length, state.ended)], caches
+
+    for prompt in (5, 11):
+        alone = drawn([prompt, 0, 1, 2, 3, 4, 6, 7], 0, 3)
+        for others, row in (([8, 9, 10, prompt, 12, 13, 14, 15], 3), ([20, 21, 22, 23, 24, 25, 26, prompt], 7)):
+            jax.tree.map(np.testing.assert_array_equal, drawn(others, row, 3), alone)
