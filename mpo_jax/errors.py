@@ -35,8 +35,10 @@ class Preempted(Exception):
 
 
 class PassPreempted(Preempted):
-    """SIGTERM arrived during a pass over many rows, and its finished rows are on disk."""
+    """A stop was asked for during a pass over many rows, and its finished rows are on disk."""
 
     def __init__(self, name: str, done: int, total: int):
         super().__init__(done)
-        self.args = (f"terminated; {done} of {total} rows of {name} are saved; the same command resumes from them",)
+        self.args = (
+            f"stopped after {done} of {total} rows of {name}, which are saved; the same command goes on from there",
+        )

@@ -5,11 +5,11 @@ from typing import Any, Self
 
 from mpo_jax.errors import PassPreempted
 from mpo_jax.runtime.parts import Entry, Parts
-from mpo_jax.runtime.preemption import Preemption, stopping_at
+from mpo_jax.runtime.preemption import Preemption
 from mpo_jax.runtime.processes import wait
 
-NO_STEP = -1
-"""`mpo verify` asks training to stop at a step, which a pass before it must not take for one of its batches."""
+FIRST_CALL = 2**30
+"""`mpo verify` has training stop at a step, which a pass before it must not take for one of its batches."""
 
 
 class Pass:
@@ -29,12 +29,11 @@ class Pass:
         self.name, self.total, self._parts = name, total, parts
         self.entries, self.done = parts.entries, parts.rows
         self.reported = self.done if self.done == total else self.done // every * every
-        self._calls = 0
+        self._calls = FIRST_CALL
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as opened:
             opened.callback(self._parts.close)
-            opened.enter_context(stopping_at(NO_STEP))
             self._preemption = opened.enter_context(Preemption())
             self._opened = opened.pop_all()
         return self

@@ -187,7 +187,7 @@ def test_a_pass_that_fails_leaves_what_was_saved(tmp_path):
 
 def test_sigterm_stops_at_the_next_check_with_all_rows_on_disk(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
-    said = r"3 of 10 rows of select's scores are saved; the same command"
+    said = r"after 3 of 10 rows of select's scores, which are saved; the same command goes on"
     with pytest.raises(PassPreempted, match=said), running(tmp_path) as keep:
         keep.add(entry(1), rows=2)
         keep.check()

@@ -12,11 +12,11 @@ from mpo_jax.data.tokens import Example
 from mpo_jax.errors import NotFinite, PassPreempted, UserError
 from mpo_jax.models import forward
 from mpo_jax.models.forward import Model
-from mpo_jax.models.generate import Decoder, Sampling, make_generate
+from mpo_jax.models.generate import Sampling, make_generate
 from mpo_jax.runtime.parts import Parts
 from mpo_jax.runtime.passes import Pass
 from mpo_jax.runtime.sharding import place_batch
-from mpo_jax.training.refill import sample_all, with_responses
+from mpo_jax.training.refill import programs, sample_all, with_responses
 from mpo_jax.types import frozen
 from tests.models.tiny import DECODER, mesh_of, random_params
 
@@ -246,33 +246,34 @@ def test_sigterm_ends_it_between_two_chunks(params, examples, reference, tmp_pat
 
 
 def test_a_row_s_bits_depend_on_neither_its_place_nor_its_neighbours(params, examples):
-    """What lets a run go on with other prompts beside the unfinished ones: tokens, and keys and values to the bit."""
-    mesh, decoder = mesh_of(1, 1, 1), Decoder(MODEL, SAMPLING, EOS)
-    begin, advance = jax.jit(decoder.begin), jax.jit(decoder.advance)
-    weights = forward.for_decoding(MODEL, params)
-    widths = Widths.of(examples)
+    """What lets a run go on with other prompts beside the unfinished ones: tokens, keys and values, to the bit."""
+    mesh, key, endless = mesh_of(1, 1, 1), jax.random.key(0), jnp.asarray(ALLOWED & (np.arange(40) != EOS))
+    start, insert, advance = programs(MODEL, Sampling(max_new_tokens=300, num_samples=2), EOS, mesh)
+    weights, widths = forward.for_decoding(MODEL, params), Widths.of(examples)
 
-    def drawn(chosen, row, chunks):
-        """Everything about the samples of one prompt of the batch, after each chunk."""
-        batch = collate([examples[e] for e in chosen], widths, num_responses=0)
+    def drawn(prompt, neighbours, before, row):
+        """All that three chunks make of a prompt's two rows, which begin after their neighbours' first chunks."""
+
+        def put(state, chosen, row):
+            batch = place_batch(collate([examples[chosen]], widths, num_responses=0), mesh)
+            if state is None:
+                state = start(frozen(params), batch, key, endless, 8)
+            return insert(frozen(params), state, batch, np.asarray([row, row + 1], np.int32), key, endless)
+
+        state = None
         with jax.set_mesh(mesh):
-            state = begin(
-                frozen(params), place_batch(batch, mesh), jax.random.key(0), jnp.zeros(len(chosen), jnp.uint32),
-                jnp.asarray(ALLOWED),
-            )  # fmt: skip
-            states = [state]
-            for _ in range(chunks):
-                states.append(advance(weights, states[-1], jnp.asarray(ALLOWED)))
-        rows = slice(2 * row, 2 * row + 2)
-        # a row that has ended is not used again: what a chunk adds behind its last token depends on the others
-        used = np.asarray(states[-1].length[rows]) - 1 + widths.prompt
-        caches = [
-            [np.asarray(cache)[rows][n, :, : used[n]] for n in range(2)]
-            for cache in jax.tree.leaves(states[-1].caches)
-        ]  # fmt: skip
-        return [np.asarray(x)[rows] for state in states for x in (state.ids, state.length, state.ended)], caches
+            for other, place in zip(neighbours, [r for r in range(0, 8, 2) if r != row], strict=True):
+                state = put(state, other, place)
+            for _ in range(before):
+                state, _ = advance(weights, state, endless)
+            state = put(state, prompt, row)
+            for _ in range(3):
+                state, _ = advance(weights, state, endless)
+        assert (np.asarray(state.length[row : row + 2]) == 49).all()
+        left = state.ids, state.length, *jax.tree.leaves(state.caches)
+        return [np.asarray(x)[row : row + 2] for x in left]
 
-    for prompt in (5, 11):
-        alone = drawn([prompt, 0, 1, 2, 3, 4, 6, 7], 0, 3)
-        for others, row in (([8, 9, 10, prompt, 12, 13, 14, 15], 3), ([20, 21, 22, 23, 24, 25, 26, prompt], 7)):
-            jax.tree.map(np.testing.assert_array_equal, drawn(others, row, 3), alone)
+    alone = drawn(5, [0, 1, 2], before=0, row=0)
+    for neighbours, before, row in (([3, 4, 6], 0, 4), ([7, 8, 9], 1, 6), ([0, 1, 2], 12, 2)):
+        for one, other in zip(drawn(5, neighbours, before, row), alone, strict=True):
+            np.testing.assert_array_equal(one, other)
