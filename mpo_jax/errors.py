@@ -32,3 +32,13 @@ class Preempted(Exception):
     def __init__(self, step: int):
         super().__init__(f"terminated; a checkpoint of step {step} is saved; the same command resumes from it")
         self.step = step
+
+
+class PassPreempted(Preempted):
+    """A stop was asked for during a pass over many rows, and its finished rows are on disk."""
+
+    def __init__(self, name: str, done: int, total: int):
+        super().__init__(done)
+        self.args = (
+            f"stopped after {done} of {total} rows of {name}, which are saved; the same command goes on from there",
+        )

@@ -1,6 +1,7 @@
-"""A real process is killed at random moments in every stage that trains, and goes on to the very same bits.
+"""A real process is killed at random moments in every stage, and goes on to the very same bits.
 
-MPO_KILLS=20 kills each stage that many times in place of three; MPO_KILLS_SEED draws other moments.
+MPO_KILLS=20 kills each training that many times in place of three, and every pass over rows a third as often in place
+of three passes once; MPO_KILLS_SEED draws other moments.
 """
 
 import json
@@ -15,7 +16,10 @@ import time
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
+
+from mpo_jax.data.pair_table import PairTable
 
 pytestmark = pytest.mark.unoptimised
 
@@ -23,6 +27,13 @@ MICRO = Path(__file__).parent / "configs" / "micro.yaml"
 STAGES = ("sft", "reward", "dpo", "ppo")
 KILLS = int(os.environ.get("MPO_KILLS", "3"))
 SEED = os.environ.get("MPO_KILLS_SEED", "0")
+PASSES = (("select", "samples"), ("dpo", "reference"), ("evaluate", "measures"))
+if KILLS > 3:
+    PASSES = (
+        ("reward", "held-out"), ("select", "samples"), ("select", "scores"), ("dpo", "reference"),
+        ("evaluate", "samples"), ("evaluate", "measures"),
+    )  # fmt: skip
+"""Passes over many rows with their stages, in the order of a run."""
 STEPS = 4 * KILLS
 """So that a stage lasts through its kills."""
 SERVER = """
@@ -32,9 +43,14 @@ from mpo_jax.cli import app
 import mpo_jax.cli.run
 
 for line in sys.stdin:
-    arguments, output = json.loads(line)
+    arguments, output, pause = json.loads(line)
     child = os.fork()
     if child == 0:
+        if pause:
+            import time
+            from mpo_jax.runtime.passes import Pass
+            check = Pass.check
+            Pass.check = lambda self: (time.sleep(pause), check(self))[1]
         file = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         os.dup2(file, 1), os.dup2(file, 2)
         sys.argv = ["mpo", *arguments]
@@ -55,15 +71,17 @@ class Commands:
             [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
         )
 
-    def start(self, *arguments: str) -> int:
+    def start(self, *arguments: str, pause: float = 0.0) -> int:
+        """Starts a command; `pause`: seconds that each batch of a pass takes longer, so that a kill can meet it."""
         settings = [
             f"runtime.compilation_cache={jax.config.jax_compilation_cache_dir}", "runtime.tensorboard=false",
             *(f"{stage}.train.{key}" for stage in STAGES for key in (f"steps={STEPS}", "checkpoint_every=1")),
             "reward.train.checkpoint_every=2", "ppo.train.log_every=2", "ppo.kl.adaptive=true", "ppo.minibatches=2",
-            "ppo.extras.ema_decay=0.9",
+            "ppo.extras.ema_decay=0.9", "reward.train.batch_size=4", "select.batch_size=4", "dpo.train.batch_size=4",
+            "evaluate.batch_size=2", "runtime.save_minutes=0",
         ]  # fmt: skip
         command, *overrides = arguments
-        line = [command, str(MICRO), *settings, *overrides], str(self.output)
+        line = [command, str(MICRO), *settings, *overrides], str(self.output), pause
         self.server.stdin.write((json.dumps(line) + "\n").encode())
         return int(self.server.stdout.readline())
 
@@ -97,7 +115,7 @@ def commands(tmp_path_factory):
 def whole(commands, tmp_path_factory) -> Path:
     """A workdir in which every stage was made without a kill."""
     workdir = tmp_path_factory.mktemp("whole")
-    commands.run("ppo", f"workdir={workdir}")
+    commands.run("evaluate", f"workdir={workdir}")
     return workdir
 
 
@@ -210,3 +228,102 @@ def test_sigterm_outside_training_ends_the_process(commands, tmp_path):
         time.sleep(0.001)
     subprocess.run(["kill", "-15", str(process)], check=True)
     assert commands.status() == -signal.SIGTERM
+
+
+# ---- passes over rows ----------------------------------------------------------------------------------------------
+
+
+def kept(workdir: Path, stage: str, name: str) -> int:
+    """The number of whole parts of an unfinished stage's pass."""
+    found = list(workdir.glob(f"stages/.{stage}-*.partial/parts/{name}/manifest.json"))
+    return len(json.loads(found[0].read_text())["parts"]) if found else 0
+
+
+def end_in_pass(commands, workdir: Path, stage: str, name: str, sent: signal.Signals, chance: random.Random) -> bool:
+    """Sends a signal to `mpo evaluate` at a random moment of one pass; whether it ended there."""
+    later = kept(workdir, stage, name) + chance.choice((1, 2))
+    process = commands.start("evaluate", f"workdir={workdir}", pause=0.05)
+    while not commands.ended() and kept(workdir, stage, name) < later and not finished(workdir, stage):
+        time.sleep(0.001)
+    if not commands.ended(chance.uniform(0.0, 0.06)):
+        os.kill(process, sent)
+    status = commands.status()
+    if status == 0:
+        return False
+    assert status == (-sent if sent == signal.SIGKILL else 143), commands.said()
+    if sent == signal.SIGTERM:
+        said = commands.said().splitlines()[-1]
+        assert said.endswith(f"rows of {stage}'s {name}, which are saved; the same command goes on from there"), said
+    return not finished(workdir, stage) and kept(workdir, stage, name) >= later
+
+
+def rates(folder: Path, count: int) -> tuple[list[int], float]:
+    """The steps of a sampling stage's lines, and the rate of ends that they make together."""
+    lines = log(folder)
+    steps = [line["step"] for line in lines]
+    sizes = [b - a for a, b in zip([0, *steps], steps, strict=False)]
+    assert steps[-1] == sum(sizes) == count
+    return steps, sum(n * line["eos_rate"] for n, line in zip(sizes, lines, strict=True))
+
+
+def assert_same_passes(one: Path, other: Path) -> None:
+    """What a stage leaves besides metrics and manifest, to the bit."""
+    assert one.name == other.name
+    left = [sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file()) for folder in (one, other)]
+    assert left[0] == left[1]
+    for path in left[0]:
+        if path.suffix in (".parquet", ".jsonl", ".safetensors") and path.name != "metrics.jsonl":
+            assert (one / path).read_bytes() == (other / path).read_bytes(), path
+
+
+def test_killed_in_any_pass_it_goes_on_with_the_rows_that_are_done(commands, whole, tmp_path):
+    """kill -9 and SIGTERM in turn, through all passes of one run; what was done is not made again."""
+    workdir = tmp_path / "w"
+    shutil.copytree(whole, workdir, symlinks=True)
+    stages = {stage for stage, _ in PASSES}
+    for stage in stages:
+        shutil.rmtree(folder_of(workdir, stage))
+    chance = random.Random(SEED)
+    signals = [signal.SIGKILL, signal.SIGTERM]
+    ended, begin = dict.fromkeys(PASSES, 0), len(commands.said())
+    for number, (stage, name) in enumerate(PASSES):
+        for attempt in range(max(KILLS // 3, 1)):
+            ended[stage, name] += end_in_pass(commands, workdir, stage, name, signals[(number + attempt) % 2], chance)
+    print(f"ended in passes: {ended}")
+    commands.run("evaluate", f"workdir={workdir}")
+    assert all(ended.values()), ended
+    said = commands.said()[begin:]
+    for stage, name in ended:
+        assert f"  {stage}'s {name}: " in said, "a run has begun with the rows of the run before"
+    assert "is damaged" not in said and "is missing" not in said, "no kill may damage a part"
+    for stage in stages:
+        assert_same_passes(folder_of(whole, stage), folder_of(workdir, stage))
+    for stage in ("select", "evaluate"):
+        count = log(folder_of(whole, stage))[-1]["step"]
+        steps, rate = rates(folder_of(workdir, stage), count)
+        wanted_steps, wanted = rates(folder_of(whole, stage), count)
+        assert steps == wanted_steps and abs(rate - wanted) < 1e-6
+
+
+def test_another_machine_of_two_devices_goes_on_from_the_bucket(commands, whole, tmp_path):
+    workdir, bucket = tmp_path / "w", f"runtime.bucket=file://{tmp_path}/bucket"
+    shutil.copytree(whole, workdir, symlinks=True)
+    for stage in ("dpo", "ppo", "select", "evaluate"):
+        shutil.rmtree(folder_of(workdir, stage))
+    process = commands.start("select", f"workdir={workdir}", bucket, pause=0.05)
+    # a part is sent after it is written and before the next one
+    while not commands.ended() and kept(workdir, "select", "samples") < 3:
+        time.sleep(0.001)
+    os.kill(process, signal.SIGKILL)
+    assert commands.status() == -signal.SIGKILL, commands.said()
+    shutil.rmtree(workdir)
+    begin = len(commands.said())
+    commands.run("select", f"workdir={workdir}", bucket, "runtime.cpu_devices=2", "mesh.data=2")
+    said = commands.said()[begin:]
+    assert "  select's samples: " in said and " of 47 rows are there" in said
+    assert "make sft" not in said and "make select" in said
+    one, other = (PairTable.read(folder_of(folder, "select")) for folder in (whole, workdir))
+    assert one.ids == other.ids and one.prompt == other.prompt
+    np.testing.assert_allclose(one.score, other.score, rtol=1e-5)
+    assert not list((tmp_path / "bucket").glob("stages/.*")), "unfinished stages leave nothing"
+    assert not list((tmp_path / "bucket").glob("stages/select-*/parts"))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,6 +24,14 @@ from tests.pipeline.test_pipeline import MICRO, mpo, stages
 pytestmark = pytest.mark.unoptimised
 
 COMMAND = [sys.executable, "-c", "from mpo_jax.cli.app import main; main()"]
+SLOW = """
+import time
+from mpo_jax.runtime.passes import Pass
+check = Pass.check
+Pass.check = lambda self: (time.sleep(1), check(self))[1]
+from mpo_jax.cli.app import main; main()
+"""
+"""The same, where each batch of a pass takes a second longer: JAX looks for signals once a second."""
 MESH = ("mesh.data=2", "mesh.fsdp=4")
 MEASURED = tuple(f"{stage}.train.eval_every=2" for stage in ("sft", "reward", "dpo", "ppo"))
 CACHE = f"runtime.compilation_cache={jax.config.jax_compilation_cache_dir}"
@@ -31,7 +40,10 @@ CACHE = f"runtime.compilation_cache={jax.config.jax_compilation_cache_dir}"
 class Pair:
     """Both processes of one command, each with its log."""
 
-    def __init__(self, folder: Path, *arguments: str, own: tuple[tuple[str, ...], ...] = ((), ()), timeout: int = 100):
+    def __init__(
+        self, folder: Path, *arguments: str, own: tuple[tuple[str, ...], ...] = ((), ()), timeout: int = 100,
+        program: list[str] = COMMAND,
+    ):  # fmt: skip
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -41,7 +53,7 @@ class Pair:
         self.running = []
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         for index, log in enumerate(self.logs):
-            command = [*COMMAND, *common, f"runtime.processes.index={index}", *own[index]]
+            command = [*program, *common, f"runtime.processes.index={index}", *own[index]]
             with log.open("w") as file:
                 self.running.append(subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment))
 
@@ -155,6 +167,26 @@ def test_one_process_goes_on_where_two_were_killed_and_ended(tmp_path, alone):
     )
     assert [line["step"] for line in resumed] == [line["step"] for line in whole] == list(range(1, 61))
     np.testing.assert_allclose([x["loss"] for x in resumed], [x["loss"] for x in whole], rtol=1e-5)
+
+
+def test_two_processes_stop_in_a_pass_together_and_go_on(tmp_path, together):
+    """SIGTERM to the one that does not write; the finished rows are on disk, and the next run has them in both."""
+    workdir = tmp_path / "w"
+    shutil.copytree(together[0], workdir, symlinks=True)
+    command = ("select", str(MICRO), f"workdir={workdir}", *MESH, "select.batch_size=8", "runtime.save_minutes=0")
+    pair = Pair(tmp_path, *command, program=[sys.executable, "-c", SLOW])
+    wait_until(lambda: list(workdir.glob("stages/.select-*.partial/parts/samples/manifest.json")))
+    pair.running[1].send_signal(signal.SIGTERM)
+    assert pair.wait() == [143, 143], pair.text(0)[-3000:] + pair.text(1)[-3000:]
+    for index in range(2):
+        assert "rows of select's s" in pair.text(index) and "which are saved" in pair.text(index)
+    pair = Pair(tmp_path, *command)
+    assert pair.wait() == [0, 0], pair.text(0)[-3000:] + pair.text(1)[-3000:]
+    assert "  select's samples: " in pair.text(0) and " of 47 rows are there" in pair.text(0)
+    (made,) = set(stages(workdir)) - set(stages(together[0]))
+    one, other = PairTable.read(workdir / "stages" / made), PairTable.read(together[0] / "runs/mpo/select")
+    assert one.ids == other.ids
+    np.testing.assert_allclose(one.score, other.score, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("victim", [0, 1])

@@ -124,7 +124,7 @@ def _print_calls(whole: "Comparison") -> None:
 def _by_reward_model(opened: "OpenModel", pairs: "Sequence[Pair]") -> "tuple[list[Judged], dict[str, Any]]":
     from mpo_jax.tools.judge.comparison import judge_by_reward_model
 
-    judged, cut = judge_by_reward_model(opened, pairs, _now_and_then(lambda n: f"  {n} batches scored"))
+    judged, cut = judge_by_reward_model(opened, pairs, _now_and_then(lambda n: f"  {n} of {len(pairs)} pairs scored"))
     if any(cut.values()):
         console.print(f"[yellow]cut to fit: {cut['truncated_prompts']} prompts, {cut['truncated_responses']} responses")
     return judged, cut

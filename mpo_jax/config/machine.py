@@ -95,6 +95,13 @@ class RuntimeConfig(Section, frozen=True):
         default=False,
         description="keep a finished stage's last checkpoints, which mpo verify needs; false: keep only its model",
     )
+    save_minutes: float = Field(
+        default=5.0,
+        ge=0.0,
+        allow_inf_nan=False,
+        description="minutes between two savings of finished rows in passes outside training: sampling, scoring and "
+        "reference log-probabilities; 0: after every batch",
+    )
     bucket: str | None = Field(
         default=None,
         pattern=r"^(gs|s3|file)://.+",

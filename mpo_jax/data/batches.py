@@ -6,8 +6,8 @@ are small, and no code assumes which rows a process's devices hold.
 """
 
 import dataclasses
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -17,6 +17,8 @@ import numpy as np
 
 from mpo_jax.data.tokens import Example
 from mpo_jax.errors import NotFinite, UserError
+from mpo_jax.runtime.passes import Pass
+from mpo_jax.runtime.prefetch import prefetched
 from mpo_jax.runtime.processes import to_host
 from mpo_jax.types import PromptBatch
 
@@ -249,6 +251,10 @@ def num_steps(num_examples: int, *, epochs: float, steps: int | None, batch_size
     return steps if steps is not None else max(1, int(epochs * num_examples // batch_size))
 
 
+Progress = Callable[[int, Mapping[str, Any]], Any]
+"""Called with the number of finished rows, and with metrics of the rows since the call before."""
+
+
 def map_batches(
     examples: Sequence[Example],
     buckets: Buckets,
@@ -256,14 +262,19 @@ def map_batches(
     function: Callable[[PromptBatch], Any],
     *,
     models: Any = None,
+    keep: Pass | None = None,
+    progress: Progress | None = None,
 ) -> Any:
-    """Applies `function` (batch -> pytree of [B ...] NumPy arrays) to all examples and drops the padding rows.
+    """Applies `function` (batch -> pytree of [B ...] arrays) to all examples and drops the padding rows.
 
-    Every example is padded to the widths of its own bucket, whatever else is in its batch.
+    Every example is padded to the widths of its own bucket, whatever else is in its batch. A batch is collated and
+    dispatched while the devices work on the one before; two at most are under way.
 
     Args:
       models: pytree shaped like the function's result, with the name of the model behind each array, for messages;
         None: outputs are not checked.
+      keep: keeps the results of each batch, and has those of an earlier run, whose batches are not made again; it
+        needs `models`, which say what was kept.
 
     Returns:
       One pytree of arrays with leading axis len(examples), in the order of the examples. Where trailing axes differ
@@ -271,30 +282,70 @@ def map_batches(
 
     Raises:
       UserError: if there are no examples, or at the first NaN or infinity in a model's outputs.
+      PassPreempted: by `keep`.
     """
     if not examples:
         raise UserError("there are no rows to run a model on: the data set is empty; check its files and filters")
-    places, parts = [], []
-    for batch in padded_batches(examples, buckets, batch_size):
-        places.append(batch.example[batch.example >= 0])
-        parts.append(jax.tree.map(partial(_first, len(places[-1])), function(batch.rows)))
+    results: dict[int, Any] = {} if keep is None else dict(_kept_results(keep, models))
+    composition = list(_composition(examples, buckets, batch_size))
+    done = sum(len(rows) for number, (_, rows) in enumerate(composition) if number in results)
+
+    def finish(batch: Batch, outputs: Any) -> None:
+        nonlocal done
+        rows = batch.example[batch.example >= 0]
+        results[batch.number] = jax.tree.map(partial(_first, len(rows)), outputs)
         if models is not None:
-            jax.tree.map(_check_finite, models, parts[-1])
-    return jax.tree.map(lambda *xs: _scatter(places, xs), *parts)
+            jax.tree.map(_check_finite, models, results[batch.number])
+        done += len(rows)
+        if progress is not None:
+            progress(done, {"tokens": int(batch.rows.prompt_len.sum() + batch.rows.response_len.sum())})
+        if keep is not None:
+            leaves = enumerate(jax.tree.leaves(results[batch.number]))
+            keep.add({"batch": np.asarray(batch.number), **{str(i): leaf for i, leaf in leaves}}, len(rows))
+            keep.check()
+
+    under_way: deque[tuple[Batch, Any]] = deque()
+    missing = [number for number in range(len(composition)) if number not in results]
+    for batch in prefetched(_filled(examples, batch_size, number, *composition[number]) for number in missing):
+        under_way.append((batch, function(batch.rows)))
+        if len(under_way) == 2:
+            finish(*under_way.popleft())
+    while under_way:
+        finish(*under_way.popleft())
+    places = [rows for _, rows in composition]
+    return jax.tree.map(lambda *xs: _scatter(places, xs), *(results[number] for number in range(len(composition))))
+
+
+def _kept_results(keep: Pass, models: Any) -> Iterator[tuple[int, Any]]:
+    """Numbers and results of the batches that an earlier run has finished."""
+    structure = jax.tree.structure(models)
+    for entry in keep.entries:
+        leaves = [entry[str(i)] for i in range(structure.num_leaves)]
+        yield int(entry["batch"]), jax.tree.unflatten(structure, leaves)
 
 
 def padded_batches(examples: Sequence[Example], buckets: Buckets, batch_size: int) -> Iterator[Batch]:
     """Every example once, in batches of one size; the last batch of each bucket has padding rows."""
-    bucket, count = buckets.place(examples), itertools.count()
+    for number, (widths, rows) in enumerate(_composition(examples, buckets, batch_size)):
+        yield _filled(examples, batch_size, number, widths, rows)
+
+
+def _composition(examples: Sequence[Example], buckets: Buckets, batch_size: int) -> Iterator[tuple[Widths, np.ndarray]]:
+    """Widths of each padded batch, and the indices of its examples."""
+    bucket = buckets.place(examples)
     for number, widths in enumerate(buckets.widths):
         members = np.flatnonzero(bucket == number)
         for begin in range(0, len(members), batch_size):
-            rows = members[begin : begin + batch_size]
-            chosen = [examples[row] for row in rows]
-            filled = collate(chosen, widths, num_responses=len(examples[0].responses), size=batch_size)
-            index = np.full(batch_size, -1)
-            index[: len(rows)] = rows
-            yield Batch(next(count), filled, index, np.zeros(batch_size, np.uint32))
+            yield widths, members[begin : begin + batch_size]
+
+
+def _filled(examples: Sequence[Example], batch_size: int, number: int, widths: Widths, rows: np.ndarray) -> Batch:
+    """The batch of these rows, filled up with padding rows."""
+    chosen = [examples[row] for row in rows]
+    filled = collate(chosen, widths, num_responses=len(examples[0].responses), size=batch_size)
+    index = np.full(batch_size, -1)
+    index[: len(rows)] = rows
+    return Batch(number, filled, index, np.zeros(batch_size, np.uint32))
 
 
 def _first(count: int, x: Any) -> np.ndarray:

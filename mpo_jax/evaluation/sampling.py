@@ -1,23 +1,20 @@
 """A model's answers to prompts: the one place where prompts go through a model with rows refilled."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from mpo_jax.data.batches import Buckets
+from mpo_jax.data.batches import Buckets, Progress
 from mpo_jax.data.text import TextCodec
 from mpo_jax.data.tokens import Example, tokenize
 from mpo_jax.models.forward import Model
 from mpo_jax.models.generate import Sampling
+from mpo_jax.runtime.passes import Pass
 from mpo_jax.training.refill import Samples, sample_all
 from mpo_jax.types import Params
-
-Progress = Callable[[int, Mapping[str, Any]], Any]
-"""Called with how many prompts are done, and with tokens and the rate of ends since the call before."""
 
 
 def sample_examples(
@@ -31,6 +28,7 @@ def sample_examples(
     batch_size: int,
     mesh: Mesh,
     name: str = "the model",
+    keep: Pass | None = None,
     progress: Progress | None = None,
 ) -> Samples:
     """`sampling.num_samples` samples of every tokenized prompt; one depends on prompt, key and its number alone.
@@ -40,6 +38,8 @@ def sample_examples(
     Args:
       batch_size: prompts at a time.
       name: what the user calls the model, for messages.
+      keep: keeps whole prompts' samples as they are made, and has those of an earlier run.
+      progress: called with finished prompts, and with tokens and the rate of ends since the call before.
     """
     return sample_all(
         model,
@@ -53,6 +53,7 @@ def sample_examples(
         batch_size=batch_size,
         mesh=mesh,
         name=name,
+        keep=keep,
         progress=progress,
     )
 

@@ -15,6 +15,7 @@ from mpo_jax.config.load import read_record
 from mpo_jax.errors import UserError
 from mpo_jax.pipeline.bucket import CHECKPOINTS, Bucket, stage_files, stage_place
 from mpo_jax.pipeline.recipe import RECIPE, artifact_name
+from mpo_jax.runtime import parts
 from mpo_jax.runtime.console import console
 from mpo_jax.runtime.files import wait_for_files, write_json
 from mpo_jax.runtime.processes import agree, is_main, wait
@@ -146,9 +147,10 @@ class Store:
             made = {"version": __version__, "seconds": round(time.time() - begin, 1), "warnings": warnings}
             write_json(partial / "manifest.json", {**recipe, **made, "summary": summary})
             os.rename(partial, final)
-            # only now: deleted before the rename, a kill in between would lose the whole training
+            # only now: deleted before the rename, a kill in between would lose all the work
             if not _keeps_checkpoints(final):
                 shutil.rmtree(final / CHECKPOINTS, ignore_errors=True)
+            shutil.rmtree(final / parts.FOLDER, ignore_errors=True)
             self._upload(final)
         published = agree(_sizes(final) if is_main() else {}, f"process 0 publishes {final.name}")
         if self.bucket is not None:

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from etils import epath
 from mpo_jax.config.schema import Config
 from mpo_jax.errors import UserError
 from mpo_jax.runtime.console import console
+from mpo_jax.runtime.parts import FOLDER as PARTS
 
 CHECKPOINTS = "checkpoints"
 RESULTS = (
@@ -96,13 +97,14 @@ class Bucket:
         with self._reporting_errors(f"look for {name}"):
             return self._fs.isfile(f"{self._root}/{name}")
 
-    def send(self, folder: Path, name: str, *, last: str | None = None) -> None:
-        """Uploads a folder's files, without checkpoints, as the folder `name`.
+    def send(self, folder: Path, name: str, *, last: str | None = None, files: Sequence[Path] | None = None) -> None:
+        """Uploads a folder's files, without checkpoints and parts, as the folder `name`.
 
         Args:
           last: name of the file that marks the others as complete; it is uploaded after them.
+          files: the only ones to upload before it; None: all.
         """
-        files = [path for path in stage_files(folder) if path.name != last or path.parent != folder]
+        files = [path for path in files or stage_files(folder) if path.name != last or path.parent != folder]
         self._send(folder, files, name)
         if last is not None:
             with self._reporting_errors(f"send {name}/{last}"):
@@ -168,8 +170,9 @@ class Bucket:
 
 
 def stage_files(folder: Path) -> list[Path]:
-    """All files of a stage's folder except its checkpoints."""
-    inside = (path for path in sorted(folder.rglob("*")) if path.relative_to(folder).parts[0] != CHECKPOINTS)
+    """All files of a stage's folder except its checkpoints and parts, which are sent as they are made."""
+    apart = CHECKPOINTS, PARTS
+    inside = (path for path in sorted(folder.rglob("*")) if path.relative_to(folder).parts[0] not in apart)
     return [path for path in inside if path.is_file()]
 
 

@@ -14,7 +14,7 @@ from mpo_jax.models import loading
 from mpo_jax.models.spec import DecoderConfig
 from mpo_jax.pipeline.bucket import Bucket, checkpoint_folder, stage_place
 from mpo_jax.pipeline.recipe import artifact_name
-from mpo_jax.runtime import machine
+from mpo_jax.runtime import machine, parts
 from mpo_jax.runtime.offload import Offload
 from mpo_jax.runtime.processes import is_main, wait
 from mpo_jax.stages import dpo, evaluate, ppo, reward, select, sft
@@ -71,6 +71,16 @@ def stage_context(
         # else the others would wait for process 0 in the collectives of the checkpoint
         wait(f"process 0 sends the metrics of {folder.name}")
 
+    def send_parts(place: Path, files: Sequence[Path]) -> None:
+        assert bucket is not None
+        # before the parts, so that their rows' metrics are there
+        bucket.send(folder, stage_place(folder))
+        inside = place.relative_to(folder).as_posix()
+        bucket.send(place, f"{stage_place(folder)}/{inside}", files=files, last=parts.MANIFEST)
+
+    # what a bucket holds of a stage replaces the workdir's folder of it, and with that checkpoints it does not hold
+    sends_parts = bucket is not None and (bucket.takes_checkpoints or not stage.trains)
+
     def sinks() -> Sequence[Sink]:
         run = stage_run(config, folder, stage.name, artifact_name(recipe))
         return () if run is None else (run,)
@@ -87,6 +97,8 @@ def stage_context(
         tensorboard=runtime.tensorboard,
         checkpoints=checkpoint_folder(bucket, folder),
         before_save=send,
+        save_minutes=runtime.save_minutes,
+        send_parts=send_parts if sends_parts else None,
         recipe=recipe,
         sinks=sinks,
     )

@@ -97,6 +97,15 @@ def agree(value: T, name: str = "process 0's decision") -> T:
     return value if together is None else together.agree(value, name)
 
 
+def share(data: bytes) -> bytes:
+    """Process 0's bytes, for all processes, which may not see its disk."""
+    if jax.process_count() == 1:
+        return data
+    size = int(multihost_utils.broadcast_one_to_all(np.asarray(len(data), np.int32)))
+    mine = np.frombuffer(data, np.uint8) if is_main() else np.zeros(size, np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(mine), np.uint8).tobytes()
+
+
 _name = ""
 
 

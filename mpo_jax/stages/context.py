@@ -2,26 +2,35 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from mpo_jax.config.schema import ArchitectureConfig, Config, TextConfig
 from mpo_jax.data import corpus
+from mpo_jax.data.batches import Progress
 from mpo_jax.data.corpus import Corpus
+from mpo_jax.data.digest import digest
 from mpo_jax.data.text import TextCodec
 from mpo_jax.data.tokens import Example, Row, TokenReport, tokenize
 from mpo_jax.evaluation.sampling import sample_examples
+from mpo_jax.evaluation.scoring import score_examples
 from mpo_jax.models import loading
 from mpo_jax.models.forward import Model
 from mpo_jax.models.generate import Sampling
+from mpo_jax.runtime import parts
+from mpo_jax.runtime.console import console
 from mpo_jax.runtime.offload import Offload
+from mpo_jax.runtime.passes import Pass
 from mpo_jax.runtime.seeds import stage_key
 from mpo_jax.stages.settings import NOT_WATCHED, Numerics, Watch
 from mpo_jax.training.loop import Checkpointing
@@ -125,7 +134,9 @@ class Context:
       token_cache: folder of cached tokenized rows; None: no cache.
       checkpoints: folder of the training state; None: `folder/checkpoints`.
       before_save: callback before every checkpoint, in every process.
-      recipe: recipe of the stage, stored with its checkpoints.
+      recipe: recipe of the stage, stored with its checkpoints and its passes' parts.
+      save_minutes: time between two savings of the rows that a pass has finished; 0: after every batch.
+      send_parts: callback in process 0 after each, with the pass's folder and its new files.
       sinks: factory of additional sinks for logged metrics.
     """
 
@@ -141,6 +152,8 @@ class Context:
     checkpoints: Path | epath.Path | None = None
     before_save: Callable[[], None] | None = None
     recipe: Mapping[str, Any] | None = None
+    save_minutes: float = 5.0
+    send_parts: parts.Send | None = None
     sinks: Callable[[], Sequence[Sink]] = tuple
 
     def options(self, numerics: Numerics) -> loading.Options:
@@ -193,12 +206,13 @@ class Context:
         batch_size: int,
         source: Path,
     ) -> Samples:
-        """Samples responses to every prompt, with progress logged under the stage's name.
+        """Samples responses to every prompt, with progress logged under the stage's name; goes on after a kill.
 
         Args:
           source: path of the model, for messages.
         """
-        with contextlib.closing(Tracker(self.folder, name, len(examples), tensorboard=False)) as tracker:
+        of = {"sampling": dataclasses.asdict(sampling), "batch_size": batch_size}
+        with self.running(name, "samples", examples, of, every=batch_size, log=True) as (keep, progress):
             return sample_examples(
                 model,
                 params,
@@ -209,8 +223,71 @@ class Context:
                 batch_size=batch_size,
                 mesh=self.mesh,
                 name=str(source),
-                progress=partial(tracker.update, log=True),
+                keep=keep,
+                progress=progress,
             )
+
+    def score(
+        self,
+        stage: str,
+        name: str,
+        model: Model,
+        params: Params,
+        examples: Sequence[Example],
+        *,
+        head: Head,
+        batch_size: int,
+        length_buckets: int,
+        source: str,
+        of: Mapping[str, Any] | None = None,
+    ) -> np.ndarray:
+        """`score_examples` with progress on the terminal; goes on after a kill.
+
+        Args:
+          name: name of the pass, one of its own in the stage.
+          source: path of the model, for messages.
+          of: see `running`.
+        """
+        of = {"batch_size": batch_size, "length_buckets": length_buckets, **(of or {})}
+        with self.running(stage, name, examples, of) as (keep, progress):
+            return score_examples(
+                model, params, examples, head=head, batch_size=batch_size, length_buckets=length_buckets,
+                mesh=self.mesh, name=source, keep=keep, progress=progress,
+            )  # fmt: skip
+
+    @contextlib.contextmanager
+    def running(
+        self,
+        stage: str,
+        name: str,
+        examples: Sequence[Example],
+        of: Mapping[str, Any],
+        *,
+        every: int = 1,
+        log: bool = False,
+    ) -> Iterator[tuple[Pass, Progress]]:
+        """A pass over examples: what keeps its results, and its progress on the terminal.
+
+        Args:
+          name: name of the pass, one of its own in the stage.
+          of: what the results depend on besides the examples and the stage's recipe. Results of another `of` are not
+            used.
+          every: number of rows between two reports of progress.
+          log: also write progress to the stage's metrics.jsonl.
+        """
+        recipe = hashlib.sha256(json.dumps(self.recipe, sort_keys=True).encode()).hexdigest()
+        identity = {"pass": name, "rows": len(examples), "examples": digest(examples), "recipe": recipe, **of}
+        folder = self.folder / parts.FOLDER / name.replace(" ", "-")
+        found = parts.Parts(folder, identity, minutes=self.save_minutes, send=self.send_parts)
+        with Pass(f"{stage}'s {name}", len(examples), found, every=every) as keep:
+            if keep.done:
+                console.print(f"  {keep.name}: {keep.done} of {keep.total} rows are there", soft_wrap=True)
+            tracker = Tracker(
+                self.folder if log else None, stage if log else f"{stage} {name}", keep.total, tensorboard=False,
+                start_step=keep.reported, whole=log,
+            )  # fmt: skip
+            with contextlib.closing(tracker):
+                yield keep, partial(tracker.update, log=True)
 
     @property
     def checkpointing(self) -> Checkpointing:

@@ -17,7 +17,6 @@ from mpo_jax.data.pair_table import PairTable
 from mpo_jax.data.records import Preference
 from mpo_jax.data.text import TextCodec
 from mpo_jax.data.tokens import Example
-from mpo_jax.evaluation.scoring import score_examples
 from mpo_jax.losses import chosen_nll_loss
 from mpo_jax.models import forward, loading
 from mpo_jax.models.forward import Model
@@ -186,26 +185,30 @@ def _with_reference(ref_EN: np.ndarray | None, batch: Batch) -> DpoBatch:
 
 
 def _reference_logps(
-    settings: Settings, context: Context, reference: Artifact, *sets: Sequence[Example]
-) -> list[np.ndarray | None]:
+    settings: Settings,
+    context: Context,
+    reference: Artifact,
+    examples: Sequence[Example],
+    held_out: Sequence[Example],
+) -> tuple[np.ndarray | None, np.ndarray | None]:
     """[E 2] float32 log-probabilities of each set under the reference, which is freed afterwards.
 
-    Each set has its own buckets, so its results do not depend on the other sets. For a loss without a reference the
+    Each set has its own buckets, so its results do not depend on the other one. For a loss without a reference the
     result is None, and no model is loaded.
     """
     if not settings.loss.needs_reference:
-        return [None for _ in sets]
+        return None, None
     model, params = context.load(reference.model, settings.numerics, settings.text, frozen=True)
 
-    def of(examples: Sequence[Example]) -> np.ndarray | None:
+    def of(name: str, examples: Sequence[Example]) -> np.ndarray | None:
         if not examples:
             return None
-        return score_examples(
-            model, params, examples, head="lm", batch_size=settings.train.batch_size,
-            length_buckets=settings.text.length_buckets, mesh=context.mesh, name=str(reference.model),
+        return context.score(
+            "dpo", name, model, params, examples, head="lm", batch_size=settings.train.batch_size,
+            length_buckets=settings.text.length_buckets, source=str(reference.model),
         )  # fmt: skip
 
-    return [of(examples) for examples in sets]
+    return of("reference", examples), of("held-out reference", held_out)
 
 
 def _human_examples(context: Context, codec: TextCodec, rows: Sequence[Preference]) -> list[Example]:

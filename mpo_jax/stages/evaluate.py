@@ -114,7 +114,11 @@ def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -
     answered = with_responses(examples, found)
     buckets = Buckets.of(answered, text.length_buckets)
     models = str(reward.model), f"{policy.model} against {sft.model}"
-    scores, kls = map_batches(answered, buckets, settings.batch_size, measure, models=models)
+    of = {"batch_size": settings.batch_size, "length_buckets": text.length_buckets}
+    with context.running("evaluate", "measures", answered, of) as (keep, progress):
+        scores, kls = map_batches(
+            answered, buckets, settings.batch_size, measure, models=models, keep=keep, progress=progress
+        )
     ids, length, has_eos = found.ids[:, 0], found.length[:, 0], found.has_eos[:, 0]
     responses = [codec.decode(row[:n]) for row, n in zip(ids, length, strict=True)]
     columns: dict[str, np.ndarray] = {"score": scores, "kl": kls, "length": length, "has_eos": has_eos}

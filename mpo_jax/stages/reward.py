@@ -14,7 +14,6 @@ from mpo_jax.config.schema import ArchitectureConfig, Config, OptimConfig, Secti
 from mpo_jax.data.text import TextCodec
 from mpo_jax.errors import UserError
 from mpo_jax.evaluation.calibration import accuracy_by_gap, against_truth, write_gaps
-from mpo_jax.evaluation.scoring import score_examples
 from mpo_jax.evaluation.verdicts import rate
 from mpo_jax.losses import bradley_terry_loss, span_reward_loss
 from mpo_jax.models import forward, loading
@@ -37,6 +36,7 @@ from mpo_jax.stages.fitting import (
 from mpo_jax.stages.settings import Numerics, TrainSettings
 from mpo_jax.stages.shapes import Shapes
 from mpo_jax.stages.stage import Program, Stage
+from mpo_jax.training.checkpoints import leaf_hashes, state_hash
 from mpo_jax.training.optimizer import make_optimizer
 from mpo_jax.training.update import jit_update
 from mpo_jax.training.validation import first_rows, make_evaluate, make_measure
@@ -229,10 +229,11 @@ def _measure(settings: Settings, context: Context, model: Model, params: Params,
         return {"held_out_accuracy": None, "accuracy_by_gap": None}
     rows = [(row.prompt, (row.chosen, row.rejected)) for row in corpus.reward_test]
     held_out, _ = context.tokenize(codec, rows)
-    score_BN = score_examples(
-        model, params, held_out, head="value", batch_size=settings.batch_size,
-        length_buckets=settings.text.length_buckets, mesh=context.mesh,
-        name=str(context.inputs.reward_model or context.folder / "model"),
+    # training repeats its last steps after a kill, to the same bits on the same devices alone
+    score_BN = context.score(
+        "reward", "held-out", model, params, held_out, head="value", batch_size=settings.batch_size,
+        length_buckets=settings.text.length_buckets, of={"model": state_hash(leaf_hashes(params))},
+        source=str(context.inputs.reward_model or context.folder / "model"),
     )  # fmt: skip
     gap = score_BN[:, 0] - score_BN[:, 1]
     accuracy = rate(int((gap > 0).sum()), len(gap))

@@ -16,7 +16,6 @@ from mpo_jax.data.pair_table import Border, PairTable
 from mpo_jax.data.text import TextCodec
 from mpo_jax.data.tokens import Example, number_visits
 from mpo_jax.evaluation.calibration import accuracy_by_gap, against_truth
-from mpo_jax.evaluation.scoring import score_examples
 from mpo_jax.models import forward
 from mpo_jax.models.generate import Sampling
 from mpo_jax.models.hf.tokenizer import load_tokenizer
@@ -95,9 +94,9 @@ def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -
     reward_model, reward_params = context.load(
         reward.model, settings.numerics, settings.text, head="value", frozen=True
     )
-    score_BN = score_examples(
-        reward_model, reward_params, examples, head="value", batch_size=settings.batch_size,
-        length_buckets=settings.text.length_buckets, mesh=context.mesh, name=str(reward.model),
+    score_BN = context.score(
+        "select", "scores", reward_model, reward_params, examples, head="value", batch_size=settings.batch_size,
+        length_buckets=settings.text.length_buckets, source=str(reward.model),
     )  # fmt: skip
     table = _table(prompts, examples, score_BN, labels, codec, corpus)
     if is_main():

@@ -1,7 +1,9 @@
 """What a model thinks of the rows of a file: log-probabilities or scores of their responses."""
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from mpo_jax.evaluation.answers import SHOWN
 from mpo_jax.evaluation.scoring import score_examples
 from mpo_jax.runtime.sharding import check_batch
 from mpo_jax.tools.opening import OpenModel
+from mpo_jax.training.tracker import Tracker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +129,8 @@ def _values(opened: OpenModel, examples: list[Example], batch_size: int) -> np.n
     config, mesh, head = opened.config, opened.mesh, opened.source.head
     with jax.set_mesh(mesh):
         model, params = opened.load(head)
-        return score_examples(
-            model, params, examples, head=head, batch_size=batch_size, length_buckets=config.text.length_buckets,
-            mesh=mesh, name=str(opened.path),
-        )  # fmt: skip
+        with contextlib.closing(Tracker(None, "score", len(examples), tensorboard=False)) as tracker:
+            return score_examples(
+                model, params, examples, head=head, batch_size=batch_size, length_buckets=config.text.length_buckets,
+                mesh=mesh, name=str(opened.path), progress=partial(tracker.update, log=True),
+            )  # fmt: skip

@@ -27,7 +27,7 @@ Step = Callable[[State, Any], tuple[Any, ...]]
 
 
 class Batches(Protocol):
-    """A sequence of batches by number, so that a resumed run goes on where it was."""
+    """A sequence of batches by number, so that a resumed run goes on where it was. The next is made during a step."""
 
     def __getitem__(self, k: int, /) -> Any: ...
 
@@ -169,9 +169,12 @@ def fit(
         guard = Guard(None if folder is None else folder / "bad_batches", name, hooks.stop_after_skipped)
         best = Best(hooks.best_metric, name, store, warmup=hooks.warmup)
         logged: dict[str, float] = {}
+        following = batches[start] if start < num_steps else None
         for number in range(start + 1, num_steps + 1):
-            batch = batches[number - 1]
+            batch = following
             state, metrics, *kept = step(state, batch)
+            # made while the devices work on this step, before the host waits for them
+            following = batches[number] if number < num_steps else None
             guard.check(number, metrics, kept[0] if kept else batch)
             last, due = number == num_steps, checkpoints is not None and number % checkpoints.every == 0
             measures: dict[str, float] = {}

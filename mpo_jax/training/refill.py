@@ -1,11 +1,13 @@
 """Sampling for many prompts: rows that have ended get the next prompt, so that no batch waits for its longest sample.
 
 After every chunk of tokens the host checks which rows have ended. A sample depends on its prompt, seed and index alone,
-so the order in which rows are filled changes only the time.
+so the order in which rows are filled changes only the time. The number of rows, and of prompts inserted at once, are
+those for all prompts, however few are left, so a run that goes on after a kill runs the same programs.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -15,11 +17,14 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool
 
-from mpo_jax.data.batches import Buckets, Widths, collate
+from mpo_jax.data.batches import Buckets, Progress, Widths, collate
 from mpo_jax.data.tokens import Example
 from mpo_jax.errors import NotFinite, UserError
 from mpo_jax.models.forward import Model
 from mpo_jax.models.generate import Decoder, Decoding, Sampling, make_for_decoding
+from mpo_jax.runtime.parts import Entry
+from mpo_jax.runtime.passes import Pass
+from mpo_jax.runtime.prefetch import prefetched
 from mpo_jax.runtime.processes import to_host
 from mpo_jax.runtime.sharding import place_batch, replicated
 from mpo_jax.types import Params, PromptBatch, Tree
@@ -105,106 +110,172 @@ def sample_all(
     batch_size: int,
     mesh: Mesh,
     name: str = "the model",
-    progress: Callable[[int, Mapping[str, Any]], Any] | None = None,
+    keep: Pass | None = None,
+    progress: Progress | None = None,
 ) -> Samples:
     """`sampling.num_samples` samples of every prompt, `batch_size` prompts at a time.
 
     Args:
       examples: prompts; their responses are ignored.
       name: what the user calls the model, for messages.
-      progress: called with how many prompts are done, and with tokens and the rate of ends since the call before.
+      keep: keeps prompts whose samples have all ended, and has those of an earlier run, which are not sampled again.
+      progress: called after every `batch_size` finished prompts and after the last, with their tokens and rate of ends.
 
     Raises:
       UserError: if there are no prompts, or as soon as the model's logits are not finite.
+      PassPreempted: by `keep`.
     """
     if not examples:
         raise UserError("there are no prompts to sample from: the data set is empty; check its files and filters")
-    shape = len(examples), sampling.num_samples
-    found = Samples(
-        np.zeros((*shape, sampling.max_new_tokens), np.int32), np.zeros(shape, np.int32), np.zeros(shape, bool)
+    found = _Collected(len(examples), sampling, batch_size, keep, progress)
+    if found.all_done:
+        return found.samples
+    refill = _Refill(
+        programs(model, sampling, eos_id, mesh), params, make_for_decoding(model)(params), key, allowed_V, mesh, name
     )
-    weights = make_for_decoding(model)(params)
-    parts = programs(model, sampling, eos_id, mesh)
-    unreported: list[tuple[int, int]] = []
-    reported = [0]
-
-    def take(sample: int, ids: np.ndarray, length: int, has_eos: bool) -> None:
-        place = divmod(sample, sampling.num_samples)
-        found.ids[place], found.length[place], found.has_eos[place] = ids, length, has_eos
-        unreported.append(place)
-        done = reported[0] + len(unreported)
-        if len(unreported) == batch_size * sampling.num_samples or done == found.length.size:
-            these = tuple(np.transpose(unreported))
-            metrics = {"tokens": found.length[these].sum(), "eos_rate": found.has_eos[these].mean()}
-            if progress is not None:
-                progress(done // sampling.num_samples, metrics)
-            reported[0] = done
-            unreported.clear()
-
     bucket = buckets.place(examples)
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
     for number, widths in enumerate(buckets.widths):
-        queue = np.flatnonzero(bucket == number)
-        shards = mesh.shape["data"] * mesh.shape["fsdp"]
-        size = min(batch_size, -(-len(queue) // shards) * shards)
-        if len(queue):
-            prompts = _Queue(examples, queue, widths, portion(size, shards), sampling.num_samples)
-            _drain(parts, params, weights, prompts, size * sampling.num_samples, key, allowed_V, mesh, take, name)
-    return found
+        members = np.flatnonzero(bucket == number)
+        waiting = members[found.missing[members] > 0]
+        size = min(batch_size, -(-len(members) // shards) * shards)
+        if len(waiting):
+            part = portion(size, shards)
+            portions = prefetched(_portions(examples, waiting, widths, part, sampling.num_samples))
+            with contextlib.closing(portions):
+                refill.drain(portions, size * sampling.num_samples, part * sampling.num_samples, found)
+    return found.samples
 
 
-@dataclasses.dataclass
-class _Queue:
-    """The prompts of one width that are not started, in portions of `part`."""
+class _Collected:
+    """Samples as they end. A prompt is finished, reported and kept when its last sample has ended.
 
-    examples: Sequence[Example]
-    waiting: np.ndarray
-    widths: Widths
-    part: int
-    num_samples: int
+    Attributes:
+      missing: [E] samples of each prompt that have not ended.
+    """
 
-    def next(self) -> tuple[PromptBatch, np.ndarray]:
-        """A batch of prompts, padded with filler rows, and the numbers of their samples."""
-        chosen, self.waiting = self.waiting[: self.part], self.waiting[self.part :]
-        batch = collate([self.examples[e] for e in chosen], self.widths, num_responses=0, size=self.part)
-        return batch, (chosen[:, None] * self.num_samples + np.arange(self.num_samples)).ravel()
+    def __init__(
+        self, num_prompts: int, sampling: Sampling, batch_size: int, keep: Pass | None, progress: Progress | None
+    ):
+        shape = num_prompts, sampling.num_samples
+        self.samples = Samples(
+            np.zeros((*shape, sampling.max_new_tokens), np.int32), np.zeros(shape, np.int32), np.zeros(shape, bool)
+        )
+        self.missing = np.full(num_prompts, sampling.num_samples)
+        self._batch_size, self._keep, self._progress = batch_size, keep, progress
+        self._done = 0
+        self._unreported: list[int] = []
+        self._unkept: list[int] = []
+        if keep is not None:
+            for entry in keep.entries:
+                self._restore(entry)
+            # in the order in which they were finished, as they were reported
+            self._unreported = self._unreported[keep.reported :]
+
+    @property
+    def all_done(self) -> bool:
+        return self._done == len(self.missing)
+
+    def take(self, sample: int, ids: np.ndarray, length: int, has_eos: bool) -> None:
+        """Takes the sample of that number, counted over all prompts."""
+        prompt, n = divmod(sample, self.samples.length.shape[1])
+        self.samples.ids[prompt, n], self.samples.length[prompt, n] = ids, length
+        self.samples.has_eos[prompt, n] = has_eos
+        self.missing[prompt] -= 1
+        if self.missing[prompt] == 0:
+            self._done += 1
+            self._unreported.append(prompt)
+            self._unkept.append(prompt)
+            if len(self._unreported) == self._batch_size or self.all_done:
+                self._report()
+
+    def end_chunk(self) -> None:
+        """Keeps the prompts that a chunk has finished, and stops if a signal asks for it."""
+        if self._keep is None:
+            return
+        if self._unkept:
+            # after the report, so that a kept prompt's line is in the metrics
+            self._keep.add(self._entry(np.asarray(self._unkept)), len(self._unkept))
+            self._unkept = []
+        self._keep.check()
+
+    def _report(self) -> None:
+        length, has_eos = self.samples.length[self._unreported], self.samples.has_eos[self._unreported]
+        if self._progress is not None:
+            self._progress(self._done, {"tokens": length.sum(), "eos_rate": has_eos.mean()})
+        self._unreported = []
+
+    def _entry(self, prompts: np.ndarray) -> Entry:
+        """The prompts' samples, as ids without padding."""
+        ids, length, has_eos = (x[prompts] for x in self.samples)
+        return {"prompt": prompts, "length": length, "has_eos": has_eos, "ids": ids[self._drawn(length)]}
+
+    def _restore(self, entry: Entry) -> None:
+        prompts = entry["prompt"]
+        self.samples.length[prompts], self.samples.has_eos[prompts] = entry["length"], entry["has_eos"]
+        ids = np.zeros((len(prompts), *self.samples.ids.shape[1:]), np.int32)
+        ids[self._drawn(entry["length"])] = entry["ids"]
+        self.samples.ids[prompts] = ids
+        self.missing[prompts] = 0
+        self._done += len(prompts)
+        self._unreported.extend(prompts.tolist())
+
+    def _drawn(self, length: np.ndarray) -> np.ndarray:
+        """True at the tokens of samples of these lengths."""
+        return np.arange(self.samples.ids.shape[-1]) < length[..., None]
 
 
-def _drain(
-    parts: tuple[Any, Any, Any],
-    params: Params,
-    weights: Tree,
-    queue: _Queue,
-    num_rows: int,
-    key: Array,
-    allowed_V: Array,
-    mesh: Mesh,
-    take: Callable[[int, np.ndarray, int, bool], None],
-    name: str,
-) -> None:
-    """Decodes until the queue is empty and all rows have ended; `take` gets each sample as it ends."""
-    start, insert, advance = parts
-    samples_in = queue.part * queue.num_samples
-    state = None
-    # which sample a row holds, -1 for none
-    holds = np.full(num_rows, -1)
-    while len(queue.waiting) or (holds >= 0).any():
-        free = np.flatnonzero(holds < 0)
-        while len(queue.waiting) and len(free) >= samples_in:
-            batch, samples = queue.next()
-            placed = place_batch(batch, mesh)
-            if state is None:
-                state = start(params, placed, key, allowed_V, num_rows)
-            # rows of filler prompts get indices beyond the end, which are dropped
-            rows = np.concatenate([free[: len(samples)], np.arange(samples_in - len(samples)) + num_rows])
-            holds[rows[: len(samples)]], free = samples, free[len(samples) :]
-            state = insert(params, state, placed, rows.astype(np.int32), key, allowed_V)
-        state, flags = advance(weights, state, allowed_V)
-        active, finite = to_host(flags)
-        if not finite[holds >= 0].all():
-            raise NotFinite(name, "the logits of its next tokens")
-        ended = np.flatnonzero((holds >= 0) & ~active)
-        if len(ended):
-            ids, length, has_eos = (to_host(x) for x in (state.ids, state.length, state.ended))
-            for row in ended:
-                take(int(holds[row]), ids[row], int(length[row]), bool(has_eos[row]))
-            holds[ended] = -1
+def _portions(
+    examples: Sequence[Example], waiting: np.ndarray, widths: Widths, part: int, num_samples: int
+) -> Iterator[tuple[PromptBatch, np.ndarray]]:
+    """`part` prompts at a time, padded with filler rows, and the numbers of their samples."""
+    for begin in range(0, len(waiting), part):
+        chosen = waiting[begin : begin + part]
+        batch = collate([examples[e] for e in chosen], widths, num_responses=0, size=part)
+        yield batch, (chosen[:, None] * num_samples + np.arange(num_samples)).ravel()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Refill:
+    """What decodes: the jitted programs with the arguments that stay."""
+
+    programs: tuple[Any, Any, Any]
+    params: Params
+    weights: Tree
+    key: Array
+    allowed_V: Array
+    mesh: Mesh
+    name: str
+
+    def drain(
+        self, portions: Iterator[tuple[PromptBatch, np.ndarray]], num_rows: int, samples_in: int, found: _Collected
+    ) -> None:
+        """Decodes in `num_rows` rows until no portion, of `samples_in` samples, is left and all rows have ended."""
+        start, insert, advance = self.programs
+        state = None
+        # which sample a row holds, -1 for none
+        holds = np.full(num_rows, -1)
+        waiting = next(portions, None)
+        while waiting is not None or (holds >= 0).any():
+            free = np.flatnonzero(holds < 0)
+            while waiting is not None and len(free) >= samples_in:
+                batch, samples = waiting
+                placed = place_batch(batch, self.mesh)
+                if state is None:
+                    state = start(self.params, placed, self.key, self.allowed_V, num_rows)
+                # rows of filler prompts get indices beyond the end, which are dropped
+                rows = np.concatenate([free[: len(samples)], np.arange(samples_in - len(samples)) + num_rows])
+                holds[rows[: len(samples)]], free = samples, free[len(samples) :]
+                state = insert(self.params, state, placed, rows.astype(np.int32), self.key, self.allowed_V)
+                waiting = next(portions, None)
+            state, flags = advance(self.weights, state, self.allowed_V)
+            active, finite = to_host(flags)
+            if not finite[holds >= 0].all():
+                raise NotFinite(self.name, "the logits of its next tokens")
+            ended = np.flatnonzero((holds >= 0) & ~active)
+            if len(ended):
+                ids, length, has_eos = (to_host(x) for x in (state.ids, state.length, state.ended))
+                for row in ended:
+                    found.take(int(holds[row]), ids[row], int(length[row]), bool(has_eos[row]))
+                holds[ended] = -1
+            found.end_chunk()

@@ -82,6 +82,7 @@ class Tracker:
 
     Args:
       sinks: other destinations of the logged metrics.
+      whole: whether these steps are the stage's progress as a part of all stages; a pass beside them is not.
       every_step: without a terminal, print each logged step as one line of names and values, for programs to parse.
       start_step: the number of steps already made; lines of later steps are dropped from the file.
       sums: the value of `unlogged` at that step.
@@ -98,8 +99,10 @@ class Tracker:
         every_step: bool = False,
         start_step: int = 0,
         sums: Mapping[str, Any] | None = None,
+        whole: bool = True,
     ):
         self.stage, self.num_steps, self._every_step = stage, num_steps, every_step
+        self._whole = whole
         writes = folder is not None and is_main()
         self._path = folder / "metrics.jsonl" if folder is not None and is_main() else Path(os.devnull)
         if writes:
@@ -151,7 +154,7 @@ class Tracker:
         first = self.step == self._first_step
         self._pending.append(metrics)
         self.step = step
-        if self._overall is not None:
+        if self._overall is not None and self._whole:
             self._overall.update(step / self.num_steps)
         if self._bar is not None:
             self._bar.update(self._task, completed=step)

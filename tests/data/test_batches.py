@@ -1,5 +1,7 @@
 """mpo_jax.data.batches: widths, padding, buckets, filler."""
 
+import signal
+
 import jax
 import numpy as np
 import pytest
@@ -7,8 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpo_jax.data.batches import Buckets, Widths, collate, map_batches, num_steps, padded_batches
+from mpo_jax.data.digest import digest
 from mpo_jax.data.tokens import Example
-from mpo_jax.errors import UserError
+from mpo_jax.errors import PassPreempted, UserError
+from mpo_jax.runtime.parts import Parts
+from mpo_jax.runtime.passes import Pass
 
 EXAMPLES = [
     Example([5, 6, 7], [[8, 2], [9]]),
@@ -254,3 +259,98 @@ def test_map_batches_agrees_with_row_by_row(sizes, count, size):
 def test_map_batches_of_nothing_is_refused():
     with pytest.raises(UserError, match="no rows to run a model on"):
         map_batches([], ONE, 2, lambda rows: rows.prompt)
+
+
+class Kill(Exception):
+    """Ends a pass without a word."""
+
+
+def kept(folder, total) -> Pass:
+    return Pass("scores", total, Parts(folder, {}, minutes=0))
+
+
+def test_map_batches_goes_on_with_the_same_batches(tmp_path):
+    """Killed again and again, each batch is made once, with the rows and the widths of an uninterrupted run."""
+    sizes = [(4, 2), (30, 2), (4, 20), (8, 8), (30, 20), (2, 1), (31, 3)]
+    examples = sized(*sizes)
+    buckets, made, told = Buckets((Widths(8, 8), Widths(32, 24))), [], []
+
+    def function(rows):
+        made.append(rows.prompt_len.tolist())
+        return {"a": rows.prompt.sum(1) / np.float32(7), "b": rows.response}
+
+    models = {"a": "one", "b": "one"}
+    wanted = map_batches(examples, buckets, 2, function, models=models)
+    whole, rounds = list(made), 0
+    made.clear()
+    while True:
+        rounds += 1
+        try:
+            with kept(tmp_path, len(examples)) as keep:
+                check, keep.check = keep.check, lambda: (_ for _ in ()).throw(Kill)
+                if rounds == len(whole):
+                    keep.check = check
+                found = map_batches(
+                    examples, buckets, 2, function, models=models, keep=keep, progress=lambda *one: told.append(one)
+                )
+            break
+        except Kill:
+            # one more was under way
+            made[rounds:] = []
+    assert rounds == len(whole) == 4 and made == whole
+    assert [done for done, _ in told] == [2, 3, 5, 7]
+    assert sum(metrics["tokens"] for _, metrics in told) == sum(map(sum, sizes))
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert found[name].dtype == value.dtype
+        np.testing.assert_array_equal(found[name], value)
+    # all of it is there: nothing is made, not even to learn what the results look like
+    with kept(tmp_path, len(examples)) as keep:
+        again = map_batches(examples, buckets, 2, lambda rows: pytest.fail("made"), models=models, keep=keep)
+    np.testing.assert_array_equal(again["b"], wanted["b"])
+
+
+def test_map_batches_stops_on_sigterm_with_its_finished_rows(tmp_path):
+    def function(rows):
+        if rows.prompt[0, 0] == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return rows.prompt[:, 0]
+
+    with pytest.raises(PassPreempted, match="2 of 7 rows of scores, which are saved"), kept(tmp_path, 7) as keep:
+        map_batches(numbered(7), ONE, 1, function, models="a model", keep=keep)
+    with kept(tmp_path, 7) as keep:
+        assert keep.done == 2
+        found = map_batches(numbered(7), ONE, 1, lambda rows: rows.prompt[:, 0], models="a model", keep=keep)
+    assert found.tolist() == list(range(7))
+
+
+def test_two_batches_at_most_are_under_way():
+    """The next one is dispatched before the host waits for one, and no more."""
+    events = []
+
+    class Output:
+        """A device's array that says when the host waits for it."""
+
+        def __init__(self, rows):
+            self.rows = rows
+            events.append(("dispatched", int(rows.prompt[0, 0])))
+
+        def __array__(self, dtype=None, copy=None):
+            events.append(("fetched", int(self.rows.prompt[0, 0])))
+            return self.rows.prompt[:, 0]
+
+    map_batches(numbered(4), ONE, 1, Output)
+    order = [("dispatched", 0), ("dispatched", 1), ("fetched", 0), ("dispatched", 2), ("fetched", 1),
+             ("dispatched", 3), ("fetched", 2), ("fetched", 3)]  # fmt: skip
+    assert events == order
+
+
+def test_digests_tell_rows_apart_by_ids_order_and_visit():
+    one = [Example([1, 2], [[3], [4]]), Example([5], [[6], [7]])]
+    same = [Example(np.asarray([1, 2], np.int32), [np.asarray([3]), [4]]), Example([5], [[6], [7]])]
+    others = [
+        one[::-1], one[:1], [Example([1, 2], [[3, 4], []]), one[1]], [Example([1], [[2, 3], [4]]), one[1]],
+        [Example([1, 2], [[3], [4]], visit=1), one[1]], [Example([1, 2], [[4], [3]]), one[1]],
+    ]  # fmt: skip
+    assert digest(one) == digest(same)
+    assert len({digest(rows) for rows in (one, *others)}) == 1 + len(others)

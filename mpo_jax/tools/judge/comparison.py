@@ -89,7 +89,7 @@ def judge_by_reward_model(
     """Pairs graded by a reward model's scores, and how many prompts and responses were cut to fit.
 
     Args:
-      progress: called with the number of batches scored so far.
+      progress: called with the number of pairs scored so far.
     """
     totals, report = reward_totals(
         opened.path, opened.config, opened.codec, opened.mesh, pairs, render=opened.renderer, progress=progress

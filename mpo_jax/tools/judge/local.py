@@ -108,7 +108,7 @@ def reward_totals(
     Prompts are those that the policies saw; if they are not known, `render` and the model's own template make them.
 
     Args:
-      progress: called with the number of batches scored so far.
+      progress: called with the number of pairs scored so far.
     """
     rows: list[tuple[str, tuple[str, ...]]] = []
     for number, pair in enumerate(pairs, 1):
@@ -125,6 +125,7 @@ def reward_totals(
         )
         scores = score_examples(
             model, params, examples, head="value", batch_size=config.evaluate.batch_size,
-            length_buckets=config.text.length_buckets, mesh=mesh, name=str(path), progress=progress,
+            length_buckets=config.text.length_buckets, mesh=mesh, name=str(path),
+            progress=lambda done, _: progress(done),
         )  # fmt: skip
     return np.asarray(scores, np.float64), report.to_dict()
