@@ -1,11 +1,11 @@
 """Two real processes of four simulated devices each, through the command line: as one process of eight, to rounding."""
 
+import functools
 import json
 import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,11 +17,11 @@ import pytest
 
 from mpo_jax.data.pair_table import PairTable
 from mpo_jax.runtime import processes
+from tests.commands import MPO, handles_signals
 from tests.pipeline.test_pipeline import MICRO, mpo, stages
 
 pytestmark = pytest.mark.unoptimised
 
-COMMAND = [sys.executable, "-c", "from mpo_jax.cli.app import main; main()"]
 MESH = ("mesh.data=2", "mesh.fsdp=4")
 MEASURED = tuple(f"{stage}.train.eval_every=2" for stage in ("sft", "reward", "dpo", "ppo"))
 CACHE = f"runtime.compilation_cache={jax.config.jax_compilation_cache_dir}"
@@ -39,7 +39,7 @@ class Pair:
         self.logs = [folder / f"log-{index}" for index in range(2)]
         self.running = []
         for index, log in enumerate(self.logs):
-            command = [*COMMAND, *common, f"runtime.processes.index={index}", *own[index]]
+            command = [*MPO, *common, f"runtime.processes.index={index}", *own[index]]
             with log.open("w") as file:
                 self.running.append(subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=os.environ))
 
@@ -135,7 +135,7 @@ def test_one_process_goes_on_where_two_were_killed_and_ended(tmp_path, alone):
     pair.running[1].send_signal(signal.SIGTERM)
     assert pair.wait() == [143, 143], pair.text(0)[-3000:] + pair.text(1)[-3000:]
     (said,) = {pair.text(index).splitlines()[-1].split(": ", 1)[1] for index in range(2)}
-    assert "the same command resumes from it" in said and not stages(workdir)
+    assert "which is saved; the same command goes on from there" in said and not stages(workdir)
     assert mpo(*command, "runtime.cpu_devices=8", CACHE) == 0
     assert mpo("sft", MICRO, f"workdir={tmp_path / 'x'}", *MESH, *longer, "runtime.cpu_devices=8", CACHE) == 0
     resumed, whole = (
@@ -144,6 +144,28 @@ def test_one_process_goes_on_where_two_were_killed_and_ended(tmp_path, alone):
     )
     assert [line["step"] for line in resumed] == [line["step"] for line in whole] == list(range(1, 61))
     np.testing.assert_allclose([x["loss"] for x in resumed], [x["loss"] for x in whole], rtol=1e-5)
+
+
+def test_ctrl_c_ends_both(tmp_path):
+    """At once while they start; after one and the same step, which is saved, while they train."""
+    workdir = tmp_path / "w"
+    command = ("sft", str(MICRO), f"workdir={workdir}", *MESH, "sft.train.steps=100000")
+    starting = lambda pair: all(handles_signals(process.pid) for process in pair.running)  # noqa: E731
+    for reached in (starting, lambda _: lines(workdir)):
+        pair = Pair(tmp_path, *command)
+        wait_until(functools.partial(reached, pair))
+        for process in pair.running:
+            process.send_signal(signal.SIGINT)
+        begin = time.time()
+        assert pair.wait(60) == [130, 130], pair.text(0)[-3000:] + pair.text(1)[-3000:]
+        assert not any("race" in pair.text(index) for index in range(2)), "neither Traceback nor stack trace"
+        if reached is starting:
+            assert time.time() - begin < 5
+    (saved,) = (int(path.name) for path in workdir.glob("stages/.sft-*.partial/checkpoints/*[0-9]"))
+    for index in range(2):
+        assert f"interrupted in process {index} of 2 in sft-" in pair.text(index)
+        assert f"stopped after step {saved}, which is saved" in pair.text(index).splitlines()[-1]
+    assert not stages(workdir)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -158,12 +180,12 @@ def test_the_others_stop_when_a_process_dies(tmp_path, victim):
     assert survivor.wait(60) in (1, -signal.SIGABRT) and time.time() - begin < 40
     pair.wait(1)
     # of an abort another process tells, after the end of this one
-    while "last checkpoint" not in pair.text(1 - victim) and time.time() - begin < 40:
+    while "what is saved" not in pair.text(1 - victim) and time.time() - begin < 40:
         time.sleep(0.05)
     said = pair.text(1 - victim)
     assert f"error in process {1 - victim} of 2: " in said and "stack trace" not in said and "Traceback" not in said
     assert f"process {victim} died" in said or "another process died or failed" in said
-    assert said.rstrip().endswith("he same command goes on from the last checkpoint")
+    assert said.rstrip().endswith("the same command goes on from what is saved")
     assert not stages(workdir)
 
 
@@ -179,7 +201,7 @@ def test_a_mistake_of_one_process_stops_both(tmp_path):
 def test_processes_that_do_not_come_are_an_error(tmp_path, capfd):
     settings = ("coordinator=127.0.0.1:1", "count=2", "index=1", "timeout_s=2")
     arguments = ["sft", str(MICRO), f"workdir={tmp_path}", *(f"runtime.processes.{setting}" for setting in settings)]
-    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, check=False, timeout=100)
+    done = subprocess.run([*MPO, *arguments], capture_output=True, text=True, check=False, timeout=100)
     assert done.returncode != 0 and not stages(tmp_path)
     assert mpo("sft", MICRO, f"workdir={tmp_path}", "runtime.processes.count=2") == 2
     assert "runtime.processes.coordinator is missing" in capfd.readouterr().err
