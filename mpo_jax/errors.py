@@ -1,5 +1,8 @@
 """Exceptions that end a command with a message instead of a traceback."""
 
+GOES_ON = "the same command goes on from"
+"""What every message about an end before the end says, followed by what there is to go on from."""
+
 
 class UserError(Exception):
     """A mistake that the user can fix: the message says what is wrong, where, and what to do.
@@ -24,13 +27,16 @@ class NothingSelected(UserError):
 
 
 class Preempted(Exception):
-    """SIGTERM arrived during training, and a checkpoint of the current step has been saved.
+    """A stop was asked for, and what is done up to a step has been saved.
 
-    The command line prints the message and exits with status 143.
+    The command line prints the message and exits with status 130 after SIGINT, and 143 after SIGTERM.
+
+    Args:
+      unit: what is counted, in the singular.
     """
 
-    def __init__(self, step: int):
-        super().__init__(f"terminated; a checkpoint of step {step} is saved; the same command resumes from it")
+    def __init__(self, step: int, unit: str = "step"):
+        super().__init__(f"stopped after {unit} {step}, which is saved; {GOES_ON} there")
         self.step = step
 
 
@@ -39,6 +45,4 @@ class PassPreempted(Preempted):
 
     def __init__(self, name: str, done: int, total: int):
         super().__init__(done)
-        self.args = (
-            f"stopped after {done} of {total} rows of {name}, which are saved; the same command goes on from there",
-        )
+        self.args = (f"stopped after {done} of {total} rows of {name}, which are saved; {GOES_ON} there",)

@@ -7,11 +7,8 @@ of three passes once; MPO_KILLS_SEED draws other moments.
 import json
 import os
 import random
-import select
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,6 +17,7 @@ import numpy as np
 import pytest
 
 from mpo_jax.data.pair_table import PairTable
+from tests.commands import Commands
 
 pytestmark = pytest.mark.unoptimised
 
@@ -36,77 +34,18 @@ if KILLS > 3:
 """Passes over many rows with their stages, in the order of a run."""
 STEPS = 4 * KILLS
 """So that a stage lasts through its kills."""
-SERVER = """
-import json, os, sys, warnings
-warnings.simplefilter("ignore")  # no thread of JAX runs yet when this forks
-from mpo_jax.cli import app
-import mpo_jax.cli.run
-
-for line in sys.stdin:
-    arguments, output, pause = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        if pause:
-            import time
-            from mpo_jax.runtime.passes import Pass
-            check = Pass.check
-            Pass.check = lambda self: (time.sleep(pause), check(self))[1]
-        file = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-        os.dup2(file, 1), os.dup2(file, 2)
-        sys.argv = ["mpo", *arguments]
-        app.main()
-        sys.exit(0)
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-"""Starts a process for each command it reads, without the seconds that importing takes; tells its id and its status."""
-
-
-class Commands:
-    """Real `mpo` processes, one at a time."""
-
-    def __init__(self, folder: Path):
-        self.output = folder / "output.txt"
-        self.server = subprocess.Popen(
-            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
-        )
-
-    def start(self, *arguments: str, pause: float = 0.0) -> int:
-        """Starts a command; `pause`: seconds that each batch of a pass takes longer, so that a kill can meet it."""
-        settings = [
-            f"runtime.compilation_cache={jax.config.jax_compilation_cache_dir}", "runtime.tensorboard=false",
-            *(f"{stage}.train.{key}" for stage in STAGES for key in (f"steps={STEPS}", "checkpoint_every=1")),
-            "reward.train.checkpoint_every=2", "ppo.train.log_every=2", "ppo.kl.adaptive=true", "ppo.minibatches=2",
-            "ppo.extras.ema_decay=0.9", "reward.train.batch_size=4", "select.batch_size=4", "dpo.train.batch_size=4",
-            "evaluate.batch_size=2", "runtime.save_minutes=0",
-        ]  # fmt: skip
-        command, *overrides = arguments
-        line = [command, str(MICRO), *settings, *overrides], str(self.output), pause
-        self.server.stdin.write((json.dumps(line) + "\n").encode())
-        return int(self.server.stdout.readline())
-
-    def ended(self, seconds: float = 0.0) -> bool:
-        return bool(select.select([self.server.stdout], [], [], seconds)[0])
-
-    def status(self) -> int:
-        return int(self.server.stdout.readline())
-
-    def run(self, *arguments: str) -> None:
-        self.start(*arguments)
-        assert self.status() == 0, self.said()
-
-    def said(self) -> str:
-        return self.output.read_text()
-
-    def close(self) -> None:
-        self.server.stdin.close()
-        self.server.stdout.close()
-        self.server.wait()
+SETTINGS = (
+    f"runtime.compilation_cache={jax.config.jax_compilation_cache_dir}", "runtime.tensorboard=false",
+    *(f"{stage}.train.{key}" for stage in STAGES for key in (f"steps={STEPS}", "checkpoint_every=1")),
+    "reward.train.checkpoint_every=2", "ppo.train.log_every=2", "ppo.kl.adaptive=true", "ppo.minibatches=2",
+    "ppo.extras.ema_decay=0.9", "reward.train.batch_size=4", "select.batch_size=4", "dpo.train.batch_size=4",
+    "evaluate.batch_size=2", "runtime.save_minutes=0",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory):
-    made = Commands(tmp_path_factory.mktemp("commands"))
+    made = Commands(tmp_path_factory.mktemp("commands"), MICRO, SETTINGS)
     yield made
     made.close()
 
@@ -188,10 +127,10 @@ def test_killed_at_any_moment_it_goes_on_and_ends_equal(commands, whole, tmp_pat
         for attempt in range(KILLS if stage in STAGES else 1):
             if finished(tmp_path, stage):
                 break
-            process = commands.start("ppo", f"workdir={tmp_path}")
+            commands.start("ppo", f"workdir={tmp_path}")
             wait_for_a_moment(commands, tmp_path, stage, attempt, chance)
             if not commands.ended():
-                subprocess.run(["kill", "-9", str(process)], check=True)
+                commands.signal(signal.SIGKILL)
             if (status := commands.status()) == 0:
                 break
             assert status == -signal.SIGKILL, commands.said()
@@ -208,26 +147,20 @@ def test_killed_at_any_moment_it_goes_on_and_ends_equal(commands, whole, tmp_pat
 def test_sigterm_saves_says_so_and_the_same_command_goes_on(commands, whole, tmp_path, stage):
     workdir = without(whole, stage, tmp_path / "ended")
     command = stage, f"workdir={workdir}", f"{stage}.train.checkpoint_every=1000"
-    process = commands.start(*command)
+    commands.start(*command)
     while not commands.ended() and lines(workdir, stage) < 1:
         time.sleep(0.001)
-    subprocess.run(["kill", "-15", str(process)], check=True)
+    commands.signal(signal.SIGTERM)
     assert commands.status() == 143
     (saved,) = (path.name for path in workdir.glob(f"stages/.{stage}-*.partial/checkpoints/*"))
-    said = f"error: terminated; a checkpoint of step {saved} is saved; the same command resumes from it"
-    assert commands.said().splitlines()[-1] == said
+    name = folder_of(whole, stage).name
+    assert commands.last_line() == (
+        f"terminated in {name}: stopped after step {saved}, which is saved; the same command goes on from there"
+    )
     commands.run(*command)
     one, other = folder_of(whole, stage), folder_of(workdir, stage)
     assert log(one)[-1]["state_hash"] == log(other)[-1]["state_hash"]
     assert (one / "model/model.safetensors").read_bytes() == (other / "model/model.safetensors").read_bytes()
-
-
-def test_sigterm_outside_training_ends_the_process(commands, tmp_path):
-    process = commands.start("sft", f"workdir={tmp_path}")
-    while not commands.ended() and not list(tmp_path.glob("stages/.sft-*.partial/recipe.json")):
-        time.sleep(0.001)
-    subprocess.run(["kill", "-15", str(process)], check=True)
-    assert commands.status() == -signal.SIGTERM
 
 
 # ---- passes over rows ----------------------------------------------------------------------------------------------
@@ -242,17 +175,17 @@ def kept(workdir: Path, stage: str, name: str) -> int:
 def end_in_pass(commands, workdir: Path, stage: str, name: str, sent: signal.Signals, chance: random.Random) -> bool:
     """Sends a signal to `mpo evaluate` at a random moment of one pass; whether it ended there."""
     later = kept(workdir, stage, name) + chance.choice((1, 2))
-    process = commands.start("evaluate", f"workdir={workdir}", pause=0.05)
+    commands.start("evaluate", f"workdir={workdir}", pause=0.05)
     while not commands.ended() and kept(workdir, stage, name) < later and not finished(workdir, stage):
         time.sleep(0.001)
     if not commands.ended(chance.uniform(0.0, 0.06)):
-        os.kill(process, sent)
+        commands.signal(sent)
     status = commands.status()
     if status == 0:
         return False
     assert status == (-sent if sent == signal.SIGKILL else 143), commands.said()
     if sent == signal.SIGTERM:
-        said = commands.said().splitlines()[-1]
+        said = commands.last_line()
         assert said.endswith(f"rows of {stage}'s {name}, which are saved; the same command goes on from there"), said
     return not finished(workdir, stage) and kept(workdir, stage, name) >= later
 
@@ -310,11 +243,11 @@ def test_another_machine_of_two_devices_goes_on_from_the_bucket(commands, whole,
     shutil.copytree(whole, workdir, symlinks=True)
     for stage in ("dpo", "ppo", "select", "evaluate"):
         shutil.rmtree(folder_of(workdir, stage))
-    process = commands.start("select", f"workdir={workdir}", bucket, pause=0.05)
+    commands.start("select", f"workdir={workdir}", bucket, pause=0.05)
     # a part is sent after it is written and before the next one
     while not commands.ended() and kept(workdir, "select", "samples") < 3:
         time.sleep(0.001)
-    os.kill(process, signal.SIGKILL)
+    commands.signal(signal.SIGKILL)
     assert commands.status() == -signal.SIGKILL, commands.said()
     shutil.rmtree(workdir)
     begin = len(commands.said())

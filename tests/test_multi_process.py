@@ -1,12 +1,12 @@
 """Two real processes of four simulated devices each, through the command line: as one process of eight, to rounding."""
 
+import functools
 import json
 import os
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,19 +19,19 @@ from filelock import FileLock
 
 from mpo_jax.data.pair_table import PairTable
 from mpo_jax.runtime import processes
+from tests.commands import MPO, handles_signals
 from tests.pipeline.test_pipeline import MICRO, mpo, stages
 
 pytestmark = pytest.mark.unoptimised
 
-COMMAND = [sys.executable, "-c", "from mpo_jax.cli.app import main; main()"]
 SLOW = """
 import time
 from mpo_jax.runtime.passes import Pass
 check = Pass.check
 Pass.check = lambda self: (time.sleep(1), check(self))[1]
-from mpo_jax.cli.app import main; main()
+from mpo_jax.cli import main; main()
 """
-"""The same, where each batch of a pass takes a second longer: JAX looks for signals once a second."""
+"""A program where each batch of a pass takes a second longer: JAX looks for signals once a second."""
 MESH = ("mesh.data=2", "mesh.fsdp=4")
 MEASURED = tuple(f"{stage}.train.eval_every=2" for stage in ("sft", "reward", "dpo", "ppo"))
 CACHE = f"runtime.compilation_cache={jax.config.jax_compilation_cache_dir}"
@@ -42,7 +42,7 @@ class Pair:
 
     def __init__(
         self, folder: Path, *arguments: str, own: tuple[tuple[str, ...], ...] = ((), ()), timeout: int = 100,
-        program: list[str] = COMMAND,
+        program: list[str] = MPO,
     ):  # fmt: skip
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -158,7 +158,7 @@ def test_one_process_goes_on_where_two_were_killed_and_ended(tmp_path, alone):
     pair.running[1].send_signal(signal.SIGTERM)
     assert pair.wait() == [143, 143], pair.text(0)[-3000:] + pair.text(1)[-3000:]
     (said,) = {pair.text(index).splitlines()[-1].split(": ", 1)[1] for index in range(2)}
-    assert "the same command resumes from it" in said and not stages(workdir)
+    assert "which is saved; the same command goes on from there" in said and not stages(workdir)
     assert mpo(*command, "runtime.cpu_devices=8", CACHE) == 0
     assert mpo("sft", MICRO, f"workdir={tmp_path / 'x'}", *MESH, *longer, "runtime.cpu_devices=8", CACHE) == 0
     resumed, whole = (
@@ -189,6 +189,28 @@ def test_two_processes_stop_in_a_pass_together_and_go_on(tmp_path, together):
     np.testing.assert_allclose(one.score, other.score, rtol=1e-4, atol=1e-5)
 
 
+def test_ctrl_c_ends_both(tmp_path):
+    """At once while they start; after one and the same step, which is saved, while they train."""
+    workdir = tmp_path / "w"
+    command = ("sft", str(MICRO), f"workdir={workdir}", *MESH, "sft.train.steps=100000")
+    starting = lambda pair: all(handles_signals(process.pid) for process in pair.running)  # noqa: E731
+    for reached in (starting, lambda _: lines(workdir)):
+        pair = Pair(tmp_path, *command)
+        wait_until(functools.partial(reached, pair))
+        for process in pair.running:
+            process.send_signal(signal.SIGINT)
+        begin = time.time()
+        assert pair.wait(60) == [130, 130], pair.text(0)[-3000:] + pair.text(1)[-3000:]
+        assert not any("race" in pair.text(index) for index in range(2)), "neither Traceback nor stack trace"
+        if reached is starting:
+            assert time.time() - begin < 5
+    (saved,) = (int(path.name) for path in workdir.glob("stages/.sft-*.partial/checkpoints/*[0-9]"))
+    for index in range(2):
+        assert f"interrupted in process {index} of 2 in sft-" in pair.text(index)
+        assert f"stopped after step {saved}, which is saved" in pair.text(index).splitlines()[-1]
+    assert not stages(workdir)
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_the_others_stop_when_a_process_dies(tmp_path, victim):
     workdir = tmp_path / "w"
@@ -201,12 +223,12 @@ def test_the_others_stop_when_a_process_dies(tmp_path, victim):
     assert survivor.wait(60) in (1, -signal.SIGABRT) and time.time() - begin < 40
     pair.wait(1)
     # of an abort another process tells, after the end of this one
-    while "last checkpoint" not in pair.text(1 - victim) and time.time() - begin < 40:
+    while "what is saved" not in pair.text(1 - victim) and time.time() - begin < 40:
         time.sleep(0.05)
     said = pair.text(1 - victim)
     assert f"error in process {1 - victim} of 2: " in said and "stack trace" not in said and "Traceback" not in said
     assert f"process {victim} died" in said or "another process died or failed" in said
-    assert said.rstrip().endswith("he same command goes on from the last checkpoint")
+    assert said.rstrip().endswith("the same command goes on from what is saved")
     assert not stages(workdir)
 
 
@@ -222,7 +244,7 @@ def test_a_mistake_of_one_process_stops_both(tmp_path):
 def test_processes_that_do_not_come_are_an_error(tmp_path, capfd):
     settings = ("coordinator=127.0.0.1:1", "count=2", "index=1", "timeout_s=2")
     arguments = ["sft", str(MICRO), f"workdir={tmp_path}", *(f"runtime.processes.{setting}" for setting in settings)]
-    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, check=False, timeout=100)
+    done = subprocess.run([*MPO, *arguments], capture_output=True, text=True, check=False, timeout=100)
     assert done.returncode != 0 and not stages(tmp_path)
     assert mpo("sft", MICRO, f"workdir={tmp_path}", "runtime.processes.count=2") == 2
     assert "runtime.processes.coordinator is missing" in capfd.readouterr().err

@@ -1,5 +1,6 @@
 """The command line: every command by name, and the entry point."""
 
+import contextlib
 import logging
 import sys
 
@@ -21,6 +22,8 @@ from mpo_jax.cli.score import score
 from mpo_jax.cli.table import table
 from mpo_jax.cli.verify import verify
 from mpo_jax.cli.version import version
+from mpo_jax.errors import GOES_ON
+from mpo_jax.runtime.interrupts import STOPS
 
 app = typer.Typer(
     help="Mixed Preference Optimization in JAX. Add --debug to any command for the traceback of an error.",
@@ -49,13 +52,20 @@ app.command("version")(version)
 
 
 def main() -> None:
-    """Entry point of `mpo`. Exit status: 0 success, 1 an error of ours, 2 a mistake of the user's, 3 a plan that
-    does not fit, 130 interrupted, 143 terminated with a checkpoint saved.
+    """Runs the command of sys.argv. Exit status: 0 success, 1 an error of ours, 2 a mistake of the user's, 3 a plan
+    that does not fit, 130 after SIGINT, 143 after SIGTERM.
     """
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     if not debug:
         # Orbax logs tracebacks of what it then raises
         logging.getLogger("absl").setLevel(logging.CRITICAL)
-    with exits.reported(debug=debug):
+    with exits.reported(debug=debug), _leaving(arguments):
         app(args=arguments, standalone_mode=True)
+
+
+def _leaving(arguments: list[str]) -> contextlib.AbstractContextManager[None]:
+    """What a stop between stages leaves, of commands that make any."""
+    if not {"run", "table", *stages.STAGES} & set(arguments[:1]):
+        return contextlib.nullcontext()
+    return STOPS.leaving("", lambda: f"{GOES_ON} the stages that are finished")

@@ -2,11 +2,13 @@
 
 import contextlib
 import errno
+import signal
 import sys
 from collections.abc import Iterator
 from typing import NoReturn
 
-from mpo_jax.errors import Preempted, UserError
+from mpo_jax.errors import GOES_ON, Preempted, UserError
+from mpo_jax.runtime.interrupts import STOPS
 
 FAULT = 1
 """An error of ours, or a check that failed."""
@@ -18,10 +20,7 @@ DOES_NOT_FIT = 3
 """`mpo plan`: a program needs more memory than the target has."""
 
 INTERRUPTED = 130
-"""Typer ends a command with this status on Ctrl-C."""
-
-TERMINATED = 143
-"""SIGTERM ended the process: 128 and the signal's number."""
+"""Typer ends a command with this status after KeyboardInterrupt."""
 
 FULL_DISK = "No space left on device"
 """The text by which libraries in other languages report a full disk; they raise no OSError."""
@@ -41,10 +40,12 @@ def reported(*, debug: bool) -> Iterator[None]:
             raise
         fail(str(error), MISTAKE)
     except Preempted as error:
-        fail(str(error), TERMINATED)
+        _stop(str(error))
     except SystemExit as end:
         if end.code == INTERRUPTED:
-            fail("interrupted; the same command goes on from the last checkpoint", INTERRUPTED)
+            # where `mpo_jax.cli.main` did not set its own handlers
+            STOPS.signal = signal.SIGINT
+            _stop()
         raise
     except Exception as error:
         if debug:
@@ -58,7 +59,7 @@ def _fail_unexpected(error: Exception) -> NoReturn:
     if processes and processes.is_lost_process(error):
         fail(
             f"a computation over all processes failed: {str(error).splitlines()[0]}\nMost likely another "
-            "process died or failed: its own output says why. The same command goes on from the last checkpoint",
+            f"process died or failed: its own output says why; {GOES_ON} what is saved",
             FAULT,
         )
     if isinstance(error, OSError) or FULL_DISK in str(error):
@@ -77,12 +78,25 @@ def _explain(error: Exception) -> str:
     return str(error)
 
 
+def _stop(text: str | None = None) -> NoReturn:
+    """Ends the process after a stop that was asked for; `text`: what is saved, if it is known."""
+    if STOPS.watching:
+        STOPS.end(text)
+    print(STOPS.message(text), file=sys.stderr)
+    _exit(STOPS.status)
+
+
 def fail(message: str, status: int) -> NoReturn:
     """Prints the message, with the process's name where there are several, and ends the process."""
     # looked up, not imported: an import would start JAX to report a misspelt key
     processes = sys.modules.get("mpo_jax.runtime.processes")
     where = processes.name() if processes else ""
     print(f"error{where}: {message}", file=sys.stderr)
-    if processes and where:
+    _exit(status)
+
+
+def _exit(status: int) -> NoReturn:
+    processes = sys.modules.get("mpo_jax.runtime.processes")
+    if processes and processes.name():
         processes.exit_now(status)
     raise SystemExit(status)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mpo_jax.cli.arguments import ComparedOn, Overrides, SideA, SideB
-from mpo_jax.errors import UserError
+from mpo_jax.errors import GOES_ON, UserError
 from mpo_jax.runtime.console import console
+from mpo_jax.runtime.interrupts import STOPS
 
 if TYPE_CHECKING:
     from mpo_jax.evaluation.answers import Pair
@@ -91,7 +92,8 @@ def judge(
             _print_calls(whole)
             if dry_run:
                 return
-            judged, usage = whole.run(_counting(len(whole.wanted)))
+            with STOPS.leaving("", lambda: f"the answers so far are kept; {GOES_ON} there"):
+                judged, usage = whole.run(_counting(len(whole.wanted)))
         about |= usage | {"calls_made": len(whole.wanted), "prompt_file": prompt_file and str(prompt_file)}
     _finish(judged, about, out, resamples)
 

@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import os
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,10 +18,12 @@ from mpo_jax.data import pair_table
 from mpo_jax.errors import UserError
 from mpo_jax.pipeline.artifacts import Builder
 from mpo_jax.pipeline.experiments import Variant
-from mpo_jax.pipeline.recipe import make_recipe
+from mpo_jax.pipeline.recipe import artifact_name, make_recipe
 from mpo_jax.pipeline.stages import STAGES, stage_context, stage_settings
+from mpo_jax.pipeline.unfinished import saved
 from mpo_jax.runtime import machine
 from mpo_jax.runtime.files import write_json
+from mpo_jax.runtime.interrupts import STOPS
 from mpo_jax.runtime.processes import is_main
 from mpo_jax.runtime.sharding import make_mesh
 from mpo_jax.stages.context import Inputs
@@ -139,7 +141,9 @@ class Pipeline:
             mesh = self.mesh
             with jax.set_mesh(mesh):
                 context = stage_context(self.config, stage, mesh, folder, self.inputs, recipe)
-                return stage.run(settings, parents, context)
+                left = partial(saved, context.checkpointing.folder, parents, trains=stage.trains)
+                with STOPS.leaving(artifact_name(recipe), left):
+                    return stage.run(settings, parents, context)
 
         return self.store.build(recipe, run)
 

@@ -23,8 +23,11 @@ def explain_aborts(name: str) -> None:
     """
     whole = os.dup(2)
     reading, writing = os.pipe()
+    # imported here: the child runs this file without the package
+    from mpo_jax.errors import GOES_ON
+
     # its own session: a signal to all processes of a job must not end it before this process has written its last error
-    command = [sys.executable, "-I", "-S", __file__, name]
+    command = [sys.executable, "-I", "-S", __file__, name, GOES_ON]
     child = subprocess.Popen(command, stdin=reading, stdout=subprocess.DEVNULL, stderr=whole, start_new_session=True)
     os.dup2(writing, 2)
     os.close(reading)
@@ -44,8 +47,8 @@ finish = atexit.register(_finishing.close)
 """Returns once all output so far is passed on; needed before an exit that skips Python's own."""
 
 
-def explanation(text: str, name: str) -> str:
-    """The message for an abort, from JAX's own reason."""
+def explanation(text: str, name: str, goes_on: str) -> str:
+    """The message for an abort, from JAX's own reason. `goes_on`: `mpo_jax.errors.GOES_ON`."""
     unhealthy = re.search(r"stopped sending heartbeats\):\s*((?:\d+\s)+)", text)
     if unhealthy:
         who = "process " + ", ".join(unhealthy[1].split())
@@ -54,12 +57,12 @@ def explanation(text: str, name: str) -> str:
     else:
         who = "another process"
     return (
-        f"error{name}: {who} died, failed or cannot be reached, so this one stops too. Its own output says why; the "
-        "same command goes on from the last checkpoint\n"
+        f"error{name}: {who} died, failed or cannot be reached, so this one stops too. Its own output says why; "
+        f"{goes_on} what is saved\n"
     )
 
 
-def _pass_on(name: str) -> None:
+def _pass_on(name: str, goes_on: str) -> None:
     rest = b""
     while chunk := os.read(0, 2**16):
         rest += chunk
@@ -70,7 +73,7 @@ def _pass_on(name: str) -> None:
             rest = rest[begin:]
             while chunk := os.read(0, 2**16):
                 rest += chunk
-            os.write(2, explanation(rest.decode(errors="replace"), name).encode())
+            os.write(2, explanation(rest.decode(errors="replace"), name, goes_on).encode())
             return
         # a line may arrive in parts; JAX's abort messages begin with an F
         line = rest.rfind(b"\n") + 1
@@ -81,4 +84,4 @@ def _pass_on(name: str) -> None:
 
 
 if __name__ == "__main__":
-    _pass_on(sys.argv[1])
+    _pass_on(*sys.argv[1:])

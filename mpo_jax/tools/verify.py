@@ -19,6 +19,7 @@ from mpo_jax.pipeline.stages import STAGES, stage_context
 from mpo_jax.runtime import machine
 from mpo_jax.runtime.console import console
 from mpo_jax.runtime.files import write_json
+from mpo_jax.runtime.interrupts import STOPS
 from mpo_jax.runtime.preemption import stopping_at
 from mpo_jax.runtime.sharding import make_mesh
 from mpo_jax.stages.context import Inputs
@@ -128,7 +129,7 @@ def _same(workdir: Path, folder: Path, name: str, recipe: Mapping[str, Any], str
     config = config.model_copy(update={"workdir": str(workdir), "runtime": single})
     if first:
         machine.start(config.runtime)
-    with tempfile.TemporaryDirectory(prefix=".verify-", dir=workdir) as scratch:
+    with tempfile.TemporaryDirectory(prefix=".verify-", dir=workdir) as scratch, STOPS.removing(Path(scratch)):
         found = _train_again(config, workdir, folder, Path(scratch), recipe, stretch)
     if state_hash(found) == stretch.expected:
         console.print(

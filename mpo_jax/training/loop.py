@@ -126,13 +126,13 @@ def fit(
     Raises:
       UserError: if too many updates in a row were skipped, a checkpoint is of another recipe, or there is no metric
         `hooks.best_metric`.
-      Preempted: after SIGTERM, once a checkpoint of the current step is saved.
+      Preempted: after SIGINT or SIGTERM, once a checkpoint of the current step is saved.
     """
     hooks, folder = hooks or Hooks(), None if folder is None else Path(folder)
     if not hasattr(batches, "__getitem__"):
         raise UserError(f"{name}: batches must be indexed (batches[k]), so that a resumed run can go on: make a list")
     num_steps = len(batches) if num_steps is None else num_steps  # type: ignore[arg-type]
-    with Preemption() as preemption, contextlib.ExitStack() as closing:
+    with Preemption(saves=checkpoints is not None) as preemption, contextlib.ExitStack() as closing:
         sinks = closing.enter_context(contextlib.ExitStack())
         for sink in hooks.log:
             sinks.callback(sink.close, failed=True)
@@ -168,7 +168,7 @@ def fit(
         closing.push(lambda kind, error, trace: tracker.close(failed=kind is not None))
         guard = Guard(None if folder is None else folder / "bad_batches", name, hooks.stop_after_skipped)
         best = Best(hooks.best_metric, name, store, warmup=hooks.warmup)
-        logged: dict[str, float] = {}
+        logged = tracker.last_line
         following = batches[start] if start < num_steps else None
         for number in range(start + 1, num_steps + 1):
             batch = following
@@ -192,7 +192,7 @@ def fit(
             line = tracker.update(number, metrics, log=log, measures=measures, state_hash=digest)
             logged = line or logged
             value = best.value(number, line or {}, measures, compared=due or last)
-            stop = preemption.requested(number, last=last)
+            stop = preemption.requested(number)
             if stop or last or due or improved:
                 guard.flush()
             if store is not None and (stop or ((due or improved) and not last)):

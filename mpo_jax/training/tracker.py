@@ -86,6 +86,9 @@ class Tracker:
       every_step: without a terminal, print each logged step as one line of names and values, for programs to parse.
       start_step: the number of steps already made; lines of later steps are dropped from the file.
       sums: the value of `unlogged` at that step.
+
+    Attributes:
+      last_line: the metrics that the file ends with where a run resumes; empty in a new file.
     """
 
     def __init__(
@@ -103,11 +106,12 @@ class Tracker:
     ):
         self.stage, self.num_steps, self._every_step = stage, num_steps, every_step
         self._whole = whole
+        self.last_line: dict[str, float] = {}
         writes = folder is not None and is_main()
         self._path = folder / "metrics.jsonl" if folder is not None and is_main() else Path(os.devnull)
         if writes:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            _truncate_after(self._path, start_step)
+            self.last_line = _truncate_after(self._path, start_step)
         self._syncs = writes
         self._file = self._path.open("a", encoding="utf-8")
         self._sinks = list(sinks)
@@ -341,20 +345,24 @@ def _compile_clock() -> _CompileClock:
     return clock
 
 
-def _truncate_after(path: Path, step: int) -> None:
+def _truncate_after(path: Path, step: int) -> dict[str, float]:
     """Drops lines of steps that a resumed run makes again, and a line that a killed process left incomplete.
 
-    The file is truncated, not rewritten, so that a kill at this point loses nothing.
+    The file is truncated, not rewritten, so that a kill at this point loses nothing. Returns the metrics of the last
+    line that stays, without its step and hash.
     """
+    last: dict[str, float] = {}
     if not path.exists():
-        return
+        return last
     kept = 0
     with path.open("rb") as file:
         for line in file:
             try:
-                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                if not line.endswith(b"\n") or (values := json.loads(line))["step"] > step:
                     break
             except (ValueError, KeyError):
                 break
             kept += len(line)
+            last = {name: value for name, value in values.items() if name not in ("step", "state_hash")}
     os.truncate(path, kept)
+    return last

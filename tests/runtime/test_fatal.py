@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from mpo_jax.errors import GOES_ON
 from mpo_jax.runtime.fatal import ABORT, explanation
 
 PROGRAM = """
@@ -40,11 +41,12 @@ def test_an_abort_is_explained():
     assert done.returncode == -6
     before, said = done.stderr.split(b"\xff\n")
     assert before == b"Files are read\nFor a while " and said.decode() == explanation(
-        "stopped sending heartbeats):\n0\n3\n", " in process 1 of 2"
+        "stopped sending heartbeats):\n0\n3\n", " in process 1 of 2", GOES_ON
     )
     assert said.startswith(b"error in process 1 of 2: process 0, 3 died, failed or cannot be reached")
+    assert said.endswith(b"the same command goes on from what is saved\n")
 
 
 def test_the_leader_s_death_is_told_by_its_lost_connection():
-    assert "process 0 died" in explanation("Either the leader task was preempted/died", "")
-    assert "another process died" in explanation("DEADLINE_EXCEEDED", "")
+    assert "process 0 died" in explanation("Either the leader task was preempted/died", "", GOES_ON)
+    assert "another process died" in explanation("DEADLINE_EXCEEDED", "", GOES_ON)
