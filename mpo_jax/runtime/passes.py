@@ -8,7 +8,7 @@ from mpo_jax.runtime.parts import Entry, Parts
 from mpo_jax.runtime.preemption import Preemption
 from mpo_jax.runtime.processes import wait
 
-FIRST_CALL = 2**30
+NO_STEP = -1
 """`mpo verify` has training stop at a step, which a pass before it must not take for one of its batches."""
 
 
@@ -29,7 +29,6 @@ class Pass:
         self.name, self.total, self._parts = name, total, parts
         self.entries, self.done = parts.entries, parts.rows
         self.reported = self.done if self.done == total else self.done // every * every
-        self._calls = FIRST_CALL
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as opened:
