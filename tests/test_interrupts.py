@@ -4,6 +4,7 @@ MPO_INTERRUPTS=20 stops a whole run that many times, in place of four stops of a
 MPO_INTERRUPTS_SEED draws other moments.
 """
 
+import json
 import os
 import random
 import re
@@ -83,28 +84,38 @@ def assert_equal(expected: Path, found: Path) -> None:
             assert path.read_bytes() == (found / "stages" / folder.name / path.name).read_bytes()
 
 
+def wait_for_a_moment(commands, workdir: Path, stage: str | None, chance: random.Random, seconds: float) -> None:
+    """Waits until the stage has begun, if one is named, and then for a random time."""
+    while stage and not commands.ended() and not list(workdir.glob(f"stages/.{stage}-*.partial/recipe.json")):
+        time.sleep(0.01)
+    commands.ended(chance.uniform(0.0, seconds))
+
+
 def test_stopped_at_any_moment_it_goes_on_and_ends_equal(commands, whole, tmp_path):
-    """One workdir, so that the moments are in all stages."""
+    """While it starts or in any of its stages, which is made again each time that it was finished."""
     expected, length = whole
-    chance, delays = random.Random(SEED), []
+    workdir, chance, delays = tmp_path / "stopped", random.Random(SEED), []
+    shutil.copytree(expected, workdir, symlinks=True)
+    lasts = {
+        manifest.parent.name.split("-")[0]: json.loads(manifest.read_text())["seconds"]
+        for manifest in expected.glob("stages/*/manifest.json")
+    }
+    moments = {None: length - sum(lasts.values())} | lasts
     while len(delays) < INTERRUPTS:
+        stage = chance.choice(list(moments))
+        for folder in workdir.glob(f"stages/{stage}-*"):
+            shutil.rmtree(folder)
         commands.output.write_text("")
-        commands.start(COMMAND, f"workdir={tmp_path}")
-        number = chance.choice(list(STATUS))
-        if commands.ended(chance.uniform(0.0, 0.6 * length)):
-            seconds = None
+        commands.start(COMMAND, f"workdir={workdir}")
+        wait_for_a_moment(commands, workdir, stage, chance, moments[stage])
+        if commands.ended():
             assert commands.status() == 0 and is_done(commands), commands.said()
-        else:
-            seconds = stopped(commands, number)
-        if seconds is None:
-            assert_equal(expected, tmp_path)
-            shutil.rmtree(tmp_path / "stages")
-        else:
+        elif (seconds := stopped(commands, chance.choice(list(STATUS)))) is not None:
             delays.append(seconds)
             print(f"{seconds:.2f} s: {commands.last_line()}")
     print(f"the longest of {len(delays)} stops took {max(delays):.2f} s, the whole run {length:.1f} s")
-    commands.run(COMMAND, f"workdir={tmp_path}")
-    assert_equal(expected, tmp_path)
+    commands.run(COMMAND, f"workdir={workdir}")
+    assert_equal(expected, workdir)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux says which signals are handled")
