@@ -240,6 +240,7 @@ def test_a_mistake_of_one_process_stops_both(tmp_path):
     first, second = pair.wait(120)
     assert second == 2 and first != 0
     assert "error in process 1 of 2: data.kind=pairs needs model.path" in pair.text(1)
+    assert not list(tmp_path.glob("w/stages/.*.partial")), "process 0 waits for the other's checks"
 
 
 def test_processes_that_do_not_come_are_an_error(tmp_path, capfd):

@@ -24,6 +24,8 @@ from mpo_jax.runtime.offload import Offload, check_pinned
 from mpo_jax.runtime.sharding import make_mesh
 from mpo_jax.stages import ppo, reward
 
+CHECKED = "all processes check their inputs"
+"""What processes wait for before the first stage: what one of them cannot open stops all of them."""
 FINISHED = ("stages/*/manifest.json", "seed-*/stages/*/manifest.json")
 """Patterns of what a finished stage leaves in a workdir, also in that of a table's seed."""
 

@@ -77,6 +77,7 @@ def _checked(config: Config, names: Sequence[str], until: StageName = "evaluate"
     store = Store(Path(config.workdir), bucket=Bucket.of(config))
     pipeline = Pipeline(config, store)
     preflight.check_missing(pipeline, names, until, inputs_checked=inputs_checked)
+    wait(preflight.CHECKED)
     return store, pipeline
 
 

@@ -58,6 +58,7 @@ class SeedTable:
         self.stages = table_stages(config)
         missing = [stage.recipe for stage in self.stages if not stage.is_there]
         preflight.check_stages(config, missing, inputs_checked=inputs_checked)
+        wait(preflight.CHECKED)
         self.overall = Overall(estimates(config, self.stages))
         self._left_out: dict[str, str] = {}
 

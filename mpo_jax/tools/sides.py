@@ -35,21 +35,16 @@ def compared(
       UserError: if the sides do not answer the same prompts, or if there are no prompts for a model.
     """
     prompts = None if data is None else read_prompts(data, by)
+    # both are opened before either model samples
+    opened = [_open_side(path, prompts, overrides, by) for path in (a, b)]
     sides = []
-    for path, file in ((a, "answers-a.jsonl"), (b, "answers-b.jsonl")):
-        found = find_answers(path)
-        if found is not None:
-            sides.append(read_answers(found, by))
-            continue
-        if prompts is None:
-            raise UserError(
-                f"{path} is no file of rows and no run's folder. If it is a model, give the prompts that it is to "
-                "answer: --data FILE"
-            )
-        answers = sample(path, prompts, overrides)
-        write_lines(out / file, (dataclasses.asdict(answer) for answer in answers))
-        console.print(f"wrote {out / file}", soft_wrap=True)
-        sides.append(answers)
+    for path, side, file in zip((a, b), opened, ("answers-a.jsonl", "answers-b.jsonl"), strict=True):
+        if isinstance(side, OpenModel):
+            assert prompts is not None
+            side = sample(path, side, prompts)
+            write_lines(out / file, (dataclasses.asdict(answer) for answer in side))
+            console.print(f"wrote {out / file}", soft_wrap=True)
+        sides.append(side)
     pairs = match(sides[0], sides[1], (a, b), prompts)
     if unlike := [pair for pair in pairs if not pair.alike]:
         console.print(
@@ -60,14 +55,28 @@ def compared(
     return pairs
 
 
-def sample(path: str, prompts: list[Prompt], overrides: tuple[str, ...]) -> list[Answer]:
-    """A model's response to each prompt; conversations (and plain prompts where text.chat is true) as a chat."""
+def _open_side(
+    path: str, prompts: list[Prompt] | None, overrides: tuple[str, ...], by: str
+) -> list[Answer] | OpenModel:
+    """A side's answers, or the model that is to give them."""
+    found = find_answers(path)
+    if found is not None:
+        return read_answers(found, by)
+    if prompts is None:
+        raise UserError(
+            f"{path} is no file of rows and no run's folder. If it is a model, give the prompts that it is to "
+            "answer: --data FILE"
+        )
     opened = open_model(path, overrides)
     if opened.source.head == "value":
         raise UserError(f"{path} is a reward model and writes no text: compare language models, runs or files")
-    opened = _with_room(opened)
+    check_batch(opened.config.evaluate.batch_size, opened.mesh, "evaluate.batch_size")
+    return _with_room(opened)
+
+
+def sample(path: str, opened: OpenModel, prompts: list[Prompt]) -> list[Answer]:
+    """A model's response to each prompt; conversations (and plain prompts where text.chat is true) as a chat."""
     evaluate, limits = opened.config.evaluate, opened.config.text
-    check_batch(evaluate.batch_size, opened.mesh, "evaluate.batch_size")
     texts = [_rendered(opened, prompt) for prompt in prompts]
     sampling = Sampling(limits.max_response_tokens, temperature=evaluate.temperature, greedy=evaluate.greedy)
     with jax.set_mesh(opened.mesh):

@@ -268,6 +268,12 @@ def test_mistakes(judge, sides, language_model, reward_model, tmp_path, capsys):
         (at, short, "short.jsonl has no answer to 3 of the 4 prompts"),
         (at, (sides[0], str(language_model)), "--data FILE"),
         ((*at, "--data", sides[0], *NO_CACHE), (sides[0], str(reward_model)), "is a reward model and writes no text"),
+        # before the other side's model samples
+        (
+            (*at, "--data", sides[0], *NO_CACHE),
+            (str(language_model), str(reward_model)),
+            "is a reward model and writes no text",
+        ),
         ((*at, "--prompt-file", str(tmp_path / "prompt.txt")), sides, "lacks {response_1}, {response_2}"),
         ((*at, "--request", "[1]"), sides, "--request wants a JSON object"),
         ((*at, "--request", "{"), sides, "--request is no JSON"),
