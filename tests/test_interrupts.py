@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -121,16 +122,17 @@ def test_stopped_at_any_moment_it_goes_on_and_ends_equal(commands, whole, tmp_pa
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux says which signals are handled")
 def test_stopped_in_its_imports(tmp_path):
     chance = random.Random(SEED)
-    for _ in range(max(2, INTERRUPTS // 4)):
-        command = [*MPO, "run", str(MICRO), *SETTINGS, f"workdir={tmp_path}"]
+    module = [sys.executable, "-m", "mpo_jax.cli"]
+    for command, number in [(MPO, signal.SIGINT), (module, signal.SIGTERM)] * max(1, INTERRUPTS // 8):
+        command = [*command, "run", str(MICRO), *SETTINGS, f"workdir={tmp_path}"]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         while not handles_signals(process.pid):
             time.sleep(0.001)
         time.sleep(chance.uniform(0.0, 2.0))
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         begin = time.monotonic()
         errors = process.communicate(timeout=60)[1]
-        assert process.returncode == 130 and time.monotonic() - begin < LONGEST_S
+        assert process.returncode == STATUS[number] and time.monotonic() - begin < LONGEST_S
         assert re.fullmatch(LAST_LINE, errors.rstrip("\n")), errors
         assert not list(tmp_path.glob("stages/*/manifest.json"))
 

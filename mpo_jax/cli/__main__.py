@@ -1,5 +1,5 @@
 """`python -m mpo_jax.cli`: the same as `mpo`."""
 
-from mpo_jax.cli.app import main
+from mpo_jax.cli import main
 
 main()
