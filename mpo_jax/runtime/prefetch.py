@@ -1,6 +1,6 @@
 """Making the next item while the current one is used."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -8,7 +8,7 @@ T = TypeVar("T")
 _END: Any = object()
 
 
-def prefetched(items: Iterable[T]) -> Iterator[T]:
+def prefetched(items: Iterable[T]) -> Generator[T, None, None]:
     """The items in order; a thread makes one ahead. An error in making an item is raised where the item is due.
 
     The thread takes no mesh or other JAX context along: items should be made of NumPy arrays.

@@ -17,6 +17,7 @@ from mpo_jax.stages.context import Context
 from mpo_jax.stages.settings import TrainSettings, Watch
 from mpo_jax.stages.shapes import Shapes
 from mpo_jax.stages.stage import Program
+from mpo_jax.training.checkpoints import leaf_hashes, state_hash
 from mpo_jax.training.loop import Batches, Fitted, Hooks, Step, fit
 from mpo_jax.training.optimizer import make_learning_rate, make_optimizer, warmup_steps, with_learning_rate
 from mpo_jax.training.update import init_state
@@ -118,6 +119,14 @@ def fit_examples(
         evaluate=None if evaluate is None else lambda state: evaluate(whole(state.trainable)),
     )
     return whole(state.trainable), summary
+
+
+def trained_model(params: Params) -> dict[str, str]:
+    """What results about a just trained model depend on: its very bits.
+
+    After a kill, training repeats its last steps, to the same bits on the same devices only.
+    """
+    return {"model": state_hash(leaf_hashes(params))}
 
 
 def num_updates(train: TrainSettings, num_examples: int) -> int:

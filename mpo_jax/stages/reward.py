@@ -32,11 +32,11 @@ from mpo_jax.stages.fitting import (
     num_updates,
     scoring_program,
     train_program,
+    trained_model,
 )
 from mpo_jax.stages.settings import Numerics, TrainSettings
 from mpo_jax.stages.shapes import Shapes
 from mpo_jax.stages.stage import Program, Stage
-from mpo_jax.training.checkpoints import leaf_hashes, state_hash
 from mpo_jax.training.optimizer import make_optimizer
 from mpo_jax.training.update import jit_update
 from mpo_jax.training.validation import first_rows, make_evaluate, make_measure
@@ -229,10 +229,9 @@ def _measure(settings: Settings, context: Context, model: Model, params: Params,
         return {"held_out_accuracy": None, "accuracy_by_gap": None}
     rows = [(row.prompt, (row.chosen, row.rejected)) for row in corpus.reward_test]
     held_out, _ = context.tokenize(codec, rows)
-    # training repeats its last steps after a kill, to the same bits on the same devices alone
     score_BN = context.score(
         "reward", "held-out", model, params, held_out, head="value", batch_size=settings.batch_size,
-        length_buckets=settings.text.length_buckets, of={"model": state_hash(leaf_hashes(params))},
+        length_buckets=settings.text.length_buckets, of=None if settings.training is None else trained_model(params),
         source=str(context.inputs.reward_model or context.folder / "model"),
     )  # fmt: skip
     gap = score_BN[:, 0] - score_BN[:, 1]

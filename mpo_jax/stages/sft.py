@@ -28,11 +28,11 @@ from mpo_jax.stages.fitting import (
     num_updates,
     scoring_program,
     train_program,
+    trained_model,
 )
 from mpo_jax.stages.settings import Numerics, TrainSettings
 from mpo_jax.stages.shapes import Shapes
 from mpo_jax.stages.stage import Program, Stage
-from mpo_jax.training.checkpoints import leaf_hashes, state_hash
 from mpo_jax.training.optimizer import make_optimizer
 from mpo_jax.training.update import jit_update
 from mpo_jax.training.validation import first_rows, make_evaluate, make_measure
@@ -148,8 +148,7 @@ def _held_out_nll(settings: Settings, context: Context, model: Model, params: Pa
     examples, _ = context.tokenize(codec, [(row.prompt, (row.chosen,)) for row in held_out])
     nll = make_nll(model, context.mesh)
     size, buckets = settings.train.batch_size, settings.text.length_buckets
-    # training repeats its last steps after a kill, to the same bits on the same devices alone
-    of = {"batch_size": size, "length_buckets": buckets, "model": state_hash(leaf_hashes(params))}
+    of = {"batch_size": size, "length_buckets": buckets, **trained_model(params)}
     with context.running("sft", "held-out", examples, of) as (keep, progress):
         total, count = map_batches(
             examples,

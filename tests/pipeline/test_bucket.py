@@ -19,7 +19,7 @@ from fsspec.registry import _registry as remembered
 from mpo_jax.config.load import load_config
 from mpo_jax.errors import UserError
 from mpo_jax.pipeline.artifacts import Store
-from mpo_jax.pipeline.bucket import Bucket
+from mpo_jax.pipeline.bucket import Bucket, stage_place
 from mpo_jax.pipeline.recipe import make_recipe
 from mpo_jax.pipeline.table import table_stages
 from mpo_jax.tools import doctor
@@ -109,6 +109,36 @@ def test_what_one_workdir_made_another_fetches(url: str, tmp_path: Path) -> None
     assert sorted(path.name for path in again.path.parent.iterdir() if "lock" not in path.name) == [base.id]
     second.build(sft({"lr": 2}), writes("new", calls))
     assert calls == ["w", "new"]
+
+
+def test_parts_of_a_pass_are_sent_as_they_are_made_and_fetched_with_their_stage(url: str, tmp_path: Path) -> None:
+    """Each once: what is sent with the whole folder would be sent again and again."""
+    bucket, folder = Bucket(url), tmp_path / ".select-1.partial"
+    place = folder / "parts" / "samples"
+    place.mkdir(parents=True)
+    for name in ("recipe.json", "metrics.jsonl"):
+        (folder / name).write_text("{}")
+    for name in ("00000.safetensors", "00001.safetensors", "manifest.json"):
+        (place / name).write_text(name)
+    bucket.send(folder, stage_place(folder))
+    whole = [f"{stage_place(folder)}/{name}" for name in ("metrics.jsonl", "recipe.json")]
+    assert names(url) == whole
+    inside = f"{stage_place(folder)}/parts/samples"
+    bucket.send(place, inside, files=[place / "00001.safetensors"], last="manifest.json")
+    assert names(url) == sorted([*whole, f"{inside}/00001.safetensors", f"{inside}/manifest.json"])
+    shutil.rmtree(folder)
+    bucket.fetch(stage_place(folder), folder)
+    assert (place / "00001.safetensors").read_text() == "00001.safetensors"
+
+
+def test_a_finished_stage_has_no_parts(tmp_path: Path) -> None:
+    def run(folder: Path) -> dict:
+        (folder / "parts" / "samples").mkdir(parents=True)
+        (folder / "result").write_text("r")
+        return {}
+
+    made = Store(tmp_path).build(sft(), run)
+    assert sorted(path.name for path in made.path.iterdir()) == ["manifest.json", "result"]
 
 
 def test_what_was_made_without_it_is_sent(url: str, tmp_path: Path) -> None:
