@@ -18,7 +18,7 @@ from mpo_jax.selection import split, threshold_for_fraction
 
 T = TypeVar("T")
 FILE = "pairs.parquet"
-CHUNK_ROWS = 4096
+CHUNK_ROWS = 512
 """Rows converted to or from Arrow at a time: two copies of a column exist for so many rows alone."""
 
 _SIDES = (

@@ -9,8 +9,7 @@ from pathlib import Path
 from mpo_jax.config.registry import EXPERIMENTS
 from mpo_jax.config.schema import Config, ExperimentName
 from mpo_jax.errors import UserError
-from mpo_jax.pipeline.artifacts import Store
-from mpo_jax.pipeline.bucket import Bucket
+from mpo_jax.pipeline.keeping import ModelStore
 from mpo_jax.pipeline.pipeline import Pipeline, StageName
 from mpo_jax.runtime import machine
 from mpo_jax.runtime.console import console
@@ -52,12 +51,14 @@ def start(config: Config) -> None:
 def run_experiments(config: Config) -> Finished | None:
     """Makes what is missing of every experiment of the configuration, and the report; None except in process 0."""
     begin = time.perf_counter()
-    store = Store(Path(config.workdir), bucket=Bucket.of(config))
+    store = ModelStore(config)
     pipeline = Pipeline(config, store)
+    store.request(pipeline, config.experiment)
     runs = []
     for name in config.experiment:
         runs.append(pipeline.experiment(name))
         pipeline.record(runs[-1])
+    store.finish()
     if not is_main():
         return None
     workdir = Path(config.workdir)
@@ -82,13 +83,14 @@ def run_until(config: Config, stage: StageName) -> Iterator[tuple[ExperimentName
         raise UserError(
             f"experiment={','.join(config.experiment)} has no {stage} step: choose another, experiment=NAME"
         )
-    pipeline = Pipeline(config, Store(Path(config.workdir), bucket=Bucket.of(config)))
+    store = ModelStore(config)
+    pipeline = Pipeline(config, store)
     for name in names:
         made = pipeline.experiment(name, until=stage)
         if stage == "evaluate":
             pipeline.record(made)
         built = [artifact for artifact in made.artifacts.values() if artifact.manifest["stage"] == stage]
-        yield name, built[-1]
+        yield name, store.restored(built[-1])
 
 
 def rewrite_report(workdir: Path) -> Path:
