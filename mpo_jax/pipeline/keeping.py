@@ -38,14 +38,10 @@ class Plan:
     kept: frozenset[str]
 
     @classmethod
-    def of(cls, recipes: Mapping[str, Mapping[str, Any]], kept: Collection[str] = ()) -> "Plan":
-        """The plan of stages by name, in the order in which they are made, with what their recipes say.
-
-        Args:
-          kept: further stages whose models stay.
-        """
+    def of(cls, recipes: Mapping[str, Mapping[str, Any]]) -> "Plan":
+        """The plan of stages by name, in the order in which they are made, with what their recipes say."""
         readers: dict[str, set[str]] = {name: set() for name in recipes}
-        finals = set(kept)
+        finals: set[str] = set()
         for name, recipe in recipes.items():
             for parent in recipe["parents"].values():
                 readers[parent].add(name)
@@ -76,6 +72,7 @@ class ModelStore(Store):
         super().__init__(Path(config.workdir), overall, bucket=Bucket.of(config))
         self.plan: Plan | None = None
         self._removes = config.runtime.keep == "last"
+        self._others: set[str] = set()  # final policies of runs made before, which stay too
         self._done: set[str] = set()
         self._makers: dict[str, tuple[Mapping[str, Any], Callable[[Path], Mapping[str, Any]]]] = {}
 
@@ -84,9 +81,9 @@ class ModelStore(Store):
         listing, workdir = copy.copy(pipeline), self.folder.parent
         listing.store = Listing(workdir, self.bucket)
         recorded = (_read(path) for path in workdir.glob("runs/*/evaluate/manifest.json"))
-        others = {manifest["parents"]["policy"] for manifest in recorded}
+        self._others = {manifest["parents"]["policy"] for manifest in recorded}
         artifacts = [artifact for name in runs for artifact in listing.experiment(name).artifacts.values()]
-        self.plan = Plan.of({artifact.id: artifact.manifest for artifact in artifacts}, others)
+        self.plan = Plan.of({artifact.id: artifact.manifest for artifact in artifacts})
 
     def build(self, recipe: Mapping[str, Any], run: Callable[[Path], Mapping[str, Any]]) -> Artifact:
         """The artifact of this recipe; if it must be made, its parents get their models back first."""
@@ -140,6 +137,8 @@ class ModelStore(Store):
         if not self._removes or self.plan is None or not (is_main() or self.bucket is not None):
             return
         for name in self.plan.unneeded(done):
+            if name in self._others:
+                continue
             with FileLock(self.folder / f".{name}.lock"):
                 if size := remove_models(self.folder / name):
                     console.print(f"[dim]removed the model of {name} ({size / 1e6:,.1f} MB)[/dim]", soft_wrap=True)

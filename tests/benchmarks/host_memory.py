@@ -78,7 +78,7 @@ def write_table(folder: Path, prompts: list[str], samples: Samples, codec: TextC
 
 
 def dpo_batches(folder: Path, codec: TextCodec, num_batches: int) -> list[Example]:
-    """The batches that DPO on all pairs begins with."""
+    """An epoch's batches of DPO on all pairs."""
     context: Any = SimpleNamespace(tokenize=partial(tokenize, cache=folder / "tokens"))
     examples = dpo._selected(SETTINGS, context, codec, Artifact(folder, {}))
     run_batches(examples, num_batches)
@@ -86,7 +86,7 @@ def dpo_batches(folder: Path, codec: TextCodec, num_batches: int) -> list[Exampl
 
 
 def ppo_batches(folder: Path, codec: TextCodec, num_batches: int) -> list[Example]:
-    """The batches that PPO on all prompts begins with."""
+    """An epoch's batches of PPO on all prompts."""
     context: Any = SimpleNamespace(tokenize=partial(tokenize, cache=folder / "tokens"))
     prompts = [(prompt, ()) for prompt in ppo._prompts(SETTINGS, Artifact(folder, {}), context)]
     examples = number_visits(context.tokenize(codec, prompts)[0])
@@ -115,7 +115,7 @@ def measure(part: str, folder: Path, rows: int, tokens: int) -> dict[str, float]
     else:
         before, texts = _resident(), 0
         ids = rows * 2 * tokens * 4 if part == "dpo" else 0
-        work = partial(dpo_batches if part == "dpo" else ppo_batches, folder, codec, 2 * (rows // BATCH // 2))
+        work = partial(dpo_batches if part == "dpo" else ppo_batches, folder, codec, rows // BATCH)
     begin = time.perf_counter()
     kept = work()
     seconds = time.perf_counter() - begin
