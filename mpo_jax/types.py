@@ -218,6 +218,10 @@ class TrainState:
     skipped_in_a_row: Int[Array, ""] = dataclasses.field(default_factory=lambda: jnp.zeros((), jnp.int32))
 
 
+REMOVED = "removed"
+"""Key of a manifest that names the folders (`model`, `critic`) that runtime.keep=last removed."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Artifact:
     """The folder of a finished stage and its manifest."""

@@ -13,7 +13,8 @@ from mpo_jax.runtime.console import console
 if TYPE_CHECKING:
     from mpo_jax.data.corpus import Corpus
     from mpo_jax.data.text import TextCodec
-    from mpo_jax.data.tokens import Example, Ids, TokenReport
+    from mpo_jax.data.token_lists import Ids
+    from mpo_jax.data.tokens import Example, TokenReport
 
 PROMPT, RESPONSE, SPECIAL = "dim", "green", "reverse"
 

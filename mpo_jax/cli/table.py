@@ -11,6 +11,7 @@ from mpo_jax.runtime.console import console
 from mpo_jax.runtime.progress import Expected, duration
 
 if TYPE_CHECKING:
+    from mpo_jax.pipeline.disk import DiskUse
     from mpo_jax.pipeline.table import TableStage
 
 
@@ -21,7 +22,7 @@ def table(
         str | None, typer.Option(help="comma-separated seeds, each in its own folder of the workdir; as seeds=0,1,2")
     ] = None,
     dry: Annotated[
-        bool, typer.Option("--dry-run", help="show the stages, what is there, and the time; make nothing")
+        bool, typer.Option("--dry-run", help="show the stages, what is there, time and disk space; make nothing")
     ] = False,
 ) -> None:
     """Make the paper's runs for every seed, then its tables, figures and claims over seeds, and the report.
@@ -69,7 +70,8 @@ def _print_left_out(name: str, reason: str) -> None:
 
 
 def _dry_run(config: Config) -> None:
-    """Prints the graph of stages, what is there, and how long the rest will take."""
+    """Prints the graph of stages, what is there, how long the rest will take, and the disk space of all."""
+    from mpo_jax.pipeline.disk import disk_use
     from mpo_jax.pipeline.table import estimates, table_stages
     from mpo_jax.runtime import machine
     from mpo_jax.runtime.processes import is_main
@@ -95,6 +97,34 @@ def _dry_run(config: Config) -> None:
                 "can be off; finished stages of one seed give the next ones' times"
             )
         console.print(f"about {duration(seconds)} to go ({basis})", soft_wrap=True)
+    _print_disk(config, stages, disk_use(config, stages))
+
+
+def _print_disk(config: Config, stages: "list[TableStage]", use: "DiskUse") -> None:
+    from mpo_jax.runtime import machine
+
+    kinds = {stage.kind: use.sizes[stage.name] for stage in reversed(stages) if not stage.is_there}
+    if kinds:
+        each = ", ".join(f"{kind} {_gb(size.kept)}" for kind, size in reversed(kinds.items()))
+        dtype = machine.save_dtype(config.runtime)
+        console.print(f"disk, a stage (models in {dtype}, rows at full length): {each}", soft_wrap=True)
+    most = f", {_gb(use.peak)} at most" + (f", during {use.at}" if use.at else "")
+    console.print(
+        f"disk of the workdir: {_gb(use.there)} there, {_gb(use.total)} in the end{most}; {_gb(use.free)} free",
+        soft_wrap=True,
+    )
+    if use.lacking:
+        console.print(
+            f"[yellow]the disk lacks {_gb(use.lacking)}: use another workdir, or save space with runtime.keep=last, "
+            "ppo.save_critic=false, runtime.save_dtype=bfloat16, *.train.keep_checkpoints=1 or a runtime.bucket"
+            "[/yellow]",
+            soft_wrap=True,
+        )
+
+
+def _gb(size: int) -> str:
+    """`13.5 GB`, `0.042 GB`."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e9:.2g} GB"
 
 
 def _line(stage: "TableStage", expected: Expected | None) -> str:

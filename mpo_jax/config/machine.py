@@ -61,7 +61,7 @@ class WandbConfig(Section, frozen=True):
 
 
 class RuntimeConfig(Section, frozen=True):
-    """The machine, not the method. These keys change results by rounding at most, and never redo a finished stage."""
+    """The machine, not the method. These keys change results by rounding at most; only `save_dtype` redoes stages."""
 
     cpu_devices: int | None = Field(
         default=None, gt=0, description="run on this many simulated CPU devices; null: the machine's devices"
@@ -90,6 +90,17 @@ class RuntimeConfig(Section, frozen=True):
     offload_moments: bool = Field(
         default=False,
         description="keep PPO's optimiser moments in host memory and copy them to the devices only for their update",
+    )
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="type in which stages save their models, which later stages start from; training state in "
+        "checkpoints stays float32. auto: bfloat16 on accelerators, float32 on CPU",
+    )
+    keep: Literal["all", "last"] = Field(
+        default="all",
+        description="models kept in workdir by mpo run and mpo table; last: a model is removed once no stage of the "
+        "requested runs needs it, except the runs' final policies and the reward model. A removed model is fetched "
+        "from the bucket or made again if a later run needs it; one command at a time in a workdir",
     )
     keep_finished_checkpoints: bool = Field(
         default=False,

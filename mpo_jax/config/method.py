@@ -229,6 +229,11 @@ class PpoConfig(Section, frozen=True):
         "not exactly. No effect with several updates per iteration, critic_warmup, ptx_coef, score=normalised, or "
         "whitening with accumulation",
     )
+    save_critic: bool = Field(
+        default=True,
+        description="save the trained critic in critic/, beside the policy; no stage reads it, and it is as large as "
+        "the reward model",
+    )
     extras: PpoExtrasConfig = Field(default_factory=lambda: PpoExtrasConfig())
 
     @model_validator(mode="after")

@@ -1,20 +1,38 @@
 """The table of scored response pairs: written by selection, read by DPO, PPO and the report."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mpo_jax.config.registry import Subset
+from mpo_jax.data.token_lists import Ids, TokenLists, from_arrow, to_arrow
 from mpo_jax.errors import NothingSelected
 from mpo_jax.runtime.stage_warnings import warn
 from mpo_jax.selection import split, threshold_for_fraction
 
+T = TypeVar("T")
 FILE = "pairs.parquet"
+CHUNK_ROWS = 512
+"""Rows converted to or from Arrow at a time: two copies of a column exist for so many rows alone."""
+
+_SIDES = (
+    ("response", pa.string()), ("ids", pa.list_(pa.int32())), ("score", pa.float32()), ("utility", pa.float64())
+)  # fmt: skip
+SCHEMA = pa.schema(
+    [
+        ("prompt", pa.string()),
+        *((f"{name}_{side}", kind) for side in (0, 1) for name, kind in _SIDES),
+        ("chosen", pa.int32()),
+        ("gap", pa.float32()),
+    ]
+)
+"""Columns of the file. Earlier versions stored `ids` as int64; both are read."""
 
 
 class Border(Protocol):
@@ -34,47 +52,58 @@ class PairTable:
     Attributes:
       prompt: N texts.
       response: [N, 2] texts; side 0 is the first sample, or the human-preferred response.
-      ids: [N][2] token ids of the responses as sampled, with EOS if one was sampled.
+      ids: [N][2] token ids of the responses as sampled, with EOS if one was sampled; read from a file, they are
+        read-only int32 views.
       score: [N, 2] raw reward-model scores.
       chosen: [N] index of the chosen side.
       gap: [N] score of the chosen side minus the other's; negative only if a human label contradicts the scores.
       utility: [N, 2] true utilities, NaN if unknown.
     """
 
-    prompt: list[str]
-    response: list[tuple[str, str]]
-    ids: list[tuple[list[int], list[int]]]
+    prompt: Sequence[str]
+    response: Sequence[tuple[str, str]]
+    ids: Sequence[tuple[Ids, Ids]]
     score: np.ndarray
     chosen: np.ndarray
     gap: np.ndarray
     utility: np.ndarray
 
     def __len__(self) -> int:
-        return len(self.prompt)
+        return len(self.gap)
 
     def write(self, folder: Path) -> None:
-        """Writes `pairs.parquet`."""
-        columns: dict[str, Any] = {"prompt": self.prompt}
+        """Writes `pairs.parquet`, some rows at a time."""
+        with pq.ParquetWriter(folder / FILE, SCHEMA) as writer:
+            for begin in range(0, len(self), CHUNK_ROWS):
+                writer.write_batch(self._arrow(slice(begin, begin + CHUNK_ROWS)))
+
+    def _arrow(self, rows: slice) -> pa.RecordBatch:
+        columns: dict[str, Any] = {"prompt": self.prompt[rows]}
+        responses, ids = self.response[rows], self.ids[rows]
         for side in (0, 1):
-            columns[f"response_{side}"] = [pair[side] for pair in self.response]
-            columns[f"ids_{side}"] = [pair[side] for pair in self.ids]
-            columns[f"score_{side}"] = self.score[:, side]
-            columns[f"utility_{side}"] = self.utility[:, side]
-        columns |= {"chosen": self.chosen, "gap": self.gap}
-        pq.write_table(pa.table(columns), folder / FILE)
+            columns[f"response_{side}"] = [pair[side] for pair in responses]
+            columns[f"ids_{side}"] = to_arrow([pair[side] for pair in ids])
+            columns[f"score_{side}"] = np.asarray(self.score[rows, side], np.float32)
+            columns[f"utility_{side}"] = np.asarray(self.utility[rows, side], np.float64)
+        columns["chosen"] = np.asarray(self.chosen[rows], np.int32)
+        columns["gap"] = np.asarray(self.gap[rows], np.float32)
+        return pa.record_batch(columns, SCHEMA)
 
     @classmethod
     def read(cls, folder: Path) -> "PairTable":
-        table = pq.read_table(folder / FILE).to_pydict()
-        both = lambda name: zip(table[f"{name}_0"], table[f"{name}_1"], strict=True)  # noqa: E731
+        """The table in `folder`: numbers now, texts and ids when they are first used."""
+        path = folder / FILE
+        score, utility = ([_numbers(path, f"{name}_{side}") for side in (0, 1)] for name in ("score", "utility"))
+        gap = _numbers(path, "gap").astype(np.float32)
+        stored = partial(_Stored, len(gap))
         return cls(
-            prompt=table["prompt"],
-            response=list(both("response")),
-            ids=list(both("ids")),
-            score=np.asarray(list(both("score")), np.float32).reshape(-1, 2),
-            chosen=np.asarray(table["chosen"], np.int32),
-            gap=np.asarray(table["gap"], np.float32),
-            utility=np.asarray(list(both("utility")), np.float64).reshape(-1, 2),
+            prompt=stored(lambda: _texts(path, "prompt")),
+            response=stored(lambda: list(zip(_texts(path, "response_0"), _texts(path, "response_1"), strict=True))),
+            ids=stored(lambda: _BothIds(*(from_arrow(_chunks(path, f"ids_{side}")) for side in (0, 1)))),
+            score=np.stack(score, -1).astype(np.float32),
+            chosen=_numbers(path, "chosen").astype(np.int32),
+            gap=gap,
+            utility=np.stack(utility, -1).astype(np.float64),
         )
 
     def threshold(self, border: Border) -> float:
@@ -113,9 +142,61 @@ class PairTable:
         return float((signed[decided] > 0).mean()) if decided.any() else None
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Stored(Sequence[T], Generic[T]):
+    """A column that is read on first use, so that a reader of numbers reads no texts."""
+
+    num_rows: int
+    read: Callable[[], Sequence[T]]
+
+    @cached_property
+    def _values(self) -> Sequence[T]:
+        return self.read()
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def __getitem__(self, row: Any) -> Any:
+        return self._values[row]
+
+    def __iter__(self) -> Iterator[T]:
+        return iter(self._values)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _BothIds(Sequence[tuple[np.ndarray, np.ndarray]]):
+    """The ids of both sides of every row, as views."""
+
+    first: TokenLists
+    second: TokenLists
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def __getitem__(self, row: Any) -> Any:
+        if isinstance(row, slice):
+            return [self[i] for i in range(*row.indices(len(self)))]
+        return self.first[row], self.second[row]
+
+
+def _chunks(path: Path, name: str) -> Iterator[pa.Array]:
+    """A column, some rows at a time."""
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(CHUNK_ROWS, columns=[name], use_threads=False):
+            yield batch.column(0)
+
+
+def _texts(path: Path, name: str) -> list[str]:
+    return [text for chunk in _chunks(path, name) for text in chunk.to_pylist()]
+
+
+def _numbers(path: Path, name: str) -> np.ndarray:
+    return pq.read_table(path, columns=[name])[name].to_numpy()
+
+
 def check_subsets(folder: Path, subsets: Iterable[Subset], border: Border) -> None:
     """Raises NothingSelected if a subset of the table in `folder` is empty; reads only the gaps."""
-    gap_N = pq.read_table(folder / FILE, columns=["gap"])["gap"].to_numpy()
+    gap_N = _numbers(folder / FILE, "gap")
     for subset in subsets:
         _rows(gap_N, subset, border)
 

@@ -14,13 +14,11 @@ import tokenizers
 import transformers
 
 from mpo_jax.data.text import CHUNK_TEXTS, TextCodec
+from mpo_jax.data.token_lists import Growing, Ids, TokenLists
 
 FORMAT = 1
 VISIT_STEP = 0x9E3779B9
 PERCENTILES = {"p50": 50, "p90": 90, "p99": 99, "max": 100}
-
-Ids = Sequence[int] | np.ndarray
-"""Token ids: a list, or a one-dimensional int32 array."""
 
 Row = tuple[str, tuple[str, ...]]
 """A prompt and its responses."""
@@ -123,23 +121,23 @@ def number_visits(examples: Sequence[Example]) -> list[Example]:
 
 
 def _encode(codec: TextCodec, prompts: Sequence[str], responses: Sequence[str]) -> _Table:
-    ids, length, full = [np.zeros(0, np.int32)], [], []
+    found, full = Growing(), []
     for encode, texts in ((codec.prompts, prompts), (codec.responses, responses)):
-        # lists of ids take nine times the memory of int32 arrays, so only one chunk of texts has them at a time
+        # the tokenizer's lists of ids exist for one chunk of texts at a time
         for begin in range(0, len(texts), CHUNK_TEXTS):
             for fitted in encode(texts[begin : begin + CHUNK_TEXTS]):
-                ids.append(np.asarray(fitted.ids, np.int32))
-                length.append(len(fitted.ids))
+                found.add(fitted.ids)
                 full.append(fitted.full)
-    return _Table(np.concatenate(ids), np.asarray(length, np.int32), np.asarray(full, np.int32))
+    lists = found.lists
+    return _Table(lists.ids, np.diff(lists.ends, prepend=0).astype(np.int32), np.asarray(full, np.int32))
 
 
 def _examples(table: _Table, rows: Sequence[Row], numbers: dict[str, int]) -> list[Example]:
     table.ids.flags.writeable = False
-    ends = np.cumsum(table.length, dtype=np.int64).tolist()
-    texts = [table.ids[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
-    responses = iter(texts[len(numbers) :])
-    return [Example(texts[numbers[prompt]], [next(responses) for _ in row]) for prompt, row in rows]
+    lists = TokenLists(table.ids, np.cumsum(table.length, dtype=np.int64))
+    # equal prompts share one view
+    prompts, responses = [lists[i] for i in range(len(numbers))], iter(range(len(numbers), len(lists)))
+    return [Example(prompts[numbers[prompt]], [lists[next(responses)] for _ in row]) for prompt, row in rows]
 
 
 def _report(table: _Table, rows: Sequence[Row], numbers: dict[str, int]) -> TokenReport:

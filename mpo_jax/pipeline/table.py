@@ -24,7 +24,7 @@ from mpo_jax.runtime.progress import Expected
 from mpo_jax.runtime.sharding import make_mesh
 from mpo_jax.runtime.timing import time_matmul
 from mpo_jax.stages.shapes import Amounts
-from mpo_jax.types import Artifact
+from mpo_jax.types import REMOVED, Artifact
 
 SHARE_OF_PEAK = 0.3
 """Fraction of a large matrix product's speed that a stage reaches; off by a factor of two to three for most sizes."""
@@ -104,6 +104,10 @@ def table_stages(config: Config) -> list[TableStage]:
                     artifact.id, TableStage(seed, artifact.id, recipe, first, [], recipe.get("seconds"))
                 )
                 one.runs.append(variant.name)
+        for stage in reversed(found.values()):
+            for parent in () if stage.is_there else stage.recipe["parents"].values():
+                if REMOVED in found[parent].recipe:
+                    found[parent].seconds = None  # made again for its model
         stages += found.values()
     return stages
 

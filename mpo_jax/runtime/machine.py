@@ -78,6 +78,13 @@ def frozen_dtype(config: ModelConfig) -> str:
     return compute_dtype(config) if config.frozen_dtype == "auto" else config.frozen_dtype
 
 
+def save_dtype(config: RuntimeConfig) -> str:
+    """The type in which stages save models: the configured one, or by default float32 on CPU and bfloat16 elsewhere."""
+    if config.save_dtype != "auto":
+        return config.save_dtype
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
 def attention(config: ModelConfig) -> str:
     """The implementation of attention over whole rows.
 

@@ -21,6 +21,7 @@ from mpo_jax.losses import chosen_nll_loss
 from mpo_jax.models import forward, loading
 from mpo_jax.models.forward import Model
 from mpo_jax.models.hf.tokenizer import load_tokenizer
+from mpo_jax.runtime import machine
 from mpo_jax.stages.context import Context
 from mpo_jax.stages.fitting import (
     calls,
@@ -52,6 +53,7 @@ class Settings(Section, frozen=True):
     seed: int
     text: TextConfig
     numerics: Numerics
+    save_dtype: str
     split: Split
     loss: PreferenceLoss
     nll_coef: float
@@ -63,6 +65,7 @@ class Settings(Section, frozen=True):
             seed=config.seed,
             text=config.text,
             numerics=Numerics.of(config.model),
+            save_dtype=machine.save_dtype(config.runtime),
             split=split,
             loss=PreferenceLoss.of(config.dpo),
             nll_coef=config.dpo.nll_coef,
@@ -153,7 +156,7 @@ def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -
     reference, held_out_reference = _reference_logps(settings, context, parents["reference"], examples, held_out)
 
     model, params = context.load(init.model, settings.numerics, settings.text)
-    loading.save_description(context.folder / "model", model, codec.tokenizer)
+    loading.save_description(context.folder / "model", model, codec.tokenizer, dtype=settings.save_dtype)
     params, trained = fit_examples(
         "dpo",
         params,
@@ -173,7 +176,7 @@ def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -
             data=partial(_with_reference, held_out_reference),
         ),
     )
-    loading.save(context.folder / "model", model, params, codec.tokenizer)
+    loading.save(context.folder / "model", model, params, codec.tokenizer, dtype=settings.save_dtype)
     return {"pairs": len(examples), **trained}
 
 

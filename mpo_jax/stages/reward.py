@@ -20,6 +20,7 @@ from mpo_jax.models import forward, loading
 from mpo_jax.models.forward import Model
 from mpo_jax.models.hf.hub import local_model
 from mpo_jax.models.hf.tokenizer import load_tokenizer
+from mpo_jax.runtime import machine
 from mpo_jax.runtime.processes import is_main
 from mpo_jax.runtime.sharding import check_batch
 from mpo_jax.runtime.stage_warnings import warn
@@ -69,6 +70,7 @@ class Settings(Section, frozen=True):
     seed: int
     text: TextConfig
     numerics: Numerics
+    save_dtype: str
     batch_size: int
     training: Training | None
 
@@ -85,6 +87,7 @@ class Settings(Section, frozen=True):
             seed=config.seed,
             text=config.text,
             numerics=Numerics.of(config.model),
+            save_dtype=machine.save_dtype(config.runtime),
             batch_size=reward.train.batch_size,
             training=training,
         )
@@ -154,7 +157,7 @@ def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -
         summary: dict[str, Any] = {"path": context.inputs.reward_model, "data": sources}
     else:
         model, params, summary = _train(settings, settings.training, parents["sft"], context, codec)
-    loading.save(context.folder / "model", model, params, codec.tokenizer)
+    loading.save(context.folder / "model", model, params, codec.tokenizer, dtype=settings.save_dtype)
     return summary | _measure(settings, context, model, params, codec)
 
 
@@ -167,7 +170,7 @@ def _train(
     else:
         model, params = context.load_base(settings.numerics, codec, training.architecture, settings.seed)
     params = loading.with_value_head(model, params, context.mesh)
-    loading.save_description(context.folder / "model", model, codec.tokenizer, head="value")
+    loading.save_description(context.folder / "model", model, codec.tokenizer, head="value", dtype=settings.save_dtype)
     rows = [(row.prompt, (row.chosen, row.rejected)) for row in corpus.reward_pairs]
     examples, report = context.tokenize(codec, rows)
     held_out = first_rows(corpus.validation or corpus.held_out, context.watch, "reward")

@@ -139,7 +139,7 @@ def _table(
         utility = np.asarray(
             [[corpus.utility(p, text) for text in pair] for p, pair in zip(prompts, texts, strict=True)], np.float64
         )
-    ids = [(np.asarray(e.responses[0]).tolist(), np.asarray(e.responses[1]).tolist()) for e in examples]
+    ids = [(e.responses[0], e.responses[1]) for e in examples]
     return PairTable(prompts, texts, ids, np.asarray(score_BN, np.float32), chosen, gap, utility)
 
 
@@ -167,7 +167,7 @@ def describe(table: PairTable, border: Border | None = None) -> dict[str, Any]:
         "pairs": len(table),
         "sizes": sizes,
         "histogram": {"counts": counts.tolist(), "edges": edges.tolist()},
-        "identical": int(sum(a == b for a, b in table.ids)),
+        "identical": sum(np.array_equal(a, b) for a, b in table.ids),
     }
     signed = against_truth(np.abs(table.gap), table.truth)
     if len(signed):

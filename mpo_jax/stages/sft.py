@@ -16,6 +16,7 @@ from mpo_jax.losses import sft_loss
 from mpo_jax.models import forward, loading
 from mpo_jax.models.forward import Model
 from mpo_jax.ops import masked_sum
+from mpo_jax.runtime import machine
 from mpo_jax.runtime.console import console
 from mpo_jax.runtime.sharding import place_batch, replicated
 from mpo_jax.runtime.stage_warnings import warn
@@ -49,6 +50,7 @@ class Settings(Section, frozen=True):
     seed: int
     text: TextConfig
     numerics: Numerics
+    save_dtype: str
     architecture: ArchitectureConfig | None
     train: TrainSettings
 
@@ -58,6 +60,7 @@ class Settings(Section, frozen=True):
             seed=config.seed,
             text=config.text,
             numerics=Numerics.of(config.model),
+            save_dtype=machine.save_dtype(config.runtime),
             architecture=config.model.architecture if config.model.path is None else None,
             train=TrainSettings.of(config.sft.train),
         )
@@ -108,7 +111,7 @@ def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -
     check(settings, context.mesh)
     codec = TextCodec(context.inputs.tokenizer, settings.text)
     model, params = context.load_base(settings.numerics, codec, settings.architecture, settings.seed)
-    loading.save_description(context.folder / "model", model, codec.tokenizer)
+    loading.save_description(context.folder / "model", model, codec.tokenizer, dtype=settings.save_dtype)
     examples, report = context.tokenize(codec, [(row.prompt, (row.response,)) for row in corpus.demonstrations])
     _show(corpus, report)
     _warn_of_inputs(settings, context, report)
@@ -131,7 +134,7 @@ def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -
             mesh=context.mesh,
         ),
     )
-    loading.save(context.folder / "model", model, params, codec.tokenizer)
+    loading.save(context.folder / "model", model, params, codec.tokenizer, dtype=settings.save_dtype)
     return {
         "data": [source.to_dict() for source in corpus.reports],
         "tokens": report.to_dict(),

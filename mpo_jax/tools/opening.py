@@ -1,6 +1,7 @@
 """A model named by a path, opened with its tokenizer and the text settings that it was trained under."""
 
 import dataclasses
+import json
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -17,10 +18,11 @@ from mpo_jax.models import loading
 from mpo_jax.models.forward import Model
 from mpo_jax.models.hf.hub import local_model
 from mpo_jax.models.hf.tokenizer import load_tokenizer
+from mpo_jax.pipeline.recipe import RECIPE
 from mpo_jax.runtime import machine
 from mpo_jax.runtime.sharding import make_mesh
 from mpo_jax.tools.report.card import trained_config
-from mpo_jax.types import Head, Params
+from mpo_jax.types import REMOVED, Head, Params
 
 NEW_TOKENS = 256
 
@@ -116,9 +118,30 @@ def find_model(path: str, *, critic: bool = False) -> Path:
         folder = steps[-1] if steps else folder / "sft"
     if (folder / part / "config.json").is_file():
         return folder / part
+    _refuse_missing(path, folder, part)
     if critic:
         raise UserError(f"{path} holds no critic: only PPO's folders do")
     return local_model(str(folder) if folder.exists() else path)
+
+
+def _refuse_missing(path: str, folder: Path, part: str) -> None:
+    """Raises UserError if a stage's folder holds no model because the configuration says so."""
+    records = [file for file in (folder / "manifest.json", folder / RECIPE) if file.is_file()]
+    if not records:
+        return
+    recipe = json.loads(records[0].read_text(encoding="utf-8"))
+    if not isinstance(recipe, dict) or "stage" not in recipe:
+        return
+    if part in recipe.get(REMOVED, ()):
+        raise UserError(
+            f"{path}: its {part} was removed when no stage needed it any more (runtime.keep=last): "
+            f"mpo {recipe['stage']} CONFIG makes it again"
+        )
+    if part == "critic" and recipe.get("settings", {}).get("save_critic") is False:
+        raise UserError(
+            f"{path} holds no critic: it was trained with ppo.save_critic=false; train with ppo.save_critic=true to "
+            "have one"
+        )
 
 
 def open_model(path: str, overrides: tuple[str, ...]) -> OpenModel:

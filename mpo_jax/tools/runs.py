@@ -10,8 +10,7 @@ from mpo_jax.config.registry import EXPERIMENTS
 from mpo_jax.config.schema import Config, ExperimentName
 from mpo_jax.errors import UserError
 from mpo_jax.pipeline import preflight
-from mpo_jax.pipeline.artifacts import Store
-from mpo_jax.pipeline.bucket import Bucket
+from mpo_jax.pipeline.keeping import ModelStore
 from mpo_jax.pipeline.pipeline import Pipeline, StageName
 from mpo_jax.runtime import machine
 from mpo_jax.runtime.console import console
@@ -54,10 +53,12 @@ def run_experiments(config: Config) -> Finished | None:
     """Makes what is missing of every experiment of the configuration, and the report; None except in process 0."""
     begin = time.perf_counter()
     store, pipeline = _checked(config, config.experiment)
+    store.request(pipeline, config.experiment)
     runs = []
     for name in config.experiment:
         runs.append(pipeline.experiment(name))
         pipeline.record(runs[-1])
+    store.finish()
     if not is_main():
         # a process that ends waits for the others only as long as for a heartbeat
         wait(REPORTED)
@@ -71,10 +72,10 @@ def run_experiments(config: Config) -> Finished | None:
     return Finished(finished, page, len(store.made), len(store.reused), time.perf_counter() - begin)
 
 
-def _checked(config: Config, names: Sequence[str], until: StageName = "evaluate") -> tuple[Store, Pipeline]:
+def _checked(config: Config, names: Sequence[str], until: StageName = "evaluate") -> tuple[ModelStore, Pipeline]:
     """The store and the pipeline, once everything that the missing stages need is known to be there."""
     inputs_checked = preflight.check_fresh(config, until)
-    store = Store(Path(config.workdir), bucket=Bucket.of(config))
+    store = ModelStore(config)
     pipeline = Pipeline(config, store)
     preflight.check_missing(pipeline, names, until, inputs_checked=inputs_checked)
     wait(preflight.CHECKED)
@@ -101,7 +102,7 @@ def run_until(config: Config, stage: StageName) -> Iterator[tuple[ExperimentName
         if stage == "evaluate":
             pipeline.record(made)
         built = [artifact for artifact in made.artifacts.values() if artifact.manifest["stage"] == stage]
-        yield name, built[-1]
+        yield name, store.restored(built[-1])
 
 
 def rewrite_report(workdir: Path) -> Path:

@@ -8,9 +8,9 @@ from mpo_jax.config.load import to_yaml
 from mpo_jax.config.schema import Config
 from mpo_jax.errors import NothingSelected
 from mpo_jax.pipeline import preflight
-from mpo_jax.pipeline.artifacts import Store
 from mpo_jax.pipeline.bucket import Bucket
 from mpo_jax.pipeline.experiments import table_variants
+from mpo_jax.pipeline.keeping import ModelStore
 from mpo_jax.pipeline.pipeline import Pipeline
 from mpo_jax.pipeline.table import estimates, seed_config, table_stages
 from mpo_jax.runtime.files import write_text
@@ -72,15 +72,16 @@ class SeedTable:
             self._workdir.mkdir(parents=True, exist_ok=True)
             write_text(self._workdir / TABLE_CONFIG, [to_yaml(self._config)])
 
-    def make(self, seed: int, *, left_out: Callable[[str, str], None] = lambda name, reason: None) -> Store:
+    def make(self, seed: int, *, left_out: Callable[[str, str], None] = lambda name, reason: None) -> ModelStore:
         """All runs of one seed; the store says which stages were made.
 
         Args:
           left_out: called with the name of each run that is left out, and the reason.
         """
         config = seed_config(self._config, seed)
-        store = Store(Path(config.workdir), self.overall, bucket=Bucket.of(config))
+        store = ModelStore(config, self.overall)
         pipeline = Pipeline(config, store)
+        store.request(pipeline, self.names)
         for name in self.names:
             try:
                 pipeline.record(pipeline.experiment(name))
@@ -89,6 +90,7 @@ class SeedTable:
                 left_out(name, str(nothing))
                 own = {s.name for s in self.stages if s.seed == seed and s.runs == [name]}
                 self.overall.leave_out(own)
+        store.finish()
         return store
 
     def finish(self) -> Finished | None:

@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 from mpo_jax.config.load import read_record
 from mpo_jax.config.schema import Config, ProcessesConfig
 from mpo_jax.errors import Preempted, UserError
+from mpo_jax.pipeline.keeping import is_removed
 from mpo_jax.pipeline.recipe import FORMAT, RECIPE
 from mpo_jax.pipeline.stages import STAGES, stage_context
 from mpo_jax.runtime import machine
@@ -160,6 +161,11 @@ def _train_again(
         path = workdir / "stages" / parent
         if not (path / "manifest.json").is_file():
             raise UserError(f"{folder}: its {role} {path} is missing; without it the stage cannot be retrained")
+        if is_removed(path):
+            raise UserError(
+                f"{folder}: the model of its {role} {path} was removed (runtime.keep=last), and without it the stage "
+                f"cannot be retrained: mpo {parent.partition('-')[0]} CONFIG makes it again"
+            )
         parents[role] = Artifact(path, json.loads((path / "manifest.json").read_text(encoding="utf-8")))
     stage, mesh = STAGES[recipe["stage"]], make_mesh(config.mesh)
     settings = stage.Settings.model_validate(recipe["settings"])

@@ -107,7 +107,7 @@ OTHER: dict[str, Any] = {
     **{f"ppo.critic_optim.{key}": value for key, value in OPTIM.items()},
     "ppo.epochs": 2, "ppo.minibatches": 2, "ppo.gamma": 0.9, "ppo.gae_lambda": 0.9, "ppo.clip_eps": 0.1,
     "ppo.value_clip_eps": 0.1, "ppo.score": "normalised", "ppo.score_clip": 4.0, "ppo.reward_at": "ds_chat",
-    "ppo.greedy": True, "ppo.temperature": 0.5, "ppo.one_pass": True,
+    "ppo.greedy": True, "ppo.temperature": 0.5, "ppo.one_pass": True, "ppo.save_critic": False,
     "ppo.kl.coef": 0.3, "ppo.kl.adaptive": True, "ppo.kl.target": 5.0, "ppo.kl.horizon": 99.0, "ppo.kl.stop": 0.1,
     "ppo.extras.whiten_advantages": True, "ppo.extras.whiten_rewards": True, "ppo.extras.missing_eos": "replace",
     "ppo.extras.missing_eos_penalty": 2.0, "ppo.extras.ptx_coef": 0.1, "ppo.extras.ema_decay": 0.9,
@@ -119,6 +119,7 @@ OTHER: dict[str, Any] = {
     "runtime.cpu_devices": 4, "runtime.compilation_cache": "cache", "runtime.flags": "recommended",
     "runtime.token_cache": "tokens", "runtime.tensorboard": False, "runtime.wandb": {}, "runtime.offload_frozen": True,
     "runtime.offload_moments": True, "runtime.keep_finished_checkpoints": True, "runtime.bucket": "file:///bucket",
+    "runtime.save_dtype": "bfloat16", "runtime.keep": "last",
     "runtime.processes.coordinator": "host:1", "runtime.processes.count": 2, "runtime.processes.index": 1,
     "runtime.processes.timeout_s": 7, "runtime.save_minutes": 0.5,
     "runtime.wandb.project": "other", "runtime.wandb.entity": "team", "runtime.wandb.mode": "offline",
@@ -141,6 +142,7 @@ BOOKKEEPING = ("log_every", "checkpoint_every", "eval_every", "eval_rows", "keep
                "stop_after_skipped")  # fmt: skip
 EXPECTED: dict[str, set[str]] = {
     "workdir": NONE, "experiment": NONE, "table": NONE, "mesh": NONE, "runtime": NONE,
+    "runtime.save_dtype": {"sft", "reward"} | DPO | PPO,  # the stages that write a model
     "seed": ALL,
     "text": ALL,
     "model.path": {"sft", "reward"},  # the others read models that were made from it
@@ -351,6 +353,7 @@ def test_a_key_changed_alone(key, folder, known):
         (PLAIN, {"model.compute_dtype": "float32"}, NONE),
         (PLAIN, {"model.frozen_dtype": "float32"}, NONE),
         (PLAIN, {"model.attention": "blocked"}, NONE),
+        (PLAIN, {"runtime.save_dtype": "float32"}, NONE),
         # losses and their own options; one that is left out has the loss's default
         ({**PLAIN, "dpo.loss": "cdpo"}, {"dpo.label_smoothing": 0.2}, DPO),
         ({**PLAIN, "dpo.loss": "simpo"}, {"dpo.label_smoothing": 0.2}, NONE),

@@ -332,6 +332,8 @@ class _Export:
         value = jnp.asarray(self.value) if self.layer is None else jnp.asarray(self.value)[self.layer]
         value = value.astype(self.dtype)
         host = np.asarray(value if value.is_fully_addressable else multihost_utils.process_allgather(value, tiled=True))
+        if self.dtype == "float16" and np.isinf(host).any():
+            raise UserError(f"{self.entry.name} has values beyond float16's 65504: save in bfloat16 or float32")
         return np.ascontiguousarray(self.entry.to_theirs(host, self.config))
 
 

@@ -50,7 +50,7 @@ def check(settings: Settings, mesh: Mesh) -> None:
 
 
 def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -> dict[str, Any]:
-    """Trains the actor from `init` against `reference` and writes `model/` and `critic/`.
+    """Trains the actor from `init` against `reference` and writes `model/` and, if asked for, `critic/`.
 
     Parents: `init`; `reference`; `reward`, which scores responses and initialises the critic; `pairs`, a selection that
     supplies the prompts (absent: all training prompts).
@@ -67,8 +67,10 @@ def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -
     critic = context.load(reward.model, numerics, text, head="value")[1]
     models = Models(actor_model, reward_model, actor["frozen"], critic["frozen"], reference, reward_params)
 
-    loading.save_description(context.folder / "model", actor_model, codec.tokenizer)
-    loading.save_description(context.folder / "critic", reward_model, codec.tokenizer, head="value")
+    dtype = settings.save_dtype
+    loading.save_description(context.folder / "model", actor_model, codec.tokenizer, dtype=dtype)
+    if settings.save_critic:
+        loading.save_description(context.folder / "critic", reward_model, codec.tokenizer, head="value", dtype=dtype)
 
     prompts = [(prompt, ()) for prompt in _prompts(settings, parents.get("pairs"), context)]
     examples = number_visits(context.tokenize(codec, prompts)[0])
@@ -102,9 +104,10 @@ def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -
         evaluate=make_evaluate(loop, context, buckets, size),
         warmup=warmup,
     )
-    loading.save(context.folder / "model", actor_model, exported(state, loop), codec.tokenizer)
-    trained_critic = {"trainable": state.critic.trainable, "frozen": models.critic_frozen}
-    loading.save(context.folder / "critic", reward_model, trained_critic, codec.tokenizer)
+    loading.save(context.folder / "model", actor_model, exported(state, loop), codec.tokenizer, dtype=dtype)
+    if settings.save_critic:
+        trained_critic = {"trainable": state.critic.trainable, "frozen": models.critic_frozen}
+        loading.save(context.folder / "critic", reward_model, trained_critic, codec.tokenizer, dtype=dtype)
     return {"prompts": len(examples), **trained}
 
 

@@ -4,6 +4,7 @@ from typing import Literal
 
 from mpo_jax.config.schema import Config, KlConfig, OptimConfig, PpoConfig, PpoExtrasConfig, Section, TextConfig
 from mpo_jax.models.generate import Sampling
+from mpo_jax.runtime import machine
 from mpo_jax.stages.settings import Numerics, Split, TrainSettings
 
 
@@ -57,11 +58,15 @@ class Settings(Section, frozen=True):
 
     Attributes:
       samples_once: whether each distinct prompt of a selection is sampled once, however many rows it has.
+      save_dtype: type in which policy and critic are saved.
+      save_critic: whether the critic is saved.
     """
 
     seed: int
     text: TextConfig
     numerics: Numerics
+    save_dtype: str
+    save_critic: bool
     split: Split
     samples_once: bool
     method: Method
@@ -73,6 +78,8 @@ class Settings(Section, frozen=True):
             seed=config.seed,
             text=config.text,
             numerics=Numerics.of(config.model),
+            save_dtype=machine.save_dtype(config.runtime),
+            save_critic=config.ppo.save_critic,
             split=split,
             samples_once=config.data.prompts == "unique",
             method=Method.of(config.ppo),

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 from safetensors import safe_open
@@ -24,7 +25,7 @@ def what(by_seed: BySeed, rows: Rows) -> str:
     """What was run, in plain words."""
     results = [result for part in by_seed.values() for result in part]
     kinds = list(dict.fromkeys(DATA_KINDS[result.config.data.kind] for result in results))
-    models = list(dict.fromkeys(_model(result.config, result.artifacts.get("sft")) for result in results))
+    models = list(dict.fromkeys(_model(result.config, result.artifacts.values()) for result in results))
     seeds = sorted({result.config.seed for result in results})
     names = ", ".join(row["run"] for row in rows)
     answered = sorted({result.summary["prompts"] for result in results})
@@ -35,8 +36,10 @@ def what(by_seed: BySeed, rows: Rows) -> str:
     )
 
 
-def _model(config: Config, sft: Artifact | None) -> str:
-    size = _num_parameters(sft.model) if sft is not None else 0
+def _model(config: Config, artifacts: Iterable[Artifact]) -> str:
+    # the first policy whose model is there: all are of one size, and parents' may have been removed
+    policies = (one for one in artifacts if one.manifest["stage"] in ("sft", "dpo", "ppo"))
+    size = next((size for one in policies if (size := _num_parameters(one.model))), 0)
     sized = f"{size / 1e9:.2f} billion" if size >= 1e9 else f"{size / 1e6:.2f} million"
     count = f" of {sized} parameters" if size else ""
     if config.model.path is not None:
