@@ -96,7 +96,7 @@ def run_until(config: Config, stage: StageName) -> Iterator[tuple[ExperimentName
         raise UserError(
             f"experiment={','.join(config.experiment)} has no {stage} step: choose another, experiment=NAME"
         )
-    _, pipeline = _checked(config, names, stage)
+    store, pipeline = _checked(config, names, stage)
     for name in names:
         made = pipeline.experiment(name, until=stage)
         if stage == "evaluate":
