@@ -10,6 +10,8 @@ from mpo_jax.config.load import to_yaml
 from mpo_jax.config.registry import Step
 from mpo_jax.config.schema import Config
 from mpo_jax.data.corpus import Corpus
+from mpo_jax.data.lengths import Lengths
+from mpo_jax.data.text import TextCodec
 from mpo_jax.models import loading
 from mpo_jax.models.spec import DecoderConfig
 from mpo_jax.pipeline.bucket import Bucket, checkpoint_folder, stage_place
@@ -20,7 +22,7 @@ from mpo_jax.runtime.processes import is_main
 from mpo_jax.stages import dpo, evaluate, ppo, reward, select, sft
 from mpo_jax.stages.context import Context, Inputs
 from mpo_jax.stages.settings import Split, Watch
-from mpo_jax.stages.shapes import Amounts, Shapes
+from mpo_jax.stages.shapes import Amounts, Set, Shapes
 from mpo_jax.stages.stage import Stage
 from mpo_jax.training.tracker import Sink
 from mpo_jax.training.wandb_log import stage_run
@@ -116,8 +118,12 @@ def stage_shapes(
     )
 
 
-def count_rows(config: Config, corpus: Corpus) -> Amounts:
-    """The number of rows of each stage under a configuration."""
+def count_rows(config: Config, corpus: Corpus, codec: TextCodec | None = None) -> Amounts:
+    """The number of rows of each stage under a configuration.
+
+    Args:
+      codec: tokenizes a sample of the rows for their lengths; None: rows are counted at full width.
+    """
     prompts = len(corpus.sampled_prompts(config.select.num_prompts))
     human_pairs = len(corpus.human_pairs(config.select.num_prompts))
     return Amounts(
@@ -130,4 +136,17 @@ def count_rows(config: Config, corpus: Corpus) -> Amounts:
         human_pairs=human_pairs,
         selected=human_pairs if config.select.pair_source == "human" else prompts,
         test_prompts=len(corpus.test_prompts),
+        lengths={} if codec is None else _lengths(codec, corpus),
     )
+
+
+def _lengths(codec: TextCodec, corpus: Corpus) -> dict[Set, Lengths]:
+    """The lengths of each set that has rows."""
+    sets: dict[Set, Any] = {
+        "demonstrations": [(row.prompt, (row.response,)) for row in corpus.demonstrations],
+        "pairs": [(row.prompt, (row.chosen, row.rejected)) for row in corpus.pairs],
+        "prompts": [(prompt, ()) for prompt in corpus.prompts],
+        "test_prompts": [(prompt, ()) for prompt in corpus.test_prompts],
+    }
+    measured = {name: Lengths.of(codec, rows) for name, rows in sets.items()}
+    return {name: lengths for name, lengths in measured.items() if lengths is not None}

@@ -7,9 +7,10 @@ import numpy as np
 
 from mpo_jax.config.schema import OptimConfig
 from mpo_jax.data.batches import Batch, Buckets, TrainBatches, num_steps
+from mpo_jax.data.lengths import Lengths
 from mpo_jax.data.tokens import Example
 from mpo_jax.models import flops
-from mpo_jax.models.flops import Rows
+from mpo_jax.models.flops import Rows, Work
 from mpo_jax.runtime.seeds import data_seed
 from mpo_jax.runtime.sharding import check_batch, place_batch
 from mpo_jax.runtime.stage_warnings import warn
@@ -179,12 +180,17 @@ def train_program(
     runs: float | None,
     held: tuple[Any, ...] = (),
     times: int = 1,
+    lengths: Lengths | None = None,
 ) -> Program:
-    """An update that differentiates `times` batches."""
-    work = flops.train(shapes.model.decoder, rows, head, shapes.model.remat).times(times)
+    """An update that differentiates `times` batches of rows with these lengths."""
+
+    def work(rows: Rows) -> Work:
+        return flops.train(shapes.model.decoder, rows, head, shapes.model.remat).times(times)
+
     return Program(
         stage=name, name=f"{name} {part}", batch_key=f"{name}.train.accumulation", function=update,
-        arguments=lambda _: arguments, work=work, runs=runs, accumulation=accumulation, held=held,
+        arguments=lambda _: arguments, work=work(rows), runs=runs, accumulation=accumulation, held=held,
+        expected=shapes.mean(lengths, rows, work),
     )  # fmt: skip
 
 
@@ -201,12 +207,17 @@ def scoring_program(
     runs: float | None,
     held: tuple[Any, ...] = (),
     times: float = 1.0,
+    lengths: Lengths | None = None,
 ) -> Program:
     """A program of `times` forward passes; the configuration key `key` sets its number of rows."""
+
+    def work(rows: Rows) -> Work:
+        return flops.forward(shapes.model.decoder, rows, head).times(times)
+
     return Program(
         stage=name, name=f"{name} {part}", batch_key=key or f"{name}.train.batch_size", function=function,
-        arguments=lambda _: arguments, work=flops.forward(shapes.model.decoder, rows, head).times(times), runs=runs,
-        held=held,
+        arguments=lambda _: arguments, work=work(rows), runs=runs, held=held,
+        expected=shapes.mean(lengths, rows, work),
     )  # fmt: skip
 
 
@@ -222,6 +233,7 @@ def held_out_program(
     updates: int | None,
     num_rows: int | None,
     held: tuple[Any, ...] = (),
+    lengths: Lengths | None = None,
 ) -> Iterator[Program]:
     """The held-out evaluation during training; no program if there is none."""
     if shapes.watch.eval_every is None:
@@ -233,7 +245,7 @@ def held_out_program(
         runs = evaluations(shapes.watch, updates) * calls(held_out_rows(shapes.watch, num_rows), size)
     yield scoring_program(
         name, "held-out", measure, (shapes.trained(head), batch(rows)), shapes, rows, head,
-        key=f"{name}.train.accumulation", runs=runs, held=held,
+        key=f"{name}.train.accumulation", runs=runs, held=held, lengths=lengths,
     )  # fmt: skip
 
 
