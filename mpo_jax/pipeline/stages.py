@@ -114,6 +114,8 @@ def stage_shapes(
         frozen_dtype=machine.frozen_dtype(config.model),
         amounts=amounts,
         watch=Watch.of(getattr(config, name).train) if stage.trains else Watch(),
+        offload_frozen=config.runtime.offload_frozen,
+        offload_moments=config.runtime.offload_moments,
         parents=frozenset(stage.parents) if parents is None else parents,
     )
 

@@ -60,6 +60,7 @@ class Shapes:
       amounts: numbers of rows; None if no data was read.
       parents: roles of the artifacts that the stage reads.
       watch: how often a training stage is evaluated on held-out rows.
+      offload_frozen, offload_moments: what PPO keeps in host memory between the phases that use it.
     """
 
     model: Model
@@ -68,6 +69,8 @@ class Shapes:
     frozen_dtype: str
     amounts: Amounts | None = None
     watch: Watch = NOT_WATCHED
+    offload_frozen: bool = False
+    offload_moments: bool = False
     parents: frozenset[str] = frozenset({"init", "reference", "pairs", "reward"})
 
     @property
@@ -104,6 +107,10 @@ class Shapes:
 
         tree = self.tree(head)
         return shaped(jax.eval_shape(init, tree), state_sharding(tree, optimizer, self.mesh))
+
+    def between(self, state: TrainState) -> TrainState:
+        """What a model that trains keeps on the devices between its updates."""
+        return dataclasses.replace(state, opt_state=()) if self.offload_moments else state
 
     def rows(self, count: int, num_responses: int) -> Rows:
         """A batch padded to the text's limits."""

@@ -136,10 +136,11 @@ def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
     actor, critic = shapes.state(method.actor_optim), shapes.state(method.critic_optim, "value")
     policy, critic_params = ({"trainable": state.trainable, "frozen": {}} for state in (actor, critic))
     frozen = (shapes.frozen(), shapes.frozen("value"))
+    idle, kept = () if shapes.offload_frozen else frozen, (shapes.between(actor), shapes.between(critic))
     ema = (shapes.tree(),) if method.extras.ema_decay is not None else ()
     yield from rollout_programs(
         "ppo", shapes, settings.sampling, policy, train.batch_size, key=key, runs=sampled,
-        held=(actor.opt_state, critic, *frozen, *ema), lengths=lengths,
+        held=(kept[0].opt_state, kept[1], *idle, *ema), lengths=lengths,
     )  # fmt: skip
     joined, has_eos = shapes.batch(rows), shapes.array(rows.count, 1, dtype=jnp.bool_)
 
@@ -158,7 +159,7 @@ def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
         number,
         Moments(number, number, number) if method.score == "normalised" else None,
     )
-    held = (actor.opt_state, critic.opt_state, *ema)
+    held = (kept[0].opt_state, kept[1].opt_state, *ema)
     if not method.in_one_pass or shapes.watch.eval_every is not None:
         scorings = measured if method.in_one_pass else sampled
         yield dataclasses.replace(
@@ -192,11 +193,11 @@ def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
         updates, own_updates = runs * method.updates, max(runs - method.extras.critic_warmup, 0) * method.updates
     yield train_program(
         "ppo", "critic", update_critic, (critic, scored, {}), shapes, part, "value", accumulation=train.accumulation,
-        runs=updates, held=(actor, *frozen, *ema, *whole_batch), lengths=lengths,
+        runs=updates, held=(kept[0], *idle, *ema, *whole_batch), lengths=lengths,
     )  # fmt: skip
     yield train_program(
         "ppo", "actor", update_actor, (actor, (scored, demonstrations), {}, shapes.allowed()), shapes, part, "lm",
-        accumulation=train.accumulation, runs=own_updates, held=(critic, *frozen, *ema, *whole_batch),
+        accumulation=train.accumulation, runs=own_updates, held=(kept[1], *idle, *ema, *whole_batch),
         times=2 if demonstrations else 1, lengths=lengths,
     )  # fmt: skip
 

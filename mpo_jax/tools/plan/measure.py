@@ -10,12 +10,14 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding
 
+from mpo_jax.config.registry import Step
 from mpo_jax.config.schema import Config, MeshConfig
 from mpo_jax.errors import UserError
 from mpo_jax.models.flops import Work
 from mpo_jax.models.spec import DecoderConfig
-from mpo_jax.pipeline.stages import STAGES, stage_settings, stage_shapes
+from mpo_jax.pipeline.stages import PLANNED, STAGES, stage_settings, stage_shapes
 from mpo_jax.runtime.sharding import mesh_of
+from mpo_jax.stages.shapes import Amounts, Shapes
 from mpo_jax.stages.stage import Program
 from mpo_jax.tools.plan import compilers
 from mpo_jax.tools.plan.collectives import Traffic, traffic
@@ -91,11 +93,21 @@ class Plan:
     decoder: DecoderConfig
     sizes_from: str
 
-    def programs(self, stages: Sequence[str] = tuple(STAGES)) -> Iterator[Program]:
-        """The programs of the given stages; the settings of other stages are not read."""
+    def shapes(self, stage: str, amounts: Amounts | None = None) -> Shapes:
+        """The shapes that a stage's programs are compiled with."""
+        return stage_shapes(stage, self.config, self.decoder, self.mesh, amounts=amounts)
+
+    def programs(
+        self, stages: Sequence[str] = tuple(STAGES), *, amounts: Amounts | None = None, step: Step = PLANNED
+    ) -> Iterator[Program]:
+        """The programs of the given stages; the settings of other stages are not read.
+
+        Args:
+          amounts: numbers and lengths of rows, for how often programs run; they change no shape.
+          step: which pairs or prompts DPO and PPO learn from.
+        """
         for name in (name for name in STAGES if name in stages):
-            shapes = stage_shapes(name, self.config, self.decoder, self.mesh)
-            yield from STAGES[name].programs(stage_settings(name, self.config), shapes)
+            yield from STAGES[name].programs(stage_settings(name, self.config, step), self.shapes(name, amounts))
 
     def measure(
         self,

@@ -84,6 +84,12 @@ class Target(Facts, frozen=True):
         return self.groups * math.prod(self.shape)
 
     @property
+    def devices_per_host(self) -> int:
+        """GPUs: those of a group; TPUs: as the kind has them, unless the slice is smaller."""
+        devices = math.prod(self.shape)
+        return min(self.kind.devices_per_host, devices) if self.kind and self.kind.devices_per_host else devices
+
+    @property
     def spans_network(self) -> bool:
         """Whether collectives over all devices use the network between hosts or slices."""
         return self.groups > 1
