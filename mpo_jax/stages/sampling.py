@@ -35,8 +35,9 @@ def rollout_programs(
     lengths: Lengths | None = None,
 ) -> Iterator[Program]:
     """Prefill and decode of one batch; decode takes the caches in the layout of the compiled prefill."""
-    generate = make_generate(shapes.model, sampling, ANY_EOS, shapes.mesh)
-    rows, decoder = shapes.rows(size, sampling.num_samples), Decoder(shapes.model, sampling, ANY_EOS)
+    eos_id = ANY_EOS if shapes.eos_id is None else shapes.eos_id
+    generate = make_generate(shapes.model, sampling, eos_id, shapes.mesh)
+    rows, decoder = shapes.rows(size, sampling.num_samples), Decoder(shapes.model, sampling, eos_id)
     prompts = shapes.prompts(rows)
     start = (params, prompts, shapes.key(), shapes.array(size, dtype=jnp.uint32), shapes.allowed())
     program = partial(Program, stage, batch_key=key, runs=runs)
@@ -58,7 +59,7 @@ def rollout_programs(
     yield program(
         name=f"{stage} decode", function=generate.finish, arguments=then,
         # the parameters stay in memory beside the decoding weights made from them
-        held=(params, *held), work=shapes.decoding(rows), loop_trips=-(-decoder.room // decoder.chunk),
+        held=(params, *held), work=shapes.decoding(rows), loop_trips=(-(-decoder.room // decoder.chunk), decoder.chunk),
         expected=shapes.mean(lengths, rows, shapes.decoding),
     )  # fmt: skip
 

@@ -53,7 +53,7 @@ class Program:
       accumulation: number of micro-batches of an update; None for a program that does not train.
       held: arrays that the stage keeps in memory besides the arguments.
       keeps: names of already compiled programs whose results stay in memory.
-      loop_trips: iterations of loops whose count the compiler cannot know.
+      loop_trips: iterations of loops whose count the compiler cannot know, from the outermost on.
     """
 
     stage: str
@@ -66,8 +66,13 @@ class Program:
     accumulation: int | None = None
     held: tuple[Any, ...] = ()
     keeps: tuple[str, ...] = ()
-    loop_trips: int = 1
+    loop_trips: int | tuple[int, ...] = 1
     expected: Work | None = None
+
+    @property
+    def in_loop(self) -> bool:
+        """Whether it runs at the widths of the training batches; others have widths of their own."""
+        return self.accumulation is not None or self.stage == "ppo"
 
     @property
     def mean_work(self) -> Work:

@@ -63,8 +63,8 @@ def stage_times(measured: Sequence[Measured], plan: Plan, amounts: Amounts) -> l
         expected = full = longest = calls = 0.0
         for program in programs:
             runs, traffic = program.runs or 0.0, found[program.name].traffic
-            one = seconds(program.mean_work, traffic, plan.target, plan.config.mesh) or 0.0
-            whole = seconds(program.work, traffic, plan.target, plan.config.mesh) or 0.0
+            one = seconds(program.mean_work, traffic, plan.target) or 0.0
+            whole = seconds(program.work, traffic, plan.target) or 0.0
             expected, full = expected + runs * one, full + runs * whole
             if runs * whole > longest:
                 longest, calls = runs * whole, runs

@@ -83,7 +83,7 @@ def hours_table(times: Sequence[StageTime], plan: Plan) -> Table:
 
 def bound(one: Measured, plan: Plan) -> str | None:
     """The name of the longest part of the estimate."""
-    parts = time_parts(one.program.work, one.traffic, plan.target, plan.config.mesh)
+    parts = time_parts(one.program.work, one.traffic, plan.target)
     return None if parts is None or one.memory is None else max(parts, key=lambda name: parts[name])
 
 
