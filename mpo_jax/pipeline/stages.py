@@ -1,6 +1,8 @@
 """The method's stages by name, and their settings, contexts and shapes under a configuration."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,16 @@ from mpo_jax.data.corpus import Corpus
 from mpo_jax.data.lengths import Lengths
 from mpo_jax.data.text import TextCodec
 from mpo_jax.models import loading
+from mpo_jax.models.forward import Model
 from mpo_jax.models.spec import DecoderConfig
 from mpo_jax.pipeline.bucket import Bucket, checkpoint_folder, stage_place
 from mpo_jax.pipeline.recipe import artifact_name
 from mpo_jax.runtime import machine
+from mpo_jax.runtime.compilation import Compilations
 from mpo_jax.runtime.offload import Offload
 from mpo_jax.runtime.processes import is_main
 from mpo_jax.stages import dpo, evaluate, ppo, reward, select, sft
+from mpo_jax.stages.compiling import Upcoming
 from mpo_jax.stages.context import Context, Inputs
 from mpo_jax.stages.settings import Split, Watch
 from mpo_jax.stages.shapes import Amounts, Set, Shapes
@@ -50,12 +55,19 @@ def stage_settings(name: str, config: Config, step: Step = PLANNED) -> Any:
 
 
 def stage_context(
-    config: Config, stage: Stage, mesh: Mesh, folder: Path, inputs: Inputs, recipe: Mapping[str, Any]
+    config: Config,
+    stage: Stage,
+    mesh: Mesh,
+    folder: Path,
+    inputs: Inputs,
+    recipe: Mapping[str, Any],
+    upcoming: Upcoming | None = None,
 ) -> Context:
     """Where and how a stage runs under a configuration; a stage that trains gets a copy of it in `folder`.
 
     Args:
       folder: folder in which the stage is made.
+      upcoming: what the stage will compile; None: nothing is said of it.
     """
     runtime, bucket, watch = config.runtime, Bucket.of(config), Watch()
     if stage.trains:
@@ -87,7 +99,25 @@ def stage_context(
         before_save=send,
         recipe=recipe,
         sinks=sinks,
+        upcoming=upcoming,
     )
+
+
+def upcoming_programs(
+    name: str, config: Config, mesh: Mesh, settings: Any, parents: frozenset[str], compilations: Compilations
+) -> Upcoming:
+    """What a stage will compile under a configuration.
+
+    Args:
+      parents: roles of the artifacts that the stage reads.
+    """
+
+    def shapes(model: Model) -> Shapes:
+        made = stage_shapes(name, config, model.decoder, mesh, parents=parents)
+        # the very model whose functions the stage calls
+        return dataclasses.replace(made, model=model)
+
+    return Upcoming(partial(STAGES[name].programs, settings), shapes, compilations, config.runtime.compile_threads)
 
 
 def stage_shapes(

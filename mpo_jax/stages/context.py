@@ -23,6 +23,7 @@ from mpo_jax.models.forward import Model
 from mpo_jax.models.generate import Sampling
 from mpo_jax.runtime.offload import Offload
 from mpo_jax.runtime.seeds import stage_key
+from mpo_jax.stages.compiling import Upcoming
 from mpo_jax.stages.settings import NOT_WATCHED, Numerics, Watch
 from mpo_jax.training.loop import Checkpointing
 from mpo_jax.training.refill import Samples
@@ -127,6 +128,7 @@ class Context:
       before_save: callback before every checkpoint, in every process.
       recipe: recipe of the stage, stored with its checkpoints.
       sinks: factory of additional sinks for logged metrics.
+      upcoming: what the stage will compile; None: nothing is said of it.
     """
 
     mesh: Mesh
@@ -142,6 +144,7 @@ class Context:
     before_save: Callable[[], None] | None = None
     recipe: Mapping[str, Any] | None = None
     sinks: Callable[[], Sequence[Sink]] = tuple
+    upcoming: Upcoming | None = None
 
     def options(self, numerics: Numerics) -> loading.Options:
         """Options for loading and running models."""
@@ -198,6 +201,8 @@ class Context:
         Args:
           source: path of the model, for messages.
         """
+        if self.upcoming is not None:
+            self.upcoming.announce(model, codec.config.length_buckets)
         with contextlib.closing(Tracker(self.folder, name, len(examples), tensorboard=False)) as tracker:
             return sample_examples(
                 model,

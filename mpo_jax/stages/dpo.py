@@ -159,6 +159,7 @@ def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -
         buckets=settings.text.length_buckets,
         train=train,
         context=context,
+        model=model,
         data=partial(_with_reference, reference),
         evaluate=make_evaluate(
             make_held_out(model, settings.loss, settings.nll_coef, context.mesh),

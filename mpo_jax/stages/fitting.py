@@ -11,6 +11,7 @@ from mpo_jax.data.lengths import Lengths
 from mpo_jax.data.tokens import Example
 from mpo_jax.models import flops
 from mpo_jax.models.flops import Rows, Work
+from mpo_jax.models.forward import Model
 from mpo_jax.runtime.seeds import data_seed
 from mpo_jax.runtime.sharding import check_batch, place_batch
 from mpo_jax.runtime.stage_warnings import warn
@@ -18,7 +19,7 @@ from mpo_jax.stages.context import Context
 from mpo_jax.stages.settings import TrainSettings, Watch
 from mpo_jax.stages.shapes import Shapes
 from mpo_jax.stages.stage import Program
-from mpo_jax.training.loop import Batches, Fitted, Hooks, Step, fit
+from mpo_jax.training.loop import Fitted, Hooks, Step, fit
 from mpo_jax.training.optimizer import make_learning_rate, make_optimizer, warmup_steps, with_learning_rate
 from mpo_jax.training.update import init_state
 from mpo_jax.training.validation import HELD_OUT_ROWS, Evaluate
@@ -34,19 +35,26 @@ def fit_stage(
     name: str,
     state: Any,
     step: Step,
-    batches: Batches,
+    batches: TrainBatches,
     *,
     steps: int,
     train: TrainSettings,
     context: Context,
     evaluate: Evaluate | None = None,
     warmup: int = 0,
+    model: Model | None = None,
+    eos_id: int | None = None,
 ) -> Fitted:
     """Runs `fit` under a stage's settings and context.
 
     Args:
+      model: the model of the stage's programs, which are then announced, and compiled ahead if it is large.
+      eos_id: id that ends a sample, if the stage samples.
       warmup: number of initial steps that may log fewer metrics than later ones.
     """
+    if context.upcoming is not None and model is not None:
+        responses = bool(batches.examples[0].responses)
+        context.upcoming.begin(model, batches.buckets.widths, responses=responses, eos_id=eos_id)
     watch, choice = context.watch, train.choice
     hooks = Hooks(
         log_every=watch.log_every,
@@ -83,12 +91,14 @@ def fit_examples(
     context: Context,
     data: Callable[[Batch], Any] = lambda batch: batch.rows,
     evaluate: Callable[[Params], Mapping[str, float]] | None = None,
+    model: Model | None = None,
 ) -> tuple[Params, dict[str, Any]]:
     """Trains on batches of examples; returns the parameters to export and a training summary for the manifest.
 
     Args:
       update: jitted function (state, batch, frozen) -> (state, metrics).
       buckets: maximum number of widths that batches are padded to.
+      model: the model of the stage's programs, as for `fit_stage`.
       data: function from a batch to the objective's input.
     """
     frozen = params["frozen"]
@@ -117,6 +127,7 @@ def fit_examples(
         train=train,
         context=context,
         evaluate=None if evaluate is None else lambda state: evaluate(whole(state.trainable)),
+        model=model,
     )
     return whole(state.trainable), summary
 

@@ -174,6 +174,7 @@ def _train(
         buckets=settings.text.length_buckets,
         train=train,
         context=context,
+        model=model,
         evaluate=make_evaluate(
             make_held_out(model, training.loss, context.mesh),
             measured,

@@ -117,6 +117,7 @@ def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -
         buckets=settings.text.length_buckets,
         train=train,
         context=context,
+        model=model,
         evaluate=make_evaluate(
             make_held_out(model, context.mesh),
             measured,

@@ -60,6 +60,8 @@ class Shapes:
       amounts: numbers of rows; None if no data was read.
       parents: roles of the artifacts that the stage reads.
       watch: how often a training stage is evaluated on held-out rows.
+      prompt, response: widths of the batches; None: the text's limits.
+      eos_id: id that ends a sample; None: any, since it changes neither memory nor work.
       offload_frozen, offload_moments: what PPO keeps in host memory between the phases that use it.
     """
 
@@ -69,6 +71,9 @@ class Shapes:
     frozen_dtype: str
     amounts: Amounts | None = None
     watch: Watch = NOT_WATCHED
+    prompt: int | None = None
+    response: int | None = None
+    eos_id: int | None = None
     offload_frozen: bool = False
     offload_moments: bool = False
     parents: frozenset[str] = frozenset({"init", "reference", "pairs", "reward"})
@@ -113,9 +118,10 @@ class Shapes:
         return dataclasses.replace(state, opt_state=()) if self.offload_moments else state
 
     def rows(self, count: int, num_responses: int) -> Rows:
-        """A batch padded to the text's limits."""
+        """A batch padded to its widths."""
         up = lambda n: -(-n // MULTIPLE) * MULTIPLE  # noqa: E731
-        return Rows(count, up(self.text.max_prompt_tokens), num_responses, up(self.text.max_response_tokens))
+        prompt, response = self.prompt or self.text.max_prompt_tokens, self.response or self.text.max_response_tokens
+        return Rows(count, up(prompt), num_responses, up(response))
 
     def lengths(self, of: Set) -> Lengths | None:
         """Lengths of a set of rows; None if they are unknown."""
@@ -152,9 +158,8 @@ class Shapes:
         )
 
     def prompts(self, rows: Rows) -> PromptBatch:
-        """Prompts to sample from."""
-        prompts = self.batch(dataclasses.replace(rows, num_responses=1, response=0))
-        return dataclasses.replace(prompts, response_len=self.array(rows.count, 1))
+        """Prompts to sample from, as they are collated: with no responses, of the narrowest width."""
+        return self.batch(dataclasses.replace(rows, num_responses=0, response=MULTIPLE))
 
     def number(self) -> Any:
         """A float32 scalar, replicated on every device."""

@@ -120,7 +120,7 @@ OTHER: dict[str, Any] = {
     "runtime.token_cache": "tokens", "runtime.tensorboard": False, "runtime.wandb": {}, "runtime.offload_frozen": True,
     "runtime.offload_moments": True, "runtime.keep_finished_checkpoints": True, "runtime.bucket": "file:///bucket",
     "runtime.processes.coordinator": "host:1", "runtime.processes.count": 2, "runtime.processes.index": 1,
-    "runtime.processes.timeout_s": 7,
+    "runtime.processes.timeout_s": 7, "runtime.compile_threads": 2,
     "runtime.wandb.project": "other", "runtime.wandb.entity": "team", "runtime.wandb.mode": "offline",
 }  # fmt: skip
 

@@ -96,6 +96,9 @@ def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -
         context=context,
         evaluate=make_evaluate(loop, context, buckets, size),
         warmup=warmup,
+        # programs are listed for one model, so nothing is said where the reward model has other sizes
+        model=actor_model if actor_model == reward_model else None,
+        eos_id=codec.eos_id,
     )
     loading.save(context.folder / "model", actor_model, exported(state, loop), codec.tokenizer)
     trained_critic = {"trainable": state.critic.trainable, "frozen": models.critic_frozen}
