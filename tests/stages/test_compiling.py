@@ -9,6 +9,7 @@ import pytest
 
 from mpo_jax.models.flops import Work
 from mpo_jax.runtime.compilation import watched
+from mpo_jax.runtime.sharding import replicated
 from mpo_jax.stages.compiling import compile_all
 from mpo_jax.stages.stage import Program
 from tests.models.tiny import mesh_of
@@ -17,6 +18,7 @@ from tests.models.tiny import mesh_of
 def test_a_program_in_a_thread_waits_for_what_it_is_made_from():
     """Both widths; the later calls compile nothing, and an error comes out."""
     mesh, threads, order = mesh_of(1, 1, 1), set(), []
+    everywhere = replicated(mesh)
 
     def program(name, function, arguments):
         return Program("sft", name, "key", jax.jit(function), arguments, Work(0.0))
@@ -31,11 +33,11 @@ def test_a_program_in_a_thread_waits_for_what_it_is_made_from():
 
     def then(compiled):
         order.append(next(iter(compiled["first"].output_shardings.device_set)).platform)
-        return (jax.ShapeDtypeStruct((2,), jnp.float32),)
+        return (jax.ShapeDtypeStruct((2,), jnp.float32, sharding=everywhere),)
 
     each = [
         [
-            program("first", first, lambda _, n=n: (jax.ShapeDtypeStruct((n,), jnp.float32),)),
+            program("first", first, lambda _, n=n: (jax.ShapeDtypeStruct((n,), jnp.float32, sharding=everywhere),)),
             program("second", second, then),
         ]
         for n in (2, 3)
@@ -45,7 +47,7 @@ def test_a_program_in_a_thread_waits_for_what_it_is_made_from():
     with watched() as seen, jax.set_mesh(mesh):
         seen.expect({"first": ["first"], "second": ["second"]}, 4)
         for n, programs in zip((2, 3), each, strict=True):
-            programs[0].function(jnp.ones(n))
+            programs[0].function(jax.device_put(jnp.ones(n), everywhere))
     assert seen.number == 0
     broken = dataclasses.replace(each[0][0], arguments=lambda _: ())
     with pytest.raises(TypeError):
