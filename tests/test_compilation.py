@@ -12,6 +12,7 @@ import pytest
 
 from mpo_jax.config.schema import RuntimeConfig
 from mpo_jax.data.batches import TrainBatches
+from mpo_jax.stages import compiling
 from mpo_jax.training.tracker import Tracker
 from tests.pipeline.test_pipeline import MICRO, mpo
 
@@ -44,10 +45,12 @@ class Loop(NamedTuple):
 
 
 def watched(workdir: Path, *overrides: str) -> dict[str, Loop]:
-    """Runs up to PPO in this process; a loop lasts from its tracker's first moment to its last step."""
+    """Runs up to PPO in this process; a loop lasts from its first program compiled ahead, or from its tracker's first
+    moment, to its last step."""
     loops: dict[str, Loop] = {}
     now: list[Any] = ["", 0]
     begin, update, take = Tracker.__init__, Tracker.update, TrainBatches.__getitem__
+    ahead = compiling.compile_all
 
     def on_compilation(event: str, duration_secs: float, **about: Any) -> None:
         if event == "/jax/core/compile/backend_compile_duration" and now[0]:
@@ -56,8 +59,14 @@ def watched(workdir: Path, *overrides: str) -> dict[str, Loop]:
     def watched_begin(self: Tracker, folder: Path, stage: str, num_steps: int, **rest: Any) -> None:
         begin(self, folder, stage, num_steps, **rest)
         if stage in STAGES:
-            loops[stage] = Loop([], set())
+            loops.setdefault(stage, Loop([], set()))
             now[:] = [stage, 0]
+
+    def watched_ahead(each: Any, *rest: Any) -> Any:
+        stage = each[0][0].stage
+        loops[stage] = Loop([], set())
+        now[:] = [stage, 0]
+        return ahead(each, *rest)
 
     def watched_update(self: Tracker, step: int, *rest: Any, **options: Any) -> Any:
         logged = update(self, step, *rest, **options)
@@ -76,6 +85,7 @@ def watched(workdir: Path, *overrides: str) -> dict[str, Loop]:
         patch.setattr(Tracker, "__init__", watched_begin)
         patch.setattr(Tracker, "update", watched_update)
         patch.setattr(TrainBatches, "__getitem__", watched_take)
+        patch.setattr(compiling, "compile_all", watched_ahead)
         jax.monitoring.register_event_duration_secs_listener(on_compilation)
         try:
             assert mpo("ppo", str(MICRO), f"workdir={workdir}", *SETTINGS, *overrides) == 0
@@ -86,7 +96,10 @@ def watched(workdir: Path, *overrides: str) -> dict[str, Loop]:
 
 
 class Runs(NamedTuple):
-    """One after another: one width, then a longer run of several widths, the first one's among them."""
+    """One after another: one width, then a longer run of several widths, the first one's among them.
+
+    The second one compiles ahead, in threads: what its steps did not find there they would compile again.
+    """
 
     first: dict[str, Loop]
     second: dict[str, Loop]
@@ -96,7 +109,7 @@ class Runs(NamedTuple):
 def runs(tmp_path_factory) -> Runs:
     workdir = tmp_path_factory.mktemp("compilation")
     first = watched(workdir, "text.length_buckets=1")
-    return Runs(first, watched(workdir, "text.length_buckets=3", *LONGER))
+    return Runs(first, watched(workdir, "text.length_buckets=3", "runtime.compile_threads=2", *LONGER))
 
 
 def updates(stage: str) -> int:
@@ -134,6 +147,8 @@ import jax
 events = []
 jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
 from mpo_jax.cli import main
+from mpo_jax.runtime import compilation
+compilation.LONG_S = 0
 try:
     main()
 finally:
@@ -147,7 +162,7 @@ def test_a_second_process_finds_the_programs_of_the_first(tmp_path):
     assert default is not None and default.startswith("~/")
     environment = {key: value for key, value in os.environ.items() if not key.startswith("JAX_")}
     environment |= {"HOME": str(tmp_path), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    counts = []
+    counts, said = [], []
     for name in ("first", "second"):
         options = [f"workdir={tmp_path / name}", f"runtime.compilation_cache={default}", "sft.train.steps=1"]
         result = subprocess.run(
@@ -156,7 +171,9 @@ def test_a_second_process_finds_the_programs_of_the_first(tmp_path):
         )  # fmt: skip
         assert result.returncode == 0, result.stderr
         counts.append(tuple(map(int, result.stdout.splitlines()[-1].split())))
+        said.append("found in the cache" in result.stdout)
+        assert "compiles 2 programs" in result.stdout and "2 programs of the stage compiled" in result.stdout
     (hits, misses), (later_hits, later_misses) = counts
-    assert hits == 0 and misses > 0
+    assert hits == 0 and misses > 0 and said == [False, True]
     assert later_hits == misses and later_misses == 0
     assert list(Path(default.replace("~", str(tmp_path), 1)).iterdir())

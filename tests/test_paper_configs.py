@@ -132,6 +132,17 @@ def test_presets_change_no_global_batch(name, preset):
     assert changed.text == plain.text
 
 
+@pytest.mark.parametrize(("preset", "devices"), [(None, 64), ("tpu_v5p_128.yaml", 128)])
+def test_the_70b_run_has_the_7b_run_s_batches_and_fits_its_meshes(preset, devices):
+    plain = config("hh_llama2_7b")
+    large = config("hh_llama2_70b", *([] if preset is None else [str(CONFIGS / "presets" / preset)]))
+    assert large.mesh.num_devices == devices and (large.data, large.text) == (plain.data, plain.text)
+    for stage in BATCHES:
+        train = getattr(large, stage).train
+        assert train.batch_size == getattr(plain, stage).train.batch_size
+        assert train.batch_size // train.accumulation % large.mesh.batch_shards == 0
+
+
 def test_ds_chat_is_greedy_and_rewards_after_the_end():
     changed = config("hh_llama2_7b", str(CONFIGS / "presets" / "ds_chat.yaml"))
     assert (changed.ppo.greedy, changed.ppo.reward_at) == (True, "ds_chat")

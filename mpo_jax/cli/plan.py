@@ -50,7 +50,7 @@ def plan(
 def _measure(config: Config, target: "Target", stages: tuple[str, ...], json: Path | None) -> bool:
     """Prints the tables; whether every program fits."""
     from mpo_jax.runtime.files import write_json
-    from mpo_jax.tools.plan import measure, report
+    from mpo_jax.tools.plan import host, hours, measure, report
 
     def begin(program: "Program") -> None:
         console.print(f"  compiling {program.name}: ", end="")
@@ -63,10 +63,18 @@ def _measure(config: Config, target: "Target", stages: tuple[str, ...], json: Pa
     measured = planned.measure(planned.programs(stages), begin=begin, end=end)
     console.print(report.memory_table(measured, planned))
     console.print(report.work_table(measured, planned))
-    for line in (*report.notes(planned), report.DEFINITIONS, *report.unfit(planned.config, measured)):
+    hosts, times, basis = host.host_memory(measured, planned), [], ""
+    console.print(report.host_table(hosts, planned))
+    if target.kind is not None:
+        amounts, basis = hours.read_amounts(planned.config)
+        if amounts is not None and (times := hours.stage_times(measured, planned, amounts)):
+            console.print(report.hours_table(times, planned))
+        basis = f"hours: {basis}"
+    lines = (*report.notes(planned), basis, report.DEFINITIONS, *report.unfit(planned.config, measured))
+    for line in (*filter(None, lines), *host.short(hosts)):
         console.print(line, soft_wrap=True, markup=False)
     if json is not None:
-        write_json(json, report.to_json(measured, planned))
+        write_json(json, report.to_json(measured, planned, hosts, times, basis))
         console.print(f"wrote {json}", soft_wrap=True)
     return all(one.fits for one in measured)
 

@@ -69,6 +69,12 @@ class RuntimeConfig(Section, frozen=True):
     compilation_cache: str | None = Field(
         default="~/.cache/mpo_jax/xla", description="folder for compiled programs, reused by later runs; null: no cache"
     )
+    compile_threads: int | None = Field(
+        default=None,
+        gt=0,
+        description="programs of a training stage that are compiled at the same time before its first step; 1: each "
+        "when it is first called; null: 4 for models of 300M parameters or more, otherwise 1",
+    )
     flags: Literal["none", "recommended"] = Field(
         default="none",
         description="XLA compiler flags; recommended: those of mpo_jax/runtime/flags.py; none: only what XLA_FLAGS and "

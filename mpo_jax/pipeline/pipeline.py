@@ -19,9 +19,9 @@ from mpo_jax.errors import UserError
 from mpo_jax.pipeline.artifacts import Builder
 from mpo_jax.pipeline.experiments import Variant
 from mpo_jax.pipeline.recipe import artifact_name, make_recipe
-from mpo_jax.pipeline.stages import STAGES, stage_context, stage_settings
+from mpo_jax.pipeline.stages import STAGES, stage_context, stage_settings, upcoming_programs
 from mpo_jax.pipeline.unfinished import saved
-from mpo_jax.runtime import machine
+from mpo_jax.runtime import compilation, machine
 from mpo_jax.runtime.files import write_json
 from mpo_jax.runtime.interrupts import STOPS
 from mpo_jax.runtime.processes import is_main
@@ -139,8 +139,9 @@ class Pipeline:
 
         def run(folder: Path) -> Mapping[str, Any]:
             mesh = self.mesh
-            with jax.set_mesh(mesh):
-                context = stage_context(self.config, stage, mesh, folder, self.inputs, recipe)
+            with jax.set_mesh(mesh), compilation.watched() as compilations:
+                upcoming = upcoming_programs(name, self.config, mesh, settings, frozenset(parents), compilations)
+                context = stage_context(self.config, stage, mesh, folder, self.inputs, recipe, upcoming)
                 left = partial(saved, context.checkpointing.folder, parents, trains=stage.trains)
                 with STOPS.leaving(artifact_name(recipe), left):
                     return stage.run(settings, parents, context)

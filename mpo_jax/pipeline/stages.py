@@ -1,6 +1,8 @@
 """The method's stages by name, and their settings, contexts and shapes under a configuration."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +12,22 @@ from mpo_jax.config.load import to_yaml
 from mpo_jax.config.registry import Step
 from mpo_jax.config.schema import Config
 from mpo_jax.data.corpus import Corpus
+from mpo_jax.data.lengths import Lengths
+from mpo_jax.data.text import TextCodec
 from mpo_jax.models import loading
+from mpo_jax.models.forward import Model
 from mpo_jax.models.spec import DecoderConfig
 from mpo_jax.pipeline.bucket import Bucket, checkpoint_folder, stage_place
 from mpo_jax.pipeline.recipe import artifact_name
 from mpo_jax.runtime import machine, parts
+from mpo_jax.runtime.compilation import Compilations
 from mpo_jax.runtime.offload import Offload
 from mpo_jax.runtime.processes import is_main, wait
 from mpo_jax.stages import dpo, evaluate, ppo, reward, select, sft
+from mpo_jax.stages.compiling import Upcoming
 from mpo_jax.stages.context import Context, Inputs
 from mpo_jax.stages.settings import Split, Watch
-from mpo_jax.stages.shapes import Amounts, Shapes
+from mpo_jax.stages.shapes import Amounts, Set, Shapes
 from mpo_jax.stages.stage import Stage
 from mpo_jax.training.tracker import Sink
 from mpo_jax.training.wandb_log import stage_run
@@ -48,12 +55,19 @@ def stage_settings(name: str, config: Config, step: Step = PLANNED) -> Any:
 
 
 def stage_context(
-    config: Config, stage: Stage, mesh: Mesh, folder: Path, inputs: Inputs, recipe: Mapping[str, Any]
+    config: Config,
+    stage: Stage,
+    mesh: Mesh,
+    folder: Path,
+    inputs: Inputs,
+    recipe: Mapping[str, Any],
+    upcoming: Upcoming | None = None,
 ) -> Context:
     """Where and how a stage runs under a configuration; a stage that trains gets a copy of it in `folder`.
 
     Args:
       folder: folder in which the stage is made.
+      upcoming: what the stage will compile; None: nothing is said of it.
     """
     runtime, bucket, watch = config.runtime, Bucket.of(config), Watch()
     if stage.trains:
@@ -101,7 +115,25 @@ def stage_context(
         send_parts=send_parts if sends_parts else None,
         recipe=recipe,
         sinks=sinks,
+        upcoming=upcoming,
     )
+
+
+def upcoming_programs(
+    name: str, config: Config, mesh: Mesh, settings: Any, parents: frozenset[str], compilations: Compilations
+) -> Upcoming:
+    """What a stage will compile under a configuration.
+
+    Args:
+      parents: roles of the artifacts that the stage reads.
+    """
+
+    def shapes(model: Model) -> Shapes:
+        made = stage_shapes(name, config, model.decoder, mesh, parents=parents)
+        # the very model whose functions the stage calls
+        return dataclasses.replace(made, model=model)
+
+    return Upcoming(partial(STAGES[name].programs, settings), shapes, compilations, config.runtime.compile_threads)
 
 
 def stage_shapes(
@@ -128,12 +160,18 @@ def stage_shapes(
         frozen_dtype=machine.frozen_dtype(config.model),
         amounts=amounts,
         watch=Watch.of(getattr(config, name).train) if stage.trains else Watch(),
+        offload_frozen=config.runtime.offload_frozen,
+        offload_moments=config.runtime.offload_moments,
         parents=frozenset(stage.parents) if parents is None else parents,
     )
 
 
-def count_rows(config: Config, corpus: Corpus) -> Amounts:
-    """The number of rows of each stage under a configuration."""
+def count_rows(config: Config, corpus: Corpus, codec: TextCodec | None = None) -> Amounts:
+    """The number of rows of each stage under a configuration.
+
+    Args:
+      codec: tokenizes a sample of the rows for their lengths; None: rows are counted at full width.
+    """
     prompts = len(corpus.sampled_prompts(config.select.num_prompts))
     human_pairs = len(corpus.human_pairs(config.select.num_prompts))
     return Amounts(
@@ -146,4 +184,17 @@ def count_rows(config: Config, corpus: Corpus) -> Amounts:
         human_pairs=human_pairs,
         selected=human_pairs if config.select.pair_source == "human" else prompts,
         test_prompts=len(corpus.test_prompts),
+        lengths={} if codec is None else _lengths(codec, corpus),
     )
+
+
+def _lengths(codec: TextCodec, corpus: Corpus) -> dict[Set, Lengths]:
+    """The lengths of each set that has rows."""
+    sets: dict[Set, Any] = {
+        "demonstrations": [(row.prompt, (row.response,)) for row in corpus.demonstrations],
+        "pairs": [(row.prompt, (row.chosen, row.rejected)) for row in corpus.pairs],
+        "prompts": [(prompt, ()) for prompt in corpus.prompts],
+        "test_prompts": [(prompt, ()) for prompt in corpus.test_prompts],
+    }
+    measured = {name: Lengths.of(codec, rows) for name, rows in sets.items()}
+    return {name: lengths for name, lengths in measured.items() if lengths is not None}

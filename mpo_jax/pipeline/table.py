@@ -134,7 +134,8 @@ class Cost:
 
     @cached_property
     def _amounts(self) -> Amounts:
-        return count_rows(self.config, load_corpus(self.config))
+        codec = TextCodec(base_tokenizer(self.config), self.config.text)
+        return count_rows(self.config, load_corpus(self.config), codec)
 
     @cached_property
     def _decoder(self) -> DecoderConfig:
@@ -162,5 +163,5 @@ class Cost:
                 assert program.runs is not None
                 # sampling one token at a time takes several times as long as the same products in one call
                 slower = DECODING_COST if program.work.decode_reads else 1.0
-                total += slower * program.runs * program.work.flops
+                total += slower * program.runs * program.mean_work.flops
         return FIXED_SECONDS + total / self._flops_per_s

@@ -32,6 +32,7 @@ from mpo_jax.runtime.console import console
 from mpo_jax.runtime.offload import Offload
 from mpo_jax.runtime.passes import Pass
 from mpo_jax.runtime.seeds import stage_key
+from mpo_jax.stages.compiling import Upcoming
 from mpo_jax.stages.settings import NOT_WATCHED, Numerics, Watch
 from mpo_jax.training.loop import Checkpointing
 from mpo_jax.training.refill import Samples
@@ -138,6 +139,7 @@ class Context:
       save_minutes: time between two savings of the rows that a pass has finished; 0: after every batch.
       send_parts: callback in process 0 after each, with the pass's folder and its new files.
       sinks: factory of additional sinks for logged metrics.
+      upcoming: what the stage will compile; None: nothing is said of it.
     """
 
     mesh: Mesh
@@ -155,6 +157,7 @@ class Context:
     save_minutes: float = 5.0
     send_parts: parts.Send | None = None
     sinks: Callable[[], Sequence[Sink]] = tuple
+    upcoming: Upcoming | None = None
 
     def options(self, numerics: Numerics) -> loading.Options:
         """Options for loading and running models."""
@@ -211,6 +214,8 @@ class Context:
         Args:
           source: path of the model, for messages.
         """
+        if self.upcoming is not None:
+            self.upcoming.announce(model, codec.config.length_buckets)
         of = {"sampling": dataclasses.asdict(sampling), "batch_size": batch_size}
         with self.running(name, "samples", examples, of, every=batch_size, log=True) as (keep, progress):
             return sample_examples(

@@ -166,6 +166,7 @@ def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -
         buckets=settings.text.length_buckets,
         train=train,
         context=context,
+        model=model,
         data=partial(_with_reference, reference),
         evaluate=make_evaluate(
             make_held_out(model, settings.loss, settings.nll_coef, context.mesh),
@@ -235,6 +236,7 @@ def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
     train, loss, amounts = settings.train, settings.loss, shapes.amounts
     check(settings, shapes.mesh)
     rows, pairs, scored = shapes.rows(train.batch_size, 2), None, None
+    lengths = shapes.sampled("prompts", 2) if "pairs" in shapes.parents else shapes.lengths("pairs")
     if amounts is not None:
         whole = amounts.selected if "pairs" in shapes.parents else amounts.human_pairs
         pairs = round(settings.split.expected_share * whole)
@@ -244,6 +246,7 @@ def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
         yield scoring_program(
             "dpo", "reference", forward.make_response_logps(shapes.model, shapes.mesh),
             (shapes.frozen(), shapes.batch(rows)), shapes, rows, "lm", runs=scored,
+            lengths=lengths,
         )  # fmt: skip
 
     def batch(rows: Any) -> DpoBatch:
@@ -254,12 +257,12 @@ def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
     step = make_step(shapes.model, train.optim, loss, settings.nll_coef, train.accumulation, shapes.mesh)
     yield train_program(
         "dpo", "step", step, (shapes.state(train.optim), batch(rows), {}), shapes, rows, "lm",
-        accumulation=train.accumulation, runs=updates, held=(shapes.tree(),),
+        accumulation=train.accumulation, runs=updates, held=(shapes.tree(),), lengths=lengths,
     )  # fmt: skip
     yield from held_out_program(
         "dpo", make_held_out(shapes.model, loss, settings.nll_coef, shapes.mesh), batch, shapes, 2, "lm", train=train,
         updates=updates, num_rows=None if amounts is None else amounts.held_out,
-        held=(shapes.state(train.optim).opt_state, shapes.tree()),
+        held=(shapes.state(train.optim).opt_state, shapes.tree()), lengths=shapes.lengths("pairs"),
     )  # fmt: skip
 
 

@@ -147,18 +147,20 @@ def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
     if shapes.amounts is not None:
         num_prompts = min(shapes.amounts.test_prompts, settings.num_prompts or shapes.amounts.test_prompts)
     rows, policy, reward_model = shapes.rows(size, 1), shapes.frozen(), shapes.frozen("value")
+    lengths = shapes.sampled("test_prompts")
     yield from refill_programs(
-        "evaluate", shapes, settings.sampling, policy, size, num_prompts=num_prompts, held=(policy, reward_model)
-    )
+        "evaluate", shapes, settings.sampling, policy, size, num_prompts=num_prompts, held=(policy, reward_model),
+        lengths=lengths,
+    )  # fmt: skip
     runs, key = None if num_prompts is None else calls(num_prompts, size), "evaluate.batch_size"
     yield scoring_program(
         "evaluate", "score", forward.make_score_pairs(shapes.model, shapes.mesh), (reward_model, shapes.batch(rows)),
-        shapes, rows, "value", key=key, runs=runs, held=(policy, policy),
+        shapes, rows, "value", key=key, runs=runs, held=(policy, policy), lengths=lengths,
     )  # fmt: skip
     yield scoring_program(
         "evaluate", "kl", make_kl(shapes.model, settings.temperature, shapes.mesh),
         (policy, policy, shapes.batch(rows), shapes.allowed()), shapes, rows, "lm", key=key, runs=runs, times=2.0,
-        held=(reward_model,),
+        held=(reward_model,), lengths=lengths,
     )  # fmt: skip
 
 

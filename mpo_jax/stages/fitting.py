@@ -7,9 +7,11 @@ import numpy as np
 
 from mpo_jax.config.schema import OptimConfig
 from mpo_jax.data.batches import Batch, Buckets, TrainBatches, num_steps
+from mpo_jax.data.lengths import Lengths
 from mpo_jax.data.tokens import Example
 from mpo_jax.models import flops
-from mpo_jax.models.flops import Rows
+from mpo_jax.models.flops import Rows, Work
+from mpo_jax.models.forward import Model
 from mpo_jax.runtime.seeds import data_seed
 from mpo_jax.runtime.sharding import check_batch, place_batch
 from mpo_jax.runtime.stage_warnings import warn
@@ -18,7 +20,7 @@ from mpo_jax.stages.settings import TrainSettings, Watch
 from mpo_jax.stages.shapes import Shapes
 from mpo_jax.stages.stage import Program
 from mpo_jax.training.checkpoints import leaf_hashes, state_hash
-from mpo_jax.training.loop import Batches, Fitted, Hooks, Step, fit
+from mpo_jax.training.loop import Fitted, Hooks, Step, fit
 from mpo_jax.training.optimizer import make_learning_rate, make_optimizer, warmup_steps, with_learning_rate
 from mpo_jax.training.update import init_state
 from mpo_jax.training.validation import HELD_OUT_ROWS, Evaluate
@@ -34,19 +36,26 @@ def fit_stage(
     name: str,
     state: Any,
     step: Step,
-    batches: Batches,
+    batches: TrainBatches,
     *,
     steps: int,
     train: TrainSettings,
     context: Context,
     evaluate: Evaluate | None = None,
     warmup: int = 0,
+    model: Model | None = None,
+    eos_id: int | None = None,
 ) -> Fitted:
     """Runs `fit` under a stage's settings and context.
 
     Args:
+      model: the model of the stage's programs, which are then announced, and compiled ahead if it is large.
+      eos_id: id that ends a sample, if the stage samples.
       warmup: number of initial steps that may log fewer metrics than later ones.
     """
+    if context.upcoming is not None and model is not None:
+        responses = bool(batches.examples[0].responses)
+        context.upcoming.begin(model, batches.buckets.widths, responses=responses, eos_id=eos_id)
     watch, choice = context.watch, train.choice
     hooks = Hooks(
         log_every=watch.log_every,
@@ -83,12 +92,14 @@ def fit_examples(
     context: Context,
     data: Callable[[Batch], Any] = lambda batch: batch.rows,
     evaluate: Callable[[Params], Mapping[str, float]] | None = None,
+    model: Model | None = None,
 ) -> tuple[Params, dict[str, Any]]:
     """Trains on batches of examples; returns the parameters to export and a training summary for the manifest.
 
     Args:
       update: jitted function (state, batch, frozen) -> (state, metrics).
       buckets: maximum number of widths that batches are padded to.
+      model: the model of the stage's programs, as for `fit_stage`.
       data: function from a batch to the objective's input.
     """
     frozen = params["frozen"]
@@ -117,6 +128,7 @@ def fit_examples(
         train=train,
         context=context,
         evaluate=None if evaluate is None else lambda state: evaluate(whole(state.trainable)),
+        model=model,
     )
     return whole(state.trainable), summary
 
@@ -188,12 +200,17 @@ def train_program(
     runs: float | None,
     held: tuple[Any, ...] = (),
     times: int = 1,
+    lengths: Lengths | None = None,
 ) -> Program:
-    """An update that differentiates `times` batches."""
-    work = flops.train(shapes.model.decoder, rows, head, shapes.model.remat).times(times)
+    """An update that differentiates `times` batches of rows with these lengths."""
+
+    def work(rows: Rows) -> Work:
+        return flops.train(shapes.model.decoder, rows, head, shapes.model.remat).times(times)
+
     return Program(
         stage=name, name=f"{name} {part}", batch_key=f"{name}.train.accumulation", function=update,
-        arguments=lambda _: arguments, work=work, runs=runs, accumulation=accumulation, held=held,
+        arguments=lambda _: arguments, work=work(rows), runs=runs, accumulation=accumulation, held=held,
+        expected=shapes.mean(lengths, rows, work),
     )  # fmt: skip
 
 
@@ -210,12 +227,17 @@ def scoring_program(
     runs: float | None,
     held: tuple[Any, ...] = (),
     times: float = 1.0,
+    lengths: Lengths | None = None,
 ) -> Program:
     """A program of `times` forward passes; the configuration key `key` sets its number of rows."""
+
+    def work(rows: Rows) -> Work:
+        return flops.forward(shapes.model.decoder, rows, head).times(times)
+
     return Program(
         stage=name, name=f"{name} {part}", batch_key=key or f"{name}.train.batch_size", function=function,
-        arguments=lambda _: arguments, work=flops.forward(shapes.model.decoder, rows, head).times(times), runs=runs,
-        held=held,
+        arguments=lambda _: arguments, work=work(rows), runs=runs, held=held,
+        expected=shapes.mean(lengths, rows, work),
     )  # fmt: skip
 
 
@@ -231,6 +253,7 @@ def held_out_program(
     updates: int | None,
     num_rows: int | None,
     held: tuple[Any, ...] = (),
+    lengths: Lengths | None = None,
 ) -> Iterator[Program]:
     """The held-out evaluation during training; no program if there is none."""
     if shapes.watch.eval_every is None:
@@ -242,7 +265,7 @@ def held_out_program(
         runs = evaluations(shapes.watch, updates) * calls(held_out_rows(shapes.watch, num_rows), size)
     yield scoring_program(
         name, "held-out", measure, (shapes.trained(head), batch(rows)), shapes, rows, head,
-        key=f"{name}.train.accumulation", runs=runs, held=held,
+        key=f"{name}.train.accumulation", runs=runs, held=held, lengths=lengths,
     )  # fmt: skip
 
 

@@ -184,6 +184,7 @@ def _train(
         buckets=settings.text.length_buckets,
         train=train,
         context=context,
+        model=model,
         evaluate=make_evaluate(
             make_held_out(model, training.loss, context.mesh),
             measured,
@@ -276,16 +277,18 @@ def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
             "reward", "step", make_step(shapes.model, train.optim, loss, train.accumulation, shapes.mesh),
             (shapes.state(train.optim, "value"), shapes.batch(rows), {}), shapes, rows, "value",
             accumulation=train.accumulation, runs=updates, held=(shapes.tree("value"),),
+            lengths=shapes.lengths("pairs"),
         )  # fmt: skip
         yield from held_out_program(
             "reward", make_held_out(shapes.model, loss, shapes.mesh), shapes.batch, shapes, 2, "value", train=train,
             updates=updates, num_rows=None if amounts is None else amounts.reward_watched,
-            held=(shapes.state(train.optim, "value").opt_state, shapes.tree("value")),
+            held=(shapes.state(train.optim, "value").opt_state, shapes.tree("value")), lengths=shapes.lengths("pairs"),
         )  # fmt: skip
     yield scoring_program(
         "reward", "score", forward.make_score_pairs(shapes.model, shapes.mesh),
         (shapes.trained("value"), shapes.batch(rows)), shapes, rows, "value",
         runs=None if amounts is None else calls(amounts.reward_test, settings.batch_size),
+        lengths=shapes.lengths("pairs"),
     )  # fmt: skip
 
 

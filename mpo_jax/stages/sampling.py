@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mpo_jax.data.lengths import Lengths
 from mpo_jax.models import flops
-from mpo_jax.models.flops import Work
+from mpo_jax.models.flops import Rows, Work
 from mpo_jax.models.generate import Decoder, Sampling, make_for_decoding, make_generate
 from mpo_jax.runtime.sharding import batch_sharding, replicated
 from mpo_jax.stages.shapes import Shapes, shaped
@@ -31,16 +32,19 @@ def rollout_programs(
     key: str,
     runs: float | None,
     held: tuple[Any, ...] = (),
+    lengths: Lengths | None = None,
 ) -> Iterator[Program]:
     """Prefill and decode of one batch; decode takes the caches in the layout of the compiled prefill."""
-    generate = make_generate(shapes.model, sampling, ANY_EOS, shapes.mesh)
-    rows, decoder = shapes.rows(size, sampling.num_samples), Decoder(shapes.model, sampling, ANY_EOS)
+    eos_id = ANY_EOS if shapes.eos_id is None else shapes.eos_id
+    generate = make_generate(shapes.model, sampling, eos_id, shapes.mesh)
+    rows, decoder = shapes.rows(size, sampling.num_samples), Decoder(shapes.model, sampling, eos_id)
     prompts = shapes.prompts(rows)
     start = (params, prompts, shapes.key(), shapes.array(size, dtype=jnp.uint32), shapes.allowed())
     program = partial(Program, stage, batch_key=key, runs=runs)
     yield program(
         name=f"{stage} prefill", function=generate.begin, arguments=lambda _: start, held=held,
         work=flops.prefill(shapes.model.decoder, rows),
+        expected=shapes.mean(lengths, rows, partial(flops.prefill, shapes.model.decoder)),
     )  # fmt: skip
     yield program(
         name=f"{stage} weights", function=generate.for_decoding, arguments=lambda _: (params,), held=held,
@@ -55,7 +59,8 @@ def rollout_programs(
     yield program(
         name=f"{stage} decode", function=generate.finish, arguments=then,
         # the parameters stay in memory beside the decoding weights made from them
-        held=(params, *held), work=shapes.decoding(rows), loop_trips=-(-decoder.room // decoder.chunk),
+        held=(params, *held), work=shapes.decoding(rows), loop_trips=(-(-decoder.room // decoder.chunk), decoder.chunk),
+        expected=shapes.mean(lengths, rows, shapes.decoding),
     )  # fmt: skip
 
 
@@ -68,6 +73,7 @@ def refill_programs(
     *,
     num_prompts: int | None,
     held: tuple[Any, ...] = (),
+    lengths: Lengths | None = None,
 ) -> Iterator[Program]:
     """Prefill of a portion of prompts into finished rows, and decode of a chunk of tokens for all rows."""
     start, insert, advance = refill.programs(shapes.model, sampling, ANY_EOS, shapes.mesh)
@@ -79,6 +85,13 @@ def refill_programs(
     state = shaped(blank, jax.tree.map(lambda s, _: s, decoder.shardings(shapes.mesh), blank))
     places = jax.ShapeDtypeStruct((part.count * sampling.num_samples,), jnp.int32, sharding=replicated(shapes.mesh))
     program = partial(Program, stage, batch_key=f"{stage}.batch_size")
+    a_chunk = decoder.chunk / sampling.max_new_tokens
+
+    def chunk_of(rows: Rows) -> Work:
+        return shapes.decoding(dataclasses.replace(rows, response=sampling.max_new_tokens)).times(a_chunk)
+
+    # a row that has ended makes room for the next prompt, so the mean length counts, not the longest
+    shorter = 1.0 if lengths is None else float(lengths.response.mean()) / sampling.max_new_tokens
     portions = None if num_prompts is None else num_prompts / part.count
     # rows are refilled, so all rows keep sampling until the prompts run out
     chunks = None if num_prompts is None else num_prompts / size * sampling.max_new_tokens / decoder.chunk
@@ -95,11 +108,13 @@ def refill_programs(
         name=f"{stage} prefill", function=insert,
         arguments=lambda _: (params, state, prompts, places, shapes.key(), shapes.allowed()),
         held=held, keeps=(f"{stage} weights",), work=flops.prefill(shapes.model.decoder, part), runs=portions,
+        expected=shapes.mean(lengths, part, partial(flops.prefill, shapes.model.decoder)),
     )  # fmt: skip
     yield program(
         name=f"{stage} decode", function=advance,
         arguments=then, held=(params, *held), loop_trips=decoder.chunk, runs=chunks,
-        work=shapes.decoding(rows).times(decoder.chunk / sampling.max_new_tokens),
+        work=shapes.decoding(rows).times(a_chunk),
+        expected=shapes.mean(lengths, rows, lambda rows: chunk_of(rows).times(shorter)),
     )  # fmt: skip
 
 

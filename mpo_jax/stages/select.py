@@ -190,12 +190,17 @@ def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
     amounts, size = shapes.amounts, settings.batch_size
     if settings.pair_source == "sampled":
         prompts = None if amounts is None else amounts.prompts
-        yield from refill_programs("select", shapes, settings.sampling, shapes.frozen(), size, num_prompts=prompts)
+        yield from refill_programs(
+            "select", shapes, settings.sampling, shapes.frozen(), size, num_prompts=prompts,
+            lengths=shapes.sampled("prompts", settings.sampling.num_samples),
+        )  # fmt: skip
+    human = settings.pair_source == "human"
     rows = shapes.rows(size, 2)
     yield scoring_program(
         "select", "score", forward.make_score_pairs(shapes.model, shapes.mesh),
         (shapes.frozen("value"), shapes.batch(rows)), shapes, rows, "value", key="select.batch_size",
         runs=None if amounts is None else calls(amounts.selected, size),
+        lengths=shapes.lengths("pairs") if human else shapes.sampled("prompts", 2),
     )  # fmt: skip
 
 

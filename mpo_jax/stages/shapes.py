@@ -1,13 +1,15 @@
 """Shapes and shardings of the arguments of every stage program, so that programs compile without arrays."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mpo_jax.config.schema import OptimConfig, TextConfig
+from mpo_jax.data.lengths import Lengths
 from mpo_jax.models import flops, forward
 from mpo_jax.models.decoder import FLOAT32
 from mpo_jax.models.flops import Rows, Work
@@ -22,11 +24,16 @@ MULTIPLE = 8
 """Batch widths are rounded up to a multiple of this (see data.batches)."""
 
 
+Set = Literal["demonstrations", "pairs", "prompts", "test_prompts"]
+"""Sets of rows whose lengths are sampled."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Amounts:
-    """Numbers of rows, which determine how often programs run.
+    """Numbers of rows, which determine how often programs run, and lengths, which determine how long a call takes.
 
     Attributes:
+      lengths: of each set; a set that is missing is counted at full width.
       reward_watched: held-out pairs that the reward model is evaluated on during training.
       reward_test: held-out pairs that it is evaluated on afterwards.
     """
@@ -40,6 +47,7 @@ class Amounts:
     human_pairs: int
     selected: int
     test_prompts: int
+    lengths: Mapping[Set, Lengths] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +60,9 @@ class Shapes:
       amounts: numbers of rows; None if no data was read.
       parents: roles of the artifacts that the stage reads.
       watch: how often a training stage is evaluated on held-out rows.
+      prompt, response: widths of the batches; None: the text's limits.
+      eos_id: id that ends a sample; None: any, since it changes neither memory nor work.
+      offload_frozen, offload_moments: what PPO keeps in host memory between the phases that use it.
     """
 
     model: Model
@@ -60,6 +71,11 @@ class Shapes:
     frozen_dtype: str
     amounts: Amounts | None = None
     watch: Watch = NOT_WATCHED
+    prompt: int | None = None
+    response: int | None = None
+    eos_id: int | None = None
+    offload_frozen: bool = False
+    offload_moments: bool = False
     parents: frozenset[str] = frozenset({"init", "reference", "pairs", "reward"})
 
     @property
@@ -97,10 +113,34 @@ class Shapes:
         tree = self.tree(head)
         return shaped(jax.eval_shape(init, tree), state_sharding(tree, optimizer, self.mesh))
 
+    def between(self, state: TrainState) -> TrainState:
+        """What a model that trains keeps on the devices between its updates."""
+        return dataclasses.replace(state, opt_state=()) if self.offload_moments else state
+
     def rows(self, count: int, num_responses: int) -> Rows:
-        """A batch padded to the text's limits."""
+        """A batch padded to its widths."""
         up = lambda n: -(-n // MULTIPLE) * MULTIPLE  # noqa: E731
-        return Rows(count, up(self.text.max_prompt_tokens), num_responses, up(self.text.max_response_tokens))
+        prompt, response = self.prompt or self.text.max_prompt_tokens, self.response or self.text.max_response_tokens
+        return Rows(count, up(prompt), num_responses, up(response))
+
+    def lengths(self, of: Set) -> Lengths | None:
+        """Lengths of a set of rows; None if they are unknown."""
+        return None if self.amounts is None else self.amounts.lengths.get(of)
+
+    def sampled(self, of: Set, num_samples: int = 1) -> Lengths | None:
+        """Lengths of a set's prompts with sampled responses, assumed to be as long as the demonstrations' are."""
+        prompts, written = self.lengths(of), self.lengths("demonstrations")
+        return None if prompts is None or written is None else prompts.answered(written.response, num_samples)
+
+    def mean(self, lengths: Lengths | None, rows: Rows, work: Callable[[Rows], Work]) -> Work | None:
+        """Mean work of a call whose batches have the widths of these lengths; None if they are unknown."""
+        if lengths is None:
+            return None
+        total = Work(0.0)
+        for widths, share in lengths.widths(self.text.length_buckets):
+            padded = dataclasses.replace(rows, prompt=widths.prompt, response=widths.response)
+            total += work(padded).times(share)
+        return total
 
     def array(self, *shape: int, dtype: Any = jnp.int32) -> Any:
         """An array with the batch as its leading axis."""
@@ -118,9 +158,8 @@ class Shapes:
         )
 
     def prompts(self, rows: Rows) -> PromptBatch:
-        """Prompts to sample from."""
-        prompts = self.batch(dataclasses.replace(rows, num_responses=1, response=0))
-        return dataclasses.replace(prompts, response_len=self.array(rows.count, 1))
+        """Prompts to sample from, as they are collated: with no responses, of the narrowest width."""
+        return self.batch(dataclasses.replace(rows, num_responses=0, response=MULTIPLE))
 
     def number(self) -> Any:
         """A float32 scalar, replicated on every device."""

@@ -52,12 +52,13 @@ class Program:
       batch_key: configuration key that sets its number of rows.
       function: jitted function that the stage calls.
       arguments: function from the already compiled programs, by name, to shapes with shardings.
-      work: analytic work of one call, over all devices.
+      work: analytic work of one call at its full width, over all devices.
+      expected: mean work of a call with the data's lengths, if they are known; else None.
       runs: number of calls in the stage; None if the amounts of data are unknown.
       accumulation: number of micro-batches of an update; None for a program that does not train.
       held: arrays that the stage keeps in memory besides the arguments.
       keeps: names of already compiled programs whose results stay in memory.
-      loop_trips: iterations of loops whose count the compiler cannot know.
+      loop_trips: iterations of loops whose count the compiler cannot know, from the outermost on.
     """
 
     stage: str
@@ -70,4 +71,15 @@ class Program:
     accumulation: int | None = None
     held: tuple[Any, ...] = ()
     keeps: tuple[str, ...] = ()
-    loop_trips: int = 1
+    loop_trips: int | tuple[int, ...] = 1
+    expected: Work | None = None
+
+    @property
+    def in_loop(self) -> bool:
+        """Whether it runs at the widths of the training batches; others have widths of their own."""
+        return self.accumulation is not None or self.stage == "ppo"
+
+    @property
+    def mean_work(self) -> Work:
+        """What a call is expected to do: `expected`, or `work` at full width if lengths are unknown."""
+        return self.work if self.expected is None else self.expected

@@ -121,7 +121,7 @@ OTHER: dict[str, Any] = {
     "runtime.offload_moments": True, "runtime.keep_finished_checkpoints": True, "runtime.bucket": "file:///bucket",
     "runtime.save_dtype": "bfloat16", "runtime.keep": "last",
     "runtime.processes.coordinator": "host:1", "runtime.processes.count": 2, "runtime.processes.index": 1,
-    "runtime.processes.timeout_s": 7, "runtime.save_minutes": 0.5,
+    "runtime.processes.timeout_s": 7, "runtime.save_minutes": 0.5, "runtime.compile_threads": 2,
     "runtime.wandb.project": "other", "runtime.wandb.entity": "team", "runtime.wandb.mode": "offline",
 }  # fmt: skip
 

@@ -16,7 +16,8 @@ import pytest
 
 from mpo_jax.config.load import load_config
 from mpo_jax.data import toy
-from mpo_jax.data.corpus import load_corpus
+from mpo_jax.data.corpus import base_tokenizer, load_corpus
+from mpo_jax.data.text import TextCodec
 from mpo_jax.models.hf import families
 from mpo_jax.pipeline import table
 from mpo_jax.pipeline.stages import STAGES, count_rows, stage_shapes
@@ -117,10 +118,11 @@ def ran(request, tmp_path_factory) -> Iterator[list[Ran]]:
             reads.clear()
             summary = run(settings, parents, context)
             called, read = list(calls), set(reads)
+            codec = TextCodec(base_tokenizer(config), config.text)
             model = parents["sft"].model if name in ("select", "evaluate") else context.folder / "model"
             shapes = stage_shapes(
                 name, config, families.read_config(model), context.mesh,
-                amounts=count_rows(config, load_corpus(config)), parents=frozenset(parents),
+                amounts=count_rows(config, load_corpus(config), codec), parents=frozenset(parents),
             )  # fmt: skip
             programs = list(STAGES[name].programs(settings, shapes))
             assert len({program.name for program in programs}) == len(programs)
@@ -181,7 +183,7 @@ def test_a_table_s_estimate_adds_up_these_calls(ran, request, monkeypatch):
         for name, program in one.programs.items():
             slower = table.DECODING_COST if name.endswith("decode") else 1.0
             runs = program.runs if one.is_estimated(name) else one.counts[name]
-            expected += slower * runs * program.work.flops
+            expected += slower * runs * program.mean_work.flops
         assert cost.seconds(planned) - table.FIXED_SECONDS == pytest.approx(expected, rel=1e-9), one.stage
 
 

@@ -17,6 +17,7 @@ from mpo_jax.data.text import TextCodec
 from mpo_jax.data.tokens import number_visits
 from mpo_jax.errors import UserError
 from mpo_jax.models import flops, loading
+from mpo_jax.models.flops import Rows, Work
 from mpo_jax.models.hf.tokenizer import load_tokenizer
 from mpo_jax.runtime.seeds import data_seed
 from mpo_jax.runtime.sharding import batch_sharding, check_batch
@@ -103,6 +104,9 @@ def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -
         context=context,
         evaluate=make_evaluate(loop, context, buckets, size),
         warmup=warmup,
+        # programs are listed for one model, so nothing is said where the reward model has other sizes
+        model=actor_model if actor_model == reward_model else None,
+        eos_id=codec.eos_id,
     )
     loading.save(context.folder / "model", actor_model, exported(state, loop), codec.tokenizer, dtype=dtype)
     if settings.save_critic:
@@ -138,16 +142,24 @@ def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
         held_out = held_out_rows(shapes.watch, shapes.amounts.test_prompts, default=NUM_PROMPTS)
         measured = evaluations(shapes.watch, runs) * calls(held_out, train.batch_size)
         sampled = runs + measured
+    lengths = shapes.sampled("prompts")
+    if lengths is not None:
+        lengths = lengths.in_batches(train.batch_size)
     actor, critic = shapes.state(method.actor_optim), shapes.state(method.critic_optim, "value")
     policy, critic_params = ({"trainable": state.trainable, "frozen": {}} for state in (actor, critic))
     frozen = (shapes.frozen(), shapes.frozen("value"))
+    idle, kept = () if shapes.offload_frozen else frozen, (shapes.between(actor), shapes.between(critic))
     ema = (shapes.tree(),) if method.extras.ema_decay is not None else ()
     yield from rollout_programs(
         "ppo", shapes, settings.sampling, policy, train.batch_size, key=key, runs=sampled,
-        held=(actor.opt_state, critic, *frozen, *ema),
+        held=(kept[0].opt_state, kept[1], *idle, *ema), lengths=lengths,
     )  # fmt: skip
     joined, has_eos = shapes.batch(rows), shapes.array(rows.count, 1, dtype=jnp.bool_)
-    scoring = flops.forward(model.decoder, rows, "lm") + flops.forward(model.decoder, rows, "value")
+
+    def scoring(rows: Rows) -> Work:
+        """A forward pass of one model of each kind."""
+        return flops.forward(model.decoder, rows, "lm") + flops.forward(model.decoder, rows, "value")
+
     score = make_score(model, model, method, mesh)
     number: Any = shapes.number()
     arguments = (
@@ -159,21 +171,26 @@ def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
         number,
         Moments(number, number, number) if method.score == "normalised" else None,
     )
-    held = (actor.opt_state, critic.opt_state, *ema)
+    held = (kept[0].opt_state, kept[1].opt_state, *ema)
     if not method.in_one_pass or shapes.watch.eval_every is not None:
         scorings = measured if method.in_one_pass else sampled
         yield dataclasses.replace(
             scoring_program("ppo", "score", score, arguments, shapes, rows, "lm", key=key, runs=scorings, held=held),
-            work=scoring.times(2),
+            work=scoring(rows).times(2),
+            expected=shapes.mean(lengths, rows, lambda rows: scoring(rows).times(2)),
         )
     if method.in_one_pass:
         update = make_one_pass(model, model, method, mesh)
         joint = (actor, critic, ({}, {}), frozen, joined, has_eos, shapes.allowed(), shapes.number())
-        training = [flops.train(model.decoder, rows, head, model.remat) for head in ("lm", "value")]
+
+        def whole_pass(rows: Rows) -> Work:
+            trained = (flops.train(model.decoder, rows, head, model.remat) for head in ("lm", "value"))
+            return sum(trained, scoring(rows))
+
         yield Program(
             stage="ppo", name="ppo update", batch_key="ppo.train.accumulation", function=update,
-            arguments=lambda _: joint, work=training[0] + training[1] + scoring, runs=runs,
-            accumulation=train.accumulation, held=ema,
+            arguments=lambda _: joint, work=whole_pass(rows), runs=runs,
+            accumulation=train.accumulation, held=ema, expected=shapes.mean(lengths, rows, whole_pass),
         )  # fmt: skip
         return
 
@@ -188,12 +205,12 @@ def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
         updates, own_updates = runs * method.updates, max(runs - method.extras.critic_warmup, 0) * method.updates
     yield train_program(
         "ppo", "critic", update_critic, (critic, scored, {}), shapes, part, "value", accumulation=train.accumulation,
-        runs=updates, held=(actor, *frozen, *ema, *whole_batch),
+        runs=updates, held=(kept[0], *idle, *ema, *whole_batch), lengths=lengths,
     )  # fmt: skip
     yield train_program(
         "ppo", "actor", update_actor, (actor, (scored, demonstrations), {}, shapes.allowed()), shapes, part, "lm",
-        accumulation=train.accumulation, runs=own_updates, held=(critic, *frozen, *ema, *whole_batch),
-        times=2 if demonstrations else 1,
+        accumulation=train.accumulation, runs=own_updates, held=(kept[1], *idle, *ema, *whole_batch),
+        times=2 if demonstrations else 1, lengths=lengths,
     )  # fmt: skip
 
 

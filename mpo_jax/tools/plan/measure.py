@@ -10,12 +10,14 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding
 
-from mpo_jax.config.schema import Config, MeshConfig
+from mpo_jax.config.registry import Step
+from mpo_jax.config.schema import Config
 from mpo_jax.errors import UserError
 from mpo_jax.models.flops import Work
 from mpo_jax.models.spec import DecoderConfig
-from mpo_jax.pipeline.stages import STAGES, stage_settings, stage_shapes
+from mpo_jax.pipeline.stages import PLANNED, STAGES, stage_settings, stage_shapes
 from mpo_jax.runtime.sharding import mesh_of
+from mpo_jax.stages.shapes import Amounts, Shapes
 from mpo_jax.stages.stage import Program
 from mpo_jax.tools.plan import compilers
 from mpo_jax.tools.plan.collectives import Traffic, traffic
@@ -91,11 +93,21 @@ class Plan:
     decoder: DecoderConfig
     sizes_from: str
 
-    def programs(self, stages: Sequence[str] = tuple(STAGES)) -> Iterator[Program]:
-        """The programs of the given stages; the settings of other stages are not read."""
+    def shapes(self, stage: str, amounts: Amounts | None = None) -> Shapes:
+        """The shapes that a stage's programs are compiled with."""
+        return stage_shapes(stage, self.config, self.decoder, self.mesh, amounts=amounts)
+
+    def programs(
+        self, stages: Sequence[str] = tuple(STAGES), *, amounts: Amounts | None = None, step: Step = PLANNED
+    ) -> Iterator[Program]:
+        """The programs of the given stages; the settings of other stages are not read.
+
+        Args:
+          amounts: numbers and lengths of rows, for how often programs run; they change no shape.
+          step: which pairs or prompts DPO and PPO learn from.
+        """
         for name in (name for name in STAGES if name in stages):
-            shapes = stage_shapes(name, self.config, self.decoder, self.mesh)
-            yield from STAGES[name].programs(stage_settings(name, self.config), shapes)
+            yield from STAGES[name].programs(stage_settings(name, self.config, step), self.shapes(name, amounts))
 
     def measure(
         self,
@@ -109,7 +121,7 @@ class Plan:
         measured = []
         for program in self.programs() if programs is None else programs:
             begin(program)
-            one = compile_one(program, self.mesh, self.target, self.config.mesh, compiled)
+            one = compile_one(program, self.mesh, self.target, compiled)
             end(one)
             measured.append(one)
         return measured
@@ -143,9 +155,7 @@ def _suggest_mesh(target: Target) -> str:
     return f"mesh.fsdp={target.num_devices}"
 
 
-def compile_one(
-    program: Program, mesh: Mesh, target: Target, mesh_config: MeshConfig, compiled: dict[str, Any]
-) -> Measured:
+def compile_one(program: Program, mesh: Mesh, target: Target, compiled: dict[str, Any]) -> Measured:
     """Compiles one program and adds it to `compiled` under its name."""
     arguments = program.arguments(compiled)
     kept = sum(compiled[name].memory_analysis().output_size_in_bytes for name in program.keeps if name in compiled)
@@ -162,7 +172,8 @@ def compile_one(
             return Measured(program, None, used + kept, target.capacity, (), elapsed, None)
         elapsed = time.perf_counter() - begin
     compiled[program.name] = executable
-    found = tuple(traffic(executable.as_text(), loop_trips=program.loop_trips))
+    group = target.num_devices // target.groups if target.spans_network else None
+    found = tuple(traffic(executable.as_text(), loop_trips=program.loop_trips, group=group))
     return Measured(
         program=program,
         memory=_memory(executable.memory_analysis(), device_bytes(program.held) + kept),
@@ -170,7 +181,7 @@ def compile_one(
         capacity=target.capacity,
         traffic=found,
         compile_s=elapsed,
-        seconds=seconds(program.work, found, target, mesh_config),
+        seconds=seconds(program.work, found, target),
     )
 
 
@@ -209,28 +220,26 @@ def used_bytes(message: str, arguments: int) -> int | None:
     return None
 
 
-def seconds(work: Work, found: Sequence[Traffic], target: Target, mesh: MeshConfig) -> float | None:
+def seconds(work: Work, found: Sequence[Traffic], target: Target) -> float | None:
     """The longest of arithmetic, reading (in a decode loop) and communication, as if the three overlapped."""
-    parts = time_parts(work, found, target, mesh)
+    parts = time_parts(work, found, target)
     return None if parts is None else max(parts.values())
 
 
-def time_parts(work: Work, found: Sequence[Traffic], target: Target, mesh: MeshConfig) -> Mapping[str, float] | None:
+def time_parts(work: Work, found: Sequence[Traffic], target: Target) -> Mapping[str, float] | None:
     """Seconds of each part alone, at the utilisations in targets.yaml; None on the CPU.
 
-    Collectives use the links within a group. With several groups, two kinds use the network instead: the sums over
-    `data` (all-reduce), and all collectives if `fsdp` x `tensor` is larger than a group.
+    Collectives within a group use its links, those over several groups the network.
     """
     if target.kind is None:
         return None
     kind, (_, share) = target.kind, known()
-    across = target.spans_network and mesh.fsdp * mesh.tensor > target.num_devices // target.groups
     moved = 0.0
     for one in found:
-        network = across or (target.spans_network and one.kind == "all-reduce" and mesh.data > 1)
-        bandwidth = (kind.network_gbs if network else kind.link_gbs) * 1e9 * share.link
+        linked = (one.total_bytes - one.network_bytes) / kind.link_gbs
         # an all-reduce is a reduce-scatter and an all-gather
-        moved += (2 if one.kind == "all-reduce" else 1) * one.total_bytes / bandwidth
+        twice = 2 if one.kind == "all-reduce" else 1
+        moved += twice * (linked + one.network_bytes / kind.network_gbs) / (1e9 * share.link)
     return {
         "arithmetic": (work.flops + work.recomputed) / (target.num_devices * kind.bf16_tflops * 1e12 * share.matmul),
         "reading": work.decode_reads / (target.num_devices * kind.hbm_gbs * 1e9 * share.bandwidth),

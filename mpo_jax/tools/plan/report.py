@@ -10,6 +10,8 @@ from mpo_jax.config.schema import Config
 from mpo_jax.runtime.version import __version__
 from mpo_jax.tools.plan.advice import advice
 from mpo_jax.tools.plan.collectives import Traffic
+from mpo_jax.tools.plan.host import HostMemory
+from mpo_jax.tools.plan.hours import StageTime
 from mpo_jax.tools.plan.measure import Measured, Plan, gib, time_parts
 from mpo_jax.tools.plan.targets import known
 
@@ -19,7 +21,8 @@ parameters). peak: arguments + temporaries + new results + held. FLOPs: matrix p
 padded tokens, without recomputation. estimate: seconds of one call, the longest of arithmetic (recomputation included),
 reading in a decode loop, and communication, as if they overlapped. PPO's decode is counted to the last column;
 selection and evaluation refill rows, so their prefill is one portion of prompts and their decode one chunk of tokens
-for all rows. Collectives: bytes each device takes part in, once + in loops (all iterations)."""
+for all rows. Host: offloaded arrays, and beside them the copy of a state that is being written, or a tensor being read;
+8 GiB are added for the process. Collectives: bytes each device takes part in, once + in loops (all iterations)."""
 
 
 def memory_table(measured: Sequence[Measured], plan: Plan) -> Table:
@@ -53,9 +56,34 @@ def work_table(measured: Sequence[Measured], plan: Plan) -> Table:
     return table
 
 
+def host_table(hosts: Sequence[HostMemory], plan: Plan) -> Table:
+    """What each stage needs of a host's memory."""
+    count = plan.target.devices_per_host
+    table = Table(title=f"Memory of a host with {count} devices, GiB", title_justify="left")
+    table.add_column("stage")
+    for name in ("offloaded", "checkpoint", "reading", "needed", "assumed", "fits"):
+        table.add_column(name, justify="right")
+    for one in hosts:
+        sizes = (f"{gib(size):.3g}" for size in (one.pinned, one.checkpoint, one.loading, one.needed))
+        available = "-" if one.available is None else f"{gib(one.available):.3g}"
+        table.add_row(one.stage, *sizes, available, "yes" if one.fits else "[red]NO[/red]")
+    return table
+
+
+def hours_table(times: Sequence[StageTime], plan: Plan) -> Table:
+    """Estimated hours of every stage over all rows."""
+    table = Table(title=f"Hours on {plan.target.name}, DPO on all pairs and PPO on all prompts", title_justify="left")
+    table.add_column("stage")
+    for name in ("calls", "hours", "at full width"):
+        table.add_column(name, justify="right")
+    for one in times:
+        table.add_row(one.stage, f"{one.calls:,.0f}", f"{one.expected / 3600:.3g}", f"{one.full / 3600:.3g}")
+    return table
+
+
 def bound(one: Measured, plan: Plan) -> str | None:
     """The name of the longest part of the estimate."""
-    parts = time_parts(one.program.work, one.traffic, plan.target, plan.config.mesh)
+    parts = time_parts(one.program.work, one.traffic, plan.target)
     return None if parts is None or one.memory is None else max(parts, key=lambda name: parts[name])
 
 
@@ -96,8 +124,18 @@ def unfit(config: Config, measured: Sequence[Measured]) -> list[str]:
     return lines
 
 
-def to_json(measured: Sequence[Measured], plan: Plan) -> dict[str, Any]:
-    """The whole plan as plain values, in bytes, seconds and FLOPs."""
+def to_json(
+    measured: Sequence[Measured],
+    plan: Plan,
+    hosts: Sequence[HostMemory] = (),
+    times: Sequence[StageTime] = (),
+    basis: str = "",
+) -> dict[str, Any]:
+    """The whole plan as plain values, in bytes, seconds and FLOPs.
+
+    Args:
+      basis: what the stages' times are based on.
+    """
     _, share = known()
     kind = plan.target.kind
     return {
@@ -111,6 +149,9 @@ def to_json(measured: Sequence[Measured], plan: Plan) -> dict[str, Any]:
         "mesh": dict(plan.mesh.shape),
         "config": plan.config.model_dump(mode="json"),
         "programs": [_program(one, plan) for one in measured],
+        "hosts": [{**dataclasses.asdict(one), "needed": one.needed, "fits": one.fits} for one in hosts],
+        "times": [dataclasses.asdict(one) for one in times],
+        "times_basis": basis,
     }
 
 

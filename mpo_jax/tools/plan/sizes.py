@@ -27,6 +27,9 @@ LLAMA_2_7B = DecoderConfig(
 LLAMA_2_13B = replace(
     LLAMA_2_7B, hidden_size=5120, intermediate_size=13824, num_layers=40, num_heads=40, num_kv_heads=40
 )
+LLAMA_2_70B = replace(
+    LLAMA_2_7B, hidden_size=8192, intermediate_size=28672, num_layers=80, num_heads=64, num_kv_heads=8
+)
 MISTRAL_7B = replace(
     LLAMA_2_7B,
     intermediate_size=14336,
@@ -35,20 +38,49 @@ MISTRAL_7B = replace(
     family="mistral",
     pattern=(LayerSpec(window=4096),),
 )
+LLAMA_3 = RopeScaling(kind="llama3", factor=8.0)
 LLAMA_31_8B = replace(
     LLAMA_2_7B,
     vocab_size=128256,
     intermediate_size=14336,
     num_kv_heads=8,
     max_positions=131072,
-    pattern=(LayerSpec(rope_theta=500000.0, rope_scaling=RopeScaling(kind="llama3", factor=8.0)),),
+    pattern=(LayerSpec(rope_theta=500000.0, rope_scaling=LLAMA_3),),
+)
+LLAMA_32_3B = replace(
+    LLAMA_31_8B,
+    hidden_size=3072,
+    intermediate_size=8192,
+    num_layers=28,
+    num_heads=24,
+    tie_embeddings=True,
+    pattern=(LayerSpec(rope_theta=500000.0, rope_scaling=replace(LLAMA_3, factor=32.0)),),
+)
+LLAMA_32_1B = replace(LLAMA_32_3B, hidden_size=2048, num_layers=16, num_heads=32, head_dim=64)
+QWEN_25_05B = DecoderConfig(
+    vocab_size=151936,
+    hidden_size=896,
+    intermediate_size=4864,
+    num_layers=24,
+    num_heads=14,
+    num_kv_heads=2,
+    head_dim=64,
+    max_positions=32768,
+    norm_eps=1e-6,
+    tie_embeddings=True,
+    family="qwen2",
+    pattern=(LayerSpec(rope_theta=1000000.0, qkv_bias=True),),
 )
 
 KNOWN: dict[str, DecoderConfig] = {
     "meta-llama/Llama-2-7b-hf": LLAMA_2_7B,
     "meta-llama/Llama-2-13b-hf": LLAMA_2_13B,
+    "meta-llama/Llama-2-70b-hf": LLAMA_2_70B,
     "meta-llama/Llama-3.1-8B": LLAMA_31_8B,
+    "meta-llama/Llama-3.2-1B": LLAMA_32_1B,
+    "meta-llama/Llama-3.2-3B": LLAMA_32_3B,
     "mistralai/Mistral-7B-v0.1": MISTRAL_7B,
+    "Qwen/Qwen2.5-0.5B": QWEN_25_05B,
 }
 """Sizes from the published config.json; several of these repositories are gated, and a plan needs no weights."""
 

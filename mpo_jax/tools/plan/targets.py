@@ -17,7 +17,8 @@ FILE = Path(__file__).with_name("targets.yaml")
 GIB = 2**30
 CPU = "cpu"
 EXAMPLES = (
-    "a100x8, a100-40x8, h100x8, h200x1, 2xa100x8 (two hosts), v5e:2x4, v5p:2x2x2, v4:2x2x2, 2xv5p:2x2x2 (two slices), "
+    "a100x8, a100-40x8, h100x8, h200x1, rtx4090x1, l4x1, a10gx1, 2xa100x8 (two hosts), v5e:2x4, v5p:2x2x2, v4:2x2x2, "
+    "2xv5p:2x2x2 (two slices), "
     "cpu:80 (GiB)"
 )
 
@@ -37,6 +38,7 @@ class Kind(Facts, frozen=True):
     hbm_gbs: float = Field(gt=0)
     link_gbs: float = Field(gt=0)
     network_gbs: float = Field(gt=0)
+    host_gib: float = Field(gt=0)
     compiler: dict[str, Any] = Field(default_factory=dict)
     dimensions: int = 0
     devices_per_host: int = 0
@@ -80,6 +82,12 @@ class Target(Facts, frozen=True):
     @property
     def num_devices(self) -> int:
         return self.groups * math.prod(self.shape)
+
+    @property
+    def devices_per_host(self) -> int:
+        """GPUs: those of a group; TPUs: as the kind has them, unless the slice is smaller."""
+        devices = math.prod(self.shape)
+        return min(self.kind.devices_per_host, devices) if self.kind and self.kind.devices_per_host else devices
 
     @property
     def spans_network(self) -> bool:

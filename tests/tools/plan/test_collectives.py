@@ -94,3 +94,31 @@ def test_a_scan_over_divided_weights_gathers_them_every_turn():
 
     (found,) = traffic(jax.jit(forward).lower(x, layers).compile().as_text())
     assert found == Traffic("all-gather", 0, 0, 6, 6 * 64 * 64 * 4)
+
+
+@pytest.mark.parametrize(
+    ("groups", "crosses"),
+    [
+        ("replica_groups={{0,1,2,3},{4,5,6,7}}", False),
+        ("replica_groups={{0,4},{1,5},{2,6},{3,7}}", True),
+        ("replica_groups=[2,4]<=[8]", False),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", True),
+        ("replica_groups=[1,8]<=[8]", True),
+        ("replica_groups={}", True),
+        ("source_target_pairs={{0,1},{1,2},{2,0}}", False),
+        ("source_target_pairs={{3,4}}", True),
+    ],
+)
+def test_collectives_over_two_hosts_of_four(groups, crosses):
+    lines = ("ENTRY %main (x: f32[6]) -> f32[6] {", "  %x = f32[6]{0} parameter(0)",
+             f"  ROOT %y = f32[6]{{0}} all-reduce(%x), {groups}", "}")  # fmt: skip
+    text = "\n".join(lines)
+    (found,) = traffic(text, group=4)
+    assert (found.total_bytes, found.network_bytes) == (24, 24 if crosses else 0)
+    assert traffic(text)[0].network_bytes == 0
+
+
+def test_loops_of_unknown_length_inside_each_other():
+    text = TEXT.replace('{"known_trip_count":{"n":"3"}}', "{}")
+    (gathers,) = [t for t in traffic(text, loop_trips=(5, 2)) if t.kind == "all-gather"]
+    assert gathers.loop_count == 5 * 2

@@ -1,5 +1,7 @@
 """Programs of a small configuration, compiled for simulated CPU devices: what is read is what is there."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -143,17 +145,16 @@ def test_time_is_the_longest_part():
     """A100: 312 TFLOP/s, 2039 GB/s, 300 GB/s links, 25 GB/s network, at the assumed shares."""
     _, share = targets.known()
     target = targets.parse("2xa100x8", cpu_devices=1)
-    found = [Traffic("all-gather", 1, 10**9), Traffic("all-reduce", 0, 0, 1, 10**9)]
-    mesh = load_config(MICRO, ("mesh.data=2", "mesh.fsdp=8")).mesh
-    parts = measure.time_parts(Work(16 * 312e12, 0.0, 16 * 2039e9), found, target, mesh)
+    found = [Traffic("all-gather", 1, 10**9), Traffic("all-reduce", 0, 0, 1, 10**9, network_bytes=10**9)]
+    parts = measure.time_parts(Work(16 * 312e12, 0.0, 16 * 2039e9), found, target)
     assert parts is not None
     assert parts["arithmetic"] == pytest.approx(1 / share.matmul)
     assert parts["reading"] == pytest.approx(1 / share.bandwidth)
     # the sum over data crosses the network, and moves its bytes twice
     assert parts["communication"] == pytest.approx((1 / 300 + 2 / 25) / share.link)
-    across = measure.time_parts(Work(0.0), found, target, load_config(MICRO, ("mesh.fsdp=16",)).mesh)
+    across = measure.time_parts(Work(0.0), [dataclasses.replace(found[0], network_bytes=10**9), found[1]], target)
     assert across is not None and across["communication"] == pytest.approx((1 / 25 + 2 / 25) / share.link)
-    assert measure.seconds(Work(1.0), found, targets.parse("cpu", cpu_devices=8), mesh) is None
+    assert measure.seconds(Work(1.0), found, targets.parse("cpu", cpu_devices=8)) is None
 
 
 def test_advice_names_finer_micro_batches_first(programs):

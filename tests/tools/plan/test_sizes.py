@@ -17,7 +17,11 @@ from tests.pipeline.test_pipeline import MICRO
     [
         ("meta-llama/Llama-2-7b-hf", 6_738_415_616),
         ("meta-llama/Llama-2-13b-hf", 13_015_864_320),
+        ("meta-llama/Llama-2-70b-hf", 68_976_648_192),
         ("meta-llama/Llama-3.1-8B", 8_030_261_248),
+        ("meta-llama/Llama-3.2-1B", 1_235_814_400),
+        ("meta-llama/Llama-3.2-3B", 3_212_749_824),
+        ("Qwen/Qwen2.5-0.5B", 494_032_768),
         ("mistralai/Mistral-7B-v0.1", 7_241_732_096),
     ],
 )

@@ -14,6 +14,11 @@ from mpo_jax.tools.plan.targets import GIB, parse
         ("h100x8", "cuda", 1, 8),
         ("h200x1", "cuda", 1, 1),
         ("2xa100x8", "cuda", 2, 16),
+        ("8xh100x8", "cuda", 8, 64),
+        ("rtx4090x1", "cuda", 1, 1),
+        ("l4x1", "cuda", 1, 1),
+        ("a10gx1", "cuda", 1, 1),
+        ("v5p:4x4x8", "tpu", 1, 128),
         ("v5e:2x4", "tpu", 1, 8),
         ("v5p:2x2x2", "tpu", 1, 8),
         ("v4:2x2x2", "tpu", 1, 8),
@@ -54,7 +59,18 @@ def test_what_may_be_filled():
 
 def test_memory_is_below_what_the_vendor_names():
     """Decimal gigabytes of HBM on the data sheets; a program sees less."""
-    sheets = {"a100": 86, "a100-40": 43, "h100": 86, "h200": 151, "v4": 35, "v5e": 17.2, "v5p": 103, "v6e": 34.4}
+    small = {"rtx4090": 25.8, "l4": 25.8, "a10g": 25.8}
+    sheets = {
+        **small,
+        "a100": 86,
+        "a100-40": 43,
+        "h100": 86,
+        "h200": 151,
+        "v4": 35,
+        "v5e": 17.2,
+        "v5p": 103,
+        "v6e": 34.4,
+    }
     kinds, _ = targets.known()
     assert kinds.keys() == sheets.keys()
     for name, kind in kinds.items():
@@ -76,3 +92,14 @@ def test_a_device_is_known_by_its_own_name_and_its_product():
     peaks = {name: targets.similar_kind(name) for name in ("NVIDIA H100 PCIe", "NVIDIA A100-PCIE-40GB", "TPU v5 lite")}
     assert [kind and kind.bf16_tflops for kind in peaks.values()] == [989, 312, 197]
     assert targets.similar_kind("cpu") is None
+
+
+def test_devices_of_a_host():
+    devices = {"a100x8": 8, "2xa100x8": 8, "l4x1": 1, "v5p:2x4x4": 4, "v5e:2x4": 4, "v5p:1x1x1": 1, "cpu": 8}
+    assert {name: parse(name, cpu_devices=8).devices_per_host for name in devices} == devices
+
+
+def test_variants_of_a_description_keep_what_they_share():
+    kinds, _ = targets.known()
+    text = gpu_description(kinds["l4"])
+    assert "major: 8 minor: 9" in text and "core_count: 58" in text and "shared_memory_per_core: 102400" in text

@@ -1,0 +1,294 @@
+"""Makes the plans of launch/README.md, one JSON file for each configuration, target and stage, and prints its tables.
+
+    python tests/benchmarks/plan_tables.py FOLDER                  # compile what FOLDER lacks, then print all tables
+    python tests/benchmarks/plan_tables.py FOLDER --only 70b       # plans whose name contains 70b
+    python tests/benchmarks/plan_tables.py FOLDER --print          # print from what is there
+
+It can be stopped at any time: a plan that is there is not made again, and stages of a plan are compiled one at a time.
+Needs both compilers: bash launch/setup.sh plan-gpu plan-tpu, in an environment that does not train. All plans take one
+core some hours; each says how long it took.
+
+Hours by stage count the published numbers of rows, which need no download. Their lengths are those of a configuration
+whose rows and tokenizer are here, if one is named; otherwise every row counts at its full width:
+
+    ... --hh-lengths configs/hh_smollm2.yaml data.path=helpful-base.test.jsonl.gz data.test_path=[] text.chat=false
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+PRESETS = "configs/presets"
+STAGES = ("sft", "reward", "select", "dpo", "ppo", "evaluate")
+GIB = 2**30
+
+SMALL = (
+    "text.max_prompt_tokens=512", "text.max_response_tokens=512", "mesh.fsdp=1",
+    "sft.train.batch_size=64", "sft.train.accumulation=64", "reward.train.batch_size=64",
+    "reward.train.accumulation=64", "dpo.train.batch_size=64", "dpo.train.accumulation=64",
+    "ppo.train.batch_size=32", "ppo.train.accumulation=32", "select.batch_size=32", "evaluate.batch_size=32",
+    "model.logit_chunk=512", "model.remat=full",
+)  # fmt: skip
+"""One GPU: the smallest micro-batches, full recomputation, 512 + 512 tokens."""
+OFFLOAD = ("runtime.offload_frozen=true", "runtime.offload_moments=true")
+PAPER_TARGETS = {"a100x8": "", "2xa100x8": "a100_2x8", "v5p:2x2x2": "tpu_v5p_8", "v5p:2x4x4": "tpu_v5p_32"}
+MODELS = {
+    "0.5B": "Qwen/Qwen2.5-0.5B",
+    "1B": "meta-llama/Llama-3.2-1B",
+    "3B": "meta-llama/Llama-3.2-3B",
+    "7B": "meta-llama/Llama-2-7b-hf",
+}
+GPUS = {"24 GB (RTX 4090)": "rtx4090x1", "24 GB (L4)": "l4x1", "24 GB (A10G)": "a10gx1", "40 GB (A100)": "a100-40x1",
+        "80 GB (H100)": "h100x1"}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """One plan: what `mpo plan` is called with."""
+
+    name: str
+    on: str
+    arguments: tuple[str, ...]
+
+
+def plans() -> list[Planned]:
+    """All plans of the tables."""
+    found = []
+    for data in ("hh", "tldr"):
+        for on, preset in PAPER_TARGETS.items():
+            presets = (f"{PRESETS}/{preset}.yaml",) if preset else ()
+            found.append(Planned(f"{data}-7b-{_file(on)}", on, (f"configs/{data}_llama2_7b.yaml", *presets)))
+    found.append(Planned("hh-70b-8xh100x8", "8xh100x8", ("configs/hh_llama2_70b.yaml",)))
+    big = ("configs/hh_llama2_70b.yaml", f"{PRESETS}/tpu_v5p_128.yaml")
+    found.append(Planned("hh-70b-v5p-4x4x8", "v5p:4x4x8", big))
+    for model, path in MODELS.items():
+        for on in GPUS.values():
+            for name, extra in (("", ()), ("-offload", OFFLOAD)):
+                arguments = ("configs/hh_llama2_7b.yaml", f"model.path={path}", *SMALL, *extra)
+                found.append(Planned(f"one-{model}-{_file(on)}{name}", on, arguments))
+    return found
+
+
+def _file(on: str) -> str:
+    return on.replace(":", "-")
+
+
+ROWS = {
+    "hh": {"demonstrations": 86311, "reward_pairs": 81995, "reward_watched": 4316, "reward_test": 4664,
+           "held_out": 4664, "prompts": 86311, "human_pairs": 86311, "selected": 86311, "test_prompts": 4664},
+    "tldr": {"demonstrations": 116722, "reward_pairs": 167827, "reward_watched": 8833, "reward_test": 8833,
+             "held_out": 8833, "prompts": 176660, "human_pairs": 176660, "selected": 176660, "test_prompts": 6553},
+}  # fmt: skip
+"""Published numbers of rows of both data sets, before filters."""
+
+
+def make(planned: Planned, folder: Path, lengths: dict[str, list[str]]) -> None:
+    """Compiles the stages that the folder lacks, one process each, into NAME.STAGE.json."""
+    stages = ("ppo",) if planned.name.endswith("-offload") else STAGES
+    for stage in stages:
+        file = folder / f"{planned.name}.{stage}.json"
+        if file.is_file():
+            continue
+        part, begin = file.with_suffix(".part"), time.perf_counter()
+        command = [sys.executable, __file__, str(part), "--one", planned.name, "--stage", stage]
+        for data, words in lengths.items():
+            command += [f"--{data}-lengths", *words] if words else []
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=_environment(), check=False)
+        if not part.is_file():
+            print(f"{planned.name} {stage}: status {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+            continue
+        plan = json.loads(part.read_text(encoding="utf-8"))
+        plan["took_s"] = round(time.perf_counter() - begin, 1)
+        part.write_text(json.dumps(plan), encoding="utf-8")
+        part.replace(file)
+        verdict = "fits" if _fits(plan) else "does not fit"
+        print(f"{planned.name} {stage}: {plan['took_s']:.0f} s, {verdict}", flush=True)
+
+
+def make_one(planned: Planned, stage: str, file: Path, lengths: dict[str, list[str]]) -> None:
+    """What `mpo plan --json` writes, with the published numbers of rows."""
+    from mpo_jax.config.load import load_config
+    from mpo_jax.data.corpus import base_tokenizer, load_corpus
+    from mpo_jax.data.text import TextCodec
+    from mpo_jax.pipeline.stages import count_rows
+    from mpo_jax.runtime.files import write_json
+    from mpo_jax.stages.shapes import Amounts
+    from mpo_jax.tools.plan import compilers, host, hours, measure, report, targets
+
+    config = load_config(ROOT / planned.arguments[0], [_absolute(word) for word in planned.arguments[1:]])
+    target = targets.parse(planned.on, cpu_devices=config.mesh.num_devices)
+    compilers.prepare(target)
+    plan = measure.prepare(config, target)
+    measured = plan.measure(plan.programs([stage]))
+    data = "tldr" if planned.name.startswith("tldr") else "hh"
+    amounts, basis = Amounts(**ROWS[data]), "published numbers of rows, every row at full width"
+    if lengths[data]:
+        other = load_config(ROOT / lengths[data][0], [_absolute(word) for word in lengths[data][1:]])
+        sample = count_rows(other, load_corpus(other), TextCodec(base_tokenizer(other), other.text)).lengths
+        amounts, basis = dataclasses.replace(amounts, lengths=sample), "published numbers of rows, sampled lengths"
+    times = hours.stage_times(measured, plan, amounts)
+    write_json(file, report.to_json(measured, plan, host.host_memory(measured, plan), times, basis))
+
+
+def _absolute(word: str) -> str:
+    return str(ROOT / word) if word.endswith(".yaml") else word
+
+
+def _environment() -> dict[str, str]:
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "PYTHONPATH": path, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONWARNINGS": "ignore"}
+
+
+def _fits(plan: dict[str, Any]) -> bool:
+    return all(program["fits"] for program in plan["programs"]) and all(host["fits"] for host in plan["hosts"])
+
+
+class Made:
+    """The plans that are in a folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def stage(self, name: str, stage: str) -> dict[str, Any] | None:
+        file = self.folder / f"{name}.{stage}.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+    def peaks(self, name: str) -> dict[str, float]:
+        """GiB of every program, by name; `usable` of the device."""
+        found: dict[str, float] = {}
+        for stage in STAGES:
+            for program in (self.stage(name, stage) or {"programs": []})["programs"]:
+                found[program["name"]] = program["peak"] / GIB
+                found["usable"] = program["usable"] / GIB
+        return found
+
+    def largest(self, name: str, stage: str) -> tuple[float, float, str] | None:
+        """The stage's largest peak and the usable memory in GiB, and its program."""
+        plan = self.stage(name, stage)
+        if plan is None:
+            return None
+        worst = max(plan["programs"], key=lambda program: program["peak"])
+        return worst["peak"] / GIB, worst["usable"] / GIB, worst["name"]
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def by_program(made: Made, columns: dict[str, str]) -> str:
+    """GiB of every program; `usable` is the last row."""
+    peaks = {title: made.peaks(name) for title, name in columns.items()}
+    names = [name for name in dict.fromkeys(key for found in peaks.values() for key in found) if name != "usable"]
+    rows = [
+        [name, *(f"{found[name]:.1f}" if name in found else "" for found in peaks.values())]
+        for name in [*names, "usable"]
+    ]
+    return table(["program", *columns], rows)
+
+
+def on_one_gpu(made: Made, on: str, title: str) -> str:
+    """The largest program of each stage of each model: GiB, bold where it does not fit."""
+    rows = []
+    for model in MODELS:
+        cells = []
+        for stage in STAGES:
+            plain = made.largest(f"one-{model}-{_file(on)}", stage)
+            cells.append("" if plain is None else _cell(plain))
+        offloaded = made.largest(f"one-{model}-{_file(on)}-offload", "ppo")
+        rows.append([model, *cells, "" if offloaded is None else _cell(offloaded)])
+    return table([title, *STAGES, "ppo, offloaded"], rows)
+
+
+def _cell(found: tuple[float, float, str]) -> str:
+    peak, usable, _ = found
+    return f"{peak:.1f}" if peak <= usable else f"**{peak:.1f}**"
+
+
+def hours(made: Made, columns: dict[str, str]) -> str:
+    """Hours of every stage: by the rows' lengths, and at full width."""
+    rows = []
+    for stage in STAGES:
+        cells = [stage]
+        for name in columns.values():
+            plan = made.stage(name, stage)
+            times = [] if plan is None else plan["times"]
+            cells.append(f"{times[0]['expected'] / 3600:.2g} ({times[0]['full'] / 3600:.2g})" if times else "")
+        rows.append(cells)
+    return table(["stage", *columns], rows)
+
+
+def on_hosts(made: Made, columns: dict[str, str]) -> str:
+    """GiB of host memory that each stage needs, and what a host is assumed to have."""
+    rows = []
+    for stage in STAGES:
+        cells = [stage]
+        for name in columns.values():
+            plan = made.stage(name, stage)
+            found = [] if plan is None else plan["hosts"]
+            cells.append(f"{found[0]['needed'] / GIB:.0f} of {found[0]['available'] / GIB:.0f}" if found else "")
+        rows.append(cells)
+    return table(["stage", *columns], rows)
+
+
+def compile_times(made: Made, columns: dict[str, str]) -> str:
+    """Seconds that the compilers took for a plan's programs, in all and the longest."""
+    rows = []
+    for title, name in columns.items():
+        programs = [p for stage in STAGES for p in (made.stage(name, stage) or {"programs": []})["programs"]]
+        if programs:
+            worst = max(programs, key=lambda p: p["compile_s"])
+            total = sum(p["compile_s"] for p in programs)
+            rows.append([title, f"{total:.0f}", f"{worst['name']}, {worst['compile_s']:.0f}"])
+    return table(["plan", "all programs, s", "the longest, s"], rows)
+
+
+def print_tables(folder: Path) -> None:
+    made = Made(folder)
+    seven = {f"{data.upper()} {on}": f"{data}-7b-{_file(on)}" for data in ("hh", "tldr")
+             for on in PAPER_TARGETS}  # fmt: skip
+    seventy = {"8 x 8 H100": "hh-70b-8xh100x8", "v5p 4x4x8": "hh-70b-v5p-4x4x8"}
+    for title, text in (
+        ("LLaMA-2-7B, GiB a device", by_program(made, seven)),
+        ("LLaMA-2-70B, GiB a device", by_program(made, seventy)),
+        *((f"One GPU of {gpu}", on_one_gpu(made, on, gpu)) for gpu, on in GPUS.items()),
+        ("Hours, by the rows' lengths (at full width)", hours(made, {**seven, **seventy})),
+        ("Host memory, GiB", on_hosts(made, {**seven, **seventy})),
+        ("Compile time", compile_times(made, {**seven, **seventy})),
+    ):
+        print(f"\n### {title}\n\n{text}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--only", default="", help="plans whose name contains this")
+    for data in ROWS:
+        parser.add_argument(f"--{data}-lengths", nargs="+", default=[], metavar="WORD", help="CONFIG [KEY=VALUE ...]")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--stage", help=argparse.SUPPRESS)
+    parser.add_argument("--print", dest="printed", action="store_true", help="compile nothing")
+    given = parser.parse_args()
+    lengths = {data: getattr(given, f"{data}_lengths") for data in ROWS}
+    if given.one is not None:
+        (planned,) = (planned for planned in plans() if planned.name == given.one)
+        make_one(planned, given.stage, given.folder, lengths)
+        return
+    given.folder.mkdir(parents=True, exist_ok=True)
+    if not given.printed:
+        for planned in plans():
+            if given.only in planned.name:
+                make(planned, given.folder.resolve(), lengths)
+    print_tables(given.folder)
+
+
+if __name__ == "__main__":
+    main()
