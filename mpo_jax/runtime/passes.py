@@ -1,6 +1,7 @@
 """A pass over many rows outside training: what it has done is kept, and it stops between two batches when asked."""
 
 import contextlib
+import itertools
 from typing import Any, Self
 
 from mpo_jax.errors import PassPreempted
@@ -8,8 +9,9 @@ from mpo_jax.runtime.parts import Entry, Parts
 from mpo_jax.runtime.preemption import Preemption
 from mpo_jax.runtime.processes import wait
 
-FIRST_CALL = 2**30
-"""`mpo verify` has training stop at a step, which a pass before it must not take for one of its batches."""
+_calls = itertools.count(2**30)
+"""Numbers of checks. They go on from pass to pass, since several processes agree on one of them to stop at, which may lie
+in the next pass; and none is a step of training, at which `mpo verify` stops."""
 
 
 class Pass:
@@ -29,7 +31,6 @@ class Pass:
         self.name, self.total, self._parts = name, total, parts
         self.entries, self.done = parts.entries, parts.rows
         self.reported = self.done if self.done == total else self.done // every * every
-        self._calls = FIRST_CALL
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as opened:
@@ -49,8 +50,7 @@ class Pass:
         Raises:
           PassPreempted: once all finished rows are on disk.
         """
-        self._calls += 1
-        if self._preemption.requested(self._calls, last=False):
+        if self._preemption.requested(next(_calls), last=False):
             self._parts.flush()
             # process 0 writes; the others would end it by leaving
             wait(f"{self.name} kept")
