@@ -10,8 +10,8 @@ from mpo_jax.runtime.preemption import Preemption
 from mpo_jax.runtime.processes import wait
 
 _calls = itertools.count(2**30)
-"""Numbers of checks. They go on from pass to pass, since several processes agree on one to stop at, which may lie in the
-next pass; and none is a step of training, at which `mpo verify` stops."""
+"""Numbers of checks. They go on from pass to pass: several processes agree on one to stop at, which may lie in the next
+pass. None is a step of training, at which `mpo verify` stops."""
 
 
 class Pass:
