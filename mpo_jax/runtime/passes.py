@@ -1,7 +1,6 @@
 """A pass over many rows outside training: what it has done is kept, and it stops between two batches when asked."""
 
 import contextlib
-import itertools
 from typing import Any, Self
 
 from mpo_jax.errors import PassPreempted
@@ -9,9 +8,8 @@ from mpo_jax.runtime.parts import Entry, Parts
 from mpo_jax.runtime.preemption import Preemption
 from mpo_jax.runtime.processes import wait
 
-_calls = itertools.count(2**30)
-"""Numbers of checks. They go on from pass to pass: several processes agree on one to stop at, which may lie in the next
-pass. None is a step of training, at which `mpo verify` stops."""
+NO_STEP = -1
+"""`mpo verify` has training stop at a step, which a pass before it must not take for one of its batches."""
 
 
 class Pass:
@@ -50,7 +48,7 @@ class Pass:
         Raises:
           PassPreempted: once all finished rows are on disk.
         """
-        if self._preemption.requested(next(_calls), last=False):
+        if self._preemption.requested(NO_STEP, last=False):
             self._parts.flush()
             # process 0 writes; the others would end it by leaving
             wait(f"{self.name} kept")

@@ -1,6 +1,7 @@
 """Stopping a stage between two steps, with a checkpoint: on SIGTERM, or at a given step."""
 
 import contextlib
+import itertools
 import signal
 import threading
 from collections.abc import Iterator
@@ -25,6 +26,9 @@ def stopping_at(step: int) -> Iterator[None]:
 
 _stop_at: ContextVar[int | None] = ContextVar("stop_at", default=None)
 
+_sync_points = itertools.count(1)
+"""JAX compares the numbers of sync points over the whole life of a process, and each stage counts its steps from 1."""
+
 
 class Preemption:
     """Inside the block, SIGTERM requests a checkpoint instead of ending the process.
@@ -47,7 +51,9 @@ class Preemption:
         """Whether to save and stop after this step. After the last step there is no reason to save."""
         if step == _stop_at.get() or last:
             return step == _stop_at.get()
-        return self._requested if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(step)
+        if jax.process_count() == 1:
+            return self._requested
+        return multihost_utils.reached_preemption_sync_point(next(_sync_points))
 
     def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
         if self._handles_signal:
