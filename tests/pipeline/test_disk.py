@@ -68,9 +68,9 @@ def test_a_table_takes_what_the_dry_run_says(tmp_path):
     config = load_config(MICRO, whole)
     use = disk_use(config, table_stages(config))
     with console.capture() as captured:
-        assert mpo("table", MICRO, *options, "--dry-run") == 0
+        assert mpo("table", str(MICRO), *options, "--dry-run") == 0
     text = captured.get()
-    assert mpo("table", MICRO, *options) == 0
+    assert mpo("table", str(MICRO), *options) == 0
     assert f"0 GB there, {use.total / 1e9:.2g} GB in the end, {use.peak / 1e9:.2g} GB at most" in text
     found = disk_use(config, table_stages(config))
     assert found.there == found.total == found.peak
