@@ -77,6 +77,6 @@ def test_a_table_takes_what_the_dry_run_says(tmp_path):
     for name, size in use.sizes.items():
         real = found.sizes[name]
         assert real.model == pytest.approx(size.model, rel=0.01) and real.critic == pytest.approx(size.critic, rel=0.01)
-        # Orbax compresses: never above, and little below
-        assert size.checkpoints * 0.9 < real.checkpoints < size.checkpoints * 1.01 + 1e5, name
-    assert found.there == pytest.approx(use.total, rel=0.05)
+        # Orbax compresses by about 8%: the estimate is on the safe side
+        assert size.checkpoints * 0.9 <= real.checkpoints <= size.checkpoints * 1.01 + 1e5, name
+    assert 0.9 * use.total < found.there < 1.01 * use.total
