@@ -146,8 +146,10 @@ class Sizes:
             return size
         train = getattr(config, planned.kind).train
         updates = num_updates(TrainSettings.of(train), self._examples(planned))
-        saved = updates // train.checkpoint_every
         kept = train.keep_checkpoints + (train.best_metric is not None)
+        saved = (updates - 1) // train.checkpoint_every  # the last state is the model
+        if train.best_metric is not None and train.eval_every is not None:
+            saved += (updates - 1) // train.eval_every  # at most: those that are best so far
         # a new checkpoint is whole before an old one goes
         stays = state * min(saved, kept) if config.runtime.keep_finished_checkpoints else 0
         return dataclasses.replace(size, state=state * min(saved, kept + 1), checkpoints=stays)

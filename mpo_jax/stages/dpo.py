@@ -223,7 +223,7 @@ def _selected(settings: Settings, context: Context, codec: TextCodec, pairs: Art
     """The selection's pairs with the chosen side first; responses keep their sampled ids."""
     table = PairTable.read(pairs.path)
     rows = table.rows(settings.split.subset, settings.split)
-    prompts, _ = context.tokenize(codec, [(table.prompt[row], ()) for row in rows])
+    prompts, _ = context.tokenize(codec, [(table.prompt[int(row)], ()) for row in rows])
     examples = []
     for row, example in zip(rows, prompts, strict=True):
         chosen, ids = int(table.chosen[row]), table.ids[row]

@@ -68,15 +68,15 @@ def test_a_table_takes_what_the_dry_run_says(tmp_path):
     config = load_config(MICRO, whole)
     use = disk_use(config, table_stages(config))
     with console.capture() as captured:
-        assert mpo("table", MICRO, *options, "--dry-run") == 0
+        assert mpo("table", str(MICRO), *options, "--dry-run") == 0
     text = captured.get()
-    assert mpo("table", MICRO, *options) == 0
+    assert mpo("table", str(MICRO), *options) == 0
     assert f"0 GB there, {use.total / 1e9:.2g} GB in the end, {use.peak / 1e9:.2g} GB at most" in text
     found = disk_use(config, table_stages(config))
     assert found.there == found.total == found.peak
     for name, size in use.sizes.items():
         real = found.sizes[name]
         assert real.model == pytest.approx(size.model, rel=0.01) and real.critic == pytest.approx(size.critic, rel=0.01)
-        # Orbax compresses: never above, and little below
-        assert size.checkpoints * 0.9 < real.checkpoints < size.checkpoints * 1.01 + 1e5, name
-    assert found.there == pytest.approx(use.total, rel=0.05)
+        # Orbax compresses by about 8%: the estimate is on the safe side
+        assert size.checkpoints * 0.9 <= real.checkpoints <= size.checkpoints * 1.01 + 1e5, name
+    assert 0.9 * use.total < found.there < 1.01 * use.total

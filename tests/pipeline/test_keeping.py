@@ -178,7 +178,7 @@ def make(workdir: Path, *more: str) -> int:
         "ppo.save_critic=false",
         "runtime.keep=last",
     )
-    return mpo("table", MICRO, f"workdir={workdir}", *options, *more)
+    return mpo("table", str(MICRO), f"workdir={workdir}", *options, *more)
 
 
 def dtypes(folder: Path) -> set[str]:

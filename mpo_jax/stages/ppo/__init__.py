@@ -119,7 +119,7 @@ def _prompts(settings: Settings, pairs: Artifact | None, context: Context) -> li
     if pairs is None:
         return context.inputs.corpus.sampled_prompts(settings.split.num_prompts)
     table = PairTable.read(pairs.path)
-    prompts = [table.prompt[row] for row in table.rows(settings.split.subset, settings.split)]
+    prompts = [table.prompt[int(row)] for row in table.rows(settings.split.subset, settings.split)]
     return list(dict.fromkeys(prompts)) if settings.samples_once else prompts
 
 
