@@ -26,6 +26,9 @@ def plan(
     overrides: Overrides = None,
     stage: Annotated[str, typer.Option(help="comma-separated stages (sft, reward, ...); default: all")] = "",
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="file to write the numbers to")] = None,
+    hours: Annotated[
+        bool, typer.Option("--hours", help="fetch rows and tokenizer from the hub, for hours by stage")
+    ] = False,
     fit: Annotated[
         bool, typer.Option("--fit", help="search micro-batches and remat for the fastest that fits")
     ] = False,
@@ -42,12 +45,12 @@ def plan(
         raise UserError(f"--stage {', '.join(sorted(unknown))}: no such stage; there are {', '.join(STAGES)}")
     target = targets.parse(on, cpu_devices=resolved.mesh.num_devices)
     compilers.prepare(target, recommended_flags=resolved.runtime.flags == "recommended")
-    fits = _fit(resolved, target) if fit else _measure(resolved, target, stages or tuple(STAGES), json)
+    fits = _fit(resolved, target) if fit else _measure(resolved, target, stages or tuple(STAGES), json, hours)
     if not fits:
         raise typer.Exit(DOES_NOT_FIT)
 
 
-def _measure(config: Config, target: "Target", stages: tuple[str, ...], json: Path | None) -> bool:
+def _measure(config: Config, target: "Target", stages: tuple[str, ...], json: Path | None, fetch: bool) -> bool:
     """Prints the tables; whether every program fits."""
     from mpo_jax.runtime.files import write_json
     from mpo_jax.tools.plan import host, hours, measure, report
@@ -66,7 +69,7 @@ def _measure(config: Config, target: "Target", stages: tuple[str, ...], json: Pa
     hosts, times, basis = host.host_memory(measured, planned), [], ""
     console.print(report.host_table(hosts, planned))
     if target.kind is not None:
-        amounts, basis = hours.read_amounts(planned.config)
+        amounts, basis = hours.read_amounts(planned.config, fetch=fetch)
         if amounts is not None and (times := hours.stage_times(measured, planned, amounts)):
             console.print(report.hours_table(times, planned))
         basis = f"hours: {basis}"

@@ -196,5 +196,8 @@ def _lengths(codec: TextCodec, corpus: Corpus) -> dict[Set, Lengths]:
         "prompts": [(prompt, ()) for prompt in corpus.prompts],
         "test_prompts": [(prompt, ()) for prompt in corpus.test_prompts],
     }
-    measured = {name: Lengths.of(codec, rows) for name, rows in sets.items()}
-    return {name: lengths for name, lengths in measured.items() if lengths is not None}
+    measured: dict[Set, Lengths] = {}
+    for name, rows in sets.items():
+        if (lengths := Lengths.of(codec, rows)) is not None:
+            measured[name] = lengths
+    return measured

@@ -2,10 +2,12 @@
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 from mpo_jax.config.registry import Step
 from mpo_jax.config.schema import Config
 from mpo_jax.data.corpus import base_tokenizer, load_corpus
+from mpo_jax.data.sources import HUB
 from mpo_jax.data.text import TextCodec
 from mpo_jax.errors import UserError
 from mpo_jax.pipeline.stages import count_rows
@@ -32,8 +34,18 @@ class StageTime:
     calls: float
 
 
-def read_amounts(config: Config) -> tuple[Amounts | None, str]:
-    """Numbers and lengths of the data's rows, and where they come from; None and the reason if data cannot be read."""
+def read_amounts(config: Config, *, fetch: bool = False) -> tuple[Amounts | None, str]:
+    """Numbers and lengths of the data's rows, and where they come from; None and the reason if data cannot be read.
+
+    Args:
+      fetch: whether rows and a tokenizer that are on the hub are fetched.
+    """
+    data, path = config.data, config.model.path
+    sources = (*data.path, *data.sft_path, *data.test_path, *data.prompt_path, *data.test_prompt_path)
+    if not fetch and any(spec.startswith(HUB) for spec in sources):
+        return None, "the rows are on the hub: --hours fetches them"
+    if not fetch and path is not None and not Path(path).expanduser().exists():
+        return None, f"the tokenizer of {path} is on the hub: --hours fetches it"
     try:
         corpus = load_corpus(config)
     except (UserError, OSError) as error:
