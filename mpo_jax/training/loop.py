@@ -13,8 +13,9 @@ from mpo_jax.config.schema import EVAL
 from mpo_jax.errors import Preempted, UserError
 from mpo_jax.runtime.preemption import Preemption
 from mpo_jax.runtime.stage_warnings import warn
-from mpo_jax.training.checkpoints import Checkpoints, abstract_state, leaf_hashes, state_hash
+from mpo_jax.training.checkpoints import Checkpoints, abstract_state
 from mpo_jax.training.guard import Guard
+from mpo_jax.training.hashes import leaf_hashes, state_hash
 from mpo_jax.training.tracker import Sink, Tracker
 from mpo_jax.training.validation import Best, Evaluate, measure_now
 from mpo_jax.types import TrainState

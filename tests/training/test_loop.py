@@ -17,7 +17,8 @@ from mpo_jax.config.schema import OptimConfig
 from mpo_jax.errors import Preempted, UserError
 from mpo_jax.runtime.preemption import stopping_at
 from mpo_jax.runtime.stage_warnings import collect_warnings
-from mpo_jax.training.checkpoints import Checkpoints, leaf_hashes, state_hash
+from mpo_jax.training.checkpoints import Checkpoints
+from mpo_jax.training.hashes import leaf_hashes, state_hash
 from mpo_jax.training.loop import Checkpointing, Fitted, Hooks, fit
 from mpo_jax.training.optimizer import make_optimizer, with_learning_rate
 from mpo_jax.training.update import init_state, make_update
