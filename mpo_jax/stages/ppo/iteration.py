@@ -88,9 +88,10 @@ def init_ppo_state(
         return jax.device_put(jnp.asarray(value, jnp.float32), replicated(mesh))
 
     init = partial(init_state, mesh=mesh, donate=donate)
-    policy = init(actor, make_optimizer(method.actor_optim))
+    # offloaded before the critic's moments are made
+    policy = offload.state(init(actor, make_optimizer(method.actor_optim)))
     return PpoState(
-        actor=offload.state(policy),
+        actor=policy,
         critic=offload.state(init(critic, make_optimizer(method.critic_optim))),
         kl_coef=number(method.kl.coef),
         ema=jax.tree.map(jnp.copy, policy.trainable) if method.extras.ema_decay is not None else None,
