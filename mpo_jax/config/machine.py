@@ -84,6 +84,11 @@ class RuntimeConfig(Section, frozen=True):
     token_cache: str | None = Field(
         default="~/.cache/mpo_jax/tokens", description="folder for tokenized rows, reused by later runs; null: no cache"
     )
+    fingerprint_cache: str | None = Field(
+        default="~/.cache/mpo_jax/fingerprints",
+        description="folder for the sha256 of model and data files, so that later runs read no unchanged file to name "
+        "their stages; null: no cache",
+    )
     tensorboard: bool = Field(default=True, description="write TensorBoard event files for every stage")
     wandb: WandbConfig | None = Field(
         default=None, description="log to Weights & Biases with these settings, {} for the defaults; null: do not"
@@ -137,3 +142,7 @@ class RuntimeConfig(Section, frozen=True):
     @property
     def token_cache_folder(self) -> Path | None:
         return None if self.token_cache is None else Path(self.token_cache).expanduser()
+
+    @property
+    def fingerprint_cache_folder(self) -> Path | None:
+        return None if self.fingerprint_cache is None else Path(self.fingerprint_cache).expanduser()

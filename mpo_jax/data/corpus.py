@@ -6,6 +6,7 @@ import importlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, lru_cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
@@ -96,8 +97,11 @@ class Corpus:
         return [row for row in self.pairs if row.prompt in part]
 
 
-def fingerprint(config: DataConfig) -> str:
+def fingerprint(config: DataConfig, cache: Path | None = None) -> str:
     """A hash of everything the rows depend on: of a file its content, and its name only if that implies a category.
+
+    Args:
+      cache: folder of files' digests from earlier runs.
 
     Raises:
       UserError: if a source is missing or a hub data set cannot be loaded.
@@ -107,7 +111,7 @@ def fingerprint(config: DataConfig) -> str:
         content: Any = {"world": config.toy.model_dump(mode="json")}
     else:
         fields = ("path", "sft_path", "test_path", "prompt_path", "test_prompt_path")
-        content = {field: _fingerprint_sources(getattr(config, field)) for field in fields}
+        content = {field: _fingerprint_sources(getattr(config, field), cache) for field in fields}
         if (category := _format(config.kind).category) is not None:
             content["categories"] = [_named_categories(getattr(config, field), category) for field in fields]
         options |= {"filter", "keep_news", "max_rows"}
@@ -115,10 +119,10 @@ def fingerprint(config: DataConfig) -> str:
     return hashlib.sha256(json.dumps([config.kind, content], sort_keys=True).encode()).hexdigest()
 
 
-def _fingerprint_sources(specs: tuple[str, ...]) -> list[Any]:
+def _fingerprint_sources(specs: tuple[str, ...], cache: Path | None) -> list[Any]:
     # splits of one hub data set can share files, so the name is hashed too
     hub = [spec for spec in specs if spec.startswith(HUB)]
-    return [hub, fingerprint_files(file for spec in specs for file in open_source(spec).files())]
+    return [hub, fingerprint_files((file for spec in specs for file in open_source(spec).files()), cache)]
 
 
 def _named_categories(specs: tuple[str, ...], category: Callable[[str], str | None]) -> list[str | None]:
@@ -346,16 +350,19 @@ def _load_sources(config: Config) -> Corpus:
     )
 
 
-def fingerprint_model(path: str) -> str:
+def fingerprint_model(path: str, cache: Path | None = None) -> str:
     """A hash of a model's files: changed weights count as another model, a moved or copied folder as the same one.
 
     In a folder the files that a model is read from count, with their names; notes beside them do not.
+
+    Args:
+      cache: folder of files' digests from earlier runs.
     """
     local = local_model(path)
     if local.is_file():
-        return fingerprint_files([local])
+        return fingerprint_files([local], cache)
     files = sorted(file for file in local.iterdir() if file.is_file() and any(map(file.match, WANTED)))
-    content = [[file.name, fingerprint_files([file])] for file in files]
+    content = [[file.name, fingerprint_files([file], cache)] for file in files]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 

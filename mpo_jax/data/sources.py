@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mpo_jax.data.digests import file_digest
 from mpo_jax.errors import UserError
 
 Row = dict[str, Any]
@@ -75,8 +76,11 @@ def open_source(spec: str) -> Source:
     return _open_file(spec, path)
 
 
-def fingerprint_files(paths: Iterable[Path]) -> str:
+def fingerprint_files(paths: Iterable[Path], cache: Path | None = None) -> str:
     """sha256 of the files' contents, in order.
+
+    Args:
+      cache: folder of digests from earlier runs (see digests.py).
 
     Raises:
       UserError: if a file is missing or cannot be read.
@@ -86,8 +90,7 @@ def fingerprint_files(paths: Iterable[Path]) -> str:
         if not path.is_file():
             raise UserError(f"no data file {path}: check data.path, data.sft_path and data.test_path")
         try:
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+            digest.update(bytes.fromhex(file_digest(path, cache)))
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     return digest.hexdigest()

@@ -110,7 +110,8 @@ def demonstrations(config: ToyConfig) -> list[Demonstration]:
     rows = []
     for _ in range(config.num_demonstrations):
         post = _draw_post(rng, config)
-        rows.append(Demonstration(post.prompt(), _write(rng, config, post), post.prompt()))
+        prompt = post.prompt()
+        rows.append(Demonstration(prompt, _write(rng, config, post), prompt))
     return rows
 
 
@@ -123,10 +124,11 @@ def preferences(config: ToyConfig, *, test: bool) -> list[Preference]:
         first, second = _write(rng, config, post), _write(rng, config, post)
         while second == first:
             second = _write(rng, config, post)
-        gap = utility(post.prompt(), first) - utility(post.prompt(), second)
+        prompt = post.prompt()
+        gap = utility(prompt, first) - utility(prompt, second)
         if rng.random() >= 1.0 / (1.0 + np.exp(-gap / config.label_temperature)):
             first, second = second, first
-        rows.append(Preference(post.prompt(), first, second, post.prompt()))
+        rows.append(Preference(prompt, first, second, prompt))
     return rows
 
 

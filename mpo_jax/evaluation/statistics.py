@@ -5,7 +5,6 @@ from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import numpy as np
-from scipy import stats
 
 Verdict = Literal["supported", "contradicted", "undecided"]
 LEVEL = 0.05
@@ -107,6 +106,8 @@ def paired_bootstrap(difference_SP: Seeds, *, shared_prompts: bool, resamples: i
     error_R = np.mean([_prompt_error(x_P, rng, resamples, seed, n) for n, x_P in enumerate(drawn)], axis=0)
     spread = standard_errors(difference_SP, shared_prompts=shared_prompts).seeds
     if spread > 0:
+        from scipy import stats  # importing it takes a second, which most commands need not spend
+
         # the quantiles of t in random order: for two seeds, plain draws of so long a tail would make a noisy interval
         quantile_R = (rng.permutation(resamples) + 0.5) / resamples
         error_R = error_R + spread * stats.t.ppf(quantile_R, len(groups) - 1)

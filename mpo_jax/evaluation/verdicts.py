@@ -5,7 +5,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
-from scipy.stats import binomtest
 
 from mpo_jax.errors import UserError
 
@@ -35,6 +34,8 @@ def rate(count: int, total: int) -> Rate | None:
     """count / total with its 95% Wilson score interval (Wilson 1927), for independent items; None if total is 0."""
     if total == 0:
         return None
+    from scipy.stats import binomtest  # importing it takes a second, which most commands need not spend
+
     interval = binomtest(count, total).proportion_ci(0.95, method="wilson")
     return Rate(count / total, float(interval.low), float(interval.high))
 

@@ -66,12 +66,12 @@ class Inputs:
     @property
     def fingerprints(self) -> dict[str, str]:
         """Content hashes of the readable inputs, independent of name and location; absent inputs have none."""
-        config = self._config
-        found: dict[str, Callable[[], str]] = {"data": lambda: corpus.fingerprint(config.data)}
+        config, cache = self._config, self._config.runtime.fingerprint_cache_folder
+        found: dict[str, Callable[[], str]] = {"data": lambda: corpus.fingerprint(config.data, cache)}
         if config.model.path is not None:
-            found["base"] = partial(corpus.fingerprint_model, config.model.path)
+            found["base"] = partial(corpus.fingerprint_model, config.model.path, cache)
         if config.reward.path is not None:
-            found["reward_model"] = partial(corpus.fingerprint_model, config.reward.path)
+            found["reward_model"] = partial(corpus.fingerprint_model, config.reward.path, cache)
         for name in sorted(self._reads & found.keys()):
             if name not in self._fingerprints:
                 self._fingerprints[name] = found[name]()

@@ -257,12 +257,12 @@ def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
     step = make_step(shapes.model, train.optim, loss, settings.nll_coef, train.accumulation, shapes.mesh)
     yield train_program(
         "dpo", "step", step, (shapes.state(train.optim), batch(rows), {}), shapes, rows, "lm",
-        accumulation=train.accumulation, runs=updates, held=(shapes.tree(),), lengths=lengths,
+        accumulation=train.accumulation, runs=updates, lengths=lengths,
     )  # fmt: skip
     yield from held_out_program(
         "dpo", make_held_out(shapes.model, loss, settings.nll_coef, shapes.mesh), batch, shapes, 2, "lm", train=train,
         updates=updates, num_rows=None if amounts is None else amounts.held_out,
-        held=(shapes.state(train.optim).opt_state, shapes.tree()), lengths=shapes.lengths("pairs"),
+        held=(shapes.state(train.optim).opt_state,), lengths=shapes.lengths("pairs"),
     )  # fmt: skip
 
 

@@ -97,6 +97,7 @@ def fit_examples(
     """Trains on batches of examples; returns the parameters to export and a training summary for the manifest.
 
     Args:
+      params: what training starts from; the trainable part's memory is taken over, so it must not be used again.
       update: jitted function (state, batch, frozen) -> (state, metrics).
       buckets: maximum number of widths that batches are padded to.
       model: the model of the stage's programs, as for `fit_stage`.
@@ -121,7 +122,7 @@ def fit_examples(
 
     state, summary = fit_stage(
         name,
-        init_state(params, make_optimizer(train.optim), context.mesh),
+        init_state(params, make_optimizer(train.optim), context.mesh, donate=True),
         step,
         batches,
         steps=steps,

@@ -276,13 +276,12 @@ def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
         yield train_program(
             "reward", "step", make_step(shapes.model, train.optim, loss, train.accumulation, shapes.mesh),
             (shapes.state(train.optim, "value"), shapes.batch(rows), {}), shapes, rows, "value",
-            accumulation=train.accumulation, runs=updates, held=(shapes.tree("value"),),
-            lengths=shapes.lengths("pairs"),
+            accumulation=train.accumulation, runs=updates, lengths=shapes.lengths("pairs"),
         )  # fmt: skip
         yield from held_out_program(
             "reward", make_held_out(shapes.model, loss, shapes.mesh), shapes.batch, shapes, 2, "value", train=train,
             updates=updates, num_rows=None if amounts is None else amounts.reward_watched,
-            held=(shapes.state(train.optim, "value").opt_state, shapes.tree("value")), lengths=shapes.lengths("pairs"),
+            held=(shapes.state(train.optim, "value").opt_state,), lengths=shapes.lengths("pairs"),
         )  # fmt: skip
     yield scoring_program(
         "reward", "score", forward.make_score_pairs(shapes.model, shapes.mesh),

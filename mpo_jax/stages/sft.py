@@ -202,13 +202,11 @@ def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
         "sft", "step", make_step(shapes.model, train.optim, train.accumulation, shapes.mesh),
         (shapes.state(train.optim), shapes.batch(rows), {}), shapes, rows, "lm", accumulation=train.accumulation,
         runs=updates, lengths=shapes.lengths("demonstrations"),
-        # `run` keeps a reference to the initial parameters until training ends
-        held=(shapes.tree(),),
     )  # fmt: skip
     yield from held_out_program(
         "sft", make_held_out(shapes.model, shapes.mesh), shapes.batch, shapes, 1, "lm", train=train, updates=updates,
         num_rows=None if amounts is None else amounts.held_out,
-        held=(shapes.state(train.optim).opt_state, shapes.tree()), lengths=shapes.lengths("demonstrations"),
+        held=(shapes.state(train.optim).opt_state,), lengths=shapes.lengths("demonstrations"),
     )  # fmt: skip
     yield scoring_program(
         "sft", "nll", make_nll(shapes.model, shapes.mesh), (shapes.trained(), shapes.batch(rows)), shapes, rows, "lm",

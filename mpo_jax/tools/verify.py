@@ -24,7 +24,8 @@ from mpo_jax.runtime.interrupts import STOPS
 from mpo_jax.runtime.preemption import stopping_at
 from mpo_jax.runtime.sharding import make_mesh
 from mpo_jax.stages.context import Inputs
-from mpo_jax.training.checkpoints import Checkpoints, first_difference, state_hash
+from mpo_jax.training.checkpoints import Checkpoints
+from mpo_jax.training.hashes import LANES, first_difference, state_hash
 from mpo_jax.types import Artifact
 
 
@@ -37,21 +38,25 @@ class Stretch:
       end: later step with a known state hash.
       expected: state hash at `end`.
       leaves: hash of each leaf at `end`, if there is a checkpoint; else None.
+      sha256: whether these are sha256 of the checkpoints' arrays, instead of the hashes that training recorded.
     """
 
     start: int
     end: int
     expected: str
     leaves: Mapping[str, str] | None
+    sha256: bool = False
 
 
-def verify(workdir: Path, stage: str | None) -> bool:
+def verify(workdir: Path, stage: str | None, *, sha256: bool = False) -> bool:
     """Whether every stage that can be checked reproduces its recorded states bit for bit; prints a line for each.
 
     Bitwise equality is guaranteed only on the same devices, mesh and versions.
 
     Args:
       stage: kind of stage (sft, reward, dpo, ppo) or folder name of one stage; None for all.
+      sha256: whether to compare sha256 of the last two checkpoints' arrays on disk, instead of the 128-bit hashes that
+        training takes on the devices. So are checkpoints of earlier versions, whose recorded hashes are others.
 
     Raises:
       UserError: if there is nothing to check.
@@ -61,7 +66,7 @@ def verify(workdir: Path, stage: str | None) -> bool:
         name = folder.name.removeprefix(".").removesuffix(".partial")
         try:
             with FileLock(workdir / "stages" / f".{name}.lock", timeout=0):
-                if (stretch := _stretch(folder)) is None:
+                if (stretch := _stretch(folder, sha256)) is None:
                     console.print(
                         f"{name}: fewer than two states are stored. In the run that makes it, set "
                         "runtime.keep_finished_checkpoints=true and checkpoint_every below the number of steps",
@@ -92,7 +97,7 @@ def _trained(workdir: Path, stage: str | None) -> Iterator[tuple[Path, dict[str,
             yield folder, recipe
 
 
-def _stretch(folder: Path) -> Stretch | None:
+def _stretch(folder: Path, sha256: bool) -> Stretch | None:
     """The steps between the last two checkpoints, or from the only checkpoint to the next recorded hash."""
     if not (folder / "checkpoints").is_dir() or not (folder / "config.yaml").is_file():
         return None
@@ -102,9 +107,15 @@ def _stretch(folder: Path) -> Stretch | None:
         steps = checkpoints.steps()
         if len(steps) > 1:
             start, end = steps[-2:]
-            leaves = checkpoints.record(end)["hashes"]
+            record = checkpoints.record(end)
+            if sha256 or record.get("hash") != LANES:
+                leaves = checkpoints.sha256(end)
+                return Stretch(start, end, state_hash(leaves), leaves, True)
+            leaves = record["hashes"]
             return Stretch(start, end, recorded.get(end, state_hash(leaves)), leaves)
-        later = [step for step in recorded if steps and step > steps[0]]
+        if sha256 or not steps or checkpoints.record(steps[0]).get("hash") != LANES:
+            return None
+        later = [step for step in recorded if step > steps[0]]
         return Stretch(steps[0], min(later), recorded[min(later)], None) if later else None
     finally:
         checkpoints.close()
@@ -132,17 +143,17 @@ def _same(workdir: Path, folder: Path, name: str, recipe: Mapping[str, Any], str
         machine.start(config.runtime)
     with tempfile.TemporaryDirectory(prefix=".verify-", dir=workdir) as scratch, STOPS.removing(Path(scratch)):
         found = _train_again(config, workdir, folder, Path(scratch), recipe, stretch)
+    hash_of = "sha256" if stretch.sha256 else "state_hash"
     if state_hash(found) == stretch.expected:
-        console.print(
-            f"{name}: steps {stretch.start} to {stretch.end} identical ({stretch.expected[:12]})", soft_wrap=True
-        )
+        steps = f"steps {stretch.start} to {stretch.end}"
+        console.print(f"{name}: {steps} identical ({hash_of} {stretch.expected[:12]})", soft_wrap=True)
         return True
     leaf = first_difference(stretch.leaves, found) if stretch.leaves else None
     what = f"the first leaf that differs is {leaf}" if leaf else "which leaf differs is not recorded"
     if stretch.leaves and not leaf:
         what = "the stored checkpoint equals this run's bit for bit, so the recorded hash is wrong"
     console.print(
-        f"{name}: steps {stretch.start} to {stretch.end} differ: state_hash {stretch.expected[:12]} was recorded and "
+        f"{name}: steps {stretch.start} to {stretch.end} differ: {hash_of} {stretch.expected[:12]} was recorded and "
         f"is {state_hash(found)[:12]} now; {what}",
         soft_wrap=True,
     )
@@ -176,6 +187,6 @@ def _train_again(
         pass
     checkpoints = Checkpoints(scratch / "checkpoints", keep=1)
     try:
-        return checkpoints.record(stretch.end)["hashes"]
+        return checkpoints.sha256(stretch.end) if stretch.sha256 else checkpoints.record(stretch.end)["hashes"]
     finally:
         checkpoints.close()

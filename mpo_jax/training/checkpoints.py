@@ -1,7 +1,6 @@
 """Checkpoints inside an unfinished stage: Orbax, sharded, asynchronous, published atomically, checked when read."""
 
 import errno
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
 from mpo_jax.errors import UserError
 from mpo_jax.runtime.console import console
-from mpo_jax.runtime.processes import to_host
+from mpo_jax.training.hashes import KINDS, LANES, SHA256, first_difference, leaf_hashes, sha256_of
 
 SPARE_BYTES = 2**20
 """Disk space beyond the arrays themselves: metadata, and the metrics written meanwhile."""
@@ -115,7 +114,7 @@ class Checkpoints:
         self._manager.wait_until_finished()
         try:
             return self._read(step, abstract, self.record(step))
-        except (PermissionError, MemoryError, jax.errors.JaxRuntimeError):
+        except (UserError, PermissionError, MemoryError, jax.errors.JaxRuntimeError):
             raise
         except Exception as error:
             raise UserError(
@@ -125,8 +124,11 @@ class Checkpoints:
 
     def _read(self, step: int, abstract: Any, record: Mapping[str, Any]) -> Any:
         arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        hash_of = KINDS.get(kind := record.get("hash", SHA256))
+        if hash_of is None:
+            raise UserError(f"{self._folder / str(step)}: a newer version saved it, with hashes of the kind {kind!r}")
         found = self._manager.restore(step, args=arguments)["state"]
-        if leaf := first_difference(record["hashes"], leaf_hashes(found)):
+        if leaf := first_difference(record["hashes"], hash_of(found)):
             raise ValueError(f"{leaf} has other bytes than were saved")
         return found
 
@@ -186,6 +188,7 @@ class Checkpoints:
             raise OSError(errno.ENOSPC, f"{needed} bytes are needed for a checkpoint", str(self._folder))
         record = {
             "leaves": _describe(state),
+            "hash": LANES,
             "hashes": hashes or leaf_hashes(state),
             "recipe": self._recipe,
             "value": value,
@@ -206,9 +209,32 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def record(self, step: int) -> dict[str, Any]:
-        """The JSON beside the arrays: `leaves` (types and shapes), `hashes`, `recipe`, `value`, `carried`."""
+        """The JSON beside the arrays: `leaves` (types and shapes), `hashes` and their kind `hash`, `recipe`, ..."""
         stored = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))
         return json.loads(stored["record"]["json"])
+
+    def sha256(self, step: int) -> dict[str, str]:
+        """sha256 of every array as it lies on disk, with its path, type and shape; by path. Reads one at a time.
+
+        Raises:
+          UserError: if the checkpoint cannot be read.
+        """
+        folder = epath.Path(self._folder / str(step) / "state").resolve()
+        hashes = {}
+        try:
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+                tree = reader.metadata(folder).item_metadata.tree
+                whole = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+                for path, _ in jax.tree_util.tree_leaves_with_path(tree):
+                    one = lambda p, _, path=path: 0 if p == path else ocp.PLACEHOLDER  # noqa: E731
+                    only = jax.tree_util.tree_map_with_path(one, tree)
+                    arrays = reader.restore(folder, args=ocp.args.PyTreeRestore(item=only, restore_args=whole))
+                    (array,) = (leaf for leaf in jax.tree.leaves(arrays) if leaf is not ocp.PLACEHOLDER)
+                    name = jax.tree_util.keystr(path, simple=True, separator=".")
+                    hashes[name] = sha256_of(name, np.asarray(array))
+        except Exception as error:
+            raise UserError(f"{folder.parent} cannot be read: {type(error).__name__}: {error}") from error
+        return hashes
 
     def close(self) -> None:
         """Waits for pending writes."""
@@ -271,30 +297,6 @@ class _Kept(PreservationPolicy):
 def abstract_state(state: Any) -> Any:
     """Shapes, types and shardings of a state's arrays, without the arrays."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-
-
-def leaf_hashes(state: Any) -> dict[str, str]:
-    """sha256 of every leaf's path, type, shape and bytes, by path in the tree's order.
-
-    Leaves are fetched one at a time; the hash does not depend on their shardings.
-    """
-    hashes = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        name, array = jax.tree_util.keystr(path), np.ascontiguousarray(to_host(leaf))
-        digest = hashlib.sha256(f"{name} {array.dtype}{list(np.shape(leaf))}\n".encode())
-        digest.update(array.reshape(-1).view(np.uint8).data)
-        hashes[name] = digest.hexdigest()
-    return hashes
-
-
-def state_hash(hashes: Mapping[str, str]) -> str:
-    """One sha256 for all leaves: of their hashes in order."""
-    return hashlib.sha256("\n".join(hashes.values()).encode()).hexdigest()
-
-
-def first_difference(expected: Mapping[str, str], found: Mapping[str, str]) -> str | None:
-    """The first leaf whose hash differs, or that only one side has."""
-    return next((name for name in {**expected, **found} if expected.get(name) != found.get(name)), None)
 
 
 def _describe(state: Any) -> dict[str, str]:

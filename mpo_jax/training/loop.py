@@ -13,8 +13,9 @@ from mpo_jax.config.schema import EVAL
 from mpo_jax.errors import Preempted, UserError
 from mpo_jax.runtime.preemption import Preemption
 from mpo_jax.runtime.stage_warnings import warn
-from mpo_jax.training.checkpoints import Checkpoints, abstract_state, leaf_hashes, state_hash
+from mpo_jax.training.checkpoints import Checkpoints, abstract_state
 from mpo_jax.training.guard import Guard
+from mpo_jax.training.hashes import leaf_hashes, state_hash
 from mpo_jax.training.tracker import Sink, Tracker
 from mpo_jax.training.validation import Best, Evaluate, measure_now
 from mpo_jax.types import TrainState
@@ -117,6 +118,7 @@ def fit(
     """Runs `step(state, batches[k])` for every k below `num_steps`, from the newest sound checkpoint if there is one.
 
     Args:
+      state: what training starts from; it is used up, by the first step's donation or where a checkpoint replaces it.
       num_steps: None for as many as there are batches.
       name: what messages and metrics call the run.
       folder: for metrics.jsonl, TensorBoard's files, and batches whose updates were skipped; None: nothing is written.
@@ -147,7 +149,12 @@ def fit(
                 clean=True,
             )
             closing.callback(store.close)
-        start, state = (0, state) if store is None else store.restore(state)
+        start, given = 0, state
+        if store is not None:
+            start, state = store.restore(given)
+            if state is not given:
+                # callers hold it until training ends
+                _free(given)
         if start > num_steps:
             raise UserError(
                 f"{name}: the newest checkpoint is of step {start}, but num_steps={num_steps}: raise it, or name "
@@ -211,6 +218,13 @@ def fit(
             del state
             state = store.load(chosen["step"], abstract)
     return Fitted(state, {"steps": num_steps, "train": logged, "best": chosen})
+
+
+def _free(state: State) -> None:
+    """Gives the arrays' memory back, whoever still refers to them."""
+    for leaf in jax.tree.leaves(state):
+        if isinstance(leaf, jax.Array):
+            leaf.delete()
 
 
 def _check_skipped(state: State, name: str, num_steps: int) -> None:

@@ -27,14 +27,22 @@ Total = TypeVar("Total")
 Kept = TypeVar("Kept")
 
 
-def init_state(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def init_state(
+    params: Params, optimizer: optax.GradientTransformation, mesh: Mesh, *, donate: bool = False
+) -> TrainState:
     """A state at step 0 whose optimiser moments are sharded like the parameters.
 
-    The trainable part is copied: a step donates its state, and `params` may be in use elsewhere.
+    Args:
+      donate: whether the state takes over the trainable part's memory; `params["trainable"]` must not be used again.
+        Otherwise it is copied, since a step donates its state, and `params` may be in use elsewhere.
     """
     tree = params["trainable"]
     shardings = forward.param_shardings(tree, mesh)
-    tree = jax.jit(lambda p: jax.tree.map(jnp.copy, p), out_shardings=shardings)(tree)
+    if donate:
+        # device_put would give further arrays on the same memory, so that a step could not take it over
+        tree = jax.jit(lambda p: p, donate_argnums=0, out_shardings=shardings)(tree)
+    else:
+        tree = jax.jit(lambda p: jax.tree.map(jnp.copy, p), out_shardings=shardings)(tree)
     shardings = state_shardings(optimizer, tree, shardings, mesh)
     step, skipped, in_a_row = (jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh)) for _ in range(3))
     return TrainState(step, tree, jax.jit(optimizer.init, out_shardings=shardings)(tree), skipped, in_a_row)

@@ -55,8 +55,22 @@ def test_every_stage_is_identical(made, capsys):
     for stage, steps in {"sft": "4 to 6", "reward": "2 to 4", "dpo": "2 to 3", "ppo": "2 to 4"}.items():
         folder = folder_of(made, stage)
         recorded = {row["step"]: row.get("state_hash", "") for row in rows(folder)}
-        assert f"{folder.name}: steps {steps} identical ({recorded[int(steps[-1])][:12]})" in out
+        assert f"{folder.name}: steps {steps} identical (state_hash {recorded[int(steps[-1])][:12]})" in out
     assert sorted(path.relative_to(made) for path in made.rglob("*") if "lock" not in path.suffix) == before
+
+
+def test_stored_checkpoints_by_sha256(made, copied, capsys):
+    """Another checkpoint in the end's place is found by name; one checkpoint alone is not enough."""
+    assert mpo("verify", made, "--sha256") == 0
+    out = said(capsys)
+    assert f"{folder_of(made, 'ppo').name}: steps 2 to 4 identical (sha256 " in out and out.count("identical") == 1
+    assert f"{folder_of(made, 'sft').name}: fewer than two states are stored" in out
+    end = folder_of(copied, "ppo") / "checkpoints" / "4"
+    shutil.rmtree(end)
+    shutil.copytree(end.with_name("2"), end)
+    assert mpo("verify", copied, "--stage", "ppo", "--sha256") == 1
+    assert "steps 2 to 4 differ: sha256" in (out := said(capsys))
+    assert "the first leaf that differs is actor.opt_state.count" in out
 
 
 @pytest.mark.parametrize("by", ["kind", "name"])

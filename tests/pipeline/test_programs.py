@@ -6,6 +6,7 @@ a stage runs and does not list is memory and time that nobody sees.
 
 import dataclasses
 import functools
+import gc
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from mpo_jax.runtime.timing import Matmul
 from mpo_jax.stages import sampling
 from mpo_jax.stages.context import Inputs
 from mpo_jax.stages.stage import Program
+from mpo_jax.training.checkpoints import Checkpoints
 from tests.pipeline.test_pipeline import MICRO, mpo
 
 pytestmark = pytest.mark.unoptimised
@@ -47,19 +49,42 @@ ONCE = {
     "_cast",  # and stored in their type
     "start",  # the first, empty rows that are refilled
     "make_minibatch",  # rows are gathered
+    "_adder",  # the state's hashes are taken
 }  # fmt: skip
 """Who makes the small programs that are not listed: they have no forward pass, and hold nothing but what they make."""
 
 
+def live_bytes() -> int:
+    """Of the memory of all arrays on one device, counted once where several arrays share it, as a shard's view does."""
+    arrays = [array for array in jax.live_arrays() if not array.is_deleted() and len(array.devices()) == 1]
+    return sum({array.unsafe_buffer_pointer(): array.nbytes for array in arrays}.values())
+
+
+def listed_bytes(program: Program) -> int:
+    """Of a program's arguments and of what its stage holds beside them."""
+    return size_of((program.arguments({}), program.held))
+
+
+def size_of(tree: Any) -> int:
+    """Bytes of a tree's arrays or shapes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
 class Counted:
-    """A jitted function that notes its calls, those with arrays alone."""
+    """A jitted function that notes its calls, those with arrays alone.
+
+    Attributes:
+      live: bytes of all arrays at each call.
+    """
 
     def __init__(self, function: Any, maker: str, calls: list["Counted"]):
         self.function, self.maker, self.calls = function, maker, calls
+        self.live: list[int] = []
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((args, options))):
             self.calls.append(self)
+            self.live.append(live_bytes())
         return self.function(*args, **options)
 
     def __getattr__(self, name: str) -> Any:
@@ -68,13 +93,18 @@ class Counted:
 
 @dataclasses.dataclass
 class Ran:
-    """A stage that ran: what it lists for these amounts of data, its calls, and the inputs that it read."""
+    """A stage that ran: what it lists for these amounts of data, its calls, and the inputs that it read.
+
+    Attributes:
+      live: bytes of arrays at each call of a listed program, those aside that were there before the stage.
+    """
 
     stage: str
     programs: dict[str, Program]
     calls: list[Counted]
     reads: set[str]
     recipe: Any
+    live: dict[str, list[int]]
 
     def is_estimated(self, name: str) -> bool:
         """Whether how often it runs depends on where samples end: rows that have ended are refilled."""
@@ -114,8 +144,12 @@ def ran(request, tmp_path_factory) -> Iterator[list[Ran]]:
 
     def watched(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(settings: Any, parents: Any, context: Any) -> Any:
+            for one in calls:
+                one.live.clear()
             calls.clear()
             reads.clear()
+            gc.collect()
+            before = live_bytes()
             summary = run(settings, parents, context)
             called, read = list(calls), set(reads)
             codec = TextCodec(base_tokenizer(config), config.text)
@@ -126,7 +160,13 @@ def ran(request, tmp_path_factory) -> Iterator[list[Ran]]:
             )  # fmt: skip
             programs = list(STAGES[name].programs(settings, shapes))
             assert len({program.name for program in programs}) == len(programs)
-            found.append(Ran(name, {program.name: program for program in programs}, called, read, context.recipe))
+            own = {id(one.function): one for one in called}
+            live = {
+                program.name: [size - before for size in own[id(program.function.function)].live]
+                for program in programs
+                if id(program.function.function) in own
+            }
+            found.append(Ran(name, {program.name: program for program in programs}, called, read, context.recipe, live))
             return summary
 
         return wrapped
@@ -135,8 +175,15 @@ def ran(request, tmp_path_factory) -> Iterator[list[Ran]]:
         reads.append(name)
         check(self, name)
 
+    def written(self: Checkpoints, *args: Any, **options: Any) -> None:
+        save(self, *args, **options)
+        # until a checkpoint is written, its copy of the state is an array on the CPU
+        self._manager.wait_until_finished()
+
+    save = Checkpoints.save
     clear_caches()
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoints, "save", written)
         patch.setattr(Inputs, "_check", noted)
         patch.setattr(jax, "jit", jit)
         # which id ends a response changes neither memory nor work, but makes another function
@@ -168,6 +215,17 @@ def test_it_runs_as_often_as_is_said(ran):
                 assert count / 2 <= program.runs <= 2 * count, name
             else:
                 assert count == program.runs, name
+
+
+def test_a_training_stage_holds_what_is_listed(ran):
+    """The state and what a stage keeps beside it: no second copy of the initial parameters, nor of any model."""
+    for one in ran:
+        for name, program in one.programs.items():
+            if program.accumulation is not None:
+                assert len(one.live[name]) == one.counts[name] > 0
+                listed, model = listed_bytes(program), size_of(program.arguments({})[0].trainable)
+                low, high = listed - 0.2 * model, listed + 0.2 * model
+                assert all(low < live < high for live in one.live[name]), (name, listed, model, one.live[name])
 
 
 def test_a_table_s_estimate_adds_up_these_calls(ran, request, monkeypatch):

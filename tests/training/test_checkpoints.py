@@ -1,5 +1,6 @@
 """mpo_jax.training.checkpoints: what is saved comes back bit by bit, where it was, and only into its own shapes."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -13,7 +14,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mpo_jax.config.schema import MeshConfig, OptimConfig
 from mpo_jax.errors import UserError
 from mpo_jax.runtime.sharding import make_mesh
-from mpo_jax.training.checkpoints import Checkpoints, first_difference, leaf_hashes, state_hash
+from mpo_jax.training.checkpoints import Checkpoints
+from mpo_jax.training.hashes import first_difference, leaf_hashes, sha256_hashes, sha256_of
 from mpo_jax.training.optimizer import make_optimizer
 from mpo_jax.types import TrainState
 
@@ -278,17 +280,54 @@ def test_what_is_carried_comes_back_with_the_state(tmp_path):
 
 
 def test_the_hash_is_of_the_values_wherever_they_lie():
-    """One device and eight give one hash; a bit, a type, a shape or a name give another."""
+    """One device and eight give one hash."""
     state = make_state(3)
     hashes = leaf_hashes(state)
     assert next(iter(hashes)) == ".step" and len(hashes) == len(jax.tree.leaves(state))
     single = jax.tree.map(lambda x: jax.device_put(x, jax.devices()[0]), state)
     assert leaf_hashes(single) == hashes and first_difference(hashes, leaf_hashes(single)) is None
-    a = {"x": jnp.zeros(4), "y": jnp.asarray(1)}
-    others = [
-        {"x": jnp.zeros(4).at[2].set(-0.0), "y": jnp.asarray(1)}, {"x": jnp.zeros(4, jnp.int32), "y": jnp.asarray(1)},
-        {"x": jnp.zeros((2, 2)), "y": jnp.asarray(1)}, {"x2": jnp.zeros(4), "y": jnp.asarray(1)},
-    ]  # fmt: skip
-    assert len({state_hash(leaf_hashes(tree)) for tree in [a, *others]}) == 5
-    assert [first_difference(leaf_hashes(a), leaf_hashes(tree)) for tree in others] == ["['x']"] * 4
-    assert first_difference(leaf_hashes(a), leaf_hashes({"x": a["x"]})) == "['y']"
+
+
+def change_record(step: Path, **changes) -> None:
+    """Changes the JSON beside a checkpoint's arrays; None removes a key."""
+    (path,) = (p for p in (step / "record").rglob("*") if p.is_file() and b"hashes" in p.read_bytes())
+    whole = json.loads(path.read_text())
+    dropped = [name for name, value in changes.items() if value is None]
+    record = {k: v for k, v in {**json.loads(whole["json"]), **changes}.items() if k not in dropped}
+    path.write_text(json.dumps({"json": json.dumps(record)}))
+
+
+def test_a_checkpoint_of_an_earlier_version_is_checked_by_its_sha256(tmp_path, capsys):
+    """Its record does not say what its hashes are."""
+    for step in (10, 20):
+        save(tmp_path, {step: make_state(step)}, keep=2)
+        change_record(tmp_path / str(step), hash=None, hashes=sha256_hashes(make_state(step)))
+    step, found = restore(tmp_path, make_state(0))
+    assert step == 20
+    check_same(found, make_state(20))
+    change_record(tmp_path / "20", hashes=sha256_hashes(make_state(21)))
+    assert restore(tmp_path, make_state(0))[0] == 10
+    assert ".step has other bytes than were saved" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_kind_of_hash_that_is_not_known_is_refused_and_the_checkpoint_left_alone(tmp_path):
+    save(tmp_path, {10: make_state(10)})
+    change_record(tmp_path / "10", hash="of tomorrow")
+    with pytest.raises(UserError, match="a newer version saved it, with hashes of the kind 'of tomorrow'"):
+        restore(tmp_path, make_state(0))
+    assert (tmp_path / "10").is_dir()
+
+
+def test_sha256_of_the_arrays_on_disk(tmp_path):
+    """By the names in the files, each as if it were a leaf of that name."""
+    state = make_state(3)
+    save(tmp_path, {10: state})
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    found = checkpoints.sha256(10)
+    checkpoints.close()
+    assert len(found) == len(jax.tree.leaves(state))
+    for name, leaf in (("trainable.layers.half", state.trainable["layers"]["half"]), ("step", state.step)):
+        assert found[name] == sha256_of(name, np.asarray(leaf))
+    shutil.rmtree(tmp_path / "10" / "state")
+    with pytest.raises(UserError, match="10 cannot be read"):
+        checkpoints.sha256(10)

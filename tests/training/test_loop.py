@@ -17,7 +17,8 @@ from mpo_jax.config.schema import OptimConfig
 from mpo_jax.errors import Preempted, UserError
 from mpo_jax.runtime.preemption import stopping_at
 from mpo_jax.runtime.stage_warnings import collect_warnings
-from mpo_jax.training.checkpoints import Checkpoints, leaf_hashes, state_hash
+from mpo_jax.training.checkpoints import Checkpoints
+from mpo_jax.training.hashes import leaf_hashes, state_hash
 from mpo_jax.training.loop import Checkpointing, Fitted, Hooks, fit
 from mpo_jax.training.optimizer import make_optimizer, with_learning_rate
 from mpo_jax.training.update import init_state, make_update
@@ -398,3 +399,19 @@ def test_an_update_that_is_not_finite_is_skipped_though_its_gradient_is(tmp_path
 def test_mistakes_are_told_before_the_first_step(mistake, message):
     with pytest.raises(UserError, match=message):
         mistake()
+
+
+def test_a_given_state_is_freed_once_a_checkpoint_replaces_it(tmp_path):
+    """Callers hold the state that they give until `fit` returns: two states would be in memory all that time."""
+
+    def run() -> tuple[dict, dict]:
+        given = {"w": jnp.zeros(3)}
+        checkpoints = Checkpointing(tmp_path / "checkpoints", every=1)
+        step = lambda state, batch: ({"w": state["w"] + batch}, {"loss": batch})  # noqa: E731
+        return given, fit(given, step, [1.0, 2.0, 3.0], folder=tmp_path, checkpoints=checkpoints).state
+
+    given, first = run()
+    assert not given["w"].is_deleted()
+    given, again = run()
+    assert given["w"].is_deleted()
+    np.testing.assert_array_equal(first["w"], again["w"])

@@ -158,6 +158,23 @@ def test_init_state_leaves_the_given_parameters_usable():
         chex.assert_trees_all_equal(before, jax.device_get(params))
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 8, 1)])
+def test_init_state_can_take_over_the_memory(shape):
+    """The same state, in the given arrays' own memory; they are gone."""
+    _, params, _ = cases()["sft"]
+    mesh, optimizer = mesh_of(*shape), make_optimizer(OptimConfig())
+    with jax.set_mesh(mesh):
+        expected = init_state(trainable(params), optimizer, mesh)
+        given = jax.tree.map(jnp.copy, expected.trainable)
+        where = [x.addressable_shards[0].data.unsafe_buffer_pointer() for x in jax.tree.leaves(given)]
+        state = init_state(trainable(given), optimizer, mesh, donate=True)
+        chex.assert_trees_all_equal(jax.device_get(state), jax.device_get(expected))
+    leaves = jax.tree.leaves(state.trainable)
+    assert [x.addressable_shards[0].data.unsafe_buffer_pointer() for x in leaves] == where
+    assert all(x.is_deleted() for x in jax.tree.leaves(given))
+    assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, expected)
+
+
 # ---- any optax transformation --------------------------------------------------------------------------------------
 
 

@@ -20,7 +20,8 @@ from mpo_jax.runtime.preemption import stopping_at
 from mpo_jax.stages.context import Context, Inputs
 from mpo_jax.stages.fitting import fit_stage
 from mpo_jax.stages.settings import TrainSettings, Watch
-from mpo_jax.training.checkpoints import Checkpoints, leaf_hashes, state_hash
+from mpo_jax.training.checkpoints import Checkpoints
+from mpo_jax.training.hashes import leaf_hashes, state_hash
 from mpo_jax.training.loop import Hooks, fit
 from mpo_jax.training.validation import first_rows, means
 from mpo_jax.types import Mean, Skips

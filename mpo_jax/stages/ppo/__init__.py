@@ -92,7 +92,8 @@ def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -
     def step(state: PpoState, batch: Any) -> tuple[PpoState, Metrics, Any]:
         return loop.iteration(state, batch, demonstrations)
 
-    state = init_ppo_state(method, actor, critic, mesh, offload)
+    # reference and reward model were loaded on their own, so nothing else refers to these arrays
+    state = init_ppo_state(method, actor, critic, mesh, offload, donate=True)
     del actor, critic
     state, trained = fit_stage(
         "ppo",

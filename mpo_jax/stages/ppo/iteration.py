@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -74,17 +75,26 @@ class Models:
         return {"trainable": trainable, "frozen": self.critic_frozen}, to_devices(self.reward)
 
 
-def init_ppo_state(method: Method, actor: Params, critic: Params, mesh: Mesh, offload: Offload) -> PpoState:
-    """The state before the first iteration, with copies of the trainable parameters."""
+def init_ppo_state(
+    method: Method, actor: Params, critic: Params, mesh: Mesh, offload: Offload, *, donate: bool = False
+) -> PpoState:
+    """The state before the first iteration.
+
+    Args:
+      donate: whether it takes over the memory of both trainable parts; otherwise they are copied.
+    """
 
     def number(value: float) -> Array:
         return jax.device_put(jnp.asarray(value, jnp.float32), replicated(mesh))
 
+    init = partial(init_state, mesh=mesh, donate=donate)
+    # offloaded before the critic's moments are made
+    policy = offload.state(init(actor, make_optimizer(method.actor_optim)))
     return PpoState(
-        actor=offload.state(init_state(actor, make_optimizer(method.actor_optim), mesh)),
-        critic=offload.state(init_state(critic, make_optimizer(method.critic_optim), mesh)),
+        actor=policy,
+        critic=offload.state(init(critic, make_optimizer(method.critic_optim))),
         kl_coef=number(method.kl.coef),
-        ema=jax.tree.map(jnp.copy, actor["trainable"]) if method.extras.ema_decay is not None else None,
+        ema=jax.tree.map(jnp.copy, policy.trainable) if method.extras.ema_decay is not None else None,
         scores=Moments(number(0.0), number(0.0), number(0.0)) if method.score == "normalised" else None,
     )
 

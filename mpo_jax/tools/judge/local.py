@@ -50,7 +50,7 @@ class LocalJudge:
     @cached_property
     def _fingerprint(self) -> str:
         files = [self.path] if self.path.is_file() else sorted(p for p in self.path.iterdir() if p.is_file())
-        return fingerprint_files(files)
+        return fingerprint_files(files, self.config.runtime.fingerprint_cache_folder)
 
     def key(self, prompt: str) -> str:
         return content_key("local", self._fingerprint, str(self.max_tokens), self.codec.templated(self._render(prompt)))
