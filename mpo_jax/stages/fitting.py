@@ -19,7 +19,7 @@ from mpo_jax.stages.context import Context
 from mpo_jax.stages.settings import TrainSettings, Watch
 from mpo_jax.stages.shapes import Shapes
 from mpo_jax.stages.stage import Program
-from mpo_jax.training.checkpoints import leaf_hashes, state_hash
+from mpo_jax.training.hashes import leaf_hashes, state_hash
 from mpo_jax.training.loop import Fitted, Hooks, Step, fit
 from mpo_jax.training.optimizer import make_learning_rate, make_optimizer, warmup_steps, with_learning_rate
 from mpo_jax.training.update import init_state
