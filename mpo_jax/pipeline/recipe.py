@@ -7,7 +7,7 @@ from typing import Any
 
 from mpo_jax.types import Artifact
 
-FORMAT = 5
+FORMAT = 6
 """Increment it when a change affects what a stage computes or writes: artifacts of another format are not reused."""
 
 RECIPE = "recipe.json"
