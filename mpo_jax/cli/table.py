@@ -71,6 +71,7 @@ def _print_left_out(name: str, reason: str) -> None:
 
 def _dry_run(config: Config) -> None:
     """Prints the graph of stages, what is there, how long the rest will take, and the disk space of all."""
+    from mpo_jax.pipeline.basis import Basis
     from mpo_jax.pipeline.disk import disk_use
     from mpo_jax.pipeline.table import estimates, table_stages
     from mpo_jax.runtime import machine
@@ -78,8 +79,8 @@ def _dry_run(config: Config) -> None:
 
     machine.start(config.runtime)
     console.quiet = not is_main()
-    stages = table_stages(config)
-    expected = {one.name: one for one in estimates(config, stages)}
+    stages, read = table_stages(config), Basis(config)
+    expected = {one.name: one for one in estimates(config, stages, read)}
     seed = None
     for stage in stages:
         if stage.seed != seed:
@@ -97,7 +98,7 @@ def _dry_run(config: Config) -> None:
                 "can be off; finished stages of one seed give the next ones' times"
             )
         console.print(f"about {duration(seconds)} to go ({basis})", soft_wrap=True)
-    _print_disk(config, stages, disk_use(config, stages))
+    _print_disk(config, stages, disk_use(config, stages, read))
 
 
 def _print_disk(config: Config, stages: "list[TableStage]", use: "DiskUse") -> None:

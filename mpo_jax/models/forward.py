@@ -122,7 +122,8 @@ def for_decoding(model: Model, params: Tree) -> Tree:
 
     def gather(path: tuple[str, ...], leaf: Array) -> Array:
         name = ".".join(path)
-        cast = leaf if name.endswith(FLOAT32) else leaf.astype(model.dtype)
+        # the layout before it is fixed too: the partitioner would gather first and cast then, twice the bytes
+        cast = leaf if name.endswith(FLOAT32) else constrain(leaf.astype(model.dtype), *PARAM_AXES[name])
         return constrain(cast, *PARAM_AXES[name], without="fsdp")
 
     flat: dict[Any, Any] = flatten_dict(params)

@@ -11,18 +11,15 @@ import jax
 import jax.numpy as jnp
 
 from mpo_jax.config.schema import Config
-from mpo_jax.data.corpus import Corpus, base_tokenizer, load_corpus
-from mpo_jax.data.text import TextCodec
 from mpo_jax.models import forward, loading
-from mpo_jax.models.spec import DecoderConfig
+from mpo_jax.pipeline.basis import Basis
 from mpo_jax.pipeline.bucket import Bucket
 from mpo_jax.pipeline.keeping import FOLDERS, Plan
-from mpo_jax.pipeline.stages import STAGES, count_rows
+from mpo_jax.pipeline.stages import STAGES
 from mpo_jax.pipeline.table import TableStage
 from mpo_jax.runtime import machine
 from mpo_jax.stages.fitting import num_updates
 from mpo_jax.stages.settings import TrainSettings
-from mpo_jax.stages.shapes import Amounts
 from mpo_jax.types import Head
 
 STATE_BYTES = 3 * 4
@@ -85,13 +82,14 @@ class DiskUse:
         return max(self.peak - self.there - self.free, 0)
 
 
-def disk_use(config: Config, stages: Sequence[TableStage]) -> DiskUse:
+def disk_use(config: Config, stages: Sequence[TableStage], basis: Basis | None = None) -> DiskUse:
     """What the stages of a table will take, in the order in which they are made.
 
     Args:
       stages: those of `table_stages`.
+      basis: that of the configuration, if the caller has one.
     """
-    sizes_of, folders = Sizes(config), {stage.name: _folder(config, stage) for stage in stages}
+    sizes_of, folders = Sizes(basis or Basis(config)), {stage.name: _folder(config, stage) for stage in stages}
     sizes = {stage.name: _measured(folders[stage.name]) for stage in stages if stage.is_there}
     now = there = sum(size.kept for size in sizes.values())
     sizes |= {stage.name: sizes_of.stage(stage) for stage in stages if not stage.is_there}
@@ -115,8 +113,8 @@ def disk_use(config: Config, stages: Sequence[TableStage]) -> DiskUse:
 class Sizes:
     """Sizes of stages that do not exist yet, under one configuration."""
 
-    def __init__(self, config: Config):
-        self._config = config
+    def __init__(self, basis: Basis):
+        self._basis, self._config = basis, basis.config
 
     def stage(self, planned: TableStage) -> StageSize:
         """What a stage will take; rows are counted at their full length, an upper bound."""
@@ -124,10 +122,10 @@ class Sizes:
         if kind == "select":
             # ids and text of two responses a row, and the prompt
             token = 4 + TEXT_BYTES
-            rows = self._amounts.selected * 2 * config.text.max_response_tokens * token
-            return StageSize(rows=rows + _bytes(self._corpus.sampled_prompts(config.select.num_prompts)))
+            rows = self._basis.amounts.selected * 2 * config.text.max_response_tokens * token
+            return StageSize(rows=rows + _bytes(self._basis.corpus.sampled_prompts(config.select.num_prompts)))
         if kind == "evaluate":
-            prompts = self._corpus.test_prompts[: config.evaluate.num_prompts]
+            prompts = self._basis.corpus.test_prompts[: config.evaluate.num_prompts]
             return StageSize(rows=len(prompts) * config.text.max_response_tokens * TEXT_BYTES + _bytes(prompts))
         if kind == "reward":
             state = 0 if config.reward.path is not None else self._state("value")
@@ -155,7 +153,7 @@ class Sizes:
         return dataclasses.replace(size, state=state * min(saved, kept + 1), checkpoints=stays)
 
     def _examples(self, planned: TableStage) -> int:
-        amounts, recipe = self._amounts, planned.recipe
+        amounts, recipe = self._basis.amounts, planned.recipe
         if planned.kind == "sft":
             return amounts.demonstrations
         if planned.kind == "reward":
@@ -175,34 +173,15 @@ class Sizes:
 
     def _parameters(self, head: Head) -> int:
         reward = self._config.reward.path
-        decoder = loading.open_model(reward).decoder if head == "value" and reward is not None else self._decoder
+        decoder = loading.open_model(reward).decoder if head == "value" and reward is not None else self._basis.decoder
         return sum(leaf.size for leaf in jax.tree.leaves(forward.abstract_params(decoder, head=head)))
-
-    @cached_property
-    def _codec(self) -> TextCodec:
-        return TextCodec(base_tokenizer(self._config), self._config.text)
-
-    @cached_property
-    def _decoder(self) -> DecoderConfig:
-        path = self._config.model.path
-        if path is not None:
-            return loading.open_model(path).decoder
-        return loading.scratch_sizes(self._config.model.architecture, self._codec.vocab_size)
 
     @cached_property
     def _tokenizer(self) -> int:
         """Bytes of the tokenizer's files, which every model has."""
         with tempfile.TemporaryDirectory() as folder:
-            self._codec.save(Path(folder))
+            self._basis.codec.save(Path(folder))
             return _size(Path(folder))
-
-    @cached_property
-    def _corpus(self) -> Corpus:
-        return load_corpus(self._config)
-
-    @cached_property
-    def _amounts(self) -> Amounts:
-        return count_rows(self._config, self._corpus)
 
 
 def _folder(config: Config, stage: TableStage) -> Path:

@@ -10,20 +10,16 @@ from typing import Any
 import jax
 
 from mpo_jax.config.schema import Config
-from mpo_jax.data.corpus import base_tokenizer, load_corpus
-from mpo_jax.data.text import TextCodec
-from mpo_jax.models import loading
-from mpo_jax.models.spec import DecoderConfig
+from mpo_jax.pipeline.basis import Basis
 from mpo_jax.pipeline.bucket import Bucket, stage_place
 from mpo_jax.pipeline.experiments import table_variants
 from mpo_jax.pipeline.pipeline import Pipeline
 from mpo_jax.pipeline.recipe import artifact_name
-from mpo_jax.pipeline.stages import STAGES, count_rows, stage_shapes
+from mpo_jax.pipeline.stages import STAGES, stage_shapes
 from mpo_jax.runtime import machine
 from mpo_jax.runtime.progress import Expected
 from mpo_jax.runtime.sharding import make_mesh
 from mpo_jax.runtime.timing import time_matmul
-from mpo_jax.stages.shapes import Amounts
 from mpo_jax.types import REMOVED, Artifact
 
 SHARE_OF_PEAK = 0.3
@@ -112,11 +108,15 @@ def table_stages(config: Config) -> list[TableStage]:
     return stages
 
 
-def estimates(config: Config, stages: list[TableStage]) -> list[Expected]:
-    """Expected time of each missing stage: that of the same stage of another seed, else an estimate from its FLOPs."""
+def estimates(config: Config, stages: list[TableStage], basis: Basis | None = None) -> list[Expected]:
+    """Expected time of each missing stage: that of the same stage of another seed, else an estimate from its FLOPs.
+
+    Args:
+      basis: that of the configuration, if the caller has one.
+    """
     measured = {stage.role: stage.seconds for stage in stages if stage.seconds is not None}
     missing = [stage for stage in stages if not stage.is_there]
-    cost = None if all(stage.role in measured for stage in missing) else Cost(config)
+    cost = None if all(stage.role in measured for stage in missing) else Cost(basis or Basis(config))
     guesses: dict[str, float] = {}
     expected = []
     for stage in missing:
@@ -134,32 +134,23 @@ def estimates(config: Config, stages: list[TableStage]) -> list[Expected]:
 class Cost:
     """Rough seconds of stages never timed, from their programs' work and a matrix product timed on this machine."""
 
-    config: Config
-
-    @cached_property
-    def _amounts(self) -> Amounts:
-        codec = TextCodec(base_tokenizer(self.config), self.config.text)
-        return count_rows(self.config, load_corpus(self.config), codec)
-
-    @cached_property
-    def _decoder(self) -> DecoderConfig:
-        path = self.config.model.path
-        if path is not None:
-            return loading.open_model(path).decoder
-        codec = TextCodec(base_tokenizer(self.config), self.config.text)
-        return loading.scratch_sizes(self.config.model.architecture, codec.vocab_size)
+    basis: Basis
 
     @cached_property
     def _flops_per_s(self) -> float:
-        return SHARE_OF_PEAK * self.config.mesh.num_devices * time_matmul(machine.compute_dtype(self.config.model)).rate
+        return (
+            SHARE_OF_PEAK
+            * self.basis.config.mesh.num_devices
+            * time_matmul(machine.compute_dtype(self.basis.config.model)).rate
+        )
 
     def seconds(self, planned: TableStage) -> float:
         """The estimate in seconds; expect it to be off by up to a factor of three."""
-        recipe, mesh = planned.recipe, make_mesh(self.config.mesh)
+        basis, recipe, mesh = self.basis, planned.recipe, make_mesh(self.basis.config.mesh)
         stage = STAGES[recipe["stage"]]
         settings = stage.Settings.model_validate(recipe["settings"])
         shapes = stage_shapes(
-            stage.name, self.config, self._decoder, mesh, amounts=self._amounts, parents=frozenset(recipe["parents"])
+            stage.name, basis.config, basis.decoder, mesh, amounts=basis.amounts, parents=frozenset(recipe["parents"])
         )
         total = 0.0
         with jax.set_mesh(mesh):

@@ -5,7 +5,6 @@ part goes to that device's host.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, TypeVar
 
@@ -14,6 +13,7 @@ from jax.sharding import Mesh
 
 from mpo_jax.config.schema import RuntimeConfig
 from mpo_jax.errors import UserError
+from mpo_jax.runtime.sharding import device_bytes
 from mpo_jax.types import Params, TrainState
 
 Tree = TypeVar("Tree")
@@ -87,11 +87,6 @@ def to_host(tree: Tree) -> Tree:
 def to_devices(tree: Tree) -> Tree:
     """The tree in device memory; leaves that are there already are returned unchanged."""
     return jax.tree.map(lambda leaf: _moved(leaf, next(iter(leaf.devices())).default_memory().kind), tree)
-
-
-def device_bytes(tree: Any) -> int:
-    """One device's bytes of a tree of arrays or of shapes with shardings."""
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def widen_pool(runtime: RuntimeConfig, platform: str, memory: int, environment: MutableMapping[str, str]) -> int | None:

@@ -1,5 +1,6 @@
 """The device mesh, the one table from logical axes to mesh axes, and placement of parameters and batches."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -145,3 +146,14 @@ def place_batch(batch: Any, mesh: Mesh) -> Any:
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
     return jax.tree.map(place, batch)
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes per device of a tree of arrays, or of shapes with shardings."""
+
+    def one(leaf: Any) -> int:
+        sharding = leaf.sharding
+        shape = sharding.shard_shape(leaf.shape) if isinstance(sharding, NamedSharding) else leaf.shape
+        return math.prod(shape) * leaf.dtype.itemsize
+
+    return sum(one(leaf) for leaf in jax.tree.leaves(tree))

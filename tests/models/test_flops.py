@@ -14,8 +14,8 @@ from mpo_jax.models.flops import Rows
 from mpo_jax.models.forward import Model
 from mpo_jax.models.hf import weights
 from mpo_jax.models.spec import DecoderConfig, LayerSpec
+from mpo_jax.runtime.sharding import device_bytes
 from mpo_jax.stages.shapes import shaped
-from mpo_jax.tools.plan.measure import device_bytes
 from mpo_jax.tools.plan.sizes import LLAMA_2_7B
 from mpo_jax.types import PromptBatch
 from tests.models.tiny import DECODER, mesh_of, with_layers

@@ -21,6 +21,7 @@ from mpo_jax.data.corpus import base_tokenizer, load_corpus
 from mpo_jax.data.text import TextCodec
 from mpo_jax.models.hf import families
 from mpo_jax.pipeline import table
+from mpo_jax.pipeline.basis import Basis
 from mpo_jax.pipeline.stages import STAGES, count_rows, stage_shapes
 from mpo_jax.pipeline.table import Cost, TableStage
 from mpo_jax.runtime.timing import Matmul
@@ -234,7 +235,7 @@ def test_a_table_s_estimate_adds_up_these_calls(ran, request, monkeypatch):
     config = load_config(MICRO, overrides)
     rate = 1 / (table.SHARE_OF_PEAK * config.mesh.num_devices)
     monkeypatch.setattr(table, "time_matmul", lambda dtype: Matmul(1, rate, True))
-    cost = Cost(config)
+    cost = Cost(Basis(config))
     for one in ran:
         planned = TableStage(0, one.stage, one.recipe, (one.stage, one.stage), [one.stage], None)
         expected = 0.0

@@ -14,6 +14,7 @@ from mpo_jax.config.schema import OptimConfig, RuntimeConfig
 from mpo_jax.errors import UserError
 from mpo_jax.runtime import machine, offload
 from mpo_jax.runtime.offload import HOST, Offload, to_devices, to_host
+from mpo_jax.runtime.sharding import device_bytes
 from mpo_jax.stages.ppo.iteration import Loop
 from mpo_jax.training.optimizer import make_optimizer
 from mpo_jax.training.update import init_state
@@ -86,7 +87,7 @@ def test_pinned_memory_is_counted_from_shapes():
 
     divided, whole = shape(16, 8, spec=("fsdp",)), shape(8, spec=(), dtype=jnp.bfloat16)
     bytes_each = 16 * 8 * 4 // 4 + 8 * 2
-    assert offload.device_bytes({"a": divided, "b": [whole]}) == bytes_each
+    assert device_bytes({"a": divided, "b": [whole]}) == bytes_each
     for frozen, moments, times in [(True, True, 3), (True, False, 1), (False, True, 2), (False, False, 0)]:
         needed = Offload(frozen, moments).pinned_bytes(frozen=[divided, whole], moments=[divided, whole], num_devices=4)
         assert needed == 4 * times * bytes_each

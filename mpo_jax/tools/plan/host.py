@@ -8,8 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from mpo_jax.models import forward
+from mpo_jax.pipeline.stages import stage_settings
+from mpo_jax.runtime.offload import Offload
+from mpo_jax.runtime.sharding import device_bytes
+from mpo_jax.stages import ppo
 from mpo_jax.stages.stage import Program
-from mpo_jax.tools.plan.measure import Measured, Plan, device_bytes, gib
+from mpo_jax.tools.plan.measure import Measured, Plan, gib
 from mpo_jax.tools.plan.targets import GIB
 from mpo_jax.types import TrainState
 
@@ -53,14 +57,11 @@ def host_memory(measured: Sequence[Measured], plan: Plan) -> list[HostMemory]:
 
 def _stage(stage: str, programs: Sequence[Program], plan: Plan) -> HostMemory:
     states = {id(s): s for program in programs for s in _trained(program)}
-    runtime, pinned = plan.config.runtime, 0
+    each, runtime, pinned = plan.target.devices_per_host, plan.config.runtime, 0
     if stage == "ppo":
-        shapes = plan.shapes("ppo")
-        if runtime.offload_frozen:
-            pinned += device_bytes((shapes.frozen(), shapes.frozen("value")))
-        if runtime.offload_moments:
-            pinned += sum(device_bytes(state.opt_state) for state in states.values())
-    each = plan.target.devices_per_host
+        frozen, moments = ppo.offloaded(stage_settings("ppo", plan.config), plan.shapes("ppo"))
+        offload = Offload(runtime.offload_frozen, runtime.offload_moments)
+        pinned = offload.pinned_bytes(frozen=frozen, moments=moments, num_devices=each)
     params = jax.tree.leaves(forward.abstract_params(plan.decoder))
     layers = plan.decoder.num_layers
     # a stack of layers is read a layer at a time
@@ -68,7 +69,7 @@ def _stage(stage: str, programs: Sequence[Program], plan: Plan) -> HostMemory:
     kind = plan.target.kind
     return HostMemory(
         stage=stage,
-        pinned=each * pinned,
+        pinned=pinned,
         checkpoint=each * sum(device_bytes(state) for state in states.values()),
         loading=largest * jnp.dtype(jnp.float32).itemsize,
         available=None if kind is None else kind.host_gib * each * GIB,

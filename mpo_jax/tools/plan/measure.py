@@ -1,14 +1,13 @@
 """Compiles programs for a target and reads their memory and collectives from the compiler."""
 
 import dataclasses
-import math
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from mpo_jax.config.registry import Step
 from mpo_jax.config.schema import Config
@@ -16,7 +15,7 @@ from mpo_jax.errors import UserError
 from mpo_jax.models.flops import Work
 from mpo_jax.models.spec import DecoderConfig
 from mpo_jax.pipeline.stages import PLANNED, STAGES, stage_settings, stage_shapes
-from mpo_jax.runtime.sharding import mesh_of
+from mpo_jax.runtime.sharding import device_bytes, mesh_of
 from mpo_jax.stages.shapes import Amounts, Shapes
 from mpo_jax.stages.stage import Program
 from mpo_jax.tools.plan import compilers
@@ -183,17 +182,6 @@ def compile_one(program: Program, mesh: Mesh, target: Target, compiled: dict[str
         compile_s=elapsed,
         seconds=seconds(program.work, found, target),
     )
-
-
-def device_bytes(tree: Any) -> int:
-    """Bytes per device of a tree of shapes with shardings."""
-
-    def one(leaf: Any) -> int:
-        sharding = leaf.sharding
-        shape = sharding.shard_shape(leaf.shape) if isinstance(sharding, NamedSharding) else leaf.shape
-        return math.prod(shape) * leaf.dtype.itemsize
-
-    return sum(one(leaf) for leaf in jax.tree.leaves(tree))
 
 
 def _memory(stats: Any, held: int) -> Memory:
