@@ -76,7 +76,7 @@ def programs(model: Model, sampling: Sampling, eos_id: int, mesh: Mesh) -> tuple
         return jax.tree.map(put, state, begin(params, prompts, key, allowed_V))
 
     def advance(weights: Tree, state: Decoding, allowed_V: Array) -> tuple[Decoding, Bool[Array, "2 B"]]:
-        state = decoder.advance(weights, state, allowed_V)
+        state = decoder.by_group(decoder.advance, mesh)(weights, state, allowed_V)
         # one array, which the host fetches at once
         return state, jnp.stack([state.active, state.finite])
 
