@@ -46,6 +46,7 @@ ONCE = {
     "_cast",  # and stored in their type
     "start",  # the first, empty rows that are refilled
     "make_minibatch",  # rows are gathered
+    "make_narrow",  # columns are cut
 }  # fmt: skip
 """Who makes the small programs that are not listed: they have no forward pass, and hold nothing but what they make."""
 
