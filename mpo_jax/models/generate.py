@@ -30,6 +30,9 @@ MIN_PART, MAX_PARTS = 128, 2
 Every part is another copy of the decode loop's body in the program: with four, a model of 32 layers compiles five times
 as long as with one, and decoding on CPU is slower than with one."""
 
+BLOCKING = ("cpu",)
+"""Platforms on which a collective keeps a thread of a shared pool."""
+
 CHUNK = 16
 """Tokens drawn between two mergers of the caches. New keys and values go to a small cache at a slot that all rows
 share, which is one write in place; in the large one each row has its own place, which is a scatter."""
@@ -215,10 +218,12 @@ class Decoder:
         """`sharding.by_group` of a function (weights, state, allowed_V) -> state, or the function itself.
 
         Key/value heads that `tensor` does not divide are moved by collective-permutes, for which all groups would have
-        to be at the same token.
+        to be at the same token. Simulated devices share a pool of threads, which collectives of groups that have ended
+        can fill while others wait for a thread.
         """
-        divides = self.model.decoder.num_kv_heads % mesh.shape["tensor"] == 0
-        return by_group(function, mesh) if divides else function
+        tensor = mesh.shape["tensor"]
+        blocks = tensor > 1 and mesh.devices.flat[0].platform in BLOCKING
+        return function if blocks or self.model.decoder.num_kv_heads % tensor else by_group(function, mesh)
 
     def advance(self, weights: Tree, state: Decoding, allowed_V: Bool[Array, " V"] | None) -> Decoding:
         """Draws a chunk of tokens, or fewer where all rows end before.
