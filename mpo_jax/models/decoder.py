@@ -148,7 +148,9 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         if self.fused:
-            together = linear(x, self.gate_up[...])
+            # `linear` would fold the kernel's last two axes, of which a tensor axis divides the second: a gather
+            rows = jnp.tensordot(x.reshape(-1, x.shape[-1]), self.gate_up[...].astype(x.dtype), 1)
+            together = rows.reshape(*x.shape[:-1], *rows.shape[1:])
             gate, up = together[..., 0, :], together[..., 1, :]
         else:
             gate, up = linear(x, self.gate[...]), linear(x, self.up[...])
@@ -177,14 +179,16 @@ class Block(nnx.Module):
         x_B1D: Array,
         cos: Array,
         sin: Array,
-        stored: tuple[Float[Array, "B G S K"], Float[Array, "B G S K"]],
+        stored: tuple[tuple[Float[Array, "B G S K"], Float[Array, "B G S K"]], ...],
         recent: tuple[Float[Array, "B G C K"], Float[Array, "B G C K"]],
-        visible_BT: Bool[Array, "B S+C"],
+        visible_BT: Bool[Array, "B T"],
         slot: Array,
     ) -> tuple[Array, tuple[Array, Array]]:
         """The layer over one new token a row, which is written to `recent` at `slot` first; returns x and `recent`.
 
-        Keys and values of earlier tokens are read from `stored`, which stays as it is, and from `recent`.
+        Keys and values of earlier tokens are read from the parts of `stored`, which stay as they are, and from
+        `recent`. T counts the slots of all parts in order, then those of `recent`. Trailing parts may be missing where
+        no row sees their slots. Every part has products of its own, so a missing part adds 0 and changes no bit.
         """
         q, k, v = self.attention.project(self.attention_norm(x_B1D), cos, sin)
         write = lambda cache, new: jax.lax.dynamic_update_slice_in_dim(  # noqa: E731
@@ -193,22 +197,29 @@ class Block(nnx.Module):
         recent = write(recent[0], k), write(recent[1], v)
         spec = self.attention.spec
         q_BGRK = rearrange(q, "b 1 (g r) k -> b g r k", g=k.shape[2])
-        logits = jnp.concatenate(
-            [
-                jnp.einsum("bgrk,bgsk->bgrs", q_BGRK, keys, preferred_element_type=jnp.float32)
-                for keys in (stored[0], recent[0])
-            ],
-            -1,
-        )
+        scores = [
+            jnp.einsum("bgrk,bgsk->bgrs", q_BGRK, keys, preferred_element_type=jnp.float32)
+            for keys, _ in (*stored, recent)
+        ]
+        missing = visible_BT.shape[1] - sum(x.shape[-1] for x in scores)
+        if missing:
+            scores.insert(-1, jnp.zeros((*scores[0].shape[:-1], missing), jnp.float32))
         scale, lowest = logit_scale(spec.scale, q.shape[-1]), jnp.finfo(jnp.float32).min
-        logits = jnp.where(visible_BT[:, None, None], soft_capped(logits * scale, spec.soft_cap), lowest)
+        logits = soft_capped(jnp.concatenate(scores, -1) * scale, spec.soft_cap)
+        logits = jnp.where(visible_BT[:, None, None], logits, lowest)
+        if len(scores) > 2:
+            # the softmax must be compiled alike whatever is missing
+            logits = jax.lax.optimization_barrier(logits)
         weights = jax.nn.softmax(logits, -1).astype(x_B1D.dtype)
-        parts = jnp.split(weights, [stored[0].shape[2]], -1)
-        old, new = (
+        parts = jnp.split(weights, np.cumsum([x.shape[-1] for x in scores])[:-1].tolist(), -1)
+        if missing:
+            del parts[-2]
+        read = [
             jnp.einsum("bgrs,bgsk->bgrk", part, values.astype(x_B1D.dtype))
-            for part, values in zip(parts, (stored[1], recent[1]), strict=True)
-        )
-        x_B1D = x_B1D + self.attention.output(rearrange(old + new, "b g r k -> b 1 (g r) k"))
+            for part, (_, values) in zip(parts, (*stored, recent), strict=True)
+        ]
+        total = sum(read[1:], read[0])
+        x_B1D = x_B1D + self.attention.output(rearrange(total, "b g r k -> b 1 (g r) k"))
         x_B1D = x_B1D + self.mlp(self.mlp_norm(x_B1D))
         return x_B1D, recent
 

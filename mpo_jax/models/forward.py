@@ -239,7 +239,7 @@ def decode_step(
     weights: Tree,
     ids_B: Int[Array, " B"],
     position_B: Int[Array, " B"],
-    stored: Caches,
+    stored: tuple[Caches, ...],
     recent: Caches,
     visible: tuple[Bool[Array, "B T"], ...],
     slot: Int[Array, ""],
@@ -250,15 +250,16 @@ def decode_step(
 
     Args:
       weights: what `for_decoding` gives.
-      visible: for each layer of the pattern, the slots of `stored`, then of `recent`, that each row sees, `slot`
-        included.
+      stored: the caches in parts along the slots; trailing parts may be missing where no row sees them.
+      visible: for each layer of the pattern, the slots of all parts of `stored`, then of `recent`, that each row sees,
+        `slot` included.
     """
     trunk, pattern = _trunk(model, weights), model.decoder.pattern
     x = trunk.embed(ids_B[:, None], jnp.dtype(model.dtype))
     rotations = _rotations(model, position_B[:, None])
     written = []
-    for i, (layer, old, new) in enumerate(zip(weights["layers"], stored, recent, strict=True)):
-        place = i % len(pattern)
+    for i, (layer, new) in enumerate(zip(weights["layers"], recent, strict=True)):
+        place, old = i % len(pattern), tuple(part[i] for part in stored)
         block = _block(model, pattern[place], layer, fused=True)
         x, new = block.cached(x, *rotations[place], old, new, visible[place], slot)
         written.append(new)

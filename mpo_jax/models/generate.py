@@ -10,19 +10,28 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import repeat
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from mpo_jax.models import forward
 from mpo_jax.models.forward import Caches, Model
-from mpo_jax.runtime.sharding import batch_sharding, constrain, spec_for
+from mpo_jax.runtime.sharding import batch_sharding, by_group, constrain, spec_for
 from mpo_jax.types import Params, PromptBatch, Tree, merge
 
 BLOCK = 128
 BISECTIONS = 30
 
 CACHE_AXES = ("batch", "kv_heads", None, None)
+
+MIN_PART, MAX_PARTS = 128, 2
+"""Slots that a part of the room has at least, and the number of parts at most. Attention reads only the parts in use.
+Every part is another copy of the decode loop's body in the program: with four, a model of 32 layers compiles five times
+as long as with one, and decoding on CPU is slower than with one."""
+
+BLOCKING = ("cpu",)
+"""Platforms on which a collective keeps a thread of a shared pool."""
 
 CHUNK = 16
 """Tokens drawn between two mergers of the caches. New keys and values go to a small cache at a slot that all rows
@@ -105,6 +114,11 @@ def prefill(
     return repeat(last_BD, "b d -> (b n) d", n=num_samples), jax.tree.map(expand, caches)
 
 
+def empty_like(caches: Caches, slots: int) -> Caches:
+    """Empty caches with another number of slots."""
+    return jax.tree.map(lambda x: constrain(jnp.zeros((*x.shape[:2], slots, x.shape[3]), x.dtype), *CACHE_AXES), caches)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Decoding:
@@ -117,7 +131,8 @@ class Decoding:
       finite: [B] False where the logits of a token were not: what was drawn since means nothing.
       prompt_len: [B] tokens of the prompt.
       key: [B] what the row's random numbers are folded from.
-      caches: keys and values [B G P+room K] of the prompt and of all tokens drawn but the last.
+      caches: keys and values of the prompt and of all tokens drawn but the last, in `Decoder.parts`: [B G P+room K], or
+        [B G P K] and then [B G R K] for each of several parts of the room.
     """
 
     ids: Int[Array, "B S"]
@@ -126,7 +141,7 @@ class Decoding:
     finite: Bool[Array, " B"]
     prompt_len: Int[Array, " B"]
     key: Any
-    caches: Caches
+    caches: tuple[Caches, ...]
 
     @property
     def active(self) -> Bool[Array, " B"]:
@@ -158,13 +173,26 @@ class Decoder:
         """Slots of a row's cache for its response: whole chunks, for all tokens but the last."""
         return -(-(self.sampling.max_new_tokens - 1) // self.chunk) * self.chunk
 
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """Slots of each part of the room, whole chunks; a short room has one part, which lies behind the prompt."""
+        number = max(1, min(MAX_PARTS, self.room // MIN_PART))
+        size = max(-(-self.room // (number * self.chunk)) * self.chunk, self.chunk)
+        return tuple(min(size, self.room - begin) for begin in range(0, self.room, size)) or (0,)
+
+    @property
+    def _begins(self) -> list[int]:
+        """The first slot of the room in each part."""
+        return np.cumsum([0, *self.parts[:-1]]).tolist()
+
     def shardings(self, mesh: Mesh) -> Decoding:
         """Rows over the batch axes of the mesh, heads of the caches over its tensor axis."""
         rows: Any = batch_sharding(mesh)
         decoder = self.model.decoder
         spec = spec_for(CACHE_AXES, (mesh.size, decoder.num_kv_heads, 1, 1), dict(mesh.shape))
         caches: Any = ((NamedSharding(mesh, spec),) * 2,) * decoder.num_layers
-        return Decoding(rows, rows, rows, rows, rows, rows, caches)
+        number = len(self.parts) + (len(self.parts) > 1)
+        return Decoding(rows, rows, rows, rows, rows, rows, (caches,) * number)
 
     def begin(
         self, params: Params, prompts: PromptBatch, key: Array, index_B: Array, allowed_V: Bool[Array, " V"] | None
@@ -176,13 +204,26 @@ class Decoder:
         """
         N = self.sampling.num_samples
         tree = merge(params)
-        hidden_BD, caches = prefill(self.model, tree, prompts, num_samples=N, room=self.room)
+        divided = self.parts if len(self.parts) > 1 else ()
+        hidden_BD, first = prefill(self.model, tree, prompts, num_samples=N, room=0 if divided else self.room)
+        caches = first, *(empty_like(first, size) for size in divided)
         lengths = jnp.repeat(prompts.prompt_len, N)
         empty = jnp.zeros((len(lengths), self.sampling.max_new_tokens), jnp.int32)
         keys = row_keys(prompts, key, index_B, N)
         finite = jnp.ones_like(lengths, bool)
         state = Decoding(empty, jnp.zeros_like(lengths), lengths == 0, finite, lengths, keys, caches)
         return self._draw(state, forward.head_matrix(self.model, tree), hidden_BD, allowed_V)
+
+    def by_group(self, function: Any, mesh: Mesh) -> Any:
+        """`sharding.by_group` of a function (weights, state, allowed_V) -> state, or the function itself.
+
+        Key/value heads that `tensor` does not divide are moved by collective-permutes, for which all groups would have
+        to be at the same token. Simulated devices share a pool of threads, which collectives of groups that have ended
+        can fill while others wait for a thread.
+        """
+        tensor = mesh.shape["tensor"]
+        blocks = tensor > 1 and mesh.devices.flat[0].platform in BLOCKING
+        return function if blocks or self.model.decoder.num_kv_heads % tensor else by_group(function, mesh)
 
     def advance(self, weights: Tree, state: Decoding, allowed_V: Bool[Array, " V"] | None) -> Decoding:
         """Draws a chunk of tokens, or fewer where all rows end before.
@@ -191,36 +232,58 @@ class Decoder:
           weights: what `forward.for_decoding` gives.
         """
         stored_B, caches = jnp.maximum(state.length - 1, 0), state.caches
-        cache = caches[0][0]
-        prompt_width = cache.shape[2] - self.room
-        recent = jax.tree.map(
-            lambda x: constrain(jnp.zeros((*x.shape[:2], self.chunk, x.shape[3]), x.dtype), *CACHE_AXES), caches
-        )
+        widths = sum(part[0][0].shape[2] for part in caches) - self.room, self.room, self.chunk
 
-        def unfinished(carry: Any) -> Array:
-            slot, state, _ = carry
-            return (slot < self.chunk) & state.active.any()
+        def loop(carry: Any, read: tuple[Caches, ...], enough: Any) -> Any:
+            """Draws the chunk's tokens, reading these parts of the caches, if they are enough."""
 
-        def step(carry: Any) -> Any:
-            slot, state, recent = carry
-            widths = prompt_width, self.room, self.chunk
-            visible = forward.visible_slots(self.model, state.prompt_len, widths, stored_B, slot)
-            last_B = jnp.take_along_axis(state.ids, jnp.maximum(state.length - 1, 0)[:, None], 1)[:, 0]
-            position_B = state.prompt_len + stored_B + slot
-            hidden_BD, recent = forward.decode_step(
-                self.model, weights, last_B, position_B, caches, recent, visible, slot
-            )
-            return slot + 1, self._draw(state, weights["head"], hidden_BD, allowed_V), recent
+            def unfinished(carry: Any) -> Array:
+                slot, state, _ = carry
+                return (slot < self.chunk) & state.active.any() & enough
 
-        # the large caches stay outside the loop, which only reads them
-        carried = dataclasses.replace(state, caches=())
-        _, drawn, recent = jax.lax.while_loop(unfinished, step, (jnp.asarray(0), carried, recent))
+            def step(carry: Any) -> Any:
+                slot, state, recent = carry
+                visible = forward.visible_slots(self.model, state.prompt_len, widths, stored_B, slot)
+                last_B = jnp.take_along_axis(state.ids, jnp.maximum(state.length - 1, 0)[:, None], 1)[:, 0]
+                position_B = state.prompt_len + stored_B + slot
+                hidden_BD, recent = forward.decode_step(
+                    self.model, weights, last_B, position_B, read, recent, visible, slot
+                )
+                return slot + 1, self._draw(state, weights["head"], hidden_BD, allowed_V), recent
 
-        def merge(cache_GSK: Array, new_GCK: Array, stored: Array) -> Array:
-            return jax.lax.dynamic_update_slice_in_dim(cache_GSK, new_GCK, prompt_width + stored, 1)
+            return jax.lax.while_loop(unfinished, step, carry)
 
-        merged = jax.tree.map(lambda old, new: jax.vmap(merge)(old, new, stored_B), caches, recent)
-        return dataclasses.replace(drawn, caches=merged)
+        # the large caches stay outside the loops, which only read them
+        carry = jnp.asarray(0), dataclasses.replace(state, caches=()), empty_like(caches[0], self.chunk)
+        if len(caches) == 1:
+            carry = loop(carry, caches, True)
+        else:
+            longest, begins = jnp.where(state.active, stored_B, 0).max(), jnp.asarray(self._begins)
+            in_use = jnp.maximum((begins < longest).sum(), 1)
+            for number in range(1, len(caches)):
+                carry = loop(carry, caches[: number + 1], in_use == number)
+        _, drawn, recent = carry
+        return dataclasses.replace(drawn, caches=self._merged(caches, recent, stored_B))
+
+    def _merged(self, caches: tuple[Caches, ...], recent: Caches, stored_B: Int[Array, " B"]) -> tuple[Caches, ...]:
+        """The caches with each row's recent tokens behind its stored ones."""
+
+        def write(cache_GSK: Array, new_GCK: Array, place: Array) -> Array:
+            return jax.lax.dynamic_update_slice_in_dim(cache_GSK, new_GCK, place, 1)
+
+        def write_inside(cache_GSK: Array, new_GCK: Array, place: Array) -> Array:
+            """Nothing where the place is in another part; a chunk never lies in two."""
+            inside, place = (place >= 0) & (place < cache_GSK.shape[1]), jnp.maximum(place, 0)
+            old_GCK = jax.lax.dynamic_slice_in_dim(cache_GSK, place, self.chunk, 1)
+            return write(cache_GSK, jnp.where(inside, new_GCK, old_GCK), place)
+
+        def merged(part: Caches, write: Any, place_B: Array) -> Caches:
+            return jax.tree.map(lambda old, new: jax.vmap(write)(old, new, place_B), part, recent)
+
+        if len(caches) == 1:
+            return (merged(caches[0], write, caches[0][0][0].shape[2] - self.room + stored_B),)
+        parts = zip(caches[1:], self._begins, strict=True)
+        return caches[0], *(merged(part, write_inside, stored_B - begin) for part, begin in parts)
 
     def _draw(self, state: Decoding, head_DV: Array, hidden_BD: Array, allowed_V: Any) -> Decoding:
         """The next token of the active rows."""
@@ -232,9 +295,10 @@ class Decoder:
             temperature=self.sampling.temperature,
             allowed_V=allowed_V,
         )
-        # of a division over the vocabulary's parts only the hidden state is sure to carry a NaN
-        finite_B = jnp.isfinite(hidden_BD).all(-1) & jnp.isfinite(logits[:, 0].max(-1))
-        token_B = jnp.where(state.active, choose(logits[:, 0], u_B, self.sampling), 0)
+        # gathered over `tensor` once: the draw would otherwise exchange a dozen small parts of them
+        logits_BV = constrain(logits[:, 0], "batch", None)
+        finite_B = jnp.isfinite(hidden_BD).all(-1) & jnp.isfinite(logits_BV.max(-1))
+        token_B = jnp.where(state.active, choose(logits_BV, u_B, self.sampling), 0)
         here_BS = jnp.arange(state.ids.shape[1])[None] == jnp.where(state.active, state.length, -1)[:, None]
         return dataclasses.replace(
             state,
@@ -294,12 +358,13 @@ def make_generate(model: Model, sampling: Sampling, eos_id: int, mesh: Mesh) -> 
     rows = batch_sharding(mesh)
     decoder = Decoder(model, sampling, eos_id)
 
-    def finish(weights, begun, caches, prompts, allowed_V):
-        state = jax.lax.while_loop(
-            lambda state: state.active.any(),
-            lambda state: decoder.advance(weights, state, allowed_V),
-            dataclasses.replace(begun, caches=caches),
+    def decode(weights, state, allowed_V):
+        return jax.lax.while_loop(
+            lambda state: state.active.any(), lambda state: decoder.advance(weights, state, allowed_V), state
         )
+
+    def finish(weights, begun, caches, prompts, allowed_V):
+        state = decoder.by_group(decode, mesh)(weights, dataclasses.replace(begun, caches=caches), allowed_V)
         return *gathered(prompts, state), state.caches
 
     return Generate(

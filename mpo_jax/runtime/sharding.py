@@ -1,7 +1,7 @@
 """The device mesh, the one table from logical axes to mesh axes, and placement of parameters and batches."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -110,11 +110,37 @@ def _mesh_axis(axis: str | None, size: int, mesh_shape: dict[str, int], without:
 
 
 def constrain(x: jax.Array, *axes: str | None, without: str | None = None) -> jax.Array:
-    """Constrains an array's layout over the current mesh by the rules; does nothing outside a mesh."""
+    """Constrains an array's layout over the current mesh by the rules; does nothing outside a mesh.
+
+    Inside `by_group` arrays have a group's rows alone, and the batch axes do not divide them further.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, spec_for(axes, x.shape, dict(mesh.shape), without=without))
+    free = {name: size for name, size in mesh.shape.items() if name not in mesh.manual_axes}
+    return jax.lax.with_sharding_constraint(x, spec_for(axes, x.shape, free, without=without))
+
+
+def by_group(function: Callable[[Any, Any, Any], Any], mesh: Mesh) -> Callable[[Any, Any, Any], Any]:
+    """A function (shared, rows, shared) -> rows that every data-parallel group runs on its own rows.
+
+    A group is the devices that differ along `tensor` alone. What the groups share is whole along the batch axes. Loops
+    end for each group by itself, and nothing inside waits for another group. Collectives over `tensor` come from
+    the partitioner as usual. They must be of kinds that name their groups: a collective-permute waits for all devices
+    (XLA's CPU backend), and so for groups that have ended.
+    """
+    if all(mesh.shape[axis] == 1 for axis in BATCH_AXES):
+        return function
+    rows = PartitionSpec(BATCH_AXES)
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), rows, PartitionSpec()),
+        out_specs=rows,
+        axis_names=set(BATCH_AXES),
+        # the types would have to say of every constant in a loop that it differs from group to group
+        check_vma=False,
+    )
 
 
 def shardings_for(axes_tree: Any, shapes_tree: Any, mesh: Mesh) -> Any:

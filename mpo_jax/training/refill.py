@@ -78,10 +78,14 @@ def programs(model: Model, sampling: Sampling, eos_id: int, mesh: Mesh) -> tuple
         params: Params, state: Decoding, prompts: PromptBatch, row_R: Array, key: Array, allowed_V: Array
     ) -> Decoding:
         put = lambda old, new: old.at[row_R].set(new, mode="drop", unique_indices=True)  # noqa: E731
-        return jax.tree.map(put, state, begin(params, prompts, key, allowed_V))
+        new = begin(params, prompts, key, allowed_V)
+        # the parts of the caches behind the prompt's are read only where a row has written to them since
+        old, new = (dataclasses.replace(x, caches=x.caches[:1]) for x in (state, new))
+        placed = jax.tree.map(put, old, new)
+        return dataclasses.replace(placed, caches=(*placed.caches, *state.caches[1:]))
 
     def advance(weights: Tree, state: Decoding, allowed_V: Array) -> tuple[Decoding, Bool[Array, "2 B"]]:
-        state = decoder.advance(weights, state, allowed_V)
+        state = decoder.by_group(decoder.advance, mesh)(weights, state, allowed_V)
         # one array, which the host fetches at once
         return state, jnp.stack([state.active, state.finite])
 

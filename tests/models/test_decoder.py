@@ -1,6 +1,7 @@
 """mpo_jax.models.decoder: each part against NumPy in float64, and relations between the parts."""
 
 import dataclasses
+import itertools
 from functools import partial
 from typing import Any
 
@@ -194,9 +195,12 @@ def test_block_equals_numpy(layer_case, spec):
     close(value, wanted_value, atol=1e-5)
 
 
-@pytest.mark.parametrize("spec", [SPEC, GEMMA])
-def test_cached_layer_equals_the_full_one(layer_case, spec):
-    """Token by token, three of them stored and the others recent, with garbage in the slots still to be written."""
+@pytest.mark.parametrize(("spec", "edges"), [(SPEC, [5]), (GEMMA, [5]), (GEMMA, [2, 5])])
+def test_cached_layer_equals_the_full_one(layer_case, spec, edges):
+    """Token by token, three of them stored and the others recent, with garbage in the slots still to be written.
+
+    The stored ones lie in one part, or in two.
+    """
     params, x, cos, sin, mask = layer_case
     wanted, wanted_key, wanted_value = (f32(y) for y in reference_block(params, spec, x, cos, sin, mask))
     fill = lambda size, seed: f32(50 * normal(B, G, size, K, seed=seed))  # noqa: E731
@@ -204,6 +208,7 @@ def test_cached_layer_equals_the_full_one(layer_case, spec):
         fill(5, seed).at[:, :, :3].set(cache[:, :3].swapaxes(1, 2))
         for seed, cache in ((3, wanted_key), (4, wanted_value))
     )
+    stored = tuple(tuple(x[:, :, a:b] for x in stored) for a, b in itertools.pairwise([0, *edges]))
     recent = (fill(6, 5), fill(6, 6))
     step = jax.jit(lambda *args: block(params, spec).cached(*args))
     for t in range(3, T):

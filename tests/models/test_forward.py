@@ -403,7 +403,7 @@ def test_cached_decoding_equals_the_full_forward(params):
             MODEL, jnp.asarray(joined.prompt_len), (width, 3, 4), jnp.full(3, merged), t - merged
         )
         position, slot = joined.prompt_len + t, jnp.asarray(t - merged)
-        hidden, recent = step(MODEL, weights, joined.response[:, 0, t], position, stored, recent, visible, slot)
+        hidden, recent = step(MODEL, weights, joined.response[:, 0, t], position, (stored,), recent, visible, slot)
         close(logits(hidden[:, None])[:, 0], full[:, width + t], atol=1e-5)
 
 

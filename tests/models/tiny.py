@@ -154,5 +154,5 @@ def check_cached_decoding(model: Model, params: Tree, joined: PromptBatch) -> No
             cache = jax.tree.map(lambda old, new: old.at[:, :, P:].set(new), cache, recent)
         stored, slot = jnp.full(len(prompt_len), t // half * half), jnp.asarray(t % half)
         visible = forward.visible_slots(model, prompt_len, (P, half, half), stored, slot)
-        out, recent = step(model, weights, joined.response[:, 0, t], prompt_len + t, cache, recent, visible, slot)
+        out, recent = step(model, weights, joined.response[:, 0, t], prompt_len + t, (cache,), recent, visible, slot)
         close(out, wanted[:, P + t], rtol=1e-4, atol=1e-4)

@@ -51,6 +51,7 @@ ONCE = {
     "start",  # the first, empty rows that are refilled
     "make_minibatch",  # rows are gathered
     "_adder",  # the state's hashes are taken
+    "make_narrow",  # columns are cut
 }  # fmt: skip
 """Who makes the small programs that are not listed: they have no forward pass, and hold nothing but what they make."""
 

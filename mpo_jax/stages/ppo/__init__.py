@@ -132,7 +132,7 @@ def _demonstrations(settings: Settings, codec: TextCodec, context: Context) -> T
 
 
 def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
-    """The rollout, its scoring, and the updates of critic and actor."""
+    """The rollout, its scoring, and the updates of critic and actor, at the most response columns they may work on."""
     method, train, model, mesh = settings.method, settings.train, shapes.model, shapes.mesh
     check(settings, mesh)
     rows, key = shapes.rows(train.batch_size, 1), "ppo.train.batch_size"

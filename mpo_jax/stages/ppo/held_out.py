@@ -46,7 +46,7 @@ def make_evaluate(
             rows, visit = place_batch((batch.rows, batch.epoch), loop.mesh)
             joined, has_eos = loop.generate(policies[0], rows, key, visit, loop.allowed_V)
             _, metrics, _ = loop.score(
-                policies, value_models, joined, has_eos, loop.allowed_V, state.kl_coef, state.scores
+                policies, value_models, loop.narrow(joined), has_eos, loop.allowed_V, state.kl_coef, state.scores
             )
             return only_means(metrics)
 

@@ -1,5 +1,5 @@
-"""One PPO iteration: sample from the actor; score, and recompute log-probabilities and values with the training
-forward pass; shape rewards; estimate advantages; update on minibatches.
+"""One PPO iteration: sample from the actor; cut the columns that no response reaches; score, and recompute
+log-probabilities and values with the training forward pass; shape rewards; estimate advantages; update on minibatches.
 """
 
 import contextlib
@@ -25,6 +25,7 @@ from mpo_jax.runtime.seeds import stage_key
 from mpo_jax.runtime.sharding import place_batch, replicated
 from mpo_jax.stages.ppo.compiled import average, make_minibatch, make_one_pass, make_score, make_updates, named
 from mpo_jax.stages.ppo.settings import Method, Settings
+from mpo_jax.stages.ppo.widths import make_narrow
 from mpo_jax.training.optimizer import make_learning_rate, make_optimizer, with_learning_rate
 from mpo_jax.training.update import init_state
 from mpo_jax.types import Mean, Metrics, Moments, Params, PpoBatch, PromptBatch, Skips, TrainState, Tree
@@ -121,6 +122,7 @@ class Loop:
     def __post_init__(self) -> None:
         method, models, mesh = self.settings.method, self.models, self.mesh
         self.generate = make_generate(models.actor, self.settings.sampling, self.codec.eos_id, mesh)
+        self.narrow = make_narrow(method, mesh)
         self.score = make_score(models.actor, models.critic, method, mesh)
         updates = make_updates(models.actor, models.critic, method, mesh)
         self.update_actor, self.update_critic = map(self.offload.update, updates)
@@ -145,6 +147,7 @@ class Loop:
         actor = {"trainable": state.actor.trainable, "frozen": self.models.actor_frozen}
         with clock.timing("rollout") as wait:
             joined, has_eos = wait(self.generate(actor, prompts, self.key, epoch, self.allowed_V))
+            joined = self.narrow(joined)
         shown = place_batch(demonstrations[k].rows, self.mesh) if demonstrations is not None else None
         if self.one_pass is not None:
             with clock.timing("update") as wait:

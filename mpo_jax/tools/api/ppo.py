@@ -18,6 +18,7 @@ from mpo_jax.runtime.sharding import place_batch, replicated
 from mpo_jax.stages.ppo.compiled import make_score, named
 from mpo_jax.stages.ppo.objective import actor_objective, critic_objective
 from mpo_jax.stages.ppo.settings import Method
+from mpo_jax.stages.ppo.widths import make_narrow
 from mpo_jax.tools.api.models import LoadedModel, check_rows, check_same_tokens
 from mpo_jax.tools.api.trainers import Measures, check_trains, checked
 from mpo_jax.training.update import init_state, jit_update
@@ -94,6 +95,7 @@ class Ppo:
             self.actor = init_state(policy.params, optimizer, mesh)
             self.critic = init_state(critic, critic_optimizer or optimizer, mesh)
             self.generate = make_generate(policy.model, sampling, codec.eos_id, mesh)
+            self._narrow = make_narrow(self.method, mesh)
             self.score = make_score(policy.model, reward.model, self.method, mesh)
             self._update_actor = update(
                 partial(actor_objective, policy.model, self.method), optimizer, self.actor.trainable
@@ -124,6 +126,7 @@ class Ppo:
         with jax.set_mesh(mesh):
             rows, visit = place_batch((rows, visit), mesh)
             joined, has_eos = self.generate(self.params, rows, self._key, visit, self._allowed_V)
+            joined = self._narrow(joined)
             policies = self.params, self._reference.params
             value_models = trainable(self.critic.trainable), self._reward.params
             samples, metrics, _ = self.score(policies, value_models, joined, has_eos, self._allowed_V, self._kl_coef)

@@ -197,7 +197,7 @@ class Bench:
         models = Models(model, model, params["frozen"], critic["frozen"], params, critic)
         loop = Loop(settings, self.mesh, codec, models, offload, iterations=self.steps, log_every=1)
         state = [init_ppo_state(settings.method, params, critic, self.mesh, offload)]
-        batches, (prompt, room) = self._batches(self._examples(0)), self._lengths
+        batches, (prompt, _) = self._batches(self._examples(0)), self._lengths
         workload = Workload("ppo", lambda k: None, [], [], [], [])
 
         def run(k: int) -> Any:
@@ -205,11 +205,12 @@ class Bench:
             for name, value in metrics.items():
                 if name.startswith("timing_s/"):
                     workload.parts[name.removeprefix("timing_s/")].append(value)
-            return kept["rollouts"].rollout.joined.response_len
+            return kept["rollouts"].rollout.joined
 
         itemsize = jnp.dtype(model.dtype).itemsize
         for k in range(self.steps):
-            prompts, lengths = np.asarray(batches[k].rows.prompt_len), np.asarray(run(k))
+            joined = run(k)
+            prompts, lengths = np.asarray(batches[k].rows.prompt_len), np.asarray(joined.response_len)
             policy_work, critic_work = (
                 flops.necessary(model.decoder, prompts, lengths, head) for head in ("lm", "value")
             )
@@ -219,7 +220,7 @@ class Bench:
             scoring = policy_work + critic_work
             workload.flops.append(drawn.flops + passes + scoring)
             workload.tokens.append(int(prompts.sum() + lengths.sum()))
-            workload.padded.append(self.batch * (prompt + room))
+            workload.padded.append(self.batch * (prompt + joined.response.shape[2]))
             workload.bytes_read.append(0.0)
         workload.run = run
         return workload
