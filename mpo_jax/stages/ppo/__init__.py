@@ -19,6 +19,7 @@ from mpo_jax.errors import UserError
 from mpo_jax.models import flops, loading
 from mpo_jax.models.flops import Rows, Work
 from mpo_jax.models.hf.tokenizer import load_tokenizer
+from mpo_jax.runtime.console import console
 from mpo_jax.runtime.seeds import data_seed
 from mpo_jax.runtime.sharding import batch_sharding, check_batch
 from mpo_jax.stages.context import Context
@@ -38,6 +39,7 @@ from mpo_jax.stages.ppo.compiled import make_one_pass, make_score, make_updates
 from mpo_jax.stages.ppo.held_out import NUM_PROMPTS, exported, make_evaluate
 from mpo_jax.stages.ppo.iteration import Loop, Models, PpoState, init_ppo_state
 from mpo_jax.stages.ppo.settings import Settings
+from mpo_jax.stages.ppo.widths import response_widths
 from mpo_jax.stages.sampling import rollout_programs
 from mpo_jax.stages.shapes import Shapes, shaped
 from mpo_jax.stages.stage import Program, Stage
@@ -95,6 +97,9 @@ def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -
     # reference and reward model were loaded on their own, so nothing else refers to these arrays
     state = init_ppo_state(method, actor, critic, mesh, offload, donate=True)
     del actor, critic
+    if narrower := response_widths(text.max_response_tokens)[:-1]:
+        listed = ", ".join(map(str, narrower))
+        console.print(f"  scoring and updates compile once more for each of {listed} response columns that comes up")
     state, trained = fit_stage(
         "ppo",
         state,
