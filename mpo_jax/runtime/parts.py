@@ -142,7 +142,9 @@ class Parts:
         if identity == self._identity:
             return parts
         other = sorted(name for name in identity | self._identity if identity.get(name) != self._identity.get(name))
-        console.print(f"  [yellow]{self._folder}: results of other {', '.join(other)} are dropped[/yellow]")
+        console.print(
+            f"  [yellow]{self._folder}: results of other {', '.join(other)} are dropped[/yellow]", soft_wrap=True
+        )
         shutil.rmtree(self._folder)
         self._folder.mkdir()
         return []

@@ -23,9 +23,10 @@ from mpo_jax.pipeline.bucket import Bucket, stage_place
 from mpo_jax.pipeline.recipe import make_recipe
 from mpo_jax.pipeline.table import table_stages
 from mpo_jax.tools import doctor
+from tests.commands import MPO
 from tests.pipeline.test_pipeline import mpo, stages
 from tests.test_kills import MICRO, assert_same, folder_of
-from tests.test_multi_process import CACHE, COMMAND, Pair
+from tests.test_multi_process import CACHE, Pair
 
 pytestmark = pytest.mark.unoptimised
 
@@ -197,13 +198,13 @@ LONG = ("sft", str(MICRO), "sft.train.steps=15", "sft.train.checkpoint_every=3",
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workdir in which SFT was made without a kill."""
     workdir = tmp_path_factory.mktemp("whole")
-    subprocess.run([*COMMAND, *LONG, f"workdir={workdir}"], check=True, capture_output=True)
+    subprocess.run([*MPO, *LONG, f"workdir={workdir}"], check=True, capture_output=True)
     return workdir
 
 
 def test_a_killed_stage_goes_on_in_another_workdir_to_the_same_bits(url: str, whole: Path, tmp_path: Path) -> None:
     """The machine is lost with its disk: its checkpoints and metrics are in the bucket."""
-    command = [*COMMAND, *LONG]
+    command = [*MPO, *LONG]
     with (tmp_path / "said").open("w") as said:
         begun = subprocess.Popen(
             [*command, f"workdir={tmp_path / 'lost'}", f"runtime.bucket={url}"], stdout=said, stderr=said
