@@ -26,6 +26,10 @@ class NothingSelected(UserError):
     """A split of the pairs leaves nothing to train on; a table skips that run and continues with the others."""
 
 
+class CheckpointsLost(UserError):
+    """No checkpoint of a stage could be read; they are removed, and the stage can only begin anew."""
+
+
 class Preempted(Exception):
     """A stop was asked for, and what is done up to a step has been saved.
 

@@ -80,6 +80,9 @@ def _explain(error: Exception) -> str:
 
 def _stop(text: str | None = None) -> NoReturn:
     """Ends the process after a stop that was asked for; `text`: what is saved, if it is known."""
+    processes = sys.modules.get("mpo_jax.runtime.processes")
+    if text is not None and processes and processes.name():
+        processes.leave_last()
     if STOPS.watching:
         STOPS.end(text)
     print(STOPS.message(text), file=sys.stderr)

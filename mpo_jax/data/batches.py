@@ -20,6 +20,7 @@ from mpo_jax.errors import NotFinite, UserError
 from mpo_jax.runtime.passes import Pass
 from mpo_jax.runtime.prefetch import prefetched
 from mpo_jax.runtime.processes import to_host
+from mpo_jax.runtime.sharding import simulated
 from mpo_jax.types import PromptBatch
 
 WINDOW = 64  # batches within which rows of similar length are grouped
@@ -268,7 +269,7 @@ def map_batches(
     """Applies `function` (batch -> pytree of [B ...] arrays) to all examples and drops the padding rows.
 
     Every example is padded to the widths of its own bucket, whatever else is in its batch. A batch is collated and
-    dispatched while the devices work on the one before; two at most are under way.
+    dispatched while the devices work on the one before; two at most are under way, and one on simulated devices.
 
     Args:
       models: pytree shaped like the function's result, with the name of the model behind each array, for messages;
@@ -305,10 +306,11 @@ def map_batches(
             keep.check()
 
     under_way: deque[tuple[Batch, Any]] = deque()
+    at_once = 1 if simulated() else 2
     missing = [number for number in range(len(composition)) if number not in results]
     for batch in prefetched(_filled(examples, batch_size, number, *composition[number]) for number in missing):
         under_way.append((batch, function(batch.rows)))
-        if len(under_way) == 2:
+        if len(under_way) == at_once:
             finish(*under_way.popleft())
     while under_way:
         finish(*under_way.popleft())
@@ -319,7 +321,7 @@ def map_batches(
 def _kept_results(keep: Pass, models: Any) -> Iterator[tuple[int, Any]]:
     """Numbers and results of the batches that an earlier run has finished."""
     structure = jax.tree.structure(models)
-    for entry in keep.entries:
+    for entry in keep.earlier():
         leaves = [entry[str(i)] for i in range(structure.num_leaves)]
         yield int(entry["batch"]), jax.tree.unflatten(structure, leaves)
 

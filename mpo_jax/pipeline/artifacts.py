@@ -97,6 +97,7 @@ class Store:
         """The finished artifact if it exists, else None; the result is the same in all processes."""
         there = None
         if is_main() and _is_complete(final):
+            _tidy(final)
             self._upload(final)
             there = _sizes(final)
         elif is_main() and self.bucket is not None and self.bucket.has(_manifest(final)):
@@ -147,10 +148,7 @@ class Store:
             made = {"version": __version__, "seconds": round(time.time() - begin, 1), "warnings": warnings}
             write_json(partial / "manifest.json", {**recipe, **made, "summary": summary})
             os.rename(partial, final)
-            # only now: deleted before the rename, a kill in between would lose all the work
-            if not _keeps_checkpoints(final):
-                shutil.rmtree(final / CHECKPOINTS, ignore_errors=True)
-            shutil.rmtree(final / parts.FOLDER, ignore_errors=True)
+            _tidy(final)
             self._upload(final)
         published = agree(_sizes(final) if is_main() else {}, f"process 0 publishes {final.name}")
         if self.bucket is not None:
@@ -185,6 +183,16 @@ def _manifest(final: Path) -> str:
 
 def _is_complete(final: Path) -> bool:
     return (final / "manifest.json").is_file()
+
+
+def _tidy(final: Path) -> None:
+    """Removes what only an unfinished stage needs.
+
+    After the rename: before it, a kill in between would lose all the work. A kill after it leaves this to the next run.
+    """
+    if (final / CHECKPOINTS).is_dir() and not _keeps_checkpoints(final):
+        shutil.rmtree(final / CHECKPOINTS, ignore_errors=True)
+    shutil.rmtree(final / parts.FOLDER, ignore_errors=True)
 
 
 def _sizes(folder: Path) -> dict[str, int]:

@@ -18,7 +18,7 @@ from mpo_jax.pipeline.recipe import artifact_name
 from mpo_jax.pipeline.table import Listing
 from mpo_jax.runtime.console import console
 from mpo_jax.runtime.files import write_json
-from mpo_jax.runtime.processes import agree, is_main
+from mpo_jax.runtime.processes import agree, is_main, wait
 from mpo_jax.runtime.progress import Overall
 from mpo_jax.types import REMOVED, Artifact
 
@@ -81,7 +81,8 @@ class ModelStore(Store):
         listing, workdir = copy.copy(pipeline), self.folder.parent
         listing.store = Listing(workdir, self.bucket)
         recorded = (_read(path) for path in workdir.glob("runs/*/evaluate/manifest.json"))
-        self._others = {manifest["parents"]["policy"] for manifest in recorded}
+        others = sorted({manifest["parents"]["policy"] for manifest in recorded})
+        self._others = set(agree(others, "policies of other runs"))
         artifacts = [artifact for name in runs for artifact in listing.experiment(name).artifacts.values()]
         self.plan = Plan.of({artifact.id: artifact.manifest for artifact in artifacts})
 
@@ -123,9 +124,11 @@ class ModelStore(Store):
         if is_main() and self.bucket is not None and REMOVED in (self.bucket.read(_in_bucket(name)) or {}):
             # sent there after its model was gone
             self.bucket.remove(stage_place(final))
+        wait(f"{name} is left")
         if is_main() or self.bucket is not None:
             with FileLock(self.folder / f".{name}.lock"):
-                shutil.rmtree(final, ignore_errors=True)
+                if is_removed(final):
+                    shutil.rmtree(final, ignore_errors=True)
         if name in self.reused:
             self.reused.remove(name)
         # as long as it is not done again, its parents are needed
@@ -133,12 +136,15 @@ class ModelStore(Store):
         self.build(*self._makers[name])
 
     def _remove(self, done: Collection[str]) -> None:
-        # hosts that do not share a disk have a copy each
-        if not self._removes or self.plan is None or not (is_main() or self.bucket is not None):
+        if not self._removes or self.plan is None:
             return
-        for name in self.plan.unneeded(done):
-            if name in self._others:
-                continue
+        names = [name for name in self.plan.unneeded(done) if name not in self._others]
+        if not agree(is_main() and any(_has_models(self.folder / name) for name in names), "models to remove"):
+            return
+        # another process may still be opening what goes
+        wait("models are opened")
+        # hosts that do not share a disk have a copy each
+        for name in names if is_main() or self.bucket is not None else ():
             with FileLock(self.folder / f".{name}.lock"):
                 if size := remove_models(self.folder / name):
                     console.print(f"[dim]removed the model of {name} ({size / 1e6:,.1f} MB)[/dim]", soft_wrap=True)
@@ -160,6 +166,10 @@ def remove_models(folder: Path) -> int:
     for name in there:
         shutil.rmtree(folder / name)
     return size
+
+
+def _has_models(folder: Path) -> bool:
+    return any((folder / name).is_dir() for name in FOLDERS)
 
 
 def is_removed(folder: Path) -> bool:

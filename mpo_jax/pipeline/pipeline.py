@@ -15,7 +15,7 @@ from mpo_jax.config.load import to_yaml
 from mpo_jax.config.registry import EXPERIMENTS, Step
 from mpo_jax.config.schema import Config
 from mpo_jax.data import pair_table
-from mpo_jax.errors import UserError
+from mpo_jax.errors import CheckpointsLost, UserError
 from mpo_jax.pipeline.artifacts import Builder
 from mpo_jax.pipeline.experiments import Variant
 from mpo_jax.pipeline.recipe import artifact_name, make_recipe
@@ -141,10 +141,14 @@ class Pipeline:
             mesh = self.mesh
             with jax.set_mesh(mesh), compilation.watched() as compilations:
                 upcoming = upcoming_programs(name, self.config, mesh, settings, frozenset(parents), compilations)
-                context = stage_context(self.config, stage, mesh, folder, self.inputs, recipe, upcoming)
+                context = stage_context(self.config, stage, mesh, folder, self.inputs, recipe, upcoming, parents)
                 left = partial(saved, context.checkpointing.folder, parents, trains=stage.trains)
                 with STOPS.leaving(artifact_name(recipe), left):
-                    return stage.run(settings, parents, context)
+                    try:
+                        return stage.run(settings, parents, context)
+                    except CheckpointsLost:
+                        # the initial state has left memory for the checkpoint's
+                        return stage.run(settings, parents, context)
 
         return self.store.build(recipe, run)
 

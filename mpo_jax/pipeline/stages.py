@@ -1,6 +1,8 @@
 """The method's stages by name, and their settings, contexts and shapes under a configuration."""
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -31,6 +33,7 @@ from mpo_jax.stages.shapes import Amounts, Set, Shapes
 from mpo_jax.stages.stage import Stage
 from mpo_jax.training.tracker import Sink
 from mpo_jax.training.wandb_log import stage_run
+from mpo_jax.types import Artifact
 
 STAGES: dict[str, Stage] = {
     stage.name: stage for stage in (sft.STAGE, reward.STAGE, select.STAGE, dpo.STAGE, ppo.STAGE, evaluate.STAGE)
@@ -62,6 +65,7 @@ def stage_context(
     inputs: Inputs,
     recipe: Mapping[str, Any],
     upcoming: Upcoming | None = None,
+    parents: Mapping[str, Artifact] | None = None,
 ) -> Context:
     """Where and how a stage runs under a configuration; a stage that trains gets a copy of it in `folder`.
 
@@ -116,6 +120,7 @@ def stage_context(
         recipe=recipe,
         sinks=sinks,
         upcoming=upcoming,
+        parents={role: _measured(parent) for role, parent in (parents or {}).items()},
     )
 
 
@@ -134,6 +139,11 @@ def upcoming_programs(
         return dataclasses.replace(made, model=model)
 
     return Upcoming(partial(STAGES[name].programs, settings), shapes, compilations, config.runtime.compile_threads)
+
+
+def _measured(parent: Artifact) -> str:
+    """A hash of what a parent's making has measured: other bits measure other numbers."""
+    return hashlib.sha256(json.dumps(parent.manifest.get("summary"), sort_keys=True).encode()).hexdigest()
 
 
 def stage_shapes(

@@ -25,6 +25,8 @@ FOLDER = "parts"
 """The folder of all passes in the folder of a stage."""
 MANIFEST = "manifest.json"
 FORMAT = 1
+RECORD = {"file", "rows", "bytes", "sha256"}
+"""What the manifest says of each part."""
 
 Entry = Mapping[str, np.ndarray]
 """Named arrays: the results of one batch, or whatever else is finished at once."""
@@ -43,7 +45,8 @@ class Parts:
       send: called in process 0 after each part.
 
     Attributes:
-      entries: what earlier runs of the pass left, in the order in which it was finished.
+      entries: what earlier runs of the pass left, in the order in which it was finished; whoever reads them empties the
+        list.
       rows: the number of rows in `entries`.
     """
 
@@ -55,9 +58,11 @@ class Parts:
         self._pool = ThreadPoolExecutor(1, "parts")
         self._writing: Future[None] | None = None
         whole = self._whole() if is_main() else []
-        self._records: list[dict[str, Any]] = json.loads(share(json.dumps([record for record, _ in whole]).encode()))
-        data = [part for _, part in whole] or [b""] * len(self._records)
-        self.entries: list[Entry] = [entry for part in data for entry in _unpack(share(part))]
+        self._records: list[dict[str, Any]] = json.loads(share(json.dumps(whole).encode()))
+        self.entries: list[Entry] = []
+        for record in self._records:
+            # one file's bytes at a time
+            self.entries += _unpack(share((folder / record["file"]).read_bytes() if is_main() else b""))
         self.rows = sum(record["rows"] for record in self._records)
         self._saved_at = time.monotonic()
 
@@ -104,18 +109,19 @@ class Parts:
     def _write_manifest(self) -> None:
         write_json(self._folder / MANIFEST, {"identity": self._identity, "parts": self._records})
 
-    def _whole(self) -> list[tuple[dict[str, Any], bytes]]:
-        """The whole parts of this pass, with their records; everything else is removed from the folder."""
+    def _whole(self) -> list[dict[str, Any]]:
+        """The records of this pass's whole parts; everything else is removed from the folder."""
         if not self._folder.is_dir():
             return []
         recorded, whole = self._recorded(), []
         for record in recorded:
             path = self._folder / record["file"]
-            data = path.read_bytes() if path.is_file() else None
-            if data is not None and _fingerprint(data).items() <= record.items():
-                whole.append((record, data))
+            if not path.is_file():
+                _drop(path, "is missing")
+            elif _fingerprint(path.read_bytes()).items() <= record.items():
+                whole.append(record)
             else:
-                _drop(path, "is missing" if data is None else "is damaged")
+                _drop(path, "is damaged")
         named = {record["file"] for record in recorded}
         for path in sorted(self._folder.iterdir()):
             if path.name.startswith("."):
@@ -124,7 +130,7 @@ class Parts:
             elif path.name not in named and path.name != MANIFEST:
                 _drop(path, "is not in the manifest")
         if len(whole) < len(recorded):
-            self._records = [record for record, _ in whole]
+            self._records = whole
             self._write_manifest()
         return whole
 
@@ -134,9 +140,12 @@ class Parts:
         try:
             found = json.loads(manifest.read_bytes())
             identity, parts = found["identity"], found["parts"]
+            sound = isinstance(identity, dict) and all(part.keys() == RECORD for part in parts)
         except FileNotFoundError:
             return []
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
+            sound = False
+        if not sound:
             _drop(manifest, "is damaged")
             return []
         if identity == self._identity:

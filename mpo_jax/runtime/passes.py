@@ -1,6 +1,7 @@
 """A pass over many rows outside training: what it has done is kept, and it stops between two batches when asked."""
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any, Self
 
 from mpo_jax.errors import PassPreempted
@@ -20,14 +21,13 @@ class Pass:
       every: number of rows between two reports of progress.
 
     Attributes:
-      entries: results of earlier runs of this pass.
       done: number of finished rows.
       reported: number of rows in the reports of earlier runs that stay valid.
     """
 
     def __init__(self, name: str, total: int, parts: Parts, *, every: int = 1):
         self.name, self.total, self._parts = name, total, parts
-        self.entries, self.done = parts.entries, parts.rows
+        self.done = parts.rows
         self.reported = self.done if self.done == total else self.done // every * every
 
     def __enter__(self) -> Self:
@@ -36,6 +36,13 @@ class Pass:
             self._preemption = opened.enter_context(Preemption())
             self._opened = opened.pop_all()
         return self
+
+    def earlier(self) -> Iterator[Entry]:
+        """The results of earlier runs of this pass, once: they leave memory as they are read."""
+        entries = self._parts.entries[::-1]
+        self._parts.entries = []
+        while entries:
+            yield entries.pop()
 
     def add(self, entry: Entry, rows: int) -> None:
         """Keeps the results of that many rows."""

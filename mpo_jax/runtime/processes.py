@@ -7,6 +7,7 @@ artifacts, metrics and the terminal; every process writes its own errors.
 import os
 import socket
 import sys
+import time
 from collections.abc import Mapping
 from typing import Any, NoReturn, TypeVar
 
@@ -17,7 +18,7 @@ from jax.experimental import multihost_utils
 from mpo_jax.config.schema import ProcessesConfig
 from mpo_jax.errors import UserError
 from mpo_jax.runtime import fatal, offload
-from mpo_jax.runtime.coordination import coordination
+from mpo_jax.runtime.coordination import POLLS_S, coordination
 
 T = TypeVar("T")
 
@@ -112,6 +113,12 @@ _name = ""
 def name() -> str:
     """This process's name for error messages, empty if it is the only one. It does not call JAX, which may hang."""
     return _name
+
+
+def leave_last() -> None:
+    """Gives the other processes time to end by themselves: without process 0's coordination service JAX aborts them."""
+    if is_main():
+        time.sleep(2 * POLLS_S[1])
 
 
 def exit_now(status: int) -> NoReturn:

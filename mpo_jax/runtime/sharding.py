@@ -26,6 +26,15 @@ RULES: dict[str, Any] = {
 """Logical axis -> mesh axis. A logical axis without a rule is replicated."""
 
 
+def simulated() -> bool:
+    """Whether there are several CPU devices in this process.
+
+    They share a pool of threads, and a collective keeps its thread until all devices have come to it. Programs that are
+    under way at the same time can fill the pool, so that all wait for ever: there must be one at a time.
+    """
+    return jax.default_backend() == "cpu" and jax.local_device_count() > 1
+
+
 def make_mesh(config: MeshConfig) -> Mesh:
     """A mesh with axes data, fsdp and tensor over the first devices.
 

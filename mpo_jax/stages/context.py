@@ -136,6 +136,8 @@ class Context:
       checkpoints: folder of the training state; None: `folder/checkpoints`.
       before_save: callback before every checkpoint, in every process.
       recipe: recipe of the stage, stored with its checkpoints and its passes' parts.
+      parents: what each parent's making has measured, hashed: a parent made again elsewhere has the same name and other
+        bits, and a pass must not go on from rows of the first.
       save_minutes: time between two savings of the rows that a pass has finished; 0: after every batch.
       send_parts: callback in process 0 after each, with the pass's folder and its new files.
       sinks: factory of additional sinks for logged metrics.
@@ -154,6 +156,7 @@ class Context:
     checkpoints: Path | epath.Path | None = None
     before_save: Callable[[], None] | None = None
     recipe: Mapping[str, Any] | None = None
+    parents: Mapping[str, str] = dataclasses.field(default_factory=dict)
     save_minutes: float = 5.0
     send_parts: parts.Send | None = None
     sinks: Callable[[], Sequence[Sink]] = tuple
@@ -281,7 +284,10 @@ class Context:
           log: also write progress to the stage's metrics.jsonl.
         """
         recipe = hashlib.sha256(json.dumps(self.recipe, sort_keys=True).encode()).hexdigest()
-        identity = {"pass": name, "rows": len(examples), "examples": digest(examples), "recipe": recipe, **of}
+        identity = {
+            "pass": name, "rows": len(examples), "examples": digest(examples), "recipe": recipe,
+            "parents": dict(self.parents), **of,
+        }  # fmt: skip
         folder = self.folder / parts.FOLDER / name.replace(" ", "-")
         found = parts.Parts(folder, identity, minutes=self.save_minutes, send=self.send_parts)
         with Pass(f"{stage}'s {name}", len(examples), found, every=every) as keep:

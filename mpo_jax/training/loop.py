@@ -10,7 +10,7 @@ import jax
 from etils import epath
 
 from mpo_jax.config.schema import EVAL
-from mpo_jax.errors import Preempted, UserError
+from mpo_jax.errors import CheckpointsLost, Preempted, UserError
 from mpo_jax.runtime.preemption import Preemption
 from mpo_jax.runtime.stage_warnings import warn
 from mpo_jax.training.checkpoints import Checkpoints, abstract_state
@@ -128,6 +128,7 @@ def fit(
     Raises:
       UserError: if too many updates in a row were skipped, a checkpoint is of another recipe, or there is no metric
         `hooks.best_metric`.
+      CheckpointsLost: if no checkpoint can be read; the same call then begins anew.
       Preempted: after SIGINT or SIGTERM, once a checkpoint of the current step is saved.
     """
     hooks, folder = hooks or Hooks(), None if folder is None else Path(folder)
@@ -149,12 +150,17 @@ def fit(
                 clean=True,
             )
             closing.callback(store.close)
-        start, given = 0, state
-        if store is not None:
-            start, state = store.restore(given)
-            if state is not given:
-                # callers hold it until training ends
-                _free(given)
+        start = 0
+        if store is not None and store.steps():
+            # one state in memory at a time; callers hold the initial one until training ends
+            initial, state = state, abstract_state(state)
+            _free(initial)
+            start, found = store.restore(state)
+            if found is state:
+                raise CheckpointsLost(
+                    f"{name}: no checkpoint could be read, and all are removed: the same command begins the stage anew"
+                )
+            state = found
         if start > num_steps:
             raise UserError(
                 f"{name}: the newest checkpoint is of step {start}, but num_steps={num_steps}: raise it, or name "

@@ -171,7 +171,7 @@ class _Collected:
         self._unreported: list[int] = []
         self._unkept: list[int] = []
         if keep is not None:
-            for entry in keep.entries:
+            for entry in keep.earlier():
                 self._restore(entry)
             # in the order in which they were finished, as they were reported
             self._unreported = self._unreported[keep.reported :]

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mpo_jax.data import batches
 from mpo_jax.data.batches import Buckets, Widths, collate, map_batches, num_steps, padded_batches
 from mpo_jax.data.digest import digest
 from mpo_jax.data.tokens import Example
@@ -310,7 +311,9 @@ def test_map_batches_goes_on_with_the_same_batches(tmp_path):
     np.testing.assert_array_equal(again["b"], wanted["b"])
 
 
-def test_map_batches_stops_on_sigterm_with_its_finished_rows(tmp_path):
+def test_map_batches_stops_on_sigterm_with_its_finished_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(batches, "simulated", lambda: False)
+
     def function(rows):
         if rows.prompt[0, 0] == 2:
             signal.raise_signal(signal.SIGTERM)
@@ -324,8 +327,10 @@ def test_map_batches_stops_on_sigterm_with_its_finished_rows(tmp_path):
     assert found.tolist() == list(range(7))
 
 
-def test_two_batches_at_most_are_under_way():
-    """The next one is dispatched before the host waits for one, and no more."""
+@pytest.mark.parametrize("one_at_a_time", [False, True])
+def test_two_batches_at_most_are_under_way(monkeypatch, one_at_a_time):
+    """The next one is dispatched before the host waits for one, and no more; on simulated devices none is."""
+    monkeypatch.setattr(batches, "simulated", lambda: one_at_a_time)
     events = []
 
     class Output:
@@ -342,6 +347,8 @@ def test_two_batches_at_most_are_under_way():
     map_batches(numbered(4), ONE, 1, Output)
     order = [("dispatched", 0), ("dispatched", 1), ("fetched", 0), ("dispatched", 2), ("fetched", 1),
              ("dispatched", 3), ("fetched", 2), ("fetched", 3)]  # fmt: skip
+    if one_at_a_time:
+        order = [(what, number) for number in range(4) for what in ("dispatched", "fetched")]
     assert events == order
 
 
