@@ -59,7 +59,7 @@ def rollout_programs(
     yield program(
         name=f"{stage} decode", function=generate.finish, arguments=then,
         # the parameters stay in memory beside the decoding weights made from them
-        held=(params, *held), work=shapes.decoding(rows), loop_trips=(-(-decoder.room // decoder.chunk), decoder.chunk),
+        held=(params, *held), work=shapes.decoding(rows), loop_trips=(-(-decoder.room // decoder.chunk), _trips(decoder)),
         expected=shapes.mean(lengths, rows, shapes.decoding),
     )  # fmt: skip
 
@@ -112,10 +112,15 @@ def refill_programs(
     )  # fmt: skip
     yield program(
         name=f"{stage} decode", function=advance,
-        arguments=then, held=(params, *held), loop_trips=decoder.chunk, runs=chunks,
+        arguments=then, held=(params, *held), loop_trips=_trips(decoder), runs=chunks,
         work=shapes.decoding(rows).times(a_chunk),
         expected=shapes.mean(lengths, rows, lambda rows: chunk_of(rows).times(shorter)),
     )  # fmt: skip
+
+
+def _trips(decoder: Decoder) -> int:
+    """The mean number of tokens that each of a chunk's loops draws: there is one for each part, and one of them runs."""
+    return -(-decoder.chunk // len(decoder.parts))
 
 
 def _made(shapes: Shapes, compiled: Mapping[str, Any], name: str, function: Any, arguments: tuple[Any, ...]) -> Any:
