@@ -59,7 +59,8 @@ def rollout_programs(
     yield program(
         name=f"{stage} decode", function=generate.finish, arguments=then,
         # the parameters stay in memory beside the decoding weights made from them
-        held=(params, *held), work=shapes.decoding(rows), loop_trips=(-(-decoder.room // decoder.chunk), _trips(decoder)),
+        held=(params, *held), work=shapes.decoding(rows),
+        loop_trips=(-(-decoder.room // decoder.chunk), _trips(decoder)),
         expected=shapes.mean(lengths, rows, shapes.decoding),
     )  # fmt: skip
 
@@ -119,7 +120,7 @@ def refill_programs(
 
 
 def _trips(decoder: Decoder) -> int:
-    """The mean number of tokens that each of a chunk's loops draws: there is one for each part, and one of them runs."""
+    """The mean number of tokens that each of a chunk's loops draws: there is one for each part, of which one runs."""
     return -(-decoder.chunk // len(decoder.parts))
 
 
