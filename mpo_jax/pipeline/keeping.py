@@ -117,7 +117,7 @@ class ModelStore(Store):
         if not agree(is_main() and is_removed(final) and only_if()):
             return
         console.print(
-            f"{name} goes through again: its model was removed (runtime.keep=last), and {reader} needs it",
+            f"{name} is made again: its model was removed (runtime.keep=last), and {reader} needs it",
             soft_wrap=True,
         )
         if is_main() and self.bucket is not None and REMOVED in (self.bucket.read(_in_bucket(name)) or {}):
