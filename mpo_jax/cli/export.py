@@ -7,6 +7,7 @@ import typer
 
 from mpo_jax.cli.arguments import Overrides, read_config
 from mpo_jax.runtime.console import console
+from mpo_jax.runtime.words import size
 
 
 def export(
@@ -22,5 +23,6 @@ def export(
     from mpo_jax.tools.export import export as write
 
     done = write(checkpoint, folder, read_config(None, overrides), critic=critic, dtype=dtype)
-    size = done.num_bytes / 1e6
-    console.print(f"{done.source}: {done.family} {done.kind} in {dtype}, {size:.0f} MB -> {folder}", soft_wrap=True)
+    console.print(
+        f"{done.source}: {done.family} {done.kind} in {dtype}, {size(done.num_bytes)} -> {folder}", soft_wrap=True
+    )

@@ -20,6 +20,7 @@ from mpo_jax.runtime.console import console
 from mpo_jax.runtime.files import write_json
 from mpo_jax.runtime.processes import agree, is_main
 from mpo_jax.runtime.progress import Overall
+from mpo_jax.runtime.words import size
 from mpo_jax.types import REMOVED, Artifact
 
 FOLDERS = ("model", "critic")
@@ -140,8 +141,8 @@ class ModelStore(Store):
             if name in self._others:
                 continue
             with FileLock(self.folder / f".{name}.lock"):
-                if size := remove_models(self.folder / name):
-                    console.print(f"[dim]removed the model of {name} ({size / 1e6:,.1f} MB)[/dim]", soft_wrap=True)
+                if freed := remove_models(self.folder / name):
+                    console.print(f"[dim]removed the model of {name} ({size(freed)})[/dim]", soft_wrap=True)
 
 
 def remove_models(folder: Path) -> int:

@@ -111,7 +111,7 @@ def test_fit_resumes_and_ends_equal_to_an_uninterrupted_run(tmp_path, capsys):
         run_fit(tmp_path / "killed", die_at=5)
     resumed, resumed_last = run_fit(tmp_path / "killed")
     assert int(resumed.step) == 7
-    assert "  train: resumes from the checkpoint of step 4 of 7\n" in capsys.readouterr().out
+    assert "  sft: resumes from the checkpoint of step 4 of 7\n" in capsys.readouterr().out
     chex.assert_trees_all_equal(jax.device_get(whole), jax.device_get(resumed))
     assert last["train"]["loss"] == resumed_last["train"]["loss"]
     assert logged(tmp_path / "whole") == logged(tmp_path / "killed")

@@ -274,7 +274,10 @@ def _place(host: np.ndarray, sharding: NamedSharding) -> jax.Array:
 
 
 def _cast(x: jax.Array, dtype: str, sharding: NamedSharding) -> jax.Array:
-    return x if x.dtype == dtype else jax.jit(lambda x: x.astype(dtype), out_shardings=sharding)(x)
+    def cast_parameters(x: jax.Array) -> jax.Array:
+        return x.astype(dtype)
+
+    return x if x.dtype == dtype else jax.jit(cast_parameters, out_shardings=sharding)(x)
 
 
 @partial(jax.jit, donate_argnums=0)

@@ -66,7 +66,8 @@ def host_table(hosts: Sequence[HostMemory], plan: Plan) -> Table:
     for one in hosts:
         sizes = (f"{gib(size):.3g}" for size in (one.pinned, one.checkpoint, one.loading, one.needed))
         available = "-" if one.available is None else f"{gib(one.available):.3g}"
-        table.add_row(one.stage, *sizes, available, "yes" if one.fits else "[red]NO[/red]")
+        verdict = "-" if one.available is None else "yes" if one.fits else "[red]NO[/red]"
+        table.add_row(one.stage, *sizes, available, verdict)
     return table
 
 
@@ -100,7 +101,8 @@ def notes(plan: Plan) -> list[str]:
     if target.kind is None:
         lines.append(
             "cpu: compiled by XLA's CPU backend, which fuses less and computes in float32 by default. Take it as an "
-            "upper bound for accelerators, whose memory and collectives differ; no time is estimated"
+            "upper bound for accelerators, whose memory and collectives differ, and as no verdict on this machine; no "
+            "time is estimated"
         )
     else:
         kind = target.kind
