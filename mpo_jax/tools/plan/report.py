@@ -6,14 +6,14 @@ from typing import Any
 
 from rich.table import Table
 
-from mpo_jax.config.schema import Config
 from mpo_jax.runtime.version import __version__
+from mpo_jax.runtime.words import counted
 from mpo_jax.tools.plan.advice import advice
 from mpo_jax.tools.plan.collectives import Traffic
 from mpo_jax.tools.plan.host import HostMemory
 from mpo_jax.tools.plan.hours import StageTime
 from mpo_jax.tools.plan.measure import Measured, Plan, gib, time_parts
-from mpo_jax.tools.plan.targets import known
+from mpo_jax.tools.plan.targets import CPU, known
 
 DEFINITIONS = """\
 GiB are per device. held: arrays that the stage keeps besides the arguments (other models, optimiser states, initial
@@ -114,15 +114,24 @@ def notes(plan: Plan) -> list[str]:
     return lines
 
 
-def unfit(config: Config, measured: Sequence[Measured]) -> list[str]:
-    """Lines for each program that does not fit: its peak, the memory there is, and what to change."""
+def unfit(measured: Sequence[Measured], plan: Plan) -> list[str]:
+    """Lines for each program that does not fit: its peak, the memory there is, and what to change.
+
+    `cpu` without a size is no machine to train on, so its memory is no reason to change anything.
+    """
     lines = []
+    large = sum(not one.fits for one in measured)
+    if large and plan.target.name == CPU:
+        return [
+            f"larger than this machine's memory: {counted(large, 'program')}. --on {CPU} is an upper bound and does "
+            f"not judge: name a device, or {CPU}:GIB for one with so much memory"
+        ]
     for one in measured:
         if not one.fits:
             lines.append(
                 f"{one.program.name} does not fit: {gib(one.peak):.3g} GiB of {gib(one.capacity):.3g}. Change one of:"
             )
-            lines.extend(f"  {change}" for change in advice(config, one))
+            lines.extend(f"  {change}" for change in advice(plan.config, one))
     return lines
 
 
