@@ -72,7 +72,7 @@ def test_stages_are_made_under_the_names_that_the_dry_run_gave(
     after = dry_run(workdir)
     assert "30 stages: 24 there already, 6 to make" in after
     # what shares nothing with a finished stage is still estimated by arithmetic
-    assert after.count("there, ") == 24
+    assert after.count("\n  there, ") == 24
 
 
 def test_a_run_that_cannot_be_made_is_left_out_and_named(made: tuple[Path, str]) -> None:
