@@ -7,6 +7,7 @@ import typer
 
 from mpo_jax.cli.arguments import Overrides, read_config
 from mpo_jax.runtime.console import console
+from mpo_jax.runtime.words import size
 
 
 def export(
@@ -16,11 +17,15 @@ def export(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="new folder")],
     overrides: Overrides = None,
     critic: Annotated[bool, typer.Option("--critic", help="PPO's critic instead of its policy")] = False,
-    dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option()] = "float32",
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="of the weights; default: as stored, float32 for checkpoints and .gguf files"),
+    ] = None,
 ) -> None:
     """Write a model as a Hugging Face folder, which transformers loads."""
     from mpo_jax.tools.export import export as write
 
     done = write(checkpoint, folder, read_config(None, overrides), critic=critic, dtype=dtype)
-    size = done.num_bytes / 1e6
-    console.print(f"{done.source}: {done.family} {done.kind} in {dtype}, {size:.0f} MB -> {folder}", soft_wrap=True)
+    console.print(
+        f"{done.source}: {done.family} {done.kind} in {done.dtype}, {size(done.num_bytes)} -> {folder}", soft_wrap=True
+    )

@@ -73,7 +73,7 @@ def _measure(config: Config, target: "Target", stages: tuple[str, ...], json: Pa
         if amounts is not None and (times := hours.stage_times(measured, planned, amounts)):
             console.print(report.hours_table(times, planned))
         basis = f"hours: {basis}"
-    lines = (*report.notes(planned), basis, report.DEFINITIONS, *report.unfit(planned.config, measured))
+    lines = (*report.notes(planned), basis, report.DEFINITIONS, *report.unfit(measured, planned))
     for line in (*filter(None, lines), *host.short(hosts)):
         console.print(line, soft_wrap=True, markup=False)
     if json is not None:

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from mpo_jax.cli.arguments import ConfigPath, Overrides, read_config
 from mpo_jax.runtime.console import console
+from mpo_jax.runtime.words import counted
 
 if TYPE_CHECKING:
     from mpo_jax.tools.report.results import RunResult
@@ -30,7 +31,7 @@ def run(config: ConfigPath, overrides: Overrides = None) -> None:
     terminal.print_cautions(by_seed)
     made, reused = finished.num_made, finished.num_reused
     console.print(
-        f"{made} stages made, {reused} reused in {finished.seconds:.0f} s"
+        f"{counted(made, 'stage')} made, {reused} reused in {finished.seconds:.0f} s"
         + ("" if made else ": everything was there already, nothing was computed")
     )
     console.print(f"report: {finished.page}", soft_wrap=True)

@@ -9,6 +9,7 @@ from mpo_jax.config.load import load_config
 from mpo_jax.config.schema import Config
 from mpo_jax.runtime.console import console
 from mpo_jax.runtime.progress import Expected, duration
+from mpo_jax.runtime.words import counted, size
 
 if TYPE_CHECKING:
     from mpo_jax.pipeline.disk import DiskUse
@@ -44,13 +45,14 @@ def _make(config: Config) -> None:
     console.print(f"runs, in this order, for seed {made.seed_list}: {', '.join(made.names)}", soft_wrap=True)
     there = sum(stage.is_there for stage in made.stages)
     console.print(
-        f"{len(made.stages)} stages: {there} there already, {len(made.stages) - there} to make; {made.overall.text()}"
+        f"{counted(len(made.stages), 'stage')}: {there} there already, {len(made.stages) - there} to make; "
+        f"{made.overall.text()}"
     )
     made.begin()
     for seed in config.table.seeds:
         console.rule(f"seed {seed}")
         store = made.make(seed, left_out=_print_left_out)
-        console.print(f"seed {seed}: {len(store.made)} stages made, {len(store.reused)} reused")
+        console.print(f"seed {seed}: {counted(len(store.made), 'stage')} made, {len(store.reused)} reused")
     finished = made.finish()
     if finished is None:
         return
@@ -88,7 +90,8 @@ def _dry_run(config: Config) -> None:
             console.print(f"seed {seed}, in the order in which stages are made:")
         console.print(_line(stage, expected.get(stage.name)), soft_wrap=True, markup=False)
     seconds = sum(one.seconds or 0.0 for one in expected.values())
-    console.print(f"{len(stages)} stages: {len(stages) - len(expected)} there already, {len(expected)} to make")
+    there = len(stages) - len(expected)
+    console.print(f"{counted(len(stages), 'stage')}: {there} there already, {len(expected)} to make")
     if expected:
         guessed = sum(not one.measured for one in expected.values())
         basis = "as long as the same stages of other seeds took"
@@ -97,7 +100,7 @@ def _dry_run(config: Config) -> None:
                 f"{guessed} of them by counted arithmetic and a matrix product timed just now, which a factor of three "
                 "can be off; finished stages of one seed give the next ones' times"
             )
-        console.print(f"about {duration(seconds)} to go ({basis})", soft_wrap=True)
+        console.print(f"about {duration(seconds)} to go, without compilation ({basis})", soft_wrap=True)
     _print_disk(config, stages, disk_use(config, stages, read))
 
 
@@ -106,26 +109,22 @@ def _print_disk(config: Config, stages: "list[TableStage]", use: "DiskUse") -> N
 
     kinds = {stage.kind: use.sizes[stage.name] for stage in reversed(stages) if not stage.is_there}
     if kinds:
-        each = ", ".join(f"{kind} {_gb(size.kept)}" for kind, size in reversed(kinds.items()))
+        each = ", ".join(f"{kind} {size(own.kept)}" for kind, own in reversed(kinds.items()))
         dtype = machine.save_dtype(config.runtime)
-        console.print(f"disk, a stage (models in {dtype}, rows at full length): {each}", soft_wrap=True)
-    most = f", {_gb(use.peak)} at most" + (f", during {use.at}" if use.at else "")
+        console.print(f"disk for each stage (models in {dtype}, rows at full length): {each}", soft_wrap=True)
+    most = f", {size(use.peak)} at its peak" + (f", during {use.at}" if use.at else "")
     console.print(
-        f"disk of the workdir: {_gb(use.there)} there, {_gb(use.total)} in the end{most}; {_gb(use.free)} free",
+        f"disk of the workdir: {size(use.there)} there, {size(use.total)} at the end{most}; {size(use.free)} free "
+        "(TensorBoard's files and the report are not counted)",
         soft_wrap=True,
     )
     if use.lacking:
         console.print(
-            f"[yellow]the disk lacks {_gb(use.lacking)}: use another workdir, or save space with runtime.keep=last, "
+            f"[yellow]the disk lacks {size(use.lacking)}: use another workdir, or save space with runtime.keep=last, "
             "ppo.save_critic=false, runtime.save_dtype=bfloat16, *.train.keep_checkpoints=1 or a runtime.bucket"
             "[/yellow]",
             soft_wrap=True,
         )
-
-
-def _gb(size: int) -> str:
-    """`13.5 GB`, `0.042 GB`."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e9:.2g} GB"
 
 
 def _line(stage: "TableStage", expected: Expected | None) -> str:

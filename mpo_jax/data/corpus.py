@@ -1,10 +1,11 @@
 """Loads the rows named by the `data` section: picks readers, splits the rows and fingerprints the sources."""
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -111,12 +112,24 @@ def fingerprint(config: DataConfig, cache: Path | None = None) -> str:
         content: Any = {"world": config.toy.model_dump(mode="json")}
     else:
         fields = ("path", "sft_path", "test_path", "prompt_path", "test_prompt_path")
-        content = {field: _fingerprint_sources(getattr(config, field), cache) for field in fields}
+        content = {}
+        for field in fields:
+            with _naming(field):
+                content[field] = _fingerprint_sources(getattr(config, field), cache)
         if (category := _format(config.kind).category) is not None:
             content["categories"] = [_named_categories(getattr(config, field), category) for field in fields]
         options |= {"filter", "keep_news", "max_rows"}
     content["options"] = config.model_dump(mode="json", include=options)
     return hashlib.sha256(json.dumps([config.kind, content], sort_keys=True).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _naming(key: str) -> Iterator[None]:
+    """Puts the key of the `data` section whose rows are wrong in front of an error."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"data.{key}: {error}") from error
 
 
 def _fingerprint_sources(specs: tuple[str, ...], cache: Path | None) -> list[Any]:
@@ -315,27 +328,24 @@ def check_first_rows(config: Config) -> None:
     }
     for key, reader in readers_by_key.items():
         for spec in getattr(data, key):
-            try:
+            with _naming(key):
                 reader(open_source(spec))
-            except UserError as error:
-                raise UserError(f"data.{key}: {error}") from error
 
 
 def _load_sources(config: Config) -> Corpus:
     data, readers = config.data, _readers(config)
 
-    def read(specs: tuple[str, ...], reader: Callable[[Source], Part[T]]) -> list[Part[T]]:
-        return [reader(open_source(spec)) for spec in specs]
+    def read(key: str, reader: Callable[[Source], Part[T]]) -> list[Part[T]]:
+        with _naming(key):
+            return [reader(open_source(spec)) for spec in getattr(data, key)]
 
-    pairs: list[Part[Preference]] = []
-    imitated = read(data.sft_path, readers.demonstrations)
-    for source in map(open_source, data.path):
-        rows, report = readers.preferences(source)
-        pairs.append((rows, report))
-        if data.sft_path:
-            continue
+    imitated = read("sft_path", readers.demonstrations)
+    pairs = read("path", readers.preferences)
+    for spec, (rows, _) in zip(() if data.sft_path else data.path, pairs, strict=False):
+        source = open_source(spec)
         if _format(data.kind).has_references(source):
-            references, own = readers.demonstrations(source)
+            with _naming("path"):
+                references, own = readers.demonstrations(source)
             imitated.append((references, dataclasses.replace(own, source=f"{source.name} (references)")))
         else:
             # these rows are already counted with the pairs
@@ -344,9 +354,9 @@ def _load_sources(config: Config) -> Corpus:
         data,
         demonstrations=imitated,
         pairs=pairs,
-        tests=read(data.test_path, readers.preferences),
-        prompts=read(data.prompt_path, readers.prompts),
-        test_prompts=read(data.test_prompt_path, readers.prompts),
+        tests=read("test_path", readers.preferences),
+        prompts=read("prompt_path", readers.prompts),
+        test_prompts=read("test_prompt_path", readers.prompts),
     )
 
 

@@ -68,11 +68,7 @@ def open_source(spec: str) -> Source:
     if path.is_dir():
         return _open_folder(spec, path)
     if not path.is_file():
-        raise UserError(
-            f"no data file {spec}: check data.path, data.sft_path, data.test_path, data.prompt_path and "
-            "data.test_prompt_path"
-            f" (a data set of the Hugging Face hub is {HUB_FORM})"
-        )
+        raise UserError(f"no data file {spec} (a data set of the Hugging Face hub is {HUB_FORM})")
     return _open_file(spec, path)
 
 
@@ -88,7 +84,7 @@ def fingerprint_files(paths: Iterable[Path], cache: Path | None = None) -> str:
     digest = hashlib.sha256()
     for path in paths:
         if not path.is_file():
-            raise UserError(f"no data file {path}: check data.path, data.sft_path and data.test_path")
+            raise UserError(f"no data file {path}")
         try:
             digest.update(bytes.fromhex(file_digest(path, cache)))
         except OSError as error:

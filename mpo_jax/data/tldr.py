@@ -132,7 +132,7 @@ def _layout(row: Row, known: Sequence[Layout], place: str) -> Layout:
     layouts = "; ".join("{" + ", ".join(layout) + "}" for layout in known)
     raise UserError(
         f"{place}: unknown layout with the fields {', '.join(row) or '(none)'}; known here: {layouts}. "
-        "Rename the fields, or check data.kind and whether data.path, data.sft_path or data.prompt_path names the file"
+        "Rename the fields, or check data.kind and whether the key names the right file"
     )
 
 

@@ -385,5 +385,9 @@ def make_score_pairs(model: Model, mesh: Mesh) -> Any:
         batch = jax.tree.map(lambda x: x[None], row)
         return response_scores(scores(model, tree, join(batch)), batch)[0]
 
-    score_pairs = make_pair_scorer(score_row, spmd_axis_name=BATCH_AXES)
-    return jax.jit(lambda params, batch: score_pairs(merge(params), batch), out_shardings=replicated(mesh))
+    score_rows = make_pair_scorer(score_row, spmd_axis_name=BATCH_AXES)
+
+    def score_pairs(params: Params, batch: PromptBatch) -> Float[Array, "B N"]:
+        return score_rows(merge(params), batch)
+
+    return jax.jit(score_pairs, out_shardings=replicated(mesh))

@@ -345,7 +345,11 @@ class Generate:
 @lru_cache
 def make_for_decoding(model: Model) -> Any:
     """The jitted `forward.for_decoding`."""
-    return jax.jit(lambda params: forward.for_decoding(model, merge(params)))
+
+    def for_decoding(params: Params) -> Tree:
+        return forward.for_decoding(model, merge(params))
+
+    return jax.jit(for_decoding)
 
 
 @lru_cache

@@ -174,7 +174,11 @@ def load(
 def init(decoder: DecoderConfig, mesh: Mesh, key: jax.Array) -> Params:
     """Fresh parameters drawn from `key`, placed on the mesh."""
     shardings = forward.param_shardings(forward.abstract_params(decoder), mesh)
-    return types.trainable(jax.jit(lambda key: forward.init_params(decoder, key), out_shardings=shardings)(key))
+
+    def init_parameters(key: jax.Array) -> types.Tree:
+        return forward.init_params(decoder, key)
+
+    return types.trainable(jax.jit(init_parameters, out_shardings=shardings)(key))
 
 
 def scratch_sizes(sizes: ArchitectureConfig, num_ids: int) -> DecoderConfig:
@@ -201,8 +205,11 @@ def from_architecture(architecture: ArchitectureConfig, vocab_size: int) -> Deco
 def with_value_head(model: Model, params: Params, mesh: Mesh) -> Params:
     """A reward model's starting point from a language model that trains: the same trunk and a zero value head."""
     shardings = forward.param_shardings(forward.abstract_params(model.decoder, head="value"), mesh)
-    add = jax.jit(lambda tree: forward.with_score_head(tree, model.decoder), out_shardings=shardings)
-    return types.trainable(add(types.merge(params)))
+
+    def add_value_head(tree: types.Tree) -> types.Tree:
+        return forward.with_score_head(tree, model.decoder)
+
+    return types.trainable(jax.jit(add_value_head, out_shardings=shardings)(types.merge(params)))
 
 
 def save(

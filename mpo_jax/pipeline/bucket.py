@@ -15,6 +15,7 @@ from mpo_jax.config.schema import Config
 from mpo_jax.errors import UserError
 from mpo_jax.runtime.console import console
 from mpo_jax.runtime.parts import FOLDER as PARTS
+from mpo_jax.runtime.words import size
 
 CHECKPOINTS = "checkpoints"
 RESULTS = (
@@ -177,9 +178,9 @@ def stage_files(folder: Path) -> list[Path]:
 
 
 def _log_transfer(what: str, files: Iterable[Path], begin: float) -> None:
-    size = sum(path.stat().st_size for path in files)
-    if size >= LOG_BYTES:
-        console.print(f"  {what}: {size / 1e6:,.0f} MB in {time.perf_counter() - begin:.0f} s", soft_wrap=True)
+    sent = sum(path.stat().st_size for path in files)
+    if sent >= LOG_BYTES:
+        console.print(f"  {what}: {size(sent)} in {time.perf_counter() - begin:.0f} s", soft_wrap=True)
 
 
 def stage_place(folder: Path) -> str:

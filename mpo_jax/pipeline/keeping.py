@@ -20,6 +20,7 @@ from mpo_jax.runtime.console import console
 from mpo_jax.runtime.files import write_json
 from mpo_jax.runtime.processes import agree, is_main, wait
 from mpo_jax.runtime.progress import Overall
+from mpo_jax.runtime.words import size
 from mpo_jax.types import REMOVED, Artifact
 
 FOLDERS = ("model", "critic")
@@ -118,7 +119,7 @@ class ModelStore(Store):
         if not agree(is_main() and is_removed(final) and only_if()):
             return
         console.print(
-            f"{name} goes through again: its model was removed (runtime.keep=last), and {reader} needs it",
+            f"{name} is made again: its model was removed (runtime.keep=last), and {reader} needs it",
             soft_wrap=True,
         )
         if is_main() and self.bucket is not None and REMOVED in (self.bucket.read(_in_bucket(name)) or {}):
@@ -146,8 +147,8 @@ class ModelStore(Store):
         # hosts that do not share a disk have a copy each
         for name in names if is_main() or self.bucket is not None else ():
             with FileLock(self.folder / f".{name}.lock"):
-                if size := remove_models(self.folder / name):
-                    console.print(f"[dim]removed the model of {name} ({size / 1e6:,.1f} MB)[/dim]", soft_wrap=True)
+                if freed := remove_models(self.folder / name):
+                    console.print(f"[dim]removed the model of {name} ({size(freed)})[/dim]", soft_wrap=True)
 
 
 def remove_models(folder: Path) -> int:

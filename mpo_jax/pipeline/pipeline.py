@@ -142,7 +142,7 @@ class Pipeline:
             with jax.set_mesh(mesh), compilation.watched() as compilations:
                 upcoming = upcoming_programs(name, self.config, mesh, settings, frozenset(parents), compilations)
                 context = stage_context(self.config, stage, mesh, folder, self.inputs, recipe, upcoming, parents)
-                left = partial(saved, context.checkpointing.folder, parents, trains=stage.trains)
+                left = partial(saved, folder, context.checkpointing.folder, parents, trains=stage.trains)
                 with STOPS.leaving(artifact_name(recipe), left):
                     try:
                         return stage.run(settings, parents, context)

@@ -6,13 +6,15 @@ from pathlib import Path
 from etils import epath
 
 from mpo_jax.errors import GOES_ON
+from mpo_jax.runtime import parts
 from mpo_jax.types import Artifact
 
 
-def saved(checkpoints: Path | epath.Path, parents: Mapping[str, Artifact], *, trains: bool) -> str:
+def saved(folder: Path, checkpoints: Path | epath.Path, parents: Mapping[str, Artifact], *, trains: bool) -> str:
     """What is saved, and what the same command makes of it.
 
     Args:
+      folder: the stage's unfinished folder.
       checkpoints: folder of the stage's checkpoints. A bucket is not asked: it may take longer than a user waits.
       parents: finished stages from which this one starts.
       trains: whether the stage saves checkpoints.
@@ -23,6 +25,10 @@ def saved(checkpoints: Path | epath.Path, parents: Mapping[str, Artifact], *, tr
     steps = [int(path.name) for path in checkpoints.glob("*") if path.name.isdigit()]
     if steps:
         return f"step {max(steps)} is saved; {GOES_ON} there"
+    nothing = "no step is saved yet" if trains else "no row is saved yet"
+    if any(folder.glob(f"{parts.FOLDER}/*/{parts.MANIFEST}")):
+        rows = f"{GOES_ON} the rows that are saved"
+        return f"{nothing}; {rows}" if trains else rows
     names = sorted({artifact.path.name for artifact in parents.values()})
     begins = f"{GOES_ON} the finished {', '.join(names)}" if names else "the same command begins it anew"
-    return f"no step is saved yet; {begins}" if trains else f"{GOES_ON} what is saved of it"
+    return f"{nothing}; {begins}"

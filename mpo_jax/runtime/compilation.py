@@ -69,7 +69,7 @@ class Compilations:
             names = self._names.get(function)
             count = self._begun[function] = self._begun.get(function, -1) + 1
             label = names[count % len(names)] if names else ""
-            self._running[threading.get_ident()] = _Running(label or function, time.perf_counter())
+            self._running[threading.get_ident()] = _Running(label or _readable(function), time.perf_counter())
 
     def found(self) -> None:
         """This thread's program is in the cache."""
@@ -104,6 +104,11 @@ class Compilations:
         """`6 programs of the stage compiled, 3 of them found in the cache; all compilations took 45 s`."""
         found = f", {self.cached} of them found in the cache" if self.cached else ""
         return f"{self.number} programs of the stage compiled{found}; all compilations took {duration(self.seconds)}"
+
+
+def _readable(function: str) -> str:
+    """A function's name; those of lambdas and partial functions say nothing."""
+    return "a small program without a name" if not function or function.startswith("<") else function
 
 
 _current: Compilations | None = None

@@ -122,7 +122,7 @@ class Stops:
         if not blocks:
             self.end()
         if self.watching and any(block.stepped for block in blocks):
-            text = "the step at hand is finished and saved first; a second signal ends the process at once"
+            text = "the step or batch at hand is finished and saved first; a second signal ends the process at once"
             _within(LAST_WORDS_S, lambda: _write(f"{self._word()}{_process()}: {text}"))
         if blocks[0].several and number == signal.SIGINT:
             # JAX listens to SIGTERM, and passes it on to the other processes

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mpo_jax.config.schema import MeshConfig
 from mpo_jax.errors import UserError
+from mpo_jax.runtime.words import counted
 
 BATCH_AXES = ("data", "fsdp")
 
@@ -45,13 +46,14 @@ def make_mesh(config: MeshConfig) -> Mesh:
     if jax.process_count() > 1 and config.num_devices != len(devices):
         raise UserError(
             f"mesh.data={config.data} x mesh.fsdp={config.fsdp} x mesh.tensor={config.tensor} is "
-            f"{config.num_devices} devices, but {jax.process_count()} processes have {len(devices)}: use them all"
+            f"{counted(config.num_devices, 'device')}, but {counted(jax.process_count(), 'process', 'processes')} "
+            f"have {len(devices)}: use them all"
         )
     if config.num_devices > len(devices):
         raise UserError(
             f"mesh.data={config.data} x mesh.fsdp={config.fsdp} x mesh.tensor={config.tensor} needs "
-            f"{config.num_devices} devices, but there are {len(devices)} ({devices[0].platform}): lower the mesh, "
-            f"or simulate CPU devices with runtime.cpu_devices={config.num_devices}"
+            f"{counted(config.num_devices, 'device')}, but there are {len(devices)} ({devices[0].platform}): lower "
+            f"the mesh, or simulate CPU devices with runtime.cpu_devices={config.num_devices}"
         )
     return mesh_of(config, devices[: config.num_devices])
 
@@ -86,14 +88,28 @@ def _over_slices(config: MeshConfig, devices: Sequence[Any], slices: int) -> Mes
     return Mesh(placed, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 
 
-def check_batch(batch_size: int, mesh: Mesh, key: str) -> None:
-    """Raises UserError where a global batch does not divide over the mesh's batch axes."""
+def check_batch(batch_size: int, mesh: Mesh, key: str, *, minibatches: int = 1, accumulation: int = 1) -> None:
+    """Raises UserError where a global batch, or a part of it, does not divide over the mesh's batch axes.
+
+    Args:
+      key: names the batch in the message.
+      minibatches: parts of the batch.
+      accumulation: micro-batches of each part.
+    """
     data, fsdp = (mesh.shape[axis] for axis in BATCH_AXES)
-    if batch_size % (data * fsdp):
-        raise UserError(
-            f"{key}={batch_size} does not divide over mesh.data={data} x mesh.fsdp={fsdp} = "
-            f"{data * fsdp} devices: make it a multiple of {data * fsdp}, or change the mesh"
-        )
+    devices, parts = data * fsdp, minibatches * accumulation
+    if batch_size % (devices * parts) == 0:
+        return
+    said, verb = f"{key}={batch_size}", "does"
+    if parts > 1:
+        counts = {"minibatches": minibatches, "micro-batches": accumulation}
+        named = [f"{count} {name}" for name, count in counts.items() if count > 1]
+        smallest = "micro-batches" if accumulation > 1 else "minibatches"
+        said, verb = f"{said} in {' of '.join(named)} gives {smallest} of {batch_size // parts}, which", "do"
+    raise UserError(
+        f"{said} {verb} not divide over mesh.data={data} x mesh.fsdp={fsdp} = {counted(devices, 'device')}: "
+        f"make it a multiple of {devices * parts}, or change the mesh"
+    )
 
 
 def spec_for(

@@ -181,11 +181,8 @@ def check_rows(stage: str, num_rows: int, batch_size: int) -> None:
 
 def check_sizes(name: str, train: TrainSettings, mesh: Any, *, minibatches: int = 1) -> None:
     """Raises UserError if a stage's micro-batches do not divide over the mesh."""
-    check_batch(
-        train.batch_size // (train.accumulation * minibatches),
-        mesh,
-        f"{name}.train.batch_size={train.batch_size}, of which a micro-batch is",
-    )
+    key = f"{name}.train.batch_size"
+    check_batch(train.batch_size, mesh, key, minibatches=minibatches, accumulation=train.accumulation)
 
 
 def train_program(

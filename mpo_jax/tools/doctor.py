@@ -31,6 +31,7 @@ from mpo_jax.runtime.machine import PACKAGES
 from mpo_jax.runtime.processes import wait
 from mpo_jax.runtime.sharding import mesh_of, replicated
 from mpo_jax.runtime.timing import fastest, time_matmul
+from mpo_jax.runtime.words import counted
 from mpo_jax.tools.plan import targets
 from mpo_jax.training import wandb_log
 
@@ -121,7 +122,8 @@ def _spec(name: str) -> bool:
 def devices(found: list[Any], hardware: set[str]) -> Check:
     """JAX's devices, compared with the machine's accelerators."""
     first = found[0]
-    text = f"{len(found)} x {first.device_kind} ({first.platform}), {jax.process_count()} processes"
+    kind = first.platform if first.device_kind == first.platform else f"{first.device_kind} ({first.platform})"
+    text = f"{counted(len(found), 'device')}: {kind}; {counted(jax.process_count(), 'process', 'processes')}"
     unused = hardware - {first.platform}
     if unused and first.platform == "cpu":
         kind = unused.pop()
@@ -139,11 +141,11 @@ def mesh(config: MeshConfig, there: int) -> Check:
     text = f"data {config.data} x fsdp {config.fsdp} x tensor {config.tensor}"
     if config.num_devices > there:
         return Check(
-            "mesh", "fail", text, f"{config.num_devices} devices are needed, {there} are there: lower the mesh"
+            "mesh", "fail", text, f"{counted(config.num_devices, 'device')} needed, {there} there: lower the mesh"
         )
     if config.num_devices < there:
         return Check(
-            "mesh", "warn", text, f"{there - config.num_devices} devices stay idle: mesh.fsdp={there} uses all"
+            "mesh", "warn", text, f"idle: {counted(there - config.num_devices, 'device')}; mesh.fsdp={there} uses all"
         )
     return Check("mesh", "ok", text)
 
@@ -343,7 +345,7 @@ def clocks() -> Check:
 
 def clock_spread(seconds: np.ndarray) -> Check:
     spread = float(np.max(seconds) - np.min(seconds))
-    text = f"{len(seconds)} processes, {spread * 1e3:.0f} ms apart"
+    text = f"{counted(len(seconds), 'process', 'processes')}, {spread * 1e3:.0f} ms apart"
     if spread > CLOCK_SPREAD_S:
         return Check(
             "clocks", "warn", text, "log lines and file times of hosts do not compare: run a time service (chrony)"

@@ -35,22 +35,25 @@ class Exported:
     Attributes:
       source: what the model was read from.
       kind: language model or reward model.
+      dtype: of the weights.
       num_bytes: of all files.
     """
 
     source: str
     family: str
     kind: str
+    dtype: str
     num_bytes: int
 
 
-def export(path: str, target: Path, config: Config, *, critic: bool = False, dtype: Dtype = "float32") -> Exported:
+def export(path: str, target: Path, config: Config, *, critic: bool = False, dtype: Dtype | None = None) -> Exported:
     """Writes `target` with a model card, whole or not at all.
 
     Args:
       path: a run's or stage's folder, a model folder, a .gguf file, a hub id; or an unfinished stage's hidden folder,
         whose newest checkpoint is taken.
       critic: PPO's critic instead of its policy.
+      dtype: of the weights; None: as stored, and float32 for a checkpoint or a .gguf file.
 
     Raises:
       UserError: if there is no model, or `target` exists and is not empty.
@@ -61,26 +64,26 @@ def export(path: str, target: Path, config: Config, *, critic: bool = False, dty
     found = find_model(path, critic=critic)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        decoder, tree, where = _read(found, mesh, dtype, critic=critic)
+        decoder, tree, where, written_as = _read(found, mesh, dtype, critic=critic)
         tokenizer = load_tokenizer(found)
         loading.check_vocabulary(TextCodec(tokenizer, config.text).vocab_size, decoder, found)
         partial = target.with_name(f".{target.name}.partial")
         if is_main():
             shutil.rmtree(partial, ignore_errors=True)
             target.parent.mkdir(parents=True, exist_ok=True)
-        loading.save(partial, Model(decoder), frozen(tree), tokenizer, dtype=dtype)
+        loading.save(partial, Model(decoder), frozen(tree), tokenizer, dtype=written_as)
     kind = "reward model" if "score" in tree else "language model"
     if is_main():
-        write_card(partial, found, path, name=target.name, kind=kind, dtype=dtype)
+        write_card(partial, found, path, name=target.name, kind=kind, dtype=written_as)
         if target.is_dir():
             target.rmdir()
         os.rename(partial, target)
     written = sum(file.stat().st_size for file in target.iterdir()) if is_main() else 0
-    return Exported(where, decoder.family, kind, agree(written, f"process 0 writes {target.name}"))
+    return Exported(where, decoder.family, kind, written_as, agree(written, f"process 0 writes {target.name}"))
 
 
-def _read(found: Path, mesh: Mesh, dtype: Dtype, *, critic: bool) -> tuple[DecoderConfig, Tree, str]:
-    """Sizes, parameters, and what they are, of a model or of an unfinished stage's newest checkpoint."""
+def _read(found: Path, mesh: Mesh, dtype: str | None, *, critic: bool) -> tuple[DecoderConfig, Tree, str, str]:
+    """Sizes, parameters, what they are and the type to write, of a model or an unfinished stage's newest checkpoint."""
     checkpoints = found.parent / "checkpoints"
     if checkpoints.is_dir() and not any(found.glob("*.safetensors")):
         decoder = families.read_config(found)
@@ -88,8 +91,9 @@ def _read(found: Path, mesh: Mesh, dtype: Dtype, *, critic: bool) -> tuple[Decod
         manager = Checkpoints(checkpoints, keep=1)
         step, tree = manager.restore_params(shapes, forward.param_shardings(shapes, mesh), critic=critic)
         manager.close()
-        return decoder, tree, f"step {step} of the unfinished {found.parent.name}"
+        return decoder, tree, f"step {step} of the unfinished {found.parent.name}", dtype or "float32"
     source = loading.open_model(found)
+    dtype = dtype or source.tensors.dtype
     # stored in the type to be written, so that the machine never holds a larger copy
     tree = weights.load_params(source.tensors, source.decoder, mesh, head=source.head, dtype=dtype)
-    return source.decoder, tree, str(found)
+    return source.decoder, tree, str(found), dtype

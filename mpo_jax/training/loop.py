@@ -11,6 +11,7 @@ from etils import epath
 
 from mpo_jax.config.schema import EVAL
 from mpo_jax.errors import CheckpointsLost, Preempted, UserError
+from mpo_jax.runtime.console import console
 from mpo_jax.runtime.preemption import Preemption
 from mpo_jax.runtime.stage_warnings import warn
 from mpo_jax.training.checkpoints import Checkpoints, abstract_state
@@ -166,6 +167,9 @@ def fit(
                 f"{name}: the newest checkpoint is of step {start}, but num_steps={num_steps}: raise it, or name "
                 "another folder for checkpoints"
             )
+        if start:
+            line = f"  {name}: resumes from the checkpoint of step {start} of {num_steps}"
+            console.print(line, markup=False, soft_wrap=True)
         tracker = Tracker(
             folder,
             name,

@@ -36,13 +36,20 @@ def init_state(
       donate: whether the state takes over the trainable part's memory; `params["trainable"]` must not be used again.
         Otherwise it is copied, since a step donates its state, and `params` may be in use elsewhere.
     """
+
+    def take_over_parameters(tree: Tree) -> Tree:
+        return tree
+
+    def copy_parameters(tree: Tree) -> Tree:
+        return jax.tree.map(jnp.copy, tree)
+
     tree = params["trainable"]
     shardings = forward.param_shardings(tree, mesh)
     if donate:
         # device_put would give further arrays on the same memory, so that a step could not take it over
-        tree = jax.jit(lambda p: p, donate_argnums=0, out_shardings=shardings)(tree)
+        tree = jax.jit(take_over_parameters, donate_argnums=0, out_shardings=shardings)(tree)
     else:
-        tree = jax.jit(lambda p: jax.tree.map(jnp.copy, p), out_shardings=shardings)(tree)
+        tree = jax.jit(copy_parameters, out_shardings=shardings)(tree)
     shardings = state_shardings(optimizer, tree, shardings, mesh)
     step, skipped, in_a_row = (jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh)) for _ in range(3))
     return TrainState(step, tree, jax.jit(optimizer.init, out_shardings=shardings)(tree), skipped, in_a_row)

@@ -49,13 +49,17 @@ def test_a_folder_goes_through_unchanged(request, name, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_another_type(language_model, tmp_path, dtype):
+def test_another_type(language_model, tmp_path, dtype, capsys):
     assert mpo("export", str(language_model), str(tmp_path / "out"), "--dtype", dtype, NO_CACHE) == 0
     whole, half = tensors(language_model), tensors(tmp_path / "out")
     for name in whole:
         np.testing.assert_array_equal(half[name], whole[name].astype(half[name].dtype))
         assert str(half[name].dtype) == dtype
     assert str(AutoConfig.from_pretrained(tmp_path / "out").dtype).removeprefix("torch.") == dtype
+    # without the option, a model keeps the type in which it is stored
+    assert mpo("export", str(tmp_path / "out"), str(tmp_path / "again"), NO_CACHE) == 0
+    same_tensors(tensors(tmp_path / "again"), half)
+    assert f" in {dtype}, " in capsys.readouterr().out
 
 
 @pytest.fixture

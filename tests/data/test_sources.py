@@ -162,7 +162,7 @@ def test_a_folder_of_splits_lists_them(tmp_path):
 def test_what_cannot_be_a_source_is_refused(tmp_path):
     (tmp_path / "a.csv").write_text("a,b\n")
     (tmp_path / "inner").mkdir()
-    with pytest.raises(UserError, match=r"no data file .*absent\.jsonl: check data\.path.*hub:ORG/NAME"):
+    with pytest.raises(UserError, match=r"no data file .*absent\.jsonl \(.*hub:ORG/NAME"):
         open_source(str(tmp_path / "absent.jsonl"))
     with pytest.raises(UserError, match=r"a\.csv: rows are read from files that end in \.jsonl, .* or \.parquet"):
         open_source(str(tmp_path / "a.csv"))
@@ -359,5 +359,5 @@ def test_the_fingerprint_is_of_content_and_order_not_of_names(tmp_path):
     before = fingerprint_files([a])
     a.write_text("One")
     assert fingerprint_files([a]) != before
-    with pytest.raises(UserError, match=r"no data file .*absent: check data\.path"):
+    with pytest.raises(UserError, match=r"no data file .*absent"):
         fingerprint_files([tmp_path / "absent"])

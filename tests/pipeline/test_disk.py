@@ -71,7 +71,7 @@ def test_a_table_takes_what_the_dry_run_says(tmp_path):
         assert mpo("table", str(MICRO), *options, "--dry-run") == 0
     text = captured.get()
     assert mpo("table", str(MICRO), *options) == 0
-    assert f"0 GB there, {use.total / 1e9:.2g} GB in the end, {use.peak / 1e9:.2g} GB at most" in text
+    assert f"0 bytes there, {use.total / 1e6:.1f} MB at the end, {use.peak / 1e6:.1f} MB at its peak" in text
     found = disk_use(config, table_stages(config))
     assert found.there == found.total == found.peak
     for name, size in use.sizes.items():

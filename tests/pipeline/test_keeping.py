@@ -198,7 +198,7 @@ def test_a_table_keeps_final_policies_and_the_reward_model(table):
     assert not list(workdir.rglob("critic"))
     with console.capture() as captured:
         assert make(workdir, "experiment=ppo,mpo") == 0
-    assert "0 stages made" in captured.get() and "goes through again" not in captured.get()
+    assert "0 stages made" in captured.get() and "is made again" not in captured.get()
 
 
 def test_models_are_saved_in_the_type_asked_for(table, tmp_path):

@@ -184,7 +184,7 @@ def test_every_stage_s_batch_is_compared_with_the_mesh_before_the_first(tmp_path
     more = ("seeds=0", "experiment=mpo") if command == "table" else ()
     assert mpo(command, MICRO, f"workdir={tmp_path}", "mesh.fsdp=8", f"{key}=12", *more) == 2
     said = capsys.readouterr()
-    assert f"{key}=12" in said.err and "does not divide over mesh.data=1 x mesh.fsdp=8" in said.err
+    assert f"{key}=12" in said.err and "not divide over mesh.data=1 x mesh.fsdp=8 = 8 devices" in said.err
     assert "make " not in said.out and not list(tmp_path.glob("**/stages/*"))
 
 

@@ -23,16 +23,27 @@ PARENTS = {role: Artifact(Path(f"w/stages/{name}"), {}) for role, name in
 def test_a_checkpoint_counts_once_it_is_whole(tmp_path, folders, said):
     for folder in folders:
         (tmp_path / folder).mkdir()
-    assert saved(tmp_path, PARENTS, trains=True) == said
+    assert saved(tmp_path, tmp_path, PARENTS, trains=True) == said
 
 
 def test_nothing_is_promised_where_nothing_is(tmp_path):
     nothing = tmp_path / "nothing"
-    assert saved(nothing, {}, trains=True) == "no step is saved yet; the same command begins it anew"
-    assert saved(nothing, PARENTS, trains=False) == "the same command goes on from what is saved of it"
+    assert saved(nothing, nothing, {}, trains=True) == "no step is saved yet; the same command begins it anew"
+    begins = "no row is saved yet; the same command goes on from the finished reward-2, sft-1"
+    assert saved(nothing, nothing, PARENTS, trains=False) == begins
+
+
+@pytest.mark.parametrize(("trains", "before"), [(True, "no step is saved yet; "), (False, "")])
+def test_rows_count_once_a_pass_s_manifest_names_them(tmp_path, trains, before):
+    (tmp_path / "parts" / "samples").mkdir(parents=True)
+    (tmp_path / "parts" / "samples" / "00001.safetensors").touch()
+    assert "the finished reward-2, sft-1" in saved(tmp_path, tmp_path, PARENTS, trains=trains)
+    (tmp_path / "parts" / "samples" / "manifest.json").touch()
+    said = saved(tmp_path, tmp_path, PARENTS, trains=trains)
+    assert said == f"{before}the same command goes on from the rows that are saved"
 
 
 def test_a_bucket_is_not_asked():
     """Its answer may take longer than a user waits."""
-    said = saved(epath.Path("gs://nowhere/checkpoints"), PARENTS, trains=True)
+    said = saved(Path("nowhere"), epath.Path("gs://nowhere/checkpoints"), PARENTS, trains=True)
     assert said == "the same command goes on from what is saved in the bucket"

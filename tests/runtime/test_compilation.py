@@ -41,6 +41,18 @@ def test_quick_ones_are_not_named_and_cached_ones_are_counted(capsys):
     assert "1 of them found in the cache" in seen.summary
 
 
+def test_a_lambda_is_not_named(monkeypatch, capsys):
+    monkeypatch.setattr(compilation, "SLOW_S", -1.0)
+    seen = Compilations()
+    for function in ("<lambda>", "init_parameters"):
+        seen.lowered(function)
+        seen.show_slow()
+        seen.compiled(function, 7.0)
+    said = capsys.readouterr().out
+    assert "<lambda>" not in said and "compiled a small program without a name in 7 s" in said
+    assert "compiling init_parameters ..." in said
+
+
 def test_what_jax_reports_is_counted():
     def a_function_of_this_test(x):
         return x + 1

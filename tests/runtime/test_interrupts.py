@@ -65,7 +65,7 @@ while STOPS.signal is None:
 STOPS.leave(block, KeyError())
 time.sleep(60)
 """
-WAITS = "the step at hand is finished and saved first; a second signal ends the process at once\n"
+WAITS = "the step or batch at hand is finished and saved first; a second signal ends the process at once\n"
 
 
 def run(program: str, *signals: float, number: int = signal.SIGINT, **options) -> tuple[int, str, float]:

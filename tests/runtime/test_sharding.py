@@ -90,6 +90,22 @@ def test_check_batch(size, fits):
             check_batch(size, mesh, "sft.train.batch_size")
 
 
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ({"minibatches": 4}, "=8 in 4 minibatches gives minibatches of 2, which do not divide over"),
+        ({"accumulation": 4}, "=8 in 4 micro-batches gives micro-batches of 2, which do not divide over"),
+        ({"minibatches": 2, "accumulation": 2}, "=8 in 2 minibatches of 2 micro-batches gives micro-batches of 2, "),
+    ],
+)
+def test_check_batch_names_the_multiple_that_its_parts_need(parts, said):
+    mesh, key = AbstractMesh((1, 4, 1), ("data", "fsdp", "tensor")), "ppo.train.batch_size"
+    with pytest.raises(UserError) as caught:
+        check_batch(8, mesh, key, **parts)
+    assert key + said in str(caught.value) and "= 4 devices: make it a multiple of 16," in str(caught.value)
+    check_batch(16, mesh, key, **parts)
+
+
 @pytest.mark.parametrize(("data", "fsdp", "tensor"), [(8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 1, 8)])
 def test_place_batch_puts_each_row_on_its_devices(data, fsdp, tensor):
     mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))

@@ -104,13 +104,14 @@ def logged(folder) -> list[dict]:
     return [{k: v for k, v in row.items() if not k.startswith(("timing_s", "perf"))} for row in rows]
 
 
-def test_fit_resumes_and_ends_equal_to_an_uninterrupted_run(tmp_path):
+def test_fit_resumes_and_ends_equal_to_an_uninterrupted_run(tmp_path, capsys):
     """Killed between two checkpoints: the same call again ends bit-identical, and the log is the same."""
     whole, last = run_fit(tmp_path / "whole")
     with pytest.raises(RuntimeError, match="killed"):
         run_fit(tmp_path / "killed", die_at=5)
     resumed, resumed_last = run_fit(tmp_path / "killed")
     assert int(resumed.step) == 7
+    assert "  sft: resumes from the checkpoint of step 4 of 7\n" in capsys.readouterr().out
     chex.assert_trees_all_equal(jax.device_get(whole), jax.device_get(resumed))
     assert last["train"]["loss"] == resumed_last["train"]["loss"]
     assert logged(tmp_path / "whole") == logged(tmp_path / "killed")

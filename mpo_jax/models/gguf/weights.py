@@ -103,6 +103,9 @@ class GgufTensors:
         self._config = read_config(path)
         self._names = {_renamed(name): name for name in self._file.tensors if name != ROPE_FACTORS}
 
+    dtype = "float32"
+    """The type in which tensors are read, whatever the file's own."""
+
     def names(self) -> set[str]:
         return set(self._names)
 

@@ -98,6 +98,9 @@ TABLE = (
     _transposed("layers.mlp.up", _LAYER + "mlp.up_proj.weight", _BLK + "ffn_up.weight"),
     _transposed("layers.mlp.down", _LAYER + "mlp.down_proj.weight", _BLK + "ffn_down.weight"),
 )
+EMBEDDING = "model.embed_tokens.weight"
+WRITTEN = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""Types that are written here, by their names in safetensors files."""
 ENTRIES = {entry.path: entry for entry in TABLE}
 
 
@@ -113,6 +116,11 @@ class Tensors(Protocol):
         ...
 
     def read(self, name: str) -> np.ndarray: ...
+
+    @property
+    def dtype(self) -> str:
+        """The type in which a model like this is written: float32, bfloat16 or float16."""
+        ...
 
 
 class SafetensorsFolder:
@@ -146,6 +154,22 @@ class SafetensorsFolder:
                 return file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{self._files[name]}: cannot read tensor {name}: {error}") from error
+
+    @property
+    def dtype(self) -> str:
+        """The embedding's, from the file's header: config.json may say another; float32 for types that are not written.
+
+        Raises:
+          UserError: if there is no embedding, or its file cannot be read.
+        """
+        path = self._files.get(EMBEDDING)
+        if path is None:
+            raise UserError(f"{self.where}: there is no tensor {EMBEDDING}")
+        try:
+            with safe_open(path, framework="np") as file:
+                return WRITTEN.get(file.get_slice(EMBEDDING).get_dtype(), "float32")
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: cannot read tensor {EMBEDDING}: {error}") from error
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:
@@ -274,7 +298,10 @@ def _place(host: np.ndarray, sharding: NamedSharding) -> jax.Array:
 
 
 def _cast(x: jax.Array, dtype: str, sharding: NamedSharding) -> jax.Array:
-    return x if x.dtype == dtype else jax.jit(lambda x: x.astype(dtype), out_shardings=sharding)(x)
+    def cast_parameters(x: jax.Array) -> jax.Array:
+        return x.astype(dtype)
+
+    return x if x.dtype == dtype else jax.jit(cast_parameters, out_shardings=sharding)(x)
 
 
 @partial(jax.jit, donate_argnums=0)

@@ -6,14 +6,14 @@ from typing import Any
 
 from rich.table import Table
 
-from mpo_jax.config.schema import Config
 from mpo_jax.runtime.version import __version__
+from mpo_jax.runtime.words import counted
 from mpo_jax.tools.plan.advice import advice
 from mpo_jax.tools.plan.collectives import Traffic
 from mpo_jax.tools.plan.host import HostMemory
 from mpo_jax.tools.plan.hours import StageTime
 from mpo_jax.tools.plan.measure import Measured, Plan, gib, time_parts
-from mpo_jax.tools.plan.targets import known
+from mpo_jax.tools.plan.targets import CPU, known
 
 DEFINITIONS = """\
 GiB are per device. held: arrays that the stage keeps besides the arguments (other models, optimiser states, initial
@@ -66,7 +66,8 @@ def host_table(hosts: Sequence[HostMemory], plan: Plan) -> Table:
     for one in hosts:
         sizes = (f"{gib(size):.3g}" for size in (one.pinned, one.checkpoint, one.loading, one.needed))
         available = "-" if one.available is None else f"{gib(one.available):.3g}"
-        table.add_row(one.stage, *sizes, available, "yes" if one.fits else "[red]NO[/red]")
+        verdict = "-" if one.available is None else "yes" if one.fits else "[red]NO[/red]"
+        table.add_row(one.stage, *sizes, available, verdict)
     return table
 
 
@@ -100,7 +101,8 @@ def notes(plan: Plan) -> list[str]:
     if target.kind is None:
         lines.append(
             "cpu: compiled by XLA's CPU backend, which fuses less and computes in float32 by default. Take it as an "
-            "upper bound for accelerators, whose memory and collectives differ; no time is estimated"
+            "upper bound for accelerators, whose memory and collectives differ, and as no verdict on this machine; no "
+            "time is estimated"
         )
     else:
         kind = target.kind
@@ -112,15 +114,24 @@ def notes(plan: Plan) -> list[str]:
     return lines
 
 
-def unfit(config: Config, measured: Sequence[Measured]) -> list[str]:
-    """Lines for each program that does not fit: its peak, the memory there is, and what to change."""
+def unfit(measured: Sequence[Measured], plan: Plan) -> list[str]:
+    """Lines for each program that does not fit: its peak, the memory there is, and what to change.
+
+    `cpu` without a size is no machine to train on, so its memory is no reason to change anything.
+    """
     lines = []
+    large = sum(not one.fits for one in measured)
+    if large and plan.target.name == CPU:
+        return [
+            f"larger than this machine's memory: {counted(large, 'program')}. --on {CPU} is an upper bound and does "
+            f"not judge: name a device, or {CPU}:GIB for one with so much memory"
+        ]
     for one in measured:
         if not one.fits:
             lines.append(
                 f"{one.program.name} does not fit: {gib(one.peak):.3g} GiB of {gib(one.capacity):.3g}. Change one of:"
             )
-            lines.extend(f"  {change}" for change in advice(config, one))
+            lines.extend(f"  {change}" for change in advice(plan.config, one))
     return lines
 
 

@@ -9,7 +9,7 @@ from mpo_jax.data.lengths import Lengths
 from mpo_jax.runtime.sharding import device_bytes
 from mpo_jax.stages.shapes import Amounts
 from mpo_jax.stages.stage import Program
-from mpo_jax.tools.plan import host, hours, targets
+from mpo_jax.tools.plan import host, hours, report, targets
 from mpo_jax.tools.plan.collectives import Traffic
 from mpo_jax.tools.plan.measure import Measured, Plan
 from tests.tools.plan.test_measure import FSDP, planned
@@ -26,6 +26,21 @@ def listed(plan: Plan, stage: str, traffic: tuple[Traffic, ...] = ()) -> list[Me
         return Measured(program, None, 0, 1.0, traffic, 0.0, 1.0)
 
     return [one(program) for program in plan.programs([stage])]
+
+
+def test_a_cpu_without_a_size_does_not_judge():
+    """Neither a host's memory, which is not known, nor programs that are larger than this machine's."""
+    for on, advises in (("cpu", False), ("cpu:0.001", True)):
+        plan = planned(on=on)
+        large = [dataclasses.replace(one, refused=2**60) for one in listed(plan, "sft")]
+        lines = report.unfit(large, plan)
+        assert any("Change one of" in line for line in lines) == advises
+        assert any("does not judge" in line for line in lines) != advises
+        assert report.unfit([], plan) == []
+        (row,) = zip(
+            *(column.cells for column in report.host_table(host.host_memory(large, plan), plan).columns), strict=True
+        )
+        assert row[-2:] == ("-", "-")
 
 
 def on_gpus(plan: Plan) -> Plan:
