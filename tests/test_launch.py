@@ -157,7 +157,7 @@ def free_port(low: int = 0, high: int = 0) -> int:
 
 
 def check_pair(said: list[str]) -> None:
-    assert "4 x cpu (cpu), 2 processes" in said[0] and "2 processes, " in said[0]
+    assert "4 devices: " in said[0] and "; 2 processes" in said[0] and "2 processes, " in said[0]
     assert "4 devices: all-gather at" in said[0]
     assert "devices:" not in said[1], "the first process alone speaks"
 
