@@ -122,7 +122,8 @@ def test_nothing_is_compiled_after_the_first_step(runs, stage):
     loop = runs.first[stage]
     assert len(loop.widths) == 1
     assert loop.names["jit(update)"] == updates(stage)
-    assert not [name for name, steps in loop.compiled if steps > 0]
+    # the state's hashes come with the first checkpoint: a small program for each kind of leaf
+    assert not [name for name, steps in loop.compiled if steps > 0 and name != "jit(hash_leaf)"]
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -86,10 +86,12 @@ dpo:
 | `tldr_smollm2.yaml` | the same model on Reddit TL;DR |
 | `hh_llama2_7b.yaml` | the paper's HH-RLHF runs: LLaMA-2-7B on eight A100, the hyper-parameters of Table 9 |
 | `tldr_llama2_7b.yaml` | the paper's TL;DR runs, likewise |
+| `hh_llama2_70b.yaml` | HH-RLHF with LLaMA-2-70B on eight hosts of eight H100; planned, not run |
 | `debug_cpu.yaml` | to merge over one of those: a few rows and steps of every stage, in minutes on two CPU cores |
 | `presets/a100_2x8.yaml` | to merge over a 7B file: two hosts of eight A100, the same global batches |
 | `presets/tpu_v5p_8.yaml` | to merge over a 7B file: eight TPU v5p chips |
 | `presets/tpu_v5p_32.yaml` | to merge over a 7B file: 32 TPU v5p chips |
+| `presets/tpu_v5p_128.yaml` | to merge over the 70B file: 128 TPU v5p chips |
 | `presets/ds_chat.yaml` | to merge over any file: reward model and PPO as DeepSpeed-Chat trains them for Llama |
 | `bench/sft.yaml` | times SFT steps on your model and rows, one line per step |
 | `bench/reward.yaml` | times reward model steps |

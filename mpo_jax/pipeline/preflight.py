@@ -50,10 +50,10 @@ def check_inputs(config: Config, until: StageName = "evaluate") -> None:
     Raises:
       UserError: names the key that is wrong.
     """
+    check_first_rows(config)
     codec, _ = check_base(config)
     if until != "sft":
         check_reward(config, codec)
-    check_first_rows(config)
 
 
 def check_base(config: Config) -> tuple[TextCodec, DecoderConfig]:

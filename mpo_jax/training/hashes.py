@@ -108,12 +108,12 @@ def _adder(sharding: Any) -> Any:
     spec, everywhere = sharding.spec, PartitionSpec()
     used = tuple(name for axes in spec if axes for name in ((axes,) if isinstance(axes, str) else axes))
 
-    def local(x: jax.Array) -> jax.Array:
+    def hash_leaf(x: jax.Array) -> jax.Array:
         number = [jnp.uint32(lax.axis_index(axes) if axes else 0) for axes in spec]
         lanes = add_words(x, [k * jnp.uint32(n) for k, n in zip(number, x.shape, strict=False)])
         return lax.psum(lanes, used) if used else lanes
 
-    return jax.jit(jax.shard_map(local, mesh=sharding.mesh, in_specs=(spec,), out_specs=everywhere))
+    return jax.jit(jax.shard_map(hash_leaf, mesh=sharding.mesh, in_specs=(spec,), out_specs=everywhere))
 
 
 def add_words(x: jax.Array, begin: Any = ()) -> jax.Array:
