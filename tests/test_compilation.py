@@ -148,8 +148,8 @@ import jax
 events = []
 jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
 from mpo_jax.cli import main
-from mpo_jax.runtime import compilation
-compilation.LONG_S = 0
+from mpo_jax.runtime import compilation, machine
+compilation.LONG_S = machine.WORTH_CACHING_S = 0  # however busy the machine is
 try:
     main()
 finally:

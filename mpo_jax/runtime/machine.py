@@ -19,6 +19,9 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers"
 CONTAINER_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")
 """Files below /sys/fs/cgroup that hold a container's limit: of cgroups version 2 and 1."""
 
+WORTH_CACHING_S = 0.3
+"""Programs that compile faster are not kept in the compilation cache."""
+
 
 def start(config: RuntimeConfig) -> None:
     """Applies the runtime section to JAX.
@@ -43,7 +46,7 @@ def start(config: RuntimeConfig) -> None:
     processes.join(config.processes)
     if config.compilation_cache is not None:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache).expanduser()))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", WORTH_CACHING_S)
     if pool_gib is not None and processes.is_main():
         console.print(
             f"[dim]{offload.POOL_LIMIT}={pool_gib}: XLA may pin all of the host's memory, for runtime.offload_*[/dim]",
