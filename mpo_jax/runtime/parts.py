@@ -137,6 +137,8 @@ class Parts:
     def _recorded(self) -> list[dict[str, Any]]:
         """What the manifest says; an empty folder if it says nothing of this pass."""
         manifest = self._folder / MANIFEST
+        identity: Any = None
+        parts: list[dict[str, Any]] = []
         try:
             found = json.loads(manifest.read_bytes())
             identity, parts = found["identity"], found["parts"]
