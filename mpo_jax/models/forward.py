@@ -74,6 +74,11 @@ def _abstract_params(config: DecoderConfig, head: Head) -> Tree:
     return jax.eval_shape(partial(with_score_head, config=config), params) if head == "value" else params
 
 
+def num_parameters(config: DecoderConfig, *, head: Head = "lm") -> int:
+    """How many numbers the parameters hold; a tied head counts once."""
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config, head=head)))
+
+
 def param_shardings(params: Tree, mesh: Mesh) -> Any:
     """NamedShardings of a parameter tree (arrays or shapes) by the one table of logical axes.
 

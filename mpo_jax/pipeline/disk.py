@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 
 from mpo_jax.config.schema import Config
@@ -174,7 +173,7 @@ class Sizes:
     def _parameters(self, head: Head) -> int:
         reward = self._config.reward.path
         decoder = loading.open_model(reward).decoder if head == "value" and reward is not None else self._basis.decoder
-        return sum(leaf.size for leaf in jax.tree.leaves(forward.abstract_params(decoder, head=head)))
+        return forward.num_parameters(decoder, head=head)
 
     @cached_property
     def _tokenizer(self) -> int:

@@ -63,7 +63,7 @@ class Upcoming:
             for w in widths
         ]
         self._say(list(self.programs(shapes)), len(widths))
-        threads = self.threads or (THREADS if num_parameters(model) >= LARGE else 1)
+        threads = self.threads or (THREADS if forward.num_parameters(model.decoder) >= LARGE else 1)
         if threads > 1:
             console.print(f"  compiling {sum(map(len, each))} of them in {threads} threads before the first step")
             compile_all(each, shapes.mesh, threads)
@@ -79,10 +79,6 @@ class Upcoming:
 
 def function_name(program: "Program") -> str:
     return str(getattr(program.function, "__name__", ""))
-
-
-def num_parameters(model: Model) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(forward.abstract_params(model.decoder)))
 
 
 class _Compiled(Mapping[str, Any]):
