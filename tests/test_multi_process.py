@@ -244,7 +244,7 @@ def test_a_mistake_of_one_process_stops_both(tmp_path):
     pair = Pair(tmp_path, "sft", str(MICRO), f"workdir={tmp_path / 'w'}", *MESH, own=own, timeout=5)
     first, second = pair.wait(120)
     assert second == 2 and first != 0
-    assert "error in process 1 of 2: data.kind=pairs needs model.path" in pair.text(1)
+    assert "error in process 1 of 2: data.path: no data file nowhere.jsonl" in pair.text(1)
     assert not list(tmp_path.glob("w/stages/.*.partial")), "process 0 waits for the other's checks"
 
 

@@ -105,7 +105,7 @@ def test_a_removed_model_is_made_again_for_the_stage_that_needs_it(tmp_path):
     with console.capture() as captured:
         chain.build()
     assert chain.ran == ["sft", "dpo", "ppo", "evaluate"] and chain.models() == {"reward", "ppo"}
-    lines = [line for line in captured.get().splitlines() if "goes through again" in line]
+    lines = [line for line in captured.get().splitlines() if "is made again" in line]
     assert len(lines) == 2 and NAMES["dpo"] in lines[0] and f"{NAMES['ppo']} needs it" in lines[0]
     assert len(chain.store.made) == 4 and not set(chain.store.made) & set(chain.store.reused)
 
@@ -233,7 +233,7 @@ def test_a_later_run_makes_the_removed_model_again(table, tmp_path):
     assert "to make" in next(line for line in captured.get().splitlines() if " sft-" in line)
     with console.capture() as captured:
         assert make(workdir, "experiment=sft,ppo,mpo") == 0
-    assert captured.get().count("goes through again") == 1
+    assert captured.get().count("is made again") == 1
     after = of_run(workdir, "mpo", "sft")
     assert dtypes(after / "model") == {"bfloat16"}
     hashes = [
