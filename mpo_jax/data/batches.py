@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache, partial
 from typing import Any, NamedTuple
 
-import grain
 import jax
 import numpy as np
 
@@ -201,6 +200,8 @@ class TrainBatches:
 
     @cached_property
     def _shuffled(self) -> Any:
+        import grain  # takes half a second, which commands that only count rows need not wait for
+
         return grain.MapDataset.range(len(self.examples)).seed(self.seed).shuffle().repeat()
 
     @cached_property

@@ -19,8 +19,8 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mpo_jax.data.digests import file_digest
 from mpo_jax.errors import UserError
+from mpo_jax.runtime.file_digests import file_digest
 
 Row = dict[str, Any]
 JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
@@ -76,7 +76,7 @@ def fingerprint_files(paths: Iterable[Path], cache: Path | None = None) -> str:
     """sha256 of the files' contents, in order.
 
     Args:
-      cache: folder of digests from earlier runs (see digests.py).
+      cache: folder of digests from earlier runs (see runtime/file_digests.py).
 
     Raises:
       UserError: if a file is missing or cannot be read.

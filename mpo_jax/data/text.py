@@ -196,28 +196,28 @@ class TextCodec:
             )
         begin, end = section
 
-        def fit(stop: int) -> list[int] | None:
-            ids = self._split_bos(self._encode([text[:stop] + text[end:]])[0])[1]
-            return ids if len(ids) <= room else None
+        def fit(stops: Sequence[int]) -> list[list[int] | None]:
+            whole = self._encode([text[:stop] + text[end:] for stop in stops])
+            return [ids if len(ids) <= room else None for ids in (self._split_bos(ids)[1] for ids in whole)]
 
         # cutting at an empty first line would leave nothing of the post
         lines = [m.start() for m in re.finditer(r"\r?\n", text[:end]) if text[begin : m.start()].strip()]
         return _last_fit(lines, fit) or _last_fit(range(begin, end), fit)
 
 
-def _last_fit(stops: Sequence[int], fit: Callable[[int], list[int] | None]) -> list[int] | None:
+def _last_fit(stops: Sequence[int], fit: Callable[[Sequence[int]], list[list[int] | None]]) -> list[int] | None:
     """`fit` of the last stop (ascending) for which it is not None, found by bisection."""
     best, low, high = None, 0, len(stops)
     while low < high:
         middle = (low + high) // 2
-        ids = fit(stops[middle])
+        (ids,) = fit([stops[middle]])
         if ids is None:
             high = middle
         else:
             best, low = ids, middle + 1
     # not monotonic: part of a word can take more tokens than the whole word, so look a few stops further
-    for stop in stops[low : low + LOOK_AHEAD]:
-        best = fit(stop) or best
+    for ids in fit(stops[low : low + LOOK_AHEAD]):
+        best = ids or best
     return best
 
 

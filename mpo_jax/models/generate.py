@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mpo_jax.models import forward
 from mpo_jax.models.forward import Caches, Model
-from mpo_jax.runtime.sharding import batch_sharding, by_group, constrain, spec_for
+from mpo_jax.runtime.sharding import batch_sharding, by_group, constrain, simulated, spec_for
 from mpo_jax.types import Params, PromptBatch, Tree, merge
 
 BLOCK = 128
@@ -29,9 +29,6 @@ MIN_PART, MAX_PARTS = 128, 2
 """Slots that a part of the room has at least, and the number of parts at most. Attention reads only the parts in use.
 Every part is another copy of the decode loop's body in the program: with four, a model of 32 layers compiles five times
 as long as with one, and decoding on CPU is slower than with one."""
-
-BLOCKING = ("cpu",)
-"""Platforms on which a collective keeps a thread of a shared pool."""
 
 CHUNK = 16
 """Tokens drawn between two mergers of the caches. New keys and values go to a small cache at a slot that all rows
@@ -218,11 +215,10 @@ class Decoder:
         """`sharding.by_group` of a function (weights, state, allowed_V) -> state, or the function itself.
 
         Key/value heads that `tensor` does not divide are moved by collective-permutes, for which all groups would have
-        to be at the same token. Simulated devices share a pool of threads, which collectives of groups that have ended
-        can fill while others wait for a thread.
+        to be at the same token. On simulated devices a group that waits can take the threads that another needs.
         """
         tensor = mesh.shape["tensor"]
-        blocks = tensor > 1 and mesh.devices.flat[0].platform in BLOCKING
+        blocks = tensor > 1 and simulated(mesh.devices.ravel().tolist())
         return function if blocks or self.model.decoder.num_kv_heads % tensor else by_group(function, mesh)
 
     def advance(self, weights: Tree, state: Decoding, allowed_V: Bool[Array, " V"] | None) -> Decoding:

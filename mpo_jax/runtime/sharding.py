@@ -27,13 +27,14 @@ RULES: dict[str, Any] = {
 """Logical axis -> mesh axis. A logical axis without a rule is replicated."""
 
 
-def simulated() -> bool:
-    """Whether there are several CPU devices in this process.
+def simulated(devices: Sequence[Any] | None = None) -> bool:
+    """Whether these devices, this process's if None, are several and CPUs.
 
     They share a pool of threads, and a collective keeps its thread until all devices have come to it. Programs that are
     under way at the same time can fill the pool, so that all wait for ever: there must be one at a time.
     """
-    return jax.default_backend() == "cpu" and jax.local_device_count() > 1
+    devices = jax.local_devices() if devices is None else devices
+    return len(devices) > 1 and devices[0].platform == "cpu"
 
 
 def make_mesh(config: MeshConfig) -> Mesh:

@@ -104,7 +104,7 @@ def test_a_token_is_exchanged_over_tensor_alone(shape, program, monkeypatch):
     """
     data, fsdp, tensor = shape
     # compiled as for accelerators, and not run
-    monkeypatch.setattr(generate, "BLOCKING", ())
+    monkeypatch.setattr(generate, "simulated", lambda _: False)
     found = in_loops(compiled(shape, program).as_text())
     kinds = Counter(re.search(rf" ({'|'.join(KINDS)})", line)[1] for line in found)
     if tensor == 1:
@@ -137,7 +137,7 @@ def test_groups_go_on_together_where_heads_do_not_divide(monkeypatch):
     few = Decoder(Model(dataclasses.replace(DECODER, num_kv_heads=2)), LONG, EOS)
     assert few.by_group(few.advance, mesh_of(2, 2, 2)) == few.advance, "simulated devices share their threads"
     assert few.by_group(few.advance, mesh_of(2, 4, 1)) != few.advance
-    monkeypatch.setattr(generate, "BLOCKING", ())
+    monkeypatch.setattr(generate, "simulated", lambda _: False)
     assert few.by_group(few.advance, mesh_of(2, 1, 4)) == few.advance
     assert few.by_group(few.advance, mesh_of(2, 2, 2)) != few.advance
     for alone in ((1, 1, 1), (1, 1, 4)):

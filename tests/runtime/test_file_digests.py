@@ -1,4 +1,4 @@
-"""mpo_jax.data.digests: a file is read once for as long as it does not change, in this process and in later ones."""
+"""mpo_jax.runtime.file_digests: a file is read once while it does not change, in this process and in later ones."""
 
 import hashlib
 import json
@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from mpo_jax.config.schema import DataConfig
-from mpo_jax.data import digests
 from mpo_jax.data.corpus import fingerprint, fingerprint_model
-from mpo_jax.data.digests import file_digest
+from mpo_jax.runtime import file_digests as digests
+from mpo_jax.runtime.file_digests import file_digest
 from tests.models.tiny import RECORDED
 
 
