@@ -215,7 +215,7 @@ class Stops:
         said = [f"{self._word()}{_process()}"]
         _within(LAST_WORDS_S, lambda: said.append(self.message(text)))
         _within(LAST_WORDS_S, _flush)
-        _within(LAST_WORDS_S, lambda: _write(said[-1]))
+        _within(LAST_WORDS_S, lambda: _write_last(said[-1]))
         for folder in self._scratch:
             shutil.rmtree(folder, ignore_errors=True)
         if fatal := sys.modules.get("mpo_jax.runtime.fatal"):
@@ -244,10 +244,20 @@ def _flush() -> None:
     sys.stderr.flush()
 
 
-def _write(line: str) -> None:
+def _write(line: str, errors: int = 2) -> None:
     """Writes to standard error, below a progress bar or the terminal's ^C, and shows the cursor that a bar hides."""
-    terminal = os.isatty(2)
-    os.write(2, (("\033[?25h\n" if terminal else "") + line + "\n").encode())
+    terminal = os.isatty(errors)
+    os.write(errors, (("\033[?25h\n" if terminal else "") + line + "\n").encode())
+
+
+def _write_last(line: str) -> None:
+    """As `_write`, and nothing can follow: the main thread goes on, and may print, until the process has ended."""
+    errors, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        os.dup2(nowhere, descriptor)
+    _write(line, errors)
+    # not left open: `fatal.finish` waits for the end of this stream
+    os.close(errors)
 
 
 def _process() -> str:

@@ -65,6 +65,17 @@ while STOPS.signal is None:
 STOPS.leave(block, KeyError())
 time.sleep(60)
 """
+TALKING = """
+import os, pathlib
+interrupts.shutil.rmtree = lambda *_, **__: time.sleep(0.5)  # the time between the last line and the end
+with STOPS.removing(pathlib.Path("scratch")):
+    ready()
+    while True:
+        # whole lines: of a line in two parts, the message could come between
+        os.write(1, b"compiles 2 programs\\n")
+        os.write(2, b"a warning\\n")
+        time.sleep(0.001)  # a full pipe would hold a line back until after the message
+"""
 WAITS = "the step or batch at hand is finished and saved first; a second signal ends the process at once\n"
 
 
@@ -82,6 +93,21 @@ def run(program: str, *signals: float, number: int = signal.SIGINT, **options) -
         output, errors = process.communicate(timeout=30)
         assert output == "there is output, not flushed\n"
         return process.returncode, errors, time.monotonic() - begin
+    finally:
+        process.kill()
+
+
+def test_nothing_follows_the_last_line():
+    """The main thread goes on until the process has ended, and prints all the while."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", BEGIN + TALKING], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        while process.stdout.readline() != "a warning\n":
+            pass
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=30)
+        assert process.returncode == 130 and output.splitlines()[-1] == "interrupted", output[-200:]
     finally:
         process.kill()
 
