@@ -21,7 +21,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,12 @@ MODELS = {
     "3B": "meta-llama/Llama-3.2-3B",
     "7B": "meta-llama/Llama-2-7b-hf",
 }
-GPUS = {"24 GB (RTX 4090)": "rtx4090x1", "24 GB (L4)": "l4x1", "24 GB (A10G)": "a10gx1", "40 GB (A100)": "a100-40x1",
-        "80 GB (H100)": "h100x1"}  # fmt: skip
+ONE_GPU = "h100x1"
+"""What the models of one GPU are compiled for: a program takes nearly the same memory on every GPU."""
+CLASSES = {"24 GB": "l4x1", "40 GB": "a100-40x1", "80 GB": ONE_GPU}
+"""GPUs that the peaks are compared with, the smallest first; of 24 GB those with the least memory, L4 and A10G."""
+CHECKED = {"0.5B": "l4x1", "1B": "l4x1", "3B": "a100-40x1"}
+"""Models that are compiled for a smaller GPU too, to see that it makes no difference."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,11 +73,10 @@ def plans() -> list[Planned]:
     found.append(Planned("hh-70b-8xh100x8", "8xh100x8", ("configs/hh_llama2_70b.yaml",)))
     big = ("configs/hh_llama2_70b.yaml", f"{PRESETS}/tpu_v5p_128.yaml")
     found.append(Planned("hh-70b-v5p-4x4x8", "v5p:4x4x8", big))
-    for model, path in MODELS.items():
-        for on in GPUS.values():
-            for name, extra in (("", ()), ("-offload", OFFLOAD)):
-                arguments = ("configs/hh_llama2_7b.yaml", f"model.path={path}", *SMALL, *extra)
-                found.append(Planned(f"one-{model}-{_file(on)}{name}", on, arguments))
+    for model, on in (*((model, ONE_GPU) for model in MODELS), *CHECKED.items()):
+        for name, extra in (("", ()), ("-offload", OFFLOAD)):
+            arguments = ("configs/hh_llama2_7b.yaml", f"model.path={MODELS[model]}", *SMALL, *extra)
+            found.append(Planned(f"one-{model}-{_file(on)}{name}", on, arguments))
     return found
 
 
@@ -170,13 +173,10 @@ class Made:
                 found["usable"] = program["usable"] / GIB
         return found
 
-    def largest(self, name: str, stage: str) -> tuple[float, float, str] | None:
-        """The stage's largest peak and the usable memory in GiB, and its program."""
+    def largest(self, name: str, stage: str) -> float | None:
+        """GiB of the stage's largest program."""
         plan = self.stage(name, stage)
-        if plan is None:
-            return None
-        worst = max(plan["programs"], key=lambda program: program["peak"])
-        return worst["peak"] / GIB, worst["usable"] / GIB, worst["name"]
+        return None if plan is None else max(program["peak"] for program in plan["programs"]) / GIB
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -195,48 +195,56 @@ def by_program(made: Made, columns: dict[str, str]) -> str:
     return table(["program", *columns], rows)
 
 
-def on_one_gpu(made: Made, on: str, title: str) -> str:
-    """The largest program of each stage of each model: GiB, bold where it does not fit."""
+def on_one_gpu(made: Made) -> str:
+    """GiB of each stage's largest program, and the smallest class of GPUs that holds it where the first does not."""
+    from mpo_jax.tools.plan import targets
+
+    usable = {title: targets.parse(on, cpu_devices=1).capacity / GIB for title, on in CLASSES.items()}
+    first = next(iter(usable))
+
+    def cell(peak: float | None) -> str:
+        if peak is None:
+            return ""
+        smallest = next((title for title, room in usable.items() if peak <= room), "none")
+        return f"{peak:.1f}" if smallest == first else f"{peak:.1f} ({smallest})"
+
+    columns = [*((stage, "") for stage in STAGES), ("ppo", "-offload")]
+    rows = [
+        [path.partition("/")[2], *(cell(made.largest(f"one-{model}-{ONE_GPU}{end}", stage)) for stage, end in columns)]
+        for model, path in MODELS.items()
+    ]
+    heading = ", ".join(f"{title}: {room:.1f}" for title, room in usable.items())
+    return f"usable GiB: {heading}\n\n" + table(["model", *STAGES, "ppo, offloaded"], rows)
+
+
+def on_smaller_gpus(made: Made) -> str:
+    """By how many GiB, at most, a stage's largest program differs where it is compiled for a smaller GPU."""
     rows = []
-    for model in MODELS:
-        cells = []
-        for stage in STAGES:
-            plain = made.largest(f"one-{model}-{_file(on)}", stage)
-            cells.append("" if plain is None else _cell(plain))
-        offloaded = made.largest(f"one-{model}-{_file(on)}-offload", "ppo")
-        rows.append([model, *cells, "" if offloaded is None else _cell(offloaded)])
-    return table([title, *STAGES, "ppo, offloaded"], rows)
+    for model, on in CHECKED.items():
+        pairs = [[made.largest(f"one-{model}-{_file(gpu)}", stage) for gpu in (on, ONE_GPU)] for stage in STAGES]
+        whole = [abs(a - b) for a, b in pairs if a is not None and b is not None]
+        rows.append([model, on, str(len(whole)), f"{max(whole):.2f}" if whole else ""])
+    return table(["model", "compiled for", "stages", "largest difference, GiB"], rows)
 
 
-def _cell(found: tuple[float, float, str]) -> str:
-    peak, usable, _ = found
-    return f"{peak:.1f}" if peak <= usable else f"**{peak:.1f}**"
+def by_stage(made: Made, rows: dict[str, str], part: str, cell: Callable[[dict[str, Any]], str]) -> str:
+    """A row for each plan and a column for each stage: `cell` of the first entry of the plan's list `part`."""
+
+    def text(name: str, stage: str) -> str:
+        found = (made.stage(name, stage) or {part: []})[part]
+        return cell(found[0]) if found else ""
+
+    return table(["", *STAGES], [[title, *(text(name, stage) for stage in STAGES)] for title, name in rows.items()])
 
 
-def hours(made: Made, columns: dict[str, str]) -> str:
-    """Hours of every stage: by the rows' lengths, and at full width."""
-    rows = []
-    for stage in STAGES:
-        cells = [stage]
-        for name in columns.values():
-            plan = made.stage(name, stage)
-            times = [] if plan is None else plan["times"]
-            cells.append(f"{times[0]['expected'] / 3600:.2g} ({times[0]['full'] / 3600:.2g})" if times else "")
-        rows.append(cells)
-    return table(["stage", *columns], rows)
+def hours(times: dict[str, Any]) -> str:
+    """By the rows' lengths, and at full width."""
+    return f"{times['expected'] / 3600:.2g} ({times['full'] / 3600:.2g})"
 
 
-def on_hosts(made: Made, columns: dict[str, str]) -> str:
-    """GiB of host memory that each stage needs, and what a host is assumed to have."""
-    rows = []
-    for stage in STAGES:
-        cells = [stage]
-        for name in columns.values():
-            plan = made.stage(name, stage)
-            found = [] if plan is None else plan["hosts"]
-            cells.append(f"{found[0]['needed'] / GIB:.0f} of {found[0]['available'] / GIB:.0f}" if found else "")
-        rows.append(cells)
-    return table(["stage", *columns], rows)
+def host_memory(host: dict[str, Any]) -> str:
+    """GiB that are needed, and that a host is assumed to have."""
+    return f"{host['needed'] / GIB:.0f} of {host['available'] / GIB:.0f}"
 
 
 def compile_times(made: Made, columns: dict[str, str]) -> str:
@@ -259,9 +267,10 @@ def print_tables(folder: Path) -> None:
     for title, text in (
         ("LLaMA-2-7B, GiB a device", by_program(made, seven)),
         ("LLaMA-2-70B, GiB a device", by_program(made, seventy)),
-        *((f"One GPU of {gpu}", on_one_gpu(made, on, gpu)) for gpu, on in GPUS.items()),
-        ("Hours, by the rows' lengths (at full width)", hours(made, {**seven, **seventy})),
-        ("Host memory, GiB", on_hosts(made, {**seven, **seventy})),
+        ("One GPU", on_one_gpu(made)),
+        ("One GPU, compiled for a smaller one", on_smaller_gpus(made)),
+        ("Hours, by the rows' lengths (at full width)", by_stage(made, {**seven, **seventy}, "times", hours)),
+        ("Host memory, GiB", by_stage(made, {**seven, **seventy}, "hosts", host_memory)),
         ("Compile time", compile_times(made, {**seven, **seventy})),
     ):
         print(f"\n### {title}\n\n{text}")

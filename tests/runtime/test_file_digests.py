@@ -11,7 +11,7 @@ import pytest
 
 from mpo_jax.config.schema import DataConfig
 from mpo_jax.data.corpus import fingerprint, fingerprint_model
-from mpo_jax.runtime import file_digests as digests
+from mpo_jax.runtime import file_digests
 from mpo_jax.runtime.file_digests import file_digest
 from tests.models.tiny import RECORDED
 
@@ -26,14 +26,14 @@ def reads(monkeypatch) -> list[str]:
         return read(file, kind)
 
     monkeypatch.setattr(hashlib, "file_digest", noted)
-    monkeypatch.setattr(digests, "SETTLED_NS", 0)
-    digests._known.clear()
+    monkeypatch.setattr(file_digests, "SETTLED_NS", 0)
+    file_digests._known.clear()
     yield names
-    digests._known.clear()
+    file_digests._known.clear()
 
 
 def as_another_process() -> None:
-    digests._known.clear()
+    file_digests._known.clear()
 
 
 def write(path: Path, text: str) -> str:
@@ -101,7 +101,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, reads):
 
 def test_a_file_that_was_just_written_is_not_remembered(tmp_path, reads, monkeypatch):
     """It may be written again within the file system's clock."""
-    monkeypatch.setattr(digests, "SETTLED_NS", 10**12)
+    monkeypatch.setattr(file_digests, "SETTLED_NS", 10**12)
     path, cache = tmp_path / "a", tmp_path / "cache"
     write(path, "one")
     assert file_digest(path, cache) == file_digest(path, cache) and len(reads) == 2 and not cache.exists()
