@@ -67,7 +67,8 @@ class Inputs:
     def fingerprints(self) -> dict[str, str]:
         """Content hashes of the readable inputs, independent of name and location; absent inputs have none."""
         config, cache = self._config, self._config.runtime.fingerprint_cache_folder
-        found: dict[str, Callable[[], str]] = {"data": lambda: corpus.fingerprint(config.data, cache)}
+        rows = partial(corpus.fingerprint, config.data, cache, chat_template=config.text.chat_template)
+        found: dict[str, Callable[[], str]] = {"data": rows}
         if config.model.path is not None:
             found["base"] = partial(corpus.fingerprint_model, config.model.path, cache)
         if config.reward.path is not None:

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from mpo_jax.config.load import load_config
 from mpo_jax.config.schema import Config, TextConfig
 from mpo_jax.data import hh
-from mpo_jax.data.chat import Chat
+from mpo_jax.data.chat import Chat, read_template
 from mpo_jax.data.records import Renderer, user_turn
 from mpo_jax.data.text import TextCodec
 from mpo_jax.errors import UserError
@@ -67,7 +67,7 @@ class OpenModel:
     def renderer(self) -> Renderer:
         """How rows become prompts, as in training; plain prompts of a model from elsewhere stay as they are."""
         dialogues = self.trained is not None and self.trained.data.kind == "hh"
-        chat = cache(lambda: Chat(self.codec.tokenizer))
+        chat = cache(lambda: Chat.of(self.codec.tokenizer, self.config.text))
         return Renderer(chat, wrap=self.config.text.chat, turns=hh.dialogue_turns if dialogues else user_turn)
 
     @property
@@ -157,7 +157,11 @@ def open_model(path: str, overrides: tuple[str, ...]) -> OpenModel:
     trained, half = trained_config(found), source.decoder.max_positions // 2
     own = TextConfig(max_prompt_tokens=half, max_response_tokens=half) if trained is None else trained.text
     given = config.text.model_fields_set
-    codec = TextCodec(load_tokenizer(found), own.model_copy(update={key: getattr(config.text, key) for key in given}))
+    tokenizer = load_tokenizer(found)
+    if config.text.chat_template is not None:
+        # a trained model's tokenizer carries the template of its training
+        tokenizer.chat_template = read_template(config.text.chat_template)
+    codec = TextCodec(tokenizer, own.model_copy(update={key: getattr(config.text, key) for key in given}))
     loading.check_vocabulary(codec.vocab_size, source.decoder, found)
     config = config.model_copy(update={"text": codec.config})
     return OpenModel(found, source, config, codec, trained, frozenset(given))

@@ -90,7 +90,7 @@ class LocalJudge:
 
     @cached_property
     def _chat(self) -> Chat:
-        return Chat(self.codec.tokenizer)
+        return Chat.of(self.codec.tokenizer, self.config.text)
 
 
 def reward_totals(
