@@ -28,7 +28,7 @@ from mpo_jax.data.records import (
 )
 from mpo_jax.data.sources import HUB, Source, fingerprint_files, open_source
 from mpo_jax.errors import UserError
-from mpo_jax.models.hf.hub import WANTED, local_model
+from mpo_jax.models.hf.hub import is_wanted, local_model
 from mpo_jax.models.hf.tokenizer import load_tokenizer
 
 T = TypeVar("T")
@@ -378,7 +378,7 @@ def fingerprint_model(path: str, cache: Path | None = None) -> str:
     local = local_model(path)
     if local.is_file():
         return fingerprint_files([local], cache)
-    files = sorted(file for file in local.iterdir() if file.is_file() and any(map(file.match, WANTED)))
+    files = sorted(file for file in local.iterdir() if file.is_file() and is_wanted(file))
     content = [[file.name, fingerprint_files([file], cache)] for file in files]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 

@@ -174,10 +174,24 @@ class Context:
         )
 
     def load(
-        self, path: str | Path, numerics: Numerics, text: TextConfig, *, head: Head = "lm", frozen: bool = False
+        self,
+        path: str | Path,
+        numerics: Numerics,
+        text: TextConfig,
+        *,
+        head: Head = "lm",
+        frozen: bool = False,
+        num_ids: int | None = None,
+        label: str | None = None,
     ) -> tuple[Model, Params]:
-        """Loads a model onto the mesh and checks that it has enough positions for the text's prompts and responses."""
-        return loading.load(path, self.options(numerics), self.mesh, text=text, head=head, frozen=frozen)
+        """Loads a model onto the mesh and checks that it has enough positions for the text's prompts and responses.
+
+        Args:
+          num_ids, label: as for `loading.load`, of models from elsewhere.
+        """
+        return loading.load(
+            path, self.options(numerics), self.mesh, text=text, head=head, frozen=frozen, num_ids=num_ids, label=label
+        )
 
     def load_base(
         self,
@@ -193,8 +207,7 @@ class Context:
             decoder = loading.scratch_sizes(architecture, codec.vocab_size)
             loading.check_positions(decoder, codec.config)
             return options.model(decoder, self.mesh), loading.init(decoder, self.mesh, stage_key(seed, "init"))
-        loading.check_vocabulary(codec.vocab_size, loading.open_model(base).decoder, base)
-        return self.load(base, numerics, codec.config)
+        return self.load(base, numerics, codec.config, num_ids=codec.vocab_size)
 
     def tokenize(self, codec: TextCodec, rows: Sequence[Row]) -> tuple[list[Example], TokenReport]:
         """Tokenizes rows (prompt, responses), or reads their ids from the cache."""

@@ -52,7 +52,10 @@ class OpenModel:
     def load(self, head: Head = "lm") -> tuple[Model, Params]:
         """The model with its weights, which do not train."""
         options = loading.Options.of(self.config.model)
-        return loading.load(self.path, options, self.mesh, text=self.config.text, head=head, frozen=True)
+        return loading.load(
+            self.path, options, self.mesh, text=self.config.text, head=head, frozen=True,
+            num_ids=self.codec.vocab_size, label=self.config.reward.label,
+        )  # fmt: skip
 
     def knows(self, key: str) -> bool:
         """Whether training or the user has set `text.KEY`."""
@@ -153,7 +156,7 @@ def open_model(path: str, overrides: tuple[str, ...]) -> OpenModel:
     config = load_config(None, overrides)
     machine.start(config.runtime)
     found = find_model(path)
-    source = loading.open_model(found)
+    source = loading.open_model(found, label=config.reward.label)
     trained, half = trained_config(found), source.decoder.max_positions // 2
     own = TextConfig(max_prompt_tokens=half, max_response_tokens=half) if trained is None else trained.text
     given = config.text.model_fields_set
@@ -162,6 +165,6 @@ def open_model(path: str, overrides: tuple[str, ...]) -> OpenModel:
         # a trained model's tokenizer carries the template of its training
         tokenizer.chat_template = read_template(config.text.chat_template)
     codec = TextCodec(tokenizer, own.model_copy(update={key: getattr(config.text, key) for key in given}))
-    loading.check_vocabulary(codec.vocab_size, source.decoder, found)
+    source = source.fitting(codec.vocab_size)
     config = config.model_copy(update={"text": codec.config})
     return OpenModel(found, source, config, codec, trained, frozenset(given))

@@ -103,6 +103,7 @@ OTHER: dict[str, Any] = {
     "sft.train.best_metric": "tokens", "reward.train.best_metric": "gap", "dpo.train.best_metric": "loss",
     "ppo.train.best_metric": "objective/kl",
     "reward.path": str(RECORDED / "qwen2_score"), "reward.init": "base", "reward.loss": "ds_span",
+    "reward.label": "chosen",
     "select.threshold": 2.0, "select.easy_fraction": 0.25, "select.pair_source": "human", "select.temperature": 0.5,
     "select.top_p": 0.9, "select.num_prompts": 8, "select.batch_size": 24,
     "dpo.beta": 0.2, "dpo.loss": "ipo", "dpo.loss_options": {"target_margin": 0.5}, "dpo.label_smoothing": 0.2,
@@ -157,7 +158,7 @@ EXPECTED: dict[str, set[str]] = {
     "data.toy": ALL, "data.prompts": ALL, "data.validation_fraction": ALL,
     **{f"{stage}.train": units for stage, units in OF_STAGE.items()},
     **{f"{stage}.train.{key}": NONE for stage in TRAINED for key in BOOKKEEPING},
-    "reward": {"reward"},
+    "reward": {"reward"}, "reward.label": NONE,  # of a finished one
     "select": {"select"},
     "select.threshold": SPLIT, "select.easy_fraction": SPLIT,
     "select.num_prompts": {"select", "dpo_human", "ppo_all"},  # the steps without a selection
@@ -184,7 +185,7 @@ DIFFERENT: dict[str, dict[str, set[str]]] = {
     "finished reward model": {
         "model.path": {"sft", "reward"},
         "reward.train": NONE, "reward.train.batch_size": {"reward"},  # in which it is measured
-        "reward.init": NONE, "reward.loss": NONE,
+        "reward.init": NONE, "reward.loss": NONE, "reward.label": {"reward"},
     },
 }  # fmt: skip
 INSTEAD = {

@@ -273,7 +273,8 @@ class Bench:
     def _model(self) -> Model:
         options, path = loading.Options.of(self.config.model), self.config.model.path
         if path is not None:
-            return options.model(loading.open_model(path).decoder, self.mesh)
+            source = loading.open_model(path)
+            return options.model((source if self.rows else source.fitting(self._codec.vocab_size)).decoder, self.mesh)
         vocab = self.vocab_size if self.rows else len(self._codec.tokenizer)
         return options.model(loading.from_architecture(self.config.model.architecture, vocab), self.mesh)
 
@@ -281,7 +282,8 @@ class Bench:
         """Float32 master parameters on the mesh."""
         path = self.config.model.path
         if path is not None:
-            return loading.load(path, loading.Options.of(self.config.model), self.mesh)[1]
+            num_ids = None if self.rows else self._codec.vocab_size
+            return loading.load(path, loading.Options.of(self.config.model), self.mesh, num_ids=num_ids)[1]
         return loading.init(self._model.decoder, self.mesh, stage_key(self.config.seed, "init"))
 
     def _batches(self, examples: Sequence[Example]) -> TrainBatches:
