@@ -28,7 +28,7 @@ from mpo_jax.data.records import (
 )
 from mpo_jax.data.sources import HUB, Source, fingerprint_files, open_source
 from mpo_jax.errors import UserError
-from mpo_jax.models.hf.hub import is_wanted, local_model
+from mpo_jax.models.hf.hub import local_model
 from mpo_jax.models.hf.tokenizer import load_tokenizer
 
 T = TypeVar("T")
@@ -365,22 +365,6 @@ def _load_sources(config: Config) -> Corpus:
         prompts=read("prompt_path", readers.prompts),
         test_prompts=read("test_prompt_path", readers.prompts),
     )
-
-
-def fingerprint_model(path: str, cache: Path | None = None) -> str:
-    """A hash of a model's files: changed weights count as another model, a moved or copied folder as the same one.
-
-    In a folder the files that a model is read from count, with their names; notes beside them do not.
-
-    Args:
-      cache: folder of files' digests from earlier runs.
-    """
-    local = local_model(path)
-    if local.is_file():
-        return fingerprint_files([local], cache)
-    files = sorted(file for file in local.iterdir() if file.is_file() and is_wanted(file))
-    content = [[file.name, fingerprint_files([file], cache)] for file in files]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def base_tokenizer(config: Config) -> PreTrainedTokenizerBase:

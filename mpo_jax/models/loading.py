@@ -16,7 +16,7 @@ from mpo_jax.config.schema import ArchitectureConfig, ModelConfig, TextConfig
 from mpo_jax.errors import UserError
 from mpo_jax.models import forward
 from mpo_jax.models.forward import Model
-from mpo_jax.models.hf import families, found, weights
+from mpo_jax.models.hf import ends, families, found, weights
 from mpo_jax.models.hf.hub import local_model
 from mpo_jax.models.spec import DecoderConfig, LayerSpec
 from mpo_jax.runtime import machine
@@ -268,3 +268,5 @@ def save_description(
     ids = {f"{name}_id": getattr(tokenizer, f"{name}_token_id") for name in ("eos", "bos", "pad")}
     families.save_config(folder, model.decoder, head=head, dtype=dtype, **ids)
     tokenizer.save_pretrained(folder)
+    if len(several := ends.end_ids(tokenizer)) > 1:
+        ends.write_end_ids(folder, list(several), bos_id=ids["bos_id"], pad_id=ids["pad_id"])

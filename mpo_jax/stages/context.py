@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from mpo_jax.config.schema import ArchitectureConfig, Config, TextConfig
-from mpo_jax.data import corpus
+from mpo_jax.data import base_model, corpus
 from mpo_jax.data.batches import Progress
 from mpo_jax.data.corpus import Corpus
 from mpo_jax.data.digest import digest
@@ -70,9 +70,9 @@ class Inputs:
         rows = partial(corpus.fingerprint, config.data, cache, chat_template=config.text.chat_template)
         found: dict[str, Callable[[], str]] = {"data": rows}
         if config.model.path is not None:
-            found["base"] = partial(corpus.fingerprint_model, config.model.path, cache)
+            found["base"] = partial(base_model.fingerprint_base, config.model.path, cache)
         if config.reward.path is not None:
-            found["reward_model"] = partial(corpus.fingerprint_model, config.reward.path, cache)
+            found["reward_model"] = partial(base_model.fingerprint_model, config.reward.path, cache)
         for name in sorted(self._reads & found.keys()):
             if name not in self._fingerprints:
                 self._fingerprints[name] = found[name]()
@@ -233,7 +233,9 @@ class Context:
         """
         if self.upcoming is not None:
             self.upcoming.announce(model, codec.config.length_buckets)
-        of = {"sampling": dataclasses.asdict(sampling), "batch_size": batch_size}
+        of: dict[str, Any] = {"sampling": dataclasses.asdict(sampling), "batch_size": batch_size}
+        if len(codec.end_ids) > 1:
+            of["ends"] = list(codec.end_ids)
         with self.running(name, "samples", examples, of, every=batch_size, log=True) as (keep, progress):
             return sample_examples(
                 model,

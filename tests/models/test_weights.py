@@ -351,9 +351,7 @@ def test_index_names_the_wrong_file(sharded, mesh):
 def test_two_sets_of_weights_are_an_error_that_names_both(sharded, mesh):
     """transformers would take model.safetensors, and it can be what an earlier export has left."""
     shutil.copy(sharded / "model-00001-of-00002.safetensors", sharded / "model.safetensors")
-    with pytest.raises(
-        UserError, match=r"two sets of weights, model\.safetensors and .* model\.safetensors\.index\.json"
-    ):
+    with pytest.raises(UserError, match=r"two sets of weights, model\.safetensors and .*\.index\.json names"):
         load_folder(sharded, mesh)
 
 

@@ -192,7 +192,7 @@ class Bench:
     def _ppo(self) -> Workload:
         settings, model, params = self._settings("ppo"), self._model, self._params()
         critic = loading.with_value_head(model, params, self.mesh)
-        codec: Any = SimpleNamespace(eos_id=self._eos, allowed=lambda _: self._allowed)
+        codec: Any = SimpleNamespace(ends=self._eos, allowed=lambda _: self._allowed)
         offload = Offload.of(self.config.runtime, self.mesh)
         models = Models(model, model, params["frozen"], critic["frozen"], params, critic)
         loop = Loop(settings, self.mesh, codec, models, offload, iterations=self.steps, log_every=1)
@@ -260,9 +260,9 @@ class Bench:
         return TextCodec(base_tokenizer(self.config), self.config.text)
 
     @property
-    def _eos(self) -> int:
+    def _eos(self) -> int | tuple[int, ...]:
         # with given lengths, no id ends a response early
-        return -1 if self.rows else self._codec.eos_id
+        return -1 if self.rows else self._codec.ends
 
     @property
     def _allowed(self) -> Any:
