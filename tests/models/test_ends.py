@@ -21,7 +21,7 @@ from tests.cli.conftest import decoder, language_model  # noqa: F401 (fixtures)
 from tests.models.tiny import random_params
 
 EOS = int(toy.make_tokenizer().eos_token_id)  # type: ignore[arg-type]
-PAD, BOSS = 0, int(toy.make_tokenizer().convert_tokens_to_ids("boss"))  # type: ignore[arg-type]
+PAD, BOSS = 0, int(toy.make_tokenizer()(" boss").input_ids[0])
 
 
 @pytest.fixture
