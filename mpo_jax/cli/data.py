@@ -80,7 +80,7 @@ def _row(codec: "TextCodec", example: "Example") -> Text:
 
 
 def _append(text: Text, codec: "TextCodec", ids: "Ids", style: str) -> None:
-    special = set(codec.tokenizer.all_special_ids) | {codec.eos_id}
+    special = set(codec.tokenizer.all_special_ids) | {*codec.end_ids}
     for place, token in enumerate(int(i) for i in ids):
         if place:
             text.append("|", "dim")

@@ -1,11 +1,18 @@
 """The sections `text`, `data` and `data.toy`: where rows come from, and how text becomes tokens."""
 
-from typing import Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, field_validator, model_validator
 
-from mpo_jax.config.base import Section
+from mpo_jax.config.base import InRecipe, Options, OptionsByName, Section
 from mpo_jax.config.registry import ROW_FORMATS
+
+TEMPLATE_ARGUMENTS = (
+    "messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt",
+    "continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict",
+    "return_assistant_tokens_mask", "tokenizer_kwargs", "processor_kwargs",
+)  # fmt: skip
+"""What chat templates are given anyway, or transformers' own arguments: no options of a template."""
 
 
 class TextConfig(Section, frozen=True):
@@ -30,6 +37,18 @@ class TextConfig(Section, frozen=True):
         description="put plain prompts and HH-RLHF dialogues into the tokenizer's chat template, as conversations "
         "always are",
     )
+    chat_template: Annotated[str | None, InRecipe.NEVER] = Field(
+        default=None,
+        description="file with a Jinja chat template to use in place of the tokenizer's; trained models carry it",
+    )
+    template_options: Annotated[OptionsByName, InRecipe.UNLESS_DEFAULT] = Field(
+        default=(), description="the chat template's own options by name, such as {enable_thinking: false}"
+    )
+    fold_system: Annotated[bool, InRecipe.UNLESS_DEFAULT] = Field(
+        default=False,
+        description="where the chat template refuses a system turn, put its text in front of the first user turn; "
+        "false: drop such rows, and count them",
+    )
     truncation: Literal["auto", "start", "post"] = Field(
         default="auto",
         description="how a prompt that is too long is cut. start: at its start; post: at the end of its POST section "
@@ -47,6 +66,14 @@ class TextConfig(Section, frozen=True):
     @classmethod
     def _yaml_bool(cls, value: Any) -> Any:
         return str(value).lower() if isinstance(value, bool) else value
+
+    @field_validator("template_options")
+    @classmethod
+    def _own_options(cls, value: Options) -> Options:
+        for name, _ in value:
+            if name in TEMPLATE_ARGUMENTS or name.endswith("_token") or not name.isidentifier():
+                raise ValueError(f"{name} is no option of a chat template: it is set by mpo, or is no variable's name")
+        return value
 
     @field_validator("prompt_template")
     @classmethod

@@ -10,7 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from mpo_jax.config.base import Pairs, Section
+from mpo_jax.config.base import BY_NAME, Options, Pairs, Section
 from mpo_jax.config.old_keys import refuse_old_keys
 from mpo_jax.config.schema import Config
 from mpo_jax.errors import UserError
@@ -144,7 +144,7 @@ def _section(info: FieldInfo) -> type[Section] | None:
 
 
 def _key(name: str, info: FieldInfo, default: Any) -> Key:
-    shown = json.dumps(dict(default)) if info.annotation == Pairs else _value(default)
+    shown = json.dumps(dict(default)) if info.annotation in BY_NAME else _value(default)
     return Key(name, _type(info.annotation), shown, _constraint(info), info.description or "")
 
 
@@ -154,6 +154,8 @@ def _type(annotation: Any) -> str:
         return " | ".join(map(_value, args))
     if annotation == Pairs:
         return "numbers by name"
+    if annotation == Options:
+        return "values by name"
     if origin is tuple:
         return f"list of {_type(args[0])}"
     if origin in (Union, types.UnionType):

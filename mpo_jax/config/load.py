@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from mpo_jax.config.base import Pairs
+from mpo_jax.config.base import BY_NAME
 from mpo_jax.config.interpolation import literal, refuse_resolvers
 from mpo_jax.config.old_keys import dotted, refuse_old_keys, renamed
 from mpo_jax.config.schema import TRAINED, Config
@@ -128,7 +128,7 @@ def _refuse_unknown(key: str, where: str) -> None:
             known = list(fields) if fields else []
             raise UserError(f"unknown key {'.'.join(parts[: depth + 1])} {where}{suggest(part, known)}")
         kind: Any = fields[part].annotation
-        if kind == Pairs:
+        if kind in BY_NAME:
             return
         # of a section that may be absent, the section
         section = next((one for one in get_args(kind) if hasattr(one, "model_fields")), kind)

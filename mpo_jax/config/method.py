@@ -50,6 +50,11 @@ class RewardConfig(Section, frozen=True):
         description="finished reward model to use, given as in model.path, with the policy's tokenizer; null: train "
         "one",
     )
+    label: str | None = Field(
+        default=None,
+        description="of a finished classifier of several labels, the name or number of the one whose logit is the "
+        "score; null: the only label, or of two the second's logit less the first's",
+    )
     init: Literal["sft", "base"] = Field(
         default="sft", description="what the reward model is trained from: the SFT model, or the base model"
     )

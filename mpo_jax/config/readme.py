@@ -163,6 +163,13 @@ Prompts are `{prompt}`, or any of the rows above.
 **Chat.** Conversations become text by the chat template of the base model's tokenizer. `text.chat=true` makes turns of
 plain prompts and of HH-RLHF's dialogues too. `text.prompt_template` puts text around every prompt.
 
+- `text.chat_template=FILE` replaces the template, and models trained with it carry it. `text.template_options` are its
+  own variables: `text.template_options.enable_thinking=false`.
+- A reply follows the prompt that sampling continues, also where the template would write the turns otherwise once there
+  is a reply. A prompt that ends in an open `<think>` needs replies that close it; others are an error.
+- Rows with a system turn that the template refuses are dropped and counted; with `text.fold_system=true` its text goes
+  in front of the first user turn.
+
 ### Test sets
 
 - Without a test set, `data.validation_fraction` of the prompts (5%, chosen by a hash of their text) are the test set,

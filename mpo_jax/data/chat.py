@@ -1,11 +1,15 @@
 """Renders conversations as text with the tokenizer's own chat template."""
 
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypedDict
 
-from jinja2.exceptions import TemplateError
+from jinja2.exceptions import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
+from mpo_jax.config.schema import TextConfig
 from mpo_jax.errors import UserError
 
 # Some templates print today's date, so a run could not be repeated or resumed on another day. Templates accept no
@@ -16,6 +20,11 @@ _FIXED_DAY = (
     + "".join(f"|replace('%{code}', '{text}')" for code, text in _DAY.items())
     + " }}{% endmacro %}"
 )
+TEMPLATE_BYTES = 1_000_000
+"""Size up to which a file is taken for a chat template."""
+MARK = "\ue000reply\ue000"
+"""A reply that stands in no other text, to find where a template puts replies."""
+_OPEN_TAG = re.compile(r"(?P<left>[<\[\u25c1])(?P<name>\w+)(?P<right>[>\]\u25b7])")
 
 
 class Message(TypedDict):
@@ -25,39 +34,103 @@ class Message(TypedDict):
     content: str
 
 
+class SystemRefused(UserError):
+    """The chat template fails on a system turn, and not on the same text in the user's turn."""
+
+
+def read_template(path: str) -> str:
+    """The text of the file that `text.chat_template` names; it is not run here.
+
+    Raises:
+      UserError: if there is no such file, or it is no text.
+    """
+    key, file = f"text.chat_template={path}", Path(path).expanduser()
+    try:
+        if os.path.getsize(file) > TEMPLATE_BYTES:
+            raise UserError(f"{key}: a file of more than {TEMPLATE_BYTES} bytes is no chat template")
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{key}: not UTF-8 text: name a file with a Jinja template") from error
+    except OSError as error:
+        raise UserError(f"{key}: cannot read the file: {error.strerror or error}") from error
+    if not text.strip():
+        raise UserError(f"{key}: the file is empty: name a file with a Jinja template")
+    return text
+
+
 class Chat:
     """A tokenizer's chat template.
 
+    Args:
+      options: the template's own options, such as enable_thinking.
+      fold_system: put a system turn that the template refuses in front of the first user turn.
+      name: of the template, for messages.
+
     Raises:
-      UserError: if the tokenizer has none.
+      UserError: if the tokenizer has no template, or the template does not mention an option.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        options: Mapping[str, bool | int | float | str] | None = None,
+        fold_system: bool = False,
+        name: str = "the tokenizer's chat template",
+    ):
         template: Any = tokenizer.chat_template
         if isinstance(template, dict):
             template = template.get("default")
         if not template:
             raise UserError(
                 "the tokenizer has no chat template (chat_template.jinja or chat_template in tokenizer_config.json), "
-                "but the rows are conversations or text.chat=true: use an instruct model's tokenizer, or plain text"
+                "but the rows are conversations or text.chat=true: use an instruct model's tokenizer, name a template "
+                "as text.chat_template, or use plain text"
             )
         self.tokenizer = tokenizer
+        self.fold_system = fold_system
+        self.name = name
+        self._options: dict[str, Any] = dict(options or {})
+        for option in self._options:
+            if not re.search(rf"\b{re.escape(option)}\b", template):
+                raise UserError(
+                    f"text.template_options.{option}: {name} does not mention {option}, so it would change nothing: "
+                    "check the spelling, or remove it"
+                )
         self._template = _FIXED_DAY + template if "strftime_now" in template else template
 
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, text: TextConfig) -> "Chat":
+        """A tokenizer's chat template under the options of a configuration."""
+        name = "the tokenizer's chat template"
+        if text.chat_template is not None:
+            name = f"the chat template {text.chat_template}"
+        return cls(tokenizer, options=dict(text.template_options), fold_system=text.fold_system, name=name)
+
     def prompt(self, messages: Sequence[Message]) -> str:
-        """All turns, followed by the header of the assistant's next turn."""
-        return self._render(messages, add_generation_prompt=True)
+        """All turns, followed by the header of the assistant's next turn.
+
+        Raises:
+          SystemRefused: if the template refuses a system turn, unless it is to be folded.
+          UserError: if the template fails for another reason.
+        """
+        return self._render(self._accepted(messages), add_generation_prompt=True)
 
     def response(self, messages: Sequence[Message], reply: str) -> str:
         """The text that the template writes after `prompt(messages)` for this reply, up to and without the EOS.
 
-        Without an EOS after the reply, the text ends with the reply. If the template rewrites earlier turns once there
-        is a reply, no such text exists and the reply itself is returned.
+        Without an EOS after the reply, the text ends with the reply. If the template writes no such text, since it
+        rewrites earlier turns once there is a reply or leaves out what the prompt ends with, the reply follows the
+        prompt as it is: training sees the prompt that sampling continues.
+
+        Raises:
+          UserError: as `prompt`; or if the prompt ends inside a tag that the reply does not close.
         """
-        prompt = self.prompt(messages)
-        whole = self._render([*messages, {"role": "assistant", "content": reply}], add_generation_prompt=False)
+        turns = self._accepted(messages)
+        prompt = self._render(turns, add_generation_prompt=True)
+        whole = self._with_reply(turns, reply)
         if not whole.startswith(prompt):
-            return reply
+            return self._behind_prompt(turns, prompt, reply)
         rest = whole[len(prompt) :]
         # an EOS spelled out inside the reply does not end it
         kept = reply if reply in rest else reply.strip()
@@ -65,6 +138,58 @@ class Chat:
         eos = str(self.tokenizer.eos_token or "")
         cut = rest.find(eos, end) if eos else -1
         return rest[:cut] if cut >= 0 else rest[:end] or reply
+
+    def _behind_prompt(self, turns: Sequence[Message], prompt: str, reply: str) -> str:
+        """The reply as it has to follow a prompt that is no beginning of the whole conversation."""
+        marked = self._with_reply(turns, MARK)
+        header, found, footer = marked.partition(MARK)
+        if not found:
+            raise UserError(
+                f"{self.name} leaves out the reply of a conversation: name another one as text.chat_template"
+            )
+        if self._with_reply(turns, f" {MARK} ") == marked:
+            reply = reply.strip()
+        asked = self._render(turns, add_generation_prompt=False)
+        tail = _beyond(prompt[_common(prompt, asked) :], header)
+        opened = tail.strip()
+        if opened and reply.lstrip().startswith(opened):
+            reply = reply.lstrip().removeprefix(opened).removeprefix(tail[len(tail.rstrip()) :])
+        for tag in _OPEN_TAG.finditer(tail):
+            closing = f"{tag['left']}/{tag['name']}{tag['right']}"
+            if closing not in tail[tag.end() :] and closing not in reply:
+                raise UserError(
+                    f"what {self.name} writes before a reply ends inside {tag[0]}, which this reply does not close: "
+                    f"training would see other text than sampling. End the thoughts in the reply with {closing}, turn "
+                    "thoughts off if the template can (text.template_options, such as {enable_thinking: false}), or "
+                    "name another template as text.chat_template"
+                )
+        eos = str(self.tokenizer.eos_token or "")
+        cut = footer.find(eos) if eos else -1
+        return reply + footer[:cut] if cut >= 0 else reply
+
+    def _accepted(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """The turns, with those of the system folded into the user's where the template refuses them."""
+        if all(message["role"] != "system" for message in messages):
+            return messages
+        try:
+            self._render(messages, add_generation_prompt=True)
+            return messages
+        except UserError:
+            folded = fold_system_turns(messages)
+            try:
+                self._render(folded, add_generation_prompt=True)
+            except UserError:
+                folded = None
+            if folded is None:
+                raise
+            if not self.fold_system:
+                raise SystemRefused(
+                    f"{self.name} refuses a system turn: text.fold_system=true puts it in front of the first user turn"
+                ) from None
+            return folded
+
+    def _with_reply(self, turns: Sequence[Message], reply: str) -> str:
+        return self._render([*turns, {"role": "assistant", "content": reply}], add_generation_prompt=False)
 
     def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         conversation: list[Any] = list(messages)
@@ -75,9 +200,39 @@ class Chat:
                     tokenize=False,
                     add_generation_prompt=add_generation_prompt,
                     chat_template=self._template,
+                    **self._options,
                 )
             )
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
+        except Exception as error:  # a template comes from elsewhere and can fail in any way
+            line = f"line {error.lineno}: " if isinstance(error, TemplateSyntaxError) else ""
             roles = ", ".join(str(message.get("role")) for message in messages)
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"the tokenizer's chat template fails on turns of {roles}: {reason}") from error
+            raise UserError(f"{self.name} fails on turns of {roles}: {line}{reason}") from error
+
+
+def fold_system_turns(messages: Sequence[Message]) -> list[Message]:
+    """The turns with every system turn's text in front of the user turn after it, or as one where there is none."""
+    folded: list[Message] = []
+    waiting: list[str] = []
+    for message in messages:
+        if message["role"] == "system":
+            waiting += [message["content"]] if message["content"].strip() else []
+            continue
+        if waiting and message["role"] == "user":
+            message = Message(role="user", content="\n\n".join([*waiting, message["content"]]))
+        elif waiting:
+            folded.append(Message(role="user", content="\n\n".join(waiting)))
+        waiting = []
+        folded.append(message)
+    return [*folded, Message(role="user", content="\n\n".join(waiting))] if waiting else folded
+
+
+def _common(one: str, other: str) -> int:
+    """The number of characters with which both begin."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def _beyond(generation: str, header: str) -> str:
+    """What a generation prompt adds to the header that stands before the reply in a whole conversation."""
+    lengths = range(len(generation), -1, -1)
+    return generation[next(length for length in lengths if header.endswith(generation[:length])) :]

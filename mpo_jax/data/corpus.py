@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from mpo_jax.config.registry import ROW_FORMATS
 from mpo_jax.config.schema import Config, DataConfig, ModelConfig, TextConfig
 from mpo_jax.data import toy
-from mpo_jax.data.chat import Chat
+from mpo_jax.data.chat import Chat, read_template
 from mpo_jax.data.records import (
     DataReport,
     Demonstration,
@@ -28,11 +28,13 @@ from mpo_jax.data.records import (
 )
 from mpo_jax.data.sources import HUB, Source, fingerprint_files, open_source
 from mpo_jax.errors import UserError
-from mpo_jax.models.hf.hub import WANTED, local_model
+from mpo_jax.models.hf.hub import local_model
 from mpo_jax.models.hf.tokenizer import load_tokenizer
 
 T = TypeVar("T")
 TESTED = "also a test prompt"
+CHAT_KEYS = ("chat", "chat_template", "template_options", "fold_system")
+"""The keys of `text` that rows depend on."""
 FIRST_ROWS = 4
 """Rows of each file that are read before a run starts, to see that they are of the right kind."""
 
@@ -98,11 +100,12 @@ class Corpus:
         return [row for row in self.pairs if row.prompt in part]
 
 
-def fingerprint(config: DataConfig, cache: Path | None = None) -> str:
+def fingerprint(config: DataConfig, cache: Path | None = None, *, chat_template: str | None = None) -> str:
     """A hash of everything the rows depend on: of a file its content, and its name only if that implies a category.
 
     Args:
       cache: folder of files' digests from earlier runs.
+      chat_template: file of the template, if it is not the tokenizer's own.
 
     Raises:
       UserError: if a source is missing or a hub data set cannot be loaded.
@@ -119,6 +122,8 @@ def fingerprint(config: DataConfig, cache: Path | None = None) -> str:
         if (category := _format(config.kind).category) is not None:
             content["categories"] = [_named_categories(getattr(config, field), category) for field in fields]
         options |= {"filter", "keep_news", "max_rows"}
+    if chat_template is not None:
+        content["chat_template"] = read_template(chat_template)
     content["options"] = config.model_dump(mode="json", include=options)
     return hashlib.sha256(json.dumps([config.kind, content], sort_keys=True).encode()).hexdigest()
 
@@ -146,15 +151,15 @@ def _named_categories(specs: tuple[str, ...], category: Callable[[str], str | No
 def load_corpus(config: Config) -> Corpus:
     """Reads or generates all rows; the two most recent results are cached in memory.
 
-    Rows depend on the `data` section, on text.chat and, if conversations are rendered, on the tokenizer of model.path.
+    Rows depend on the `data` section, on text.chat and, if conversations are rendered, on the tokenizer of model.path
+    and the chat template's keys in `text`.
 
     Raises:
       UserError: for a missing file, a broken row (with file and line), a row that the chat template rejects, or a set
         that is empty after filtering.
     """
-    return _load(
-        Config(data=config.data, text=TextConfig(chat=config.text.chat), model=ModelConfig(path=config.model.path))
-    )
+    text = TextConfig(**{key: getattr(config.text, key) for key in CHAT_KEYS})
+    return _load(Config(data=config.data, text=text, model=ModelConfig(path=config.model.path)))
 
 
 @lru_cache(maxsize=2)
@@ -304,7 +309,9 @@ def _format(kind: str) -> RowFormat:
 
 def _readers(config: Config) -> Readers:
     data, form = config.data, _format(config.data.kind)
-    render = Renderer(cache(lambda: Chat(base_tokenizer(config))), wrap=config.text.chat, turns=form.turns)
+    render = Renderer(
+        cache(lambda: Chat.of(base_tokenizer(config), config.text)), wrap=config.text.chat, turns=form.turns
+    )
     return form.readers(data, {"strict": data.filter == "strict", "max_rows": data.max_rows, "render": render})
 
 
@@ -360,33 +367,22 @@ def _load_sources(config: Config) -> Corpus:
     )
 
 
-def fingerprint_model(path: str, cache: Path | None = None) -> str:
-    """A hash of a model's files: changed weights count as another model, a moved or copied folder as the same one.
-
-    In a folder the files that a model is read from count, with their names; notes beside them do not.
-
-    Args:
-      cache: folder of files' digests from earlier runs.
-    """
-    local = local_model(path)
-    if local.is_file():
-        return fingerprint_files([local], cache)
-    files = sorted(file for file in local.iterdir() if file.is_file() and any(map(file.match, WANTED)))
-    content = [[file.name, fingerprint_files([file], cache)] for file in files]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
 def base_tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    """The base model's tokenizer; a model from scratch uses the toy world's.
+    """The tokenizer of the base model, or the toy world's for one from scratch, with `text.chat_template` if it is set.
 
     Raises:
-      UserError: if rows come from files but the model has no tokenizer.
+      UserError: if rows come from files but the model has no tokenizer, or the template's file cannot be read.
     """
+    template = None if config.text.chat_template is None else read_template(config.text.chat_template)
     if config.model.path is not None:
-        return load_tokenizer(local_model(config.model.path))
-    if config.data.kind != "toy":
+        tokenizer = load_tokenizer(local_model(config.model.path))
+    elif config.data.kind != "toy":
         raise UserError(
             f"data.kind={config.data.kind} needs model.path: a model whose tokenizer reads the files "
             "(a model from scratch knows only the toy world's words)"
         )
-    return toy.make_tokenizer()
+    else:
+        tokenizer = toy.make_tokenizer()
+    if template is not None:
+        tokenizer.chat_template = template
+    return tokenizer

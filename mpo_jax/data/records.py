@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from mpo_jax.config.schema import DataConfig
-from mpo_jax.data.chat import Chat, Message
+from mpo_jax.data.chat import Chat, Message, SystemRefused
 from mpo_jax.data.sources import Row, Source
 from mpo_jax.errors import UserError
 
@@ -118,7 +118,7 @@ class Renderer:
         """Prompt and replies as the model sees them.
 
         Raises:
-          Drop: if a plain prompt has no turns.
+          Drop: if a plain prompt has no turns, or the template refuses a system turn.
           UserError: if there is no chat template, or it rejects these turns.
         """
         if isinstance(prompt, str):
@@ -132,6 +132,8 @@ class Renderer:
         try:
             chat = self.chat()
             return chat.prompt(prompt), [chat.response(prompt, reply) for reply in replies]
+        except SystemRefused:
+            raise Drop("system turn refused by the chat template (text.fold_system=false)") from None
         except UserError as error:
             raise UserError(f"{place}: {error}") from error
 

@@ -5,6 +5,7 @@ Prompt and response are tokenized separately and joined as ids.
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import re
 import tempfile
@@ -18,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mpo_jax.config.schema import TextConfig
 from mpo_jax.errors import UserError
+from mpo_jax.models.hf.ends import end_ids
 
 # per tokenizer call: enough texts to keep its threads busy, few enough to hold their offsets and masks in memory
 CHUNK_TEXTS = 1000
@@ -42,7 +44,8 @@ class TextCodec:
     """A Hugging Face tokenizer with this project's rules for joining prompt and response.
 
     A prompt starts with exactly one BOS if the tokenizer itself adds one (or `text.add_bos` says so). A complete
-    response ends with exactly one EOS; a truncated response has none.
+    response ends with exactly one EOS; a truncated response has none. Sampled responses may also end with another of
+    the model's end tokens; the first one that occurs counts.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: TextConfig):
@@ -51,6 +54,7 @@ class TextCodec:
         if tokenizer.eos_token_id is None:
             raise UserError("the tokenizer defines no EOS token: add eos_token to its tokenizer_config.json")
         self.eos_id: int = int(tokenizer.eos_token_id)  # type: ignore[arg-type]
+        self.end_ids = end_ids(tokenizer)
         if config.add_bos == "true" and self.special("bos") is None:
             raise UserError("text.add_bos=true, but the tokenizer defines no BOS token: set text.add_bos=auto")
 
@@ -90,18 +94,23 @@ class TextCodec:
         parts = json.dumps([config, self.adds_bos, str(self.tokenizer.special_tokens_map)], sort_keys=True)
         return hashlib.sha256(parts.encode() + _state(self.tokenizer)).hexdigest()
 
+    @property
+    def ends(self) -> int | tuple[int, ...]:
+        """What ends a sampled response: an id, or several."""
+        return self.eos_id if len(self.end_ids) == 1 else self.end_ids
+
     def special(self, name: Literal["bos", "pad"]) -> int | None:
         """A special token's id; None if the tokenizer does not define it."""
         value = getattr(self.tokenizer, f"{name}_token_id")
         return None if value is None else int(value)
 
     def allowed(self, vocab_size: int) -> np.ndarray:
-        """[V] bool, the ids that may be sampled: the tokenizer's ids, without special tokens other than EOS."""
+        """[V] bool, the ids that may be sampled: the tokenizer's ids, without special tokens that end nothing."""
         allowed = np.zeros(vocab_size, bool)
         allowed[self._ids[self._ids < vocab_size]] = True
         added = [i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special]
         allowed[[*self.tokenizer.all_special_ids, *added]] = False
-        allowed[self.eos_id] = True
+        allowed[list(self.end_ids)] = True
         return allowed
 
     def prompt(self, text: str) -> Fitted:
@@ -145,10 +154,8 @@ class TextCodec:
         return [Fitted(ids[: self.config.max_response_tokens], len(ids)) for ids in whole]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Text of response ids up to the first EOS, with the leading space that joins it to the prompt."""
-        kept = [int(i) for i in ids]
-        if self.eos_id in kept:
-            kept = kept[: kept.index(self.eos_id)]
+        """Text of response ids up to the first end token, with the leading space that joins it to the prompt."""
+        kept = list(itertools.takewhile(lambda i: i not in self.end_ids, map(int, ids)))
         text = str(self.tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False))
         starts_with_space = bool(kept) and str(self.tokenizer.convert_ids_to_tokens(kept[0])).startswith("\u2581")
         return " " + text if self.adds_space and starts_with_space and self._decodes_without_space else text

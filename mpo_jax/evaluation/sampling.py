@@ -46,7 +46,7 @@ def sample_examples(
         params,
         examples,
         sampling=sampling,
-        eos_id=codec.eos_id,
+        eos_id=codec.ends,
         allowed_V=jnp.asarray(codec.allowed(model.decoder.vocab_size)),
         key=key,
         buckets=Buckets.of(examples, codec.config.length_buckets),

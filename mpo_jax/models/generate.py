@@ -5,6 +5,8 @@ seed and index alone: not on batch size, order or devices.
 """
 
 import dataclasses
+import functools
+import operator
 from functools import lru_cache
 from typing import Any
 
@@ -123,8 +125,8 @@ class Decoding:
 
     Attributes:
       ids: [B S] tokens, 0 after the end.
-      length: [B] tokens drawn, EOS included.
-      ended: [B] True where EOS came, and at filler rows.
+      length: [B] tokens drawn, the end token included.
+      ended: [B] True where an end token came, and at filler rows.
       finite: [B] False where the logits of a token were not: what was drawn since means nothing.
       prompt_len: [B] tokens of the prompt.
       key: [B] what the row's random numbers are folded from.
@@ -153,12 +155,13 @@ class Decoder:
     Rows with a prompt length of 0 are filler and end at once.
 
     Attributes:
+      eos_id: the id that ends a response, or several.
       longest_chunk: tokens that `advance` draws, or fewer where no more fit.
     """
 
     model: Model
     sampling: Sampling
-    eos_id: int
+    eos_id: int | tuple[int, ...]
     longest_chunk: int = CHUNK
 
     @property
@@ -281,6 +284,11 @@ class Decoder:
         parts = zip(caches[1:], self._begins, strict=True)
         return caches[0], *(merged(part, write_inside, stored_B - begin) for part, begin in parts)
 
+    def _ends(self, token_B: Int[Array, " B"]) -> Bool[Array, " B"]:
+        """Where a token ends its response; of a single id this is one comparison."""
+        ids = self.eos_id if isinstance(self.eos_id, tuple) else (self.eos_id,)
+        return functools.reduce(operator.or_, [token_B == i for i in ids])
+
     def _draw(self, state: Decoding, head_DV: Array, hidden_BD: Array, allowed_V: Any) -> Decoding:
         """The next token of the active rows."""
         u_B = jax.vmap(lambda key, index: jax.random.uniform(jax.random.fold_in(key, index)))(state.key, state.length)
@@ -300,7 +308,7 @@ class Decoder:
             state,
             ids=jnp.where(here_BS, token_B[:, None], state.ids),
             length=state.length + state.active,
-            ended=state.ended | (state.active & (token_B == self.eos_id)),
+            ended=state.ended | (state.active & self._ends(token_B)),
             finite=state.finite & (finite_B | ~state.active),
         )
 
@@ -349,7 +357,7 @@ def make_for_decoding(model: Model) -> Any:
 
 
 @lru_cache
-def make_generate(model: Model, sampling: Sampling, eos_id: int, mesh: Mesh) -> Generate:
+def make_generate(model: Model, sampling: Sampling, eos_id: int | tuple[int, ...], mesh: Mesh) -> Generate:
     """A function (params, prompts, key, index_B, allowed_V) -> (PromptBatch with N samples, has_eos [B N]).
 
     All prompts are decoded side by side until the last sample is done, without a word from the host.
@@ -376,7 +384,7 @@ def make_generate(model: Model, sampling: Sampling, eos_id: int, mesh: Mesh) -> 
 
 
 @lru_cache
-def make_stream(model: Model, sampling: Sampling, eos_id: int, chunk: int) -> Any:
+def make_stream(model: Model, sampling: Sampling, eos_id: int | tuple[int, ...], chunk: int) -> Any:
     """Like `make_generate`, but an iterator over what is there after every `chunk` tokens, for reading along.
 
     It yields (PromptBatch, has_eos [B N], finite [B N]).

@@ -1,6 +1,7 @@
 """Whole models: sizes, parameters and run-time options together, from folders and GGUF files, to folders."""
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +16,16 @@ from mpo_jax.config.schema import ArchitectureConfig, ModelConfig, TextConfig
 from mpo_jax.errors import UserError
 from mpo_jax.models import forward
 from mpo_jax.models.forward import Model
-from mpo_jax.models.hf import families, weights
+from mpo_jax.models.hf import ends, families, found, weights
 from mpo_jax.models.hf.hub import local_model
 from mpo_jax.models.spec import DecoderConfig, LayerSpec
 from mpo_jax.runtime import machine
+from mpo_jax.runtime.console import console
 from mpo_jax.types import Head, Params
 
 VOCAB_MULTIPLE = 8
+FEW_IDS = 16
+"""Ids beyond the embedding's rows, such as a `[PAD]`, for which rows are added; more are another model's."""
 SPARE_ROWS = 1024
 """Embedding rows that a model may have beyond its tokenizer's ids, or an eighth of them: padding to round sizes."""
 
@@ -36,11 +40,33 @@ class Source:
     @property
     def head(self) -> Head:
         """A value head makes it a reward model or critic."""
-        return "value" if "score.weight" in self.tensors.names() else "lm"
+        return "value" if found.SCORE in self.tensors.names() else "lm"
+
+    def fitting(self, num_ids: int) -> "Source":
+        """The same model with a row of the embedding for each of a tokenizer's ids, if it lacks a few.
+
+        Raises:
+          UserError: if the tokenizer belongs to another model.
+        """
+        rows = self.decoder.vocab_size
+        check_vocabulary(num_ids, self.decoder, self.tensors.where)
+        if num_ids <= rows:
+            return self
+        more = _whole_rows(num_ids)
+        decoder = dataclasses.replace(self.decoder, vocab_size=more)
+        return Source(decoder, found.Grown(self.tensors, more, num_ids, rows))
+
+    def say_notes(self) -> None:
+        """Prints what is done to the tensors beyond reading them."""
+        for note in getattr(self.tensors, "notes", ()):
+            console.print(f"  {self.tensors.where}: {note}", soft_wrap=True, markup=False)
 
 
-def open_model(path: str | Path) -> Source:
+def open_model(path: str | Path, *, label: str | None = None) -> Source:
     """Sizes and tensors of a Hugging Face folder, a GGUF file or a hub id.
+
+    Args:
+      label: of a classifier of several labels the one whose logit is the score, as `reward.label`.
 
     Raises:
       UserError: nothing there, a broken file, or an architecture that is not supported.
@@ -50,7 +76,8 @@ def open_model(path: str | Path) -> Source:
         from mpo_jax.models.gguf import weights as gguf_weights
 
         return Source(gguf_weights.read_config(local), gguf_weights.GgufTensors(local))
-    return Source(families.read_config(local), weights.SafetensorsFolder(local))
+    decoder, tensors = families.read_config(local), weights.SafetensorsFolder(local)
+    return Source(decoder, found.as_found(tensors, local, tied=decoder.tie_embeddings, label=label))
 
 
 @dataclass(frozen=True)
@@ -105,12 +132,12 @@ def check_positions(decoder: DecoderConfig, text: TextConfig) -> None:
 
 
 def check_vocabulary(num_ids: int, decoder: DecoderConfig, folder: str | Path) -> None:
-    """Raises UserError where the tokenizer has ids beyond the embedding, or far fewer than it has rows.
+    """Raises UserError where the tokenizer has more than a few ids beyond the embedding, or far fewer than it has rows.
 
     Args:
       num_ids: the tokenizer's largest id plus one.
     """
-    if num_ids > decoder.vocab_size:
+    if num_ids > decoder.vocab_size + FEW_IDS:
         raise UserError(
             f"{folder}: the tokenizer has {num_ids} ids, but the embedding has {decoder.vocab_size} rows "
             "(vocab_size in config.json): the tokenizer belongs to another model"
@@ -154,18 +181,25 @@ def load(
     text: TextConfig | None = None,
     head: Head = "lm",
     frozen: bool = False,
+    num_ids: int | None = None,
+    label: str | None = None,
 ) -> tuple[Model, Params]:
     """A model from disk: float32 master parameters that train, or frozen ones of the frozen type.
 
     Args:
       text: limits that must fit the model's positions.
+      num_ids: the tokenizer's largest id plus one, for which the embedding gets rows if it lacks a few; None: any.
+      label: as for `open_model`.
 
     Raises:
       UserError: nothing there, a broken file, another head, or an architecture that is not supported.
     """
-    source = open_model(path)
+    source = open_model(path, label=label)
+    if num_ids is not None:
+        source = source.fitting(num_ids)
     if text is not None:
         check_positions(source.decoder, text)
+    source.say_notes()
     dtype = (options.frozen_dtype or options.dtype) if frozen else "float32"
     tree = weights.load_params(source.tensors, source.decoder, mesh, head=head, dtype=dtype)
     return options.model(source.decoder, mesh), types.frozen(tree) if frozen else types.trainable(tree)
@@ -191,8 +225,12 @@ def scratch_sizes(sizes: ArchitectureConfig, num_ids: int) -> DecoderConfig:
         raise UserError(
             f"model.architecture.num_heads={sizes.num_heads} is no multiple of num_kv_heads={sizes.num_kv_heads}"
         )
-    # rows beyond the tokenizer's ids are never sampled
-    return from_architecture(sizes, -(-num_ids // VOCAB_MULTIPLE) * VOCAB_MULTIPLE)
+    return from_architecture(sizes, _whole_rows(num_ids))
+
+
+def _whole_rows(num_ids: int) -> int:
+    """Rows of an embedding for so many ids; those beyond the ids are never sampled."""
+    return -(-num_ids // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 def from_architecture(architecture: ArchitectureConfig, vocab_size: int) -> DecoderConfig:
@@ -230,3 +268,5 @@ def save_description(
     ids = {f"{name}_id": getattr(tokenizer, f"{name}_token_id") for name in ("eos", "bos", "pad")}
     families.save_config(folder, model.decoder, head=head, dtype=dtype, **ids)
     tokenizer.save_pretrained(folder)
+    if len(several := ends.end_ids(tokenizer)) > 1:
+        ends.write_end_ids(folder, list(several), bos_id=ids["bos_id"], pad_id=ids["pad_id"])

@@ -26,7 +26,7 @@ class Basis:
         """The base model's sizes; weights are not read."""
         path = self.config.model.path
         if path is not None:
-            return loading.open_model(path).decoder
+            return loading.open_model(path).fitting(self.codec.vocab_size).decoder
         return loading.scratch_sizes(self.config.model.architecture, self.codec.vocab_size)
 
     @cached_property

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import jax
 from jax.sharding import Mesh
 
+from mpo_jax.config.base import recipe_values
 from mpo_jax.config.load import to_yaml
 from mpo_jax.config.registry import EXPERIMENTS, Step
 from mpo_jax.config.schema import Config
@@ -135,7 +136,7 @@ class Pipeline:
         assert parents.keys() <= set(stage.parents), f"{name} declares no parent {parents.keys() - set(stage.parents)}"
         settings = stage_settings(name, self.config, *step)
         fingerprints = self.inputs.only(stage.inputs).fingerprints
-        recipe = make_recipe(name, settings.model_dump(mode="json"), fingerprints, parents)
+        recipe = make_recipe(name, recipe_values(settings), fingerprints, parents)
 
         def run(folder: Path) -> Mapping[str, Any]:
             mesh = self.mesh

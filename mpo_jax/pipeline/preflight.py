@@ -72,7 +72,7 @@ def check_base(config: Config) -> tuple[TextCodec, DecoderConfig]:
         source = loading.open_model(path)
         codec = TextCodec(base_tokenizer(config), config.text)
         loading.check_source(source, codec.vocab_size, config.text, head="lm")
-    return codec, source.decoder
+        return codec, source.fitting(codec.vocab_size).decoder
 
 
 def check_reward(config: Config, codec: TextCodec) -> None:
@@ -82,7 +82,7 @@ def check_reward(config: Config, codec: TextCodec) -> None:
       UserError: if it cannot score the policy's responses.
     """
     if config.reward.path is not None:
-        reward.check_finished(config.reward.path, codec)
+        reward.check_finished(config.reward.path, codec, config.reward.label)
 
 
 def check_missing(

@@ -44,12 +44,14 @@ class Upcoming:
         """Says how many programs will be compiled, of batches with at most `num_widths` widths."""
         self._say(list(self.programs(self.shapes(model))), num_widths)
 
-    def begin(self, model: Model, widths: Sequence[Widths], *, responses: bool, eos_id: int | None = None) -> None:
+    def begin(
+        self, model: Model, widths: Sequence[Widths], *, responses: bool, eos_id: int | tuple[int, ...] | None = None
+    ) -> None:
         """Says what training on these widths will compile, and compiles a large model's programs.
 
         Args:
           responses: whether the widths' responses are those of the batches; False for prompts to sample from.
-          eos_id: id that ends a sample, if the stage samples.
+          eos_id: id or ids that end a sample, if the stage samples.
         """
         shapes = dataclasses.replace(self.shapes(model), eos_id=eos_id)
         each = [

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from mpo_jax.config.schema import ArchitectureConfig, Config, TextConfig
-from mpo_jax.data import corpus
+from mpo_jax.data import base_model, corpus
 from mpo_jax.data.batches import Progress
 from mpo_jax.data.corpus import Corpus
 from mpo_jax.data.digest import digest
@@ -67,11 +67,12 @@ class Inputs:
     def fingerprints(self) -> dict[str, str]:
         """Content hashes of the readable inputs, independent of name and location; absent inputs have none."""
         config, cache = self._config, self._config.runtime.fingerprint_cache_folder
-        found: dict[str, Callable[[], str]] = {"data": lambda: corpus.fingerprint(config.data, cache)}
+        rows = partial(corpus.fingerprint, config.data, cache, chat_template=config.text.chat_template)
+        found: dict[str, Callable[[], str]] = {"data": rows}
         if config.model.path is not None:
-            found["base"] = partial(corpus.fingerprint_model, config.model.path, cache)
+            found["base"] = partial(base_model.fingerprint_base, config.model.path, cache)
         if config.reward.path is not None:
-            found["reward_model"] = partial(corpus.fingerprint_model, config.reward.path, cache)
+            found["reward_model"] = partial(base_model.fingerprint_model, config.reward.path, cache)
         for name in sorted(self._reads & found.keys()):
             if name not in self._fingerprints:
                 self._fingerprints[name] = found[name]()
@@ -173,10 +174,24 @@ class Context:
         )
 
     def load(
-        self, path: str | Path, numerics: Numerics, text: TextConfig, *, head: Head = "lm", frozen: bool = False
+        self,
+        path: str | Path,
+        numerics: Numerics,
+        text: TextConfig,
+        *,
+        head: Head = "lm",
+        frozen: bool = False,
+        num_ids: int | None = None,
+        label: str | None = None,
     ) -> tuple[Model, Params]:
-        """Loads a model onto the mesh and checks that it has enough positions for the text's prompts and responses."""
-        return loading.load(path, self.options(numerics), self.mesh, text=text, head=head, frozen=frozen)
+        """Loads a model onto the mesh and checks that it has enough positions for the text's prompts and responses.
+
+        Args:
+          num_ids, label: as for `loading.load`, of models from elsewhere.
+        """
+        return loading.load(
+            path, self.options(numerics), self.mesh, text=text, head=head, frozen=frozen, num_ids=num_ids, label=label
+        )
 
     def load_base(
         self,
@@ -192,8 +207,7 @@ class Context:
             decoder = loading.scratch_sizes(architecture, codec.vocab_size)
             loading.check_positions(decoder, codec.config)
             return options.model(decoder, self.mesh), loading.init(decoder, self.mesh, stage_key(seed, "init"))
-        loading.check_vocabulary(codec.vocab_size, loading.open_model(base).decoder, base)
-        return self.load(base, numerics, codec.config)
+        return self.load(base, numerics, codec.config, num_ids=codec.vocab_size)
 
     def tokenize(self, codec: TextCodec, rows: Sequence[Row]) -> tuple[list[Example], TokenReport]:
         """Tokenizes rows (prompt, responses), or reads their ids from the cache."""
@@ -219,7 +233,9 @@ class Context:
         """
         if self.upcoming is not None:
             self.upcoming.announce(model, codec.config.length_buckets)
-        of = {"sampling": dataclasses.asdict(sampling), "batch_size": batch_size}
+        of: dict[str, Any] = {"sampling": dataclasses.asdict(sampling), "batch_size": batch_size}
+        if len(codec.end_ids) > 1:
+            of["ends"] = list(codec.end_ids)
         with self.running(name, "samples", examples, of, every=batch_size, log=True) as (keep, progress):
             return sample_examples(
                 model,

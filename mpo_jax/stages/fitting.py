@@ -44,13 +44,13 @@ def fit_stage(
     evaluate: Evaluate | None = None,
     warmup: int = 0,
     model: Model | None = None,
-    eos_id: int | None = None,
+    eos_id: int | tuple[int, ...] | None = None,
 ) -> Fitted:
     """Runs `fit` under a stage's settings and context.
 
     Args:
       model: the model of the stage's programs, which are then announced, and compiled ahead if it is large.
-      eos_id: id that ends a sample, if the stage samples.
+      eos_id: id or ids that end a sample, if the stage samples.
       warmup: number of initial steps that may log fewer metrics than later ones.
     """
     if context.upcoming is not None and model is not None:

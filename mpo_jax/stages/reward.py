@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from functools import lru_cache, partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +10,7 @@ from einops import rearrange
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
+from mpo_jax.config.base import InRecipe
 from mpo_jax.config.schema import ArchitectureConfig, Config, OptimConfig, Section, TextConfig
 from mpo_jax.data.text import TextCodec
 from mpo_jax.errors import UserError
@@ -65,6 +66,7 @@ class Settings(Section, frozen=True):
     Attributes:
       batch_size: number of pairs per call in the held-out evaluation.
       training: how the model is trained; None if a finished model is used.
+      label: of a finished model, the label whose logit is the score; None: as `found.Scores` says.
     """
 
     seed: int
@@ -73,6 +75,7 @@ class Settings(Section, frozen=True):
     save_dtype: str
     batch_size: int
     training: Training | None
+    label: Annotated[str | None, InRecipe.UNLESS_DEFAULT] = None
 
     @classmethod
     def of(cls, config: Config) -> "Settings":
@@ -90,6 +93,7 @@ class Settings(Section, frozen=True):
             save_dtype=machine.save_dtype(config.runtime),
             batch_size=reward.train.batch_size,
             training=training,
+            label=None if reward.path is None else reward.label,
         )
 
 
@@ -201,20 +205,26 @@ def _finished(settings: Settings, context: Context, codec: TextCodec) -> tuple[M
     """The reward model at `reward.path`."""
     path = context.inputs.reward_model
     assert path is not None
-    check_finished(path, codec)
-    return context.load(path, settings.numerics, settings.text, head="value")
+    check_finished(path, codec, settings.label)
+    ids = codec.vocab_size
+    return context.load(path, settings.numerics, settings.text, head="value", num_ids=ids, label=settings.label)
 
 
-def check_finished(path: str, codec: TextCodec) -> None:
+def check_finished(path: str, codec: TextCodec, label: str | None = None) -> None:
     """Checks a finished reward model, without its weights.
+
+    Args:
+      label: the value of reward.label.
 
     Raises:
       UserError: if there is none, or its architecture, head, length or tokenizer does not do for this policy.
     """
     with loading.naming("reward.path", path):
-        source = loading.open_model(path)
+        source = loading.open_model(path, label=label)
     if source.head != "value":
-        raise UserError(f"reward.path={path} is not a reward model: it has no tensor score.weight")
+        raise UserError(
+            f"reward.path={path} is not a reward model: it has no tensor score.weight (or v_head or value_head)"
+        )
     with loading.naming("reward.path", path):
         theirs = load_tokenizer(local_model(path))
     if theirs.get_vocab() != codec.tokenizer.get_vocab():

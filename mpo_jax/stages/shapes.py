@@ -61,7 +61,7 @@ class Shapes:
       parents: roles of the artifacts that the stage reads.
       watch: how often a training stage is evaluated on held-out rows.
       prompt, response: widths of the batches; None: the text's limits.
-      eos_id: id that ends a sample; None: any, since it changes neither memory nor work.
+      eos_id: id or ids that end a sample; None: any, since it changes neither memory nor work.
       offload_frozen, offload_moments: what PPO keeps in host memory between the phases that use it.
     """
 
@@ -73,7 +73,7 @@ class Shapes:
     watch: Watch = NOT_WATCHED
     prompt: int | None = None
     response: int | None = None
-    eos_id: int | None = None
+    eos_id: int | tuple[int, ...] | None = None
     offload_frozen: bool = False
     offload_moments: bool = False
     parents: frozenset[str] = frozenset({"init", "reference", "pairs", "reward"})

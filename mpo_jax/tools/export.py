@@ -64,9 +64,11 @@ def export(path: str, target: Path, config: Config, *, critic: bool = False, dty
     found = find_model(path, critic=critic)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        decoder, tree, where, written_as = _read(found, mesh, dtype, critic=critic)
         tokenizer = load_tokenizer(found)
-        loading.check_vocabulary(TextCodec(tokenizer, config.text).vocab_size, decoder, found)
+        num_ids = TextCodec(tokenizer, config.text).vocab_size
+        decoder, tree, where, written_as = _read(
+            found, mesh, dtype, critic=critic, num_ids=num_ids, label=config.reward.label
+        )
         partial = target.with_name(f".{target.name}.partial")
         if is_main():
             shutil.rmtree(partial, ignore_errors=True)
@@ -82,7 +84,9 @@ def export(path: str, target: Path, config: Config, *, critic: bool = False, dty
     return Exported(where, decoder.family, kind, written_as, agree(written, f"process 0 writes {target.name}"))
 
 
-def _read(found: Path, mesh: Mesh, dtype: str | None, *, critic: bool) -> tuple[DecoderConfig, Tree, str, str]:
+def _read(
+    found: Path, mesh: Mesh, dtype: str | None, *, critic: bool, num_ids: int, label: str | None
+) -> tuple[DecoderConfig, Tree, str, str]:
     """Sizes, parameters, what they are and the type to write, of a model or an unfinished stage's newest checkpoint."""
     checkpoints = found.parent / "checkpoints"
     if checkpoints.is_dir() and not any(found.glob("*.safetensors")):
@@ -92,7 +96,8 @@ def _read(found: Path, mesh: Mesh, dtype: str | None, *, critic: bool) -> tuple[
         step, tree = manager.restore_params(shapes, forward.param_shardings(shapes, mesh), critic=critic)
         manager.close()
         return decoder, tree, f"step {step} of the unfinished {found.parent.name}", dtype or "float32"
-    source = loading.open_model(found)
+    source = loading.open_model(found, label=label).fitting(num_ids)
+    source.say_notes()
     dtype = dtype or source.tensors.dtype
     # stored in the type to be written, so that the machine never holds a larger copy
     tree = weights.load_params(source.tensors, source.decoder, mesh, head=source.head, dtype=dtype)

@@ -88,7 +88,7 @@ def _stream(opened: OpenModel, text: str, sampling: Sampling) -> Iterator[tuple[
         allowed_V = jnp.asarray(codec.allowed(model.decoder.vocab_size))
         visit = jnp.zeros_like(placed.prompt_len, jnp.uint32)
         answers: list[str] = []
-        for joined, _, finite in make_stream(model, sampling, codec.eos_id, CHUNK)(
+        for joined, _, finite in make_stream(model, sampling, codec.ends, CHUNK)(
             params, placed, stage_key(config.seed, "generate"), visit, allowed_V
         ):
             ids, length, fine = jax.device_get((joined.response[0], joined.response_len[0], finite[0]))

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from mpo_jax.config.load import load_config
 from mpo_jax.config.schema import Config, TextConfig
 from mpo_jax.data import hh
-from mpo_jax.data.chat import Chat
+from mpo_jax.data.chat import Chat, read_template
 from mpo_jax.data.records import Renderer, user_turn
 from mpo_jax.data.text import TextCodec
 from mpo_jax.errors import UserError
@@ -52,7 +52,10 @@ class OpenModel:
     def load(self, head: Head = "lm") -> tuple[Model, Params]:
         """The model with its weights, which do not train."""
         options = loading.Options.of(self.config.model)
-        return loading.load(self.path, options, self.mesh, text=self.config.text, head=head, frozen=True)
+        return loading.load(
+            self.path, options, self.mesh, text=self.config.text, head=head, frozen=True,
+            num_ids=self.codec.vocab_size, label=self.config.reward.label,
+        )  # fmt: skip
 
     def knows(self, key: str) -> bool:
         """Whether training or the user has set `text.KEY`."""
@@ -67,7 +70,7 @@ class OpenModel:
     def renderer(self) -> Renderer:
         """How rows become prompts, as in training; plain prompts of a model from elsewhere stay as they are."""
         dialogues = self.trained is not None and self.trained.data.kind == "hh"
-        chat = cache(lambda: Chat(self.codec.tokenizer))
+        chat = cache(lambda: Chat.of(self.codec.tokenizer, self.config.text))
         return Renderer(chat, wrap=self.config.text.chat, turns=hh.dialogue_turns if dialogues else user_turn)
 
     @property
@@ -153,11 +156,15 @@ def open_model(path: str, overrides: tuple[str, ...]) -> OpenModel:
     config = load_config(None, overrides)
     machine.start(config.runtime)
     found = find_model(path)
-    source = loading.open_model(found)
+    source = loading.open_model(found, label=config.reward.label)
     trained, half = trained_config(found), source.decoder.max_positions // 2
     own = TextConfig(max_prompt_tokens=half, max_response_tokens=half) if trained is None else trained.text
     given = config.text.model_fields_set
-    codec = TextCodec(load_tokenizer(found), own.model_copy(update={key: getattr(config.text, key) for key in given}))
-    loading.check_vocabulary(codec.vocab_size, source.decoder, found)
+    tokenizer = load_tokenizer(found)
+    if config.text.chat_template is not None:
+        # a trained model's tokenizer carries the template of its training
+        tokenizer.chat_template = read_template(config.text.chat_template)
+    codec = TextCodec(tokenizer, own.model_copy(update={key: getattr(config.text, key) for key in given}))
+    source = source.fitting(codec.vocab_size)
     config = config.model_copy(update={"text": codec.config})
     return OpenModel(found, source, config, codec, trained, frozenset(given))

@@ -57,7 +57,7 @@ def with_responses(examples: Sequence[Example], samples: Samples) -> list[Exampl
 
 
 @lru_cache
-def programs(model: Model, sampling: Sampling, eos_id: int, mesh: Mesh) -> tuple[Any, Any, Any]:
+def programs(model: Model, sampling: Sampling, eos_id: int | tuple[int, ...], mesh: Mesh) -> tuple[Any, Any, Any]:
     """The jitted parts: a state whose rows have all ended, the insertion of prompts, and a chunk of decoding.
 
     (params, prompts, key, allowed_V, num_rows) -> state; (params, state, prompts, row_R, key, allowed_V) -> state;
@@ -107,7 +107,7 @@ def sample_all(
     examples: Sequence[Example],
     *,
     sampling: Sampling,
-    eos_id: int,
+    eos_id: int | tuple[int, ...],
     allowed_V: Bool[Array, " V"],
     key: Array,
     buckets: Buckets,

@@ -341,7 +341,7 @@ def mpo_jax_ppo(one_pass: bool, folder: Path, channel: Channel) -> None:
     batches = TrainBatches(examples, Buckets.of(examples, 1), ROLLOUTS, 0, shuffle=False)
     allowed = jnp.ones(VOCAB, bool).at[jnp.asarray([PAD, UNK, EOS])].set(False)
     # a response never ends before its last token
-    codec: Any = SimpleNamespace(eos_id=-1, allowed=lambda _: allowed)
+    codec: Any = SimpleNamespace(ends=-1, allowed=lambda _: allowed)
     with jax.set_mesh(mesh):
         options = loading.Options.of(config.model)
         model, params = loading.load(folder / "model", options, mesh)

@@ -1,20 +1,25 @@
 """`mpo generate`: what is printed is what the model says, as text or as a chat."""
 
+import dataclasses
 import io
+import json
 
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from mpo_jax.config.schema import TextConfig
+from mpo_jax.data import toy
 from mpo_jax.data.batches import Widths, collate
 from mpo_jax.data.text import TextCodec
 from mpo_jax.data.tokens import Example
 from mpo_jax.models import forward, loading
 from mpo_jax.models.forward import Model
 from mpo_jax.models.hf.tokenizer import load_tokenizer
+from mpo_jax.types import trainable
 from tests.cli.conftest import damaged
-from tests.models.tiny import mesh_of
+from tests.models.tiny import mesh_of, random_params
 from tests.pipeline.test_pipeline import mpo
 
 pytestmark = pytest.mark.unoptimised
@@ -42,6 +47,32 @@ def greedy_answer(folder, prompt: str, count: int) -> str:
 def test_prints_the_likeliest_answer(language_model, capsys):
     assert mpo("generate", str(language_model), PROMPT, NO_CACHE, "--max-new-tokens", "12") == 0
     assert capsys.readouterr().out == greedy_answer(language_model, PROMPT, 12) + "\n"
+
+
+def test_a_checkpoint_as_it_is_found(decoder, tmp_path, capsys):
+    """Tied weights under the head's name, a [PAD] beyond the embedding, and an answer that ends at a listed token."""
+    tokenizer = toy.make_tokenizer()
+    decoder = dataclasses.replace(decoder, vocab_size=len(tokenizer))
+    folder = tmp_path / "model"
+    loading.save(folder, Model(decoder), trainable(random_params(decoder)), tokenizer)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    said = greedy_answer(folder, PROMPT, 12)
+    assert tokenizer.add_special_tokens({"pad_token": "[PAD]"}) == 1
+    tokenizer.save_pretrained(folder)
+    ids = [tokenizer.eos_token_id, tokenizer.pad_token_id]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    assert mpo("generate", str(folder), PROMPT, NO_CACHE, "--max-new-tokens", "12") == 0
+    out = capsys.readouterr().out
+    assert out.endswith(said + "\n")
+    rows = -(-len(tokenizer) // 8) * 8 - decoder.vocab_size
+    assert "lm_head.weight, to which it is tied" in out and f"{rows} rows are added" in out
+    # every token ends the answer
+    ends = json.dumps({"eos_token_id": list(range(len(tokenizer)))})
+    (folder / "generation_config.json").write_text(ends)
+    assert mpo("generate", str(folder), PROMPT, NO_CACHE, "--max-new-tokens", "12") == 0
+    assert capsys.readouterr().out.endswith("each the mean of the others\n\n")
 
 
 def test_a_chat_template_is_used_where_there_is_one(chat_model, capsys, monkeypatch):

@@ -86,6 +86,30 @@ def test_generate_talks_in_turns_where_training_did(tmp_path, decoder, capsys):
     assert "was trained without (text.chat=false)" in capsys.readouterr().err
 
 
+def test_generate_takes_a_template_from_a_file_and_its_options(tmp_path, decoder, capsys):
+    talks = stage(tmp_path, decoder, "dpo-chat", chat=True, template_options={"mood": "kind"})
+    (talks / "model" / "chat_template.jinja").write_text("{{ mood }} {{ messages[-1].content }}|")
+    other = tmp_path / "other.jinja"
+    other.write_text("{{ mood }}: {% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+                     "{{ messages[0].content }}")  # fmt: skip
+    path = f"text.chat_template={other}"
+    for flags, text in (
+        (("text.chat=true",), "kind should i quit|"),
+        (("text.chat=true", "text.template_options.mood=rude"), "rude should i quit|"),
+        (("text.chat=true", path), "kind: should i quit"),
+        (("text.chat=true", path, "--system", "s", "text.fold_system=true"), "kind: s\n\nshould i quit"),
+    ):
+        assert mpo("generate", str(talks), "should i quit", NO_CACHE, *flags) == 0
+        assert capsys.readouterr().out == greedy_answer(talks / "model", text, 5) + "\n", flags
+    for flags, reason in (
+        (("--system", "s", path), "refuses a system turn: text.fold_system=true"),
+        ((path + "x",), "cannot read the file: No such file"),
+        (("text.template_options.moody=1",), "does not mention moody"),
+    ):
+        assert mpo("generate", str(talks), "should i quit", NO_CACHE, "text.chat=true", *flags) == 2
+        assert reason in " ".join(capsys.readouterr().err.split())
+
+
 def test_score_uses_the_template_once(tmp_path, decoder):
     trained = stage(tmp_path, decoder, "reward-a", head="value", prompt_template=TEMPLATE)
     rows = [{"prompt": prompt, "response": " leave"} for prompt in ("my boss", "x", "should i stay")]

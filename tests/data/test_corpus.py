@@ -289,6 +289,25 @@ def test_the_corpus_is_kept_for_what_it_depends_on(tmp_path, chat_model):
     assert load_corpus(data, model=chat_model, text=CHAT) is not first
 
 
+def test_a_template_from_a_file_replaces_the_tokenizers(tmp_path, chat_model):
+    other = tmp_path / "other.jinja"
+    other.write_text("{% for m in messages %}{{ m.content }}{% if effort == 'low' %}!{% endif %}|{% endfor %}")
+    data = DataConfig(kind="pairs", path=write(tmp_path / "a.jsonl", pairs(0, 99)))
+    text = TextConfig(chat=True, chat_template=str(other))
+    assert load_corpus(data, model=chat_model, text=text).prompts[0].endswith("|")
+    options = text.model_copy(update={"template_options": (("effort", "low"),)})
+    assert load_corpus(data, model=chat_model, text=options).prompts[0].endswith("!|")
+    config = Config(data=data, model=chat_model, text=text)
+    assert base_tokenizer(config).chat_template == other.read_text()
+    before = fingerprint(data, chat_template=str(other))
+    assert before != fingerprint(data)
+    other.write_text(other.read_text() + "\n")
+    assert fingerprint(data, chat_template=str(other)) != before
+    other.unlink()
+    with pytest.raises(UserError, match=r"text\.chat_template=.*: cannot read the file"):
+        base_tokenizer(config)
+
+
 # the toy world
 
 

@@ -279,6 +279,19 @@ def test_conversations_need_a_template_and_the_row_says_so(tmp_path):
     assert len(read_preferences(source_of(tmp_path, GOOD), render=render)[0]) == 1
 
 
+def test_rows_whose_system_turn_is_refused_are_dropped_and_counted_or_folded(tmp_path):
+    tokenizer = toy.make_tokenizer()
+    tokenizer.chat_template = TEMPLATE.replace("tool", "system")
+    asked = [{"role": "system", "content": "be kind"}, *ASK]
+    source = source_of(tmp_path, pair(asked, "a", "b"), pair(ASK, "a", "b"))
+    rows, report = read_preferences(source, render=Renderer(lambda: Chat(tokenizer)))
+    assert (report.read, report.kept) == (2, 1)
+    assert report.dropped == {"system turn refused by the chat template (text.fold_system=false)": 1}
+    folded, report = read_preferences(source, render=Renderer(lambda: Chat(tokenizer, fold_system=True)))
+    assert report.kept == 2 and not report.dropped and folded[1:] == rows
+    assert folded[0].prompt == f"<user>be kind\n\n{ASK[0]['content']}<eos><assistant>"
+
+
 # the split
 
 GROUPS = [f"prompt {i}" for i in range(20000)]

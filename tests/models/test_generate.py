@@ -52,10 +52,10 @@ def rows(joined: PromptBatch, order) -> PromptBatch:
     return jax.tree.map(lambda x: x[order], joined)
 
 
-def run(params, joined, *, sampling=None, shape=(1, 1, 1), seed=0, index=None, allowed=ALLOWED):
+def run(params, joined, *, sampling=None, shape=(1, 1, 1), seed=0, index=None, allowed=ALLOWED, ends=EOS):
     """What the generator gives over a mesh of that shape: the prompts with their samples, and has_eos [B N]."""
     mesh = mesh_of(*shape)
-    function = make_generate(MODEL, sampling or Sampling(max_new_tokens=10, num_samples=2), EOS, mesh)
+    function = make_generate(MODEL, sampling or Sampling(max_new_tokens=10, num_samples=2), ends, mesh)
     index = np.zeros(len(joined.key), np.uint32) if index is None else np.asarray(index, np.uint32)
     placed = jax.device_put(params, forward.param_shardings(params, mesh))
     allowed = None if allowed is None else jnp.asarray(allowed)
@@ -355,6 +355,34 @@ def test_rows_end_at_eos(reference):
         assert ended == bool(len(where))
         assert row_length == (where[0] + 1 if ended else 10)
         assert not row[row_length:].any()
+
+
+def test_of_several_ends_the_first_that_comes_counts(params, reference):
+    """The samples are those of one end, cut at whichever comes first: random numbers depend on neither."""
+    other = 10
+    whole = sample(params, prompts(), ends=-1)[0].reshape(16, 10)
+    ids, length, has_eos = (x.reshape(16, -1) for x in sample(params, prompts(), ends=(EOS, other)))
+    found = set()
+    for row, row_length, ended, drawn in zip(ids, length[:, 0], has_eos[:, 0], whole, strict=True):
+        where = np.flatnonzero(np.isin(drawn, (EOS, other)))
+        assert ended == bool(len(where)) and row_length == (where[0] + 1 if ended else 10)
+        assert row[:row_length].tolist() == drawn[:row_length].tolist() and not row[row_length:].any()
+        found |= {int(row[row_length - 1])} if ended else set()
+    assert found == {EOS, other}, "the case has rows of both ends"
+    assert has_eos.mean() > reference[2].mean()
+
+
+def test_a_single_end_compiles_to_the_same_program_in_either_form(params):
+    mesh = mesh_of(1, 1, 1)
+
+    def program(ends):
+        decoder = generate.Decoder(MODEL, Sampling(max_new_tokens=10), ends)
+        with jax.set_mesh(mesh):
+            joined = place_batch(prompts(), mesh)
+            arguments = frozen(params), joined, jax.random.key(0), jnp.zeros(8, jnp.uint32), jnp.asarray(ALLOWED)
+            return jax.jit(decoder.begin).lower(*arguments).as_text()
+
+    assert program(EOS) == program((EOS,)) != program((EOS, 10))
 
 
 def test_eos_at_once(params):

@@ -14,9 +14,10 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import filter_repo_objects
 
 from mpo_jax.errors import UserError
-from mpo_jax.models.hf.hub import WANTED, local_model
+from mpo_jax.models.hf.hub import UNWANTED, WANTED, is_wanted, local_model
 
 TOKEN = "hf_AbCdEfGhIjKlMnOp"
 
@@ -95,7 +96,9 @@ def test_download(path, revision, hub):
     assert local_model(path) == hub.folder
     ((args, options),) = hub.calls
     assert args == ("org/name",)
-    assert options == {"revision": revision, "allow_patterns": list(WANTED)}
+    assert options == {
+        "revision": revision, "allow_patterns": list(WANTED), "ignore_patterns": list(UNWANTED)
+    }  # fmt: skip
 
 
 def test_pickled_weights_are_not_fetched():
@@ -108,9 +111,18 @@ def test_pickled_weights_are_not_fetched():
         "modeling_custom.py",
         "model.pkl",
     ]
-    assert not [name for name in names if any(Path(name).match(pattern) for pattern in WANTED)]
+    assert not [name for name in names if is_wanted(Path(name))]
     wanted = ["config.json", "model-00001-of-00002.safetensors", "tokenizer.json", "tokenizer.model", "a.jinja"]
-    assert all(any(Path(name).match(pattern) for pattern in WANTED) for name in wanted)
+    assert all(is_wanted(Path(name)) for name in wanted)
+
+
+def test_what_is_fetched_of_a_repository():
+    """Weights that lie there a second time are not: a folder of their author's layout, or a file of it."""
+    wanted = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json"]
+    others = ["consolidated.safetensors", "consolidated-00001-of-00002.safetensors", "original/params.json",
+              "original/model.safetensors", "original/tokenizer.model", "onnx/config.json", "README.md"]  # fmt: skip
+    patterns = {"allow_patterns": list(WANTED), "ignore_patterns": list(UNWANTED)}
+    assert list(filter_repo_objects([*wanted, *others], **patterns)) == wanted
 
 
 @pytest.mark.parametrize(

@@ -348,6 +348,33 @@ def test_index_names_the_wrong_file(sharded, mesh):
         load_folder(sharded, mesh)
 
 
+def test_two_sets_of_weights_are_an_error_that_names_both(sharded, mesh):
+    """transformers would take model.safetensors, and it can be what an earlier export has left."""
+    shutil.copy(sharded / "model-00001-of-00002.safetensors", sharded / "model.safetensors")
+    with pytest.raises(UserError, match=r"two sets of weights, model\.safetensors and .*\.index\.json names"):
+        load_folder(sharded, mesh)
+
+
+def test_an_index_of_the_single_file_is_no_second_set(folder, mesh):
+    names = load_file(folder / "model.safetensors")
+    index = {"weight_map": dict.fromkeys(names, "model.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    load_folder(folder, mesh)
+
+
+def test_an_index_names_no_file_elsewhere(sharded, mesh):
+    path = sharded / "model.safetensors.index.json"
+    path.write_text(path.read_text().replace("model-00002", "../model-00002"))
+    with pytest.raises(UserError, match=r"index\.json names .*model-00002.*, which is outside the folder"):
+        load_folder(sharded, mesh)
+
+
+def test_weights_in_their_authors_layout_alone(folder, mesh):
+    (folder / "model.safetensors").rename(folder / "consolidated.safetensors")
+    with pytest.raises(UserError, match=r"consolidated\.safetensors is in its author's own layout and is not read"):
+        load_folder(folder, mesh)
+
+
 @pytest.mark.parametrize("text", ["{", '{"weights": {}}', "[]", '{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}'])
 def test_broken_index(folder, mesh, text):
     (folder / "model.safetensors.index.json").write_text(text)

@@ -17,7 +17,7 @@ import pytest
 
 from mpo_jax.config.load import load_config
 from mpo_jax.config.registry import EXPERIMENTS, Step
-from mpo_jax.config.schema import TRAINED, Config, Section
+from mpo_jax.config.schema import TRAINED, Config, Section, TextConfig
 from mpo_jax.pipeline.pipeline import Pipeline
 from mpo_jax.pipeline.recipe import FORMAT, artifact_name
 from mpo_jax.pipeline.table import Listing
@@ -31,6 +31,8 @@ SPLIT = {"dpo_split", "ppo_split"}
 NONE: set[str] = set()
 OF_STAGE = {"sft": {"sft"}, "reward": {"reward"}, "dpo": DPO, "ppo": PPO}
 TLDR, OTHER_TLDR = "tldr.jsonl", "other.jsonl"
+TEMPLATE = str(RECORDED / "tied" / "config.json")
+"""Any file of text: templates are hashed here, and never rendered."""
 
 
 def unit(experiment: str, role: str) -> str:
@@ -91,6 +93,7 @@ OTHER: dict[str, Any] = {
     "model.architecture.init_std": 0.03,
     "text.max_prompt_tokens": 41, "text.max_response_tokens": 17, "text.add_bos": "true",
     "text.prompt_template": "Q: {prompt}", "text.chat": True, "text.truncation": "start", "text.length_buckets": 2,
+    "text.chat_template": TEMPLATE, "text.template_options": {"effort": "low"}, "text.fold_system": True,
     "data.kind": "pairs", "data.path": [OTHER_TLDR], "data.sft_path": [OTHER_TLDR], "data.test_path": [OTHER_TLDR],
     "data.prompt_path": [OTHER_TLDR], "data.test_prompt_path": [OTHER_TLDR], "data.prompts": "unique",
     "data.filter": "none", "data.keep_news": True, "data.validation_fraction": 0.1, "data.max_rows": 50,
@@ -100,6 +103,7 @@ OTHER: dict[str, Any] = {
     "sft.train.best_metric": "tokens", "reward.train.best_metric": "gap", "dpo.train.best_metric": "loss",
     "ppo.train.best_metric": "objective/kl",
     "reward.path": str(RECORDED / "qwen2_score"), "reward.init": "base", "reward.loss": "ds_span",
+    "reward.label": "chosen",
     "select.threshold": 2.0, "select.easy_fraction": 0.25, "select.pair_source": "human", "select.temperature": 0.5,
     "select.top_p": 0.9, "select.num_prompts": 8, "select.batch_size": 24,
     "dpo.beta": 0.2, "dpo.loss": "ipo", "dpo.loss_options": {"target_margin": 0.5}, "dpo.label_smoothing": 0.2,
@@ -154,7 +158,7 @@ EXPECTED: dict[str, set[str]] = {
     "data.toy": ALL, "data.prompts": ALL, "data.validation_fraction": ALL,
     **{f"{stage}.train": units for stage, units in OF_STAGE.items()},
     **{f"{stage}.train.{key}": NONE for stage in TRAINED for key in BOOKKEEPING},
-    "reward": {"reward"},
+    "reward": {"reward"}, "reward.label": NONE,  # of a finished one
     "select": {"select"},
     "select.threshold": SPLIT, "select.easy_fraction": SPLIT,
     "select.num_prompts": {"select", "dpo_human", "ppo_all"},  # the steps without a selection
@@ -181,7 +185,7 @@ DIFFERENT: dict[str, dict[str, set[str]]] = {
     "finished reward model": {
         "model.path": {"sft", "reward"},
         "reward.train": NONE, "reward.train.batch_size": {"reward"},  # in which it is measured
-        "reward.init": NONE, "reward.loss": NONE,
+        "reward.init": NONE, "reward.loss": NONE, "reward.label": {"reward"},
     },
 }  # fmt: skip
 INSTEAD = {
@@ -380,6 +384,23 @@ def test_files_count_by_content_and_not_by_name(folder, tmp_path):
     assert_changes(before, listed(moved, folder), NONE)
     (tmp_path / "renamed.jsonl").write_text('{"a": 3}\n')
     assert_changes(before, listed(moved, folder), ALL)
+
+
+def test_chat_templates_count_by_content_and_not_by_name(folder, tmp_path):
+    before = listed(configure(folder, FILES, {"text.chat_template": TEMPLATE}), folder)
+    file = Path(shutil.copy(TEMPLATE, tmp_path / "renamed.jinja"))
+    moved = configure(folder, FILES, {"text.chat_template": str(file)})
+    assert_changes(before, listed(moved, folder), NONE)
+    file.write_text("another")
+    assert_changes(before, listed(moved, folder), ALL)
+
+
+def test_keys_that_are_newer_than_a_recipe_are_left_out_at_their_defaults(folder):
+    """So that stages which were made before there were such keys keep their names."""
+    for made in listed(configure(folder, PLAIN), folder).values():
+        text = json.loads(made.own)[0]["text"]
+        assert not text.keys() & {"chat_template", "template_options", "fold_system"}
+        assert text.keys() == TextConfig.model_fields.keys() - {"chat_template", "template_options", "fold_system"}
 
 
 def test_models_count_by_content_and_not_by_name(folder, tmp_path):

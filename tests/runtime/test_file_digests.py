@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from mpo_jax.config.schema import DataConfig
-from mpo_jax.data.corpus import fingerprint, fingerprint_model
+from mpo_jax.data.base_model import fingerprint_model
+from mpo_jax.data.corpus import fingerprint
 from mpo_jax.runtime import file_digests
 from mpo_jax.runtime.file_digests import file_digest
 from tests.models.tiny import RECORDED

@@ -109,7 +109,7 @@ def test_minibatches_are_drawn_anew_each_epoch_and_cover_the_rows(shape):
 def make_loop(method: Method, *, iterations: int = 1, frozen_models: Any = ({}, {})) -> Loop:
     """A loop over the tiny models, all parts compiled as it needs them."""
     settings: Any = SimpleNamespace(seed=0, method=method, sampling=None)
-    codec: Any = SimpleNamespace(eos_id=0, allowed=lambda size: np.arange(size) > 1)
+    codec: Any = SimpleNamespace(ends=0, allowed=lambda size: np.arange(size) > 1)
     models = Models(MODEL, MODEL, {}, {}, *frozen_models)
     return Loop(settings, mesh_of(1, 1, 1), codec, models, Offload(False, False), iterations, log_every=10)
 

@@ -7,16 +7,13 @@ are those of the models' own tokenizer.json files.
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from mpo_jax.errors import UserError
 from mpo_jax.models.gguf.file import GgufFile, open_gguf
+from mpo_jax.models.hf.sentencepiece import NORMAL, add_special, bpe, sentencepiece_bpe, set_spaces
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
-"""Values of tokenizer.ggml.token_type."""
-
-SPACE = "\u2581"
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
@@ -40,11 +37,7 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     if len(types) != len(tokens):
         raise UserError(f"{path}: tokenizer.ggml.token_type has {len(types)} entries for {len(tokens)} tokens")
     tokenizer = _byte_level(file, tokens, types) if kind == "gpt2" else _sentencepiece(file, tokens, types)
-    for token, token_type in zip(tokens, types, strict=True):
-        if token_type in (CONTROL, USER_DEFINED):
-            # not normalised, so that they are found in the raw text as they are spelt
-            added = AddedToken(token, special=token_type == CONTROL, normalized=False)
-            (tokenizer.add_special_tokens if token_type == CONTROL else tokenizer.add_tokens)([added])
+    add_special(tokenizer, tokens, types)
     special = {}
     for name, key in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items():
         token_id = file.get(f"tokenizer.ggml.{key}_token_id")
@@ -63,23 +56,12 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     return fast
 
 
-def _bpe(
-    file: GgufFile, tokens: list[str], types: list[int], merges: list[tuple[str, str]], **options: Any
-) -> Tokenizer:
-    """BPE over the tokens in use: the unused ones fill the embedding's rows, and must never be sampled."""
-    vocab = {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind != UNUSED}
-    try:
-        return Tokenizer(models.BPE(vocab, merges, **options))
-    except Exception as error:  # the library in Rust raises nothing more special
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{file.path}: tokenizer.ggml.tokens and .merges do not fit together: {reason}") from error
-
-
 def _byte_level(file: GgufFile, tokens: list[str], types: list[int]) -> Tokenizer:
     """Byte-level BPE, as of GPT-2, Llama 3, Qwen and SmolLM."""
     merges: list[Any] = [tuple(merge.split(" ", 1)) for merge in file.require("tokenizer.ggml.merges")]
     name = file.get("tokenizer.ggml.pre", "default")
-    tokenizer = _bpe(file, tokens, types, merges, ignore_merges=name in LLAMA3)
+    where = f"{file.path}: tokenizer.ggml.tokens and .merges"
+    tokenizer = bpe(tokens, types, merges, where, ignore_merges=name in LLAMA3)
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=name not in SPLITS)
     if name in SPLITS:
         steps = [pre_tokenizers.Split(Regex(SPLITS[name]), "isolated"), byte_level]
@@ -102,24 +84,6 @@ def _sentencepiece(file: GgufFile, tokens: list[str], types: list[int]) -> Token
     scores: list[float] = file.require("tokenizer.ggml.scores")
     if len(scores) != len(tokens):
         raise UserError(f"{file.path}: tokenizer.ggml.scores has {len(scores)} entries for {len(tokens)} tokens")
-    # text never makes a control or byte token, whose score says nothing
-    pieces = {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind == NORMAL}
-    ranked = []
-    for token, i in pieces.items():
-        for cut in range(1, len(token)):
-            left, right = pieces.get(token[:cut]), pieces.get(token[cut:])
-            if left is not None and right is not None:
-                ranked.append((-scores[i], left, right, (token[:cut], token[cut:])))
-    merges = [pair for *_, pair in sorted(ranked)]
-    unknown = next((token for token, token_type in zip(tokens, types, strict=True) if token_type == UNKNOWN), None)
-    tokenizer = _bpe(file, tokens, types, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
-    steps: list[normalizers.Normalizer] = [normalizers.Replace(" ", SPACE)]
-    strip = []
-    if file.get("tokenizer.ggml.add_space_prefix", True):
-        steps.insert(0, normalizers.Prepend(SPACE))
-        strip = [decoders.Strip(" ", 1, 0)]
-    tokenizer.normalizer = normalizers.Sequence(steps)  # type: ignore[assignment]
-    tokenizer.decoder = decoders.Sequence(  # type: ignore[assignment]
-        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    )
+    tokenizer = sentencepiece_bpe(tokens, types, scores, f"{file.path}: tokenizer.ggml.tokens and .scores")
+    set_spaces(tokenizer, adds_space=bool(file.get("tokenizer.ggml.add_space_prefix", True)))
     return tokenizer

@@ -113,6 +113,9 @@ class GgufTensors:
         # opening the file has compared the header with its size
         pass
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.read(name).shape
+
     def read(self, name: str) -> np.ndarray:
         tensor = self._file.read(self._names[name])
         if self._config.family == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):

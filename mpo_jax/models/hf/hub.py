@@ -10,6 +10,13 @@ from mpo_jax.errors import UserError
 
 WANTED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "mpo_config.yaml")
 """What a checkpoint consists of here. Pickled weights (*.bin, *.pt) and Python code are never fetched."""
+UNWANTED = ("*/*", "consolidated*.safetensors")
+"""Not fetched all the same: folders such as `original/`, and the same weights once more in their author's layout."""
+
+
+def is_wanted(file: Path) -> bool:
+    """Whether a file of a model's folder belongs to the checkpoint."""
+    return any(map(file.match, WANTED)) and not file.match(UNWANTED[1])
 
 
 def hub_id(path: str) -> tuple[str, str | None]:
@@ -41,7 +48,11 @@ def local_model(path: str) -> Path:
         return local
     repository, revision = hub_id(path)
     try:
-        return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=list(WANTED)))
+        return Path(
+            huggingface_hub.snapshot_download(
+                repository, revision=revision, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED)
+            )
+        )
     except HFValidationError as error:
         raise UserError(f"no model at {path}: no such folder, and no valid hub id (org/name)") from error
     except GatedRepoError as error:

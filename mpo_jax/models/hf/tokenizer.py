@@ -6,10 +6,14 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mpo_jax.errors import UserError
+from mpo_jax.models.hf.ends import attach_end_ids
+from mpo_jax.models.hf.sentencepiece import load_sentencepiece
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """A tokenizer from a Hugging Face folder, or from inside a GGUF file. Python code in the folder is never run.
+
+    It carries the end tokens that the folder lists (see `ends.end_ids`).
 
     Raises:
       UserError: if there is none or it cannot be read.
@@ -21,8 +25,14 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         return read_tokenizer(folder)
     if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer.model").is_file():
         raise UserError(f"{folder} holds no tokenizer.json or tokenizer.model: a model folder needs its tokenizer")
+    tokenizer: Any = _load(folder) if (folder / "tokenizer.json").is_file() else load_sentencepiece(folder)
+    attach_end_ids(tokenizer, folder)
+    return tokenizer
+
+
+def _load(folder: Path) -> PreTrainedTokenizerBase:
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the parser in Rust raises nothing more special
         if "trust_remote_code" in str(error):
             raise UserError(
@@ -31,4 +41,3 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
             ) from error
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot read the tokenizer in {folder}: {reason}") from error
-    return tokenizer

@@ -117,6 +117,10 @@ class Tensors(Protocol):
 
     def read(self, name: str) -> np.ndarray: ...
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, without reading it."""
+        ...
+
     @property
     def dtype(self) -> str:
         """The type in which a model like this is written: float32, bfloat16 or float16."""
@@ -155,6 +159,13 @@ class SafetensorsFolder:
         except (SafetensorError, OSError) as error:
             raise UserError(f"{self._files[name]}: cannot read tensor {name}: {error}") from error
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        try:
+            with safe_open(self._files[name], framework="np") as file:
+                return tuple(file.get_slice(name).get_shape())
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{self._files[name]}: cannot read tensor {name}: {error}") from error
+
     @property
     def dtype(self) -> str:
         """The embedding's, from the file's header: config.json may say another; float32 for types that are not written.
@@ -174,21 +185,29 @@ class SafetensorsFolder:
 
 def _tensor_files(folder: Path) -> dict[str, Path]:
     """Which safetensors file holds each tensor."""
-    index = folder / "model.safetensors.index.json"
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             files = {name: folder / file for name, file in weight_map.items()}
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index}: broken index: {error}") from error
+        if outside := sorted(str(file) for file in files.values() if file.parent != folder):
+            raise UserError(f"{index} names {outside[0]}, which is outside the folder")
+        if single.is_file() and single not in files.values():
+            raise UserError(
+                f"{folder} holds two sets of weights, {single.name} and the files that {index.name} names: remove the "
+                "one that is not meant"
+            )
         if absent := sorted({file.name for file in files.values() if not file.is_file()}):
             more = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
             raise UserError(f"{index} names {absent[0]}{more}, which is not there: fetch the model's files again")
         return files
-    single = folder / "model.safetensors"
     if not single.is_file():
         pickled = sorted(file.name for file in folder.glob("*.bin"))
         hint = f" ({pickled[0]} is pickled and is not read: convert it to safetensors)" if pickled else ""
+        if consolidated := sorted(file.name for file in folder.glob("consolidated*.safetensors")):
+            hint = f" ({consolidated[0]} is in its author's own layout and is not read: fetch the Hugging Face one)"
         raise UserError(
             f"no weights in {folder}: neither model.safetensors nor model.safetensors.index.json is there{hint}"
         )

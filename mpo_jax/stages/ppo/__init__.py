@@ -112,7 +112,7 @@ def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -
         warmup=warmup,
         # programs are listed for one model, so nothing is said where the reward model has other sizes
         model=actor_model if actor_model == reward_model else None,
-        eos_id=codec.eos_id,
+        eos_id=codec.ends,
     )
     loading.save(context.folder / "model", actor_model, exported(state, loop), codec.tokenizer, dtype=dtype)
     if settings.save_critic:

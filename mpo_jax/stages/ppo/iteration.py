@@ -121,7 +121,7 @@ class Loop:
 
     def __post_init__(self) -> None:
         method, models, mesh = self.settings.method, self.models, self.mesh
-        self.generate = make_generate(models.actor, self.settings.sampling, self.codec.eos_id, mesh)
+        self.generate = make_generate(models.actor, self.settings.sampling, self.codec.ends, mesh)
         self.narrow = make_narrow(method, mesh)
         self.score = make_score(models.actor, models.critic, method, mesh)
         updates = make_updates(models.actor, models.critic, method, mesh)

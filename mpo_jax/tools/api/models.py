@@ -155,13 +155,18 @@ def load_reward(
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     remat: Literal["none", "dots", "full"] = "dots",
     frozen: bool = True,
+    label: str | None = None,
 ) -> LoadedModel:
-    """A reward model (a sequence classifier with one label); arguments as for `load`.
+    """A reward model: a sequence classifier, or a model with a v_head or value_head; arguments as for `load`.
+
+    Args:
+      label: of several labels, the name or number of the one whose logit is the score; None: the only one, or of two
+        the second's logit less the first's.
 
     Raises:
       UserError: as for `load`, or if the path holds a language model.
     """
-    return _load(path, "value", mesh, max_prompt_tokens, max_response_tokens, compute_dtype, remat, frozen)
+    return _load(path, "value", mesh, max_prompt_tokens, max_response_tokens, compute_dtype, remat, frozen, label)
 
 
 def _load(
@@ -173,6 +178,7 @@ def _load(
     compute_dtype: Literal["auto", "float32", "bfloat16"],
     remat: Literal["none", "dots", "full"],
     frozen: bool,
+    label: str | None = None,
 ) -> LoadedModel:
     mesh = make_mesh() if mesh is None else mesh
     decoder = loading.open_model(path).decoder
@@ -180,9 +186,9 @@ def _load(
     text = TextConfig(max_prompt_tokens=max_prompt_tokens or most, max_response_tokens=max_response_tokens or most)
     options = loading.Options.of(ModelConfig(compute_dtype=compute_dtype, remat=remat))
     tokenizer = load_tokenizer(local_model(str(path)))
-    loading.check_vocabulary(TextCodec(tokenizer, text).vocab_size, decoder, path)
+    ids = TextCodec(tokenizer, text).vocab_size
     with jax.set_mesh(mesh):
-        model, params = loading.load(path, options, mesh, text=text, head=head, frozen=frozen)
+        model, params = loading.load(path, options, mesh, text=text, head=head, frozen=frozen, num_ids=ids, label=label)
     return LoadedModel(model, params, tokenizer, mesh, text)
 
 

@@ -94,7 +94,7 @@ class Ppo:
             critic = trainable(jax.tree.map(lambda x: x.astype(jnp.float32), merge(reward.params)))
             self.actor = init_state(policy.params, optimizer, mesh)
             self.critic = init_state(critic, critic_optimizer or optimizer, mesh)
-            self.generate = make_generate(policy.model, sampling, codec.eos_id, mesh)
+            self.generate = make_generate(policy.model, sampling, codec.ends, mesh)
             self._narrow = make_narrow(self.method, mesh)
             self.score = make_score(policy.model, reward.model, self.method, mesh)
             self._update_actor = update(

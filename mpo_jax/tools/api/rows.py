@@ -147,8 +147,8 @@ def read_pairs(source: Given, tokenizer: PreTrainedTokenizerBase, **options: Any
       source: .jsonl or .parquet file, folder, hub:ORG/NAME, or the rows themselves.
       tokenizer: tokenizer of the model that reads the rows.
       options: kind (a row format in configs/README.md, default "pairs"), max_prompt_tokens and max_response_tokens
-        (512), chat (False: plain prompts stay plain), prompt_template ("{prompt}"), strict (True: drops unusable rows
-        and counts them in `report`), max_rows.
+        (512), chat (False: plain prompts stay plain), template_options and fold_system (as the keys of that name in
+        `text`), prompt_template ("{prompt}"), strict (True: drops unusable rows and counts them in `report`), max_rows.
 
     Raises:
       UserError: for a missing file, a malformed row (with its place), or if there are no rows.
@@ -177,19 +177,18 @@ def read_prompts(source: Given, tokenizer: PreTrainedTokenizerBase, **options: A
 def _open(
     source: Given, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]
 ) -> tuple[Readers, TextCodec, Source]:
-    known = {"kind": "pairs", "chat": False, "strict": True, "max_rows": None, "prompt_template": "{prompt}",
-             "max_prompt_tokens": MAX_TOKENS, "max_response_tokens": MAX_TOKENS}  # fmt: skip
+    of_text = {"chat": False, "template_options": {}, "fold_system": False, "prompt_template": "{prompt}",
+               "max_prompt_tokens": MAX_TOKENS, "max_response_tokens": MAX_TOKENS}  # fmt: skip
+    known = {"kind": "pairs", "strict": True, "max_rows": None, **of_text}
     if unknown := options.keys() - known.keys():
         name = sorted(unknown)[0]
         raise UserError(f"rows have no option {name}{suggest(name, [*known])}")
     given = {**known, **options}
     if given["kind"] not in ROW_FORMATS:
         raise UserError(f"kind={given['kind']!r} is not a row format{suggest(str(given['kind']), [*ROW_FORMATS])}")
-    text = TextConfig(
-        **{name: given[name] for name in ("max_prompt_tokens", "max_response_tokens", "chat", "prompt_template")}
-    )
+    text = TextConfig(**{name: given[name] for name in of_text})
     form = importlib.import_module(ROW_FORMATS[given["kind"]]).FORMAT
-    render = Renderer(cache(lambda: Chat(tokenizer)), wrap=text.chat, turns=form.turns)
+    render = Renderer(cache(lambda: Chat.of(tokenizer, text)), wrap=text.chat, turns=form.turns)
     opened = open_source(str(source)) if isinstance(source, str | Path) else _Given(list(source))
     data = DataConfig(kind=given["kind"], path=(opened.name,))
     readers = form.readers(data, {"strict": given["strict"], "max_rows": given["max_rows"], "render": render})

@@ -192,7 +192,7 @@ class Bench:
     def _ppo(self) -> Workload:
         settings, model, params = self._settings("ppo"), self._model, self._params()
         critic = loading.with_value_head(model, params, self.mesh)
-        codec: Any = SimpleNamespace(eos_id=self._eos, allowed=lambda _: self._allowed)
+        codec: Any = SimpleNamespace(ends=self._eos, allowed=lambda _: self._allowed)
         offload = Offload.of(self.config.runtime, self.mesh)
         models = Models(model, model, params["frozen"], critic["frozen"], params, critic)
         loop = Loop(settings, self.mesh, codec, models, offload, iterations=self.steps, log_every=1)
@@ -260,9 +260,9 @@ class Bench:
         return TextCodec(base_tokenizer(self.config), self.config.text)
 
     @property
-    def _eos(self) -> int:
+    def _eos(self) -> int | tuple[int, ...]:
         # with given lengths, no id ends a response early
-        return -1 if self.rows else self._codec.eos_id
+        return -1 if self.rows else self._codec.ends
 
     @property
     def _allowed(self) -> Any:
@@ -273,7 +273,8 @@ class Bench:
     def _model(self) -> Model:
         options, path = loading.Options.of(self.config.model), self.config.model.path
         if path is not None:
-            return options.model(loading.open_model(path).decoder, self.mesh)
+            source = loading.open_model(path)
+            return options.model((source if self.rows else source.fitting(self._codec.vocab_size)).decoder, self.mesh)
         vocab = self.vocab_size if self.rows else len(self._codec.tokenizer)
         return options.model(loading.from_architecture(self.config.model.architecture, vocab), self.mesh)
 
@@ -281,7 +282,8 @@ class Bench:
         """Float32 master parameters on the mesh."""
         path = self.config.model.path
         if path is not None:
-            return loading.load(path, loading.Options.of(self.config.model), self.mesh)[1]
+            num_ids = None if self.rows else self._codec.vocab_size
+            return loading.load(path, loading.Options.of(self.config.model), self.mesh, num_ids=num_ids)[1]
         return loading.init(self._model.decoder, self.mesh, stage_key(self.config.seed, "init"))
 
     def _batches(self, examples: Sequence[Example]) -> TrainBatches:

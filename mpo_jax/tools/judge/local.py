@@ -72,7 +72,8 @@ class LocalJudge:
             return
         with jax.set_mesh(self.mesh):
             options, limits = loading.Options.of(self.config.model), self.config.text
-            model, params = loading.load(self.path, options, self.mesh, text=limits, frozen=True)
+            ids = self.codec.vocab_size
+            model, params = loading.load(self.path, options, self.mesh, text=limits, frozen=True, num_ids=ids)
             size = BATCHES * self.config.evaluate.batch_size
             for begin in range(0, len(fitting), size):
                 part = fitting[begin : begin + size]
@@ -90,7 +91,7 @@ class LocalJudge:
 
     @cached_property
     def _chat(self) -> Chat:
-        return Chat(self.codec.tokenizer)
+        return Chat.of(self.codec.tokenizer, self.config.text)
 
 
 def reward_totals(
@@ -121,8 +122,9 @@ def reward_totals(
     examples, report = tokenize(codec, rows, cache=config.runtime.token_cache_folder)
     with jax.set_mesh(mesh):
         model, params = loading.load(
-            path, loading.Options.of(config.model), mesh, text=config.text, head="value", frozen=True
-        )
+            path, loading.Options.of(config.model), mesh, text=config.text, head="value", frozen=True,
+            num_ids=codec.vocab_size, label=config.reward.label,
+        )  # fmt: skip
         scores = score_examples(
             model, params, examples, head="value", batch_size=config.evaluate.batch_size,
             length_buckets=config.text.length_buckets, mesh=mesh, name=str(path),
