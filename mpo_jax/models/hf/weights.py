@@ -277,7 +277,7 @@ def save_params(
     must call this and the first one writes.
     """
     writes = jax.process_index() == 0
-    sources = dict(_exports(flatten_dict(params, sep="."), config, dtype))
+    sources = dict(_exports(flatten_dict(params), config, dtype))
     plan = split_state_dict_into_shards_factory(
         sources,  # type: ignore[arg-type]
         get_storage_size=lambda source: source.nbytes,  # type: ignore[union-attr]
@@ -315,7 +315,8 @@ class _Export:
 
     def fetch(self) -> np.ndarray:
         """The tensor on the host, in Hugging Face's layout."""
-        parts = tuple(self._on_host(value if self.layer is None else value[self.layer]) for value in self.values)
+        arrays = (jnp.asarray(value) for value in self.values)
+        parts = tuple(self._on_host(x if self.layer is None else x[self.layer]) for x in arrays)
         return np.ascontiguousarray(self.entry.to_theirs(parts, self.config))
 
     def _on_host(self, value: jax.Array) -> np.ndarray:
@@ -326,8 +327,9 @@ class _Export:
         return host
 
 
-def _exports(flat: Mapping[str, Any], config: DecoderConfig, dtype: str) -> Iterator[tuple[str, _Export]]:
-    for entry in _in_use(flat, config):
-        values = tuple(jnp.asarray(flat[path]) for path in entry.paths)
+def _exports(flat: Mapping[Any, Any], config: DecoderConfig, dtype: str) -> Iterator[tuple[str, _Export]]:
+    leaves = {".".join(path): value for path, value in flat.items()}
+    for entry in _in_use(leaves, config):
+        values = tuple(leaves[path] for path in entry.paths)
         for i in range(config.num_layers) if entry.stacked else (None,):
             yield entry.name.format(i=i), _Export(entry, values, i, config, dtype)
