@@ -10,6 +10,7 @@ import pytest
 from transformers import AutoConfig
 
 from mpo_jax.errors import UserError
+from mpo_jax.models import forward
 from mpo_jax.models.hf import families
 from mpo_jax.models.spec import LayerSpec, RopeScaling
 from tests.models.tiny import DECODER, LANGUAGE_MODELS, RECORDED, REWARD_MODELS, of_family, with_layers
@@ -104,6 +105,24 @@ def test_options_of_gemma():
     assert (three.layers, len(three.pattern), three.final_soft_cap) == ((local, local, full, local), 3, None)
     for config in (two, three, plain):
         assert (config.norm, config.scale_embedding, config.tie_embeddings) == ("rms_offset", True, True)
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "parameters"),
+    [
+        # gemma-2-2b, gemma-3-1b, OLMo-2-1124-7B, pythia-160m
+        ("gemma2", (256000, 2304, 9216, 26, 8, 4, 256), 2_614_341_888),
+        ("gemma3_text", (262144, 1152, 6912, 26, 4, 1, 256), 999_885_952),
+        ("olmo2", (100352, 4096, 11008, 32, 32, 32, 128), 7_298_617_344),
+        ("gpt_neox", (50304, 768, 3072, 12, 12, 12, 64), 162_322_944),
+    ],
+)
+def test_published_numbers_of_parameters(family, sizes, parameters):
+    names = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
+    )  # fmt: skip
+    config = of_family(family, **dict(zip(names, sizes, strict=True)), tie_embeddings=family.startswith("gemma"))
+    assert forward.num_parameters(config) == parameters
 
 
 def test_default_layers_of_gemma(tmp_path):

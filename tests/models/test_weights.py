@@ -373,21 +373,17 @@ def test_exported_folder_gives_the_same_answers_in_transformers(name, shard_byte
     torch = pytest.importorskip("torch")
     import transformers
 
+    from tests.fixtures import make_model_fixtures
+
     config, params = load_folder(RECORDED / name, mesh)
     export(tmp_path, name, config, params, shard_bytes=shard_bytes)
     head = "value" if name in REWARD_MODELS else "lm"
     auto = transformers.AutoModelForSequenceClassification if head == "value" else transformers.AutoModelForCausalLM
     theirs, report = auto.from_pretrained(tmp_path, dtype=torch.float64, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
-    positions = "far_position_ids" if config.pattern[0].rope_scaling else "position_ids"
-    inputs = {key: torch.from_numpy(recorded()[key]) for key in ("input_ids", "attention_mask")}
-    inputs["position_ids"] = torch.from_numpy(recorded()[positions])
+    inputs = {key: torch.from_numpy(x) for key, x in recorded().items() if key not in NAMES}
+    out = make_model_fixtures.answers(theirs.eval(), name, inputs).numpy()
     real = recorded()["attention_mask"] > 0
-    with torch.no_grad():
-        if head == "value":
-            out = theirs.score(theirs.model(**inputs).last_hidden_state)[..., 0].numpy()
-        else:
-            out = theirs(**inputs).logits.numpy()
     np.testing.assert_array_equal(out.astype(np.float32)[real], recorded()[name][real])
 
 

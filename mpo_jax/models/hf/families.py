@@ -362,12 +362,17 @@ def _window_keys(config: DecoderConfig, family: Family) -> dict[str, Any]:
     if not family.layer_types:
         return {"sliding_window": window}
     kinds = [FULL if window is None else LOCAL for window in windows]
-    keys = {"sliding_window": window, "layer_types": kinds}
     if family.gemma:
-        return keys
+        # transformers makes a mask of the window even where no layer has it: then the default must stay
+        return {"layer_types": kinds} | ({} if window is None else {"sliding_window": window})
     # older readers know no layer_types: they give the window to the layers from max_window_layers on
     first = kinds.index(LOCAL) if window is not None else 0
-    return keys | {"use_sliding_window": window is not None, "max_window_layers": first}
+    return {
+        "sliding_window": window,
+        "use_sliding_window": window is not None,
+        "max_window_layers": first,
+        "layer_types": kinds,
+    }
 
 
 def _check_described(config: DecoderConfig, described: DecoderConfig, path: Path) -> None:
