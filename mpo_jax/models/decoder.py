@@ -1,4 +1,4 @@
-"""The decoder: Flax NNX modules of the Llama family. Only this package imports Flax.
+"""The decoder: Flax NNX modules, of which a LayerSpec says what they do. Only this package imports Flax.
 
 Layers are stacked along a leading axis and scanned, so that a module here is one layer, and the compile time does not
 grow with depth. Letters: B batch, T query token, S key token, D model, H heads, G kv heads, K head dim, F feed-forward.
@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from mpo_jax.models.attention import Attend, logit_scale, soft_capped
+from mpo_jax.models.rope import rotate
 from mpo_jax.models.spec import Activation, DecoderConfig, LayerSpec
 from mpo_jax.runtime.sharding import constrain
 
@@ -34,16 +35,42 @@ def linear(x: Float[Array, "*T D"], kernel: Float[Array, "D ..."]) -> Array:
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale, in float32. arXiv:1910.07467."""
+    """x / rms(x) * scale, in float32; with `offset` scale is stored minus one. arXiv:1910.07467.
+
+    Gemma stores its scales so. They are kept as they are, since one added and taken away again would round them.
+    """
+
+    def __init__(self, size: int, eps: float, *, offset: bool = False):
+        self.scale = nnx.Param(jnp.full((size,), 0.0 if offset else 1.0, jnp.float32))
+        self.eps, self.offset = eps, offset
+
+    def __call__(self, x: Float[Array, "*T D"]) -> Float[Array, "*T D"]:
+        x32, scale = x.astype(jnp.float32), self.scale[...].astype(jnp.float32)
+        norm = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + self.eps)
+        return (norm * along_last(1.0 + scale if self.offset else scale, x)).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean(x)) / std(x) * scale + bias, in float32. arXiv:1607.06450."""
 
     def __init__(self, size: int, eps: float):
         self.scale = nnx.Param(jnp.ones((size,), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((size,), jnp.float32))
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*T D"]) -> Float[Array, "*T D"]:
         x32 = x.astype(jnp.float32)
-        norm = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + self.eps)
-        return (norm * along_last(self.scale[...].astype(jnp.float32), x)).astype(x.dtype)
+        centred = x32 - jnp.mean(x32, -1, keepdims=True)
+        norm = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), -1, keepdims=True) + self.eps)
+        scale, bias = (along_last(leaf[...].astype(jnp.float32), x) for leaf in (self.scale, self.bias))
+        return (norm * scale + bias).astype(x.dtype)
+
+
+def make_norm(config: DecoderConfig, size: int) -> Any:
+    """A norm of the model's kind over `size` components."""
+    if config.norm == "layer":
+        return LayerNorm(size, config.norm_eps)
+    return RMSNorm(size, config.norm_eps, offset=config.norm == "rms_offset")
 
 
 def along_last(weight: Array, x: Array) -> Array:
@@ -51,31 +78,9 @@ def along_last(weight: Array, x: Array) -> Array:
     return weight.reshape((1,) * (x.ndim - weight.ndim) + weight.shape)
 
 
-def rope_frequencies(spec: LayerSpec, head_dim: int) -> np.ndarray:
-    """[K/2] radians a position, float32: theta^(-2i/K), stretched as `rope_scaling` says."""
-    inverse = spec.rope_theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    scaling = spec.rope_scaling
-    if scaling is not None and scaling.kind == "linear":
-        inverse = inverse / scaling.factor
-    elif scaling is not None:
-        turns = scaling.original_positions * inverse / (2 * np.pi)
-        kept = np.clip((turns - scaling.low) / (scaling.high - scaling.low), 0.0, 1.0)
-        inverse = kept * inverse + (1.0 - kept) * inverse / scaling.factor
-    return inverse.astype(np.float32)
-
-
-def rope_tables(spec: LayerSpec, head_dim: int, position_BT: Int[Array, "B T"]) -> tuple[Array, Array]:
-    """cos and sin [B T K/2] of the rotary embedding, float32. arXiv:2104.09864, halves convention."""
-    frequency = jnp.asarray(rope_frequencies(spec, head_dim))
-    angle = position_BT.astype(jnp.float32)[..., None] * frequency[None, None]
-    return jnp.cos(angle), jnp.sin(angle)
-
-
-def rotate(x: Float[Array, "B T H K"], cos: Float[Array, "B T k"], sin: Float[Array, "B T k"]) -> Array:
-    """Rotates the two halves of each head, computed in float32."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, -1)
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)
+def biased(x: Array, bias: Array) -> Array:
+    """x plus a bias along its last axes, in x's dtype."""
+    return x + along_last(bias.astype(x.dtype), x)
 
 
 class Attention(nnx.Module):
@@ -96,9 +101,12 @@ class Attention(nnx.Module):
             self.q_bias = nnx.Param(jnp.zeros((c.num_heads, c.head_dim), jnp.float32))
             self.k_bias = nnx.Param(jnp.zeros((c.num_kv_heads, c.head_dim), jnp.float32))
             self.v_bias = nnx.Param(jnp.zeros((c.num_kv_heads, c.head_dim), jnp.float32))
+        if spec.output_bias:
+            self.o_bias = nnx.Param(jnp.zeros((c.hidden_size,), jnp.float32))
         if spec.qk_norm:
-            self.q_norm = RMSNorm(c.head_dim, c.norm_eps)
-            self.k_norm = RMSNorm(c.head_dim, c.norm_eps)
+            queries, keys = (c.num_heads, c.num_kv_heads) if spec.qk_norm_joint else (1, 1)
+            self.q_norm = make_norm(c, queries * c.head_dim)
+            self.k_norm = make_norm(c, keys * c.head_dim)
         self.spec, self.fused = spec, fused
 
     def project(self, x: Float[Array, "B T D"], cos: Array, sin: Array) -> tuple[Array, Array, Array]:
@@ -111,13 +119,21 @@ class Attention(nnx.Module):
             q, k, v = (linear(x, kernel[...]) for kernel in (self.q, self.k, self.v))
         if self.spec.qkv_bias:
             biases = (self.q_bias, self.k_bias, self.v_bias)
-            q, k, v = (y + along_last(b[...].astype(y.dtype), y) for y, b in zip((q, k, v), biases, strict=True))
-        if self.spec.qk_norm:
+            q, k, v = (biased(y, b[...]) for y, b in zip((q, k, v), biases, strict=True))
+        if self.spec.qk_norm_joint:
+            q, k = over_all_heads(self.q_norm, q), over_all_heads(self.k_norm, k)
+        elif self.spec.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
     def output(self, heads: Float[Array, "B T H K"]) -> Float[Array, "B T D"]:
-        return linear(rearrange(heads, "b t h k -> b t (h k)"), rearrange(self.o[...], "h k d -> (h k) d"))
+        out = linear(rearrange(heads, "b t h k -> b t (h k)"), rearrange(self.o[...], "h k d -> (h k) d"))
+        return biased(out, self.o_bias[...]) if self.spec.output_bias else out
+
+
+def over_all_heads(norm: Callable[[Array], Array], x: Float[Array, "B T H K"]) -> Float[Array, "B T H K"]:
+    """A norm of each token's heads together."""
+    return norm(rearrange(x, "b t h k -> b t (h k)")).reshape(x.shape)
 
 
 def gelu_tanh(x: Array) -> Array:
@@ -125,28 +141,42 @@ def gelu_tanh(x: Array) -> Array:
     return jax.nn.gelu(x, approximate=True)
 
 
-ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {"silu": jax.nn.silu, "gelu_tanh": gelu_tanh}
+def gelu(x: Array) -> Array:
+    """x Phi(x), with the normal distribution's Phi. arXiv:1606.08415."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu, "gelu_tanh": gelu_tanh, "gelu": gelu,
+}  # fmt: skip
 
 
 class MLP(nnx.Module):
     """down(activation(gate(x)) * up(x)): SwiGLU with SiLU, GeGLU with GELU. arXiv:2002.05202.
 
-    `fused` has one kernel [D 2 F] of gate and up.
+    Where it is not gated, down(activation(up(x))). `fused` has one kernel [D 2 F] of gate and up.
     """
 
     def __init__(self, config: DecoderConfig, spec: LayerSpec, *, rngs: nnx.Rngs, fused: bool = False):
         c = config
-        self.spec, self.fused = spec, fused
-        if fused:
+        self.spec, self.fused = spec, fused and spec.gated
+        if self.fused:
             self.gate_up = nnx.Param(normal(rngs, (c.hidden_size, 2, c.intermediate_size), c.init_std))
         else:
-            self.gate = nnx.Param(normal(rngs, (c.hidden_size, c.intermediate_size), c.init_std))
+            if spec.gated:
+                self.gate = nnx.Param(normal(rngs, (c.hidden_size, c.intermediate_size), c.init_std))
             self.up = nnx.Param(normal(rngs, (c.hidden_size, c.intermediate_size), c.init_std))
         self.down = nnx.Param(
             normal(rngs, (c.intermediate_size, c.hidden_size), c.init_std / (2 * c.num_layers) ** 0.5)
         )
+        if spec.mlp_bias:
+            self.up_bias = nnx.Param(jnp.zeros((c.intermediate_size,), jnp.float32))
+            self.down_bias = nnx.Param(jnp.zeros((c.hidden_size,), jnp.float32))
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        activation = ACTIVATIONS[self.spec.activation]
+        if not self.spec.gated:
+            return self._ungated(x, activation)
         if self.fused:
             # `linear` would fold the kernel's last two axes, of which a tensor axis divides the second: a gather
             rows = jnp.tensordot(x.reshape(-1, x.shape[-1]), self.gate_up[...].astype(x.dtype), 1)
@@ -154,25 +184,49 @@ class MLP(nnx.Module):
             gate, up = together[..., 0, :], together[..., 1, :]
         else:
             gate, up = linear(x, self.gate[...]), linear(x, self.up[...])
-        return linear(ACTIVATIONS[self.spec.activation](gate) * up, self.down[...])
+        return linear(activation(gate) * up, self.down[...])
+
+    def _ungated(self, x: Array, activation: Callable[[Array], Array]) -> Array:
+        if not self.spec.mlp_bias:
+            return linear(activation(linear(x, self.up[...])), self.down[...])
+        inner = activation(biased(linear(x, self.up[...]), self.up_bias[...]))
+        return biased(linear(inner, self.down[...]), self.down_bias[...])
 
 
 class Block(nnx.Module):
-    """One layer: pre-norm attention and MLP, each added to the residual stream."""
+    """One layer: attention and MLP, each added to the residual stream, with norms where the spec has them."""
 
     def __init__(self, config: DecoderConfig, spec: LayerSpec, *, rngs: nnx.Rngs, fused: bool = False):
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        if spec.norm_places != "after":
+            self.attention_norm = make_norm(config, config.hidden_size)
+            self.mlp_norm = make_norm(config, config.hidden_size)
+        if spec.norm_places != "before":
+            self.attention_post_norm = make_norm(config, config.hidden_size)
+            self.mlp_post_norm = make_norm(config, config.hidden_size)
         self.attention = Attention(config, spec, rngs=rngs, fused=fused)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config, spec, rngs=rngs, fused=fused)
+        self.spec = spec
+
+    def project(self, x: Float[Array, "B T D"], cos: Array, sin: Array) -> tuple[Array, Array, Array]:
+        """What attention reads: `Attention.project` of the residual stream, normed where it is."""
+        return self.attention.project(x if self.spec.norm_places == "after" else self.attention_norm(x), cos, sin)
+
+    def add(self, x: Float[Array, "B T D"], heads: Float[Array, "B T H K"]) -> Float[Array, "B T D"]:
+        """The residual stream x after the layer, given what each query read."""
+        attended = self.attention.output(heads)
+        if self.spec.norm_places != "before":
+            attended = self.attention_post_norm(attended)
+        read = x if self.spec.parallel else x + attended
+        mlp = self.mlp(read if self.spec.norm_places == "after" else self.mlp_norm(read))
+        if self.spec.norm_places != "before":
+            mlp = self.mlp_post_norm(mlp)
+        return x + attended + mlp if self.spec.parallel else read + mlp
 
     def full(self, x: Array, cos: Array, sin: Array, attend: Attend) -> Any:
         """The layer over whole rows; returns x and the keys and values [B T G K] for a cache."""
-        q, k, v = self.attention.project(self.attention_norm(x), cos, sin)
+        q, k, v = self.project(x, cos, sin)
         q = constrain(q, "batch", None, "act_heads", None)
-        x = x + self.attention.output(attend(q, k, v))
-        x = x + self.mlp(self.mlp_norm(x))
-        return constrain(x, "batch", None, None), (k, v)
+        return constrain(self.add(x, attend(q, k, v)), "batch", None, None), (k, v)
 
     def cached(
         self,
@@ -190,12 +244,12 @@ class Block(nnx.Module):
         `recent`. T counts the slots of all parts in order, then those of `recent`. Trailing parts may be missing where
         no row sees their slots. Every part has products of its own, so a missing part adds 0 and changes no bit.
         """
-        q, k, v = self.attention.project(self.attention_norm(x_B1D), cos, sin)
+        q, k, v = self.project(x_B1D, cos, sin)
         write = lambda cache, new: jax.lax.dynamic_update_slice_in_dim(  # noqa: E731
             cache, rearrange(new, "b 1 g k -> b g 1 k").astype(cache.dtype), slot, 2
         )
         recent = write(recent[0], k), write(recent[1], v)
-        spec = self.attention.spec
+        spec = self.spec
         q_BGRK = rearrange(q, "b 1 (g r) k -> b g r k", g=k.shape[2])
         scores = [
             jnp.einsum("bgrk,bgsk->bgrs", q_BGRK, keys, preferred_element_type=jnp.float32)
@@ -219,9 +273,7 @@ class Block(nnx.Module):
             for part, (_, values) in zip(parts, (*stored, recent), strict=True)
         ]
         total = sum(read[1:], read[0])
-        x_B1D = x_B1D + self.attention.output(rearrange(total, "b g r k -> b 1 (g r) k"))
-        x_B1D = x_B1D + self.mlp(self.mlp_norm(x_B1D))
-        return x_B1D, recent
+        return self.add(x_B1D, rearrange(total, "b g r k -> b 1 (g r) k")), recent
 
 
 def fuse(layer: dict[str, Any]) -> dict[str, Any]:
@@ -234,7 +286,8 @@ def fuse(layer: dict[str, Any]) -> dict[str, Any]:
     q, k, v = (attention.pop(name) for name in "qkv")
     queries = rearrange(q, "d (g r) k -> d g r k", g=k.shape[1])
     attention["qkv"] = jnp.concatenate([queries, k[:, :, None], v[:, :, None]], 2)
-    mlp["gate_up"] = jnp.stack([mlp.pop("gate"), mlp.pop("up")], 1)
+    if "gate" in mlp:
+        mlp["gate_up"] = jnp.stack([mlp.pop("gate"), mlp.pop("up")], 1)
     return {**layer, "attention": attention, "mlp": mlp}
 
 
@@ -244,13 +297,16 @@ class Trunk(nnx.Module):
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         c = config
         self.embedding = nnx.Param(normal(rngs, (c.vocab_size, c.hidden_size), c.init_std))
-        self.norm = RMSNorm(c.hidden_size, c.norm_eps)
+        self.norm = make_norm(c, c.hidden_size)
+        self.scale = c.hidden_size**0.5 if c.scale_embedding else None
         if not c.tie_embeddings:
             self.head = nnx.Param(normal(rngs, (c.hidden_size, c.vocab_size), c.init_std))
 
     def embed(self, ids: Int[Array, "B T"], dtype: Any) -> Float[Array, "B T D"]:
         # gathered first: from a table divided along D the partitioner would replicate the activations' gradient
-        return constrain(self.embedding[...].astype(dtype), "vocab", None)[ids]
+        x = constrain(self.embedding[...].astype(dtype), "vocab", None)[ids]
+        # Gemma was trained with the scale rounded to the arithmetic's type
+        return x if self.scale is None else x * jnp.asarray(self.scale, dtype)
 
 
 class ValueHead(nnx.Module):
@@ -267,7 +323,10 @@ PARAM_AXES: dict[str, tuple[str | None, ...]] = {
     "embedding": ("vocab", "embed"),
     "head": ("embed", "vocab"),
     "norm.scale": (None,),
+    "norm.bias": (None,),
     "layers.attention_norm.scale": (None, None),
+    "layers.attention_norm.bias": (None, None),
+    "layers.attention_post_norm.scale": (None, None),
     "layers.attention.q": (None, "embed", "heads", None),
     "layers.attention.k": (None, "embed", "kv_heads", None),
     "layers.attention.v": (None, "embed", "kv_heads", None),
@@ -275,15 +334,20 @@ PARAM_AXES: dict[str, tuple[str | None, ...]] = {
     "layers.attention.q_bias": (None, "heads", None),
     "layers.attention.k_bias": (None, "kv_heads", None),
     "layers.attention.v_bias": (None, "kv_heads", None),
+    "layers.attention.o_bias": (None, None),
     "layers.attention.q_norm.scale": (None, None),
     "layers.attention.k_norm.scale": (None, None),
     "layers.mlp_norm.scale": (None, None),
+    "layers.mlp_norm.bias": (None, None),
+    "layers.mlp_post_norm.scale": (None, None),
     "layers.mlp.gate": (None, "embed", "mlp"),
     "layers.mlp.up": (None, "embed", "mlp"),
     "layers.mlp.down": (None, "mlp", "embed"),
+    "layers.mlp.up_bias": (None, "mlp"),
+    "layers.mlp.down_bias": (None, None),
     "score.kernel": (None, None),
 }
 """Logical axes of every parameter, by dotted path; layers lead with the stacked axis."""
 
-FLOAT32 = ("scale", "score.kernel")
+FLOAT32 = ("scale", "norm.bias", "score.kernel")
 """Endings of the paths of parameters that enter the arithmetic as float32, and so are stored as that in every model."""

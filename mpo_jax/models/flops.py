@@ -49,8 +49,8 @@ class Rows:
 
 def layer_matrices(sizes: DecoderConfig) -> int:
     """Elements of the matrices of all layers: each takes part in one multiply-add a token."""
-    heads = 2 * sizes.num_heads + 2 * sizes.num_kv_heads
-    a_layer = sizes.hidden_size * (heads * sizes.head_dim + 3 * sizes.intermediate_size)
+    heads, mlp = 2 * sizes.num_heads + 2 * sizes.num_kv_heads, 3 if sizes.pattern[0].gated else 2
+    a_layer = sizes.hidden_size * (heads * sizes.head_dim + mlp * sizes.intermediate_size)
     return sizes.num_layers * a_layer
 
 

@@ -17,8 +17,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from mpo_jax.models import attention
-from mpo_jax.models.decoder import FLOAT32, PARAM_AXES, Block, Trunk, ValueHead, fuse, rope_tables
-from mpo_jax.models.pattern import Remat, checkpointed, scan_periods, shared
+from mpo_jax.models.decoder import FLOAT32, PARAM_AXES, Block, Trunk, ValueHead, fuse
+from mpo_jax.models.pattern import Remat, scan_layers, shared
+from mpo_jax.models.rope import rope_tables
 from mpo_jax.models.spec import DecoderConfig, LayerSpec
 from mpo_jax.runtime.sharding import BATCH_AXES, constrain, replicated, shardings_for
 from mpo_jax.selection import make_pair_scorer
@@ -189,7 +190,7 @@ def _rotations(model: Model, position_BT: Int[Array, "B T"]) -> tuple[tuple[Arra
     def make(spec: LayerSpec) -> tuple[Array, Array]:
         return rope_tables(spec, sizes.head_dim, position_BT)
 
-    return shared(sizes.pattern, make, "rope_theta", "rope_scaling")
+    return shared(sizes.pattern, make, "rope_theta", "rope_scaling", "rope_fraction")
 
 
 def visible_slots(
@@ -226,16 +227,13 @@ def _run_layers(model: Model, params: Tree, tokens: Tokens, *, keep_cache: bool)
     make = partial(attention.for_layer, tokens, implementation=model.attention)
     attends = shared(pattern, make, "window", "scale", "soft_cap")
 
-    def layer(place: int, x: Array, period_params: Tree) -> tuple[Array, Any]:
+    def layer(place: int, x: Array, layer_params: Tree) -> tuple[Array, Any]:
         """The layer at one place of the pattern."""
-        # sliced inside the checkpoint: sliced outside, the weights would be saved for the backward pass a second time
-        layer_params = period_params if len(pattern) == 1 else jax.tree.map(itemgetter(place), period_params)
         block = _block(model, pattern[place], layer_params)
         x, cache = block.full(x, *rotations[place], attends[place])
         return x, cache if keep_cache else None
 
-    layers = [checkpointed(partial(layer, place), model.remat) for place in range(len(pattern))]
-    x, caches = scan_periods(layers, x, params["layers"])
+    x, caches = scan_layers(layer, model.decoder, x, params["layers"], model.remat)
     return trunk.norm(x), caches
 
 
@@ -279,10 +277,13 @@ def head_matrix(model: Model, params: Tree) -> Float[Array, "D V"]:
 def logits_from_hidden(
     model: Model, hidden: Float[Array, "B T D"], head_DV: Array, *, temperature: float, allowed_V: Array | None
 ) -> Float[Array, "B T V"]:
-    """float32 logits over temperature; ids that are not allowed get the lowest float, so their probability is 0."""
+    """float32 logits, capped where the model does, over temperature; ids that are not allowed get the lowest float.
+
+    So their probability is 0.
+    """
     rows = hidden.reshape(-1, hidden.shape[-1])
     logits = jnp.matmul(rows, head_DV.astype(hidden.dtype), preferred_element_type=jnp.float32)
-    logits = logits.reshape(*hidden.shape[:-1], -1)
+    logits = attention.soft_capped(logits.reshape(*hidden.shape[:-1], -1), model.decoder.final_soft_cap)
     if temperature != 1.0:
         logits = logits / temperature
     if allowed_V is None:

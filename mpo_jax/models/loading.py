@@ -54,7 +54,7 @@ class Source:
             return self
         more = _whole_rows(num_ids)
         decoder = dataclasses.replace(self.decoder, vocab_size=more)
-        return Source(decoder, found.Grown(self.tensors, more, num_ids, rows))
+        return Source(decoder, found.Grown(self.tensors, more, num_ids, rows, self.decoder.family))
 
     def say_notes(self) -> None:
         """Prints what is done to the tensors beyond reading them."""
@@ -77,7 +77,7 @@ def open_model(path: str | Path, *, label: str | None = None) -> Source:
 
         return Source(gguf_weights.read_config(local), gguf_weights.GgufTensors(local))
     decoder, tensors = families.read_config(local), weights.SafetensorsFolder(local)
-    return Source(decoder, found.as_found(tensors, local, tied=decoder.tie_embeddings, label=label))
+    return Source(decoder, found.as_found(tensors, local, decoder.family, tied=decoder.tie_embeddings, label=label))
 
 
 @dataclass(frozen=True)

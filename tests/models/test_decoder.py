@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from functools import partial
 from typing import Any
 
@@ -12,8 +13,8 @@ import pytest
 from flax import nnx
 from flax.traverse_util import flatten_dict
 
-from mpo_jax.models import attention, decoder, forward
-from mpo_jax.models.decoder import MLP, PARAM_AXES, Block, RMSNorm, ValueHead
+from mpo_jax.models import attention, decoder, forward, rope
+from mpo_jax.models.decoder import MLP, PARAM_AXES, Block, LayerNorm, RMSNorm, ValueHead
 from mpo_jax.models.spec import LayerSpec, RopeScaling
 from tests.models.tiny import (
     DECODER,
@@ -78,9 +79,9 @@ def test_rope_rotates_each_pair_of_halves():
     x, position = normal(B, T, 3, 8), np.array([[0, 1, 2, 3, 4, 5, 6], [60, 3, 0, 0, 9, 1, 2]])
     angle = position[..., None] * 500.0 ** (-2 * np.arange(4) / 8)
     turned = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * angle)[:, :, None]
-    cos, sin = decoder.rope_tables(LayerSpec(rope_theta=500.0), 8, jnp.asarray(position))
+    cos, sin = rope.rope_tables(LayerSpec(rope_theta=500.0), 8, jnp.asarray(position))
     assert cos.dtype == sin.dtype == jnp.float32
-    close(decoder.rotate(f32(x), cos, sin), np.concatenate([turned.real, turned.imag], -1), atol=1e-5)
+    close(rope.rotate(f32(x), cos, sin), np.concatenate([turned.real, turned.imag], -1), atol=1e-5)
 
 
 def test_rope_sees_distances_alone():
@@ -88,8 +89,8 @@ def test_rope_sees_distances_alone():
     q, k = f32(normal(1, T, 1, K)), f32(normal(1, T, 1, K, seed=1))
 
     def products(offset):
-        tables = decoder.rope_tables(SPEC, K, jnp.arange(T)[None] + offset)
-        return jnp.einsum("btk,bsk->bts", decoder.rotate(q, *tables)[:, :, 0], decoder.rotate(k, *tables)[:, :, 0])
+        tables = rope.rope_tables(SPEC, K, jnp.arange(T)[None] + offset)
+        return jnp.einsum("btk,bsk->bts", rope.rotate(q, *tables)[:, :, 0], rope.rotate(k, *tables)[:, :, 0])
 
     close(products(20), products(0), atol=1e-5)
     assert not np.allclose(products(0), jnp.einsum("btk,bsk->bts", q[:, :, 0], k[:, :, 0]), atol=0.1)
@@ -114,7 +115,11 @@ def gelu_tanh(x):
     return x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
-ACTIVATIONS = {"silu": silu, "gelu_tanh": gelu_tanh}
+def gelu(x):
+    return x / 2 * (1 + np.vectorize(math.erf)(x / np.sqrt(2)))
+
+
+ACTIVATIONS = {"silu": silu, "gelu_tanh": gelu_tanh, "gelu": gelu}
 
 
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
@@ -172,7 +177,7 @@ def reference_block(params, spec, x, cos, sin, mask):
 @pytest.fixture(scope="module")
 def layer_case():
     x = normal(B, T, D)
-    cos, sin = decoder.rope_tables(SPEC, K, jnp.asarray([[0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 2, 3, 4]]))
+    cos, sin = rope.rope_tables(SPEC, K, jnp.asarray([[0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 2, 3, 4]]))
     visible = np.tril(np.ones((T, T), bool))[None].repeat(B, 0)
     visible[1, 4:, 2:4] = False
     return layer_params(), x, np.asarray(cos, np.float64), np.asarray(sin, np.float64), visible[:, None]
@@ -264,13 +269,72 @@ def test_window_is_counted_by_position(window):
 def test_stretched_frequencies():
     """By hand: turns within the pre-trained length decide; the ends stay or are divided, the middle blends."""
     plain = np.array([1.0, 0.1, 0.01, 0.001])
-    close(decoder.rope_frequencies(LayerSpec(rope_theta=1e4), 8), plain)
+    close(rope.rope_frequencies(LayerSpec(rope_theta=1e4), 8), plain)
     linear = LayerSpec(rope_theta=1e4, rope_scaling=RopeScaling("linear", 4.0))
-    close(decoder.rope_frequencies(linear, 8), plain / 4)
+    close(rope.rope_frequencies(linear, 8), plain / 4)
     # 200 / wavelength: 31.8, 3.18, 0.318, 0.0318
     llama3 = LayerSpec(rope_theta=1e4, rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 200))
     kept = (20 / (2 * np.pi) - 1) / 3
-    close(decoder.rope_frequencies(llama3, 8), [1.0, 0.1 * (kept + (1 - kept) / 8), 0.01 / 8, 0.001 / 8])
+    close(rope.rope_frequencies(llama3, 8), [1.0, 0.1 * (kept + (1 - kept) / 8), 0.01 / 8, 0.001 / 8])
+
+
+def test_frequencies_stretched_by_yarn():
+    """By hand: 8 turns within 4096 positions at index 1.911, 1 turn at 2.814, by which the blend begins and ends.
+
+    4096 / (2 pi 10^index) turns, for 8 components of base 10000.
+    """
+    plain = np.array([1.0, 0.1, 0.01, 0.001])
+    yarn = RopeScaling("yarn", 4.0, 1.0, 8.0, 4096, attention_factor=1.2)
+    # from index 1 to 3: the one at 2 is kept by half
+    whole = [1.0, 0.1, 0.01 * (0.5 + 0.5 / 4), 0.001 / 4]
+    close(rope.rope_frequencies(LayerSpec(rope_scaling=yarn), 8), whole)
+    begin, end = (np.log10(4096 / (turns * 2 * np.pi)) for turns in (8, 1))
+    assert begin == pytest.approx(1.911, abs=1e-3) and end == pytest.approx(2.814, abs=1e-3)
+    kept = 1 - np.clip((np.arange(4) - begin) / (end - begin), 0, 1)
+    exact = dataclasses.replace(yarn, truncate=False)
+    close(rope.rope_frequencies(LayerSpec(rope_scaling=exact), 8), plain * (kept + (1 - kept) / 4))
+    position = jnp.arange(5)[None]
+    cos, sin = rope.rope_tables(LayerSpec(rope_scaling=yarn), 8, position)
+    close(jnp.square(cos) + jnp.square(sin), np.full(cos.shape, 1.44))
+
+
+def test_dynamic_scaling_leaves_the_models_positions_alone():
+    dynamic = LayerSpec(rope_scaling=RopeScaling("dynamic", 8.0))
+    np.testing.assert_array_equal(rope.rope_frequencies(dynamic, 8), rope.rope_frequencies(LayerSpec(), 8))
+
+
+def test_a_part_of_each_head_is_rotated():
+    """The first quarter as a head of its own; the rest stays to the bit."""
+    spec, x, position = LayerSpec(rope_fraction=0.25, rope_theta=500.0), f32(normal(B, T, 3, 16)), jnp.arange(T)[None]
+    tables = rope.rope_tables(spec, 16, position)
+    assert tables[0].shape == (1, T, 2)
+    out = rope.rotate(x, *tables)
+    np.testing.assert_array_equal(out[..., 4:], x[..., 4:])
+    whole = rope.rope_tables(LayerSpec(rope_theta=500.0), 4, position)
+    np.testing.assert_array_equal(out[..., :4], rope.rotate(x[..., :4], *whole))
+
+
+def test_norm_with_an_offset():
+    x, scale = f32(normal(B, T, D)), f32(normal(D, seed=1))
+    offset = part(RMSNorm(D, 1e-3, offset=True), {"scale": scale - 1})
+    close(offset(x), part(RMSNorm(D, 1e-3), {"scale": scale})(x))
+    assert not RMSNorm(D, 1e-3, offset=True).scale[...].any(), "it begins as a norm without a scale"
+
+
+def test_layer_norm():
+    x, scale, bias = 3 + normal(B, T, D), normal(D, seed=1), normal(D, seed=2)
+    norm = part(LayerNorm(D, 1e-3), {"scale": f32(scale), "bias": f32(bias)})
+    centred = x - x.mean(-1, keepdims=True)
+    close(norm(f32(x)), centred / np.sqrt(x.var(-1, keepdims=True) + 1e-3) * scale + bias, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [({"mlp_bias": True}, "mlp_bias=True needs gated=False"), ({"qk_norm_joint": True}, "needs qk_norm=True")],
+)
+def test_impossible_layers(options, names):
+    with pytest.raises(ValueError, match=names):
+        LayerSpec(**options)
 
 
 def test_biases_and_norms_of_queries_and_keys():
@@ -281,7 +345,7 @@ def test_biases_and_norms_of_queries_and_keys():
     p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     module = part(decoder.Attention(config, spec, rngs=nnx.Rngs(0)), params)
     x, position = normal(B, T, D), np.arange(T)[None].repeat(B, 0)
-    cos, sin = decoder.rope_tables(spec, K, jnp.asarray(position))
+    cos, sin = rope.rope_tables(spec, K, jnp.asarray(position))
     q, k, v = module.project(f32(x), cos, sin)
 
     def reference(name, heads):
@@ -289,25 +353,34 @@ def test_biases_and_norms_of_queries_and_keys():
         if name == "v":
             return y
         y = y / np.sqrt((y**2).mean(-1, keepdims=True) + config.norm_eps) * p[f"{name}_norm"]["scale"]
-        return np.asarray(decoder.rotate(f32(y), cos, sin))
+        return np.asarray(rope.rotate(f32(y), cos, sin))
 
     for name, ours in zip("qkv", (q, k, v), strict=True):
         close(ours, reference(name, ours.shape[2]), atol=1e-4)
 
 
+PLAIN = LayerSpec(qkv_bias=True, qk_norm=True, norm_places="around")
+NEOX = LayerSpec(qkv_bias=True, output_bias=True, gated=False, mlp_bias=True)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("head", ["lm", "value"])
 def test_every_parameter_has_axes(tied, head):
-    spec = LayerSpec(qkv_bias=head == "lm", qk_norm=head == "lm")
-    config = with_layers(DECODER, spec, tie_embeddings=tied)
-    flat: dict[Any, Any] = flatten_dict(forward.abstract_params(config, head=head))
-    for path, leaf in flat.items():
-        assert len(PARAM_AXES[".".join(path)]) == leaf.ndim, path
-        assert leaf.dtype == jnp.float32
-    assert (("head",) in flat) == (not tied and head == "lm")
-    assert (("score", "kernel") in flat) == (head == "value")
+    """And every entry of the table is a parameter of some model."""
+    found = {"score.kernel"}
+    for config in (
+        with_layers(DECODER, PLAIN, tie_embeddings=tied),
+        with_layers(DECODER, NEOX, norm="layer", tie_embeddings=tied),
+    ):
+        flat: dict[Any, Any] = flatten_dict(forward.abstract_params(config, head=head))
+        for path, leaf in flat.items():
+            assert len(PARAM_AXES[".".join(path)]) == leaf.ndim, path
+            assert leaf.dtype == jnp.float32
+        assert (("head",) in flat) == (not tied and head == "lm")
+        assert (("score", "kernel") in flat) == (head == "value")
+        found |= {".".join(path) for path in flat}
     if not tied and head == "lm":
-        assert {".".join(path) for path in flat} | {"score.kernel"} == PARAM_AXES.keys()
+        assert found == PARAM_AXES.keys()
 
 
 def test_initial_parameters():

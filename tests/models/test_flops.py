@@ -48,6 +48,12 @@ def test_a_forward_pass_by_hand():
     assert decode.decode_reads == 2 * 2 * (2 * (matrices + 20) + 2 * 2 * 5 * 4)
 
 
+def test_a_layer_without_a_gate_has_two_matrices_in_its_mlp():
+    plain = with_layers(DECODER, LayerSpec(gated=False))
+    gate = DECODER.num_layers * DECODER.hidden_size * DECODER.intermediate_size
+    assert flops.layer_matrices(plain) == flops.layer_matrices(DECODER) - gate
+
+
 @pytest.mark.parametrize("head", ["lm", "value"])
 def test_xla_counts_the_same(head):
     """One layer, so that the scan's body runs once; XLA also counts softmax, norms and the like."""

@@ -13,12 +13,18 @@ from mpo_jax.config.schema import ModelConfig, TextConfig
 from mpo_jax.errors import UserError
 from mpo_jax.models import loading
 from mpo_jax.models.hf import weights
-from mpo_jax.models.hf.found import EMBEDDING, HEAD, SCORE
+from mpo_jax.models.hf.found import SCORE
 from mpo_jax.types import merge
 from tests.models.tiny import RECORDED, answers, close, load_folder, mesh_of, recorded_tokens
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
 SHORT = TextConfig(max_prompt_tokens=8, max_response_tokens=8)
 OPTIONS = loading.Options.of(ModelConfig())
+
+
+NEOX = ("gpt_neox.embed_in.weight", "embed_out.weight")
+"""A family that has names of its own for both."""
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +71,14 @@ def test_tied_weights_under_the_heads_name_alone(change, mesh, capsys):
     tokens = recorded_tokens(config)
     close(answers(config, tree, tokens), answers(config, expected, tokens), rtol=0, atol=0)
     assert f"the embedding is read from {HEAD}, to which it is tied" in said(capsys)
+
+
+def test_a_family_with_other_names_is_tied_by_them(change, mesh, capsys):
+    embedding, head = NEOX
+    folder = change("gpt_neox", lambda held: {embedding: None, head: held[embedding]}, tie_word_embeddings=True)
+    expected = load_file(RECORDED / "gpt_neox" / "model.safetensors")[embedding]
+    np.testing.assert_array_equal(tree_of(folder, mesh)["embedding"], expected)
+    assert f"the embedding is read from {head}, to which it is tied" in said(capsys)
 
 
 def test_a_tied_copy_of_the_embedding_is_taken_if_it_is_one(change, mesh, capsys):
@@ -167,16 +181,17 @@ def test_several_heads_are_an_error_that_names_them(change):
 # rows for a few ids
 
 
-def test_rows_for_a_few_ids_are_the_mean_of_the_others(mesh, capsys):
-    files = sorted((RECORDED / "untied").glob("*.safetensors"))
+@pytest.mark.parametrize(("name", "embedding", "head"), [("untied", EMBEDDING, HEAD), ("gpt_neox", *NEOX)])
+def test_rows_for_a_few_ids_are_the_mean_of_the_others(mesh, capsys, name, embedding, head):
+    files = sorted((RECORDED / name).glob("*.safetensors"))
     stored = {name: value for file in files for name, value in load_file(file).items()}
-    ids = len(stored[EMBEDDING]) + 1
-    model, params = loading.load(RECORDED / "untied", OPTIONS, mesh, num_ids=ids)
+    ids = len(stored[embedding]) + 1
+    model, params = loading.load(RECORDED / name, OPTIONS, mesh, num_ids=ids)
     tree, rows = merge(params), -(-ids // 8) * 8
     assert model.decoder.vocab_size == rows == len(tree["embedding"]) == tree["head"].shape[1]
-    for found, name in ((tree["embedding"], EMBEDDING), (tree["head"].T, HEAD)):
+    for found, name in ((tree["embedding"], embedding), (tree["head"].T, head)):
         np.testing.assert_array_equal(found[: ids - 1], stored[name])
-        mean = stored[name].mean(0, dtype=np.float64).astype(np.float32)
+        mean = stored[name].mean(0, dtype=np.float64).astype(stored[name].dtype)
         np.testing.assert_array_equal(found[ids - 1 :], np.tile(mean, (rows - ids + 1, 1)))
     added = rows - ids + 1
     assert f"the tokenizer has {ids} ids and the embedding {ids - 1} rows: {added} rows are added, each" in said(capsys)

@@ -45,6 +45,7 @@ MODELS = {
         LayerSpec(rope_theta=1e6, rope_scaling=RopeScaling("linear", 4.0)),
         num_layers=6,
     ),
+    "a period cut off": with_layers(DECODER, LOCAL, LayerSpec(window=2, rope_theta=100.0), FULL, num_layers=5),
     "all that may differ": with_layers(
         DECODER,
         dataclasses.replace(NORMED, window=3, scale=0.9, soft_cap=1.5),
@@ -83,15 +84,14 @@ def test_layers_repeat_the_pattern():
 def test_the_shortest_pattern_gives_the_layers_back(period, repeats):
     layers = period * repeats
     found = shortest_pattern(layers)
-    assert list(found) * (len(layers) // len(found)) == layers and len(found) <= len(period)
-    assert shortest_pattern(found) == found
+    assert [found[i % len(found)] for i in range(len(layers))] == layers and len(found) <= len(period)
 
 
 @pytest.mark.parametrize(
     ("specs", "layers", "names"),
     [
         ((), 2, "pattern is empty"),
-        ((LOCAL, FULL), 3, "num_layers=3 is not a multiple of the pattern's 2 layers"),
+        ((LOCAL, FULL, FULL), 2, "the pattern's 3 layers are more than num_layers=2"),
         ((FULL, LayerSpec(qkv_bias=True)), 2, "must agree on qkv_bias"),
         ((FULL, LayerSpec(qk_norm=True)), 2, "must agree on qk_norm"),
     ],
@@ -173,11 +173,15 @@ def test_the_program_grows_with_the_pattern_alone():
         return lowered.as_text().count("dot_general")
 
     assert size(LOCAL, FULL, num_layers=4) == size(LOCAL, FULL, num_layers=12) == 2 * size(FULL, num_layers=12)
+    # a period that is cut off: with the kinds of layers
+    five_to_one = [LOCAL] * 5 + [FULL]
+    assert size(*five_to_one, num_layers=8) == size(*five_to_one, num_layers=26) == 2 * size(FULL, num_layers=12)
 
 
-def test_no_copy_of_the_weights_is_kept_for_the_backward_pass():
+@pytest.mark.parametrize("specs", [(LOCAL, FULL), (LOCAL, LOCAL, LOCAL, LOCAL, FULL)])
+def test_no_copy_of_the_weights_is_kept_for_the_backward_pass(specs):
     """Few tokens and large matrices: scratch memory holds some layers of them, never all."""
-    config = with_layers(DECODER, LOCAL, FULL, hidden_size=64, intermediate_size=1024, num_layers=24)
+    config = with_layers(DECODER, *specs, hidden_size=64, intermediate_size=1024, num_layers=24)
     shapes, joined = forward.abstract_params(config), batch([2], [[2]])
     weights = sum(4 * leaf.size for leaf in jax.tree.leaves(shapes["layers"]))
     for remat in ("dots", "full"):

@@ -17,14 +17,15 @@ from safetensors.numpy import load_file, save_file
 from mpo_jax.errors import UserError
 from mpo_jax.models import forward
 from mpo_jax.models.hf import families, weights
+from mpo_jax.models.hf.table import TABLE, entries
 from tests.models.tiny import (
-    DECODER,
     LANGUAGE_MODELS,
     RECORDED,
     REWARD_MODELS,
     answers,
     load_folder,
     mesh_of,
+    of_family,
     recorded,
     recorded_tokens,
 )
@@ -70,10 +71,12 @@ def test_equals_transformers_in_float64(name, mesh):
 def test_no_recorded_parameter_is_at_its_initial_value(mesh):
     """Scales of one and biases of zero would hide that they are not read."""
     for name in NAMES:
-        for path, leaf in flatten_dict(load_folder(RECORDED / name, mesh)[1], sep=".").items():
-            initial = 1 if path.endswith("scale") else 0
+        config, params = load_folder(RECORDED / name, mesh)
+        for path, leaf in flatten_dict(params, sep=".").items():
+            initial = 1 if path.endswith("scale") and config.norm != "rms_offset" else 0
             assert np.abs(np.asarray(leaf) - initial).mean() > 0.05, (name, path)
-        assert ("head" in load_folder(RECORDED / name, mesh)[1]) == (name in ("untied", "linear", "mistral", "qwen3"))
+        tied = ("tied", "llama3", "qwen2", "gemma2", "gemma3")
+        assert ("head" in params) == (name not in tied + REWARD_MODELS)
 
 
 @pytest.mark.parametrize("shard_bytes", [weights.SHARD_BYTES, SMALL_SHARDS])
@@ -132,7 +135,7 @@ def test_loaded_bfloat16_is_exact(mesh):
 
 
 @pytest.mark.parametrize(("axes", "dtype"), [((1, 1, 1), "bfloat16"), ((2, 2, 2), "float32"), ((1, 8, 1), "bfloat16")])
-@pytest.mark.parametrize("name", ["untied", "qwen2", "qwen3", "llama_score"])
+@pytest.mark.parametrize("name", ["untied", "qwen2", "qwen3", "llama_score", "gemma2", "gpt_neox"])
 def test_placement(name, axes, dtype, mesh, tmp_path):
     """A leaf divided over devices holds what the whole one does, rounded to the storage type; exported too.
 
@@ -140,7 +143,7 @@ def test_placement(name, axes, dtype, mesh, tmp_path):
     """
 
     def exact(path) -> bool:
-        return path[-1] == "scale" or path[0] == "score"
+        return path[-1] == "scale" or path[0] == "score" or (path[-1] == "bias" and path[-2].endswith("norm"))
 
     config, whole = load_folder(RECORDED / name, mesh)
     _, params = load_folder(RECORDED / name, mesh_of(*axes), dtype=dtype)
@@ -154,17 +157,22 @@ def test_placement(name, axes, dtype, mesh, tmp_path):
     same(leaves, wanted)
     if axes == (2, 2, 2):
         q = params["layers"]["attention"]["q"]
-        assert q.addressable_shards[0].data.shape == (2, 16, 2, config.head_dim)
+        assert q.addressable_shards[0].data.shape == (config.num_layers, 16, 2, config.head_dim)
     again = flatten_dict(load_folder(export(tmp_path, name, config, params, dtype=dtype), mesh, dtype=dtype)[1])
     same(again, {p: x.astype(dtype).astype(x.dtype) for p, x in wanted.items()})
 
 
 def test_every_parameter_has_one_entry_and_one_layout():
-    for head in ("lm", "value"):
-        paths = {".".join(path) for path in flatten_dict(forward.abstract_params(DECODER, head=head))}
-        assert paths <= weights.ENTRIES.keys()
-    assert len({entry.name for entry in weights.TABLE}) == len(weights.TABLE) == len(weights.ENTRIES)
-    assert len({entry.gguf for entry in weights.TABLE}) == len(weights.TABLE)
+    for family in families.FAMILIES:
+        config, table = of_family(family), entries(family)
+        for head in ("lm", "value"):
+            paths = {".".join(path) for path in flatten_dict(forward.abstract_params(config, head=head))}
+            assert paths <= table.keys()
+            used = {table[path].name: table[path] for path in paths}
+            assert {path for entry in used.values() for path in entry.paths} == paths
+            assert sum(len(entry.paths) for entry in used.values()) == len(paths)
+    names = [entry.gguf for entry in TABLE if entry.gguf]
+    assert len(set(names)) == len(names)
 
 
 # ---- host memory ---------------------------------------------------------------------------------------------------
@@ -392,21 +400,17 @@ def test_exported_folder_gives_the_same_answers_in_transformers(name, shard_byte
     torch = pytest.importorskip("torch")
     import transformers
 
+    from tests.fixtures import make_model_fixtures
+
     config, params = load_folder(RECORDED / name, mesh)
     export(tmp_path, name, config, params, shard_bytes=shard_bytes)
     head = "value" if name in REWARD_MODELS else "lm"
     auto = transformers.AutoModelForSequenceClassification if head == "value" else transformers.AutoModelForCausalLM
     theirs, report = auto.from_pretrained(tmp_path, dtype=torch.float64, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
-    positions = "far_position_ids" if config.pattern[0].rope_scaling else "position_ids"
-    inputs = {key: torch.from_numpy(recorded()[key]) for key in ("input_ids", "attention_mask")}
-    inputs["position_ids"] = torch.from_numpy(recorded()[positions])
+    inputs = {key: torch.from_numpy(x) for key, x in recorded().items() if key not in NAMES}
+    out = make_model_fixtures.answers(theirs.eval(), name, inputs).numpy()
     real = recorded()["attention_mask"] > 0
-    with torch.no_grad():
-        if head == "value":
-            out = theirs.score(theirs.model(**inputs).last_hidden_state)[..., 0].numpy()
-        else:
-            out = theirs(**inputs).logits.numpy()
     np.testing.assert_array_equal(out.astype(np.float32)[real], recorded()[name][real])
 
 

@@ -14,14 +14,17 @@ from mpo_jax.config.schema import MeshConfig
 from mpo_jax.models import forward
 from mpo_jax.models.forward import Model
 from mpo_jax.models.hf import families, weights
+from mpo_jax.models.hf.families import FAMILIES
 from mpo_jax.models.spec import DecoderConfig, LayerSpec
 from mpo_jax.runtime.sharding import make_mesh
 from mpo_jax.types import Head, PromptBatch, Tokens, Tree
 
 RECORDED = Path(__file__).resolve().parents[1] / "fixtures" / "models"
 """Folders that tests/fixtures/make_model_fixtures.py made, each named as in it."""
-LANGUAGE_MODELS = ("untied", "tied", "llama3", "linear", "mistral", "qwen2", "qwen3")
-REWARD_MODELS = ("llama_score", "qwen2_score")
+LANGUAGE_MODELS = (
+    "untied", "tied", "llama3", "linear", "mistral", "qwen2", "qwen3", "yarn", "gemma2", "gemma3", "olmo2", "gpt_neox",
+)  # fmt: skip
+REWARD_MODELS = ("llama_score", "qwen2_score", "gemma2_score", "gpt_neox_score")
 
 # grouped queries, heads narrower than hidden_size / num_heads would be; every size divides over 2, 4 and 8 devices
 DECODER = DecoderConfig(
@@ -44,14 +47,23 @@ def with_layers(config: DecoderConfig, *specs: LayerSpec, **sizes: Any) -> Decod
     return dataclasses.replace(config, pattern=specs, **sizes)
 
 
+def of_family(family: str, **sizes: Any) -> DecoderConfig:
+    """The same sizes, or others where given, of a model of this family with plain layers."""
+    has = FAMILIES[family]
+    own: dict[str, Any] = {"family": family, "norm": has.norm, "scale_embedding": has.scale_embedding}
+    if has.plain_heads:
+        own |= {"num_kv_heads": DECODER.num_heads, "hidden_size": 64, "head_dim": 64 // DECODER.num_heads}
+    return with_layers(DECODER, has.layer, **own | sizes)
+
+
 def random_params(config: DecoderConfig, seed: int = 0, *, head: Head = "lm") -> Tree:
-    """Parameters far from their initial values: no norm scale is one, no score is zero."""
+    """Parameters far from their initial values: no norm scale is one, no bias or score is zero."""
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):
         is_scale = path[-1].key == "scale"
         noise = rng.normal(0, 0.1 if is_scale else 0.25, leaf.shape)
-        return jnp.asarray(noise + is_scale, jnp.float32)
+        return jnp.asarray(noise + (is_scale and config.norm != "rms_offset"), jnp.float32)
 
     return jax.tree_util.tree_map_with_path(draw, forward.abstract_params(config, head=head))
 

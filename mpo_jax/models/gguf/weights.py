@@ -8,14 +8,15 @@ from typing import Any
 import numpy as np
 
 from mpo_jax.errors import UserError
-from mpo_jax.models.decoder import rope_frequencies
 from mpo_jax.models.gguf.file import GgufFile, open_gguf
 from mpo_jax.models.hf.families import FAMILIES, check_sizes
-from mpo_jax.models.hf.weights import TABLE
-from mpo_jax.models.spec import DecoderConfig, LayerSpec, RopeScaling
+from mpo_jax.models.hf.table import TABLE
+from mpo_jax.models.rope import rope_frequencies
+from mpo_jax.models.spec import DecoderConfig, RopeScaling
 
 LAYER = re.compile(r"blk\.(\d+)\.")
-NAMES = {entry.gguf: entry.name for entry in TABLE}
+NAMES = {entry.gguf: entry.name for entry in TABLE if entry.gguf is not None}
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
 ROPE_FACTORS = "rope_freqs.weight"
 """Llama 3's divisors of the rotary frequencies, [K/2], which llama.cpp stores in place of their four constants."""
 
@@ -30,9 +31,10 @@ def read_config(path: Path) -> DecoderConfig:
     if file.get("split.count", 1) != 1:
         raise UserError(f"{path} is one of several parts: join them first (llama-gguf-split --merge)")
     family = str(file.require("general.architecture"))
-    if family not in FAMILIES or family == "mistral":
-        known = ", ".join(name for name in FAMILIES if name != "mistral")
-        raise UserError(f"{path}: general.architecture={family!r} is not supported; supported: {known}")
+    if family not in ARCHITECTURES:
+        raise UserError(
+            f"{path}: general.architecture={family!r} is not supported; supported: {', '.join(ARCHITECTURES)}"
+        )
 
     def number(key: str, default: float | None = None) -> Any:
         name = f"{family}.{key}"
@@ -43,12 +45,9 @@ def read_config(path: Path) -> DecoderConfig:
 
     heads, hidden = number("attention.head_count"), number("embedding_length")
     head_dim = number("attention.key_length", hidden // max(heads, 1))
-    layer = LayerSpec(
-        # the shortest decimals that mean the stored float32, as they stand in config.json
-        rope_theta=float(str(np.float32(number("rope.freq_base", 10000.0)))),
-        qkv_bias=FAMILIES[family].qkv_bias,
-        qk_norm=FAMILIES[family].qk_norm,
-    )
+    # the shortest decimals that mean the stored float32, as they stand in config.json
+    rope_theta = float(str(np.float32(number("rope.freq_base", 10000.0))))
+    layer = replace(FAMILIES[family].layer, rope_theta=rope_theta)
     config = DecoderConfig(
         vocab_size=number("vocab_size", len(file.get("tokenizer.ggml.tokens", []))),
         hidden_size=hidden,

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from mpo_jax.errors import UserError
-from mpo_jax.models.hf.weights import EMBEDDING, WRITTEN, Tensors
+from mpo_jax.models.hf.table import entries
+from mpo_jax.models.hf.weights import WRITTEN, Tensors
 
-HEAD, SCORE = "lm_head.weight", "score.weight"
+SCORE = "score.weight"
 VALUE_HEADS = ("v_head.summary.weight", "v_head.weight", "value_head.summary.weight", "value_head.weight")
 """Other names of a reward model's head: TRL's, DeepSpeed-Chat's and OpenRLHF's."""
 
@@ -60,40 +61,44 @@ class Tied(View):
     error, since config.json is wrong, or one of the tensors.
     """
 
+    def __init__(self, inner: Tensors, family: str):
+        super().__init__(inner)
+        self.embedding, self.head = _ends_of_vocabulary(family)
+
     def names(self) -> set[str]:
-        return (self.inner.names() - {HEAD}) | ({EMBEDDING} if HEAD in self.inner.names() else set())
+        return (self.inner.names() - {self.head}) | ({self.embedding} if self.head in self.inner.names() else set())
 
     def read(self, name: str) -> np.ndarray:
         stored = self.inner.names()
-        if name != EMBEDDING or HEAD not in stored:
+        if name != self.embedding or self.head not in stored:
             return self.inner.read(name)
-        if EMBEDDING not in stored:
-            return self.inner.read(HEAD)
+        if self.embedding not in stored:
+            return self.inner.read(self.head)
         # by digests, so that the host holds one of them at a time
-        head = _digest(self.inner.read(HEAD))
-        embedding = self.inner.read(EMBEDDING)
+        head = _digest(self.inner.read(self.head))
+        embedding = self.inner.read(self.embedding)
         if _digest(embedding) != head:
             raise UserError(
-                f"{self.where}: config.json says tie_word_embeddings=true, but {EMBEDDING} and {HEAD} differ: set "
-                f"tie_word_embeddings to false if both are meant, or remove {HEAD}"
+                f"{self.where}: config.json says tie_word_embeddings=true, but {self.embedding} and {self.head} "
+                f"differ: set tie_word_embeddings to false if both are meant, or remove {self.head}"
             )
         return embedding
 
     def shape(self, name: str) -> tuple[int, ...]:
-        alone = name == EMBEDDING and EMBEDDING not in self.inner.names()
-        return self.inner.shape(HEAD if alone else name)
+        alone = name == self.embedding and self.embedding not in self.inner.names()
+        return self.inner.shape(self.head if alone else name)
 
     @property
     def dtype(self) -> str:
-        if EMBEDDING in self.inner.names() or HEAD not in self.inner.names():
+        if self.embedding in self.inner.names() or self.head not in self.inner.names():
             return self.inner.dtype
-        stored = str(self.inner.read(HEAD).dtype)
+        stored = str(self.inner.read(self.head).dtype)
         return stored if stored in WRITTEN.values() else "float32"
 
     @property
     def notes(self) -> list[str]:
-        alone = EMBEDDING not in self.inner.names() and HEAD in self.inner.names()
-        return super().notes + ([f"the embedding is read from {HEAD}, to which it is tied"] if alone else [])
+        alone = self.embedding not in self.inner.names() and self.head in self.inner.names()
+        return super().notes + ([f"the embedding is read from {self.head}, to which it is tied"] if alone else [])
 
 
 class Scores(View):
@@ -108,15 +113,16 @@ class Scores(View):
       UserError: if there are several heads; from `check` and `read`, if it is open which label is the score.
     """
 
-    def __init__(self, inner: Tensors, label: str | None, labels: Sequence[str]):
+    def __init__(self, inner: Tensors, label: str | None, labels: Sequence[str], family: str):
         super().__init__(inner)
+        self._lm_head = _ends_of_vocabulary(family)[1]
         heads = sorted(inner.names() & {SCORE, *VALUE_HEADS})
         if len(heads) > 1:
             raise UserError(f"{self.where}: there are several heads for scores: {', '.join(heads)}: remove all but one")
         self.head, self.label, self._named = heads[0], label, labels
 
     def names(self) -> set[str]:
-        extra = {self.head, self._bias} | ({HEAD} if self.head != SCORE else set())
+        extra = {self.head, self._bias} | ({self._lm_head} if self.head != SCORE else set())
         return (self.inner.names() - extra) | {SCORE}
 
     def check(self) -> None:
@@ -186,11 +192,12 @@ class Grown(View):
       num_rows: all of them, later.
       num_ids: ids of the tokenizer.
       stored: rows before.
+      family: the model's.
     """
 
-    def __init__(self, inner: Tensors, num_rows: int, num_ids: int, stored: int):
+    def __init__(self, inner: Tensors, num_rows: int, num_ids: int, stored: int, family: str):
         super().__init__(inner)
-        self.num_rows = num_rows
+        self.num_rows, self.grown = num_rows, _ends_of_vocabulary(family)
         self._said = (
             f"the tokenizer has {num_ids} ids and the embedding {stored} rows: {num_rows - stored} rows are added, "
             "each the mean of the others"
@@ -198,22 +205,22 @@ class Grown(View):
 
     def read(self, name: str) -> np.ndarray:
         tensor = self.inner.read(name)
-        if name not in (EMBEDDING, HEAD):
+        if name not in self.grown:
             return tensor
         mean_D = tensor.mean(0, dtype=np.float64).astype(tensor.dtype)
         return np.concatenate([tensor, np.tile(mean_D, (self.num_rows - len(tensor), 1))])
 
     def shape(self, name: str) -> tuple[int, ...]:
         shape = self.inner.shape(name)
-        return (self.num_rows, *shape[1:]) if name in (EMBEDDING, HEAD) else shape
+        return (self.num_rows, *shape[1:]) if name in self.grown else shape
 
     @property
     def notes(self) -> list[str]:
         return [*super().notes, self._said]
 
 
-def as_found(tensors: Tensors, folder: Path, *, tied: bool, label: str | None = None) -> Tensors:
-    """A folder's tensors as the table of `weights` wants them.
+def as_found(tensors: Tensors, folder: Path, family: str, *, tied: bool, label: str | None = None) -> Tensors:
+    """A folder's tensors as the family's table wants them.
 
     Args:
       tied: whether the embedding is also the head.
@@ -223,8 +230,16 @@ def as_found(tensors: Tensors, folder: Path, *, tied: bool, label: str | None = 
       UserError: if there are several heads for scores.
     """
     if tied:
-        tensors = Tied(tensors)
-    return Scores(tensors, label, _labels(folder)) if tensors.names() & {SCORE, *VALUE_HEADS} else tensors
+        tensors = Tied(tensors, family)
+    if not tensors.names() & {SCORE, *VALUE_HEADS}:
+        return tensors
+    return Scores(tensors, label, _labels(folder), family)
+
+
+def _ends_of_vocabulary(family: str) -> tuple[str, str]:
+    """What this family calls the embedding and the language model's head."""
+    known = entries(family)
+    return known["embedding"].name, known["head"].name
 
 
 def _labels(folder: Path) -> list[str]:

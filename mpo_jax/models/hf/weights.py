@@ -1,7 +1,7 @@
 """Checkpoints to parameters and back, both ways through one table, one tensor at a time. No torch, no pickle."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,88 +20,19 @@ from safetensors.numpy import save_file
 from mpo_jax.errors import UserError
 from mpo_jax.models import forward
 from mpo_jax.models.decoder import FLOAT32
+from mpo_jax.models.hf.table import TABLE, Entry, entries
 from mpo_jax.models.spec import DecoderConfig
 from mpo_jax.runtime.processes import wait
 from mpo_jax.types import Head, Tree
 
 SHARD_BYTES = 2 * 2**30
 """Size of an exported file, and so about the host memory that an export takes."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One parameter: its dotted path here, its names there, and the two ways between the layouts.
-
-    `{i}` in a name is the layer. Both functions act on one layer's array. GGUF tensors come in Hugging Face's layout.
-    """
-
-    path: str
-    name: str
-    gguf: str
-    to_ours: Callable[[np.ndarray, DecoderConfig], np.ndarray]
-    to_theirs: Callable[[np.ndarray, DecoderConfig], np.ndarray]
-
-    @property
-    def stacked(self) -> bool:
-        return "{i}" in self.name
-
-    def their_shape(self, shape: tuple[int, ...], config: DecoderConfig) -> tuple[int, ...]:
-        """The shape there of one layer's array that has `shape` here."""
-        return self.to_theirs(np.empty(shape, np.bool_), config).shape
-
-
-def _same(path: str, name: str, gguf: str) -> Entry:
-    return Entry(path, name, gguf, lambda w, c: w, lambda w, c: w)
-
-
-def _transposed(path: str, name: str, gguf: str) -> Entry:
-    return Entry(path, name, gguf, lambda w, c: w.T, lambda w, c: w.T)
-
-
-def _heads_out(path: str, name: str, gguf: str) -> Entry:
-    """[heads * K, D] there, [D, heads, K] here."""
-    return Entry(
-        path, name, gguf, lambda w, c: w.T.reshape(w.shape[1], -1, c.head_dim), lambda w, c: w.reshape(len(w), -1).T
-    )
-
-
-def _heads_in(path: str, name: str, gguf: str) -> Entry:
-    """[D, heads * K] there, [heads, K, D] here."""
-    return Entry(
-        path, name, gguf, lambda w, c: w.T.reshape(-1, c.head_dim, len(w)), lambda w, c: w.reshape(-1, w.shape[-1]).T
-    )
-
-
-def _heads_bias(path: str, name: str, gguf: str) -> Entry:
-    """[heads * K] there, [heads, K] here."""
-    return Entry(path, name, gguf, lambda w, c: w.reshape(-1, c.head_dim), lambda w, c: w.reshape(-1))
-
-
-_LAYER, _BLK = "model.layers.{i}.", "blk.{i}."
-TABLE = (
-    _same("embedding", "model.embed_tokens.weight", "token_embd.weight"),
-    _same("norm.scale", "model.norm.weight", "output_norm.weight"),
-    _transposed("head", "lm_head.weight", "output.weight"),
-    _transposed("score.kernel", "score.weight", "cls.output.weight"),
-    _same("layers.attention_norm.scale", _LAYER + "input_layernorm.weight", _BLK + "attn_norm.weight"),
-    _heads_out("layers.attention.q", _LAYER + "self_attn.q_proj.weight", _BLK + "attn_q.weight"),
-    _heads_out("layers.attention.k", _LAYER + "self_attn.k_proj.weight", _BLK + "attn_k.weight"),
-    _heads_out("layers.attention.v", _LAYER + "self_attn.v_proj.weight", _BLK + "attn_v.weight"),
-    _heads_in("layers.attention.o", _LAYER + "self_attn.o_proj.weight", _BLK + "attn_output.weight"),
-    _heads_bias("layers.attention.q_bias", _LAYER + "self_attn.q_proj.bias", _BLK + "attn_q.bias"),
-    _heads_bias("layers.attention.k_bias", _LAYER + "self_attn.k_proj.bias", _BLK + "attn_k.bias"),
-    _heads_bias("layers.attention.v_bias", _LAYER + "self_attn.v_proj.bias", _BLK + "attn_v.bias"),
-    _same("layers.attention.q_norm.scale", _LAYER + "self_attn.q_norm.weight", _BLK + "attn_q_norm.weight"),
-    _same("layers.attention.k_norm.scale", _LAYER + "self_attn.k_norm.weight", _BLK + "attn_k_norm.weight"),
-    _same("layers.mlp_norm.scale", _LAYER + "post_attention_layernorm.weight", _BLK + "ffn_norm.weight"),
-    _transposed("layers.mlp.gate", _LAYER + "mlp.gate_proj.weight", _BLK + "ffn_gate.weight"),
-    _transposed("layers.mlp.up", _LAYER + "mlp.up_proj.weight", _BLK + "ffn_up.weight"),
-    _transposed("layers.mlp.down", _LAYER + "mlp.down_proj.weight", _BLK + "ffn_down.weight"),
-)
-EMBEDDING = "model.embed_tokens.weight"
+EMBEDDINGS = tuple(entry.name for entry in TABLE if "embedding" in entry.paths)
+"""The embedding's names, of which a folder has one."""
 WRITTEN = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """Types that are written here, by their names in safetensors files."""
-ENTRIES = {entry.path: entry for entry in TABLE}
+BUFFERS = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
+"""Endings of tensors in old exports that hold no parameters: rotary frequencies, which config.json gives, and masks."""
 
 
 class Tensors(Protocol):
@@ -173,14 +104,15 @@ class SafetensorsFolder:
         Raises:
           UserError: if there is no embedding, or its file cannot be read.
         """
-        path = self._files.get(EMBEDDING)
-        if path is None:
-            raise UserError(f"{self.where}: there is no tensor {EMBEDDING}")
+        name = next((name for name in EMBEDDINGS if name in self._files), None)
+        if name is None:
+            raise UserError(f"{self.where}: there is no tensor {' or '.join(EMBEDDINGS)}")
+        path = self._files[name]
         try:
             with safe_open(path, framework="np") as file:
-                return WRITTEN.get(file.get_slice(EMBEDDING).get_dtype(), "float32")
+                return WRITTEN.get(file.get_slice(name).get_dtype(), "float32")
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: cannot read tensor {EMBEDDING}: {error}") from error
+            raise UserError(f"{path}: cannot read tensor {name}: {error}") from error
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:
@@ -228,28 +160,40 @@ def load_params(tensors: Tensors, config: DecoderConfig, mesh: Mesh, *, head: He
     Raises:
       UserError: a missing, superfluous or unreadable tensor, or one of another shape; names the tensor.
     """
-    wanted = _wanted(tensors, config, head)
-    shardings: dict[Any, Any] = flatten_dict(forward.param_shardings(unflatten_dict(wanted), mesh))
+    shapes = _wanted(tensors, config, head)
+    shardings: dict[Any, Any] = flatten_dict(forward.param_shardings(unflatten_dict(shapes, sep="."), mesh), sep=".")
     params = {}
-    for path, shape in wanted.items():
-        name = ".".join(path)
-        entry, sharding = ENTRIES[name], shardings[path]
-        stored = "float32" if name.endswith(FLOAT32) else dtype
-        read = partial(_read, tensors, entry, config=config)
-        if not entry.stacked:
-            params[path] = jax.block_until_ready(
-                _cast(_place(read(entry.name, shape.shape), sharding), stored, sharding)
-            )
-            continue
-        stack = jnp.zeros(shape.shape, stored, device=sharding)
-        layer_sharding = NamedSharding(mesh, PartitionSpec(*sharding.spec[1:]))
-        for i in range(config.num_layers):
-            # no name for the tensor and no read ahead of the device: either would keep a second one on the host
-            stack = jax.block_until_ready(
-                _set_layer(stack, _place(read(entry.name.format(i=i), shape.shape[1:]), layer_sharding), i)
-            )
-        params[path] = stack
-    return unflatten_dict(params)
+    for entry in _in_use(shapes, config):
+        held = {path: shapes[path].shape for path in entry.paths}
+        params |= _load(tensors, entry, held, shardings, config, dtype)
+    return unflatten_dict(params, sep=".")
+
+
+def _load(
+    tensors: Tensors,
+    entry: Entry,
+    shapes: Mapping[str, tuple[int, ...]],
+    shardings: Mapping[str, NamedSharding],
+    config: DecoderConfig,
+    dtype: str,
+) -> dict[str, jax.Array]:
+    """The parameters of one entry by path."""
+    stored = {path: "float32" if path.endswith(FLOAT32) else dtype for path in shapes}
+    if not entry.stacked:
+        parts = _read(tensors, entry, entry.name, shapes, shardings, config)
+        return {path: jax.block_until_ready(_cast(x, stored[path], shardings[path])) for path, x in parts.items()}
+    stacks = {path: jnp.zeros(shape, stored[path], device=shardings[path]) for path, shape in shapes.items()}
+    a_layer = {path: shape[1:] for path, shape in shapes.items()}
+    places = {path: NamedSharding(shardings[path].mesh, PartitionSpec(*shardings[path].spec[1:])) for path in shapes}
+    for i in range(config.num_layers):
+        # no name for the parts and no read ahead of the device: either would keep a second tensor on the host
+        _set_layers(stacks, _read(tensors, entry, entry.name.format(i=i), a_layer, places, config), i)
+    return stacks
+
+
+def _set_layers(stacks: dict[str, jax.Array], layer: Mapping[str, jax.Array], i: int) -> None:
+    for path, part in layer.items():
+        stacks[path] = jax.block_until_ready(_set_layer(stacks[path], part, i))
 
 
 def check_tensors(tensors: Tensors, config: DecoderConfig, *, head: Head) -> None:
@@ -262,29 +206,35 @@ def check_tensors(tensors: Tensors, config: DecoderConfig, *, head: Head) -> Non
     tensors.check()
 
 
-def _wanted(tensors: Tensors, config: DecoderConfig, head: Head) -> dict[tuple[str, ...], Any]:
+def _wanted(tensors: Tensors, config: DecoderConfig, head: Head) -> dict[str, Any]:
     """The shapes of the model's parameters by path, once all of them are known to be there."""
-    wanted: dict[tuple[str, ...], Any] = flatten_dict(forward.abstract_params(config, head=head))
-    _check_names(tensors, {".".join(path) for path in wanted}, config)
+    wanted: dict[str, Any] = flatten_dict(forward.abstract_params(config, head=head), sep=".")
+    _check_names(tensors, wanted, config)
     return wanted
 
 
-def _check_names(tensors: Tensors, paths: set[str], config: DecoderConfig) -> None:
+def _in_use(paths: Iterable[str], config: DecoderConfig) -> list[Entry]:
+    """The entries of these parameters, each once."""
+    table = entries(config.family)
+    return list({table[path].name: table[path] for path in paths}.values())
+
+
+def _check_names(tensors: Tensors, paths: Iterable[str], config: DecoderConfig) -> None:
     """Every wanted tensor is there, and nothing that the architecture has no place for."""
-    have = tensors.names()
-    wanted = {name for path in paths for name in _names(ENTRIES[path], config)}
+    have, head = tensors.names(), entries(config.family)["head"].name
+    wanted = {name for entry in _in_use(paths, config) for name in _names(entry, config)}
     if missing := sorted(wanted - have):
         others = f" and {len(missing) - 1} more are missing" if len(missing) > 1 else " is missing"
         hint = ""
-        if "score.weight" in have and "lm_head.weight" in missing:
+        if "score.weight" in have and head in missing:
             hint = "; this is a reward model, not a language model"
         if "score.weight" in missing:
             hint = "; this is a language model, not a reward model"
         raise UserError(f"{tensors.where}: tensor {missing[0]}{others}; the folder holds {len(have)} others{hint}")
-    # old exports hold the rotary frequencies, which config.json gives; a tied head is a second copy of the embedding
-    extra = {name for name in have - wanted if not name.endswith("rotary_emb.inv_freq")}
+    # a tied head is a second copy of the embedding
+    extra = {name for name in have - wanted if not name.endswith(BUFFERS)}
     if config.tie_embeddings:
-        extra.discard("lm_head.weight")
+        extra.discard(head)
     if extra:
         more = f" and {len(extra) - 3} more tensors" if len(extra) > 3 else ""
         reason = "the weights and the configuration do not belong together"
@@ -300,15 +250,24 @@ def _names(entry: Entry, config: DecoderConfig) -> list[str]:
     return [entry.name.format(i=i) for i in range(config.num_layers)] if entry.stacked else [entry.name]
 
 
-def _read(tensors: Tensors, entry: Entry, name: str, shape: tuple[int, ...], config: DecoderConfig) -> np.ndarray:
-    """One tensor in our layout."""
-    tensor, wanted = tensors.read(name), entry.their_shape(shape, config)
+def _read(
+    tensors: Tensors,
+    entry: Entry,
+    name: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    shardings: Mapping[str, NamedSharding],
+    config: DecoderConfig,
+) -> dict[str, jax.Array]:
+    """The parameters that one tensor holds, by path, on the mesh."""
+    tensor, wanted = tensors.read(name), entry.their_shape(list(shapes.values()), config)
     if tensor.shape != wanted:
         raise UserError(
             f"{tensors.where}: tensor {name} has shape {tensor.shape}, but config.json asks for {wanted}: "
             "the weights and config.json do not belong together"
         )
-    return entry.to_ours(tensor, config)
+    return {
+        path: _place(part, shardings[path]) for path, part in zip(shapes, entry.to_ours(tensor, config), strict=True)
+    }
 
 
 def _place(host: np.ndarray, sharding: NamedSharding) -> jax.Array:
@@ -360,31 +319,36 @@ def save_params(
 
 @dataclass(frozen=True)
 class _Export:
-    """One tensor to be written: a parameter, or one layer of it."""
+    """One tensor to be written: the parameters that it holds, or one layer of them."""
 
     entry: Entry
-    value: Any
+    values: tuple[Any, ...]
     layer: int | None
     config: DecoderConfig
     dtype: str
 
     @property
     def nbytes(self) -> int:
-        shape = self.value.shape if self.layer is None else self.value.shape[1:]
-        return int(np.prod(shape)) * jnp.dtype(self.dtype).itemsize
+        shapes = [value.shape if self.layer is None else value.shape[1:] for value in self.values]
+        return sum(int(np.prod(shape)) for shape in shapes) * jnp.dtype(self.dtype).itemsize
 
     def fetch(self) -> np.ndarray:
         """The tensor on the host, in Hugging Face's layout."""
-        value = jnp.asarray(self.value) if self.layer is None else jnp.asarray(self.value)[self.layer]
+        arrays = (jnp.asarray(value) for value in self.values)
+        parts = tuple(self._on_host(x if self.layer is None else x[self.layer]) for x in arrays)
+        return np.ascontiguousarray(self.entry.to_theirs(parts, self.config))
+
+    def _on_host(self, value: jax.Array) -> np.ndarray:
         value = value.astype(self.dtype)
         host = np.asarray(value if value.is_fully_addressable else multihost_utils.process_allgather(value, tiled=True))
         if self.dtype == "float16" and np.isinf(host).any():
             raise UserError(f"{self.entry.name} has values beyond float16's 65504: save in bfloat16 or float32")
-        return np.ascontiguousarray(self.entry.to_theirs(host, self.config))
+        return host
 
 
 def _exports(flat: Mapping[Any, Any], config: DecoderConfig, dtype: str) -> Iterator[tuple[str, _Export]]:
-    for path, value in flat.items():
-        entry = ENTRIES[".".join(path)]
+    leaves = {".".join(path): value for path, value in flat.items()}
+    for entry in _in_use(leaves, config):
+        values = tuple(leaves[path] for path in entry.paths)
         for i in range(config.num_layers) if entry.stacked else (None,):
-            yield entry.name.format(i=i), _Export(entry, value, i, config, dtype)
+            yield entry.name.format(i=i), _Export(entry, values, i, config, dtype)
