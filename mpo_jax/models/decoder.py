@@ -14,6 +14,8 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from mpo_jax.models import adapter
+from mpo_jax.models.adapter import KERNELS, SUFFIX, Adapter
 from mpo_jax.models.attention import Attend, logit_scale, soft_capped
 from mpo_jax.models.spec import Activation, DecoderConfig, LayerSpec
 from mpo_jax.runtime.sharding import constrain
@@ -78,10 +80,48 @@ def rotate(x: Float[Array, "B T H K"], cos: Float[Array, "B T k"], sin: Float[Ar
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)
 
 
-class Attention(nnx.Module):
+class LowRank(nnx.Module):
+    """What an adapter adds to a kernel's output: scale (x A) B, with A [in r] and B [r out]."""
+
+    def __init__(self, scale: float):
+        # parameters come from `adapter.init`: a module of this class is only merged with them
+        self.a, self.b = nnx.Param(jnp.zeros((0, 0))), nnx.Param(jnp.zeros((0, 0)))
+        self.scale = scale
+
+    def __call__(self, x: Float[Array, "*T D"]) -> Array:
+        a = self.a[...]
+        return self.scale * linear(linear(x, a.reshape(-1, a.shape[-1])), self.b[...])
+
+
+class Adapted(nnx.Module):
+    """A module of kernels, some of which have an adapter beside them: `q_lora` for `q`."""
+
+    def adapt(self, module: str, adapted: Adapter | None) -> None:
+        """Makes a place for the adapters of this module's kernels."""
+        if adapted is None:
+            return
+        for name in adapted.targets:
+            if KERNELS[name][0] == module:
+                setattr(self, name + SUFFIX, LowRank(adapted.scale))
+
+    def plus(self, name: str, output: Array, x: Array) -> Array:
+        """The kernel's output for `x`, with what its adapter adds, if it has one."""
+        low = getattr(self, name + SUFFIX, None)
+        return output if low is None else output + low(x)
+
+
+class Attention(Adapted):
     """Grouped-query self-attention; `fused` has one kernel [D G R+2 K] of each group's R queries, key and value."""
 
-    def __init__(self, config: DecoderConfig, spec: LayerSpec, *, rngs: nnx.Rngs, fused: bool = False):
+    def __init__(
+        self,
+        config: DecoderConfig,
+        spec: LayerSpec,
+        *,
+        rngs: nnx.Rngs,
+        fused: bool = False,
+        adapted: Adapter | None = None,
+    ):
         c = config
         out_std = c.init_std / (2 * c.num_layers) ** 0.5
         if fused:
@@ -100,6 +140,7 @@ class Attention(nnx.Module):
             self.q_norm = RMSNorm(c.head_dim, c.norm_eps)
             self.k_norm = RMSNorm(c.head_dim, c.norm_eps)
         self.spec, self.fused = spec, fused
+        self.adapt("attention", adapted)
 
     def project(self, x: Float[Array, "B T D"], cos: Array, sin: Array) -> tuple[Array, Array, Array]:
         """Rotated queries [B T H K] and keys [B T G K], and values [B T G K]."""
@@ -108,7 +149,8 @@ class Attention(nnx.Module):
             q = rearrange(together[..., :-2, :], "b t g r k -> b t (g r) k")
             k, v = together[..., -2, :], together[..., -1, :]
         else:
-            q, k, v = (linear(x, kernel[...]) for kernel in (self.q, self.k, self.v))
+            kernels = {"q": self.q, "k": self.k, "v": self.v}
+            q, k, v = (self.plus(name, linear(x, kernel[...]), x) for name, kernel in kernels.items())
         if self.spec.qkv_bias:
             biases = (self.q_bias, self.k_bias, self.v_bias)
             q, k, v = (y + along_last(b[...].astype(y.dtype), y) for y, b in zip((q, k, v), biases, strict=True))
@@ -117,7 +159,8 @@ class Attention(nnx.Module):
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
     def output(self, heads: Float[Array, "B T H K"]) -> Float[Array, "B T D"]:
-        return linear(rearrange(heads, "b t h k -> b t (h k)"), rearrange(self.o[...], "h k d -> (h k) d"))
+        joined = rearrange(heads, "b t h k -> b t (h k)")
+        return self.plus("o", linear(joined, rearrange(self.o[...], "h k d -> (h k) d")), joined)
 
 
 def gelu_tanh(x: Array) -> Array:
@@ -128,15 +171,24 @@ def gelu_tanh(x: Array) -> Array:
 ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {"silu": jax.nn.silu, "gelu_tanh": gelu_tanh}
 
 
-class MLP(nnx.Module):
+class MLP(Adapted):
     """down(activation(gate(x)) * up(x)): SwiGLU with SiLU, GeGLU with GELU. arXiv:2002.05202.
 
     `fused` has one kernel [D 2 F] of gate and up.
     """
 
-    def __init__(self, config: DecoderConfig, spec: LayerSpec, *, rngs: nnx.Rngs, fused: bool = False):
+    def __init__(
+        self,
+        config: DecoderConfig,
+        spec: LayerSpec,
+        *,
+        rngs: nnx.Rngs,
+        fused: bool = False,
+        adapted: Adapter | None = None,
+    ):
         c = config
         self.spec, self.fused = spec, fused
+        self.adapt("mlp", adapted)
         if fused:
             self.gate_up = nnx.Param(normal(rngs, (c.hidden_size, 2, c.intermediate_size), c.init_std))
         else:
@@ -153,18 +205,28 @@ class MLP(nnx.Module):
             together = rows.reshape(*x.shape[:-1], *rows.shape[1:])
             gate, up = together[..., 0, :], together[..., 1, :]
         else:
-            gate, up = linear(x, self.gate[...]), linear(x, self.up[...])
-        return linear(ACTIVATIONS[self.spec.activation](gate) * up, self.down[...])
+            kernels = {"gate": self.gate, "up": self.up}
+            gate, up = (self.plus(name, linear(x, kernel[...]), x) for name, kernel in kernels.items())
+        inner = ACTIVATIONS[self.spec.activation](gate) * up
+        return self.plus("down", linear(inner, self.down[...]), inner)
 
 
 class Block(nnx.Module):
     """One layer: pre-norm attention and MLP, each added to the residual stream."""
 
-    def __init__(self, config: DecoderConfig, spec: LayerSpec, *, rngs: nnx.Rngs, fused: bool = False):
+    def __init__(
+        self,
+        config: DecoderConfig,
+        spec: LayerSpec,
+        *,
+        rngs: nnx.Rngs,
+        fused: bool = False,
+        adapted: Adapter | None = None,
+    ):
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.attention = Attention(config, spec, rngs=rngs, fused=fused)
+        self.attention = Attention(config, spec, rngs=rngs, fused=fused, adapted=adapted)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp = MLP(config, spec, rngs=rngs, fused=fused)
+        self.mlp = MLP(config, spec, rngs=rngs, fused=fused, adapted=adapted)
 
     def full(self, x: Array, cos: Array, sin: Array, attend: Attend) -> Any:
         """The layer over whole rows; returns x and the keys and values [B T G K] for a cache."""
@@ -283,6 +345,7 @@ PARAM_AXES: dict[str, tuple[str | None, ...]] = {
     "layers.mlp.down": (None, "mlp", "embed"),
     "score.kernel": (None, None),
 }
+PARAM_AXES |= adapter.axes(PARAM_AXES)
 """Logical axes of every parameter, by dotted path; layers lead with the stacked axis."""
 
 FLOAT32 = ("scale", "score.kernel")

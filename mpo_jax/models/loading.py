@@ -1,24 +1,28 @@
 """Whole models: sizes, parameters and run-time options together, from folders and GGUF files, to folders."""
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from mpo_jax import types
-from mpo_jax.config.schema import ArchitectureConfig, ModelConfig, TextConfig
+from mpo_jax.config.schema import AdapterConfig, ArchitectureConfig, ModelConfig, TextConfig
 from mpo_jax.errors import UserError
-from mpo_jax.models import forward
+from mpo_jax.models import adapter, forward
+from mpo_jax.models.adapter import Adapter
 from mpo_jax.models.forward import Model
 from mpo_jax.models.hf import families, weights
 from mpo_jax.models.hf.hub import local_model
 from mpo_jax.models.spec import DecoderConfig, LayerSpec
 from mpo_jax.runtime import machine
+from mpo_jax.runtime.sharding import replicated
 from mpo_jax.types import Head, Params
 
 VOCAB_MULTIPLE = 8
@@ -82,9 +86,10 @@ class Options:
             logit_chunk=config.logit_chunk,
         )
 
-    def model(self, decoder: DecoderConfig, mesh: Mesh) -> Model:
+    def model(self, decoder: DecoderConfig, mesh: Mesh, adapted: Adapter | None = None) -> Model:
         """The static side of a model of these sizes."""
         return Model(
+            adapter=adapted,
             decoder=decoder,
             dtype=self.dtype,
             remat=self.remat,
@@ -171,6 +176,36 @@ def load(
     return options.model(source.decoder, mesh), types.frozen(tree) if frozen else types.trainable(tree)
 
 
+def adapt(model: Model, params: Params, config: AdapterConfig, mesh: Mesh, key: jax.Array) -> tuple[Model, Params]:
+    """A frozen model with fresh adapters that train, and with its value head, if it has one, trained whole.
+
+    The frozen part consists of the given arrays themselves, without copies.
+
+    Args:
+      key: A is drawn from it; B is zero.
+    """
+    tree, head = types.merge(params), _head(params)
+    adapted = Adapter.of(config)
+    model = dataclasses.replace(model, adapter=adapted)
+    shapes = forward.abstract_split(model, head=head)["trainable"]
+    shardings = forward.param_shardings(shapes, mesh)
+
+    layers = forward.abstract_params(model.decoder)["layers"]
+
+    def init_adapter(key: jax.Array) -> types.Tree:
+        return adapter.init(adapted, layers, key)
+
+    low = jax.jit(init_adapter, out_shardings={"layers": shardings["layers"]})(key)
+    if head == "value":
+        # a copy: a training state takes its parameters over, and a reward model may share this one
+        tree = {**tree, "score": jax.tree.map(jnp.copy, tree["score"])}
+    return model, adapter.split(tree, low, head)
+
+
+def _head(params: Params) -> Head:
+    return "value" if "score" in params["frozen"] or "score" in params["trainable"] else "lm"
+
+
 def init(decoder: DecoderConfig, mesh: Mesh, key: jax.Array) -> Params:
     """Fresh parameters drawn from `key`, placed on the mesh."""
     shardings = forward.param_shardings(forward.abstract_params(decoder), mesh)
@@ -203,7 +238,15 @@ def from_architecture(architecture: ArchitectureConfig, vocab_size: int) -> Deco
 
 
 def with_value_head(model: Model, params: Params, mesh: Mesh) -> Params:
-    """A reward model's starting point from a language model that trains: the same trunk and a zero value head."""
+    """A reward model's starting point from a language model: the same trunk and a zero value head.
+
+    A frozen model's trunk is not copied.
+    """
+    if params["frozen"]:
+        head = forward.abstract_params(model.decoder, head="value")["score"]
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=replicated(mesh)), head)
+        trunk = {name: leaf for name, leaf in params["frozen"].items() if name != "head"}
+        return types.frozen({**trunk, "score": zeros})
     shardings = forward.param_shardings(forward.abstract_params(model.decoder, head="value"), mesh)
 
     def add_value_head(tree: types.Tree) -> types.Tree:
@@ -212,11 +255,22 @@ def with_value_head(model: Model, params: Params, mesh: Mesh) -> Params:
     return types.trainable(jax.jit(add_value_head, out_shardings=shardings)(types.merge(params)))
 
 
+def whole(model: Model, params: Params) -> types.Tree:
+    """All parameters, with adapters folded into the kernels, in the types in which they are held."""
+    tree = types.merge(params)
+    if model.adapter is None:
+        return tree
+    return jax.jit(adapter.folded, static_argnums=1)(tree, model.adapter)
+
+
 def save(
     folder: Path, model: Model, params: Params, tokenizer: PreTrainedTokenizerBase, *, dtype: str = "float32"
 ) -> None:
-    """Writes a Hugging Face folder: config.json, safetensors files and the tokenizer's files."""
-    tree = types.merge(params)
+    """Writes a Hugging Face folder: config.json, safetensors files and the tokenizer's files.
+
+    Adapters are folded in.
+    """
+    tree = whole(model, params)
     weights.save_params(folder, tree, model.decoder, dtype=dtype)
     save_description(folder, model, tokenizer, head="value" if "score" in tree else "lm", dtype=dtype)
 

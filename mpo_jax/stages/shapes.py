@@ -62,6 +62,7 @@ class Shapes:
       watch: how often a training stage is evaluated on held-out rows.
       prompt, response: widths of the batches; None: the text's limits.
       eos_id: id that ends a sample; None: any, since it changes neither memory nor work.
+      own_reference: whether PPO's reference is another artifact than the one that the actor starts from.
       offload_frozen, offload_moments: what PPO keeps in host memory between the phases that use it.
     """
 
@@ -76,6 +77,7 @@ class Shapes:
     eos_id: int | None = None
     offload_frozen: bool = False
     offload_moments: bool = False
+    own_reference: bool = False
     parents: frozenset[str] = frozenset({"init", "reference", "pairs", "reward"})
 
     @property
@@ -89,8 +91,13 @@ class Shapes:
         return shaped(shapes, forward.param_shardings(shapes, self.mesh))
 
     def trained(self, head: Head = "lm") -> Params:
-        """Float32 master parameters of a model that trains."""
-        return trainable(self.tree(head))
+        """A model that trains: float32 master parameters, or adapters and the frozen rest."""
+        split = forward.abstract_split(self.model, head=head)
+        masters = shaped(split["trainable"], forward.param_shardings(split["trainable"], self.mesh))
+        if self.model.adapter is None:
+            return trainable(masters)
+        held = self.frozen(head)["frozen"]
+        return {"trainable": masters, "frozen": {name: held[name] for name in split["frozen"]}}
 
     def frozen(self, head: Head = "lm") -> Params:
         """Parameters of a model that does not train, as `weights.load_params` stores them."""
@@ -110,7 +117,7 @@ class Shapes:
         def init(tree: Tree) -> TrainState:
             return TrainState(jnp.zeros((), jnp.int32), tree, optimizer.init(tree))
 
-        tree = self.tree(head)
+        tree = self.trained(head)["trainable"]
         return shaped(jax.eval_shape(init, tree), state_sharding(tree, optimizer, self.mesh))
 
     def between(self, state: TrainState) -> TrainState:
