@@ -77,9 +77,10 @@ class ModelConfig(Section, frozen=True):
     compute_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="type of the arithmetic; auto: float32 on CPU, bfloat16 elsewhere"
     )
-    frozen_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+    frozen_dtype: Literal["auto", "float32", "bfloat16", "int8"] = Field(
         default="auto",
-        description="type in which models that do not train (reference, reward model) are stored; auto: compute_dtype",
+        description="type in which models that do not train (reference, reward model, models under adapters) are "
+        "stored; auto: compute_dtype; int8: the layers' matrices with a scale a column, all else in compute_dtype",
     )
     remat: Literal["none", "dots", "full"] = Field(
         default="dots",

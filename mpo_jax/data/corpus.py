@@ -28,6 +28,7 @@ from mpo_jax.data.records import (
 )
 from mpo_jax.data.sources import HUB, Source, fingerprint_files, open_source
 from mpo_jax.errors import UserError
+from mpo_jax.models.hf import peft
 from mpo_jax.models.hf.hub import WANTED, local_model
 from mpo_jax.models.hf.tokenizer import load_tokenizer
 
@@ -373,6 +374,8 @@ def fingerprint_model(path: str, cache: Path | None = None) -> str:
         return fingerprint_files([local], cache)
     files = sorted(file for file in local.iterdir() if file.is_file() and any(map(file.match, WANTED)))
     content = [[file.name, fingerprint_files([file], cache)] for file in files]
+    if peft.is_adapter(local):
+        content.append(["base", fingerprint_model(peft.read_settings(local).base, cache)])
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 

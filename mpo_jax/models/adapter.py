@@ -13,14 +13,11 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from mpo_jax.config.schema import AdapterConfig
+from mpo_jax.models import quantised
+from mpo_jax.models.kernels import KERNELS, MODULES
 from mpo_jax.types import Head, Params, Tree
 
 SUFFIX = "_lora"
-KERNELS = {
-    "q": ("attention", 1), "k": ("attention", 1), "v": ("attention", 1), "o": ("attention", 2),
-    "gate": ("mlp", 1), "up": ("mlp", 1), "down": ("mlp", 1),
-}  # fmt: skip
-"""Kernels that can be adapted: the module each belongs to, and how many of its axes are inputs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,19 +26,25 @@ class Adapter:
 
     Attributes:
       rank: inner dimension of B A.
-      scale: factor of B A: alpha / rank, or alpha / sqrt(rank) under rsLoRA (arXiv:2312.03732).
+      alpha: numerator of the factor of B A.
       targets: names of the adapted kernels, keys of `KERNELS`.
+      rslora: whether the factor is alpha / sqrt(rank) (arXiv:2312.03732) instead of alpha / rank.
     """
 
     rank: int
-    scale: float
+    alpha: float
     targets: tuple[str, ...]
+    rslora: bool = False
 
     @classmethod
     def of(cls, config: AdapterConfig) -> "Adapter":
         """From a configuration's `model.adapter`."""
-        rank = config.rank
-        return cls(rank, config.alpha / (math.sqrt(rank) if config.rslora else rank), config.kernels)
+        return cls(config.rank, config.alpha, config.kernels, config.rslora)
+
+    @property
+    def scale(self) -> float:
+        """The factor of B A."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 def init(adapter: Adapter, layers: Tree, key: Array) -> Tree:
@@ -51,10 +54,9 @@ def init(adapter: Adapter, layers: Tree, key: Array) -> Tree:
       ValueError: if a target is not among the layers' kernels.
     """
     found: Tree = {}
-    for number, name in enumerate(KERNELS):
+    for number, (name, (module, inputs, _)) in enumerate(KERNELS.items()):
         if name not in adapter.targets:
             continue
-        module, inputs = KERNELS[name]
         if name not in layers[module]:
             raise ValueError(f"the layers have no kernel {module}.{name} to adapt")
         depth, fan_in, fan_out = _sides(layers[module][name].shape, inputs)
@@ -80,17 +82,18 @@ def split(tree: Tree, adapter: Tree, head: Head) -> Params:
 
 def has_adapter(layers: Tree) -> bool:
     """Whether there are adapters among the leaves of a layer or a stack of them."""
-    return any(name.endswith(SUFFIX) for module in ("attention", "mlp") for name in layers[module])
+    return any(name.endswith(SUFFIX) for module in MODULES for name in layers[module])
 
 
-def folded(tree: Tree, adapter: Adapter) -> Tree:
+def folded(tree: Tree, adapter: Adapter, dtype: str) -> Tree:
     """The model without adapters: each kernel is W + scale B A, summed in float32 and rounded to W's type.
 
     Args:
       tree: all parameters, layers stacked; without adapters it comes back as it is.
+      dtype: of kernels that are stored as int8, for which a sum has no type.
     """
-    layers = dict(tree["layers"])
-    for module in ("attention", "mlp"):
+    layers = quantised.restored(dict(tree["layers"]), dtype)
+    for module in MODULES:
         leaves = dict(layers[module])
         for name in [name for name in leaves if name.endswith(SUFFIX)]:
             low, kernel = leaves.pop(name), name.removesuffix(SUFFIX)
@@ -113,7 +116,7 @@ def _folded(kernel: Array, a: Array, b: Array, scale: float) -> Array:
 def axes(kernels: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
     """Logical axes of all adapters' leaves by dotted path, from those of the kernels: the rank is never divided."""
     found: dict[str, tuple[Any, ...]] = {}
-    for name, (module, inputs) in KERNELS.items():
+    for name, (module, inputs, _) in KERNELS.items():
         path = f"layers.{module}.{name}"
         depth, fan_in, fan_out = kernels[path][:1], kernels[path][1 : 1 + inputs], kernels[path][1 + inputs :]
         found |= {f"{path}{SUFFIX}.a": (*depth, *fan_in, None), f"{path}{SUFFIX}.b": (*depth, None, *fan_out)}

@@ -14,9 +14,10 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from mpo_jax.models import adapter
-from mpo_jax.models.adapter import KERNELS, SUFFIX, Adapter
+from mpo_jax.models import adapter, quantised
+from mpo_jax.models.adapter import SUFFIX, Adapter
 from mpo_jax.models.attention import Attend, logit_scale, soft_capped
+from mpo_jax.models.kernels import KERNELS
 from mpo_jax.models.spec import Activation, DecoderConfig, LayerSpec
 from mpo_jax.runtime.sharding import constrain
 
@@ -101,7 +102,7 @@ class Adapted(nnx.Module):
         if adapted is None:
             return
         for name in adapted.targets:
-            if KERNELS[name][0] == module:
+            if KERNELS[name].module == module:
                 setattr(self, name + SUFFIX, LowRank(adapted.scale))
 
     def plus(self, name: str, output: Array, x: Array) -> Array:
@@ -345,7 +346,7 @@ PARAM_AXES: dict[str, tuple[str | None, ...]] = {
     "layers.mlp.down": (None, "mlp", "embed"),
     "score.kernel": (None, None),
 }
-PARAM_AXES |= adapter.axes(PARAM_AXES)
+PARAM_AXES |= adapter.axes(PARAM_AXES) | quantised.axes(PARAM_AXES)
 """Logical axes of every parameter, by dotted path; layers lead with the stacked axis."""
 
 FLOAT32 = ("scale", "score.kernel")

@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from mpo_jax.models import adapter, attention
+from mpo_jax.models import adapter, attention, quantised
 from mpo_jax.models.adapter import Adapter
 from mpo_jax.models.decoder import FLOAT32, PARAM_AXES, Block, Trunk, ValueHead, fuse, rope_tables
 from mpo_jax.models.pattern import Remat, checkpointed, scan_periods, shared
@@ -133,6 +133,7 @@ def _trunk(model: Model, params: Tree) -> Trunk:
 
 def _block(model: Model, spec: LayerSpec, layer_params: Tree, *, fused: bool = False) -> Block:
     adapted = model.adapter if adapter.has_adapter(layer_params) else None
+    layer_params = quantised.restored(layer_params, model.dtype)
     return nnx.merge(_block_graph(model.decoder, spec, adapted, fused=fused), layer_params)
 
 
@@ -142,8 +143,10 @@ def for_decoding(model: Model, params: Tree) -> Tree:
     Made once for a sampling phase: as training lays them out, every token would gather, cast and cut them anew.
     Norms keep their type: they are computed in float32. Adapters are folded into the kernels.
     """
-    if model.adapter is not None:
-        params = adapter.folded(params, model.adapter)
+    if model.adapter is None:
+        params = {**params, "layers": quantised.restored(params["layers"], model.dtype)}
+    else:
+        params = adapter.folded(params, model.adapter, model.dtype)
 
     def gather(path: tuple[str, ...], leaf: Array) -> Array:
         name = ".".join(path)

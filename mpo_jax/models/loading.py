@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +19,7 @@ from mpo_jax.errors import UserError
 from mpo_jax.models import adapter, forward
 from mpo_jax.models.adapter import Adapter
 from mpo_jax.models.forward import Model
-from mpo_jax.models.hf import families, weights
+from mpo_jax.models.hf import families, peft, weights
 from mpo_jax.models.hf.hub import local_model
 from mpo_jax.models.spec import DecoderConfig, LayerSpec
 from mpo_jax.runtime import machine
@@ -44,7 +45,7 @@ class Source:
 
 
 def open_model(path: str | Path) -> Source:
-    """Sizes and tensors of a Hugging Face folder, a GGUF file or a hub id.
+    """Sizes and tensors of a Hugging Face folder, a PEFT folder with its base, a GGUF file or a hub id.
 
     Raises:
       UserError: nothing there, a broken file, or an architecture that is not supported.
@@ -54,6 +55,10 @@ def open_model(path: str | Path) -> Source:
         from mpo_jax.models.gguf import weights as gguf_weights
 
         return Source(gguf_weights.read_config(local), gguf_weights.GgufTensors(local))
+    if peft.is_adapter(local):
+        settings = peft.read_settings(local)
+        base = open_model(settings.base)
+        return Source(base.decoder, peft.AdaptedTensors(local, settings, base.tensors))
     return Source(families.read_config(local), weights.SafetensorsFolder(local))
 
 
@@ -172,7 +177,11 @@ def load(
     if text is not None:
         check_positions(source.decoder, text)
     dtype = (options.frozen_dtype or options.dtype) if frozen else "float32"
-    tree = weights.load_params(source.tensors, source.decoder, mesh, head=head, dtype=dtype)
+    if dtype == "int8":
+        load_params = partial(weights.load_params, dtype=options.dtype, quantise=True)
+    else:
+        load_params = partial(weights.load_params, dtype=dtype)
+    tree = load_params(source.tensors, source.decoder, mesh, head=head)
     return options.model(source.decoder, mesh), types.frozen(tree) if frozen else types.trainable(tree)
 
 
@@ -260,27 +269,53 @@ def whole(model: Model, params: Params) -> types.Tree:
     tree = types.merge(params)
     if model.adapter is None:
         return tree
-    return jax.jit(adapter.folded, static_argnums=1)(tree, model.adapter)
+    return jax.jit(adapter.folded, static_argnums=(1, 2))(tree, model.adapter, model.dtype)
+
+
+ADAPTER = "adapter"
+"""The PEFT folder beside a model that was trained by adapters."""
 
 
 def save(
-    folder: Path, model: Model, params: Params, tokenizer: PreTrainedTokenizerBase, *, dtype: str = "float32"
+    folder: Path,
+    model: Model,
+    params: Params,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    dtype: str = "float32",
+    base: str | None = None,
 ) -> None:
-    """Writes a Hugging Face folder: config.json, safetensors files and the tokenizer's files.
+    """Writes a Hugging Face folder: config.json, safetensors files and the tokenizer's files. Adapters are folded in.
 
-    Adapters are folded in.
+    Args:
+      base: what adapters change; they are then also written by themselves, in a PEFT folder beside this one.
     """
+    if model.adapter is not None and base is not None:
+        peft.save_weights(folder.parent / ADAPTER, params["trainable"], model.decoder)
     tree = whole(model, params)
     weights.save_params(folder, tree, model.decoder, dtype=dtype)
-    save_description(folder, model, tokenizer, head="value" if "score" in tree else "lm", dtype=dtype)
+    save_description(folder, model, tokenizer, head="value" if "score" in tree else "lm", dtype=dtype, base=base)
 
 
 def save_description(
-    folder: Path, model: Model, tokenizer: PreTrainedTokenizerBase, *, head: Head = "lm", dtype: str = "float32"
+    folder: Path,
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    head: Head = "lm",
+    dtype: str = "float32",
+    base: str | None = None,
 ) -> None:
-    """All of a model's folder but the weights, so that `mpo export` can read the checkpoints of unfinished training."""
+    """All of a model's folder but the weights, so that `mpo export` can read the checkpoints of unfinished training.
+
+    Args:
+      base: as for `save`.
+    """
     if jax.process_index() != 0:
         return
     ids = {f"{name}_id": getattr(tokenizer, f"{name}_token_id") for name in ("eos", "bos", "pad")}
     families.save_config(folder, model.decoder, head=head, dtype=dtype, **ids)
     tokenizer.save_pretrained(folder)
+    if model.adapter is not None and base is not None:
+        peft.save_settings(folder.parent / ADAPTER, model.adapter, base=base, head=head)
+        tokenizer.save_pretrained(folder.parent / ADAPTER)

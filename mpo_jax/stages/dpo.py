@@ -160,7 +160,9 @@ def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -
     model, params = context.load_to_train(
         "dpo", init.model, settings.numerics, settings.text, adapter=settings.adapter, seed=settings.seed
     )
-    loading.save_description(context.folder / "model", model, codec.tokenizer, dtype=settings.save_dtype)
+    loading.save_description(
+        context.folder / "model", model, codec.tokenizer, dtype=settings.save_dtype, base=str(init.model)
+    )
     params, trained = fit_examples(
         "dpo",
         params,
@@ -181,7 +183,9 @@ def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -
             data=partial(_with_reference, held_out_reference),
         ),
     )
-    loading.save(context.folder / "model", model, params, codec.tokenizer, dtype=settings.save_dtype)
+    loading.save(
+        context.folder / "model", model, params, codec.tokenizer, dtype=settings.save_dtype, base=str(init.model)
+    )
     return {"pairs": len(examples), **trained}
 
 

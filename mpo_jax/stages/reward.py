@@ -163,8 +163,18 @@ def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -
         summary: dict[str, Any] = {"path": context.inputs.reward_model, "data": sources}
     else:
         model, params, summary = _train(settings, settings.training, parents["sft"], context, codec)
-    loading.save(context.folder / "model", model, params, codec.tokenizer, dtype=settings.save_dtype)
+    loading.save(
+        context.folder / "model", model, params, codec.tokenizer, dtype=settings.save_dtype,
+        base=_base(settings, parents, context),
+    )  # fmt: skip
     return summary | _measure(settings, context, model, params, codec)
+
+
+def _base(settings: Settings, parents: Mapping[str, Artifact], context: Context) -> str | None:
+    """What training starts from, as a path; None if it starts from scratch, or there is none."""
+    if settings.training is None:
+        return None
+    return str(parents["sft"].model) if settings.training.init == "sft" else context.inputs.base
 
 
 def _train(
@@ -180,7 +190,10 @@ def _train(
         model, params = context.load_base(
             "reward", settings.numerics, codec, training.architecture, settings.seed, **adapted
         )
-    loading.save_description(context.folder / "model", model, codec.tokenizer, head="value", dtype=settings.save_dtype)
+    loading.save_description(
+        context.folder / "model", model, codec.tokenizer, head="value", dtype=settings.save_dtype,
+        base=_base(settings, {"sft": sft}, context),
+    )  # fmt: skip
     rows = [(row.prompt, (row.chosen, row.rejected)) for row in corpus.reward_pairs]
     examples, report = context.tokenize(codec, rows)
     held_out = first_rows(corpus.validation or corpus.held_out, context.watch, "reward")

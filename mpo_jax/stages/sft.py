@@ -115,7 +115,9 @@ def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -
     model, params = context.load_base(
         "sft", settings.numerics, codec, settings.architecture, settings.seed, adapter=settings.adapter
     )
-    loading.save_description(context.folder / "model", model, codec.tokenizer, dtype=settings.save_dtype)
+    loading.save_description(
+        context.folder / "model", model, codec.tokenizer, dtype=settings.save_dtype, base=context.inputs.base
+    )
     examples, report = context.tokenize(codec, [(row.prompt, (row.response,)) for row in corpus.demonstrations])
     _show(corpus, report)
     _warn_of_inputs(settings, context, report)
@@ -139,7 +141,8 @@ def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -
             mesh=context.mesh,
         ),
     )
-    loading.save(context.folder / "model", model, params, codec.tokenizer, dtype=settings.save_dtype)
+    base = context.inputs.base
+    loading.save(context.folder / "model", model, params, codec.tokenizer, dtype=settings.save_dtype, base=base)
     return {
         "data": [source.to_dict() for source in corpus.reports],
         "tokens": report.to_dict(),

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from mpo_jax.models import adapter, forward
-from mpo_jax.models.adapter import KERNELS, Adapter
+from mpo_jax.models.adapter import Adapter
 from mpo_jax.models.forward import Model
+from mpo_jax.models.kernels import KERNELS
 from mpo_jax.models.spec import DecoderConfig, LayerSpec
 from mpo_jax.types import Tree, merge
 
@@ -17,7 +18,7 @@ CONFIG = DecoderConfig(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8,
     max_positions=64, init_std=0.3, pattern=(LayerSpec(qkv_bias=True),),
 )  # fmt: skip
-ALL = Adapter(rank=3, scale=0.5, targets=tuple(KERNELS))
+ALL = Adapter(rank=3, alpha=1.5, targets=tuple(KERNELS))
 
 
 def pair(adapted: Adapter) -> tuple[Model, Tree, Tree]:
@@ -42,7 +43,7 @@ def test_an_adapter_adds_its_product(name):
     """The model with one adapter agrees with the one whose kernel is W + s B A, made by numpy in float64."""
     adapted = dataclasses.replace(ALL, targets=(name,))
     model, tree, low = pair(adapted)
-    module, _ = KERNELS[name]
+    module = KERNELS[name].module
     kernel, (a, b) = (
         np.asarray(tree["layers"][module][name], np.float64),
         (np.asarray(low["layers"][module][f"{name}_lora"][part], np.float64) for part in "ab"),

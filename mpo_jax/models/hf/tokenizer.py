@@ -6,6 +6,8 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mpo_jax.errors import UserError
+from mpo_jax.models.hf import peft
+from mpo_jax.models.hf.hub import local_model
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
@@ -15,11 +17,13 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
       UserError: if there is none or it cannot be read.
     """
     folder = Path(folder)
+    if peft.is_adapter(folder) and not _has_tokenizer(folder):
+        folder = local_model(peft.read_settings(folder).base)
     if folder.suffix == ".gguf":
         from mpo_jax.models.gguf.tokenizer import read_tokenizer
 
         return read_tokenizer(folder)
-    if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer.model").is_file():
+    if not _has_tokenizer(folder):
         raise UserError(f"{folder} holds no tokenizer.json or tokenizer.model: a model folder needs its tokenizer")
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
@@ -32,3 +36,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot read the tokenizer in {folder}: {reason}") from error
     return tokenizer
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return (folder / "tokenizer.json").is_file() or (folder / "tokenizer.model").is_file()

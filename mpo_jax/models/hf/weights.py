@@ -3,7 +3,8 @@
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,8 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mpo_jax.errors import UserError
-from mpo_jax.models import forward
+from mpo_jax.models import forward, quantised
 from mpo_jax.models.decoder import FLOAT32
+from mpo_jax.models.kernels import KERNELS, Kernel
 from mpo_jax.models.spec import DecoderConfig
 from mpo_jax.runtime.processes import wait
 from mpo_jax.types import Head, Tree
@@ -199,12 +201,15 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
         raise UserError(f"{single}: broken safetensors file: {error}") from error
 
 
-def load_params(tensors: Tensors, config: DecoderConfig, mesh: Mesh, *, head: Head, dtype: str) -> Tree:
+def load_params(
+    tensors: Tensors, config: DecoderConfig, mesh: Mesh, *, head: Head, dtype: str, quantise: bool = False
+) -> Tree:
     """Parameters placed on the mesh, read tensor by tensor: the host holds one tensor at a time, in the file's type.
 
     Args:
       head: "value" for a reward model or critic (`score.weight` in place of a language-model head).
       dtype: storage type; norms and the score are float32 whatever it is, since they are computed as that.
+      quantise: store the layers' kernels as int8 (see quantised.py), each layer as soon as it is read.
 
     Raises:
       UserError: a missing, superfluous or unreadable tensor, or one of another shape; names the tensor.
@@ -222,15 +227,25 @@ def load_params(tensors: Tensors, config: DecoderConfig, mesh: Mesh, *, head: He
                 _cast(_place(read(entry.name, shape.shape), sharding), stored, sharding)
             )
             continue
-        stack = jnp.zeros(shape.shape, stored, device=sharding)
+        kernel = KERNELS.get(path[-1]) if quantise else None
+        stack = _empty_stack(path, shape.shape, stored, mesh, kernel)
         layer_sharding = NamedSharding(mesh, PartitionSpec(*sharding.spec[1:]))
         for i in range(config.num_layers):
             # no name for the tensor and no read ahead of the device: either would keep a second one on the host
             stack = jax.block_until_ready(
-                _set_layer(stack, _place(read(entry.name.format(i=i), shape.shape[1:]), layer_sharding), i)
+                _set_layer(stack, _place(read(entry.name.format(i=i), shape.shape[1:]), layer_sharding), i, kernel)
             )
         params[path] = stack
     return unflatten_dict(params)
+
+
+def _empty_stack(path: tuple[str, ...], shape: tuple[int, ...], dtype: str, mesh: Mesh, kernel: Kernel | None) -> Any:
+    """Zeros for all layers of a parameter, or the two parts of a quantised kernel."""
+    whole = jax.ShapeDtypeStruct(shape, dtype)
+    parts: Any = whole if kernel is None else jax.eval_shape(partial(quantised.quantise, kernel, stacked=True), whole)
+    tree: Tree = unflatten_dict({path: parts})
+    zeros = jax.tree.map(lambda x, s: jnp.zeros(x.shape, x.dtype, device=s), tree, forward.param_shardings(tree, mesh))
+    return reduce(getitem, path, zeros)
 
 
 def check_tensors(tensors: Tensors, config: DecoderConfig, *, head: Head) -> None:
@@ -304,9 +319,13 @@ def _cast(x: jax.Array, dtype: str, sharding: NamedSharding) -> jax.Array:
     return x if x.dtype == dtype else jax.jit(cast_parameters, out_shardings=sharding)(x)
 
 
-@partial(jax.jit, donate_argnums=0)
-def _set_layer(stack: jax.Array, layer: jax.Array, i: int) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(stack, layer.astype(stack.dtype), i, 0)
+@partial(jax.jit, donate_argnums=0, static_argnums=3)
+def _set_layer(stack: Any, layer: jax.Array, i: int, kernel: Kernel | None) -> Any:
+    parts = layer if kernel is None else quantised.quantise(kernel, layer)
+    return jax.tree.map(
+        lambda all_layers, new: jax.lax.dynamic_update_index_in_dim(all_layers, new.astype(all_layers.dtype), i, 0),
+        stack, parts,
+    )  # fmt: skip
 
 
 def save_params(

@@ -67,7 +67,7 @@ def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -
     actor_model, reward_model = models.actor, models.critic
 
     dtype = settings.save_dtype
-    loading.save_description(context.folder / "model", actor_model, codec.tokenizer, dtype=dtype)
+    loading.save_description(context.folder / "model", actor_model, codec.tokenizer, dtype=dtype, base=str(init.model))
     if settings.save_critic:
         loading.save_description(context.folder / "critic", reward_model, codec.tokenizer, head="value", dtype=dtype)
 
@@ -110,7 +110,9 @@ def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -
         model=actor_model if actor_model == reward_model else None,
         eos_id=codec.eos_id,
     )
-    loading.save(context.folder / "model", actor_model, exported(state, loop), codec.tokenizer, dtype=dtype)
+    loading.save(
+        context.folder / "model", actor_model, exported(state, loop), codec.tokenizer, dtype=dtype, base=str(init.model)
+    )
     if settings.save_critic:
         trained_critic = {"trainable": state.critic.trainable, "frozen": models.critic_frozen}
         loading.save(context.folder / "critic", reward_model, trained_critic, codec.tokenizer, dtype=dtype)
@@ -211,7 +213,10 @@ def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
         joint = (actor, critic, rest, others, joined, has_eos, shapes.allowed(), shapes.number())
 
         def whole_pass(rows: Rows) -> Work:
-            trained = (flops.train(model.decoder, rows, head, model.remat) for head in ("lm", "value"))
+            adapters = model.adapter is not None
+            trained = (
+                flops.train(model.decoder, rows, head, model.remat, adapters=adapters) for head in ("lm", "value")
+            )
             return sum(trained, scoring(rows))
 
         yield Program(
