@@ -5,7 +5,7 @@ Such a folder is read as a whole model, its base with the adapters folded in, on
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,11 @@ class Settings:
 
     Attributes:
       base: folder or hub id of the model that is adapted.
-      alpha, rslora: as in `Adapter`; the rank is that of each tensor.
+      adapter: its rank and targets are for adapters made here; of others, each tensor says its own.
     """
 
     base: str
-    alpha: float
-    rslora: bool
+    adapter: Adapter
 
 
 def is_adapter(folder: Path) -> bool:
@@ -70,7 +69,12 @@ def read_settings(folder: Path) -> Settings:
         raise UserError(f"{path}: base_model_name_or_path is missing: it names the model that the adapter changes")
     if isinstance(alpha, bool) or not isinstance(alpha, int | float):
         raise UserError(f"{path}: lora_alpha={alpha!r} is not a number")
-    return Settings(base, float(alpha), bool(raw.get("use_rslora")))
+    targets = raw.get("target_modules") or ()
+    ours = tuple(name for name in KERNELS if f"{name}_proj" in targets)
+    rank = raw.get("r")
+    return Settings(
+        base, Adapter(rank if isinstance(rank, int) else 0, float(alpha), ours, bool(raw.get("use_rslora")))
+    )
 
 
 class AdaptedTensors:
@@ -93,7 +97,7 @@ class AdaptedTensors:
             raise UserError(f"no adapters in {folder}: {WEIGHTS} is missing{pickled}")
         try:
             with safe_open(self._file, framework="np") as file:
-                held = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+                held = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise UserError(f"{self._file}: broken safetensors file: {error}") from error
         self._pairs: dict[str, dict[str, str]] = {}
@@ -146,7 +150,7 @@ class AdaptedTensors:
                 f"{self._file}: A and B of {name} make a matrix of {[len(b), a.shape[1]]}, but the base model's is "
                 f"{list(kernel.shape)}: the adapter belongs to another model"
             )
-        scale = Adapter(len(a), self._settings.alpha, (), self._settings.rslora).scale
+        scale = replace(self._settings.adapter, rank=len(a)).scale
         return (kernel.astype(np.float32) + np.float32(scale) * (b @ a)).astype(kernel.dtype)
 
     def _stored(self, name: str) -> np.ndarray:
