@@ -65,9 +65,8 @@ def test_the_layout_is_peft_s(tmp_path):
     sizes = model.decoder
     heads = sizes.num_heads * sizes.head_dim
     stem = "base_model.model.model.layers.{}.self_attn.{}.lora_{}.weight"
-    assert set(held) == {
-        stem.format(i, p, side) for i in range(sizes.num_layers) for p in ("q_proj", "o_proj") for side in "AB"
-    }
+    places = [(i, name, side) for i in range(sizes.num_layers) for name in ("q_proj", "o_proj") for side in "AB"]
+    assert set(held) == {stem.format(*place) for place in places}
     assert held[stem.format(0, "q_proj", "A")].shape == (2, sizes.hidden_size)
     assert held[stem.format(0, "q_proj", "B")].shape == (heads, 2)
     assert held[stem.format(0, "o_proj", "A")].shape == (2, heads)
