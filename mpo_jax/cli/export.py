@@ -17,6 +17,12 @@ def export(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="new folder")],
     overrides: Overrides = None,
     critic: Annotated[bool, typer.Option("--critic", help="PPO's critic instead of its policy")] = False,
+    adapter: Annotated[
+        bool,
+        typer.Option(
+            "--adapter/--merge", help="the adapters alone, as a PEFT folder, or the model with the adapters folded in"
+        ),
+    ] = False,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
         typer.Option(help="of the weights; default: as stored, float32 for checkpoints and .gguf files"),
@@ -25,7 +31,7 @@ def export(
     """Write a model as a Hugging Face folder, which transformers loads."""
     from mpo_jax.tools.export import export as write
 
-    done = write(checkpoint, folder, read_config(None, overrides), critic=critic, dtype=dtype)
+    done = write(checkpoint, folder, read_config(None, overrides), critic=critic, dtype=dtype, adapter=adapter)
     console.print(
         f"{done.source}: {done.family} {done.kind} in {done.dtype}, {size(done.num_bytes)} -> {folder}", soft_wrap=True
     )

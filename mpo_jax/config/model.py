@@ -1,8 +1,8 @@
 """The sections `model` and `model.architecture`."""
 
-from typing import Literal
+from typing import Literal, TypeAlias
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from mpo_jax.config.base import Section
 
@@ -29,6 +29,37 @@ class ArchitectureConfig(Section, frozen=True):
     )
 
 
+Kernel: TypeAlias = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ATTENTION: tuple[Kernel, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP: tuple[Kernel, ...] = ("gate_proj", "up_proj", "down_proj")
+
+
+class AdapterConfig(Section, frozen=True):
+    """Low-rank adapters (LoRA) that train in place of a pretrained model. Names follow PEFT."""
+
+    rank: int = Field(default=16, gt=0, description="rank r of every update B A")
+    alpha: float = Field(default=32.0, gt=0, description="the update's factor is alpha / r")
+    targets: Literal["attention", "mlp", "all"] | tuple[Kernel, ...] = Field(
+        default="all",
+        description="matrices that get an adapter: attention's four, the MLP's three, all seven, or a list of "
+        "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj",
+    )
+    rslora: bool = Field(default=False, description="the factor is alpha / sqrt(r), which suits high ranks")
+
+    @field_validator("targets")
+    @classmethod
+    def _some(cls, targets: "str | tuple[Kernel, ...]") -> "str | tuple[Kernel, ...]":
+        if not targets:
+            raise ValueError("the list is empty: name at least one matrix")
+        return targets
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """The adapted matrices by their names here: `q` for `q_proj`."""
+        chosen = {"attention": ATTENTION, "mlp": MLP, "all": ATTENTION + MLP}.get(str(self.targets), self.targets)
+        return tuple(name.removesuffix("_proj") for name in ATTENTION + MLP if name in chosen)
+
+
 class ModelConfig(Section, frozen=True):
     """The base model, and how it computes."""
 
@@ -38,12 +69,18 @@ class ModelConfig(Section, frozen=True):
         "null: train model.architecture from scratch",
     )
     architecture: ArchitectureConfig = Field(default_factory=lambda: ArchitectureConfig())
+    adapter: AdapterConfig | None = Field(
+        default=None,
+        description="train low-rank adapters on frozen models instead of whole models; null: whole models. A model "
+        "from scratch is trained whole whatever this says",
+    )
     compute_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="type of the arithmetic; auto: float32 on CPU, bfloat16 elsewhere"
     )
-    frozen_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+    frozen_dtype: Literal["auto", "float32", "bfloat16", "int8"] = Field(
         default="auto",
-        description="type in which models that do not train (reference, reward model) are stored; auto: compute_dtype",
+        description="type in which models that do not train (reference, reward model, models under adapters) are "
+        "stored; auto: compute_dtype; int8: the layers' matrices with a scale a column, all else in compute_dtype",
     )
     remat: Literal["none", "dots", "full"] = Field(
         default="dots",

@@ -19,7 +19,7 @@ from mpo_jax.config.method import (
     SftConfig,
     TableConfig,
 )
-from mpo_jax.config.model import ArchitectureConfig, ModelConfig
+from mpo_jax.config.model import AdapterConfig, ArchitectureConfig, ModelConfig
 from mpo_jax.config.suggestion import suggest
 from mpo_jax.config.training import EVAL, HIGHER_IS_BETTER, LOWER_IS_BETTER, MEASURES, TRAINED, OptimConfig, TrainConfig
 
@@ -29,6 +29,7 @@ __all__ = [
     "LOWER_IS_BETTER",
     "MEASURES",
     "TRAINED",
+    "AdapterConfig",
     "ArchitectureConfig",
     "Config",
     "DataConfig",

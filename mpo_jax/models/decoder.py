@@ -14,7 +14,10 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from mpo_jax.models import adapter, quantised
+from mpo_jax.models.adapter import SUFFIX, Adapter
 from mpo_jax.models.attention import Attend, logit_scale, soft_capped
+from mpo_jax.models.kernels import KERNELS
 from mpo_jax.models.rope import rotate
 from mpo_jax.models.spec import Activation, DecoderConfig, LayerSpec
 from mpo_jax.runtime.sharding import constrain
@@ -83,10 +86,48 @@ def biased(x: Array, bias: Array) -> Array:
     return x + along_last(bias.astype(x.dtype), x)
 
 
-class Attention(nnx.Module):
+class LowRank(nnx.Module):
+    """What an adapter adds to a kernel's output: scale (x A) B, with A [in r] and B [r out]."""
+
+    def __init__(self, scale: float):
+        # parameters come from `adapter.init`: a module of this class is only merged with them
+        self.a, self.b = nnx.Param(jnp.zeros((0, 0))), nnx.Param(jnp.zeros((0, 0)))
+        self.scale = scale
+
+    def __call__(self, x: Float[Array, "*T D"]) -> Array:
+        a = self.a[...]
+        return self.scale * linear(linear(x, a.reshape(-1, a.shape[-1])), self.b[...])
+
+
+class Adapted(nnx.Module):
+    """A module of kernels, some of which have an adapter beside them: `q_lora` for `q`."""
+
+    def adapt(self, module: str, adapted: Adapter | None) -> None:
+        """Makes a place for the adapters of this module's kernels."""
+        if adapted is None:
+            return
+        for name in adapted.targets:
+            if KERNELS[name].module == module:
+                setattr(self, name + SUFFIX, LowRank(adapted.scale))
+
+    def plus(self, name: str, output: Array, x: Array) -> Array:
+        """The kernel's output for `x`, with what its adapter adds, if it has one."""
+        low = getattr(self, name + SUFFIX, None)
+        return output if low is None else output + low(x)
+
+
+class Attention(Adapted):
     """Grouped-query self-attention; `fused` has one kernel [D G R+2 K] of each group's R queries, key and value."""
 
-    def __init__(self, config: DecoderConfig, spec: LayerSpec, *, rngs: nnx.Rngs, fused: bool = False):
+    def __init__(
+        self,
+        config: DecoderConfig,
+        spec: LayerSpec,
+        *,
+        rngs: nnx.Rngs,
+        fused: bool = False,
+        adapted: Adapter | None = None,
+    ):
         c = config
         out_std = c.init_std / (2 * c.num_layers) ** 0.5
         if fused:
@@ -108,6 +149,7 @@ class Attention(nnx.Module):
             self.q_norm = make_norm(c, queries * c.head_dim)
             self.k_norm = make_norm(c, keys * c.head_dim)
         self.spec, self.fused = spec, fused
+        self.adapt("attention", adapted)
 
     def project(self, x: Float[Array, "B T D"], cos: Array, sin: Array) -> tuple[Array, Array, Array]:
         """Rotated queries [B T H K] and keys [B T G K], and values [B T G K]."""
@@ -116,7 +158,8 @@ class Attention(nnx.Module):
             q = rearrange(together[..., :-2, :], "b t g r k -> b t (g r) k")
             k, v = together[..., -2, :], together[..., -1, :]
         else:
-            q, k, v = (linear(x, kernel[...]) for kernel in (self.q, self.k, self.v))
+            kernels = {"q": self.q, "k": self.k, "v": self.v}
+            q, k, v = (self.plus(name, linear(x, kernel[...]), x) for name, kernel in kernels.items())
         if self.spec.qkv_bias:
             biases = (self.q_bias, self.k_bias, self.v_bias)
             q, k, v = (biased(y, b[...]) for y, b in zip((q, k, v), biases, strict=True))
@@ -127,7 +170,8 @@ class Attention(nnx.Module):
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
     def output(self, heads: Float[Array, "B T H K"]) -> Float[Array, "B T D"]:
-        out = linear(rearrange(heads, "b t h k -> b t (h k)"), rearrange(self.o[...], "h k d -> (h k) d"))
+        joined = rearrange(heads, "b t h k -> b t (h k)")
+        out = self.plus("o", linear(joined, rearrange(self.o[...], "h k d -> (h k) d")), joined)
         return biased(out, self.o_bias[...]) if self.spec.output_bias else out
 
 
@@ -151,15 +195,24 @@ ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
 }  # fmt: skip
 
 
-class MLP(nnx.Module):
+class MLP(Adapted):
     """down(activation(gate(x)) * up(x)): SwiGLU with SiLU, GeGLU with GELU. arXiv:2002.05202.
 
     Where it is not gated, down(activation(up(x))). `fused` has one kernel [D 2 F] of gate and up.
     """
 
-    def __init__(self, config: DecoderConfig, spec: LayerSpec, *, rngs: nnx.Rngs, fused: bool = False):
+    def __init__(
+        self,
+        config: DecoderConfig,
+        spec: LayerSpec,
+        *,
+        rngs: nnx.Rngs,
+        fused: bool = False,
+        adapted: Adapter | None = None,
+    ):
         c = config
         self.spec, self.fused = spec, fused and spec.gated
+        self.adapt("mlp", adapted)
         if self.fused:
             self.gate_up = nnx.Param(normal(rngs, (c.hidden_size, 2, c.intermediate_size), c.init_std))
         else:
@@ -183,28 +236,38 @@ class MLP(nnx.Module):
             together = rows.reshape(*x.shape[:-1], *rows.shape[1:])
             gate, up = together[..., 0, :], together[..., 1, :]
         else:
-            gate, up = linear(x, self.gate[...]), linear(x, self.up[...])
-        return linear(activation(gate) * up, self.down[...])
+            kernels = {"gate": self.gate, "up": self.up}
+            gate, up = (self.plus(name, linear(x, kernel[...]), x) for name, kernel in kernels.items())
+        inner = activation(gate) * up
+        return self.plus("down", linear(inner, self.down[...]), inner)
 
     def _ungated(self, x: Array, activation: Callable[[Array], Array]) -> Array:
-        if not self.spec.mlp_bias:
-            return linear(activation(linear(x, self.up[...])), self.down[...])
-        inner = activation(biased(linear(x, self.up[...]), self.up_bias[...]))
-        return biased(linear(inner, self.down[...]), self.down_bias[...])
+        up = self.plus("up", linear(x, self.up[...]), x)
+        inner = activation(biased(up, self.up_bias[...]) if self.spec.mlp_bias else up)
+        down = self.plus("down", linear(inner, self.down[...]), inner)
+        return biased(down, self.down_bias[...]) if self.spec.mlp_bias else down
 
 
 class Block(nnx.Module):
     """One layer: attention and MLP, each added to the residual stream, with norms where the spec has them."""
 
-    def __init__(self, config: DecoderConfig, spec: LayerSpec, *, rngs: nnx.Rngs, fused: bool = False):
+    def __init__(
+        self,
+        config: DecoderConfig,
+        spec: LayerSpec,
+        *,
+        rngs: nnx.Rngs,
+        fused: bool = False,
+        adapted: Adapter | None = None,
+    ):
         if spec.norm_places != "after":
             self.attention_norm = make_norm(config, config.hidden_size)
             self.mlp_norm = make_norm(config, config.hidden_size)
         if spec.norm_places != "before":
             self.attention_post_norm = make_norm(config, config.hidden_size)
             self.mlp_post_norm = make_norm(config, config.hidden_size)
-        self.attention = Attention(config, spec, rngs=rngs, fused=fused)
-        self.mlp = MLP(config, spec, rngs=rngs, fused=fused)
+        self.attention = Attention(config, spec, rngs=rngs, fused=fused, adapted=adapted)
+        self.mlp = MLP(config, spec, rngs=rngs, fused=fused, adapted=adapted)
         self.spec = spec
 
     def project(self, x: Float[Array, "B T D"], cos: Array, sin: Array) -> tuple[Array, Array, Array]:
@@ -347,6 +410,7 @@ PARAM_AXES: dict[str, tuple[str | None, ...]] = {
     "layers.mlp.down_bias": (None, None),
     "score.kernel": (None, None),
 }
+PARAM_AXES |= adapter.axes(PARAM_AXES) | quantised.axes(PARAM_AXES)
 """Logical axes of every parameter, by dotted path; layers lead with the stacked axis."""
 
 FLOAT32 = ("scale", "norm.bias", "score.kernel")

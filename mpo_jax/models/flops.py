@@ -74,16 +74,21 @@ def forward(sizes: DecoderConfig, rows: Rows, head: Head) -> Work:
     return Work(linear + attention_flops(sizes, rows) + head_flops(sizes, rows, head))
 
 
-def train(sizes: DecoderConfig, rows: Rows, head: Head, remat: str) -> Work:
+def train(sizes: DecoderConfig, rows: Rows, head: Head, remat: str, *, adapters: bool = False) -> Work:
     """Forward and backward, which is twice the forward's products; and what `remat` computes again.
 
     The logits of a row that is longer than a chunk are computed again whatever `remat` says.
+
+    Args:
+      adapters: frozen matrices have no gradient, which halves the backward pass's products with them; the adapters' own
+        are not counted.
     """
     # the backward pass of attention makes the scores again, which is half of its forward pass
     scores, linear = attention_flops(sizes, rows) / 2, 2.0 * layer_matrices(sizes) * rows.count * rows.length
     again = {"none": scores, "dots": scores, "full": 3 * scores + linear}
     logits = head_flops(sizes, rows, head) if head == "lm" else 0.0
-    return Work(3.0 * forward(sizes, rows, head).flops, again[remat] + logits)
+    frozen = linear + (head_flops(sizes, rows, head) if head == "lm" else 0.0) if adapters else 0.0
+    return Work(3.0 * forward(sizes, rows, head).flops - frozen, again[remat] + logits)
 
 
 def prefill(sizes: DecoderConfig, rows: Rows) -> Work:

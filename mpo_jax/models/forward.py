@@ -16,14 +16,15 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from mpo_jax.models import attention
+from mpo_jax.models import adapter, attention, quantised
+from mpo_jax.models.adapter import Adapter
 from mpo_jax.models.decoder import FLOAT32, PARAM_AXES, Block, Trunk, ValueHead, fuse
 from mpo_jax.models.pattern import Remat, scan_layers, shared
 from mpo_jax.models.rope import rope_tables
 from mpo_jax.models.spec import DecoderConfig, LayerSpec
 from mpo_jax.runtime.sharding import BATCH_AXES, constrain, replicated, shardings_for
 from mpo_jax.selection import make_pair_scorer
-from mpo_jax.types import Head, Params, PromptBatch, Tokens, Tree, merge
+from mpo_jax.types import Head, Params, PromptBatch, Tokens, Tree, merge, trainable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Model:
       remat: what the backward pass computes again: none, dots (keep matrix products), full (keep layer inputs).
       attention: blocked (attention.py), or an implementation of jax.nn.dot_product_attention.
       logit_chunk: tokens of the whole batch whose logits exist at one time.
+      adapter: what trains in place of the whole model; parameters without adapters are read as they are.
     """
 
     decoder: DecoderConfig
@@ -43,6 +45,7 @@ class Model:
     remat: Remat = "none"
     attention: str = "blocked"
     logit_chunk: int = 1024
+    adapter: Adapter | None = None
 
 
 def init_params(config: DecoderConfig, key: Array) -> Tree:
@@ -75,6 +78,20 @@ def _abstract_params(config: DecoderConfig, head: Head) -> Tree:
     return jax.eval_shape(partial(with_score_head, config=config), params) if head == "value" else params
 
 
+def abstract_split(model: Model, *, head: Head = "lm") -> Params:
+    """Shapes and types of what trains and of what is frozen: all and nothing, or an adapter and the rest."""
+    tree = abstract_params(model.decoder, head=head)
+    if model.adapter is None:
+        return trainable(tree)
+    return adapter.split(tree, _abstract_adapter(model.decoder, model.adapter), head)
+
+
+@lru_cache
+def _abstract_adapter(config: DecoderConfig, adapted: Adapter) -> Tree:
+    layers = abstract_params(config)["layers"]
+    return jax.eval_shape(lambda key: adapter.init(adapted, layers, key), jax.random.key(0))
+
+
 def num_parameters(config: DecoderConfig, *, head: Head = "lm") -> int:
     """How many numbers the parameters hold; a tied head counts once."""
     return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config, head=head)))
@@ -103,9 +120,9 @@ def _graphs(config: DecoderConfig) -> tuple[Any, Any]:
 
 
 @lru_cache
-def _block_graph(config: DecoderConfig, spec: LayerSpec, *, fused: bool) -> Any:
+def _block_graph(config: DecoderConfig, spec: LayerSpec, adapted: Adapter | None, *, fused: bool) -> Any:
     """The NNX graph definition of a layer; no array is made."""
-    return nnx.graphdef(nnx.eval_shape(lambda: Block(config, spec, rngs=nnx.Rngs(0), fused=fused)))
+    return nnx.graphdef(nnx.eval_shape(lambda: Block(config, spec, rngs=nnx.Rngs(0), fused=fused, adapted=adapted)))
 
 
 def _trunk(model: Model, params: Tree) -> Trunk:
@@ -116,15 +133,21 @@ def _trunk(model: Model, params: Tree) -> Trunk:
 
 
 def _block(model: Model, spec: LayerSpec, layer_params: Tree, *, fused: bool = False) -> Block:
-    return nnx.merge(_block_graph(model.decoder, spec, fused=fused), layer_params)
+    adapted = model.adapter if adapter.has_adapter(layer_params) else None
+    layer_params = quantised.restored(layer_params, model.dtype)
+    return nnx.merge(_block_graph(model.decoder, spec, adapted, fused=fused), layer_params)
 
 
 def for_decoding(model: Model, params: Tree) -> Tree:
     """The parameters in the arithmetic's type and whole along `fsdp`, layers one by one and fused, the head a matrix.
 
     Made once for a sampling phase: as training lays them out, every token would gather, cast and cut them anew.
-    Norms keep their type: they are computed in float32.
+    Norms keep their type: they are computed in float32. Adapters are folded into the kernels.
     """
+    if model.adapter is None:
+        params = {**params, "layers": quantised.restored(params["layers"], model.dtype)}
+    else:
+        params = adapter.folded(params, model.adapter, model.dtype)
 
     def gather(path: tuple[str, ...], leaf: Array) -> Array:
         name = ".".join(path)

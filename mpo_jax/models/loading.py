@@ -4,23 +4,27 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from mpo_jax import types
-from mpo_jax.config.schema import ArchitectureConfig, ModelConfig, TextConfig
+from mpo_jax.config.schema import AdapterConfig, ArchitectureConfig, ModelConfig, TextConfig
 from mpo_jax.errors import UserError
-from mpo_jax.models import forward
+from mpo_jax.models import adapter, forward
+from mpo_jax.models.adapter import Adapter
 from mpo_jax.models.forward import Model
-from mpo_jax.models.hf import ends, families, found, weights
+from mpo_jax.models.hf import ends, families, found, peft, weights
 from mpo_jax.models.hf.hub import local_model
 from mpo_jax.models.spec import DecoderConfig, LayerSpec
 from mpo_jax.runtime import machine
 from mpo_jax.runtime.console import console
+from mpo_jax.runtime.sharding import replicated
 from mpo_jax.types import Head, Params
 
 VOCAB_MULTIPLE = 8
@@ -63,7 +67,7 @@ class Source:
 
 
 def open_model(path: str | Path, *, label: str | None = None) -> Source:
-    """Sizes and tensors of a Hugging Face folder, a GGUF file or a hub id.
+    """Sizes and tensors of a Hugging Face folder, a PEFT folder with its base, a GGUF file or a hub id.
 
     Args:
       label: of a classifier of several labels the one whose logit is the score, as `reward.label`.
@@ -76,6 +80,14 @@ def open_model(path: str | Path, *, label: str | None = None) -> Source:
         from mpo_jax.models.gguf import weights as gguf_weights
 
         return Source(gguf_weights.read_config(local), gguf_weights.GgufTensors(local))
+    if peft.is_adapter(local):
+        settings = peft.read_settings(local)
+        base = open_model(settings.base, label=label)
+        adapted = peft.AdaptedTensors(local, settings, base.tensors, base.decoder)
+        if not adapted.replaces(found.SCORE):
+            return Source(base.decoder, adapted)
+        labels = local_model(settings.base)
+        return Source(base.decoder, found.as_found(adapted, labels, base.decoder.family, tied=False, label=label))
     decoder, tensors = families.read_config(local), weights.SafetensorsFolder(local)
     return Source(decoder, found.as_found(tensors, local, decoder.family, tied=decoder.tie_embeddings, label=label))
 
@@ -109,9 +121,10 @@ class Options:
             logit_chunk=config.logit_chunk,
         )
 
-    def model(self, decoder: DecoderConfig, mesh: Mesh) -> Model:
+    def model(self, decoder: DecoderConfig, mesh: Mesh, adapted: Adapter | None = None) -> Model:
         """The static side of a model of these sizes."""
         return Model(
+            adapter=adapted,
             decoder=decoder,
             dtype=self.dtype,
             remat=self.remat,
@@ -201,8 +214,53 @@ def load(
         check_positions(source.decoder, text)
     source.say_notes()
     dtype = (options.frozen_dtype or options.dtype) if frozen else "float32"
-    tree = weights.load_params(source.tensors, source.decoder, mesh, head=head, dtype=dtype)
+    if dtype == "int8":
+        load_params = partial(weights.load_params, dtype=options.dtype, quantise=True)
+    else:
+        load_params = partial(weights.load_params, dtype=dtype)
+    tree = load_params(source.tensors, source.decoder, mesh, head=head)
     return options.model(source.decoder, mesh), types.frozen(tree) if frozen else types.trainable(tree)
+
+
+def make_adapter(config: AdapterConfig, decoder: DecoderConfig) -> Adapter:
+    """What a configuration's adapters are for a model of these sizes.
+
+    Raises:
+      UserError: if the model has no such kernels, or adapters of them alone cannot be written for PEFT.
+    """
+    adapted = Adapter.of(config, decoder)
+    peft.check_targets(adapted, decoder)
+    return adapted
+
+
+def adapt(model: Model, params: Params, config: AdapterConfig, mesh: Mesh, key: jax.Array) -> tuple[Model, Params]:
+    """A frozen model with fresh adapters that train, and with its value head, if it has one, trained whole.
+
+    The frozen part consists of the given arrays themselves, without copies.
+
+    Args:
+      key: A is drawn from it; B is zero.
+    """
+    tree, head = types.merge(params), _head(params)
+    adapted = make_adapter(config, model.decoder)
+    model = dataclasses.replace(model, adapter=adapted)
+    shapes = forward.abstract_split(model, head=head)["trainable"]
+    shardings = forward.param_shardings(shapes, mesh)
+
+    layers = forward.abstract_params(model.decoder)["layers"]
+
+    def init_adapter(key: jax.Array) -> types.Tree:
+        return adapter.init(adapted, layers, key)
+
+    low = jax.jit(init_adapter, out_shardings={"layers": shardings["layers"]})(key)
+    if head == "value":
+        # a copy: a training state takes its parameters over, and a reward model may share this one
+        tree = {**tree, "score": jax.tree.map(jnp.copy, tree["score"])}
+    return model, adapter.split(tree, low, head)
+
+
+def _head(params: Params) -> Head:
+    return "value" if "score" in params["frozen"] or "score" in params["trainable"] else "lm"
 
 
 def init(decoder: DecoderConfig, mesh: Mesh, key: jax.Array) -> Params:
@@ -241,7 +299,15 @@ def from_architecture(architecture: ArchitectureConfig, vocab_size: int) -> Deco
 
 
 def with_value_head(model: Model, params: Params, mesh: Mesh) -> Params:
-    """A reward model's starting point from a language model that trains: the same trunk and a zero value head."""
+    """A reward model's starting point from a language model: the same trunk and a zero value head.
+
+    A frozen model's trunk is not copied.
+    """
+    if params["frozen"]:
+        head = forward.abstract_params(model.decoder, head="value")["score"]
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=replicated(mesh)), head)
+        trunk = {name: leaf for name, leaf in params["frozen"].items() if name != "head"}
+        return types.frozen({**trunk, "score": zeros})
     shardings = forward.param_shardings(forward.abstract_params(model.decoder, head="value"), mesh)
 
     def add_value_head(tree: types.Tree) -> types.Tree:
@@ -250,19 +316,53 @@ def with_value_head(model: Model, params: Params, mesh: Mesh) -> Params:
     return types.trainable(jax.jit(add_value_head, out_shardings=shardings)(types.merge(params)))
 
 
-def save(
-    folder: Path, model: Model, params: Params, tokenizer: PreTrainedTokenizerBase, *, dtype: str = "float32"
-) -> None:
-    """Writes a Hugging Face folder: config.json, safetensors files and the tokenizer's files."""
+def whole(model: Model, params: Params) -> types.Tree:
+    """All parameters, with adapters folded into the kernels, in the types in which they are held."""
     tree = types.merge(params)
+    if model.adapter is None:
+        return tree
+    return jax.jit(adapter.folded, static_argnums=(1, 2))(tree, model.adapter, model.dtype)
+
+
+ADAPTER = "adapter"
+"""The PEFT folder beside a model that was trained by adapters."""
+
+
+def save(
+    folder: Path,
+    model: Model,
+    params: Params,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    dtype: str = "float32",
+    base: str | None = None,
+) -> None:
+    """Writes a Hugging Face folder: config.json, safetensors files and the tokenizer's files. Adapters are folded in.
+
+    Args:
+      base: what adapters change; they are then also written by themselves, in a PEFT folder beside this one.
+    """
+    if model.adapter is not None and base is not None:
+        peft.save_weights(folder.parent / ADAPTER, params["trainable"], model.decoder)
+    tree = whole(model, params)
     weights.save_params(folder, tree, model.decoder, dtype=dtype)
-    save_description(folder, model, tokenizer, head="value" if "score" in tree else "lm", dtype=dtype)
+    save_description(folder, model, tokenizer, head="value" if "score" in tree else "lm", dtype=dtype, base=base)
 
 
 def save_description(
-    folder: Path, model: Model, tokenizer: PreTrainedTokenizerBase, *, head: Head = "lm", dtype: str = "float32"
+    folder: Path,
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    head: Head = "lm",
+    dtype: str = "float32",
+    base: str | None = None,
 ) -> None:
-    """All of a model's folder but the weights, so that `mpo export` can read the checkpoints of unfinished training."""
+    """All of a model's folder but the weights, so that `mpo export` can read the checkpoints of unfinished training.
+
+    Args:
+      base: as for `save`.
+    """
     if jax.process_index() != 0:
         return
     ids = {f"{name}_id": getattr(tokenizer, f"{name}_token_id") for name in ("eos", "bos", "pad")}
@@ -270,3 +370,6 @@ def save_description(
     tokenizer.save_pretrained(folder)
     if len(several := ends.end_ids(tokenizer)) > 1:
         ends.write_end_ids(folder, list(several), bos_id=ids["bos_id"], pad_id=ids["pad_id"])
+    if model.adapter is not None and base is not None:
+        peft.save_settings(folder.parent / ADAPTER, model.adapter, model.decoder, base=base, head=head)
+        tokenizer.save_pretrained(folder.parent / ADAPTER)

@@ -141,7 +141,7 @@ class Pipeline:
         def run(folder: Path) -> Mapping[str, Any]:
             mesh = self.mesh
             with jax.set_mesh(mesh), compilation.watched() as compilations:
-                upcoming = upcoming_programs(name, self.config, mesh, settings, frozenset(parents), compilations)
+                upcoming = upcoming_programs(name, self.config, mesh, settings, recipe["parents"], compilations)
                 context = stage_context(self.config, stage, mesh, folder, self.inputs, recipe, upcoming, parents)
                 left = partial(saved, folder, context.checkpointing.folder, parents, trains=stage.trains)
                 with STOPS.leaving(artifact_name(recipe), left):

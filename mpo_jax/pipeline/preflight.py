@@ -72,7 +72,10 @@ def check_base(config: Config) -> tuple[TextCodec, DecoderConfig]:
         source = loading.open_model(path)
         codec = TextCodec(base_tokenizer(config), config.text)
         loading.check_source(source, codec.vocab_size, config.text, head="lm")
-        return codec, source.fitting(codec.vocab_size).decoder
+        decoder = source.fitting(codec.vocab_size).decoder
+    if config.model.adapter is not None:
+        loading.make_adapter(config.model.adapter, decoder)
+    return codec, decoder
 
 
 def check_reward(config: Config, codec: TextCodec) -> None:

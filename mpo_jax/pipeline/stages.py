@@ -28,7 +28,7 @@ from mpo_jax.runtime.processes import is_main, wait
 from mpo_jax.stages import dpo, evaluate, ppo, reward, select, sft
 from mpo_jax.stages.compiling import Upcoming
 from mpo_jax.stages.context import Context, Inputs
-from mpo_jax.stages.settings import Split, Watch
+from mpo_jax.stages.settings import Split, Watch, adapter_of
 from mpo_jax.stages.shapes import Amounts, Set, Shapes
 from mpo_jax.stages.stage import Stage
 from mpo_jax.training.tracker import Sink
@@ -125,12 +125,12 @@ def stage_context(
 
 
 def upcoming_programs(
-    name: str, config: Config, mesh: Mesh, settings: Any, parents: frozenset[str], compilations: Compilations
+    name: str, config: Config, mesh: Mesh, settings: Any, parents: Mapping[str, str], compilations: Compilations
 ) -> Upcoming:
     """What a stage will compile under a configuration.
 
     Args:
-      parents: roles of the artifacts that the stage reads.
+      parents: the artifacts that the stage reads, by role.
     """
 
     def shapes(model: Model) -> Shapes:
@@ -153,18 +153,20 @@ def stage_shapes(
     mesh: Mesh,
     *,
     amounts: Amounts | None = None,
-    parents: frozenset[str] | None = None,
+    parents: Mapping[str, str] | None = None,
 ) -> Shapes:
     """The shapes that a stage's programs are compiled with under a configuration.
 
     Args:
       amounts: numbers of rows; None if no data was read.
-      parents: roles of the artifacts that the stage reads; None: all its roles.
+      parents: the artifacts that the stage reads, by role; None: all its roles, and PPO starts from its reference.
     """
     loading.check_positions(decoder, config.text)
-    stage = STAGES[name]
+    stage, adapted = STAGES[name], adapter_of(name, config)
+    own_reference = parents is not None and parents.get("reference") != parents.get("init")
+    adapter = None if adapted is None else loading.make_adapter(adapted, decoder)
     return Shapes(
-        model=loading.Options.of(config.model).model(decoder, mesh),
+        model=loading.Options.of(config.model).model(decoder, mesh, adapter),
         mesh=mesh,
         text=config.text,
         frozen_dtype=machine.frozen_dtype(config.model),
@@ -172,7 +174,8 @@ def stage_shapes(
         watch=Watch.of(getattr(config, name).train) if stage.trains else Watch(),
         offload_frozen=config.runtime.offload_frozen,
         offload_moments=config.runtime.offload_moments,
-        parents=frozenset(stage.parents) if parents is None else parents,
+        own_reference=own_reference,
+        parents=frozenset(stage.parents if parents is None else parents),
     )
 
 

@@ -150,7 +150,7 @@ class Cost:
         stage = STAGES[recipe["stage"]]
         settings = stage.Settings.model_validate(recipe["settings"])
         shapes = stage_shapes(
-            stage.name, basis.config, basis.decoder, mesh, amounts=basis.amounts, parents=frozenset(recipe["parents"])
+            stage.name, basis.config, basis.decoder, mesh, amounts=basis.amounts, parents=recipe["parents"]
         )
         total = 0.0
         with jax.set_mesh(mesh):

@@ -15,7 +15,7 @@ from etils import epath
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from mpo_jax.config.schema import ArchitectureConfig, Config, TextConfig
+from mpo_jax.config.schema import AdapterConfig, ArchitectureConfig, Config, TextConfig
 from mpo_jax.data import base_model, corpus
 from mpo_jax.data.batches import Progress
 from mpo_jax.data.corpus import Corpus
@@ -193,21 +193,58 @@ class Context:
             path, self.options(numerics), self.mesh, text=text, head=head, frozen=frozen, num_ids=num_ids, label=label
         )
 
+    def load_to_train(
+        self,
+        stage: str,
+        path: str | Path,
+        numerics: Numerics,
+        text: TextConfig,
+        *,
+        adapter: AdapterConfig | None,
+        seed: int,
+        head: Head = "lm",
+        new_head: bool = False,
+        num_ids: int | None = None,
+    ) -> tuple[Model, Params]:
+        """A model that trains: float32 master parameters, or frozen ones with fresh adapters.
+
+        Args:
+          new_head: whether a language model gets a value head of zeros.
+          num_ids: as for `loading.load`, of models from elsewhere.
+        """
+        model, params = self.load(path, numerics, text, head=head, frozen=adapter is not None, num_ids=num_ids)
+        if new_head:
+            params = loading.with_value_head(model, params, self.mesh)
+        if adapter is None:
+            return model, params
+        return loading.adapt(model, params, adapter, self.mesh, stage_key(seed, f"{stage} adapter"))
+
     def load_base(
         self,
+        stage: str,
         numerics: Numerics,
         codec: TextCodec,
         architecture: ArchitectureConfig | None,
         seed: int,
+        *,
+        adapter: AdapterConfig | None,
+        new_head: bool = False,
     ) -> tuple[Model, Params]:
-        """The model that training starts from: the base model, or freshly initialised parameters of `architecture`."""
+        """The model that training starts from: the base model, or freshly initialised parameters of `architecture`.
+
+        Args:
+          new_head: as for `load_to_train`.
+        """
         base, options = self.inputs.base, self.options(numerics)
         if base is None:
             assert architecture is not None
             decoder = loading.scratch_sizes(architecture, codec.vocab_size)
             loading.check_positions(decoder, codec.config)
-            return options.model(decoder, self.mesh), loading.init(decoder, self.mesh, stage_key(seed, "init"))
-        return self.load(base, numerics, codec.config, num_ids=codec.vocab_size)
+            model, params = options.model(decoder, self.mesh), loading.init(decoder, self.mesh, stage_key(seed, "init"))
+            return model, loading.with_value_head(model, params, self.mesh) if new_head else params
+        return self.load_to_train(
+            stage, base, numerics, codec.config, adapter=adapter, seed=seed, new_head=new_head, num_ids=codec.vocab_size
+        )
 
     def tokenize(self, codec: TextCodec, rows: Sequence[Row]) -> tuple[list[Example], TokenReport]:
         """Tokenizes rows (prompt, responses), or reads their ids from the cache."""

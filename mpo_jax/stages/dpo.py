@@ -34,7 +34,7 @@ from mpo_jax.stages.fitting import (
     train_program,
 )
 from mpo_jax.stages.preference import Pairs, PreferenceLoss
-from mpo_jax.stages.settings import Numerics, Split, TrainSettings
+from mpo_jax.stages.settings import Adapting, Numerics, Split, TrainSettings, adapter_of
 from mpo_jax.stages.shapes import Shapes
 from mpo_jax.stages.stage import Program, Stage
 from mpo_jax.training.optimizer import make_optimizer
@@ -53,6 +53,7 @@ class Settings(Section, frozen=True):
     seed: int
     text: TextConfig
     numerics: Numerics
+    adapter: Adapting = None
     save_dtype: str
     split: Split
     loss: PreferenceLoss
@@ -65,6 +66,7 @@ class Settings(Section, frozen=True):
             seed=config.seed,
             text=config.text,
             numerics=Numerics.of(config.model),
+            adapter=adapter_of("dpo", config),
             save_dtype=machine.save_dtype(config.runtime),
             split=split,
             loss=PreferenceLoss.of(config.dpo),
@@ -119,7 +121,7 @@ def make_step(
     model: Model, optim: OptimConfig, loss: PreferenceLoss, nll_coef: float, accumulation: int, mesh: Mesh
 ) -> Any:
     """The jitted (state, DpoBatch, frozen) -> (state, metrics)."""
-    trainable = forward.abstract_params(model.decoder)
+    trainable = forward.abstract_split(model)["trainable"]
     bound = partial(objective, model, loss, nll_coef)
     return jit_update(bound, make_optimizer(optim), trainable, mesh, accumulation=accumulation)
 
@@ -155,8 +157,12 @@ def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -
         held_out = _human_examples(context, codec, rows)
     reference, held_out_reference = _reference_logps(settings, context, parents["reference"], examples, held_out)
 
-    model, params = context.load(init.model, settings.numerics, settings.text)
-    loading.save_description(context.folder / "model", model, codec.tokenizer, dtype=settings.save_dtype)
+    model, params = context.load_to_train(
+        "dpo", init.model, settings.numerics, settings.text, adapter=settings.adapter, seed=settings.seed
+    )
+    loading.save_description(
+        context.folder / "model", model, codec.tokenizer, dtype=settings.save_dtype, base=str(init.model)
+    )
     params, trained = fit_examples(
         "dpo",
         params,
@@ -177,7 +183,9 @@ def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -
             data=partial(_with_reference, held_out_reference),
         ),
     )
-    loading.save(context.folder / "model", model, params, codec.tokenizer, dtype=settings.save_dtype)
+    loading.save(
+        context.folder / "model", model, params, codec.tokenizer, dtype=settings.save_dtype, base=str(init.model)
+    )
     return {"pairs": len(examples), **trained}
 
 
@@ -256,7 +264,7 @@ def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
     updates = None if pairs is None else num_updates(train, pairs)
     step = make_step(shapes.model, train.optim, loss, settings.nll_coef, train.accumulation, shapes.mesh)
     yield train_program(
-        "dpo", "step", step, (shapes.state(train.optim), batch(rows), {}), shapes, rows, "lm",
+        "dpo", "step", step, (shapes.state(train.optim), batch(rows), shapes.trained()["frozen"]), shapes, rows, "lm",
         accumulation=train.accumulation, runs=updates, lengths=lengths,
     )  # fmt: skip
     yield from held_out_program(

@@ -203,7 +203,9 @@ def train_program(
     """An update that differentiates `times` batches of rows with these lengths."""
 
     def work(rows: Rows) -> Work:
-        return flops.train(shapes.model.decoder, rows, head, shapes.model.remat).times(times)
+        return flops.train(
+            shapes.model.decoder, rows, head, shapes.model.remat, adapters=shapes.model.adapter is not None
+        ).times(times)
 
     return Program(
         stage=name, name=f"{name} {part}", batch_key=f"{name}.train.accumulation", function=update,

@@ -36,7 +36,7 @@ from mpo_jax.stages.fitting import (
     train_program,
     trained_model,
 )
-from mpo_jax.stages.settings import Numerics, TrainSettings
+from mpo_jax.stages.settings import Adapting, Numerics, TrainSettings, adapter_of
 from mpo_jax.stages.shapes import Shapes
 from mpo_jax.stages.stage import Program, Stage
 from mpo_jax.training.optimizer import make_optimizer
@@ -52,11 +52,13 @@ class Training(Section, frozen=True):
 
     Attributes:
       architecture: sizes of the base model if training starts from one initialised from scratch; else None.
+      adapter: None also if training starts from scratch.
     """
 
     init: Literal["sft", "base"]
     loss: Loss
     architecture: ArchitectureConfig | None
+    adapter: Adapting = None
     train: TrainSettings
 
 
@@ -84,7 +86,11 @@ class Settings(Section, frozen=True):
             scratch = reward.init == "base" and config.model.path is None
             architecture = config.model.architecture if scratch else None
             training = Training(
-                init=reward.init, loss=reward.loss, architecture=architecture, train=TrainSettings.of(reward.train)
+                init=reward.init,
+                loss=reward.loss,
+                architecture=architecture,
+                adapter=adapter_of("reward", config),
+                train=TrainSettings.of(reward.train),
             )
         return cls(
             seed=config.seed,
@@ -128,7 +134,7 @@ def _span_term(score_BT: Float[Array, "B T"], batch: PromptBatch, valid_B: Bool[
 @lru_cache
 def make_step(model: Model, optim: OptimConfig, loss: Loss, accumulation: int, mesh: Mesh) -> Any:
     """The jitted (state, batch, frozen) -> (state, metrics)."""
-    trainable = forward.abstract_params(model.decoder, head="value")
+    trainable = forward.abstract_split(model, head="value")["trainable"]
     return jit_update(
         partial(objective, model, loss), make_optimizer(optim), trainable, mesh, accumulation=accumulation
     )
@@ -161,20 +167,37 @@ def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -
         summary: dict[str, Any] = {"path": context.inputs.reward_model, "data": sources}
     else:
         model, params, summary = _train(settings, settings.training, parents["sft"], context, codec)
-    loading.save(context.folder / "model", model, params, codec.tokenizer, dtype=settings.save_dtype)
+    loading.save(
+        context.folder / "model", model, params, codec.tokenizer, dtype=settings.save_dtype,
+        base=_base(settings, parents, context),
+    )  # fmt: skip
     return summary | _measure(settings, context, model, params, codec)
+
+
+def _base(settings: Settings, parents: Mapping[str, Artifact], context: Context) -> str | None:
+    """What training starts from, as a path; None if it starts from scratch, or there is none."""
+    if settings.training is None:
+        return None
+    return str(parents["sft"].model) if settings.training.init == "sft" else context.inputs.base
 
 
 def _train(
     settings: Settings, training: Training, sft: Artifact, context: Context, codec: TextCodec
 ) -> tuple[Model, Params, dict[str, Any]]:
     train, corpus = training.train, context.inputs.corpus
+    adapted: dict[str, Any] = {"adapter": training.adapter, "new_head": True}
     if training.init == "sft":
-        model, params = context.load(sft.model, settings.numerics, settings.text)
+        model, params = context.load_to_train(
+            "reward", sft.model, settings.numerics, settings.text, seed=settings.seed, **adapted
+        )
     else:
-        model, params = context.load_base(settings.numerics, codec, training.architecture, settings.seed)
-    params = loading.with_value_head(model, params, context.mesh)
-    loading.save_description(context.folder / "model", model, codec.tokenizer, head="value", dtype=settings.save_dtype)
+        model, params = context.load_base(
+            "reward", settings.numerics, codec, training.architecture, settings.seed, **adapted
+        )
+    loading.save_description(
+        context.folder / "model", model, codec.tokenizer, head="value", dtype=settings.save_dtype,
+        base=_base(settings, {"sft": sft}, context),
+    )  # fmt: skip
     rows = [(row.prompt, (row.chosen, row.rejected)) for row in corpus.reward_pairs]
     examples, report = context.tokenize(codec, rows)
     held_out = first_rows(corpus.validation or corpus.held_out, context.watch, "reward")
@@ -285,8 +308,8 @@ def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
         updates = None if amounts is None else num_updates(train, amounts.reward_pairs)
         yield train_program(
             "reward", "step", make_step(shapes.model, train.optim, loss, train.accumulation, shapes.mesh),
-            (shapes.state(train.optim, "value"), shapes.batch(rows), {}), shapes, rows, "value",
-            accumulation=train.accumulation, runs=updates, lengths=shapes.lengths("pairs"),
+            (shapes.state(train.optim, "value"), shapes.batch(rows), shapes.trained("value")["frozen"]), shapes, rows,
+            "value", accumulation=train.accumulation, runs=updates, lengths=shapes.lengths("pairs"),
         )  # fmt: skip
         yield from held_out_program(
             "reward", make_held_out(shapes.model, loss, shapes.mesh), shapes.batch, shapes, 2, "value", train=train,

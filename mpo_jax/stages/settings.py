@@ -1,10 +1,21 @@
 """Building blocks of the stages' settings: what a result depends on, and apart from it what cannot change a result."""
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal, TypeAlias
 
+from mpo_jax.config.base import InRecipe
 from mpo_jax.config.registry import Subset
-from mpo_jax.config.schema import EVAL, ModelConfig, OptimConfig, Section, SelectConfig, TrainConfig
+from mpo_jax.config.schema import (
+    EVAL,
+    TRAINED,
+    AdapterConfig,
+    Config,
+    ModelConfig,
+    OptimConfig,
+    Section,
+    SelectConfig,
+    TrainConfig,
+)
 from mpo_jax.runtime import machine
 
 
@@ -23,6 +34,17 @@ class Numerics(Section, frozen=True):
             frozen_dtype=machine.frozen_dtype(config),
             attention=machine.attention(config),
         )
+
+
+Adapting: TypeAlias = Annotated[AdapterConfig | None, InRecipe.UNLESS_DEFAULT]
+"""The adapters that a stage trains; None, which is left out of a stage's name: whole models."""
+
+
+def adapter_of(stage: str, config: Config) -> AdapterConfig | None:
+    """The adapters that a stage trains under a configuration; None if it trains a whole model, or nothing."""
+    scratch = config.model.path is None and (stage == "sft" or (stage == "reward" and config.reward.init == "base"))
+    finished = stage == "reward" and config.reward.path is not None
+    return None if scratch or finished or stage not in TRAINED else config.model.adapter
 
 
 class Choice(Section, frozen=True):

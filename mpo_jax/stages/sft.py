@@ -31,7 +31,7 @@ from mpo_jax.stages.fitting import (
     train_program,
     trained_model,
 )
-from mpo_jax.stages.settings import Numerics, TrainSettings
+from mpo_jax.stages.settings import Adapting, Numerics, TrainSettings, adapter_of
 from mpo_jax.stages.shapes import Shapes
 from mpo_jax.stages.stage import Program, Stage
 from mpo_jax.training.optimizer import make_optimizer
@@ -50,6 +50,7 @@ class Settings(Section, frozen=True):
     seed: int
     text: TextConfig
     numerics: Numerics
+    adapter: Adapting = None
     save_dtype: str
     architecture: ArchitectureConfig | None
     train: TrainSettings
@@ -60,6 +61,7 @@ class Settings(Section, frozen=True):
             seed=config.seed,
             text=config.text,
             numerics=Numerics.of(config.model),
+            adapter=adapter_of("sft", config),
             save_dtype=machine.save_dtype(config.runtime),
             architecture=config.model.architecture if config.model.path is None else None,
             train=TrainSettings.of(config.sft.train),
@@ -77,7 +79,7 @@ def objective(model: Model, tree: Tree, batch: PromptBatch) -> tuple[Metrics, Me
 @lru_cache
 def make_step(model: Model, optim: OptimConfig, accumulation: int, mesh: Mesh) -> Any:
     """The jitted (state, batch, frozen) -> (state, metrics)."""
-    trainable = forward.abstract_params(model.decoder)
+    trainable = forward.abstract_split(model)["trainable"]
     return jit_update(partial(objective, model), make_optimizer(optim), trainable, mesh, accumulation=accumulation)
 
 
@@ -110,8 +112,12 @@ def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -
     train, corpus = settings.train, context.inputs.corpus
     check(settings, context.mesh)
     codec = TextCodec(context.inputs.tokenizer, settings.text)
-    model, params = context.load_base(settings.numerics, codec, settings.architecture, settings.seed)
-    loading.save_description(context.folder / "model", model, codec.tokenizer, dtype=settings.save_dtype)
+    model, params = context.load_base(
+        "sft", settings.numerics, codec, settings.architecture, settings.seed, adapter=settings.adapter
+    )
+    loading.save_description(
+        context.folder / "model", model, codec.tokenizer, dtype=settings.save_dtype, base=context.inputs.base
+    )
     examples, report = context.tokenize(codec, [(row.prompt, (row.response,)) for row in corpus.demonstrations])
     _show(corpus, report)
     _warn_of_inputs(settings, context, report)
@@ -135,7 +141,8 @@ def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -
             mesh=context.mesh,
         ),
     )
-    loading.save(context.folder / "model", model, params, codec.tokenizer, dtype=settings.save_dtype)
+    base = context.inputs.base
+    loading.save(context.folder / "model", model, params, codec.tokenizer, dtype=settings.save_dtype, base=base)
     return {
         "data": [source.to_dict() for source in corpus.reports],
         "tokens": report.to_dict(),
@@ -200,8 +207,8 @@ def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
     )
     yield train_program(
         "sft", "step", make_step(shapes.model, train.optim, train.accumulation, shapes.mesh),
-        (shapes.state(train.optim), shapes.batch(rows), {}), shapes, rows, "lm", accumulation=train.accumulation,
-        runs=updates, lengths=shapes.lengths("demonstrations"),
+        (shapes.state(train.optim), shapes.batch(rows), shapes.trained()["frozen"]), shapes, rows, "lm",
+        accumulation=train.accumulation, runs=updates, lengths=shapes.lengths("demonstrations"),
     )  # fmt: skip
     yield from held_out_program(
         "sft", make_held_out(shapes.model, shapes.mesh), shapes.batch, shapes, 1, "lm", train=train, updates=updates,

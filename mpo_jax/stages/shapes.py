@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from mpo_jax.config.schema import OptimConfig, TextConfig
 from mpo_jax.data.lengths import Lengths
-from mpo_jax.models import flops, forward
+from mpo_jax.models import flops, forward, quantised
 from mpo_jax.models.decoder import FLOAT32
 from mpo_jax.models.flops import Rows, Work
 from mpo_jax.models.forward import Model
@@ -62,6 +62,7 @@ class Shapes:
       watch: how often a training stage is evaluated on held-out rows.
       prompt, response: widths of the batches; None: the text's limits.
       eos_id: id or ids that end a sample; None: any, since it changes neither memory nor work.
+      own_reference: whether PPO's reference is another artifact than the one that the actor starts from.
       offload_frozen, offload_moments: what PPO keeps in host memory between the phases that use it.
     """
 
@@ -76,6 +77,7 @@ class Shapes:
     eos_id: int | tuple[int, ...] | None = None
     offload_frozen: bool = False
     offload_moments: bool = False
+    own_reference: bool = False
     parents: frozenset[str] = frozenset({"init", "reference", "pairs", "reward"})
 
     @property
@@ -89,19 +91,29 @@ class Shapes:
         return shaped(shapes, forward.param_shardings(shapes, self.mesh))
 
     def trained(self, head: Head = "lm") -> Params:
-        """Float32 master parameters of a model that trains."""
-        return trainable(self.tree(head))
+        """A model that trains: float32 master parameters, or adapters and the frozen rest."""
+        split = forward.abstract_split(self.model, head=head)
+        masters = shaped(split["trainable"], forward.param_shardings(split["trainable"], self.mesh))
+        if self.model.adapter is None:
+            return trainable(masters)
+        held = self.frozen(head)["frozen"]
+        return {"trainable": masters, "frozen": {name: held[name] for name in split["frozen"]}}
 
     def frozen(self, head: Head = "lm") -> Params:
         """Parameters of a model that does not train, as `weights.load_params` stores them."""
-        dtype = jnp.dtype(self.frozen_dtype)
+        quantise = self.frozen_dtype == "int8"
+        dtype = jnp.dtype(self.model.dtype if quantise else self.frozen_dtype)
 
         def store(path: Any, leaf: Any) -> Any:
             name = jax.tree_util.keystr(path, simple=True, separator=".")
             kept = jnp.dtype(jnp.float32) if name.endswith(FLOAT32) else dtype
             return jax.ShapeDtypeStruct(leaf.shape, kept, sharding=leaf.sharding)
 
-        return frozen(jax.tree_util.tree_map_with_path(store, self.tree(head)))
+        held = jax.tree_util.tree_map_with_path(store, self.tree(head))
+        if quantise:
+            shapes = jax.eval_shape(quantised.quantised, held)
+            held = shaped(shapes, forward.param_shardings(shapes, self.mesh))
+        return frozen(held)
 
     def state(self, optim: OptimConfig, head: Head = "lm") -> TrainState:
         """The training state of a model."""
@@ -110,7 +122,7 @@ class Shapes:
         def init(tree: Tree) -> TrainState:
             return TrainState(jnp.zeros((), jnp.int32), tree, optimizer.init(tree))
 
-        tree = self.tree(head)
+        tree = self.trained(head)["trainable"]
         return shaped(jax.eval_shape(init, tree), state_sharding(tree, optimizer, self.mesh))
 
     def between(self, state: TrainState) -> TrainState:

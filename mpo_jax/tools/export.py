@@ -14,16 +14,16 @@ from mpo_jax.data.text import TextCodec
 from mpo_jax.errors import UserError
 from mpo_jax.models import forward, loading
 from mpo_jax.models.forward import Model
-from mpo_jax.models.hf import families, weights
+from mpo_jax.models.hf import families, peft, weights
 from mpo_jax.models.hf.tokenizer import load_tokenizer
 from mpo_jax.models.spec import DecoderConfig
 from mpo_jax.runtime import machine
-from mpo_jax.runtime.processes import agree, is_main
+from mpo_jax.runtime.processes import agree, is_main, wait
 from mpo_jax.runtime.sharding import make_mesh
 from mpo_jax.tools.opening import find_model
 from mpo_jax.tools.report.card import write_card
 from mpo_jax.training.checkpoints import Checkpoints
-from mpo_jax.types import Tree, frozen
+from mpo_jax.types import Head, Tree, frozen
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -46,7 +46,15 @@ class Exported:
     num_bytes: int
 
 
-def export(path: str, target: Path, config: Config, *, critic: bool = False, dtype: Dtype | None = None) -> Exported:
+def export(
+    path: str,
+    target: Path,
+    config: Config,
+    *,
+    critic: bool = False,
+    dtype: Dtype | None = None,
+    adapter: bool = False,
+) -> Exported:
     """Writes `target` with a model card, whole or not at all.
 
     Args:
@@ -54,14 +62,17 @@ def export(path: str, target: Path, config: Config, *, critic: bool = False, dty
         whose newest checkpoint is taken.
       critic: PPO's critic instead of its policy.
       dtype: of the weights; None: as stored, and float32 for a checkpoint or a .gguf file.
+      adapter: write the adapters alone, as a PEFT folder, instead of the model with the adapters folded in.
 
     Raises:
-      UserError: if there is no model, or `target` exists and is not empty.
+      UserError: if there is no model, or `target` exists and is not empty; or if there are no adapters.
     """
     machine.start(config.runtime)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists and is not empty: name a new folder")
     found = find_model(path, critic=critic)
+    if adapter:
+        return _export_adapter(path, found, target, config)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         tokenizer = load_tokenizer(found)
@@ -69,19 +80,61 @@ def export(path: str, target: Path, config: Config, *, critic: bool = False, dty
         decoder, tree, where, written_as = _read(
             found, mesh, dtype, critic=critic, num_ids=num_ids, label=config.reward.label
         )
-        partial = target.with_name(f".{target.name}.partial")
-        if is_main():
-            shutil.rmtree(partial, ignore_errors=True)
-            target.parent.mkdir(parents=True, exist_ok=True)
+        partial = _begin(target)
         loading.save(partial, Model(decoder), frozen(tree), tokenizer, dtype=written_as)
     kind = "reward model" if "score" in tree else "language model"
+    written = _finish(partial, target, found, path, kind=kind, dtype=written_as)
+    return Exported(where, decoder.family, kind, written_as, written)
+
+
+def _begin(target: Path) -> Path:
+    """The folder that becomes `target` once it is whole."""
+    partial = target.with_name(f".{target.name}.partial")
     if is_main():
-        write_card(partial, found, path, name=target.name, kind=kind, dtype=written_as)
+        shutil.rmtree(partial, ignore_errors=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+    return partial
+
+
+def _finish(partial: Path, target: Path, found: Path, path: str, *, kind: str, dtype: str) -> int:
+    """Adds the card, gives the folder its name, and returns the bytes of its files."""
+    if is_main():
+        write_card(partial, found, path, name=target.name, kind=kind, dtype=dtype)
         if target.is_dir():
             target.rmdir()
         os.rename(partial, target)
     written = sum(file.stat().st_size for file in target.iterdir()) if is_main() else 0
-    return Exported(where, decoder.family, kind, written_as, agree(written, f"process 0 writes {target.name}"))
+    return agree(written, f"process 0 writes {target.name}")
+
+
+def _export_adapter(path: str, found: Path, target: Path, config: Config) -> Exported:
+    """Writes a PEFT folder: that of a finished stage, or the newest checkpoint's adapters."""
+    folder = found if peft.is_adapter(found) else found.parent / loading.ADAPTER
+    if not (folder / peft.CONFIG).is_file():
+        raise UserError(f"{path} has no adapters: it was trained whole (model.adapter), so export it without --adapter")
+    settings, partial, where = peft.read_settings(folder), _begin(target), str(folder)
+    head, decoder = families.read_head(found), families.read_config(found)
+    if is_main():
+        shutil.copytree(folder, partial)
+    wait(f"process 0 copies {folder}")
+    if not (folder / peft.WEIGHTS).is_file():
+        mesh = make_mesh(config.mesh)
+        with jax.set_mesh(mesh):
+            step, trained = _newest_adapters(found, Model(decoder, adapter=settings.adapter(decoder)), head, mesh)
+            peft.save_weights(partial, trained, decoder)
+        where = f"step {step} of the unfinished {found.parent.name}"
+    kind = "reward model" if head == "value" else "language model"
+    written = _finish(partial, target, found, path, kind=kind, dtype="float32")
+    return Exported(where, f"adapters of a {decoder.family}", kind, "float32", written)
+
+
+def _newest_adapters(found: Path, model: Model, head: Head, mesh: Mesh) -> tuple[int, Tree]:
+    """The step and the trained part of an unfinished stage's newest checkpoint."""
+    shapes = forward.abstract_split(model, head=head)["trainable"]
+    manager = Checkpoints(found.parent / "checkpoints", keep=1)
+    step, trained = manager.restore_params(shapes, forward.param_shardings(shapes, mesh), critic=False)
+    manager.close()
+    return step, trained
 
 
 def _read(
@@ -91,6 +144,8 @@ def _read(
     checkpoints = found.parent / "checkpoints"
     if checkpoints.is_dir() and not any(found.glob("*.safetensors")):
         decoder = families.read_config(found)
+        if (found.parent / loading.ADAPTER / peft.CONFIG).is_file():
+            return _folded(found, decoder, mesh, dtype or "float32", critic=critic, num_ids=num_ids)
         shapes = forward.abstract_params(decoder, head=families.read_head(found))
         manager = Checkpoints(checkpoints, keep=1)
         step, tree = manager.restore_params(shapes, forward.param_shardings(shapes, mesh), critic=critic)
@@ -102,3 +157,23 @@ def _read(
     # stored in the type to be written, so that the machine never holds a larger copy
     tree = weights.load_params(source.tensors, source.decoder, mesh, head=source.head, dtype=dtype)
     return source.decoder, tree, str(found), dtype
+
+
+def _folded(
+    found: Path, decoder: DecoderConfig, mesh: Mesh, dtype: str, *, critic: bool, num_ids: int
+) -> tuple[DecoderConfig, Tree, str, str]:
+    """As `_read`, of an unfinished stage that trains adapters: its base with the newest ones folded in."""
+    if critic:
+        raise UserError(
+            f"{found.parent}: the critic of an unfinished stage with adapters cannot be exported: finish it"
+        )
+    settings, head = peft.read_settings(found.parent / loading.ADAPTER), families.read_head(found)
+    model = Model(decoder, dtype=dtype, adapter=settings.adapter(decoder))
+    step, trained = _newest_adapters(found, model, head, mesh)
+    base = loading.open_model(settings.base).fitting(num_ids)
+    tree = weights.load_params(base.tensors, decoder, mesh, head=base.head, dtype=dtype)
+    rest = {name: leaf for name, leaf in tree.items() if name not in trained or name == "layers"}
+    if head == "value":
+        rest.pop("head", None)
+    whole = loading.whole(model, {"trainable": trained, "frozen": rest})
+    return decoder, whole, f"step {step} of the unfinished {found.parent.name}", dtype

@@ -6,6 +6,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mpo_jax.errors import UserError
+from mpo_jax.models.hf import peft
 from mpo_jax.models.hf.ends import attach_end_ids
 from mpo_jax.models.hf.sentencepiece import load_sentencepiece
 
@@ -19,14 +20,17 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
       UserError: if there is none or it cannot be read.
     """
     folder = Path(folder)
+    described = peft.described_by(folder)
+    if not _has_tokenizer(folder):
+        folder = described
     if folder.suffix == ".gguf":
         from mpo_jax.models.gguf.tokenizer import read_tokenizer
 
         return read_tokenizer(folder)
-    if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer.model").is_file():
+    if not _has_tokenizer(folder):
         raise UserError(f"{folder} holds no tokenizer.json or tokenizer.model: a model folder needs its tokenizer")
     tokenizer: Any = _load(folder) if (folder / "tokenizer.json").is_file() else load_sentencepiece(folder)
-    attach_end_ids(tokenizer, folder)
+    attach_end_ids(tokenizer, described)
     return tokenizer
 
 
@@ -41,3 +45,7 @@ def _load(folder: Path) -> PreTrainedTokenizerBase:
             ) from error
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot read the tokenizer in {folder}: {reason}") from error
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return (folder / "tokenizer.json").is_file() or (folder / "tokenizer.model").is_file()

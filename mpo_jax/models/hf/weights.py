@@ -3,7 +3,8 @@
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,9 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mpo_jax.errors import UserError
-from mpo_jax.models import forward
+from mpo_jax.models import forward, quantised
 from mpo_jax.models.decoder import FLOAT32
 from mpo_jax.models.hf.table import TABLE, Entry, entries
+from mpo_jax.models.kernels import KERNELS, Kernel
 from mpo_jax.models.spec import DecoderConfig
 from mpo_jax.runtime.processes import wait
 from mpo_jax.types import Head, Tree
@@ -150,12 +152,15 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
         raise UserError(f"{single}: broken safetensors file: {error}") from error
 
 
-def load_params(tensors: Tensors, config: DecoderConfig, mesh: Mesh, *, head: Head, dtype: str) -> Tree:
+def load_params(
+    tensors: Tensors, config: DecoderConfig, mesh: Mesh, *, head: Head, dtype: str, quantise: bool = False
+) -> Tree:
     """Parameters placed on the mesh, read tensor by tensor: the host holds one tensor at a time, in the file's type.
 
     Args:
       head: "value" for a reward model or critic (`score.weight` in place of a language-model head).
       dtype: storage type; norms and the score are float32 whatever it is, since they are computed as that.
+      quantise: store the layers' kernels as int8 (see quantised.py), each layer as soon as it is read.
 
     Raises:
       UserError: a missing, superfluous or unreadable tensor, or one of another shape; names the tensor.
@@ -165,7 +170,7 @@ def load_params(tensors: Tensors, config: DecoderConfig, mesh: Mesh, *, head: He
     params = {}
     for entry in _in_use(shapes, config):
         held = {path: shapes[path].shape for path in entry.paths}
-        params |= _load(tensors, entry, held, shardings, config, dtype)
+        params |= _load(tensors, entry, held, shardings, config, mesh, dtype, quantise=quantise)
     return unflatten_dict(params, sep=".")
 
 
@@ -175,25 +180,38 @@ def _load(
     shapes: Mapping[str, tuple[int, ...]],
     shardings: Mapping[str, NamedSharding],
     config: DecoderConfig,
+    mesh: Mesh,
     dtype: str,
-) -> dict[str, jax.Array]:
+    *,
+    quantise: bool,
+) -> Tree:
     """The parameters of one entry by path."""
     stored = {path: "float32" if path.endswith(FLOAT32) else dtype for path in shapes}
     if not entry.stacked:
         parts = _read(tensors, entry, entry.name, shapes, shardings, config)
         return {path: jax.block_until_ready(_cast(x, stored[path], shardings[path])) for path, x in parts.items()}
-    stacks = {path: jnp.zeros(shape, stored[path], device=shardings[path]) for path, shape in shapes.items()}
+    kernels = {path: KERNELS.get(path.split(".")[-1]) if quantise else None for path in shapes}
+    stacks = {path: _empty_stack(path, shape, stored[path], mesh, kernels[path]) for path, shape in shapes.items()}
     a_layer = {path: shape[1:] for path, shape in shapes.items()}
     places = {path: NamedSharding(shardings[path].mesh, PartitionSpec(*shardings[path].spec[1:])) for path in shapes}
     for i in range(config.num_layers):
         # no name for the parts and no read ahead of the device: either would keep a second tensor on the host
-        _set_layers(stacks, _read(tensors, entry, entry.name.format(i=i), a_layer, places, config), i)
+        _set_layers(stacks, _read(tensors, entry, entry.name.format(i=i), a_layer, places, config), i, kernels)
     return stacks
 
 
-def _set_layers(stacks: dict[str, jax.Array], layer: Mapping[str, jax.Array], i: int) -> None:
+def _set_layers(stacks: Tree, layer: Mapping[str, jax.Array], i: int, kernels: Mapping[str, Kernel | None]) -> None:
     for path, part in layer.items():
-        stacks[path] = jax.block_until_ready(_set_layer(stacks[path], part, i))
+        stacks[path] = jax.block_until_ready(_set_layer(stacks[path], part, i, kernels[path]))
+
+
+def _empty_stack(path: str, shape: tuple[int, ...], dtype: str, mesh: Mesh, kernel: Kernel | None) -> Any:
+    """Zeros for all layers of a parameter, or the two parts of a quantised kernel."""
+    whole = jax.ShapeDtypeStruct(shape, dtype)
+    parts: Any = whole if kernel is None else jax.eval_shape(partial(quantised.quantise, kernel, stacked=True), whole)
+    tree: Tree = unflatten_dict({path: parts}, sep=".")
+    zeros = jax.tree.map(lambda x, s: jnp.zeros(x.shape, x.dtype, device=s), tree, forward.param_shardings(tree, mesh))
+    return reduce(getitem, path.split("."), zeros)
 
 
 def check_tensors(tensors: Tensors, config: DecoderConfig, *, head: Head) -> None:
@@ -282,9 +300,13 @@ def _cast(x: jax.Array, dtype: str, sharding: NamedSharding) -> jax.Array:
     return x if x.dtype == dtype else jax.jit(cast_parameters, out_shardings=sharding)(x)
 
 
-@partial(jax.jit, donate_argnums=0)
-def _set_layer(stack: jax.Array, layer: jax.Array, i: int) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(stack, layer.astype(stack.dtype), i, 0)
+@partial(jax.jit, donate_argnums=0, static_argnums=3)
+def _set_layer(stack: Any, layer: jax.Array, i: int, kernel: Kernel | None) -> Any:
+    parts = layer if kernel is None else quantised.quantise(kernel, layer)
+    return jax.tree.map(
+        lambda all_layers, new: jax.lax.dynamic_update_index_in_dim(all_layers, new.astype(all_layers.dtype), i, 0),
+        stack, parts,
+    )  # fmt: skip
 
 
 def save_params(

@@ -43,7 +43,7 @@ from mpo_jax.stages.ppo.widths import response_widths
 from mpo_jax.stages.sampling import rollout_programs
 from mpo_jax.stages.shapes import Shapes, shaped
 from mpo_jax.stages.stage import Program, Stage
-from mpo_jax.types import Artifact, Metrics, Moments
+from mpo_jax.types import Artifact, Head, Metrics, Moments, Params, frozen
 
 
 def check(settings: Settings, mesh: Mesh) -> None:
@@ -59,19 +59,15 @@ def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -
     supplies the prompts (absent: all training prompts).
     """
     method, train, mesh = settings.method, settings.train, context.mesh
-    init, reward = parents["init"], parents["reward"]
+    init = parents["init"]
     check(settings, mesh)
     codec, offload = TextCodec(load_tokenizer(init.model), settings.text), context.offload
-    numerics, text = settings.numerics, settings.text
-    reference = offload.frozen_params(context.load(parents["reference"].model, numerics, text, frozen=True)[1])
-    reward_model, reward_params = context.load(reward.model, numerics, text, head="value", frozen=True)
-    reward_params = offload.frozen_params(reward_params)
-    actor_model, actor = context.load(init.model, numerics, text)
-    critic = context.load(reward.model, numerics, text, head="value")[1]
-    models = Models(actor_model, reward_model, actor["frozen"], critic["frozen"], reference, reward_params)
+    text = settings.text
+    models, actor, critic = _load(settings, parents, context)
+    actor_model, reward_model = models.actor, models.critic
 
     dtype = settings.save_dtype
-    loading.save_description(context.folder / "model", actor_model, codec.tokenizer, dtype=dtype)
+    loading.save_description(context.folder / "model", actor_model, codec.tokenizer, dtype=dtype, base=str(init.model))
     if settings.save_critic:
         loading.save_description(context.folder / "critic", reward_model, codec.tokenizer, head="value", dtype=dtype)
 
@@ -114,11 +110,37 @@ def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -
         model=actor_model if actor_model == reward_model else None,
         eos_id=codec.ends,
     )
-    loading.save(context.folder / "model", actor_model, exported(state, loop), codec.tokenizer, dtype=dtype)
+    loading.save(
+        context.folder / "model", actor_model, exported(state, loop), codec.tokenizer, dtype=dtype, base=str(init.model)
+    )
     if settings.save_critic:
         trained_critic = {"trainable": state.critic.trainable, "frozen": models.critic_frozen}
         loading.save(context.folder / "critic", reward_model, trained_critic, codec.tokenizer, dtype=dtype)
     return {"prompts": len(examples), **trained}
+
+
+def _load(settings: Settings, parents: Mapping[str, Artifact], context: Context) -> tuple[Models, Params, Params]:
+    """The four models, and what the states of actor and critic begin with.
+
+    With adapters the reward model is the critic without its adapter, and the reference the actor without its own where
+    both come from one artifact; they then share every array but the value head.
+    """
+    init, reference, reward = (parents[role] for role in ("init", "reference", "reward"))
+    numerics, text, adapted = settings.numerics, settings.text, settings.adapter is not None
+
+    def load_frozen(artifact: Artifact, head: Head) -> Params:
+        return context.offload.frozen_params(context.load(artifact.model, numerics, text, head=head, frozen=True)[1])
+
+    reference_params = frozen({}) if adapted and reference.id == init.id else load_frozen(reference, "lm")
+    reward_params = None if adapted else load_frozen(reward, "value")
+    training: dict[str, Any] = {"adapter": settings.adapter, "seed": settings.seed}
+    actor_model, actor = context.load_to_train("ppo", init.model, numerics, text, **training)
+    reward_model, critic = context.load_to_train("ppo critic", reward.model, numerics, text, head="value", **training)
+    if reward_params is None:
+        # a copy, since the critic's own head trains
+        reward_params = frozen({"score": jax.tree.map(jnp.copy, critic["trainable"]["score"])})
+    models = Models(actor_model, reward_model, actor["frozen"], critic["frozen"], reference_params, reward_params)
+    return models, actor, critic
 
 
 def _prompts(settings: Settings, pairs: Artifact | None, context: Context) -> list[str]:
@@ -152,13 +174,14 @@ def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
     if lengths is not None:
         lengths = lengths.in_batches(train.batch_size)
     actor, critic = shapes.state(method.actor_optim), shapes.state(method.critic_optim, "value")
-    policy, critic_params = ({"trainable": state.trainable, "frozen": {}} for state in (actor, critic))
-    frozen = (shapes.frozen(), shapes.frozen("value"))
-    idle, kept = () if shapes.offload_frozen else frozen, (shapes.between(actor), shapes.between(critic))
-    ema = (shapes.tree(),) if method.extras.ema_decay is not None else ()
+    policy, critic_params = shapes.trained(), shapes.trained("value")
+    rest, others = (policy["frozen"], critic_params["frozen"]), _others(shapes)
+    # frozen parts of actor and critic never leave the devices
+    idle, kept = () if shapes.offload_frozen else others, (shapes.between(actor), shapes.between(critic))
+    ema = (policy["trainable"],) if method.extras.ema_decay is not None else ()
     yield from rollout_programs(
         "ppo", shapes, settings.sampling, policy, train.batch_size, key=key, runs=sampled,
-        held=(kept[0].opt_state, kept[1], *idle, *ema), lengths=lengths,
+        held=(kept[0].opt_state, kept[1], rest[1], *idle, *ema), lengths=lengths,
     )  # fmt: skip
     joined, has_eos = shapes.batch(rows), shapes.array(rows.count, 1, dtype=jnp.bool_)
 
@@ -169,8 +192,8 @@ def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
     score = make_score(model, model, method, mesh)
     number: Any = shapes.number()
     arguments = (
-        (policy, frozen[0]),
-        (critic_params, frozen[1]),
+        (policy, others[0]),
+        (critic_params, others[1]),
         joined,
         has_eos,
         shapes.allowed(),
@@ -187,10 +210,13 @@ def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
         )
     if method.in_one_pass:
         update = make_one_pass(model, model, method, mesh)
-        joint = (actor, critic, ({}, {}), frozen, joined, has_eos, shapes.allowed(), shapes.number())
+        joint = (actor, critic, rest, others, joined, has_eos, shapes.allowed(), shapes.number())
 
         def whole_pass(rows: Rows) -> Work:
-            trained = (flops.train(model.decoder, rows, head, model.remat) for head in ("lm", "value"))
+            adapters = model.adapter is not None
+            trained = (
+                flops.train(model.decoder, rows, head, model.remat, adapters=adapters) for head in ("lm", "value")
+            )
             return sum(trained, scoring(rows))
 
         yield Program(
@@ -210,12 +236,13 @@ def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
     if runs is not None:
         updates, own_updates = runs * method.updates, max(runs - method.extras.critic_warmup, 0) * method.updates
     yield train_program(
-        "ppo", "critic", update_critic, (critic, scored, {}), shapes, part, "value", accumulation=train.accumulation,
-        runs=updates, held=(kept[0], *idle, *ema, *whole_batch), lengths=lengths,
+        "ppo", "critic", update_critic, (critic, scored, rest[1]), shapes, part, "value",
+        accumulation=train.accumulation, runs=updates, held=(kept[0], rest[0], *idle, *ema, *whole_batch),
+        lengths=lengths,
     )  # fmt: skip
     yield train_program(
-        "ppo", "actor", update_actor, (actor, (scored, demonstrations), {}, shapes.allowed()), shapes, part, "lm",
-        accumulation=train.accumulation, runs=own_updates, held=(kept[1], *idle, *ema, *whole_batch),
+        "ppo", "actor", update_actor, (actor, (scored, demonstrations), rest[0], shapes.allowed()), shapes, part, "lm",
+        accumulation=train.accumulation, runs=own_updates, held=(kept[1], rest[1], *idle, *ema, *whole_batch),
         times=2 if demonstrations else 1, lengths=lengths,
     )  # fmt: skip
 
@@ -228,7 +255,15 @@ def offloaded(settings: Settings, shapes: Shapes) -> tuple[Any, Any]:
     """
     method = settings.method
     actor, critic = shapes.state(method.actor_optim), shapes.state(method.critic_optim, "value")
-    return (shapes.frozen(), shapes.frozen("value")), (actor.opt_state, critic.opt_state)
+    return _others(shapes), (actor.opt_state, critic.opt_state)
+
+
+def _others(shapes: Shapes) -> tuple[Params, Params]:
+    """What reference and reward model do not share with actor and critic, as `_load` finds it."""
+    reference, reward = shapes.frozen(), shapes.frozen("value")
+    if shapes.model.adapter is None:
+        return reference, reward
+    return reference if shapes.own_reference else frozen({}), frozen({"score": reward["frozen"]["score"]})
 
 
 STAGE = Stage(

@@ -23,16 +23,32 @@ from mpo_jax.stages.ppo.objective import (
 from mpo_jax.stages.ppo.settings import Method
 from mpo_jax.training.optimizer import make_optimizer
 from mpo_jax.training.update import accumulate, apply_if_finite, jit_update, state_sharding
-from mpo_jax.types import Metrics, Tree, merge
+from mpo_jax.types import Metrics, Params, Tree, merge
+
+
+def overlaid(base: Tree, params: Params) -> Tree:
+    """All parameters of a model that may leave out what it shares with another one's frozen part, `base`."""
+    return {**base, **merge(params)}
+
+
+def trees(trains: Params, other: Params) -> tuple[Tree, Tree]:
+    """All parameters of a model that trains, and of one that does not and may share the first one's frozen part."""
+    return merge(trains), overlaid(trains["frozen"], other)
+
+
+def _trainable(actor_model: Model, reward_model: Model) -> tuple[Tree, Tree]:
+    """Shapes of what trains in actor and critic."""
+    splits = forward.abstract_split(actor_model), forward.abstract_split(reward_model, head="value")
+    return splits[0]["trainable"], splits[1]["trainable"]
 
 
 @lru_cache
 def make_score(actor_model: Model, reward_model: Model, method: Method, mesh: Mesh) -> Any:
     """The jitted (policies, value_models, batch, has_eos, allowed_V, kl_coef, moments) -> (PpoBatch, metrics, moments).
 
-    `policies` are the parameters of actor and reference, `value_models` those of critic and reward model. `moments`
-    are the running `Moments` of all raw scores, or None if scores are not normalised. The scores of real rows are
-    added before normalisation; a batch with a non-finite score adds none.
+    `policies` are the parameters of actor and reference, `value_models` those of critic and reward model, as `trees`
+    takes them. `moments` are the running `Moments` of all raw scores, or None if scores are not normalised. The scores
+    of real rows are added before normalisation; a batch with a non-finite score adds none.
     """
 
     def score(policies, value_models, joined, has_eos_BN, allowed_V, kl_coef, moments=None):
@@ -40,8 +56,8 @@ def make_score(actor_model: Model, reward_model: Model, method: Method, mesh: Me
             actor_model,
             reward_model,
             method.temperature,
-            (merge(policies[0]), merge(policies[1])),
-            (merge(value_models[0]), merge(value_models[1])),
+            trees(*policies),
+            trees(*value_models),
             joined,
             has_eos_BN[:, 0],
             allowed_V,
@@ -62,10 +78,7 @@ def make_updates(actor_model: Model, reward_model: Model, method: Method, mesh: 
     (state, (PpoBatch, demonstrations or None), frozen, allowed_V) -> (state, metrics), and
     (state, PpoBatch, frozen) -> (state, metrics).
     """
-    actor, critic = (
-        forward.abstract_params(actor_model.decoder),
-        forward.abstract_params(reward_model.decoder, head="value"),
-    )
+    actor, critic = _trainable(actor_model, reward_model)
     update = partial(jit_update, mesh=mesh, accumulation=method.accumulation)
     return (
         update(partial(actor_objective, actor_model, method), make_optimizer(method.actor_optim), actor),
@@ -94,7 +107,7 @@ def make_one_pass(actor_model: Model, reward_model: Model, method: Method, mesh:
                 method,
                 (actor.trainable, critic.trainable),
                 rest,
-                (merge(frozen[0]), merge(frozen[1])),
+                (overlaid(rest[0], frozen[0]), overlaid(rest[1], frozen[1])),
                 responses,
                 has_eos_B,
                 allowed_V,
@@ -116,8 +129,8 @@ def make_one_pass(actor_model: Model, reward_model: Model, method: Method, mesh:
         return *states, batch, metrics
 
     everywhere = replicated(mesh)
-    trees = forward.abstract_params(actor_model.decoder), forward.abstract_params(reward_model.decoder, head="value")
-    shardings = [state_sharding(tree, optimizer, mesh) for tree, optimizer in zip(trees, optimizers, strict=True)]
+    trained = zip(_trainable(actor_model, reward_model), optimizers, strict=True)
+    shardings = [state_sharding(tree, optimizer, mesh) for tree, optimizer in trained]
     return jax.jit(update, donate_argnums=(0, 1), out_shardings=(*shardings, batch_sharding(mesh), everywhere))
 
 

@@ -57,7 +57,8 @@ class Models:
     Attributes:
       actor, critic: sizes and arithmetic, also those of the reference and of the reward model.
       actor_frozen, critic_frozen: frozen parts of the models that train.
-      reference, reward: parameters of the models that do not train.
+      reference, reward: parameters of the models that do not train, without those that they share with the frozen part
+        of actor or critic.
     """
 
     actor: Model

@@ -5,7 +5,7 @@ from typing import Literal
 from mpo_jax.config.schema import Config, KlConfig, OptimConfig, PpoConfig, PpoExtrasConfig, Section, TextConfig
 from mpo_jax.models.generate import Sampling
 from mpo_jax.runtime import machine
-from mpo_jax.stages.settings import Numerics, Split, TrainSettings
+from mpo_jax.stages.settings import Adapting, Numerics, Split, TrainSettings, adapter_of
 
 
 class Method(Section, frozen=True):
@@ -65,6 +65,7 @@ class Settings(Section, frozen=True):
     seed: int
     text: TextConfig
     numerics: Numerics
+    adapter: Adapting = None
     save_dtype: str
     save_critic: bool
     split: Split
@@ -78,6 +79,7 @@ class Settings(Section, frozen=True):
             seed=config.seed,
             text=config.text,
             numerics=Numerics.of(config.model),
+            adapter=adapter_of("ppo", config),
             save_dtype=machine.save_dtype(config.runtime),
             save_critic=config.ppo.save_critic,
             split=split,
