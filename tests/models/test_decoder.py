@@ -13,8 +13,11 @@ import pytest
 from flax import nnx
 from flax.traverse_util import flatten_dict
 
-from mpo_jax.models import attention, decoder, forward, rope
+from mpo_jax.config.schema import AdapterConfig
+from mpo_jax.models import attention, decoder, forward, quantised, rope
+from mpo_jax.models.adapter import Adapter
 from mpo_jax.models.decoder import MLP, PARAM_AXES, Block, LayerNorm, RMSNorm, ValueHead
+from mpo_jax.models.forward import Model
 from mpo_jax.models.spec import LayerSpec, RopeScaling
 from tests.models.tiny import (
     DECODER,
@@ -372,13 +375,18 @@ def test_every_parameter_has_axes(tied, head):
         with_layers(DECODER, PLAIN, tie_embeddings=tied),
         with_layers(DECODER, NEOX, norm="layer", tie_embeddings=tied),
     ):
-        flat: dict[Any, Any] = flatten_dict(forward.abstract_params(config, head=head))
-        for path, leaf in flat.items():
-            assert len(PARAM_AXES[".".join(path)]) == leaf.ndim, path
-            assert leaf.dtype == jnp.float32
-        assert (("head",) in flat) == (not tied and head == "lm")
-        assert (("score", "kernel") in flat) == (head == "value")
-        found |= {".".join(path) for path in flat}
+        params = forward.abstract_params(config, head=head)
+        flat: dict[str, Any] = flatten_dict(params, sep=".")
+        assert all(leaf.dtype == jnp.float32 for leaf in flat.values())
+        assert ("head" in flat) == (not tied and head == "lm")
+        assert ("score.kernel" in flat) == (head == "value")
+        adapted = dataclasses.replace(Model(config), adapter=Adapter.of(AdapterConfig(), config))
+        trained = forward.abstract_split(adapted, head=head)["trainable"]
+        for tree in (params, trained, jax.eval_shape(quantised.quantised, params)):
+            leaves: dict[str, Any] = flatten_dict(tree, sep=".")
+            for path, leaf in leaves.items():
+                assert len(PARAM_AXES[path]) == leaf.ndim, path
+            found |= leaves.keys()
     if not tied and head == "lm":
         assert found == PARAM_AXES.keys()
 
