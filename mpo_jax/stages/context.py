@@ -227,7 +227,7 @@ class Context:
         architecture: ArchitectureConfig | None,
         seed: int,
         *,
-        adapter: AdapterConfig | None,
+        adapter: AdapterConfig | None = None,
         new_head: bool = False,
     ) -> tuple[Model, Params]:
         """The model that training starts from: the base model, or freshly initialised parameters of `architecture`.

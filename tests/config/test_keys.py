@@ -22,6 +22,14 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 
 
+OPTIONAL = ("runtime.wandb", "model.adapter")
+"""Sections that are null by default, and not where one of their keys is given."""
+
+
+def is_optional(key: keys.Key) -> bool:
+    return key.name.startswith(tuple(f"{section}." for section in OPTIONAL))
+
+
 def names(section: str | None = None) -> list[str]:
     return [key.name for key in keys.find_keys(section)]
 
@@ -39,8 +47,8 @@ def test_every_key_of_the_schema_is_listed_once():
     sections = {name for name in dotted(values) if isinstance(attrgetter(name)(config), Section)}
     found = names()
     assert len(found) == len(set(found))
-    wandb = {f"runtime.wandb.{name}" for name in ("project", "entity", "mode")}
-    assert set(found) == set(dotted(values)) - sections | wandb
+    assert set(found) == set(dotted(values)) - sections | {key.name for key in keys.find_keys() if is_optional(key)}
+    assert {key.name.rpartition(".")[0] for key in keys.find_keys() if is_optional(key)} == set(OPTIONAL)
 
 
 def test_every_key_has_a_description():
@@ -90,9 +98,7 @@ def test_type_default_and_range(name, expected):
     assert (key.type, key.default, key.constraint) == expected
 
 
-@pytest.mark.parametrize(
-    "key", [k for k in keys.find_keys() if not k.name.startswith("runtime.wandb.")], ids=lambda k: k.name
-)
+@pytest.mark.parametrize("key", [k for k in keys.find_keys() if not is_optional(k)], ids=lambda k: k.name)
 def test_a_default_given_as_it_is_shown_changes_nothing(key):
     assert load_config(None, (f"{key.name}={key.default}",)) == Config()
 

@@ -90,7 +90,7 @@ def test_a_base_model_from_scratch_is_padded_sharded_and_drawn_from_the_seed(tmp
     codec, numerics, sizes = toy_codec(config.text), Numerics.of(config.model), config.model.architecture
 
     def embedding(mesh, seed):
-        model, params = context_of(config, mesh, tmp_path).load_base(numerics, codec, sizes, seed)
+        model, params = context_of(config, mesh, tmp_path).load_base("sft", numerics, codec, sizes, seed)
         assert params["frozen"] == {} and model.decoder.vocab_size == len(params["trainable"]["embedding"])
         return params["trainable"]["embedding"]
 
@@ -106,7 +106,7 @@ def test_a_base_model_must_have_the_positions(tmp_path):
     config = micro("text.max_prompt_tokens=60")
     context, numerics = context_of(config, mesh_of(1, 1, 1), tmp_path), Numerics.of(config.model)
     with pytest.raises(UserError, match=r"60.*positions"):
-        context.load_base(numerics, toy_codec(config.text), config.model.architecture, 0)
+        context.load_base("sft", numerics, toy_codec(config.text), config.model.architecture, 0)
 
 
 def test_a_base_model_with_the_tokenizer_of_another_is_refused(tmp_path):
@@ -114,14 +114,14 @@ def test_a_base_model_with_the_tokenizer_of_another_is_refused(tmp_path):
     config = micro(f"model.path={BASE}")
     context, codec = context_of(config, mesh_of(1, 1, 1), tmp_path), toy_codec(config.text)
     with pytest.raises(UserError, match=rf"tied: the tokenizer has {codec.vocab_size} ids"):
-        context.load_base(Numerics.of(config.model), codec, None, 0)
+        context.load_base("sft", Numerics.of(config.model), codec, None, 0)
 
 
 def test_a_base_model_whose_heads_do_not_group_is_refused(tmp_path):
     sizes = ArchitectureConfig(num_heads=4, num_kv_heads=3)
     context = context_of(micro(), mesh_of(1, 1, 1), tmp_path)
     with pytest.raises(UserError, match=r"num_heads=4 is no multiple of num_kv_heads=3"):
-        context.load_base(Numerics.of(micro().model), toy_codec(micro().text), sizes, 0)
+        context.load_base("sft", Numerics.of(micro().model), toy_codec(micro().text), sizes, 0)
 
 
 @pytest.mark.parametrize("name", STAGES)
