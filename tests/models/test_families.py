@@ -278,8 +278,8 @@ def test_exported_config_has_the_keys_of_older_transformers(tmp_path):
         export(tmp_path / name, families.read_config(RECORDED / name))
         written = json.loads((tmp_path / name / "config.json").read_text())
         assert keys.items() <= written.items()
-        scaled = written["rope_scaling"]
-        assert (scaled or {}).get("rope_type") == {"llama3": "llama3", "gemma3": "linear", "gpt_neox": None}[name]
+        kind = written.get("rope_scaling", {}).get("rope_type")
+        assert kind == {"llama3": "llama3", "gemma3": "linear", "gpt_neox": None}[name]
 
 
 def test_config_of_older_transformers(tmp_path):

@@ -82,9 +82,11 @@ TRAIN = {
     "checkpoint_every": 5, "eval_every": 4, "eval_rows": 9, "keep_checkpoints": 3, "best_mode": "min",
     "stop_after_skipped": 8, **{f"optim.{key}": value for key, value in OPTIM.items()},
 }  # fmt: skip
+ADAPTER = {"rank": 4, "alpha": 8.0, "targets": "attention", "rslora": True}
 OTHER: dict[str, Any] = {
     "workdir": "elsewhere", "seed": 5, "experiment": ["sft", "dpo"],
     "model.path": str(RECORDED / "untied"), "model.compute_dtype": "bfloat16", "model.frozen_dtype": "bfloat16",
+    "model.adapter": {}, **{f"model.adapter.{key}": value for key, value in ADAPTER.items()},
     "model.remat": "full", "model.attention": "xla", "model.logit_chunk": 77,
     "model.architecture.hidden_size": 48, "model.architecture.intermediate_size": 64,
     "model.architecture.num_layers": 3, "model.architecture.num_heads": 8, "model.architecture.num_kv_heads": 4,
@@ -138,6 +140,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     "runtime.wandb.project": {"runtime.wandb": {}},
     "runtime.wandb.entity": {"runtime.wandb": {}},
     "runtime.wandb.mode": {"runtime.wandb": {}},
+    **{f"model.adapter.{key}": {"model.adapter": {}} for key in ADAPTER},
 }
 
 # the table: the units that a key makes anew by itself, in the plain configuration and where others differ from it.
@@ -154,6 +157,7 @@ EXPECTED: dict[str, set[str]] = {
     "model.compute_dtype": ALL, "model.frozen_dtype": ALL, "model.attention": ALL,
     "model.remat": NONE, "model.logit_chunk": NONE,
     "model.architecture": {"sft"},
+    "model.adapter": {"reward"} | DPO | PPO,  # a model from scratch is trained whole
     "data": NONE,
     "data.toy": ALL, "data.prompts": ALL, "data.validation_fraction": ALL,
     **{f"{stage}.train": units for stage, units in OF_STAGE.items()},
@@ -181,9 +185,11 @@ DIFFERENT: dict[str, dict[str, set[str]]] = {
         for stage, units in OF_STAGE.items()
         for key in ("eval_every", "eval_rows", "best_mode")
     },
-    "files": {"data": ALL, "data.toy": NONE, "model.architecture": NONE},
+    "files": {
+        "data": ALL, "data.toy": NONE, "model.architecture": NONE, "model.adapter": {"sft", "reward"} | DPO | PPO,
+    },
     "finished reward model": {
-        "model.path": {"sft", "reward"},
+        "model.path": {"sft", "reward"}, "model.adapter": DPO | PPO,
         "reward.train": NONE, "reward.train.batch_size": {"reward"},  # in which it is measured
         "reward.init": NONE, "reward.loss": NONE, "reward.label": {"reward"},
     },

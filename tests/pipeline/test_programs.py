@@ -158,7 +158,8 @@ def ran(request, tmp_path_factory) -> Iterator[list[Ran]]:
             model = parents["sft"].model if name in ("select", "evaluate") else context.folder / "model"
             shapes = stage_shapes(
                 name, config, families.read_config(model), context.mesh,
-                amounts=count_rows(config, load_corpus(config), codec), parents=frozenset(parents),
+                amounts=count_rows(config, load_corpus(config), codec),
+                parents={role: artifact.id for role, artifact in parents.items()},
             )  # fmt: skip
             programs = list(STAGES[name].programs(settings, shapes))
             assert len({program.name for program in programs}) == len(programs)

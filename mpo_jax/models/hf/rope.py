@@ -93,4 +93,5 @@ def older_keys(spec: LayerSpec, names: dict[str, str]) -> dict[str, Any]:
         "rope_fraction": spec.rope_fraction,
         "rope_scaling": _written_scaling(spec.rope_scaling),
     }
-    return {names[field]: value for field, value in values.items() if field in names}
+    # absent stands for null, of which version 5 warns
+    return {names[field]: value for field, value in values.items() if field in names and value is not None}
