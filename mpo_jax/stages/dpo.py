@@ -251,8 +251,10 @@ def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
         held_out = held_out_rows(shapes.watch, amounts.held_out)
         scored = calls(pairs, train.batch_size) + calls(held_out, train.batch_size)
     if loss.needs_reference:
+        # loaded by itself, without adapters
+        reference_model = dataclasses.replace(shapes.model, adapter=None)
         yield scoring_program(
-            "dpo", "reference", forward.make_response_logps(shapes.model, shapes.mesh),
+            "dpo", "reference", forward.make_response_logps(reference_model, shapes.mesh),
             (shapes.frozen(), shapes.batch(rows)), shapes, rows, "lm", runs=scored,
             lengths=lengths,
         )  # fmt: skip
