@@ -1,0 +1,124 @@
+"""Runs with model.adapter: what is trained, saved and exported, and that a stop changes nothing."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from mpo_jax.models import loading
+from mpo_jax.models.hf import peft
+from mpo_jax.models.loading import Options
+from mpo_jax.runtime.preemption import stopping_at
+from mpo_jax.types import merge
+from tests.models.tiny import mesh_of
+from tests.pipeline.test_pipeline import MICRO, manifest_folder, mpo
+
+pytestmark = pytest.mark.unoptimised
+
+SETTINGS = "model.adapter.rank=2", "runtime.keep_finished_checkpoints=true", "runtime.tensorboard=false"
+ADAPTED = {"reward": "sft", "1-dpo": "sft", "2-ppo": "1-dpo"}
+"""The roles that train adapters, with what each adapts; SFT from scratch trains a whole model."""
+
+
+def run(workdir: Path, command: str = "run") -> int:
+    return mpo(command, MICRO, *SETTINGS, f"workdir={workdir}")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("adapters")
+    assert run(workdir) == 0
+    return workdir
+
+
+def lines(folder: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(("timing_s", "perf"))} for row in rows]
+
+
+def model_of(folder: Path, role: str) -> dict:
+    """A model's parameters as float32 arrays by dotted path."""
+    head = "value" if role == "reward" else "lm"
+    return merge(loading.load(folder, Options(), mesh_of(1, 1, 1), head=head)[1])
+
+
+def test_the_first_kl_is_exactly_0(finished):
+    """The reference is the actor without its adapter, whose B is 0."""
+    first, *later = (row["objective/kl"] for row in lines(manifest_folder(finished, "mpo", "2-ppo")))
+    assert first == 0.0 and all(value != 0.0 for value in later)
+
+
+@pytest.mark.parametrize("role", ADAPTED)
+def test_checkpoints_hold_the_adapters_alone_and_the_recipe_names_what_they_adapt(finished, role):
+    folder = manifest_folder(finished, "mpo", role)
+    newest = max(int(path.name) for path in (folder / "checkpoints").iterdir())
+    metadata = json.loads((folder / "checkpoints" / str(newest) / "state" / "_METADATA").read_text())
+    paths = [[str(part["key"]) for part in leaf["key_metadata"]] for leaf in metadata["tree_metadata"].values()]
+    begins = ["actor", "trainable"] if role == "2-ppo" else ["trainable"]
+    held = {tuple(path[len(begins) :]) for path in paths if path[: len(begins)] == begins}
+    adapters = {path[2] for path in held if path[0] == "layers"}
+    assert len(adapters) == 7 and all(name.endswith("_lora") for name in adapters)
+    assert {path[0] for path in held} == ({"layers", "score"} if role == "reward" else {"layers"})
+    recipe = json.loads((folder / "manifest.json").read_text())
+    assert manifest_folder(finished, "mpo", ADAPTED[role]).name in recipe["parents"].values()
+    settings = recipe["settings"].get("training", recipe["settings"])
+    assert settings["adapter"]["rank"] == 2
+
+
+@pytest.mark.parametrize("role", ADAPTED)
+def test_the_adapter_beside_a_model_makes_that_model(finished, role):
+    folder, base = (manifest_folder(finished, "mpo", name) for name in (role, ADAPTED[role]))
+    settings = peft.read_settings(folder / loading.ADAPTER)
+    assert Path(settings.base).resolve() == (base / "model").resolve()
+    whole, read = (model_of(folder / name, role) for name in ("model", loading.ADAPTER))
+    for kernel, array in whole["layers"]["mlp"].items():
+        # summed in another order
+        np.testing.assert_allclose(read["layers"]["mlp"][kernel], array, rtol=0, atol=1e-6)
+    moved = np.abs(load_file(folder / loading.ADAPTER / peft.WEIGHTS)[f"{peft.PREFIX}{STEM}.lora_B.weight"]).max()
+    assert moved > 1e-4
+
+
+STEM = "model.layers.1.mlp.down_proj"
+
+
+def test_sft_from_scratch_trains_whole_and_leaves_no_adapter(finished):
+    folder = manifest_folder(finished, "mpo", "sft")
+    assert not (folder / loading.ADAPTER).exists()
+    assert "adapter" not in json.loads((folder / "manifest.json").read_text())["settings"]
+
+
+@pytest.mark.parametrize(("stage", "role"), [("reward", "reward"), ("dpo", "1-dpo"), ("ppo", "2-ppo")])
+def test_a_stop_changes_no_bit(finished, tmp_path, stage, role):
+    workdir = Path(shutil.copytree(finished, tmp_path / "w", symlinks=True))
+    whole = manifest_folder(finished, "mpo", role)
+    for later in list(ADAPTED)[list(ADAPTED).index(role) :]:
+        shutil.rmtree(workdir / "stages" / manifest_folder(finished, "mpo", later).name)
+    with stopping_at(2):
+        assert run(workdir, stage) == 143
+    partial = workdir / "stages" / f".{whole.name}.partial"
+    assert (partial / "checkpoints" / "2").is_dir() and not (partial / "adapter" / peft.WEIGHTS).exists()
+    # the unfinished stage's adapters, alone and folded in
+    assert mpo("export", partial, tmp_path / "adapter", "--adapter") == 0
+    assert mpo("export", partial, tmp_path / "folded", "--merge") == 0
+    alone, folded = (model_of(tmp_path / name, role) for name in ("adapter", "folded"))
+    np.testing.assert_allclose(alone["layers"]["mlp"]["up"], folded["layers"]["mlp"]["up"], rtol=0, atol=1e-6)
+    assert run(workdir, stage) == 0
+    done = workdir / "stages" / whole.name
+    assert lines(done) == lines(whole) and "state_hash" in lines(done)[-1]
+    for name in ("model/model.safetensors", f"{loading.ADAPTER}/{peft.WEIGHTS}"):
+        assert (done / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_export_of_a_finished_stage(finished, tmp_path, capsys):
+    run_folder = finished / "runs" / "mpo" / "2-ppo"
+    assert mpo("export", run_folder, tmp_path / "adapter", "--adapter") == 0
+    assert mpo("export", run_folder, tmp_path / "merged", "--merge") == 0
+    written = (tmp_path / "adapter" / peft.WEIGHTS).read_bytes()
+    assert written == (run_folder / loading.ADAPTER / peft.WEIGHTS).read_bytes()
+    assert load_file(tmp_path / "merged" / "model.safetensors").keys()
+    assert mpo("export", finished / "runs" / "mpo" / "sft", tmp_path / "none", "--adapter") == 2
+    assert "has no adapters: it was trained whole (model.adapter)" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "none").exists()
