@@ -96,7 +96,7 @@ class RuntimeConfig(Section, frozen=True):
     offload_frozen: bool = Field(
         default=False,
         description="keep PPO's reference and reward model in host memory and copy them to the devices only for "
-        "scoring",
+        "scoring; with adapters, what critic and reward model share leaves the devices while tokens are drawn",
     )
     offload_moments: bool = Field(
         default=False,

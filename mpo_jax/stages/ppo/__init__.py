@@ -20,6 +20,7 @@ from mpo_jax.models import flops, loading
 from mpo_jax.models.flops import Rows, Work
 from mpo_jax.models.hf.tokenizer import load_tokenizer
 from mpo_jax.runtime.console import console
+from mpo_jax.runtime.offload import to_devices
 from mpo_jax.runtime.seeds import data_seed
 from mpo_jax.runtime.sharding import batch_sharding, check_batch
 from mpo_jax.stages.context import Context
@@ -114,7 +115,7 @@ def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -
         context.folder / "model", actor_model, exported(state, loop), codec.tokenizer, dtype=dtype, base=str(init.model)
     )
     if settings.save_critic:
-        trained_critic = {"trainable": state.critic.trainable, "frozen": models.critic_frozen}
+        trained_critic = {"trainable": state.critic.trainable, "frozen": to_devices(models.critic_frozen)}
         loading.save(context.folder / "critic", reward_model, trained_critic, codec.tokenizer, dtype=dtype)
     return {"prompts": len(examples), **trained}
 
@@ -139,7 +140,8 @@ def _load(settings: Settings, parents: Mapping[str, Artifact], context: Context)
     if reward_params is None:
         # a copy, since the critic's own head trains
         reward_params = frozen({"score": jax.tree.map(jnp.copy, critic["trainable"]["score"])})
-    models = Models(actor_model, reward_model, actor["frozen"], critic["frozen"], reference_params, reward_params)
+    resting = context.offload.frozen_params(frozen(critic["frozen"]))["frozen"]
+    models = Models(actor_model, reward_model, actor["frozen"], resting, reference_params, reward_params)
     return models, actor, critic
 
 
@@ -176,12 +178,13 @@ def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
     actor, critic = shapes.state(method.actor_optim), shapes.state(method.critic_optim, "value")
     policy, critic_params = shapes.trained(), shapes.trained("value")
     rest, others = (policy["frozen"], critic_params["frozen"]), _others(shapes)
-    # frozen parts of actor and critic never leave the devices
     idle, kept = () if shapes.offload_frozen else others, (shapes.between(actor), shapes.between(critic))
+    # the actor's frozen part never leaves the devices
+    resting = () if shapes.offload_frozen else rest[1]
     ema = (policy["trainable"],) if method.extras.ema_decay is not None else ()
     yield from rollout_programs(
         "ppo", shapes, settings.sampling, policy, train.batch_size, key=key, runs=sampled,
-        held=(kept[0].opt_state, kept[1], rest[1], *idle, *ema), lengths=lengths,
+        held=(kept[0].opt_state, kept[1], resting, *idle, *ema), lengths=lengths,
     )  # fmt: skip
     joined, has_eos = shapes.batch(rows), shapes.array(rows.count, 1, dtype=jnp.bool_)
 
@@ -251,11 +254,12 @@ def offloaded(settings: Settings, shapes: Shapes) -> tuple[Any, Any]:
     """What `runtime.offload_frozen` and `runtime.offload_moments` keep in host memory: shapes with shardings.
 
     Returns:
-      The frozen models, reference and reward model; and the moments of actor and critic.
+      The frozen models, reference and reward model, and with adapters the critic's frozen part; and the moments of
+      actor and critic.
     """
     method = settings.method
     actor, critic = shapes.state(method.actor_optim), shapes.state(method.critic_optim, "value")
-    return _others(shapes), (actor.opt_state, critic.opt_state)
+    return (*_others(shapes), shapes.trained("value")["frozen"]), (actor.opt_state, critic.opt_state)
 
 
 def _others(shapes: Shapes) -> tuple[Params, Params]:

@@ -56,7 +56,7 @@ class Models:
 
     Attributes:
       actor, critic: sizes and arithmetic, also those of the reference and of the reward model.
-      actor_frozen, critic_frozen: frozen parts of the models that train.
+      actor_frozen, critic_frozen: frozen parts of the models that train; the critic's may rest in host memory.
       reference, reward: parameters of the models that do not train, without those that they share with the frozen part
         of actor or critic.
     """
@@ -74,7 +74,11 @@ class Models:
 
     def value_models(self, trainable: Tree) -> tuple[Params, Params]:
         """Parameters of the critic and of the reward model, on the devices."""
-        return {"trainable": trainable, "frozen": self.critic_frozen}, to_devices(self.reward)
+        return {"trainable": trainable, "frozen": to_devices(self.critic_frozen)}, to_devices(self.reward)
+
+    def after_sampling(self) -> "Models":
+        """The same with the critic's frozen part on the devices, where scoring and updates read it."""
+        return dataclasses.replace(self, critic_frozen=to_devices(self.critic_frozen))
 
 
 def init_ppo_state(
@@ -149,16 +153,17 @@ class Loop:
         with clock.timing("rollout") as wait:
             joined, has_eos = wait(self.generate(actor, prompts, self.key, epoch, self.allowed_V))
             joined = self.narrow(joined)
+        models = self.models.after_sampling()
         shown = place_batch(demonstrations[k].rows, self.mesh) if demonstrations is not None else None
         if self.one_pass is not None:
             with clock.timing("update") as wait:
-                state, scored, metrics = wait(self._in_one_pass(state, k, joined, has_eos))
+                state, scored, metrics = wait(self._in_one_pass(models, state, k, joined, has_eos))
         else:
             with clock.timing("score") as wait:
                 scored, metrics, scores = wait(
                     self.score(
-                        self.models.policies(state.actor.trainable),
-                        self.models.value_models(state.critic.trainable),
+                        models.policies(state.actor.trainable),
+                        models.value_models(state.critic.trainable),
                         joined,
                         has_eos,
                         self.allowed_V,
@@ -168,7 +173,7 @@ class Loop:
                 )
                 state = dataclasses.replace(state, scores=scores)
             with clock.timing("update") as wait:
-                state, update_metrics = wait(self._updates(state, k, (scored, shown)))
+                state, update_metrics = wait(self._updates(models, state, k, (scored, shown)))
             metrics |= update_metrics
         kl_coef = state.kl_coef
         if method.kl.adaptive:
@@ -189,10 +194,9 @@ class Loop:
         return state, metrics, {"rollouts": scored, "shown": shown}
 
     def _in_one_pass(
-        self, state: PpoState, k: int, joined: PromptBatch, has_eos: Array
+        self, models: Models, state: PpoState, k: int, joined: PromptBatch, has_eos: Array
     ) -> tuple[PpoState, PpoBatch, Metrics]:
         """Scores and updates in one pass: the update differentiates the forward pass that scores."""
-        models = self.models
         actor, critic, frozen = to_devices((state.actor, state.critic, (models.reference, models.reward)))
         actor = with_learning_rate(actor, self.actor_rate(k))
         critic = with_learning_rate(critic, self.critic_rate(k))
@@ -204,9 +208,11 @@ class Loop:
         state = dataclasses.replace(state, actor=self.offload.state(actor), critic=self.offload.state(critic))
         return state, scored, metrics
 
-    def _updates(self, state: PpoState, k: int, batch: tuple[PpoBatch, PromptBatch | None]) -> tuple[PpoState, Metrics]:
+    def _updates(
+        self, models: Models, state: PpoState, k: int, batch: tuple[PpoBatch, PromptBatch | None]
+    ) -> tuple[PpoState, Metrics]:
         """Runs all updates on one iteration's rollouts."""
-        method, models = self.settings.method, self.models
+        method = self.settings.method
         collected: list[Metrics] = []
         actor, critic = state.actor, state.critic
         own_k = k - method.extras.critic_warmup
