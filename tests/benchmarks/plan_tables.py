@@ -38,6 +38,8 @@ SMALL = (
     "model.logit_chunk=512", "model.remat=full",
 )  # fmt: skip
 """One GPU: the smallest micro-batches, full recomputation, 512 + 512 tokens."""
+ADAPTED = {"7B": "h100x1", "1B": "l4x1_1b", "3B": "l4x1_3b"}
+"""Models with adapters on one GPU, and the presets that are merged after `lora.yaml`."""
 OFFLOAD = ("runtime.offload_frozen=true", "runtime.offload_moments=true")
 PAPER_TARGETS = {"a100x8": "", "2xa100x8": "a100_2x8", "v5p:2x2x2": "tpu_v5p_8", "v5p:2x4x4": "tpu_v5p_32"}
 MODELS = {
@@ -73,6 +75,9 @@ def plans() -> list[Planned]:
     found.append(Planned("hh-70b-8xh100x8", "8xh100x8", ("configs/hh_llama2_70b.yaml",)))
     big = ("configs/hh_llama2_70b.yaml", f"{PRESETS}/tpu_v5p_128.yaml")
     found.append(Planned("hh-70b-v5p-4x4x8", "v5p:4x4x8", big))
+    for model, preset in ADAPTED.items():
+        words = ("configs/hh_llama2_7b.yaml", f"{PRESETS}/lora.yaml", f"{PRESETS}/{preset}.yaml")
+        found.append(Planned(f"lora-{model}", preset.split("_")[0], words))
     for model, on in (*((model, ONE_GPU) for model in MODELS), *CHECKED.items()):
         for name, extra in (("", ()), ("-offload", OFFLOAD)):
             arguments = ("configs/hh_llama2_7b.yaml", f"model.path={MODELS[model]}", *SMALL, *extra)
@@ -263,15 +268,21 @@ def print_tables(folder: Path) -> None:
     made = Made(folder)
     seven = {f"{data.upper()} {on}": f"{data}-7b-{_file(on)}" for data in ("hh", "tldr")
              for on in PAPER_TARGETS}  # fmt: skip
+    adapted = {f"{model}, {preset.split('_')[0]}": f"lora-{model}" for model, preset in ADAPTED.items()}
     seventy = {"8 x 8 H100": "hh-70b-8xh100x8", "v5p 4x4x8": "hh-70b-v5p-4x4x8"}
+    everything = {**seven, **seventy, **adapted}
     for title, text in (
         ("LLaMA-2-7B, GiB a device", by_program(made, seven)),
         ("LLaMA-2-70B, GiB a device", by_program(made, seventy)),
         ("One GPU", on_one_gpu(made)),
         ("One GPU, compiled for a smaller one", on_smaller_gpus(made)),
-        ("Hours, by the rows' lengths (at full width)", by_stage(made, {**seven, **seventy}, "times", hours)),
-        ("Host memory, GiB", by_stage(made, {**seven, **seventy}, "hosts", host_memory)),
-        ("Compile time", compile_times(made, {**seven, **seventy})),
+        ("Adapters on one GPU, GiB", by_program(made, adapted)),
+        (
+            "Hours, by the rows' lengths (at full width)",
+            by_stage(made, everything, "times", hours),
+        ),
+        ("Host memory, GiB", by_stage(made, everything, "hosts", host_memory)),
+        ("Compile time", compile_times(made, everything)),
     ):
         print(f"\n### {title}\n\n{text}")
 
