@@ -123,3 +123,27 @@ def test_export_of_a_finished_stage(finished, tmp_path, capsys):
     assert mpo("export", finished / "runs" / "mpo" / "sft", tmp_path / "none", "--adapter") == 2
     assert "has no adapters: it was trained whole (model.adapter)" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "none").exists()
+
+
+def test_verify_retrains_adapters(finished, capsys):
+    assert mpo("verify", finished) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for role in ADAPTED:
+        assert f"{manifest_folder(finished, 'mpo', role).name}: steps 2 to " in said
+    assert said.count(" identical (state_hash ") == 4
+
+
+def test_a_peft_folder_is_a_base_model(finished, tmp_path):
+    """Its files, and those of its base, take part in the names of stages."""
+    adapter = Path(shutil.copytree(finished / "runs" / "mpo" / "1-dpo" / loading.ADAPTER, tmp_path / "adapter"))
+    settings = *SETTINGS, f"model.path={adapter}", "sft.train.steps=2"
+    assert mpo("sft", MICRO, *settings, f"workdir={tmp_path / 'one'}") == 0
+    (sft,) = tmp_path.glob("one/stages/sft-*")
+    # SFT of a base model trains an adapter of its own
+    assert peft.read_settings(sft / loading.ADAPTER).base == str(adapter)
+    written = json.loads((adapter / peft.CONFIG).read_text())
+    other = shutil.copytree(written["base_model_name_or_path"], tmp_path / "other")
+    (other / "generation_config.json").write_text('{"temperature": 0.5}')
+    (adapter / peft.CONFIG).write_text(json.dumps(written | {"base_model_name_or_path": str(other)}))
+    assert mpo("sft", MICRO, *settings, f"workdir={tmp_path / 'two'}") == 0
+    assert next(tmp_path.glob("two/stages/sft-*")).name != sft.name
