@@ -222,6 +222,18 @@ def load(
     return options.model(source.decoder, mesh), types.frozen(tree) if frozen else types.trainable(tree)
 
 
+def freeze(params: Params, options: Options, mesh: Mesh) -> Params:
+    """A model that trains, as one that does not: in the frozen type, copied."""
+    frozen_dtype = options.frozen_dtype or options.dtype
+
+    def store(tree: types.Tree) -> types.Tree:
+        return forward.stored(tree, frozen_dtype, options.dtype)
+
+    tree = types.merge(params)
+    shardings = forward.param_shardings(jax.eval_shape(store, tree), mesh)
+    return types.frozen(jax.jit(store, out_shardings=shardings)(tree))
+
+
 def make_adapter(config: AdapterConfig, decoder: DecoderConfig) -> Adapter:
     """What a configuration's adapters are for a model of these sizes.
 

@@ -10,8 +10,7 @@ from jax.sharding import Mesh
 
 from mpo_jax.config.schema import OptimConfig, TextConfig
 from mpo_jax.data.lengths import Lengths
-from mpo_jax.models import flops, forward, quantised
-from mpo_jax.models.decoder import FLOAT32
+from mpo_jax.models import flops, forward
 from mpo_jax.models.flops import Rows, Work
 from mpo_jax.models.forward import Model
 from mpo_jax.runtime.sharding import batch_sharding, replicated
@@ -101,19 +100,8 @@ class Shapes:
 
     def frozen(self, head: Head = "lm") -> Params:
         """Parameters of a model that does not train, as `weights.load_params` stores them."""
-        quantise = self.frozen_dtype == "int8"
-        dtype = jnp.dtype(self.model.dtype if quantise else self.frozen_dtype)
-
-        def store(path: Any, leaf: Any) -> Any:
-            name = jax.tree_util.keystr(path, simple=True, separator=".")
-            kept = jnp.dtype(jnp.float32) if name.endswith(FLOAT32) else dtype
-            return jax.ShapeDtypeStruct(leaf.shape, kept, sharding=leaf.sharding)
-
-        held = jax.tree_util.tree_map_with_path(store, self.tree(head))
-        if quantise:
-            shapes = jax.eval_shape(quantised.quantised, held)
-            held = shaped(shapes, forward.param_shardings(shapes, self.mesh))
-        return frozen(held)
+        shapes = jax.eval_shape(lambda tree: forward.stored(tree, self.frozen_dtype, self.model.dtype), self.tree(head))
+        return frozen(shaped(shapes, forward.param_shardings(shapes, self.mesh)))
 
     def state(self, optim: OptimConfig, head: Head = "lm") -> TrainState:
         """The training state of a model."""

@@ -7,6 +7,7 @@ import pytest
 
 from mpo_jax.models import flops
 from mpo_jax.tools.bench import workloads
+from tests.models.tiny import RECORDED
 from tests.pipeline.test_pipeline import mpo
 
 pytestmark = pytest.mark.unoptimised
@@ -75,6 +76,26 @@ def test_own_rows_are_padded_to_their_buckets(tmp_path):
     assert status == 0
     (row,) = json.loads((tmp_path / "out.json").read_text())["workloads"]
     assert 0.2 < row["real_share_of_tokens"] < 1.0
+
+
+@pytest.mark.parametrize("frozen_dtype", ["auto", "int8"])
+def test_adapters_are_timed_where_stages_train_them(tmp_path, frozen_dtype):
+    """On a base model in every stage; the work counts no gradients of frozen weights."""
+    base = ("--rows", "8+8", "--batch", "2", "--steps", "1", f"model.path={RECORDED / 'untied'}", TINY[0])
+    for name, more in (("whole", ()), ("adapters", ("model.adapter.rank=2", f"model.frozen_dtype={frozen_dtype}"))):
+        file = tmp_path / f"{name}.json"
+        assert mpo("bench", "sft", "reward", "dpo", "ppo", *base, *more, "--json", str(file)) == 0
+    whole, adapters = (
+        {w["name"]: w for w in json.loads((tmp_path / f"{name}.json").read_text())["workloads"]}
+        for name in ("whole", "adapters")
+    )
+
+    def flops_a_token(row):
+        return row["flop_per_s"] / row["tokens_per_s"]
+
+    for stage in ("sft", "reward", "dpo"):
+        assert flops_a_token(adapters[stage]) == pytest.approx(2 / 3 * flops_a_token(whole[stage]))
+    assert flops_a_token(adapters["ppo"]) < flops_a_token(whole["ppo"])
 
 
 def test_mistakes_have_status_2(capfd, tmp_path):

@@ -27,10 +27,11 @@ from mpo_jax.runtime.seeds import data_seed, stage_key
 from mpo_jax.runtime.sharding import place_batch
 from mpo_jax.stages.dpo import DpoBatch
 from mpo_jax.stages.ppo.iteration import Loop, Models, init_ppo_state
+from mpo_jax.stages.settings import adapter_of
 from mpo_jax.training.optimizer import make_optimizer, with_learning_rate
 from mpo_jax.training.refill import sample_all
 from mpo_jax.training.update import init_state
-from mpo_jax.types import Head, Params
+from mpo_jax.types import Head, Params, frozen
 
 Name = Literal["sft", "reward", "dpo", "reference", "score", "generate", "sample", "ppo"]
 NAMES: tuple[Name, ...] = get_args(Name)
@@ -101,20 +102,20 @@ class Bench:
         return getattr(self, f"_{name}")()
 
     def _sft(self) -> Workload:
-        return self._update("sft", self._params(), "lm", 1, lambda rows: rows)
+        return self._update("sft", "lm", 1, lambda rows: rows)
 
     def _reward(self) -> Workload:
-        params = loading.with_value_head(self._model, self._params(), self.mesh)
-        return self._update("reward", params, "value", 2, lambda rows: rows)
+        return self._update("reward", "value", 2, lambda rows: rows)
 
     def _dpo(self) -> Workload:
         reference = None
         if self._settings("dpo").loss.needs_reference:
             reference = place_batch(np.zeros((self.batch, 2), np.float32), self.mesh)
-        return self._update("dpo", self._params(), "lm", 2, lambda rows: DpoBatch(rows, reference))
+        return self._update("dpo", "lm", 2, lambda rows: DpoBatch(rows, reference))
 
-    def _update(self, name: Name, params: Params, head: Head, num_responses: int, inputs: Any) -> Workload:
+    def _update(self, name: Name, head: Head, num_responses: int, inputs: Any) -> Workload:
         step, optim = self._program(name), self._settings(name)
+        _, params = self._trained(name, head)
         optim = (optim.training or optim).train.optim if name == "reward" else optim.train.optim
         state = [init_state(params, make_optimizer(optim), self.mesh)]
 
@@ -122,7 +123,9 @@ class Bench:
             state[0], metrics = step(with_learning_rate(state[0], RATE), inputs(rows), params["frozen"])
             return metrics
 
-        return self._over_batches(name, run, num_responses, lambda work: 3 * work, head)
+        # adapters need no gradients of the weights that they stand beside
+        passes = 3 if adapter_of(name, self.config) is None else 2
+        return self._over_batches(name, run, num_responses, lambda work: passes * work, head)
 
     def _reference(self) -> Workload:
         params, logps = self._params(), self._program("reference")
@@ -190,11 +193,17 @@ class Bench:
         return Workload("sample", lambda k: draw().length, [drawn], [drawn], [work.flops], [0.0])
 
     def _ppo(self) -> Workload:
-        settings, model, params = self._settings("ppo"), self._model, self._params()
-        critic = loading.with_value_head(model, params, self.mesh)
+        settings = self._settings("ppo")
+        model, params = self._trained("ppo", "lm")
+        _, critic = self._trained("ppo", "value")
+        # with adapters reference and reward model share all but the value head
+        if model.adapter is None:
+            reference, judge = params, critic
+        else:
+            reference, judge = frozen({}), frozen({"score": jax.tree.map(jnp.copy, critic["trainable"]["score"])})
         codec: Any = SimpleNamespace(ends=self._eos, allowed=lambda _: self._allowed)
         offload = Offload.of(self.config.runtime, self.mesh)
-        models = Models(model, model, params["frozen"], critic["frozen"], params, critic)
+        models = Models(model, model, params["frozen"], critic["frozen"], reference, judge)
         loop = Loop(settings, self.mesh, codec, models, offload, iterations=self.steps, log_every=1)
         state = [init_ppo_state(settings.method, params, critic, self.mesh, offload)]
         batches, (prompt, _) = self._batches(self._examples(0)), self._lengths
@@ -215,7 +224,8 @@ class Bench:
                 flops.necessary(model.decoder, prompts, lengths, head) for head in ("lm", "value")
             )
             drawn = flops.sampling(model.decoder, prompts, lengths, itemsize)
-            passes = 3 * settings.method.epochs * (policy_work + critic_work)
+            each = 3 if model.adapter is None else 2
+            passes = each * settings.method.epochs * (policy_work + critic_work)
             # reference and reward model only; behaviour log-probs and values come from the first update's forward pass
             scoring = policy_work + critic_work
             workload.flops.append(drawn.flops + passes + scoring)
@@ -285,6 +295,18 @@ class Bench:
             num_ids = None if self.rows else self._codec.vocab_size
             return loading.load(path, loading.Options.of(self.config.model), self.mesh, num_ids=num_ids)[1]
         return loading.init(self._model.decoder, self.mesh, stage_key(self.config.seed, "init"))
+
+    def _trained(self, stage: str, head: Head) -> tuple[Model, Params]:
+        """What a stage trains: a whole model, or adapters on a frozen one where the configuration has them."""
+        model, params = self._model, self._params()
+        adapted = adapter_of(stage, self.config)
+        if adapted is not None:
+            params = loading.freeze(params, loading.Options.of(self.config.model), self.mesh)
+        if head == "value":
+            params = loading.with_value_head(model, params, self.mesh)
+        if adapted is None:
+            return model, params
+        return loading.adapt(model, params, adapted, self.mesh, stage_key(self.config.seed, "bench"))
 
     def _batches(self, examples: Sequence[Example]) -> TrainBatches:
         buckets = Buckets.of(examples, self.config.text.length_buckets)
