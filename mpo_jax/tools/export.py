@@ -21,7 +21,7 @@ from mpo_jax.runtime import machine
 from mpo_jax.runtime.processes import agree, is_main, wait
 from mpo_jax.runtime.sharding import make_mesh
 from mpo_jax.tools.opening import find_model
-from mpo_jax.tools.report.card import write_card
+from mpo_jax.tools.report.card import ADAPTER, write_card
 from mpo_jax.training.checkpoints import Checkpoints
 from mpo_jax.types import Head, Tree, frozen
 
@@ -113,7 +113,11 @@ def _export_adapter(path: str, found: Path, target: Path, config: Config) -> Exp
     if not (folder / peft.CONFIG).is_file():
         raise UserError(f"{path} has no adapters: it was trained whole (model.adapter), so export it without --adapter")
     settings, partial, where = peft.read_settings(folder), _begin(target), str(folder)
-    head, decoder = families.read_head(found), families.read_config(found)
+    if folder == found:
+        source = loading.open_model(found)
+        head, decoder = source.head, source.decoder
+    else:
+        head, decoder = families.read_head(found), families.read_config(found)
     if is_main():
         shutil.copytree(folder, partial)
     wait(f"process 0 copies {folder}")
@@ -124,7 +128,7 @@ def _export_adapter(path: str, found: Path, target: Path, config: Config) -> Exp
             peft.save_weights(partial, trained, decoder)
         where = f"step {step} of the unfinished {found.parent.name}"
     kind = "reward model" if head == "value" else "language model"
-    written = _finish(partial, target, found, path, kind=kind, dtype="float32")
+    written = _finish(partial, target, found, path, kind=f"{ADAPTER}{kind}", dtype="float32")
     return Exported(where, f"adapters of a {decoder.family}", kind, "float32", written)
 
 

@@ -119,6 +119,13 @@ def test_export_of_a_finished_stage(finished, tmp_path, capsys):
     assert mpo("export", run_folder, tmp_path / "merged", "--merge") == 0
     written = (tmp_path / "adapter" / peft.WEIGHTS).read_bytes()
     assert written == (run_folder / loading.ADAPTER / peft.WEIGHTS).read_bytes()
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert "library_name: peft" in card and "A PEFT adapter of a language model in float32: the final policy" in card
+    # a PEFT folder goes the same ways
+    assert mpo("export", tmp_path / "adapter", tmp_path / "again", "--adapter") == 0
+    assert (tmp_path / "again" / peft.WEIGHTS).read_bytes() == written
+    assert mpo("export", tmp_path / "adapter", tmp_path / "whole") == 0
+    assert (tmp_path / "whole" / "config.json").is_file()
     assert load_file(tmp_path / "merged" / "model.safetensors").keys()
     assert mpo("export", finished / "runs" / "mpo" / "sft", tmp_path / "none", "--adapter") == 2
     assert "has no adapters: it was trained whole (model.adapter)" in " ".join(capsys.readouterr().err.split())

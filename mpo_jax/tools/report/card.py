@@ -20,6 +20,8 @@ from mpo_jax.tools.report.results import COLUMNS
 
 CONFIG_FILE = "mpo_config.yaml"
 """Beside the card: the resolved configuration, which the reproduce command reads."""
+ADAPTER = "PEFT adapter of a "
+"""How the kind of a folder begins that holds adapters alone."""
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 SUBSETS = {"dpo": "pairs", "ppo": "prompts"}
 
@@ -131,7 +133,7 @@ def write_card(folder: Path, model: Path, source: str, *, name: str, kind: str, 
       model: the folder or file that it was exported from.
       source: what the user called it.
       name: what the card calls it.
-      kind: language model or reward model.
+      kind: language model or reward model, after `ADAPTER` if only an adapter is written.
       dtype: of the weights.
     """
     origin = find_origin(model)
@@ -144,8 +146,8 @@ def write_card(folder: Path, model: Path, source: str, *, name: str, kind: str, 
 
 def _front(kind: str, base: str | None, tags: list[str], datasets: list[str]) -> str:
     """The card's metadata, as the hub reads it; a base model and data sets are named where they are the hub's."""
-    values: dict[str, Any] = {"library_name": "transformers", "tags": tags}
-    values["pipeline_tag"] = "text-generation" if kind == "language model" else "text-classification"
+    values: dict[str, Any] = {"library_name": "peft" if kind.startswith(ADAPTER) else "transformers", "tags": tags}
+    values["pipeline_tag"] = "text-generation" if kind.endswith("language model") else "text-classification"
     if base is not None and HUB_ID.fullmatch(base.partition("@")[0]) and not Path(base).exists():
         values["base_model"] = base.partition("@")[0]
     if datasets:
