@@ -139,7 +139,7 @@ def test_every_epoch_has_minibatches_of_its_own():
     loop = make_loop(method_of(epochs=3, minibatches=2))
     loop.update_critic, loop.update_actor = update, lambda state, *_: (state, {})
     for k in range(2):
-        loop._updates(bare_state(), k, (jnp.arange(8), None))
+        loop._updates(loop.models, bare_state(), k, (jnp.arange(8), None))
     epochs = [frozenset(cuts[i : i + 2]) for i in range(0, len(cuts), 2)]
     assert len(epochs) == len(set(epochs)) == 6
     assert all(sorted(sum(epoch, ())) == list(range(8)) for epoch in epochs)
@@ -161,7 +161,7 @@ def test_critic_warmup_leaves_the_actors_schedule_whole():
     loop.update_actor, loop.update_critic = update("actor"), update("critic")
     state = bare_state()
     for k in range(7):
-        loop._updates(state, k, (None, None))
+        loop._updates(loop.models, state, k, (None, None))
     close(rates["critic"], [make_schedule(optim, 14)(step) for step in range(14)])
     close(rates["actor"], [make_schedule(optim, 8)(step) for step in range(8)])
     assert rates["actor"][0] == 0.0
@@ -184,8 +184,8 @@ def test_actor_and_critic_skip_updates_each_by_itself(broken):
         first = compiled.make_minibatch(2, mesh)(jnp.arange(4), loop.minibatch_key, 0, 0, 0)
         field = "advantage" if broken == "actor" else "returns"
         poisoned = dataclasses.replace(estimated, **{field: getattr(estimated, field).at[first[0]].set(jnp.nan)})
-        found, metrics = loop._updates(state(), 0, (poisoned, None))
-        whole, _ = loop._updates(state(), 0, (estimated, None))
+        found, metrics = loop._updates(loop.models, state(), 0, (poisoned, None))
+        whole, _ = loop._updates(loop.models, state(), 0, (estimated, None))
         second = loop.minibatch((estimated, None), loop.minibatch_key, 0, 0, 1)
         start = with_learning_rate(getattr(state(), broken), 0.01)
         alone = actor(start, second, {}, ALLOWED) if broken == "actor" else critic(start, second[0], {})
@@ -294,7 +294,7 @@ def test_a_kl_that_is_not_finite_leaves_its_coefficient():
     """Else one broken rollout would make every later reward NaN."""
     loop = make_loop(method_of(kl=KlConfig(adaptive=True, horizon=10.0)))
     loop.generate, loop.narrow = lambda *_: (None, None), lambda joined: joined
-    loop._updates = lambda state, *_: (state, {})
+    loop._updates = lambda _, state, *__: (state, {})
     loop.utility = lambda joined: {}
     coefficients = []
     for kl in (jnp.nan, 1e9):
