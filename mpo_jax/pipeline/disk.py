@@ -132,7 +132,8 @@ class Sizes:
             return self._trained(planned, StageSize(model=model), state)
         if kind == "ppo":
             average = 4 * self._parameters("lm") if config.ppo.extras.ema_decay is not None else 0
-            head: Head = "lm" if self._scores_text else "value"  # what the critic starts from has another head alone
+            # scores from text leave the critic the policy's sizes, with a smaller head
+            head: Head = "lm" if self._scores_text else "value"
             critic = self._model(head) if config.ppo.save_critic else 0
             state = self._state("lm") + self._state(head) + average
             return self._trained(planned, StageSize(model=self._model("lm"), critic=critic), state)

@@ -248,7 +248,7 @@ def reward_program(
     count: int,
     num_responses: int,
     *,
-    params: Params | None = None,
+    masters: bool = False,
     key: str | None = None,
     runs: float | None,
     held: tuple[Any, ...] = (),
@@ -260,15 +260,15 @@ def reward_program(
     mean work at the lengths of the policy's tokens.
 
     Args:
-      params: of a reward model of the policy's tokens; None: a frozen one's.
+      masters: whether the reward model is held as one that trains is.
     """
     own = shapes.text_rewards
     if own is None:
         rows = shapes.rows(count, num_responses)
         yield scoring_program(
             name, "score", forward.make_score_pairs(shapes.model, shapes.mesh),
-            (shapes.frozen("value") if params is None else params, shapes.batch(rows)), shapes, rows, "value", key=key,
-            runs=runs, held=held, lengths=lengths,
+            (shapes.trained("value") if masters else shapes.frozen("value"), shapes.batch(rows)), shapes, rows,
+            "value", key=key, runs=runs, held=held, lengths=lengths,
         )  # fmt: skip
     elif own.model is not None:
         count *= num_responses
@@ -277,8 +277,8 @@ def reward_program(
         theirs = dataclasses.replace(shapes, model=own.model)
         found = scoring_program(
             name, "reward", forward.make_score_pairs(own.model, shapes.mesh),
-            (shapes.text_reward_model, shapes.batch(rows)), theirs, rows, "value", key=key, runs=runs, held=held,
-            lengths=lengths,
+            (theirs.trained("value") if masters else theirs.frozen("value"), shapes.batch(rows)), theirs, rows,
+            "value", key=key, runs=runs, held=held, lengths=lengths,
         )  # fmt: skip
         yield dataclasses.replace(found, own_widths=True)
 

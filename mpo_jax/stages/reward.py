@@ -169,22 +169,21 @@ def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -
     codec = TextCodec(context.inputs.tokenizer, settings.text)
     check(settings, context.mesh)
     folder, of = context.folder / "model", None
-    summary: dict[str, Any]
-    if settings.training is not None:
+    summary: dict[str, Any] = {"data": [source.to_dict() for source in context.inputs.corpus.reports]}
+    if context.inputs.reward_function is not None:
+        scorer = by_function(context, codec)
+        summary["function"] = settings.function
+    elif settings.training is None:
+        scorer = _finished(settings, context, codec)
+        summary["path"] = context.inputs.reward_model
+        tokenizer = codec.tokenizer if isinstance(scorer, SharedTokens) else scorer.codec.tokenizer
+        loading.save(folder, scorer.model, scorer.params, tokenizer, dtype=settings.save_dtype)
+    else:
         base = _base(settings.training, parents["sft"], context)
-        model, params, summary = _train(settings, settings.training, parents["sft"], context, codec)
+        model, params, trained = _train(settings, settings.training, parents["sft"], context, codec)
         loading.save(folder, model, params, codec.tokenizer, dtype=settings.save_dtype, base=base)
         scorer, of = SharedTokens(context, model, params, settings.text, str(folder)), trained_model(params)
-    else:
-        summary = {"data": [source.to_dict() for source in context.inputs.corpus.reports]}
-        if settings.function is not None:
-            scorer = by_function(context, codec)
-            summary["function"] = settings.function
-        else:
-            scorer = _finished(settings, context, codec)
-            summary["path"] = context.inputs.reward_model
-            tokenizer = codec.tokenizer if isinstance(scorer, SharedTokens) else scorer.codec.tokenizer
-            loading.save(folder, scorer.model, scorer.params, tokenizer, dtype=settings.save_dtype)
+        summary |= trained
     return summary | _measure(settings, context, scorer, codec, of)
 
 
@@ -232,8 +231,7 @@ def _train(
             mesh=context.mesh,
         ),
     )
-    sources = [source.to_dict() for source in corpus.reports]
-    return model, params, {"data": sources, "tokens": report.to_dict(), **trained}
+    return model, params, {"tokens": report.to_dict(), **trained}
 
 
 def _finished(settings: Settings, context: Context, codec: TextCodec) -> SharedTokens | OwnTokens:
@@ -331,7 +329,7 @@ def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
             held=(shapes.state(train.optim, "value").opt_state,), lengths=shapes.lengths("pairs"),
         )  # fmt: skip
     yield from reward_program(
-        "reward", shapes, settings.batch_size, 2, params=shapes.trained("value"),
+        "reward", shapes, settings.batch_size, 2, masters=True,
         runs=None if amounts is None else calls(amounts.reward_test, settings.batch_size),
         lengths=shapes.lengths("pairs"),
     )  # fmt: skip
