@@ -180,7 +180,8 @@ def ran(request, tmp_path_factory) -> Iterator[list[Ran]]:
             model = parents["sft"].model if name in ("select", "evaluate") else context.folder / "model"
             shapes = stage_shapes(
                 name, config, families.read_config(model), context.mesh,
-                amounts=count_rows(config, load_corpus(config), codec), parents={role: made.id for role, made in parents.items()},
+                amounts=count_rows(config, load_corpus(config), codec),
+                parents={role: made.id for role, made in parents.items()},
                 text_rewards=text_rewards(config, context.mesh),
             )  # fmt: skip
             programs = list(STAGES[name].programs(settings, shapes))

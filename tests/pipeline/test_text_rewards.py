@@ -33,9 +33,10 @@ pytestmark = pytest.mark.unoptimised
 
 WORDS = tuple(f" w{i}" for i in range(30))
 CHAT = (
-    "{% for message in messages %}{{ '<' + message['role'] + '>' + message['content'] + eos_token }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+    "{% for m in messages %}{{ '<' + m['role'] + '>' }}{% if m['content'] %}{{ ' ' + m['content'] | trim }}{% endif %}"
+    "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
+"""Contents begin with a space, as all words do."""
 SCORES = """
     calls = []
     fail_at = None
@@ -53,22 +54,24 @@ def formula(prompt: str, response: str) -> float:
     return len(re.findall("w1", response)) - len(response.split()) / 4 + len(prompt) / 64
 
 
-def word_tokenizer() -> PreTrainedTokenizerFast:
-    vocab = {token: i for i, token in enumerate(["<pad>", "<unk>", "</s>", *WORDS])}
+def word_tokenizer(*, chat: bool = False) -> PreTrainedTokenizerFast:
+    roles = ["<user>", "<assistant>"] if chat else []
+    vocab = {token: i for i, token in enumerate(["<pad>", "<unk>", "</s>", *roles, *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r" \w+"), "isolated")  # type: ignore[assignment]
     tokenizer.decoder = decoders.Fuse()  # type: ignore[assignment]
-    return PreTrainedTokenizerFast(
+    made = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="</s>",
-        clean_up_tokenization_spaces=False,
+        additional_special_tokens=roles, clean_up_tokenization_spaces=False,
     )  # fmt: skip
+    if chat:
+        made.chat_template = CHAT
+    return made
 
 
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
+def make_inputs(folder: Path, *, chat: bool = False) -> Path:
     """`policy`, `reward` with its tokens, `other` with the same words under other numbers, and rows of pairs."""
-    folder = tmp_path_factory.mktemp("inputs")
-    tokenizer, config = word_tokenizer(), load_config(MICRO)
+    tokenizer, config = word_tokenizer(chat=chat), load_config(MICRO)
     decoder = loading.scratch_sizes(config.model.architecture, len(tokenizer))
     for name, head in (("policy", "lm"), ("reward", "value")):
         params = random_params(decoder, seed=len(name), head=head)
@@ -77,12 +80,21 @@ def inputs(tmp_path_factory) -> Path:
     rng = np.random.default_rng(0)
 
     def words() -> str:
-        return "".join(rng.choice(WORDS, rng.integers(2, 9)))
+        said = "".join(rng.choice(WORDS, rng.integers(2, 9)))
+        return said.strip() if chat else said
 
-    rows = [{"prompt": words(), "chosen": words(), "rejected": words()} for _ in range(60)]
+    def prompt() -> object:
+        return [{"role": "user", "content": words()}] if chat else words()
+
+    rows = [{"prompt": prompt(), "chosen": words(), "rejected": words()} for _ in range(60)]
     for name, part in (("train", rows[:40]), ("test", rows[40:])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     return folder
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def settings(inputs: Path, workdir: Path, *more: str) -> tuple[str, ...]:
@@ -164,6 +176,35 @@ def test_its_artifact_has_its_tokens_and_the_critic_the_policy_s(inputs, shared,
     assert first["objective/scores"] == pytest.approx(before["objective/scores"], rel=1e-4)
     assert first["critic/explained_variance"] == 0, "a critic that says 0 everywhere explains nothing"
     assert before["critic/explained_variance"] != 0
+
+
+def test_conversations_are_rendered_by_the_reward_model_s_own_template(tmp_path, written):
+    """The same template, so the same rows where the response ends by itself; a function gets the turns."""
+    inputs = make_inputs(tmp_path, chat=True)
+    for given in ("reward", "other"):
+        assert mpo("select", *settings(inputs, tmp_path / f"by-{given}", f"reward.path={inputs}/{given}")) == 0
+    one, other = (
+        PairTable.read(next((tmp_path / f"by-{given}" / "stages").glob("select-*"))) for given in ("reward", "other")
+    )
+    eos = word_tokenizer(chat=True).eos_token_id
+    whole = np.asarray([[ids[-1] == eos for ids in pair] for pair in one.ids])
+    assert whole.sum() > 10 and np.std(one.score[whole]) > 0.1 and "<assistant>" in one.prompt[0]
+    np.testing.assert_allclose(other.score[whole], one.score[whole], rtol=1e-5, atol=1e-5)
+    summaries = [
+        json.loads(next((tmp_path / f"by-{given}" / "stages").glob("reward-*/manifest.json")).read_text())["summary"]
+        for given in ("reward", "other")
+    ]
+    assert summaries[0]["accuracy_by_gap"] == summaries[1]["accuracy_by_gap"]
+    module = tmp_path / f"{written.partition(':')[0]}.py"
+    body = "[len(p[-1]['content']) - len(r) / 8 for p, r in zip(prompts, responses)]"
+    module.write_text(f"def brevity(prompts, responses):\n    return {body}\n")
+    assert mpo("select", *settings(inputs, tmp_path / "by-function", f"reward.function={written}")) == 0
+    table = PairTable.read(next((tmp_path / "by-function" / "stages").glob("select-*")))
+    expected = [
+        [len(re.sub(r"<\w+>|</s>", "", prompt).strip()) - len(text.strip()) / 8 for text in pair]
+        for prompt, pair in zip(table.prompt, table.response, strict=True)
+    ]
+    np.testing.assert_allclose(table.score, expected)
 
 
 @pytest.mark.parametrize("kind", ["path", "function"])
