@@ -173,12 +173,13 @@ def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -
     if context.inputs.reward_function is not None:
         scorer = by_function(context, codec)
         summary["function"] = settings.function
-    elif settings.training is None:
-        scorer = _finished(settings, context, codec)
-        summary["path"] = context.inputs.reward_model
+    elif (path := context.inputs.reward_model) is not None:
+        scorer = _finished(path, settings, context, codec)
+        summary["path"] = path
         tokenizer = codec.tokenizer if isinstance(scorer, SharedTokens) else scorer.codec.tokenizer
         loading.save(folder, scorer.model, scorer.params, tokenizer, dtype=settings.save_dtype)
     else:
+        assert settings.training is not None
         base = _base(settings.training, parents["sft"], context)
         model, params, trained = _train(settings, settings.training, parents["sft"], context, codec)
         loading.save(folder, model, params, codec.tokenizer, dtype=settings.save_dtype, base=base)
@@ -234,10 +235,8 @@ def _train(
     return model, params, {"tokens": report.to_dict(), **trained}
 
 
-def _finished(settings: Settings, context: Context, codec: TextCodec) -> SharedTokens | OwnTokens:
+def _finished(path: str, settings: Settings, context: Context, codec: TextCodec) -> SharedTokens | OwnTokens:
     """The reward model at `reward.path`."""
-    path = context.inputs.reward_model
-    assert path is not None
     return open_model(
         context, path, codec, settings.numerics, own=check_finished(path, codec, settings.label), label=settings.label
     )
