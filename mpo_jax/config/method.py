@@ -1,5 +1,6 @@
 """The sections of the method: `sft`, `reward`, `select`, `dpo`, `ppo`, `evaluate`, `table`."""
 
+import re
 from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
@@ -40,15 +41,21 @@ class SftConfig(Section, frozen=True):
 
 
 class RewardConfig(Section, frozen=True):
-    """The reward model: trained on the labelled pairs, or a finished one."""
+    """The reward model: trained on the labelled pairs, a finished one, or a Python function in its place."""
 
     train: Annotated[TrainConfig, _stage_defaults({"optim": _REWARD_OPTIM})] = Field(
         default_factory=lambda: TrainConfig(optim=OptimConfig.model_validate(_REWARD_OPTIM))
     )
     path: str | None = Field(
         default=None,
-        description="finished reward model to use, given as in model.path, with the policy's tokenizer; null: train "
-        "one",
+        description="finished reward model to use, given as in model.path; with another tokenizer than the policy's "
+        "it reads the responses as text; null: train one",
+    )
+    function: str | None = Field(
+        default=None,
+        description="module:name of a Python function to use as reward, from the current folder or the Python path. It "
+        "gets a list of prompts and a list of responses, and returns a finite number for each; it must be "
+        "deterministic; null: a reward model",
     )
     label: str | None = Field(
         default=None,
@@ -63,6 +70,19 @@ class RewardConfig(Section, frozen=True):
         description="Bradley-Terry loss on the scores of the last tokens, or DeepSpeed-Chat's mean over the tokens "
         "from where the responses differ",
     )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "RewardConfig":
+        if self.path is not None and self.function is not None:
+            raise ValueError("reward.path and reward.function are both given: set one of them to null")
+        if self.function is not None and not re.fullmatch(r"[\w.]+:[\w.]+", self.function):
+            raise ValueError(f"reward.function={self.function}: give module:name, such as rewards:brevity")
+        return self
+
+    @property
+    def trains(self) -> bool:
+        """Whether a reward model is trained."""
+        return self.path is None and self.function is None
 
 
 class SelectConfig(Section, frozen=True):

@@ -139,6 +139,14 @@ class Chat:
         cut = rest.find(eos, end) if eos else -1
         return rest[:cut] if cut >= 0 else rest[:end] or reply
 
+    def conversation(self, messages: Sequence[Message], reply: str) -> str:
+        """All turns and the reply as one whole conversation, as a classifier reads it.
+
+        Raises:
+          SystemRefused, UserError: as `prompt`.
+        """
+        return self._with_reply(self._accepted(messages), reply)
+
     def _behind_prompt(self, turns: Sequence[Message], prompt: str, reply: str) -> str:
         """The reply as it has to follow a prompt that is no beginning of the whole conversation."""
         marked = self._with_reply(turns, MARK)

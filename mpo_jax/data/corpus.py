@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from mpo_jax.config.registry import ROW_FORMATS
 from mpo_jax.config.schema import Config, DataConfig, ModelConfig, TextConfig
 from mpo_jax.data import toy
-from mpo_jax.data.chat import Chat, read_template
+from mpo_jax.data.chat import Chat, Message, read_template
 from mpo_jax.data.records import (
     DataReport,
     Demonstration,
@@ -27,6 +27,7 @@ from mpo_jax.data.records import (
     is_validation,
 )
 from mpo_jax.data.sources import HUB, Source, fingerprint_files, open_source
+from mpo_jax.data.text_rows import TextRow
 from mpo_jax.errors import UserError
 from mpo_jax.models.hf.hub import local_model
 from mpo_jax.models.hf.tokenizer import load_tokenizer
@@ -55,6 +56,7 @@ class Corpus:
       categories: category of each test prompt that has one.
       reports: rows read and dropped, one report per source.
       pairs_by_prompt: whether `prompts` are the distinct prompts of `pairs`.
+      conversations: the turns of each prompt that a chat template has rendered, by its text.
       utility: true utility of (prompt, response) in the toy world; None for real data.
     """
 
@@ -68,6 +70,7 @@ class Corpus:
     categories: Mapping[str, str]
     reports: list[DataReport]
     pairs_by_prompt: bool
+    conversations: Mapping[str, tuple[Message, ...]] = dataclasses.field(default_factory=dict)
     utility: Callable[[str, str], float] | None = None
 
     @property
@@ -219,6 +222,7 @@ def _assemble(
     tests: Sequence[Part[Preference]] = (),
     prompts: Sequence[Part[Prompt]] = (),
     test_prompts: Sequence[Part[Prompt]] = (),
+    conversations: Mapping[str, tuple[Message, ...]] | None = None,
 ) -> Corpus:
     """Splits the rows into sets; rows that a set must not contain are dropped and counted."""
 
@@ -257,6 +261,7 @@ def _assemble(
         categories=_categories(evaluated),
         reports=[report for _, report in (*pairs, *tests, *demonstrations, *prompts, *test_prompts) if report.source],
         pairs_by_prompt=data.prompts == "unique" and not data.prompt_path,
+        conversations=conversations or {},
         utility=known_utility(data),
     )
 
@@ -307,25 +312,34 @@ def _format(kind: str) -> RowFormat:
     return importlib.import_module(ROW_FORMATS[kind]).FORMAT
 
 
-def _readers(config: Config) -> Readers:
+def _readers(config: Config, conversations: dict[str, tuple[Message, ...]] | None = None) -> Readers:
     data, form = config.data, _format(config.data.kind)
     render = Renderer(
-        cache(lambda: Chat.of(base_tokenizer(config), config.text)), wrap=config.text.chat, turns=form.turns
+        cache(lambda: Chat.of(base_tokenizer(config), config.text)),
+        wrap=config.text.chat,
+        turns=form.turns,
+        conversations=conversations,
     )
     return form.readers(data, {"strict": data.filter == "strict", "max_rows": data.max_rows, "render": render})
 
 
-def check_first_rows(config: Config) -> None:
+def check_first_rows(config: Config) -> TextRow | None:
     """Reads the first rows of every source under the reader of its key, as `load_corpus` will read all of them.
+
+    Returns:
+      The first pair's chosen response, for what scores responses; None if the first rows have no pair that is kept.
 
     Raises:
       UserError: for a missing source or a row of another layout; names the key.
     """
     data = config.data
     if data.kind == "toy":
-        return
+        pair = toy.preferences(data.toy.model_copy(update={"num_pairs": 1}), test=False)[0]
+        return TextRow(pair.prompt, pair.chosen, complete=True)
     first = min(FIRST_ROWS, data.max_rows or FIRST_ROWS)
-    readers = _readers(config.model_copy(update={"data": data.model_copy(update={"max_rows": first})}))
+    conversations: dict[str, tuple[Message, ...]] = {}
+    pairs: list[Preference] = []
+    readers = _readers(config.model_copy(update={"data": data.model_copy(update={"max_rows": first})}), conversations)
     readers_by_key: dict[str, Callable[[Source], Any]] = {
         "path": readers.preferences,
         "sft_path": readers.demonstrations,
@@ -336,11 +350,17 @@ def check_first_rows(config: Config) -> None:
     for key, reader in readers_by_key.items():
         for spec in getattr(data, key):
             with _naming(key):
-                reader(open_source(spec))
+                rows, _ = reader(open_source(spec))
+            if key == "path":
+                pairs += rows
+    if not pairs:
+        return None
+    return TextRow.of(pairs[0].prompt, pairs[0].chosen, complete=True, conversations=conversations)
 
 
 def _load_sources(config: Config) -> Corpus:
-    data, readers = config.data, _readers(config)
+    conversations: dict[str, tuple[Message, ...]] = {}
+    data, readers = config.data, _readers(config, conversations)
 
     def read(key: str, reader: Callable[[Source], Part[T]]) -> list[Part[T]]:
         with _naming(key):
@@ -364,6 +384,7 @@ def _load_sources(config: Config) -> Corpus:
         tests=read("test_path", readers.preferences),
         prompts=read("prompt_path", readers.prompts),
         test_prompts=read("test_prompt_path", readers.prompts),
+        conversations=conversations,
     )
 
 

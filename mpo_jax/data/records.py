@@ -99,11 +99,13 @@ class Renderer:
       chat: factory of the chat template; called only for rows that need one.
       wrap: the value of text.chat: whether plain prompts are rendered as conversations too.
       turns: function from a plain prompt to its turns.
+      conversations: gets the turns of every prompt that is rendered, by its text; None: they are not kept.
     """
 
     chat: Callable[[], Chat]
     wrap: bool = False
     turns: Callable[[str], list[Message]] = user_turn
+    conversations: dict[str, tuple[Message, ...]] | None = None
 
     def group(self, prompt: str | list[Message]) -> str:
         """The group of a prompt: its text, or its turns if it has several, with whitespace normalised.
@@ -131,11 +133,14 @@ class Renderer:
             raise Drop("empty prompt")
         try:
             chat = self.chat()
-            return chat.prompt(prompt), [chat.response(prompt, reply) for reply in replies]
+            rendered = chat.prompt(prompt), [chat.response(prompt, reply) for reply in replies]
         except SystemRefused:
             raise Drop("system turn refused by the chat template (text.fold_system=false)") from None
         except UserError as error:
             raise UserError(f"{place}: {error}") from error
+        if self.conversations is not None:
+            self.conversations[rendered[0]] = tuple(prompt)
+        return rendered
 
 
 @dataclasses.dataclass(frozen=True)

@@ -162,18 +162,20 @@ def check_vocabulary(num_ids: int, decoder: DecoderConfig, folder: str | Path) -
         )
 
 
-def check_source(source: Source, num_ids: int, text: TextConfig, *, head: Head) -> None:
+def check_source(source: Source, num_ids: int, text: TextConfig | None, *, head: Head) -> None:
     """Checks a model that will be loaded, without its weights.
 
     Args:
       num_ids: the tokenizer's largest id plus one.
+      text: limits that must fit the model's positions; None: any.
 
     Raises:
       UserError: if a tensor is missing or superfluous, a file is cut off, the texts are too long for its positions, or
         the tokenizer does not fit its embedding.
     """
     weights.check_tensors(source.tensors, source.decoder, head=head)
-    check_positions(source.decoder, text)
+    if text is not None:
+        check_positions(source.decoder, text)
     check_vocabulary(num_ids, source.decoder, source.tensors.where)
 
 

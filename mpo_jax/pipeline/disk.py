@@ -14,7 +14,7 @@ from mpo_jax.models import forward, loading
 from mpo_jax.pipeline.basis import Basis
 from mpo_jax.pipeline.bucket import Bucket
 from mpo_jax.pipeline.keeping import FOLDERS, Plan
-from mpo_jax.pipeline.stages import STAGES
+from mpo_jax.pipeline.stages import STAGES, scores_text
 from mpo_jax.pipeline.table import TableStage
 from mpo_jax.runtime import machine
 from mpo_jax.stages.fitting import num_updates
@@ -127,12 +127,15 @@ class Sizes:
             prompts = self._basis.corpus.test_prompts[: config.evaluate.num_prompts]
             return StageSize(rows=len(prompts) * config.text.max_response_tokens * TEXT_BYTES + _bytes(prompts))
         if kind == "reward":
-            state = 0 if config.reward.path is not None else self._state("value")
-            return self._trained(planned, StageSize(model=self._model("value")), state)
+            state = self._state("value") if config.reward.trains else 0
+            model = 0 if config.reward.function is not None else self._model("value")
+            return self._trained(planned, StageSize(model=model), state)
         if kind == "ppo":
             average = 4 * self._parameters("lm") if config.ppo.extras.ema_decay is not None else 0
-            critic = self._model("value") if config.ppo.save_critic else 0
-            state = self._state("lm") + self._state("value") + average
+            # scores from text leave the critic the policy's sizes, with a smaller head
+            head: Head = "lm" if self._scores_text else "value"
+            critic = self._model(head) if config.ppo.save_critic else 0
+            state = self._state("lm") + self._state(head) + average
             return self._trained(planned, StageSize(model=self._model("lm"), critic=critic), state)
         return self._trained(planned, StageSize(model=self._model("lm")), self._state("lm"))
 
@@ -174,6 +177,10 @@ class Sizes:
         reward = self._config.reward.path
         decoder = loading.open_model(reward).decoder if head == "value" and reward is not None else self._basis.decoder
         return forward.num_parameters(decoder, head=head)
+
+    @cached_property
+    def _scores_text(self) -> bool:
+        return scores_text(self._config, fetch=False)
 
     @cached_property
     def _tokenizer(self) -> int:

@@ -12,12 +12,14 @@ from jax.sharding import Mesh
 from mpo_jax.config.schema import Config
 from mpo_jax.data.corpus import base_tokenizer, check_first_rows
 from mpo_jax.data.text import TextCodec
+from mpo_jax.data.text_rows import TextRow
 from mpo_jax.errors import UserError
+from mpo_jax.evaluation.reward_function import load_function
 from mpo_jax.models import loading
 from mpo_jax.models.spec import DecoderConfig
 from mpo_jax.pipeline.bucket import Bucket
 from mpo_jax.pipeline.pipeline import Pipeline, StageName
-from mpo_jax.pipeline.stages import STAGES, stage_shapes
+from mpo_jax.pipeline.stages import STAGES, stage_shapes, text_rewards
 from mpo_jax.pipeline.table import Listing
 from mpo_jax.runtime import machine
 from mpo_jax.runtime.offload import Offload, check_pinned
@@ -50,10 +52,10 @@ def check_inputs(config: Config, until: StageName = "evaluate") -> None:
     Raises:
       UserError: names the key that is wrong.
     """
-    check_first_rows(config)
+    row = check_first_rows(config)
     codec, _ = check_base(config)
     if until != "sft":
-        check_reward(config, codec)
+        check_reward(config, codec, row)
 
 
 def check_base(config: Config) -> tuple[TextCodec, DecoderConfig]:
@@ -78,14 +80,25 @@ def check_base(config: Config) -> tuple[TextCodec, DecoderConfig]:
     return codec, decoder
 
 
-def check_reward(config: Config, codec: TextCodec) -> None:
-    """Checks the finished reward model of `reward.path`, if there is one, against the policy's tokenizer.
+def check_reward(config: Config, codec: TextCodec, row: TextRow | None) -> None:
+    """Checks what `reward.path` or `reward.function` names, if there is one, on a row of the data.
+
+    Args:
+      codec: the policy's.
+      row: a response of the data; None if the first rows have none.
 
     Raises:
       UserError: if it cannot score the policy's responses.
     """
+    rows = [] if row is None else [row]
     if config.reward.path is not None:
-        reward.check_finished(config.reward.path, codec, config.reward.label)
+        own = reward.check_finished(config.reward.path, codec, config.reward.label)
+        if own is not None:
+            own.examples(rows)
+    if config.reward.function is not None:
+        function = load_function(config.reward.function)
+        if rows:
+            function(rows)
 
 
 def check_missing(
@@ -132,7 +145,8 @@ def check_stages(
 
 
 def _check_host_memory(config: Config, settings: Any, offload: Offload, mesh: Mesh) -> None:
-    shapes = stage_shapes("ppo", config, check_base(config)[1], mesh)
+    rewards = text_rewards(config, mesh)
+    shapes = stage_shapes("ppo", config, check_base(config)[1], mesh, text_rewards=rewards)
     frozen, moments = ppo.offloaded(settings, shapes)
     needed = offload.pinned_bytes(frozen=frozen, moments=moments, num_devices=len(mesh.local_devices))
     try:

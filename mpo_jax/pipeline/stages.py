@@ -13,8 +13,9 @@ from jax.sharding import Mesh
 from mpo_jax.config.load import to_yaml
 from mpo_jax.config.registry import Step
 from mpo_jax.config.schema import Config
-from mpo_jax.data.corpus import Corpus
+from mpo_jax.data.corpus import Corpus, base_tokenizer
 from mpo_jax.data.lengths import Lengths
+from mpo_jax.data.reward_codec import RewardCodec
 from mpo_jax.data.text import TextCodec
 from mpo_jax.models import loading
 from mpo_jax.models.forward import Model
@@ -29,7 +30,7 @@ from mpo_jax.stages import dpo, evaluate, ppo, reward, select, sft
 from mpo_jax.stages.compiling import Upcoming
 from mpo_jax.stages.context import Context, Inputs
 from mpo_jax.stages.settings import Split, Watch, adapter_of
-from mpo_jax.stages.shapes import Amounts, Set, Shapes
+from mpo_jax.stages.shapes import Amounts, Set, Shapes, TextRewards
 from mpo_jax.stages.stage import Stage
 from mpo_jax.training.tracker import Sink
 from mpo_jax.training.wandb_log import stage_run
@@ -134,7 +135,8 @@ def upcoming_programs(
     """
 
     def shapes(model: Model) -> Shapes:
-        made = stage_shapes(name, config, model.decoder, mesh, parents=parents)
+        rewards = text_rewards(config, mesh)
+        made = stage_shapes(name, config, model.decoder, mesh, parents=parents, text_rewards=rewards)
         # the very model whose functions the stage calls
         return dataclasses.replace(made, model=model)
 
@@ -154,12 +156,14 @@ def stage_shapes(
     *,
     amounts: Amounts | None = None,
     parents: Mapping[str, str] | None = None,
+    text_rewards: TextRewards | None = None,
 ) -> Shapes:
     """The shapes that a stage's programs are compiled with under a configuration.
 
     Args:
       amounts: numbers of rows; None if no data was read.
       parents: the artifacts that the stage reads, by role; None: all its roles, and PPO starts from its reference.
+      text_rewards: as `text_rewards` finds it.
     """
     loading.check_positions(decoder, config.text)
     stage, adapted = STAGES[name], adapter_of(name, config)
@@ -175,8 +179,42 @@ def stage_shapes(
         offload_frozen=config.runtime.offload_frozen,
         offload_moments=config.runtime.offload_moments,
         own_reference=own_reference,
+        text_rewards=text_rewards,
         parents=frozenset(stage.parents if parents is None else parents),
     )
+
+
+def text_rewards(config: Config, mesh: Mesh, *, fetch: bool = True) -> TextRewards | None:
+    """What scores responses as text under a configuration; None if a reward model of the policy's tokens does.
+
+    Args:
+      fetch: whether models on the hub are fetched; otherwise, where one is not here, None.
+
+    Raises:
+      UserError: if the finished reward model cannot be opened.
+    """
+    if config.reward.function is not None:
+        return TextRewards()
+    own = _own_codec(config, fetch=fetch)
+    if own is None:
+        return None
+    path = str(config.reward.path)
+    decoder = loading.open_model(path, label=config.reward.label).fitting(own.vocab_size).decoder
+    return TextRewards(loading.Options.of(config.model).model(decoder, mesh), own.max_tokens)
+
+
+def scores_text(config: Config, *, fetch: bool = True) -> bool:
+    """Whether there are `text_rewards`; PPO's critic then has the policy's sizes."""
+    return config.reward.function is not None or _own_codec(config, fetch=fetch) is not None
+
+
+def _own_codec(config: Config, *, fetch: bool) -> RewardCodec | None:
+    path = config.reward.path
+    here = all(given is None or Path(given).expanduser().exists() for given in (path, config.model.path))
+    if path is None or not (fetch or here):
+        return None
+    codec = TextCodec(base_tokenizer(config), config.text)
+    return reward.check_finished(path, codec, config.reward.label)
 
 
 def count_rows(config: Config, corpus: Corpus, codec: TextCodec | None = None) -> Amounts:

@@ -15,7 +15,7 @@ from mpo_jax.pipeline.bucket import Bucket, stage_place
 from mpo_jax.pipeline.experiments import table_variants
 from mpo_jax.pipeline.pipeline import Pipeline
 from mpo_jax.pipeline.recipe import artifact_name
-from mpo_jax.pipeline.stages import STAGES, stage_shapes
+from mpo_jax.pipeline.stages import STAGES, stage_shapes, text_rewards
 from mpo_jax.runtime import machine
 from mpo_jax.runtime.progress import Expected
 from mpo_jax.runtime.sharding import make_mesh
@@ -150,8 +150,9 @@ class Cost:
         stage = STAGES[recipe["stage"]]
         settings = stage.Settings.model_validate(recipe["settings"])
         shapes = stage_shapes(
-            stage.name, basis.config, basis.decoder, mesh, amounts=basis.amounts, parents=recipe["parents"]
-        )
+            stage.name, basis.config, basis.decoder, mesh, amounts=basis.amounts, parents=recipe["parents"],
+            text_rewards=text_rewards(basis.config, mesh, fetch=False),
+        )  # fmt: skip
         total = 0.0
         with jax.set_mesh(mesh):
             for program in stage.programs(settings, shapes):

@@ -22,6 +22,8 @@ from mpo_jax.data.corpus import Corpus
 from mpo_jax.data.digest import digest
 from mpo_jax.data.text import TextCodec
 from mpo_jax.data.tokens import Example, Row, TokenReport, tokenize
+from mpo_jax.errors import UserError
+from mpo_jax.evaluation.reward_function import RewardFunction, fingerprint_function, load_function
 from mpo_jax.evaluation.sampling import sample_examples
 from mpo_jax.evaluation.scoring import score_examples
 from mpo_jax.models import loading
@@ -40,8 +42,8 @@ from mpo_jax.training.tracker import Sink, Tracker
 from mpo_jax.types import Head, Params
 
 NO_OFFLOAD = Offload(frozen=False, moments=False)
-INPUTS = frozenset({"data", "base", "reward_model"})
-"""Inputs of stages that are not artifacts: the rows, the base model, and a finished reward model."""
+INPUTS = frozenset({"data", "base", "reward_model", "reward_function"})
+"""Inputs of stages that are not artifacts: the rows, the base model, a finished reward model, a function as reward."""
 
 
 class Inputs:
@@ -73,6 +75,8 @@ class Inputs:
             found["base"] = partial(base_model.fingerprint_base, config.model.path, cache)
         if config.reward.path is not None:
             found["reward_model"] = partial(base_model.fingerprint_model, config.reward.path, cache)
+        if config.reward.function is not None:
+            found["reward_function"] = partial(fingerprint_function, config.reward.function)
         for name in sorted(self._reads & found.keys()):
             if name not in self._fingerprints:
                 self._fingerprints[name] = found[name]()
@@ -119,6 +123,22 @@ class Inputs:
         """Path or hub id of a finished reward model to use instead of training one; None to train."""
         self._check("reward_model")
         return self._config.reward.path
+
+    @property
+    def reward_function(self) -> RewardFunction | None:
+        """The function that gives rewards in place of a model, imported; None if there is none.
+
+        Raises:
+          UserError: if it cannot be imported, or is no longer the one that stages are named after.
+        """
+        self._check("reward_function")
+        name = self._config.reward.function
+        if name is None:
+            return None
+        function = load_function(name)
+        if function.fingerprint != self.fingerprints["reward_function"]:
+            raise UserError(f"{function}: its file has changed since this command began: start it again")
+        return function
 
     def _check(self, name: str) -> None:
         assert name in self._reads, f"the stage reads {name}, which its name does not hash: declare it in Stage.inputs"
@@ -177,7 +197,7 @@ class Context:
         self,
         path: str | Path,
         numerics: Numerics,
-        text: TextConfig,
+        text: TextConfig | None,
         *,
         head: Head = "lm",
         frozen: bool = False,
@@ -187,6 +207,7 @@ class Context:
         """Loads a model onto the mesh and checks that it has enough positions for the text's prompts and responses.
 
         Args:
+          text: None for a reward model with a tokenizer of its own, whose rows are cut to its positions.
           num_ids, label: as for `loading.load`, of models from elsewhere.
         """
         return loading.load(

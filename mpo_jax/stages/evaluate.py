@@ -1,7 +1,7 @@
 """Evaluation of one policy on held-out prompts: raw reward, true utility if known, length, EOS rate, KL to SFT."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -24,8 +24,9 @@ from mpo_jax.runtime.processes import is_main
 from mpo_jax.runtime.seeds import stage_key
 from mpo_jax.runtime.sharding import check_batch, place_batch, replicated
 from mpo_jax.stages.context import Context
-from mpo_jax.stages.fitting import calls, scoring_program
+from mpo_jax.stages.fitting import calls, reward_program, scoring_program
 from mpo_jax.stages.sampling import refill_programs
+from mpo_jax.stages.scorer import SharedTokens, open_scorer
 from mpo_jax.stages.settings import Numerics
 from mpo_jax.stages.shapes import Shapes
 from mpo_jax.stages.stage import Program, Stage
@@ -95,7 +96,7 @@ def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -
     codec = TextCodec(load_tokenizer(policy.model), text)
     model, params = context.load(policy.model, numerics, text, frozen=True)
     sft_params = context.load(sft.model, numerics, text, frozen=True)[1]
-    reward_model, reward_params = context.load(reward.model, numerics, text, head="value", frozen=True)
+    scorer = open_scorer(context, reward, codec, numerics)
 
     prompts = corpus.test_prompts[: settings.num_prompts]
     examples, report = context.tokenize(codec, [(prompt, ()) for prompt in prompts])
@@ -104,21 +105,32 @@ def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -
         "evaluate", model, params, examples, codec, sampling=settings.sampling,
         key=stage_key(settings.seed, "evaluate"), batch_size=settings.batch_size, source=policy.model,
     )  # fmt: skip
-    score = forward.make_score_pairs(reward_model, mesh)
     kl = make_kl(model, settings.temperature, mesh)
 
-    def measure(batch: PromptBatch) -> Any:
-        placed = place_batch(batch, mesh)
-        return score(reward_params, placed)[:, 0], kl(params, sft_params, placed, allowed_V)
+    def measure_kl(batch: PromptBatch) -> jax.Array:
+        return kl(params, sft_params, batch, allowed_V)
 
     answered = with_responses(examples, found)
-    buckets = Buckets.of(answered, text.length_buckets)
-    models = str(reward.model), f"{policy.model} against {sft.model}"
+    buckets, against = Buckets.of(answered, text.length_buckets), f"{policy.model} against {sft.model}"
     of = {"batch_size": settings.batch_size, "length_buckets": text.length_buckets}
-    with context.running("evaluate", "measures", answered, of) as (keep, progress):
-        scores, kls = map_batches(
-            answered, buckets, settings.batch_size, measure, models=models, keep=keep, progress=progress
-        )
+
+    def run_pass(name: str, measure: Callable[[PromptBatch], Any], models: Any) -> Any:
+        with context.running("evaluate", name, answered, of) as (keep, progress):
+            return map_batches(
+                answered, buckets, settings.batch_size, lambda batch: measure(place_batch(batch, mesh)), models=models,
+                keep=keep, progress=progress,
+            )  # fmt: skip
+
+    if isinstance(scorer, SharedTokens):
+        score = forward.make_score_pairs(scorer.model, mesh)
+
+        def measure(batch: PromptBatch) -> Any:
+            return score(scorer.params, batch)[:, 0], measure_kl(batch)
+
+        scores, kls = run_pass("measures", measure, (scorer.source, against))
+    else:
+        scores = scorer.scores("evaluate", "scores", prompts, answered, batch_size=settings.batch_size)[:, 0]
+        kls = run_pass("kl", measure_kl, against)
     ids, length, has_eos = found.ids[:, 0], found.length[:, 0], found.has_eos[:, 0]
     responses = [codec.decode(row[:n]) for row, n in zip(ids, length, strict=True)]
     columns: dict[str, np.ndarray] = {"score": scores, "kl": kls, "length": length, "has_eos": has_eos}
@@ -146,17 +158,15 @@ def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
     size, num_prompts = settings.batch_size, None
     if shapes.amounts is not None:
         num_prompts = min(shapes.amounts.test_prompts, settings.num_prompts or shapes.amounts.test_prompts)
-    rows, policy, reward_model = shapes.rows(size, 1), shapes.frozen(), shapes.frozen("value")
+    rows, policy = shapes.rows(size, 1), shapes.frozen()
+    reward_model = shapes.frozen("value") if shapes.text_rewards is None else shapes.text_reward_model
     lengths = shapes.sampled("test_prompts")
     yield from refill_programs(
         "evaluate", shapes, settings.sampling, policy, size, num_prompts=num_prompts, held=(policy, reward_model),
         lengths=lengths,
     )  # fmt: skip
     runs, key = None if num_prompts is None else calls(num_prompts, size), "evaluate.batch_size"
-    yield scoring_program(
-        "evaluate", "score", forward.make_score_pairs(shapes.model, shapes.mesh), (reward_model, shapes.batch(rows)),
-        shapes, rows, "value", key=key, runs=runs, held=(policy, policy), lengths=lengths,
-    )  # fmt: skip
+    yield from reward_program("evaluate", shapes, size, 1, key=key, runs=runs, held=(policy, policy), lengths=lengths)
     yield scoring_program(
         "evaluate", "kl", make_kl(shapes.model, settings.temperature, shapes.mesh),
         (policy, policy, shapes.batch(rows), shapes.allowed()), shapes, rows, "lm", key=key, runs=runs, times=2.0,
@@ -164,4 +174,6 @@ def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
     )  # fmt: skip
 
 
-STAGE = Stage("evaluate", Settings, ("policy", "sft", "reward"), frozenset({"data"}), run, programs, check)
+STAGE = Stage(
+    "evaluate", Settings, ("policy", "sft", "reward"), frozenset({"data", "reward_function"}), run, programs, check
+)

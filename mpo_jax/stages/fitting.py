@@ -1,5 +1,6 @@
 """Shared by the training stages: the training loop under a stage's settings and context, over fixed examples."""
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from mpo_jax.config.schema import OptimConfig
 from mpo_jax.data.batches import Batch, Buckets, TrainBatches, num_steps
 from mpo_jax.data.lengths import Lengths
 from mpo_jax.data.tokens import Example
-from mpo_jax.models import flops
+from mpo_jax.models import flops, forward
 from mpo_jax.models.flops import Rows, Work
 from mpo_jax.models.forward import Model
 from mpo_jax.runtime.seeds import data_seed
@@ -17,7 +18,7 @@ from mpo_jax.runtime.sharding import check_batch, place_batch
 from mpo_jax.runtime.stage_warnings import warn
 from mpo_jax.stages.context import Context
 from mpo_jax.stages.settings import TrainSettings, Watch
-from mpo_jax.stages.shapes import Shapes
+from mpo_jax.stages.shapes import MULTIPLE, Shapes
 from mpo_jax.stages.stage import Program
 from mpo_jax.training.hashes import leaf_hashes, state_hash
 from mpo_jax.training.loop import Fitted, Hooks, Step, fit
@@ -239,6 +240,47 @@ def scoring_program(
         arguments=lambda _: arguments, work=work(rows), runs=runs, held=held,
         expected=shapes.mean(lengths, rows, work),
     )  # fmt: skip
+
+
+def reward_program(
+    name: str,
+    shapes: Shapes,
+    count: int,
+    num_responses: int,
+    *,
+    masters: bool = False,
+    key: str | None = None,
+    runs: float | None,
+    held: tuple[Any, ...] = (),
+    lengths: Lengths | None = None,
+) -> Iterator[Program]:
+    """What a stage compiles to score `count` prompts' responses at a time: nothing where a function scores them.
+
+    A reward model with a tokenizer of its own reads each response as a row. It is counted at the widest one, and its
+    mean work at the lengths of the policy's tokens.
+
+    Args:
+      masters: whether the reward model is held as one that trains is.
+    """
+    own = shapes.text_rewards
+    if own is None:
+        rows = shapes.rows(count, num_responses)
+        yield scoring_program(
+            name, "score", forward.make_score_pairs(shapes.model, shapes.mesh),
+            (shapes.trained("value") if masters else shapes.frozen("value"), shapes.batch(rows)), shapes, rows,
+            "value", key=key, runs=runs, held=held, lengths=lengths,
+        )  # fmt: skip
+    elif own.model is not None:
+        count *= num_responses
+        up = -(-own.max_tokens // MULTIPLE) * MULTIPLE
+        rows = Rows(count, up, 1, MULTIPLE)
+        theirs = dataclasses.replace(shapes, model=own.model)
+        found = scoring_program(
+            name, "reward", forward.make_score_pairs(own.model, shapes.mesh),
+            (theirs.trained("value") if masters else theirs.frozen("value"), shapes.batch(rows)), theirs, rows,
+            "value", key=key, runs=runs, held=held, lengths=lengths,
+        )  # fmt: skip
+        yield dataclasses.replace(found, own_widths=True)
 
 
 def held_out_program(

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from mpo_jax.config.base import InRecipe
 from mpo_jax.config.schema import ArchitectureConfig, Config, OptimConfig, Section, TextConfig
+from mpo_jax.data.reward_codec import RewardCodec
 from mpo_jax.data.text import TextCodec
 from mpo_jax.errors import UserError
 from mpo_jax.evaluation.calibration import accuracy_by_gap, against_truth, write_gaps
@@ -25,17 +26,18 @@ from mpo_jax.runtime import machine
 from mpo_jax.runtime.processes import is_main
 from mpo_jax.runtime.sharding import check_batch
 from mpo_jax.runtime.stage_warnings import warn
-from mpo_jax.stages.context import Context
+from mpo_jax.stages.context import INPUTS, Context
 from mpo_jax.stages.fitting import (
     calls,
     check_sizes,
     fit_examples,
     held_out_program,
     num_updates,
-    scoring_program,
+    reward_program,
     train_program,
     trained_model,
 )
+from mpo_jax.stages.scorer import OwnTokens, Scorer, SharedTokens, by_function, open_model, own_codec
 from mpo_jax.stages.settings import Adapting, Numerics, TrainSettings, adapter_of
 from mpo_jax.stages.shapes import Shapes
 from mpo_jax.stages.stage import Program, Stage
@@ -67,7 +69,8 @@ class Settings(Section, frozen=True):
 
     Attributes:
       batch_size: number of pairs per call in the held-out evaluation.
-      training: how the model is trained; None if a finished model is used.
+      training: how the model is trained; None if a finished model or a function is used.
+      function: of Python, in place of a model.
       label: of a finished model, the label whose logit is the score; None: as `found.Scores` says.
     """
 
@@ -77,12 +80,13 @@ class Settings(Section, frozen=True):
     save_dtype: str
     batch_size: int
     training: Training | None
+    function: Annotated[str | None, InRecipe.UNLESS_DEFAULT] = None
     label: Annotated[str | None, InRecipe.UNLESS_DEFAULT] = None
 
     @classmethod
     def of(cls, config: Config) -> "Settings":
         reward, training = config.reward, None
-        if reward.path is None:
+        if reward.trains:
             scratch = reward.init == "base" and config.model.path is None
             architecture = config.model.architecture if scratch else None
             training = Training(
@@ -99,6 +103,7 @@ class Settings(Section, frozen=True):
             save_dtype=machine.save_dtype(config.runtime),
             batch_size=reward.train.batch_size,
             training=training,
+            function=reward.function,
             label=None if reward.path is None else reward.label,
         )
 
@@ -155,30 +160,37 @@ def check(settings: Settings, mesh: Mesh) -> None:
 
 
 def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -> dict[str, Any]:
-    """Trains a reward model, or loads a finished one; writes `model/` and `held_out.parquet`.
+    """Trains a reward model, loads a finished one, or calls a function; writes `model/` and `held_out.parquet`.
+
+    A function has no `model/`.
 
     Returns row counts, held-out accuracy, and accuracy by gap against labels and truth (None if nothing is held out).
     """
     codec = TextCodec(context.inputs.tokenizer, settings.text)
     check(settings, context.mesh)
-    if settings.training is None:
-        model, params = _finished(settings, context, codec)
-        sources = [source.to_dict() for source in context.inputs.corpus.reports]
-        summary: dict[str, Any] = {"path": context.inputs.reward_model, "data": sources}
+    folder, of = context.folder / "model", None
+    summary: dict[str, Any] = {"data": [source.to_dict() for source in context.inputs.corpus.reports]}
+    if context.inputs.reward_function is not None:
+        scorer = by_function(context, codec)
+        summary["function"] = settings.function
+    elif (path := context.inputs.reward_model) is not None:
+        scorer = _finished(path, settings, context, codec)
+        summary["path"] = path
+        tokenizer = codec.tokenizer if isinstance(scorer, SharedTokens) else scorer.codec.tokenizer
+        loading.save(folder, scorer.model, scorer.params, tokenizer, dtype=settings.save_dtype)
     else:
-        model, params, summary = _train(settings, settings.training, parents["sft"], context, codec)
-    loading.save(
-        context.folder / "model", model, params, codec.tokenizer, dtype=settings.save_dtype,
-        base=_base(settings, parents, context),
-    )  # fmt: skip
-    return summary | _measure(settings, context, model, params, codec)
+        assert settings.training is not None
+        base = _base(settings.training, parents["sft"], context)
+        model, params, trained = _train(settings, settings.training, parents["sft"], context, codec)
+        loading.save(folder, model, params, codec.tokenizer, dtype=settings.save_dtype, base=base)
+        scorer, of = SharedTokens(context, model, params, settings.text, str(folder)), trained_model(params)
+        summary |= trained
+    return summary | _measure(settings, context, scorer, codec, of)
 
 
-def _base(settings: Settings, parents: Mapping[str, Artifact], context: Context) -> str | None:
-    """What training starts from, as a path; None if it starts from scratch, or there is none."""
-    if settings.training is None:
-        return None
-    return str(parents["sft"].model) if settings.training.init == "sft" else context.inputs.base
+def _base(training: Training, sft: Artifact, context: Context) -> str | None:
+    """What training starts from, as a path; None if it starts from scratch."""
+    return str(sft.model) if training.init == "sft" else context.inputs.base
 
 
 def _train(
@@ -196,7 +208,7 @@ def _train(
         )
     loading.save_description(
         context.folder / "model", model, codec.tokenizer, head="value", dtype=settings.save_dtype,
-        base=_base(settings, {"sft": sft}, context),
+        base=_base(training, sft, context),
     )  # fmt: skip
     rows = [(row.prompt, (row.chosen, row.rejected)) for row in corpus.reward_pairs]
     examples, report = context.tokenize(codec, rows)
@@ -220,24 +232,24 @@ def _train(
             mesh=context.mesh,
         ),
     )
-    sources = [source.to_dict() for source in corpus.reports]
-    return model, params, {"data": sources, "tokens": report.to_dict(), **trained}
+    return model, params, {"tokens": report.to_dict(), **trained}
 
 
-def _finished(settings: Settings, context: Context, codec: TextCodec) -> tuple[Model, Params]:
+def _finished(path: str, settings: Settings, context: Context, codec: TextCodec) -> SharedTokens | OwnTokens:
     """The reward model at `reward.path`."""
-    path = context.inputs.reward_model
-    assert path is not None
-    check_finished(path, codec, settings.label)
-    ids = codec.vocab_size
-    return context.load(path, settings.numerics, settings.text, head="value", num_ids=ids, label=settings.label)
+    return open_model(
+        context, path, codec, settings.numerics, own=check_finished(path, codec, settings.label), label=settings.label
+    )
 
 
-def check_finished(path: str, codec: TextCodec, label: str | None = None) -> None:
+def check_finished(path: str, codec: TextCodec, label: str | None = None) -> RewardCodec | None:
     """Checks a finished reward model, without its weights.
 
     Args:
       label: the value of reward.label.
+
+    Returns:
+      How text becomes its tokens, if they are not the policy's.
 
     Raises:
       UserError: if there is none, or its architecture, head, length or tokenizer does not do for this policy.
@@ -250,35 +262,34 @@ def check_finished(path: str, codec: TextCodec, label: str | None = None) -> Non
         )
     with loading.naming("reward.path", path):
         theirs = load_tokenizer(local_model(path))
-    if theirs.get_vocab() != codec.tokenizer.get_vocab():
-        raise UserError(
-            f"reward.path={path} has a different tokenizer from the policy: their token ids differ, so the "
-            "reward model would misread the policy's responses"
-        )
-    with loading.naming("reward.path", path):
-        loading.check_source(source, codec.vocab_size, codec.config, head="value")
+        own = own_codec(theirs, source.decoder, codec, f"reward.path={path}")
+        if own is None:
+            loading.check_source(source, codec.vocab_size, codec.config, head="value")
+        else:
+            loading.check_source(source, own.vocab_size, None, head="value")
+    return own
 
 
-def _measure(settings: Settings, context: Context, model: Model, params: Params, codec: TextCodec) -> dict[str, Any]:
+def _measure(
+    settings: Settings, context: Context, scorer: Scorer, codec: TextCodec, of: Mapping[str, Any] | None
+) -> dict[str, Any]:
     """Accuracy on the held-out pairs against their labels and, if known, the truth; writes their gaps."""
     corpus = context.inputs.corpus
     if not corpus.reward_test:
         return {"held_out_accuracy": None, "accuracy_by_gap": None}
     rows = [(row.prompt, (row.chosen, row.rejected)) for row in corpus.reward_test]
     held_out, _ = context.tokenize(codec, rows)
-    score_BN = context.score(
-        "reward", "held-out", model, params, held_out, head="value", batch_size=settings.batch_size,
-        length_buckets=settings.text.length_buckets, of=None if settings.training is None else trained_model(params),
-        source=str(context.inputs.reward_model or context.folder / "model"),
-    )  # fmt: skip
+    prompts = [prompt for prompt, _ in rows]
+    score_BN = scorer.scores("reward", "held-out", prompts, held_out, batch_size=settings.batch_size, of=of)
     gap = score_BN[:, 0] - score_BN[:, 1]
     accuracy = rate(int((gap > 0).sum()), len(gap))
     assert accuracy is not None
     if accuracy.low <= 0.5:
+        advice = "Train it longer, on more pairs or from a larger model"
+        what = ("reward model", advice) if settings.function is None else ("reward function", "Check what it returns")
         warn(
-            f"the reward model orders {accuracy} (95% interval) of {len(gap)} held-out pairs as they are labelled. "
-            "That does not beat chance: selection, PPO and rewards follow noise. Train it longer, on more pairs or "
-            "from a larger model"
+            f"the {what[0]} orders {accuracy} (95% interval) of {len(gap)} held-out pairs as they are labelled. "
+            f"That does not beat chance: selection, PPO and rewards follow noise. {what[1]}"
         )
     summary = {
         "held_out_accuracy": accuracy.value,
@@ -316,14 +327,11 @@ def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
             updates=updates, num_rows=None if amounts is None else amounts.reward_watched,
             held=(shapes.state(train.optim, "value").opt_state,), lengths=shapes.lengths("pairs"),
         )  # fmt: skip
-    yield scoring_program(
-        "reward", "score", forward.make_score_pairs(shapes.model, shapes.mesh),
-        (shapes.trained("value"), shapes.batch(rows)), shapes, rows, "value",
+    yield from reward_program(
+        "reward", shapes, settings.batch_size, 2, masters=True,
         runs=None if amounts is None else calls(amounts.reward_test, settings.batch_size),
         lengths=shapes.lengths("pairs"),
     )  # fmt: skip
 
 
-STAGE = Stage(
-    "reward", Settings, ("sft",), frozenset({"data", "base", "reward_model"}), run, programs, check, trains=True
-)
+STAGE = Stage("reward", Settings, ("sft",), INPUTS, run, programs, check, trains=True)

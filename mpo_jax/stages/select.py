@@ -16,7 +16,6 @@ from mpo_jax.data.pair_table import Border, PairTable
 from mpo_jax.data.text import TextCodec
 from mpo_jax.data.tokens import Example, number_visits
 from mpo_jax.evaluation.calibration import accuracy_by_gap, against_truth
-from mpo_jax.models import forward
 from mpo_jax.models.generate import Sampling
 from mpo_jax.models.hf.tokenizer import load_tokenizer
 from mpo_jax.runtime.console import console
@@ -25,8 +24,9 @@ from mpo_jax.runtime.seeds import stage_key
 from mpo_jax.runtime.sharding import check_batch
 from mpo_jax.selection import rank, split
 from mpo_jax.stages.context import Context
-from mpo_jax.stages.fitting import calls, scoring_program
+from mpo_jax.stages.fitting import calls, reward_program
 from mpo_jax.stages.sampling import refill_programs
+from mpo_jax.stages.scorer import open_scorer
 from mpo_jax.stages.settings import Numerics
 from mpo_jax.stages.shapes import Shapes
 from mpo_jax.stages.stage import Program, Stage
@@ -91,13 +91,8 @@ def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -
         prompts = [row.prompt for row in pairs]
         labels = np.zeros(len(prompts), np.int32)
 
-    reward_model, reward_params = context.load(
-        reward.model, settings.numerics, settings.text, head="value", frozen=True
-    )
-    score_BN = context.score(
-        "select", "scores", reward_model, reward_params, examples, head="value", batch_size=settings.batch_size,
-        length_buckets=settings.text.length_buckets, source=str(reward.model),
-    )  # fmt: skip
+    scorer = open_scorer(context, reward, codec, settings.numerics)
+    score_BN = scorer.scores("select", "scores", prompts, examples, batch_size=settings.batch_size)
     table = _table(prompts, examples, score_BN, labels, codec, corpus)
     if is_main():
         table.write(context.folder)
@@ -195,13 +190,11 @@ def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
             lengths=shapes.sampled("prompts", settings.sampling.num_samples),
         )  # fmt: skip
     human = settings.pair_source == "human"
-    rows = shapes.rows(size, 2)
-    yield scoring_program(
-        "select", "score", forward.make_score_pairs(shapes.model, shapes.mesh),
-        (shapes.frozen("value"), shapes.batch(rows)), shapes, rows, "value", key="select.batch_size",
+    yield from reward_program(
+        "select", shapes, size, 2, key="select.batch_size",
         runs=None if amounts is None else calls(amounts.selected, size),
         lengths=shapes.lengths("pairs") if human else shapes.sampled("prompts", 2),
     )  # fmt: skip
 
 
-STAGE = Stage("select", Settings, ("sft", "reward"), frozenset({"data"}), run, programs, check)
+STAGE = Stage("select", Settings, ("sft", "reward"), frozenset({"data", "reward_function"}), run, programs, check)

@@ -43,7 +43,7 @@ Adapting: TypeAlias = Annotated[AdapterConfig | None, InRecipe.UNLESS_DEFAULT]
 def adapter_of(stage: str, config: Config) -> AdapterConfig | None:
     """The adapters that a stage trains under a configuration; None if it trains a whole model, or nothing."""
     scratch = config.model.path is None and (stage == "sft" or (stage == "reward" and config.reward.init == "base"))
-    finished = stage == "reward" and config.reward.path is not None
+    finished = stage == "reward" and not config.reward.trains
     return None if scratch or finished or stage not in TRAINED else config.model.adapter
 
 

@@ -50,6 +50,19 @@ class Amounts:
 
 
 @dataclasses.dataclass(frozen=True)
+class TextRewards:
+    """Scores that are computed from text.
+
+    Attributes:
+      model: a reward model with a tokenizer of its own; None: a Python function, which compiles nothing.
+      max_tokens: of a row in its own tokens.
+    """
+
+    model: Model | None = None
+    max_tokens: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Shapes:
     """Argument shapes of the programs for one model on one mesh, and the row counts that set how often they run.
 
@@ -61,6 +74,7 @@ class Shapes:
       watch: how often a training stage is evaluated on held-out rows.
       prompt, response: widths of the batches; None: the text's limits.
       eos_id: id or ids that end a sample; None: any, since it changes neither memory nor work.
+      text_rewards: what scores responses as text; None: a reward model of the policy's tokens and sizes.
       own_reference: whether PPO's reference is another artifact than the one that the actor starts from.
       offload_frozen, offload_moments: what PPO keeps in host memory between the phases that use it.
     """
@@ -77,6 +91,7 @@ class Shapes:
     offload_frozen: bool = False
     offload_moments: bool = False
     own_reference: bool = False
+    text_rewards: TextRewards | None = None
     parents: frozenset[str] = frozenset({"init", "reference", "pairs", "reward"})
 
     @property
@@ -102,6 +117,14 @@ class Shapes:
         """Parameters of a model that does not train, as `weights.load_params` stores them."""
         shapes = jax.eval_shape(lambda tree: forward.stored(tree, self.frozen_dtype, self.model.dtype), self.tree(head))
         return frozen(shaped(shapes, forward.param_shardings(shapes, self.mesh)))
+
+    @property
+    def text_reward_model(self) -> Params:
+        """The parameters of a reward model with a tokenizer of its own; none if there is none."""
+        found = self.text_rewards
+        if found is None or found.model is None:
+            return frozen({})
+        return dataclasses.replace(self, model=found.model).frozen("value")
 
     def state(self, optim: OptimConfig, head: Head = "lm") -> TrainState:
         """The training state of a model."""

@@ -23,7 +23,7 @@ class Stage:
         the artifact's name hashes it, so a stage cannot read a key that is missing from its name.
       parents: roles of the artifacts that the stage may read.
       inputs: names of the non-artifact inputs that the stage may read: data, base (the base model), reward_model (a
-        finished one). Reading another raises an error.
+        finished one), reward_function. Reading another raises an error.
       run: function (settings, parents by role, context) -> summary for the manifest; it writes into `context.folder`.
       programs: function (settings, shapes) -> every program with a model that `run` compiles, except those
         that make parameters. Memory plans compile them, benchmarks time them, and a table adds up their work.
@@ -53,6 +53,7 @@ class Program:
       function: jitted function that the stage calls.
       arguments: function from the already compiled programs, by name, to shapes with shardings.
       work: analytic work of one call at its full width, over all devices.
+      own_widths: whether its rows are not those of the stage's batches.
       expected: mean work of a call with the data's lengths, if they are known; else None.
       runs: number of calls in the stage; None if the amounts of data are unknown.
       accumulation: number of micro-batches of an update; None for a program that does not train.
@@ -73,11 +74,12 @@ class Program:
     keeps: tuple[str, ...] = ()
     loop_trips: int | tuple[int, ...] = 1
     expected: Work | None = None
+    own_widths: bool = False
 
     @property
     def in_loop(self) -> bool:
         """Whether it runs at the widths of the training batches; others have widths of their own."""
-        return self.accumulation is not None or self.stage == "ppo"
+        return (self.accumulation is not None or self.stage == "ppo") and not self.own_widths
 
     @property
     def mean_work(self) -> Work:

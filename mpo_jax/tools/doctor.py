@@ -255,24 +255,27 @@ def _disk_speed(folder: Path, mebibytes: int) -> tuple[float, float]:
 
 def inputs(config: Config) -> Iterator[Check]:
     """What the configuration names, as every run checks it before its first stage: models and rows."""
-    base, given, data = config.model.path, config.reward.path, config.data
+    base, given, data = config.model.path, config.reward.path or config.reward.function, config.data
     try:
         codec, decoder = preflight.check_base(config)
         yield Check("model", "ok", f"{base or 'from scratch'}: {decoder.family}, {codec.vocab_size} token ids")
     except UserError as error:
         yield Check("model", "fail", base or "from scratch", str(error))
         return
+    row = None
     try:
-        if given is not None:
-            preflight.check_reward(config, codec)
-            yield Check("reward model", "ok", given)
-    except UserError as error:
-        yield Check("reward model", "fail", str(given), str(error))
-    try:
-        check_first_rows(config)
+        row = check_first_rows(config)
         yield Check("data", "ok", "toy world" if data.kind == "toy" else f"{data.kind}: {', '.join(data.path)}")
     except UserError as error:
         yield Check("data", "fail", data.kind, str(error))
+    if given is None:
+        return
+    what = "reward model" if config.reward.function is None else "reward function"
+    try:
+        preflight.check_reward(config, codec, row)
+        yield Check(what, "ok", given)
+    except UserError as error:
+        yield Check(what, "fail", given, str(error))
 
 
 def cache(folder: str | None) -> Check:

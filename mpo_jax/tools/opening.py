@@ -140,6 +140,8 @@ def _refuse_missing(path: str, folder: Path, part: str) -> None:
             f"{path}: its {part} was removed when no stage needed it any more (runtime.keep=last): "
             f"mpo {recipe['stage']} CONFIG makes it again"
         )
+    if part == "model" and (function := recipe.get("settings", {}).get("function")) is not None:
+        raise UserError(f"{path} holds no model: its rewards come from the Python function {function}")
     if part == "critic" and recipe.get("settings", {}).get("save_critic") is False:
         raise UserError(
             f"{path} holds no critic: it was trained with ppo.save_critic=false; train with ppo.save_critic=true to "

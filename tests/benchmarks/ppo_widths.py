@@ -35,7 +35,7 @@ from mpo_jax.runtime.offload import Offload
 from mpo_jax.runtime.sharding import make_mesh
 from mpo_jax.runtime.timing import seconds
 from mpo_jax.stages.ppo.iteration import Loop, Models, init_ppo_state
-from mpo_jax.stages.ppo.widths import response_widths
+from mpo_jax.stages.widths import few_widths
 from mpo_jax.tools.bench.speed import SIZES
 from mpo_jax.types import Params, trainable
 
@@ -77,7 +77,7 @@ class Comparison:
             rows = batches[k].rows
             prompt, room = rows.prompt.shape[1], rows.response.shape[2]
             longest = rows.response_len.max()
-            found.append((prompt + room, prompt + next(width for width in response_widths(room) if width >= longest)))
+            found.append((prompt + room, prompt + next(width for width in few_widths(room) if width >= longest)))
         whole, fewest = np.mean(found, 0)
         return float(whole), float(fewest)
 

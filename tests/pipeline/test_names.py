@@ -106,6 +106,7 @@ OTHER: dict[str, Any] = {
     "ppo.train.best_metric": "objective/kl",
     "reward.path": str(RECORDED / "qwen2_score"), "reward.init": "base", "reward.loss": "ds_span",
     "reward.label": "chosen",
+    "reward.function": "json:dumps",  # any file: functions are hashed here, and never called
     "select.threshold": 2.0, "select.easy_fraction": 0.25, "select.pair_source": "human", "select.temperature": 0.5,
     "select.top_p": 0.9, "select.num_prompts": 8, "select.batch_size": 24,
     "dpo.beta": 0.2, "dpo.loss": "ipo", "dpo.loss_options": {"target_margin": 0.5}, "dpo.label_smoothing": 0.2,
@@ -137,6 +138,7 @@ OTHER: dict[str, Any] = {
 NEEDS: dict[str, dict[str, Any]] = {
     "select.easy_fraction": {"select.threshold": None, "select.easy_fraction": 0.5},
     "dpo.loss_options": {"dpo.loss": "simpo"},
+    "reward.function": {"reward.path": None},
     "runtime.wandb.project": {"runtime.wandb": {}},
     "runtime.wandb.entity": {"runtime.wandb": {}},
     "runtime.wandb.mode": {"runtime.wandb": {}},
@@ -163,6 +165,7 @@ EXPECTED: dict[str, set[str]] = {
     **{f"{stage}.train": units for stage, units in OF_STAGE.items()},
     **{f"{stage}.train.{key}": NONE for stage in TRAINED for key in BOOKKEEPING},
     "reward": {"reward"}, "reward.label": NONE,  # of a finished one
+    "reward.function": {"reward", "select", "evaluate"} | PPO,  # all that call it
     "select": {"select"},
     "select.threshold": SPLIT, "select.easy_fraction": SPLIT,
     "select.num_prompts": {"select", "dpo_human", "ppo_all"},  # the steps without a selection

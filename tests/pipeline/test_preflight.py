@@ -71,9 +71,23 @@ def rename_words(folder: Path) -> None:
     (folder / "reward" / "tokenizer.json").write_text(json.dumps(tokenizer))
 
 
+def talk(folder: Path) -> None:
+    """Conversations, which the policy's template renders, and a reward model of other tokens that has none."""
+    rename_words(folder)
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    edit(folder / "policy" / "tokenizer_config.json", chat_template=template)
+    said = {"prompt": [{"role": "user", "content": "a"}], "chosen": "b", "rejected": "c"}
+    (folder / "rows.jsonl").write_text(json.dumps(said) + "\n")
+
+
 def cut_off(folder: Path) -> None:
     path = folder / "policy" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
+
+
+def strip_reward_model(folder: Path) -> None:
+    rename_words(folder)
+    edit(folder / "reward" / "config.json", vocab_size=8)
 
 
 def swap_heads(folder: Path) -> None:
@@ -85,7 +99,7 @@ def swap_heads(folder: Path) -> None:
 FAULTS = {
     "no policy": (lambda f: shutil.rmtree(f / "policy"), r"model\.path=.*policy: no model at"),
     "no reward model": (lambda f: shutil.rmtree(f / "reward"), r"reward\.path=.*reward: no model at"),
-    "vocabulary": (rename_words, r"reward\.path=.*reward has a different tokenizer from the policy"),
+    "no chat template": (talk, r"reward\.path=.*reward has a tokenizer of its own without a chat template"),
     "policy's architecture": (
         lambda f: edit(f / "policy" / "config.json", model_type="gpt2"),
         r"model\.path=.*model_type 'gpt2' is not supported",
@@ -110,6 +124,7 @@ FAULTS = {
         lambda f: edit(f / "policy" / "config.json", vocab_size=8),
         r"model\.path=.*the embedding has 8 rows",
     ),
+    "reward model's own embedding": (strip_reward_model, r"reward\.path=.*reward: .*the embedding has 8 rows"),
     "no tokenizer": (
         lambda f: (f / "policy" / "tokenizer.json").unlink(),
         r"model\.path=.*holds no tokenizer\.json",

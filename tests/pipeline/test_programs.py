@@ -8,8 +8,10 @@ import dataclasses
 import functools
 import gc
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,17 +21,22 @@ from mpo_jax.config.load import load_config
 from mpo_jax.data import toy
 from mpo_jax.data.corpus import base_tokenizer, load_corpus
 from mpo_jax.data.text import TextCodec
+from mpo_jax.models import loading
+from mpo_jax.models.forward import Model
 from mpo_jax.models.hf import families
 from mpo_jax.pipeline import table
 from mpo_jax.pipeline.basis import Basis
-from mpo_jax.pipeline.stages import STAGES, count_rows, stage_shapes
+from mpo_jax.pipeline.stages import STAGES, count_rows, stage_shapes, text_rewards
 from mpo_jax.pipeline.table import Cost, TableStage
 from mpo_jax.runtime.timing import Matmul
 from mpo_jax.stages import sampling
 from mpo_jax.stages.context import Inputs
 from mpo_jax.stages.stage import Program
 from mpo_jax.training.checkpoints import Checkpoints
+from mpo_jax.types import trainable
+from tests.models.tiny import random_params
 from tests.pipeline.test_pipeline import MICRO, mpo
+from tests.reward_models import with_other_ids
 
 pytestmark = pytest.mark.unoptimised
 
@@ -46,7 +53,11 @@ HUMAN = ("experiment=dpo_base,ppo", "seed=2", "select.pair_source=human", "ppo.o
 ADAPTERS = ("experiment=mpo_sft_kl,ppo", "seed=3", "model.adapter.rank=2")
 """PPO with a reference of its own, and with one that is the actor without its adapter."""
 INT8 = ("experiment=mpo", "seed=4", "model.adapter.rank=2", "model.frozen_dtype=int8", "ppo.one_pass=true")
-CONFIGURATIONS = {"plain": PLAIN, "much": MUCH, "human": HUMAN, "adapters": ADAPTERS, "int8": INT8}
+TEXT = ("experiment=mpo", "seed=3", "ppo.train.eval_every=2", "reward.path=OTHER")
+"""A reward model with a tokenizer of its own."""
+CONFIGURATIONS = {
+    "plain": PLAIN, "much": MUCH, "human": HUMAN, "adapters": ADAPTERS, "int8": INT8, "text": TEXT,
+}  # fmt: skip
 
 ONCE = {
     "init_state", "init", "with_value_head",  # parameters and moments are made and placed
@@ -56,6 +67,7 @@ ONCE = {
     "make_minibatch",  # rows are gathered
     "_adder",  # the state's hashes are taken
     "make_narrow",  # columns are cut
+    "_make_first",  # and scores
 }  # fmt: skip
 """Who makes the small programs that are not listed: they have no forward pass, and hold nothing but what they make."""
 
@@ -125,6 +137,18 @@ class Ran:
         return dict(Counter(names.get(id(one), one.maker) for one in self.calls))
 
 
+@functools.cache
+def overrides_of(name: str) -> tuple[str, ...]:
+    """A configuration's, with a reward model for OTHER."""
+    if not any("OTHER" in one for one in CONFIGURATIONS[name]):
+        return CONFIGURATIONS[name]
+    folder, tokenizer = Path(tempfile.mkdtemp()), toy.make_tokenizer()
+    decoder = loading.scratch_sizes(load_config(MICRO).model.architecture, len(tokenizer))
+    loading.save(folder / "reward", Model(decoder), trainable(random_params(decoder, head="value")), tokenizer)
+    other = with_other_ids(folder / "reward", folder / "other")
+    return tuple(one.replace("OTHER", str(other)) for one in CONFIGURATIONS[name])
+
+
 def clear_caches() -> None:
     """Forgets all functions that are made once."""
     for name, module in list(sys.modules.items()):
@@ -137,7 +161,7 @@ def clear_caches() -> None:
 @pytest.fixture(scope="module", params=CONFIGURATIONS)
 def ran(request, tmp_path_factory) -> Iterator[list[Ran]]:
     """Every stage of a run through the command line, with jitted functions that note their calls."""
-    workdir, overrides = tmp_path_factory.mktemp("programs"), CONFIGURATIONS[request.param]
+    workdir, overrides = tmp_path_factory.mktemp("programs"), overrides_of(request.param)
     config, calls, reads, found = load_config(MICRO, overrides), [], [], []
     real, check = jax.jit, Inputs._check
 
@@ -165,7 +189,8 @@ def ran(request, tmp_path_factory) -> Iterator[list[Ran]]:
             shapes = stage_shapes(
                 name, config, families.read_config(model), context.mesh,
                 amounts=count_rows(config, load_corpus(config), codec),
-                parents={role: artifact.id for role, artifact in parents.items()},
+                parents={role: made.id for role, made in parents.items()},
+                text_rewards=text_rewards(config, context.mesh),
             )  # fmt: skip
             programs = list(STAGES[name].programs(settings, shapes))
             assert len({program.name for program in programs}) == len(programs)
@@ -240,7 +265,7 @@ def test_a_training_stage_holds_what_is_listed(ran):
 
 def test_a_table_s_estimate_adds_up_these_calls(ran, request, monkeypatch):
     """At an operation a second, so that seconds are operations: as many as the calls that were counted need."""
-    overrides = CONFIGURATIONS[request.node.callspec.params["ran"]]
+    overrides = overrides_of(request.node.callspec.params["ran"])
     config = load_config(MICRO, overrides)
     rate = 1 / (table.SHARE_OF_PEAK * config.mesh.num_devices)
     monkeypatch.setattr(table, "time_matmul", lambda dtype: Matmul(1, rate, True))

@@ -19,6 +19,7 @@ READERS = {
     "data": ("corpus", "utility", "samples_once", "is_toy"),
     "base": ("base", "tokenizer"),
     "reward_model": ("reward_model",),
+    "reward_function": ("reward_function",),
 }
 """What can be read of each input."""
 BASE, REWARD = str(RECORDED / "tied"), str(RECORDED / "llama_score")
@@ -48,12 +49,27 @@ def test_what_is_not_declared_is_refused(declared):
 
 def test_a_fingerprint_for_each_declared_input_that_there_is():
     whole = Inputs(micro(f"model.path={BASE}", f"reward.path={REWARD}"))
-    assert whole.fingerprints.keys() == INPUTS and len(set(whole.fingerprints.values())) == 3
+    assert whole.fingerprints.keys() == INPUTS - {"reward_function"} and len(set(whole.fingerprints.values())) == 3
+    function = Inputs(micro("reward.function=json:dumps")).fingerprints
+    assert function.keys() == {"data", "reward_function"} and len(set(function.values())) == 2
     for declared in ((), ("data",), ("base", "reward_model")):
         assert whole.only(declared).fingerprints == {name: whole.fingerprints[name] for name in declared}
     # a model from scratch and a reward model that is trained are no files
     assert Inputs(micro()).fingerprints.keys() == {"data"}
     assert Inputs(micro()).fingerprints["data"] == whole.fingerprints["data"]
+
+
+def test_a_function_that_changes_while_a_command_runs_is_refused(tmp_path, monkeypatch):
+    """Stages are named after the file as it was; what was imported may be either."""
+    module = tmp_path / "changing_rewards.py"
+    module.write_text("def f(prompts, responses):\n    return [0.0] * len(prompts)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    inputs = Inputs(micro("reward.function=changing_rewards:f"))
+    assert inputs.fingerprints and inputs.reward_function is not None
+    module.write_text(module.read_text() + "# changed\n")
+    later = Inputs(micro("reward.function=changing_rewards:f"))
+    with pytest.raises(UserError, match=r"changing_rewards:f: its file has changed since this command began"):
+        _ = later.reward_function
 
 
 def test_inputs_know_nothing_of_other_sections():

@@ -13,7 +13,8 @@ import pytest
 from mpo_jax.config.schema import OptimConfig, PpoExtrasConfig, TrainConfig
 from mpo_jax.runtime.sharding import place_batch
 from mpo_jax.stages.ppo import compiled
-from mpo_jax.stages.ppo.widths import make_narrow, response_widths
+from mpo_jax.stages.ppo.widths import make_narrow
+from mpo_jax.stages.widths import few_widths
 from mpo_jax.training.optimizer import make_optimizer, with_learning_rate
 from mpo_jax.training.update import init_state
 from mpo_jax.types import Mean, Moments, PromptBatch, frozen, trainable
@@ -37,11 +38,11 @@ def samples(lengths=(6, 2, 1, 9), columns: int = COLUMNS) -> PromptBatch:
 
 
 def test_widths_are_few_multiples_of_64_and_the_last_holds_everything():
-    assert response_widths(16) == (16,) and response_widths(64) == (64,) and response_widths(65) == (64, 65)
-    assert response_widths(128) == (64, 128) and response_widths(256) == (64, 128, 192, 256)
-    assert response_widths(257) == (128, 256, 257) and response_widths(512) == (128, 256, 384, 512)
+    assert few_widths(16) == (16,) and few_widths(64) == (64,) and few_widths(65) == (64, 65)
+    assert few_widths(128) == (64, 128) and few_widths(256) == (64, 128, 192, 256)
+    assert few_widths(257) == (128, 256, 257) and few_widths(512) == (128, 256, 384, 512)
     for columns in range(1, 1200):
-        widths = response_widths(columns)
+        widths = few_widths(columns)
         assert 1 <= len(widths) <= 4 and widths[-1] == columns and list(widths) == sorted(set(widths))
         assert not any(width % 64 for width in widths[:-1])
 

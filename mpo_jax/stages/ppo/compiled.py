@@ -1,5 +1,6 @@
 """PPO's compiled programs: scoring of rollouts, updates of actor and critic, and both fused in one pass."""
 
+import dataclasses
 from functools import lru_cache, partial
 from typing import Any
 
@@ -72,6 +73,48 @@ def make_score(actor_model: Model, reward_model: Model, method: Method, mesh: Me
 
 
 @lru_cache
+def make_unscored(actor_model: Model, critic_model: Model, method: Method, mesh: Mesh) -> Any:
+    """The jitted (policies, critic, batch, has_eos, allowed_V) -> (Rollout with scores of 0, entropy [B S]).
+
+    The first half of `make_score` where scores come from outside. `policies` are as there, `critic` the critic's
+    parameters.
+    """
+
+    def unscored(policies, critic, joined, has_eos_BN, allowed_V):
+        return score_rollout(
+            actor_model,
+            critic_model,
+            method.temperature,
+            trees(*policies),
+            (merge(critic), {}),
+            joined,
+            has_eos_BN[:, 0],
+            allowed_V,
+            score_B=jnp.zeros(len(joined.prompt_len)),
+        )
+
+    return jax.jit(unscored, out_shardings=batch_sharding(mesh))
+
+
+@lru_cache
+def make_scored(method: Method, mesh: Mesh) -> Any:
+    """The jitted (Rollout, entropy, score [B], kl_coef, moments) -> (PpoBatch, metrics, moments).
+
+    The second half of `make_score` where scores come from outside; `moments` as there.
+    """
+
+    def scored(rollout, entropy_BS, score_B, kl_coef, moments=None):
+        rollout = dataclasses.replace(rollout, score=score_B)
+        if moments is not None:
+            moments = add_to_moments(moments, rollout.score, rollout.mask.any(-1))
+        batch, _ = estimate(rollout, method, kl_coef, moments)
+        return batch, rollout_metrics(batch, entropy_BS, kl_coef, method, moments), moments
+
+    everywhere = replicated(mesh)
+    return jax.jit(scored, out_shardings=(batch_sharding(mesh), everywhere, everywhere))
+
+
+@lru_cache
 def make_updates(actor_model: Model, reward_model: Model, method: Method, mesh: Mesh) -> tuple[Any, Any]:
     """The jitted updates of actor and critic.
 
@@ -90,17 +133,18 @@ def make_updates(actor_model: Model, reward_model: Model, method: Method, mesh: 
 def make_one_pass(actor_model: Model, reward_model: Model, method: Method, mesh: Mesh) -> Any:
     """The jitted scoring and update in one pass.
 
-    (actor, critic, rest, frozen, batch, has_eos [B 1], allowed_V, kl_coef) -> (actor, critic, PpoBatch, metrics).
-    `rest` holds the frozen parts of actor and critic, `frozen` the parameters of reference and reward model.
+    (actor, critic, rest, frozen, batch, has_eos [B 1], allowed_V, kl_coef, score) -> (actor, critic, PpoBatch,
+    metrics). `rest` holds the frozen parts of actor and critic, `frozen` the parameters of reference and reward model.
+    `score` [B] are scores from outside; without them the reward model's.
     """
     optimizers = make_optimizer(method.actor_optim), make_optimizer(method.critic_optim)
 
-    def update(actor, critic, rest, frozen, joined, has_eos_BN, allowed_V, kl_coef):
+    def update(actor, critic, rest, frozen, joined, has_eos_BN, allowed_V, kl_coef, score_B=None):
         real_B1 = (joined.prompt_len > 0)[:, None]
         count = jnp.where(real_B1, joined.response_len, 0).sum().astype(jnp.float32)
 
         def part(rows):
-            responses, has_eos_B = rows
+            responses, has_eos_B, score_B = rows
             grads, kept, found = one_pass(
                 actor_model,
                 reward_model,
@@ -113,10 +157,11 @@ def make_one_pass(actor_model: Model, reward_model: Model, method: Method, mesh:
                 allowed_V,
                 kl_coef,
                 count,
+                score_B,
             )
             return (grads, found), kept
 
-        (grads, found), (batch, entropy_BS) = accumulate(part, (joined, has_eos_BN[:, 0]), method.accumulation)
+        (grads, found), (batch, entropy_BS) = accumulate(part, (joined, has_eos_BN[:, 0], score_B), method.accumulation)
         metrics = rollout_metrics(batch, entropy_BS, kl_coef, method)
         states = []
         for name, state, grad, own, optimizer in zip(

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from mpo_jax.data.batches import Buckets, padded_batches
+from mpo_jax.data.batches import Batch, Buckets, padded_batches
 from mpo_jax.runtime.seeds import stage_key
 from mpo_jax.runtime.sharding import place_batch
 from mpo_jax.stages.context import Context
@@ -39,15 +39,13 @@ def make_evaluate(
     key = stage_key(loop.settings.seed, "ppo/eval")
 
     def evaluate(state: PpoState) -> dict[str, float]:
-        policies = loop.models.policies(exported(state, loop)["trainable"])
-        value_models = loop.models.value_models(state.critic.trainable)
+        policy = exported(state, loop)
 
-        def measure(batch: Any) -> Any:
+        def measure(batch: Batch) -> Any:
             rows, visit = place_batch((batch.rows, batch.epoch), loop.mesh)
-            joined, has_eos = loop.generate(policies[0], rows, key, visit, loop.allowed_V)
-            _, metrics, _ = loop.score(
-                policies, value_models, loop.narrow(joined), has_eos, loop.allowed_V, state.kl_coef, state.scores
-            )
+            joined, has_eos = loop.generate(policy, rows, key, visit, loop.allowed_V)
+            shown = [None if number < 0 else prompts[int(number)] for number in batch.example]
+            _, metrics, _ = loop.score(loop.models, policy["trainable"], state, loop.narrow(joined), has_eos, shown)
             return only_means(metrics)
 
         return means(map(measure, batches))

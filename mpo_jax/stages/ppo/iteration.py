@@ -5,7 +5,7 @@ log-probabilities and values with the training forward pass; shape rewards; esti
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,9 +23,19 @@ from mpo_jax.ops import adaptive_kl_coef
 from mpo_jax.runtime.offload import Offload, to_devices
 from mpo_jax.runtime.seeds import stage_key
 from mpo_jax.runtime.sharding import place_batch, replicated
-from mpo_jax.stages.ppo.compiled import average, make_minibatch, make_one_pass, make_score, make_updates, named
+from mpo_jax.stages.ppo.compiled import (
+    average,
+    make_minibatch,
+    make_one_pass,
+    make_score,
+    make_scored,
+    make_unscored,
+    make_updates,
+    named,
+)
 from mpo_jax.stages.ppo.settings import Method, Settings
 from mpo_jax.stages.ppo.widths import make_narrow
+from mpo_jax.stages.scorer import TextScorer
 from mpo_jax.training.optimizer import make_learning_rate, make_optimizer, with_learning_rate
 from mpo_jax.training.update import init_state
 from mpo_jax.types import Mean, Metrics, Moments, Params, PpoBatch, PromptBatch, Skips, TrainState, Tree
@@ -55,10 +65,10 @@ class Models:
     """The four models of an iteration, except the trainable parts of actor and critic, which are in the state.
 
     Attributes:
-      actor, critic: sizes and arithmetic, also those of the reference and of the reward model.
+      actor, critic: sizes and arithmetic, also those of the reference and of a reward model of the policy's tokens.
       actor_frozen, critic_frozen: frozen parts of the models that train; the critic's may rest in host memory.
       reference, reward: parameters of the models that do not train, without those that they share with the frozen part
-        of actor or critic.
+        of actor or critic; none of a reward model that reads text.
     """
 
     actor: Model
@@ -113,6 +123,7 @@ class Loop:
       iterations: number of iterations of the whole training, for the learning-rate schedules.
       log_every: number of iterations between timed ones; timing makes the host wait for the devices.
       truth: true utility of samples, if known.
+      scorer: what scores responses as text, in place of a reward model of the policy's tokens.
     """
 
     settings: Settings
@@ -123,12 +134,15 @@ class Loop:
     iterations: int
     log_every: int
     truth: Truth | None = None
+    scorer: TextScorer | None = None
 
     def __post_init__(self) -> None:
         method, models, mesh = self.settings.method, self.models, self.mesh
         self.generate = make_generate(models.actor, self.settings.sampling, self.codec.ends, mesh)
         self.narrow = make_narrow(method, mesh)
-        self.score = make_score(models.actor, models.critic, method, mesh)
+        self._score = make_score(models.actor, models.critic, method, mesh)
+        self._unscored = make_unscored(models.actor, models.critic, method, mesh)
+        self._scored = make_scored(method, mesh)
         updates = make_updates(models.actor, models.critic, method, mesh)
         self.update_actor, self.update_critic = map(self.offload.update, updates)
         self.one_pass = make_one_pass(models.actor, models.critic, method, mesh) if method.in_one_pass else None
@@ -142,34 +156,59 @@ class Loop:
         self.actor_rate = make_learning_rate(method.actor_optim, own_iterations * method.updates)
         self.critic_rate = make_learning_rate(method.critic_optim, self.iterations * method.updates)
 
+    def score(
+        self,
+        models: Models,
+        trainable: Tree,
+        state: PpoState,
+        joined: PromptBatch,
+        has_eos: Array,
+        prompts: Sequence[str | None],
+    ) -> tuple[PpoBatch, Metrics, Moments | None]:
+        """Scored samples, metrics, and moments of the scores.
+
+        Args:
+          trainable: the policy's trainable part: the actor's, or its average's.
+          prompts: [B] prompts of the corpus, for a scorer of texts; None for padding rows.
+        """
+        policies = models.policies(trainable)
+        if self.scorer is None:
+            value_models = models.value_models(state.critic.trainable)
+            return self._score(policies, value_models, joined, has_eos, self.allowed_V, state.kl_coef, state.scores)
+        critic, _ = models.value_models(state.critic.trainable)
+        # the devices compute it while the host decodes and tokenizes
+        rollout, entropy = self._unscored(policies, critic, joined, has_eos, self.allowed_V)
+        score = self.scorer.batch(prompts, joined)
+        return self._scored(rollout, entropy, score, state.kl_coef, state.scores)
+
     def iteration(
-        self, state: PpoState, batch: Batch, demonstrations: TrainBatches | None
+        self,
+        state: PpoState,
+        batch: Batch,
+        demonstrations: TrainBatches | None,
+        prompts: Sequence[str | None] = (),
     ) -> tuple[PpoState, Metrics, Any]:
-        """Runs one PPO iteration on a batch of prompts; also returns the scored rollouts and the demonstrations."""
+        """Runs one PPO iteration on a batch of prompts; also returns the scored rollouts and the demonstrations.
+
+        Args:
+          prompts: as for `score`.
+        """
         method, k = self.settings.method, batch.number
         clock = _Clock(on=(k + 1) % self.log_every == 0)
-        prompts, epoch = place_batch((batch.rows, batch.epoch), self.mesh)
+        rows, epoch = place_batch((batch.rows, batch.epoch), self.mesh)
         actor = {"trainable": state.actor.trainable, "frozen": self.models.actor_frozen}
         with clock.timing("rollout") as wait:
-            joined, has_eos = wait(self.generate(actor, prompts, self.key, epoch, self.allowed_V))
+            joined, has_eos = wait(self.generate(actor, rows, self.key, epoch, self.allowed_V))
             joined = self.narrow(joined)
         models = self.models.after_sampling()
         shown = place_batch(demonstrations[k].rows, self.mesh) if demonstrations is not None else None
         if self.one_pass is not None:
             with clock.timing("update") as wait:
-                state, scored, metrics = wait(self._in_one_pass(models, state, k, joined, has_eos))
+                state, scored, metrics = wait(self._in_one_pass(models, state, k, joined, has_eos, prompts))
         else:
             with clock.timing("score") as wait:
                 scored, metrics, scores = wait(
-                    self.score(
-                        models.policies(state.actor.trainable),
-                        models.value_models(state.critic.trainable),
-                        joined,
-                        has_eos,
-                        self.allowed_V,
-                        state.kl_coef,
-                        state.scores,
-                    )
+                    self.score(models, state.actor.trainable, state, joined, has_eos, prompts)
                 )
                 state = dataclasses.replace(state, scores=scores)
             with clock.timing("update") as wait:
@@ -194,16 +233,23 @@ class Loop:
         return state, metrics, {"rollouts": scored, "shown": shown}
 
     def _in_one_pass(
-        self, models: Models, state: PpoState, k: int, joined: PromptBatch, has_eos: Array
+        self,
+        models: Models,
+        state: PpoState,
+        k: int,
+        joined: PromptBatch,
+        has_eos: Array,
+        prompts: Sequence[str | None],
     ) -> tuple[PpoState, PpoBatch, Metrics]:
         """Scores and updates in one pass: the update differentiates the forward pass that scores."""
+        outside = () if self.scorer is None else (self.scorer.batch(prompts, joined),)
         actor, critic, frozen = to_devices((state.actor, state.critic, (models.reference, models.reward)))
         actor = with_learning_rate(actor, self.actor_rate(k))
         critic = with_learning_rate(critic, self.critic_rate(k))
         rest = models.actor_frozen, models.critic_frozen
         assert self.one_pass is not None
         actor, critic, scored, metrics = self.one_pass(
-            actor, critic, rest, frozen, joined, has_eos, self.allowed_V, state.kl_coef
+            actor, critic, rest, frozen, joined, has_eos, self.allowed_V, state.kl_coef, *outside
         )
         state = dataclasses.replace(state, actor=self.offload.state(actor), critic=self.offload.state(critic))
         return state, scored, metrics

@@ -35,12 +35,14 @@ def score_rollout(
     joined: PromptBatch,
     has_eos_B: Bool[Array, " B"],
     allowed_V: Bool[Array, " V"],
+    score_B: Float[Array, " B"] | None = None,
 ) -> tuple[Rollout, Float[Array, "B S"]]:
     """Runs every model once over the sampled responses; returns the rollout and the policy's entropy at each token.
 
     Args:
       policies: parameters of actor and reference.
       value_models: parameters of critic and reward model.
+      score_B: the responses' scores; None: those of the reward model.
     """
     tokens = forward.join(joined)
     behavior_BS, entropy_BS = forward.token_logp(
@@ -49,7 +51,7 @@ def score_rollout(
     value_BS = with_end(*values(reward_model, value_models[0], joined), joined)
     frozen = policies[1], value_models[1]
     rollout = with_frozen_scores(
-        actor_model, reward_model, temperature, frozen, joined, has_eos_B, allowed_V, behavior_BS, value_BS
+        actor_model, reward_model, temperature, frozen, joined, has_eos_B, allowed_V, behavior_BS, value_BS, score_B
     )
     return rollout, entropy_BS
 
@@ -82,18 +84,24 @@ def with_frozen_scores(
     allowed_V: Bool[Array, " V"],
     behavior_BS: Float[Array, "B S"],
     value_BS: Float[Array, "B S"],
+    score_B: Float[Array, " B"] | None = None,
 ) -> Rollout:
-    """The rollout with the outputs of the frozen models: reference log-probabilities and reward-model scores."""
+    """The rollout with the outputs of the frozen models: reference log-probabilities and reward-model scores.
+
+    Args:
+      score_B: as for `score_rollout`.
+    """
     tokens = forward.join(joined)
     ref_BS, _ = forward.token_logp(actor_model, frozen[0], tokens, temperature=temperature, allowed_V=allowed_V)
-    score_BN = forward.response_scores(forward.scores(reward_model, frozen[1], tokens), joined)
+    if score_B is None:
+        score_B = forward.response_scores(forward.scores(reward_model, frozen[1], tokens), joined)[:, 0]
     return Rollout(
         joined=joined,
         mask=tokens.loss_mask[:, tokens.scored_from :],
         behavior_logp=behavior_BS,
         ref_logp=ref_BS,
         value=value_BS,
-        score=score_BN[:, 0],
+        score=score_B,
         has_eos=has_eos_B,
     )
 
@@ -234,6 +242,7 @@ def one_pass(
     allowed_V: Bool[Array, " V"],
     kl_coef: Float[Array, ""],
     count: Float[Array, ""],
+    score_B: Float[Array, " B"] | None = None,
 ) -> tuple[tuple[Tree, Tree], tuple[PpoBatch, Float[Array, "B S"]], tuple[Metrics, Metrics]]:
     """Scores rollouts and differentiates both losses for the first update, with one forward pass per model.
 
@@ -245,6 +254,7 @@ def one_pass(
       rest: frozen parts of actor and critic.
       frozen: parameters of reference and reward model.
       count: number of response tokens in the whole batch; these rows may be a micro-batch of it.
+      score_B: as for `score_rollout`.
 
     Returns:
       Gradients of actor and critic; the batch and the policy's entropy; terms and metrics of actor and critic.
@@ -265,7 +275,7 @@ def one_pass(
     value_BS, pull_value, end_B1 = jax.vjp(critic, trained[1], has_aux=True)
     kept_BS = with_end(value_BS, end_B1, joined)
     rollout = with_frozen_scores(
-        actor_model, reward_model, method.temperature, frozen, joined, has_eos_B, allowed_V, logp_BS, kept_BS
+        actor_model, reward_model, method.temperature, frozen, joined, has_eos_B, allowed_V, logp_BS, kept_BS, score_B
     )
     ppo, _ = estimate(rollout, method, kl_coef)
 

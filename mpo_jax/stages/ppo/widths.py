@@ -10,17 +10,8 @@ from jaxtyping import Array, Int
 
 from mpo_jax.runtime.sharding import batch_sharding, replicated
 from mpo_jax.stages.ppo.settings import Method
+from mpo_jax.stages.widths import few_widths
 from mpo_jax.types import PromptBatch
-
-MULTIPLE, MAX_WIDTHS = 64, 4
-"""Columns of which a width is a multiple, and the number of widths at most. Scoring and both updates are compiled for
-every width that comes up; columns fewer than 64 apart save less than that costs."""
-
-
-def response_widths(columns: int) -> tuple[int, ...]:
-    """Ascending widths for responses sampled into `columns` columns, which is the last of them."""
-    step = -(-columns // (MULTIPLE * MAX_WIDTHS)) * MULTIPLE
-    return (*range(step, columns, step), columns)
 
 
 @lru_cache
@@ -44,7 +35,7 @@ def make_narrow(method: Method, mesh: Mesh) -> Callable[[PromptBatch], PromptBat
 
     def narrow(joined: PromptBatch) -> PromptBatch:
         columns = joined.response.shape[2]
-        widths = response_widths(columns)
+        widths = few_widths(columns)
         if len(widths) == 1:
             return joined
         needed = min(int(measure(joined.response_len)) + behind, columns)

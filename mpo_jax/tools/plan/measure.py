@@ -4,6 +4,7 @@ import dataclasses
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -14,9 +15,9 @@ from mpo_jax.config.schema import Config
 from mpo_jax.errors import UserError
 from mpo_jax.models.flops import Work
 from mpo_jax.models.spec import DecoderConfig
-from mpo_jax.pipeline.stages import PLANNED, STAGES, stage_settings, stage_shapes
+from mpo_jax.pipeline.stages import PLANNED, STAGES, stage_settings, stage_shapes, text_rewards
 from mpo_jax.runtime.sharding import device_bytes, mesh_of
-from mpo_jax.stages.shapes import Amounts, Shapes
+from mpo_jax.stages.shapes import Amounts, Shapes, TextRewards
 from mpo_jax.stages.stage import Program
 from mpo_jax.tools.plan import compilers
 from mpo_jax.tools.plan.collectives import Traffic, traffic
@@ -94,7 +95,14 @@ class Plan:
 
     def shapes(self, stage: str, amounts: Amounts | None = None) -> Shapes:
         """The shapes that a stage's programs are compiled with."""
-        return stage_shapes(stage, self.config, self.decoder, self.mesh, amounts=amounts)
+        return stage_shapes(
+            stage, self.config, self.decoder, self.mesh, amounts=amounts, text_rewards=self.text_rewards
+        )
+
+    @cached_property
+    def text_rewards(self) -> TextRewards | None:
+        """What scores responses as text; None also where a model is on the hub and not here."""
+        return text_rewards(self.config, self.mesh, fetch=False)
 
     def programs(
         self, stages: Sequence[str] = tuple(STAGES), *, amounts: Amounts | None = None, step: Step = PLANNED

@@ -111,7 +111,22 @@ def notes(plan: Plan) -> list[str]:
             f"{kind.hbm_gbs:g} GB/s memory, {share.link:.0%} of {kind.link_gbs:g} GB/s links"
             + (f" and of {kind.network_gbs:g} GB/s network" if target.spans_network else "")
         )
-    return lines
+    return [*lines, *_rewards(plan)]
+
+
+def _rewards(plan: Plan) -> list[str]:
+    """How what `reward.path` or `reward.function` names is counted."""
+    reward, own = plan.config.reward, plan.text_rewards
+    if reward.function is not None:
+        return [f"reward.function={reward.function} runs on the host: its time and memory are not counted"]
+    if reward.path is None:
+        return []
+    if own is None:
+        return [f"reward.path={reward.path} is counted as a model of the policy's sizes and tokens"]
+    return [
+        f"reward.path={reward.path} has a tokenizer of its own: counted at rows of {own.max_tokens} of its tokens, in "
+        "hours as many as the policy's; the host's work is not counted"
+    ]
 
 
 def unfit(measured: Sequence[Measured], plan: Plan) -> list[str]:
