@@ -154,7 +154,7 @@ def test_an_iteration_has_one_width():
     loop.generate = lambda *_: (given, None)
     loop.utility = lambda joined: {"objective/utility": joined.response_len.max()}
 
-    def score(policies: Any, value_models: Any, joined: PromptBatch, *_: Any) -> Any:
+    def score(models: Any, trainable: Any, state: Any, joined: PromptBatch, *_: Any) -> Any:
         seen.append(joined.response.shape)
         return joined, {}, None
 
