@@ -92,6 +92,10 @@ dpo:
 | `presets/tpu_v5p_8.yaml` | to merge over a 7B file: eight TPU v5p chips |
 | `presets/tpu_v5p_32.yaml` | to merge over a 7B file: 32 TPU v5p chips |
 | `presets/tpu_v5p_128.yaml` | to merge over the 70B file: 128 TPU v5p chips |
+| `presets/lora.yaml` | to merge over any file with a base model: adapters (LoRA) in place of whole models |
+| `presets/h100x1.yaml` | to merge over a 7B file, after `lora.yaml`: one GPU of 80 GB |
+| `presets/l4x1_1b.yaml` | to merge over a 7B file, after `lora.yaml`: Llama 3.2 1B on one GPU of 24 GB |
+| `presets/l4x1_3b.yaml` | to merge over a 7B file, after `lora.yaml`: Llama 3.2 3B on one GPU of 24 GB |
 | `presets/ds_chat.yaml` | to merge over any file: reward model and PPO as DeepSpeed-Chat trains them for Llama |
 | `bench/sft.yaml` | times SFT steps on your model and rows, one line per step |
 | `bench/reward.yaml` | times reward model steps |

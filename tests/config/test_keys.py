@@ -209,6 +209,12 @@ def test_the_readme_s_yaml_is_read(tmp_path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_every_configuration_file_sets_known_keys_only(path):
+    if path.parent.name == "presets":
+        # merged over a configuration whose batches its micro-batches divide
+        assert yaml.safe_load(path.read_text(encoding="utf-8")) and load_config(
+            CONFIGS / "hh_llama2_7b.yaml", (str(path),)
+        )
+        return
     needs_rows = path.parent.name == "bench"
     assert load_config(path, ("data.path=rows.jsonl",) if needs_rows else ()) != Config()
 
