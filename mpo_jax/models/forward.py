@@ -107,23 +107,6 @@ def param_shardings(params: Tree, mesh: Mesh) -> Any:
     return shardings_for(unflatten_dict(axes), params, mesh)
 
 
-def stored(tree: Tree, frozen_dtype: str, dtype: str) -> Tree:
-    """A model's parameters as one that does not train holds them.
-
-    Args:
-      frozen_dtype: of all that is not computed in float32; int8 stands for quantised kernels of layers.
-      dtype: of the arithmetic, and then of the rest.
-    """
-    held = dtype if frozen_dtype == "int8" else frozen_dtype
-
-    def cast(path: Any, leaf: Array) -> Array:
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        return leaf.astype(jnp.float32 if name.endswith(FLOAT32) else held)
-
-    cast_tree: Tree = jax.tree_util.tree_map_with_path(cast, tree)
-    return quantised.quantised(cast_tree) if frozen_dtype == "int8" else cast_tree
-
-
 Caches: TypeAlias = tuple[tuple[Array, Array], ...]
 """Keys and values [B G T K] of every layer."""
 

@@ -4,9 +4,8 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from mpo_jax import types
 from mpo_jax.config.schema import AdapterConfig, ArchitectureConfig, ModelConfig, TextConfig
 from mpo_jax.errors import UserError
-from mpo_jax.models import adapter, forward
+from mpo_jax.models import adapter, forward, quantised
 from mpo_jax.models.adapter import Adapter
+from mpo_jax.models.decoder import FLOAT32
 from mpo_jax.models.forward import Model
 from mpo_jax.models.hf import ends, families, found, peft, weights
 from mpo_jax.models.hf.hub import local_model
@@ -216,12 +216,28 @@ def load(
         check_positions(source.decoder, text)
     source.say_notes()
     dtype = (options.frozen_dtype or options.dtype) if frozen else "float32"
-    if dtype == "int8":
-        load_params = partial(weights.load_params, dtype=options.dtype, quantise=True)
-    else:
-        load_params = partial(weights.load_params, dtype=dtype)
-    tree = load_params(source.tensors, source.decoder, mesh, head=head)
+    quantise = dtype == "int8"
+    tree = weights.load_params(
+        source.tensors, source.decoder, mesh, head=head, dtype=options.dtype if quantise else dtype, quantise=quantise
+    )
     return options.model(source.decoder, mesh), types.frozen(tree) if frozen else types.trainable(tree)
+
+
+def stored(tree: types.Tree, frozen_dtype: str, dtype: str) -> types.Tree:
+    """A model's parameters as one that does not train holds them.
+
+    Args:
+      frozen_dtype: of all that is not computed in float32; int8 stands for quantised kernels of layers.
+      dtype: of the arithmetic, and then of the rest.
+    """
+    held = dtype if frozen_dtype == "int8" else frozen_dtype
+
+    def cast(path: Any, leaf: jax.Array) -> jax.Array:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        return leaf.astype(jnp.float32 if name.endswith(FLOAT32) else held)
+
+    cast_tree: types.Tree = jax.tree_util.tree_map_with_path(cast, tree)
+    return quantised.quantised(cast_tree) if frozen_dtype == "int8" else cast_tree
 
 
 def freeze(params: Params, options: Options, mesh: Mesh) -> Params:
@@ -229,7 +245,7 @@ def freeze(params: Params, options: Options, mesh: Mesh) -> Params:
     frozen_dtype = options.frozen_dtype or options.dtype
 
     def store(tree: types.Tree) -> types.Tree:
-        return forward.stored(tree, frozen_dtype, options.dtype)
+        return stored(tree, frozen_dtype, options.dtype)
 
     tree = types.merge(params)
     shardings = forward.param_shardings(jax.eval_shape(store, tree), mesh)
@@ -271,6 +287,21 @@ def adapt(model: Model, params: Params, config: AdapterConfig, mesh: Mesh, key: 
         # a copy: a training state takes its parameters over, and a reward model may share this one
         tree = {**tree, "score": jax.tree.map(jnp.copy, tree["score"])}
     return model, adapter.split(tree, low, head)
+
+
+def to_train(
+    model: Model, params: Params, config: AdapterConfig | None, mesh: Mesh, key: jax.Array, *, new_head: bool
+) -> tuple[Model, Params]:
+    """A loaded model as a stage trains it: whole, or frozen with fresh adapters.
+
+    Args:
+      params: frozen if there are adapters, and trainable otherwise.
+      key: as for `adapt`.
+      new_head: whether a language model gets a value head of zeros.
+    """
+    if new_head:
+        params = with_value_head(model, params, mesh)
+    return (model, params) if config is None else adapt(model, params, config, mesh, key)
 
 
 def _head(params: Params) -> Head:

@@ -234,11 +234,8 @@ class Context:
           num_ids: as for `loading.load`, of models from elsewhere.
         """
         model, params = self.load(path, numerics, text, head=head, frozen=adapter is not None, num_ids=num_ids)
-        if new_head:
-            params = loading.with_value_head(model, params, self.mesh)
-        if adapter is None:
-            return model, params
-        return loading.adapt(model, params, adapter, self.mesh, stage_key(seed, f"{stage} adapter"))
+        key = stage_key(seed, f"{stage} adapter")
+        return loading.to_train(model, params, adapter, self.mesh, key, new_head=new_head)
 
     def load_base(
         self,

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from mpo_jax.config.schema import OptimConfig, TextConfig
 from mpo_jax.data.lengths import Lengths
-from mpo_jax.models import flops, forward
+from mpo_jax.models import flops, forward, loading
 from mpo_jax.models.flops import Rows, Work
 from mpo_jax.models.forward import Model
 from mpo_jax.runtime.sharding import batch_sharding, replicated
@@ -115,7 +115,7 @@ class Shapes:
 
     def frozen(self, head: Head = "lm") -> Params:
         """Parameters of a model that does not train, as `weights.load_params` stores them."""
-        shapes = jax.eval_shape(lambda tree: forward.stored(tree, self.frozen_dtype, self.model.dtype), self.tree(head))
+        shapes = jax.eval_shape(lambda tree: loading.stored(tree, self.frozen_dtype, self.model.dtype), self.tree(head))
         return frozen(shaped(shapes, forward.param_shardings(shapes, self.mesh)))
 
     @property

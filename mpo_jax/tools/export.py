@@ -176,8 +176,6 @@ def _folded(
     step, trained = _newest_adapters(found, model, head, mesh)
     base = loading.open_model(settings.base).fitting(num_ids)
     tree = weights.load_params(base.tensors, decoder, mesh, head=base.head, dtype=dtype)
-    rest = {name: leaf for name, leaf in tree.items() if name not in trained or name == "layers"}
-    if head == "value":
-        rest.pop("head", None)
+    rest = {name: tree[name] for name in forward.abstract_split(model, head=head)["frozen"]}
     whole = loading.whole(model, {"trainable": trained, "frozen": rest})
     return decoder, whole, f"step {step} of the unfinished {found.parent.name}", dtype

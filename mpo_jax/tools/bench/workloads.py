@@ -298,15 +298,11 @@ class Bench:
 
     def _trained(self, stage: str, head: Head) -> tuple[Model, Params]:
         """What a stage trains: a whole model, or adapters on a frozen one where the configuration has them."""
-        model, params = self._model, self._params()
-        adapted = adapter_of(stage, self.config)
+        params, adapted = self._params(), adapter_of(stage, self.config)
         if adapted is not None:
             params = loading.freeze(params, loading.Options.of(self.config.model), self.mesh)
-        if head == "value":
-            params = loading.with_value_head(model, params, self.mesh)
-        if adapted is None:
-            return model, params
-        return loading.adapt(model, params, adapted, self.mesh, stage_key(self.config.seed, "bench"))
+        key = stage_key(self.config.seed, "bench")
+        return loading.to_train(self._model, params, adapted, self.mesh, key, new_head=head == "value")
 
     def _batches(self, examples: Sequence[Example]) -> TrainBatches:
         buckets = Buckets.of(examples, self.config.text.length_buckets)
