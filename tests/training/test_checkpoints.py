@@ -185,7 +185,6 @@ HARMS = {
 
 
 @pytest.mark.parametrize("harm", HARMS.values(), ids=HARMS)
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax leaves other reads unfinished
 def test_a_broken_checkpoint_gives_way_to_the_one_before(tmp_path, capsys, harm):
     save(tmp_path, {10: make_state(10), 20: make_state(20)}, keep=2)
     harm(tmp_path)

@@ -184,8 +184,6 @@ def test_a_measure_that_is_not_finite_is_told_and_never_the_best(tmp_path, capsy
     assert "eval/loss has no finite value, so the last state is exported" in " ".join(capsys.readouterr().out.split())
 
 
-# a read of the broken checkpoint that ends after Orbax has closed its event loop reports to nobody
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_broken_best_checkpoint_is_an_error_that_says_what_to_do(tmp_path):
     with pytest.raises(RuntimeError, match="killed"):
         run(tmp_path, stop=8, **BEST)
