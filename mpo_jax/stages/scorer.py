@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
@@ -34,7 +35,7 @@ from mpo_jax.stages.context import Context
 from mpo_jax.stages.settings import Numerics
 from mpo_jax.stages.shapes import MULTIPLE
 from mpo_jax.stages.widths import few_widths
-from mpo_jax.types import Artifact, Params, PromptBatch
+from mpo_jax.types import Artifact, Mean, Metrics, Params, PromptBatch
 
 LENGTH_FACTOR = 2
 """How many more tokens than the policy's limits a text may have for a reward model with a tokenizer of its own."""
@@ -122,24 +123,27 @@ class OwnTokens:
         )  # fmt: skip
         return scores.reshape(len(examples), each)
 
-    def batch(self, prompts: Sequence[str | None], joined: PromptBatch) -> Float[Array, " B"]:
-        """The raw scores of a batch of samples, sharded as the batch; the host does not wait for them.
+    def batch(self, prompts: Sequence[str | None], joined: PromptBatch) -> tuple[Float[Array, " B"], Metrics]:
+        """The raw scores of a batch of samples, and what is measured on the way: the share of rows that were cut.
+
+        The scores are sharded as the batch; the host does not wait for them.
 
         Args:
           prompts: [B] prompts of the corpus; None for padding rows, whose score means nothing.
           joined: their samples (N = 1), for which the host waits.
         """
         real, rows = self.reader.batch(prompts, joined)
-        own = iter(self.codec.examples(rows)[0])
-        padding = Example([], [[]])
-        whole = [next(own) if is_real else padding for is_real in real]
+        own, cut = self.codec.examples(rows)
+        left, padding = iter(own), Example([], [[]])
+        whole = [next(left) if is_real else padding for is_real in real]
         longest = max(len(example.prompt) for example in whole)
         width = next(width for width in few_widths(self.codec.max_tokens) if width >= longest)
         batch = collate(whole, Widths(-(-width // MULTIPLE) * MULTIPLE, MULTIPLE), num_responses=1)
         mesh = self.context.mesh
         score, params = forward.make_score_pairs(self.model, mesh), to_devices(self.params)
         scores = score(params, place_batch(batch, mesh))
-        return _make_first(mesh)(scores)
+        measured = Mean(jnp.float32(cut), jnp.float32(len(rows)))
+        return _make_first(mesh)(scores), {"objective/cut_rows": measured}
 
 
 @lru_cache
@@ -192,13 +196,13 @@ class ByFunction:
                 keep.check()
         return np.concatenate([found[number] for number in sorted(found)]).reshape(len(examples), each)
 
-    def batch(self, prompts: Sequence[str | None], joined: PromptBatch) -> Float[Array, " B"]:
-        """As `OwnTokens.batch`; the host waits for the function."""
+    def batch(self, prompts: Sequence[str | None], joined: PromptBatch) -> tuple[Float[Array, " B"], Metrics]:
+        """As `OwnTokens.batch`, but nothing is measured, and the host waits for the function."""
         real, rows = self.reader.batch(prompts, joined)
         scores = np.zeros(len(real), np.float32)
         if rows:
             scores[real] = self.function(rows)
-        return place_batch(scores, self.context.mesh)
+        return place_batch(scores, self.context.mesh), {}
 
 
 TextScorer = OwnTokens | ByFunction

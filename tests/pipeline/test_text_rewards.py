@@ -6,6 +6,7 @@ model that knows the same words under other numbers must give what one of the po
 
 import json
 import re
+import shutil
 import sys
 import textwrap
 from pathlib import Path
@@ -154,6 +155,7 @@ def test_the_same_reward_model_of_other_tokens_trains_the_same_policy(
     np.testing.assert_allclose(other.score, one.score, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(other.chosen, one.chosen)
     for a, b in zip(log(shared, "1-ppo"), log(found, "1-ppo"), strict=True):
+        assert b.pop("objective/cut_rows") == 0 and b.pop("eval/objective/cut_rows", 0) == 0
         assert a.keys() == b.keys() and "objective/scores" in a
         for name in a:
             assert b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-4), name
@@ -161,6 +163,21 @@ def test_the_same_reward_model_of_other_tokens_trains_the_same_policy(
     one, other = (manifest(folder, "ppo_hard", "evaluate")["summary"] for folder in (shared, found))
     for name in ("score", "kl", "length"):
         assert other[name] == pytest.approx(one[name], rel=1e-3, abs=1e-4), name
+
+
+def test_rows_that_are_too_long_for_it_are_counted(inputs, tmp_path, capsys):
+    """A reward model of so few positions that most rows lose the start of their prompt."""
+    shutil.copytree(inputs / "other", tmp_path / "short")
+    file = tmp_path / "short" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": 12}))
+    assert mpo("run", *settings(inputs, tmp_path / "runs", f"reward.path={tmp_path}/short")) == 0
+    said = re.search(r"(\d+) of 80 rows are longer than 12 tokens", " ".join(capsys.readouterr().out.split()))
+    table = scores(tmp_path / "runs")
+    rows = zip(table.prompt, table.response, strict=True)
+    words = [len(f"{prompt}{text}".split()) for prompt, pair in rows for text in pair]
+    assert said and 0 < sum(count > 12 for count in words) <= int(said[1]) <= sum(count > 11 for count in words) < 80
+    shares = [line["objective/cut_rows"] for line in log(tmp_path / "runs", "1-ppo")]
+    assert all(0 < share < 1 for share in shares) and {share * 8 % 1 for share in shares} == {0}
 
 
 def test_its_artifact_has_its_tokens_and_the_critic_the_policy_s(inputs, shared, tmp_path, capsys):

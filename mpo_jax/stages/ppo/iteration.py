@@ -178,8 +178,9 @@ class Loop:
         critic, _ = models.value_models(state.critic.trainable)
         # the devices compute it while the host decodes and tokenizes
         rollout, entropy = self._unscored(policies, critic, joined, has_eos, self.allowed_V)
-        score = self.scorer.batch(prompts, joined)
-        return self._scored(rollout, entropy, score, state.kl_coef, state.scores)
+        score, measured = self.scorer.batch(prompts, joined)
+        scored, metrics, moments = self._scored(rollout, entropy, score, state.kl_coef, state.scores)
+        return scored, {**metrics, **measured}, moments
 
     def iteration(
         self,
@@ -242,7 +243,10 @@ class Loop:
         prompts: Sequence[str | None],
     ) -> tuple[PpoState, PpoBatch, Metrics]:
         """Scores and updates in one pass: the update differentiates the forward pass that scores."""
-        outside = () if self.scorer is None else (self.scorer.batch(prompts, joined),)
+        outside, measured = (), {}
+        if self.scorer is not None:
+            score, measured = self.scorer.batch(prompts, joined)
+            outside = (score,)
         actor, critic, frozen = to_devices((state.actor, state.critic, (models.reference, models.reward)))
         actor = with_learning_rate(actor, self.actor_rate(k))
         critic = with_learning_rate(critic, self.critic_rate(k))
@@ -252,7 +256,7 @@ class Loop:
             actor, critic, rest, frozen, joined, has_eos, self.allowed_V, state.kl_coef, *outside
         )
         state = dataclasses.replace(state, actor=self.offload.state(actor), critic=self.offload.state(critic))
-        return state, scored, metrics
+        return state, scored, {**metrics, **measured}
 
     def _updates(
         self, models: Models, state: PpoState, k: int, batch: tuple[PpoBatch, PromptBatch | None]
