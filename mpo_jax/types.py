@@ -152,6 +152,7 @@ class Tokens:
       scored_from: first column that may have a True loss mask (static; lets the head skip the prompt).
       num_responses: number of equal blocks that the columns from `scored_from` on form; a block does not attend to
         another (static).
+      packed: whether a row holds several prompts, at columns that only the arrays tell (static).
     """
 
     ids: Int[Array, "B T"]
@@ -161,6 +162,58 @@ class Tokens:
     loss_mask: Bool[Array, "B T"]
     scored_from: int = dataclasses.field(default=0, metadata={"static": True})
     num_responses: int = dataclasses.field(default=1, metadata={"static": True})
+    packed: bool = dataclasses.field(default=False, metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PackedRows:
+    """One micro-batch of a packed batch of B prompts with N responses each.
+
+    Attributes:
+      tokens: [R T]; a token's segment is one more than its prompt's place in the batch.
+      valid: [B] True at the prompts in this micro-batch. Results for the others are 0 and must not count.
+      response_len: [B N] number of real response tokens, EOS included, of the whole batch.
+    """
+
+    tokens: Tokens
+    valid: Bool[Array, " B"]
+    response_len: Int[Array, "B N"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """A batch of B prompts with N responses each in micro-batches of one shape [R T], on the host or on the devices.
+
+    A prompt and its responses are neighbours in one row. Arrays [M R T] are as in `Tokens`.
+
+    Attributes:
+      ids, position, branch: of each token.
+      segment: one more than the prompt's place in the batch; 0 for padding.
+      count: [] number of micro-batches that hold tokens. They come first; M is how many a batch can need.
+      micro: [B] the micro-batch that each prompt is in; -1 marks a padding row.
+      prompt_len: [B] number of real prompt tokens; 0 marks a padding row.
+      response_len: [B N] number of real response tokens, EOS included.
+    """
+
+    ids: Int[Array, "M R T"] | np.ndarray
+    position: Int[Array, "M R T"] | np.ndarray
+    segment: Int[Array, "M R T"] | np.ndarray
+    branch: Int[Array, "M R T"] | np.ndarray
+    count: Int[Array, ""] | np.ndarray
+    micro: Int[Array, " B"] | np.ndarray
+    prompt_len: Int[Array, " B"] | np.ndarray
+    response_len: Int[Array, "B N"] | np.ndarray
+
+    def rows(self, m: Int[Array, ""]) -> PackedRows:
+        """Micro-batch m."""
+        ids, position, segment, branch = (
+            jax.lax.dynamic_index_in_dim(x, m, keepdims=False)
+            for x in (self.ids, self.position, self.segment, self.branch)
+        )
+        tokens = Tokens(ids, position, segment, branch, branch > 0, packed=True)
+        return PackedRows(tokens, self.micro == m, jnp.asarray(self.response_len))
 
 
 @jax.tree_util.register_dataclass
