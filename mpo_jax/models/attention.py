@@ -18,11 +18,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from mpo_jax.errors import UserError
+from mpo_jax.models import packed_attention
+from mpo_jax.models.packed_attention import SAVED
 from mpo_jax.models.spec import LayerSpec
 from mpo_jax.types import Tokens
-
-SAVED = "attention"
-"""What a checkpoint policy saves so that the backward pass need not attend again."""
 
 MIN_BLOCK, MAX_BLOCKS = 128, 8
 """Queries a block at least, and blocks a stretch at most: the program grows with their number."""
@@ -124,6 +123,12 @@ def for_layer(tokens: Tokens, spec: LayerSpec, implementation: str) -> Attend:
       UserError: cudnn with a soft cap, which it does not have.
     """
     if implementation == "blocked":
+        if tokens.packed and tokens.ids.shape[1] > 2 * packed_attention.BLOCK:
+
+            def plan(head_dim: int) -> packed_attention.Plan:
+                return packed_attention.Plan(spec.window, logit_scale(spec.scale, head_dim), spec.soft_cap)
+
+            return packed_attention.make_attend(tokens, sees, plan)
         return make_attend(tokens, spec.window, scale=spec.scale, soft_cap=spec.soft_cap)
     mask = sees(tokens, tokens, spec.window)[:, None]
     if spec.soft_cap is None:

@@ -297,6 +297,11 @@ def head_matrix(model: Model, params: Tree) -> Float[Array, "D V"]:
     return params["embedding"].T if model.decoder.tie_embeddings else params["head"]
 
 
+def whole_head(model: Model, params: Tree) -> Float[Array, "D V"]:
+    """The head whole along D: divided there, the backward pass would gather a chunk's logits on every device."""
+    return constrain(head_matrix(model, params), None, "vocab")
+
+
 def logits_from_hidden(
     model: Model, hidden: Float[Array, "B T D"], head_DV: Array, *, temperature: float, allowed_V: Array | None
 ) -> Float[Array, "B T V"]:
@@ -320,6 +325,18 @@ def logits(model: Model, params: Tree, tokens: Tokens) -> Float[Array, "B T V"]:
     return logits_from_hidden(model, hidden, head_matrix(model, params), temperature=1.0, allowed_V=None)
 
 
+def ids_logp(
+    model: Model, hidden: Float[Array, "B T D"], ids: Int[Array, "B T"], head_DV: Array, **options: Any
+) -> tuple[Float[Array, "B T"], Float[Array, "B T V"], Float[Array, "B T"]]:
+    """log p of the ids after the hidden states in their columns, nats; the logits; their log-sums.
+
+    Options are those of `logits_from_hidden`.
+    """
+    logits = constrain(logits_from_hidden(model, hidden, head_DV, **options), "batch", None, "vocab")
+    log_z = jax.nn.logsumexp(logits, -1)
+    return jnp.take_along_axis(logits, ids[..., None], -1)[..., 0] - log_z, logits, log_z
+
+
 def token_logp(
     model: Model,
     params: Tree,
@@ -339,14 +356,10 @@ def token_logp(
     before_BS = predecessor(tokens)[:, start:]
     hidden_BSD = jnp.take_along_axis(hidden, before_BS[..., None], 1)
     ids_BS, mask_BS = tokens.ids[:, start:], tokens.loss_mask[:, start:]
-    # whole along D: divided there, the backward pass would gather a chunk's logits over the batch on every device
-    head_DV = constrain(head_matrix(model, params), None, "vocab")
+    head_DV = whole_head(model, params)
 
     def chunk(hidden, ids):
-        logits = logits_from_hidden(model, hidden, head_DV, temperature=temperature, allowed_V=allowed_V)
-        logits = constrain(logits, "batch", None, "vocab")
-        log_z = jax.nn.logsumexp(logits, -1)
-        logp = jnp.take_along_axis(logits, ids[..., None], -1)[..., 0] - log_z
+        logp, logits, log_z = ids_logp(model, hidden, ids, head_DV, temperature=temperature, allowed_V=allowed_V)
         if not with_entropy:
             return logp, jnp.zeros_like(logp)
         probability = jnp.exp(logits - log_z[..., None])

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from mpo_jax.config.schema import MeshConfig
 from mpo_jax.errors import UserError
 from mpo_jax.runtime.words import counted
+from mpo_jax.types import Packed
 
 BATCH_AXES = ("data", "fsdp")
 
@@ -87,6 +88,11 @@ def _over_slices(config: MeshConfig, devices: Sequence[Any], slices: int) -> Mes
     inside = (config.data // slices, config.fsdp, config.tensor)
     placed = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices)
     return Mesh(placed, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+
+def num_groups(mesh: Mesh) -> int:
+    """Device groups that a batch's rows are divided over."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def check_batch(batch_size: int, mesh: Mesh, key: str, *, minibatches: int = 1, accumulation: int = 1) -> None:
@@ -189,15 +195,29 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def place_batch(batch: Any, mesh: Mesh) -> Any:
-    """Puts a host batch (a pytree of whole [B ...] NumPy arrays) on the mesh; each process places its devices' rows."""
-    sharding = batch_sharding(mesh)
+def batch_shardings(batch: Any, mesh: Mesh) -> Any:
+    """A sharding for each array of a batch: the rows of a `Packed` over the batch axes, and all other leading axes.
 
-    def place(x: Any) -> jax.Array:
+    The tokens of a packed batch are [M R T], of which R are rows.
+    """
+    leading, rows = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
+
+    def of(node: Any) -> Any:
+        if not isinstance(node, Packed):
+            return leading
+        return Packed(rows, rows, rows, rows, replicated(mesh), leading, leading, leading)  # type: ignore[arg-type]
+
+    return jax.tree.map(of, batch, is_leaf=lambda node: isinstance(node, Packed))
+
+
+def place_batch(batch: Any, mesh: Mesh) -> Any:
+    """Puts a host batch (a pytree of whole NumPy arrays) on the mesh; each process places its devices' rows."""
+
+    def place(x: Any, sharding: NamedSharding) -> jax.Array:
         host = np.asarray(x)
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
-    return jax.tree.map(place, batch)
+    return jax.tree.map(place, batch, batch_shardings(batch, mesh))
 
 
 def device_bytes(tree: Any) -> int:

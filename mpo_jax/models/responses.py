@@ -1,0 +1,121 @@
+"""What a model says of each prompt's responses, whichever way rows are laid out: padded (`PromptBatch`) or packed."""
+
+from functools import lru_cache
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+
+from mpo_jax.models import forward
+from mpo_jax.models.chunks import map_first
+from mpo_jax.models.forward import Model
+from mpo_jax.models.packed import sum_over
+from mpo_jax.runtime.sharding import replicated
+from mpo_jax.types import Head, Packed, PackedRows, Params, PromptBatch, Tree, merge
+
+Rows: TypeAlias = PromptBatch | PackedRows
+
+CHUNK = 128
+"""Columns whose logits are made together in packed rows, at most: chunks behind the last response token are left out,
+and half a chunk is made in vain on average."""
+
+
+def valid(rows: Rows) -> Bool[Array, " B"]:
+    """True at the prompts that count; the others fill the batch, or are in another micro-batch."""
+    return rows.valid if isinstance(rows, PackedRows) else jnp.asarray(rows.prompt_len) > 0
+
+
+def lengths(rows: Rows) -> Int[Array, "B N"]:
+    """Number of real tokens of each response, EOS included."""
+    return jnp.asarray(rows.response_len)
+
+
+def num_tokens(rows: Rows) -> Int[Array, ""]:
+    """Number of real tokens."""
+    tokens = rows.tokens if isinstance(rows, PackedRows) else forward.join(rows)
+    return (tokens.segment > 0).sum()
+
+
+def token_logps(model: Model, tree: Tree, rows: Rows) -> tuple[Array, Array]:
+    """log p of response tokens, in nats, and the mask of these tokens: [B N S] folded to [B N*S], or [R T]."""
+    if isinstance(rows, PackedRows):
+        return _packed_logps(model, tree, rows), rows.tokens.loss_mask
+    tokens = forward.join(rows)
+    return forward.token_logp(model, tree, tokens)[0], tokens.loss_mask[:, tokens.scored_from :]
+
+
+def logps(model: Model, tree: Tree, rows: Rows) -> Float[Array, "B N"]:
+    """Each response's summed log-probability in nats, EOS included."""
+    if isinstance(rows, PackedRows):
+        return _sums(_packed_logps(model, tree, rows), rows)
+    return forward.response_logps(model, tree, rows)
+
+
+def scores(model: Model, tree: Tree, rows: Rows) -> Float[Array, "B N"]:
+    """Each response's score: the value head at its last real token; 0 where there is none."""
+    if not isinstance(rows, PackedRows):
+        return forward.response_scores(forward.scores(model, tree, forward.join(rows)), rows)
+    score_RT = forward.scores(model, tree, rows.tokens)
+    owner = _owner(rows)
+    behind = jnp.pad(owner[:, 1:], ((0, 0), (0, 1)))
+    return _sums(jnp.where(owner != behind, score_RT, 0.0), rows)
+
+
+def _owner(rows: PackedRows) -> Int[Array, "R T"]:
+    """Which response each token belongs to: prompt * N + n + 1; 0 for tokens of prompts and for padding."""
+    tokens, N = rows.tokens, rows.response_len.shape[1]
+    return jnp.where(tokens.branch > 0, (tokens.segment - 1) * N + tokens.branch, 0)
+
+
+def _sums(x_RT: Float[Array, "R T"], rows: PackedRows) -> Float[Array, "B N"]:
+    """Sums over each response's tokens, 0 for those that are not in the micro-batch.
+
+    By comparison rather than scatter: a device adds up its own rows, and always in the same order.
+    """
+    B, N = rows.response_len.shape
+    is_own = _owner(rows)[..., None] == jnp.arange(1, B * N + 1)[None, None]
+    return jnp.where(is_own, x_RT[..., None], 0.0).sum((0, 1)).reshape(B, N)
+
+
+def _packed_logps(model: Model, tree: Tree, rows: PackedRows) -> Float[Array, "R T"]:
+    """log p of response tokens in nats, 0 elsewhere.
+
+    Response tokens are moved to the front of their rows, so that logits are made for about as many columns as there
+    are response tokens.
+    """
+    tokens = rows.tokens
+    R, T = tokens.ids.shape
+    hidden = forward.hidden_states(model, tree, tokens)
+    order_RT = jnp.argsort(~tokens.loss_mask, axis=1, stable=True)
+    before_RT = jnp.take_along_axis(forward.predecessor(tokens), order_RT, 1)
+    hidden_RTD = jnp.take_along_axis(hidden, before_RT[..., None], 1)
+    ids_RT = jnp.take_along_axis(tokens.ids, order_RT, 1)
+    width = max(1, min(T, CHUNK, model.logit_chunk // R))
+
+    def chunk(head_DV: Array, hidden: Array, ids: Array) -> Array:
+        return forward.ids_logp(model, hidden, ids, head_DV, temperature=1.0, allowed_V=None)[0]
+
+    def cut(x: Array) -> Array:
+        padded = jnp.pad(x, [(0, 0), (0, -T % width)] + [(0, 0)] * (x.ndim - 2))
+        return rearrange(padded, "r (c w) ... -> c r w ...", w=width)
+
+    count = -(-tokens.loss_mask.sum(1).max() // width)
+    logp_CRW: Any = map_first(chunk, forward.whole_head(model, tree), cut(hidden_RTD), cut(ids_RT), count)
+    logp_RT = rearrange(logp_CRW, "c r w -> r (c w)")
+    place_RT = jnp.maximum(jnp.cumsum(tokens.loss_mask, 1) - 1, 0)
+    return jnp.where(tokens.loss_mask, jnp.take_along_axis(logp_RT, place_RT, 1), 0.0)
+
+
+@lru_cache
+def make_packed_score(model: Model, head: Head, mesh: Mesh) -> Any:
+    """A jitted (params, `Packed`) -> [B N]: each response's log-probability in nats, or a reward model's raw score."""
+    of = scores if head == "value" else logps
+
+    def packed_score(params: Params, batch: Packed) -> Float[Array, "B N"]:
+        tree = merge(params)
+        return sum_over(lambda rows: of(model, tree, rows), batch)
+
+    return jax.jit(packed_score, out_shardings=replicated(mesh))
