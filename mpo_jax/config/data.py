@@ -54,6 +54,12 @@ class TextConfig(Section, frozen=True):
         description="how a prompt that is too long is cut. start: at its start; post: at the end of its POST section "
         "(TL;DR); auto: post if it has one, else start",
     )
+    packed: bool = Field(
+        default=True,
+        description="train SFT, reward model and DPO on packed rows: several prompts share a row, and one compiled "
+        "program serves all batches; false: pad batches to length_buckets widths. Both give the same losses to "
+        "rounding",
+    )
     length_buckets: int = Field(
         default=4,
         gt=0,

@@ -1,8 +1,8 @@
 """Examples to fixed-shape batches: length buckets, collation, and a deterministic order.
 
-A batch is a `PromptBatch` of NumPy arrays. Batch k of a run depends on the seed and k alone, so resuming needs only the
-step count. Every process collates whole batches, and sharding.place_batch picks the rows of its own devices: token ids
-are small, and no code assumes which rows a process's devices hold.
+A batch is a `PromptBatch` of NumPy arrays, or a `Packed`. Batch k of a run depends on the seed and k alone, so resuming
+needs only the step count. Every process collates whole batches, and sharding.place_batch picks the rows of its own
+devices: token ids are small, and no code assumes which rows a process's devices hold.
 """
 
 import dataclasses
@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from mpo_jax.data.packing import Packing, pack
 from mpo_jax.data.tokens import Example
 from mpo_jax.errors import NotFinite, UserError
 from mpo_jax.runtime.passes import Pass
 from mpo_jax.runtime.prefetch import prefetched
 from mpo_jax.runtime.processes import to_host
 from mpo_jax.runtime.sharding import simulated
-from mpo_jax.types import PromptBatch
+from mpo_jax.types import Packed, PromptBatch
 
 WINDOW = 64  # batches within which rows of similar length are grouped
 MIN_SAVING = 0.03  # fraction of the padded tokens that a bucket must save to be worth another compilation
@@ -166,13 +167,13 @@ class Batch(NamedTuple):
 
     Attributes:
       number: index of the batch in the run, from 0.
-      rows: prompts and responses; a prompt length of 0 marks a padding row.
+      rows: prompts and responses, padded or packed; a prompt length of 0 marks a padding row.
       example: [B] index of the row's example; -1 for padding rows.
       epoch: [B] uint32, number of earlier epochs in which the row was seen.
     """
 
     number: int
-    rows: PromptBatch
+    rows: Any
     example: np.ndarray
     epoch: np.ndarray
 
@@ -185,7 +186,8 @@ class TrainBatches:
 
     An epoch's last, incomplete batch is filled from the start of the next epoch, so every example is seen equally often
     and none twice before all others. With several buckets, rows of the same bucket are grouped within a window of
-    batches, and the window's batches are shuffled; each batch uses the cheapest widths that hold all its rows.
+    batches, and the window's batches are shuffled; each batch uses the cheapest widths that hold all its rows. With a
+    packing the batches are the same, and each is packed into micro-batches of its shape.
     """
 
     examples: Sequence[Example]
@@ -193,6 +195,7 @@ class TrainBatches:
     batch_size: int
     seed: int
     shuffle: bool = True
+    packing: Packing | None = None
 
     def __post_init__(self) -> None:
         if not self.examples:
@@ -229,7 +232,7 @@ class TrainBatches:
         parts = np.split(rows, np.cumsum(np.diff(edges)[order])[:-1])
         return begin, np.concatenate([parts[i] for i in np.argsort(order)])
 
-    def _rows(self, k: int) -> np.ndarray:
+    def places(self, k: int) -> np.ndarray:
         """Indices of the examples in global batch k."""
         count, begin, end = len(self.examples), k * self.batch_size, (k + 1) * self.batch_size
         if not self.shuffle:
@@ -241,11 +244,21 @@ class TrainBatches:
         return np.concatenate(parts)
 
     def __getitem__(self, k: int) -> Batch:
-        index = self._rows(k)
+        index = self.places(k)
         chosen = [self.examples[row] for row in index]
-        rows = collate(chosen, self.buckets.holding(chosen), num_responses=len(chosen[0].responses))
+        layout = self.buckets.holding(chosen) if self.packing is None else self.packing
+        rows = _laid_out(chosen, layout, len(chosen[0].responses), self.batch_size)
         places = k * self.batch_size + np.arange(self.batch_size)
         return Batch(k, rows, index, (places // len(self.examples)).astype(np.uint32))
+
+
+def _laid_out(
+    examples: Sequence[Example], layout: Widths | Packing, num_responses: int, size: int
+) -> PromptBatch | Packed:
+    """The examples as a batch of `size`, filled up with padding rows."""
+    if isinstance(layout, Packing):
+        return pack(examples, layout, num_responses=num_responses, size=size)
+    return collate(examples, layout, num_responses=num_responses, size=size)
 
 
 def num_steps(num_examples: int, *, epochs: float, steps: int | None, batch_size: int) -> int:
@@ -259,9 +272,9 @@ Progress = Callable[[int, Mapping[str, Any]], Any]
 
 def map_batches(
     examples: Sequence[Example],
-    buckets: Buckets,
+    buckets: Buckets | Packing,
     batch_size: int,
-    function: Callable[[PromptBatch], Any],
+    function: Callable[[Any], Any],
     *,
     models: Any = None,
     keep: Pass | None = None,
@@ -269,8 +282,9 @@ def map_batches(
 ) -> Any:
     """Applies `function` (batch -> pytree of [B ...] arrays) to all examples and drops the padding rows.
 
-    Every example is padded to the widths of its own bucket, whatever else is in its batch. A batch is collated and
-    dispatched while the devices work on the one before; two at most are under way, and one on simulated devices.
+    Every example is padded to the widths of its own bucket, whatever else is in its batch; or batches of neighbours are
+    packed. A batch is collated and dispatched while the devices work on the one before; two at most are under way, and
+    one on simulated devices.
 
     Args:
       models: pytree shaped like the function's result, with the name of the model behind each array, for messages;
@@ -327,14 +341,20 @@ def _kept_results(keep: Pass, models: Any) -> Iterator[tuple[int, Any]]:
         yield int(entry["batch"]), jax.tree.unflatten(structure, leaves)
 
 
-def padded_batches(examples: Sequence[Example], buckets: Buckets, batch_size: int) -> Iterator[Batch]:
-    """Every example once, in batches of one size; the last batch of each bucket has padding rows."""
-    for number, (widths, rows) in enumerate(_composition(examples, buckets, batch_size)):
-        yield _filled(examples, batch_size, number, widths, rows)
+def padded_batches(examples: Sequence[Example], buckets: Buckets | Packing, batch_size: int) -> Iterator[Batch]:
+    """Every example once, in batches of one size; the last batch, of each bucket, has padding rows."""
+    for number, (layout, rows) in enumerate(_composition(examples, buckets, batch_size)):
+        yield _filled(examples, batch_size, number, layout, rows)
 
 
-def _composition(examples: Sequence[Example], buckets: Buckets, batch_size: int) -> Iterator[tuple[Widths, np.ndarray]]:
-    """Widths of each padded batch, and the indices of its examples."""
+def _composition(
+    examples: Sequence[Example], buckets: Buckets | Packing, batch_size: int
+) -> Iterator[tuple[Widths | Packing, np.ndarray]]:
+    """The layout of each batch, and the indices of its examples."""
+    if isinstance(buckets, Packing):
+        for begin in range(0, len(examples), batch_size):
+            yield buckets, np.arange(begin, min(begin + batch_size, len(examples)))
+        return
     bucket = buckets.place(examples)
     for number, widths in enumerate(buckets.widths):
         members = np.flatnonzero(bucket == number)
@@ -342,10 +362,12 @@ def _composition(examples: Sequence[Example], buckets: Buckets, batch_size: int)
             yield widths, members[begin : begin + batch_size]
 
 
-def _filled(examples: Sequence[Example], batch_size: int, number: int, widths: Widths, rows: np.ndarray) -> Batch:
+def _filled(
+    examples: Sequence[Example], batch_size: int, number: int, layout: Widths | Packing, rows: np.ndarray
+) -> Batch:
     """The batch of these rows, filled up with padding rows."""
     chosen = [examples[row] for row in rows]
-    filled = collate(chosen, widths, num_responses=len(examples[0].responses), size=batch_size)
+    filled = _laid_out(chosen, layout, len(examples[0].responses), batch_size)
     index = np.full(batch_size, -1)
     index[: len(rows)] = rows
     return Batch(number, filled, index, np.zeros(batch_size, np.uint32))

@@ -14,7 +14,7 @@ from mpo_jax.models.chunks import map_first
 from mpo_jax.models.forward import Model
 from mpo_jax.models.packed import sum_over
 from mpo_jax.runtime.sharding import replicated
-from mpo_jax.types import Head, Packed, PackedRows, Params, PromptBatch, Tree, merge
+from mpo_jax.types import Head, Mean, Metrics, Packed, PackedRows, Params, PromptBatch, Tree, merge
 
 Rows: TypeAlias = PromptBatch | PackedRows
 
@@ -33,10 +33,10 @@ def lengths(rows: Rows) -> Int[Array, "B N"]:
     return jnp.asarray(rows.response_len)
 
 
-def num_tokens(rows: Rows) -> Int[Array, ""]:
-    """Number of real tokens."""
+def usage(rows: Rows) -> Metrics:
+    """`tokens`: number of real tokens; `perf/padding`: share of columns that hold none."""
     tokens = rows.tokens if isinstance(rows, PackedRows) else forward.join(rows)
-    return (tokens.segment > 0).sum()
+    return {"tokens": (tokens.segment > 0).sum(), "perf/padding": Mean.of(tokens.segment == 0)}
 
 
 def token_logps(model: Model, tree: Tree, rows: Rows) -> tuple[Array, Array]:

@@ -10,6 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from mpo_jax.data.batches import Widths
+from mpo_jax.data.packing import Packing
 from mpo_jax.models import forward
 from mpo_jax.models.forward import Model
 from mpo_jax.runtime.compilation import Compilations
@@ -45,15 +46,24 @@ class Upcoming:
         self._say(list(self.programs(self.shapes(model))), num_widths)
 
     def begin(
-        self, model: Model, widths: Sequence[Widths], *, responses: bool, eos_id: int | tuple[int, ...] | None = None
+        self,
+        model: Model,
+        widths: Sequence[Widths],
+        *,
+        responses: bool,
+        eos_id: int | tuple[int, ...] | None = None,
+        packing: Packing | None = None,
     ) -> None:
         """Says what training on these widths will compile, and compiles a large model's programs.
 
         Args:
           responses: whether the widths' responses are those of the batches; False for prompts to sample from.
           eos_id: id or ids that end a sample, if the stage samples.
+          packing: the shape of all batches, if they are packed.
         """
-        shapes = dataclasses.replace(self.shapes(model), eos_id=eos_id)
+        shapes = dataclasses.replace(self.shapes(model), eos_id=eos_id, packing=packing)
+        if packing is not None:
+            widths = widths[-1:]
         each = [
             [
                 program

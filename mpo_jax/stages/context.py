@@ -20,6 +20,7 @@ from mpo_jax.data import base_model, corpus
 from mpo_jax.data.batches import Progress
 from mpo_jax.data.corpus import Corpus
 from mpo_jax.data.digest import digest
+from mpo_jax.data.packing import Packing
 from mpo_jax.data.text import TextCodec
 from mpo_jax.data.tokens import Example, Row, TokenReport, tokenize
 from mpo_jax.errors import UserError
@@ -318,6 +319,7 @@ class Context:
         batch_size: int,
         length_buckets: int,
         source: str,
+        packing: Packing | None = None,
         of: Mapping[str, Any] | None = None,
     ) -> np.ndarray:
         """`score_examples` with progress on the terminal; goes on after a kill.
@@ -327,11 +329,12 @@ class Context:
           source: path of the model, for messages.
           of: see `running`.
         """
-        of = {"batch_size": batch_size, "length_buckets": length_buckets, **(of or {})}
+        layout = {"length_buckets": length_buckets} if packing is None else {"packing": dataclasses.asdict(packing)}
+        of = {"batch_size": batch_size, **layout, **(of or {})}
         with self.running(stage, name, examples, of) as (keep, progress):
             return score_examples(
                 model, params, examples, head=head, batch_size=batch_size, length_buckets=length_buckets,
-                mesh=self.mesh, name=source, keep=keep, progress=progress,
+                mesh=self.mesh, packing=packing, name=source, keep=keep, progress=progress,
             )  # fmt: skip
 
     @contextlib.contextmanager

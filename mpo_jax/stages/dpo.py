@@ -17,8 +17,9 @@ from mpo_jax.data.pair_table import PairTable
 from mpo_jax.data.records import Preference
 from mpo_jax.data.text import TextCodec
 from mpo_jax.data.tokens import Example
+from mpo_jax.evaluation.scoring import make_score
 from mpo_jax.losses import chosen_nll_loss
-from mpo_jax.models import forward, loading
+from mpo_jax.models import forward, loading, responses
 from mpo_jax.models.forward import Model
 from mpo_jax.models.hf.tokenizer import load_tokenizer
 from mpo_jax.runtime import machine
@@ -33,6 +34,7 @@ from mpo_jax.stages.fitting import (
     scoring_program,
     train_program,
 )
+from mpo_jax.stages.packed import packing_in_order
 from mpo_jax.stages.preference import Pairs, PreferenceLoss
 from mpo_jax.stages.settings import Adapting, Numerics, Split, TrainSettings, adapter_of
 from mpo_jax.stages.shapes import Shapes
@@ -40,7 +42,7 @@ from mpo_jax.stages.stage import Program, Stage
 from mpo_jax.training.optimizer import make_optimizer
 from mpo_jax.training.update import jit_update
 from mpo_jax.training.validation import first_rows, make_evaluate, make_measure
-from mpo_jax.types import Artifact, Mean, Metrics, PromptBatch, Tree
+from mpo_jax.types import Artifact, Mean, Metrics, Tree
 
 
 class Settings(Section, frozen=True):
@@ -81,11 +83,11 @@ class DpoBatch:
     """Pairs with their log-probabilities under the reference.
 
     Attributes:
-      pairs: prompts with their two responses, the chosen one first.
+      pairs: prompts with their two responses, the chosen one first: `responses.Rows`, or a `Packed` of them.
       ref_logp: [B 2] summed log-probabilities under the reference, nats; None for a loss without a reference.
     """
 
-    pairs: PromptBatch
+    pairs: Any
     ref_logp: Float[Array, "B 2"] | np.ndarray | None
 
 
@@ -94,9 +96,8 @@ def objective(
 ) -> tuple[Metrics, Metrics]:
     """The preference loss, plus the NLL term if it has a weight."""
     rows = batch.pairs
-    tokens = forward.join(rows)
-    logp_BN = forward.response_logps(model, tree, rows)
-    length_BN, valid_B = jnp.asarray(rows.response_len), jnp.asarray(rows.prompt_len) > 0
+    logp_BN = responses.logps(model, tree, rows)
+    length_BN, valid_B = responses.lengths(rows), responses.valid(rows)
     ref_BN = None if batch.ref_logp is None else jnp.asarray(batch.ref_logp)
     pairs = Pairs(logp_BN, ref_BN, length_BN, valid_B)
     terms = {"loss": loss.value(pairs)}
@@ -111,7 +112,7 @@ def objective(
         "rewards/margins": Mean.of(reward_BN[:, 0] - reward_BN[:, 1], valid_B),
         "logps/chosen": Mean.of(logp_BN[:, 0], valid_B),
         "logps/rejected": Mean.of(logp_BN[:, 1], valid_B),
-        "tokens": (tokens.segment > 0).sum(),
+        **responses.usage(rows),
     }
     return terms, metrics
 
@@ -173,13 +174,15 @@ def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -
         train=train,
         context=context,
         model=model,
+        packed=settings.text.packed,
         data=partial(_with_reference, reference),
         evaluate=make_evaluate(
             make_held_out(model, settings.loss, settings.nll_coef, context.mesh),
             held_out,
             buckets=settings.text.length_buckets,
-            batch_size=train.batch_size // train.accumulation,
+            batch_size=train.batch_size if settings.text.packed else train.batch_size // train.accumulation,
             mesh=context.mesh,
+            packing=packing_in_order(held_out, train, context.mesh) if settings.text.packed else None,
             data=partial(_with_reference, held_out_reference),
         ),
     )
@@ -218,6 +221,7 @@ def _reference_logps(
         return context.score(
             "dpo", name, model, params, examples, head="lm", batch_size=settings.train.batch_size,
             length_buckets=settings.text.length_buckets, source=str(reference.model),
+            packing=packing_in_order(examples, settings.train, context.mesh) if settings.text.packed else None,
         )  # fmt: skip
 
     return of("reference", examples), of("held-out reference", held_out)
@@ -244,6 +248,8 @@ def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
     train, loss, amounts = settings.train, settings.loss, shapes.amounts
     check(settings, shapes.mesh)
     rows, pairs, scored = shapes.rows(train.batch_size, 2), None, None
+    packed = settings.text.packed
+    laid_out: Any = partial(shapes.packed, train=train) if packed else shapes.batch
     lengths = shapes.sampled("prompts", 2) if "pairs" in shapes.parents else shapes.lengths("pairs")
     if amounts is not None:
         whole = amounts.selected if "pairs" in shapes.parents else amounts.human_pairs
@@ -254,14 +260,14 @@ def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
         # loaded by itself, without adapters
         reference_model = dataclasses.replace(shapes.model, adapter=None)
         yield scoring_program(
-            "dpo", "reference", forward.make_response_logps(reference_model, shapes.mesh),
-            (shapes.frozen(), shapes.batch(rows)), shapes, rows, "lm", runs=scored,
+            "dpo", "reference", make_score(reference_model, "lm", shapes.mesh, packed=packed),
+            (shapes.frozen(), laid_out(rows)), shapes, rows, "lm", runs=scored,
             lengths=lengths,
         )  # fmt: skip
 
     def batch(rows: Any) -> DpoBatch:
         reference = shapes.array(rows.count, 2, dtype=jnp.float32) if loss.needs_reference else None
-        return DpoBatch(shapes.batch(rows), reference)
+        return DpoBatch(laid_out(rows), reference)
 
     updates = None if pairs is None else num_updates(train, pairs)
     step = make_step(shapes.model, train.optim, loss, settings.nll_coef, train.accumulation, shapes.mesh)
@@ -271,7 +277,7 @@ def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
     )  # fmt: skip
     yield from held_out_program(
         "dpo", make_held_out(shapes.model, loss, settings.nll_coef, shapes.mesh), batch, shapes, 2, "lm", train=train,
-        updates=updates, num_rows=None if amounts is None else amounts.held_out,
+        updates=updates, num_rows=None if amounts is None else amounts.held_out, packed=packed,
         held=(shapes.state(train.optim).opt_state,), lengths=shapes.lengths("pairs"),
     )  # fmt: skip
 

@@ -10,13 +10,15 @@ from mpo_jax.config.schema import OptimConfig
 from mpo_jax.data.batches import Batch, Buckets, TrainBatches, num_steps
 from mpo_jax.data.lengths import Lengths
 from mpo_jax.data.tokens import Example
-from mpo_jax.models import flops, forward
+from mpo_jax.models import flops, forward, responses
 from mpo_jax.models.flops import Rows, Work
 from mpo_jax.models.forward import Model
+from mpo_jax.models.packed import packed_in
 from mpo_jax.runtime.seeds import data_seed
 from mpo_jax.runtime.sharding import check_batch, place_batch
 from mpo_jax.runtime.stage_warnings import warn
 from mpo_jax.stages.context import Context
+from mpo_jax.stages.packed import packing_of
 from mpo_jax.stages.settings import TrainSettings, Watch
 from mpo_jax.stages.shapes import MULTIPLE, Shapes
 from mpo_jax.stages.stage import Program
@@ -55,8 +57,10 @@ def fit_stage(
       warmup: number of initial steps that may log fewer metrics than later ones.
     """
     if context.upcoming is not None and model is not None:
-        responses = bool(batches.examples[0].responses)
-        context.upcoming.begin(model, batches.buckets.widths, responses=responses, eos_id=eos_id)
+        context.upcoming.begin(
+            model, batches.buckets.widths, responses=bool(batches.examples[0].responses), eos_id=eos_id,
+            packing=batches.packing,
+        )  # fmt: skip
     watch, choice = context.watch, train.choice
     hooks = Hooks(
         log_every=watch.log_every,
@@ -94,13 +98,15 @@ def fit_examples(
     data: Callable[[Batch], Any] = lambda batch: batch.rows,
     evaluate: Callable[[Params], Mapping[str, float]] | None = None,
     model: Model | None = None,
+    packed: bool = False,
 ) -> tuple[Params, dict[str, Any]]:
     """Trains on batches of examples; returns the parameters to export and a training summary for the manifest.
 
     Args:
       params: what training starts from; the trainable part's memory is taken over, so it must not be used again.
       update: jitted function (state, batch, frozen) -> (state, metrics).
-      buckets: maximum number of widths that batches are padded to.
+      buckets: maximum number of widths that rows are grouped by, and padded to if they are not packed.
+      packed: whether rows are packed.
       model: the model of the stage's programs, as for `fit_stage`.
       data: function from a batch to the objective's input.
     """
@@ -111,6 +117,8 @@ def fit_examples(
     batches = TrainBatches(
         examples, Buckets.of(examples, buckets), train.batch_size, data_seed(seed, name), train.shuffle
     )
+    if packed:
+        batches = dataclasses.replace(batches, packing=packing_of(batches, train, context.mesh))
     learning_rate = make_learning_rate(train.optim, steps)
 
     def step(state: Any, batch: Batch) -> tuple[Any, Any, Any]:
@@ -201,7 +209,7 @@ def train_program(
     times: int = 1,
     lengths: Lengths | None = None,
 ) -> Program:
-    """An update that differentiates `times` batches of rows with these lengths."""
+    """An update that differentiates `times` batches of rows with these lengths; packed if the arguments are."""
 
     def work(rows: Rows) -> Work:
         return flops.train(
@@ -211,8 +219,18 @@ def train_program(
     return Program(
         stage=name, name=f"{name} {part}", batch_key=f"{name}.train.accumulation", function=update,
         arguments=lambda _: arguments, work=work(rows), runs=runs, accumulation=accumulation, held=held,
-        expected=shapes.mean(lengths, rows, work),
+        expected=shapes.mean(lengths, rows, work, packed=packed_in(arguments) is not None),
+        loop_trips=_loop_trips(arguments, rows),
     )  # fmt: skip
+
+
+def _loop_trips(arguments: tuple[Any, ...], rows: Rows) -> int | tuple[int, int]:
+    """Of packed rows at full width: micro-batches, and inside them chunks of logits."""
+    packed = packed_in(arguments)
+    if packed is None:
+        return 1
+    _, count, columns = packed.ids.shape
+    return -(-rows.count * rows.length // (count * columns)), -(-columns // responses.CHUNK)
 
 
 def scoring_program(
@@ -238,7 +256,8 @@ def scoring_program(
     return Program(
         stage=name, name=f"{name} {part}", batch_key=key or f"{name}.train.batch_size", function=function,
         arguments=lambda _: arguments, work=work(rows), runs=runs, held=held,
-        expected=shapes.mean(lengths, rows, work),
+        expected=shapes.mean(lengths, rows, work, packed=packed_in(arguments) is not None),
+        loop_trips=_loop_trips(arguments, rows),
     )  # fmt: skip
 
 
@@ -294,13 +313,14 @@ def held_out_program(
     train: TrainSettings,
     updates: int | None,
     num_rows: int | None,
+    packed: bool,
     held: tuple[Any, ...] = (),
     lengths: Lengths | None = None,
 ) -> Iterator[Program]:
     """The held-out evaluation during training; no program if there is none."""
     if shapes.watch.eval_every is None:
         return
-    size = train.batch_size // train.accumulation
+    size = train.batch_size if packed else train.batch_size // train.accumulation
     rows = shapes.rows(size, num_responses)
     runs = None
     if updates is not None and num_rows is not None:

@@ -18,7 +18,7 @@ from mpo_jax.errors import UserError
 from mpo_jax.evaluation.calibration import accuracy_by_gap, against_truth, write_gaps
 from mpo_jax.evaluation.verdicts import rate
 from mpo_jax.losses import bradley_terry_loss, span_reward_loss
-from mpo_jax.models import forward, loading
+from mpo_jax.models import forward, loading, responses
 from mpo_jax.models.forward import Model
 from mpo_jax.models.hf.hub import local_model
 from mpo_jax.models.hf.tokenizer import load_tokenizer
@@ -37,6 +37,7 @@ from mpo_jax.stages.fitting import (
     train_program,
     trained_model,
 )
+from mpo_jax.stages.packed import packing_in_order
 from mpo_jax.stages.scorer import OwnTokens, Scorer, SharedTokens, by_function, open_model, own_codec
 from mpo_jax.stages.settings import Adapting, Numerics, TrainSettings, adapter_of
 from mpo_jax.stages.shapes import Shapes
@@ -83,6 +84,11 @@ class Settings(Section, frozen=True):
     function: Annotated[str | None, InRecipe.UNLESS_DEFAULT] = None
     label: Annotated[str | None, InRecipe.UNLESS_DEFAULT] = None
 
+    @property
+    def packed(self) -> bool:
+        """Whether training rows are packed; not for `ds_span`, which reads scores of padding past the end of a side."""
+        return self.text.packed and self.training is not None and self.training.loss != "ds_span"
+
     @classmethod
     def of(cls, config: Config) -> "Settings":
         reward, training = config.reward, None
@@ -108,23 +114,27 @@ class Settings(Section, frozen=True):
         )
 
 
-def objective(model: Model, loss: Loss, tree: Tree, batch: PromptBatch) -> tuple[Metrics, Metrics]:
-    """Bradley-Terry loss on last-token scores, or DeepSpeed-Chat's loss over the span where the sides differ."""
-    tokens = forward.join(batch)
-    score_BT = forward.scores(model, tree, tokens)
-    score_BN = forward.response_scores(score_BT, batch)
-    chosen_B, rejected_B = score_BN[:, 0], score_BN[:, 1]
-    valid_B = jnp.asarray(batch.prompt_len) > 0
+def objective(model: Model, loss: Loss, tree: Tree, batch: responses.Rows) -> tuple[Metrics, Metrics]:
+    """Bradley-Terry loss on last-token scores, or DeepSpeed-Chat's loss over the span where the sides differ.
+
+    The latter needs padded rows: where one side has ended, it reads the scores of padding.
+    """
+    valid_B = responses.valid(batch)
     if loss == "ds_span":
+        assert isinstance(batch, PromptBatch)
+        score_BT = forward.scores(model, tree, forward.join(batch))
+        score_BN = forward.response_scores(score_BT, batch)
         term = _span_term(score_BT, batch, valid_B)
     else:
-        term = bradley_terry_loss(chosen_B, rejected_B, valid_B)
+        score_BN = responses.scores(model, tree, batch)
+        term = bradley_terry_loss(score_BN[:, 0], score_BN[:, 1], valid_B)
+    chosen_B, rejected_B = score_BN[:, 0], score_BN[:, 1]
     metrics = {
         "accuracy": Mean.of(chosen_B > rejected_B, valid_B),
         "score/chosen": Mean.of(chosen_B, valid_B),
         "score/rejected": Mean.of(rejected_B, valid_B),
         "gap": Mean.of(chosen_B - rejected_B, valid_B),
-        "tokens": (tokens.segment > 0).sum(),
+        **responses.usage(batch),
     }
     return {"loss": term}, metrics
 
@@ -224,12 +234,14 @@ def _train(
         train=train,
         context=context,
         model=model,
+        packed=settings.packed,
         evaluate=make_evaluate(
             make_held_out(model, training.loss, context.mesh),
             measured,
             buckets=settings.text.length_buckets,
-            batch_size=train.batch_size // train.accumulation,
+            batch_size=train.batch_size if settings.packed else train.batch_size // train.accumulation,
             mesh=context.mesh,
+            packing=packing_in_order(measured, train, context.mesh) if settings.packed else None,
         ),
     )
     return model, params, {"tokens": report.to_dict(), **trained}
@@ -317,14 +329,15 @@ def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
     if settings.training is not None:
         train, loss = settings.training.train, settings.training.loss
         updates = None if amounts is None else num_updates(train, amounts.reward_pairs)
+        batch = partial(shapes.packed, train=train) if settings.packed else shapes.batch
         yield train_program(
             "reward", "step", make_step(shapes.model, train.optim, loss, train.accumulation, shapes.mesh),
-            (shapes.state(train.optim, "value"), shapes.batch(rows), shapes.trained("value")["frozen"]), shapes, rows,
+            (shapes.state(train.optim, "value"), batch(rows), shapes.trained("value")["frozen"]), shapes, rows,
             "value", accumulation=train.accumulation, runs=updates, lengths=shapes.lengths("pairs"),
         )  # fmt: skip
         yield from held_out_program(
-            "reward", make_held_out(shapes.model, loss, shapes.mesh), shapes.batch, shapes, 2, "value", train=train,
-            updates=updates, num_rows=None if amounts is None else amounts.reward_watched,
+            "reward", make_held_out(shapes.model, loss, shapes.mesh), batch, shapes, 2, "value", train=train,
+            updates=updates, num_rows=None if amounts is None else amounts.reward_watched, packed=settings.packed,
             held=(shapes.state(train.optim, "value").opt_state,), lengths=shapes.lengths("pairs"),
         )  # fmt: skip
     yield from reward_program(

@@ -13,7 +13,7 @@ from mpo_jax.data.corpus import Corpus
 from mpo_jax.data.text import TextCodec
 from mpo_jax.data.tokens import TokenReport
 from mpo_jax.losses import sft_loss
-from mpo_jax.models import forward, loading
+from mpo_jax.models import forward, loading, responses
 from mpo_jax.models.forward import Model
 from mpo_jax.ops import masked_sum
 from mpo_jax.runtime import machine
@@ -31,6 +31,7 @@ from mpo_jax.stages.fitting import (
     train_program,
     trained_model,
 )
+from mpo_jax.stages.packed import packing_in_order
 from mpo_jax.stages.settings import Adapting, Numerics, TrainSettings, adapter_of
 from mpo_jax.stages.shapes import Shapes
 from mpo_jax.stages.stage import Program, Stage
@@ -68,12 +69,10 @@ class Settings(Section, frozen=True):
         )
 
 
-def objective(model: Model, tree: Tree, batch: PromptBatch) -> tuple[Metrics, Metrics]:
+def objective(model: Model, tree: Tree, batch: responses.Rows) -> tuple[Metrics, Metrics]:
     """Response NLL in nats per token, EOS included."""
-    tokens = forward.join(batch)
-    logp_BS, _ = forward.token_logp(model, tree, tokens)
-    loss = sft_loss(logp_BS, tokens.loss_mask[:, tokens.scored_from :])
-    return {"loss": loss}, {"tokens": (tokens.segment > 0).sum()}
+    logp, mask = responses.token_logps(model, tree, batch)
+    return {"loss": sft_loss(logp, mask)}, responses.usage(batch)
 
 
 @lru_cache
@@ -133,12 +132,14 @@ def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -
         train=train,
         context=context,
         model=model,
+        packed=settings.text.packed,
         evaluate=make_evaluate(
             make_held_out(model, context.mesh),
             measured,
             buckets=settings.text.length_buckets,
-            batch_size=train.batch_size // train.accumulation,
+            batch_size=train.batch_size if settings.text.packed else train.batch_size // train.accumulation,
             mesh=context.mesh,
+            packing=packing_in_order(measured, train, context.mesh) if settings.text.packed else None,
         ),
     )
     base = context.inputs.base
@@ -205,14 +206,16 @@ def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
         shapes.rows(train.batch_size, 1),
         None if amounts is None else num_updates(train, amounts.demonstrations),
     )
+    packed = settings.text.packed
+    batch = partial(shapes.packed, train=train) if packed else shapes.batch
     yield train_program(
         "sft", "step", make_step(shapes.model, train.optim, train.accumulation, shapes.mesh),
-        (shapes.state(train.optim), shapes.batch(rows), shapes.trained()["frozen"]), shapes, rows, "lm",
+        (shapes.state(train.optim), batch(rows), shapes.trained()["frozen"]), shapes, rows, "lm",
         accumulation=train.accumulation, runs=updates, lengths=shapes.lengths("demonstrations"),
     )  # fmt: skip
     yield from held_out_program(
-        "sft", make_held_out(shapes.model, shapes.mesh), shapes.batch, shapes, 1, "lm", train=train, updates=updates,
-        num_rows=None if amounts is None else amounts.held_out,
+        "sft", make_held_out(shapes.model, shapes.mesh), batch, shapes, 1, "lm", train=train, updates=updates,
+        num_rows=None if amounts is None else amounts.held_out, packed=packed,
         held=(shapes.state(train.optim).opt_state,), lengths=shapes.lengths("demonstrations"),
     )  # fmt: skip
     yield scoring_program(

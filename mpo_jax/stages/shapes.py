@@ -10,17 +10,23 @@ from jax.sharding import Mesh
 
 from mpo_jax.config.schema import OptimConfig, TextConfig
 from mpo_jax.data.lengths import Lengths
+from mpo_jax.data.packing import Packing
 from mpo_jax.models import flops, forward, loading
 from mpo_jax.models.flops import Rows, Work
 from mpo_jax.models.forward import Model
-from mpo_jax.runtime.sharding import batch_sharding, replicated
-from mpo_jax.stages.settings import NOT_WATCHED, Watch
+from mpo_jax.runtime.sharding import batch_sharding, batch_shardings, num_groups, replicated
+from mpo_jax.stages.packed import planned_packing
+from mpo_jax.stages.settings import NOT_WATCHED, TrainSettings, Watch
 from mpo_jax.training.optimizer import make_optimizer
 from mpo_jax.training.update import state_sharding
-from mpo_jax.types import Head, Params, PromptBatch, TrainState, Tree, frozen, trainable
+from mpo_jax.types import Head, Packed, Params, PromptBatch, TrainState, Tree, frozen, trainable
 
 MULTIPLE = 8
 """Batch widths are rounded up to a multiple of this (see data.batches)."""
+
+
+PACKED_SHARE = 0.9
+"""Share of packed columns that hold tokens, for estimates: tests/benchmarks/RESULTS.md has measured ones."""
 
 
 Set = Literal["demonstrations", "pairs", "prompts", "test_prompts"]
@@ -73,6 +79,7 @@ class Shapes:
       parents: roles of the artifacts that the stage reads.
       watch: how often a training stage is evaluated on held-out rows.
       prompt, response: widths of the batches; None: the text's limits.
+      packing: shape of the training rows where they are packed; None: the largest that these widths allow.
       eos_id: id or ids that end a sample; None: any, since it changes neither memory nor work.
       text_rewards: what scores responses as text; None: a reward model of the policy's tokens and sizes.
       own_reference: whether PPO's reference is another artifact than the one that the actor starts from.
@@ -87,6 +94,7 @@ class Shapes:
     watch: Watch = NOT_WATCHED
     prompt: int | None = None
     response: int | None = None
+    packing: Packing | None = None
     eos_id: int | tuple[int, ...] | None = None
     offload_frozen: bool = False
     offload_moments: bool = False
@@ -97,7 +105,7 @@ class Shapes:
     @property
     def shards(self) -> int:
         """Number of device groups that a batch is divided over."""
-        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        return num_groups(self.mesh)
 
     def tree(self, head: Head = "lm") -> Tree:
         """All parameters in float32."""
@@ -155,10 +163,20 @@ class Shapes:
         prompts, written = self.lengths(of), self.lengths("demonstrations")
         return None if prompts is None or written is None else prompts.answered(written.response, num_samples)
 
-    def mean(self, lengths: Lengths | None, rows: Rows, work: Callable[[Rows], Work]) -> Work | None:
-        """Mean work of a call whose batches have the widths of these lengths; None if they are unknown."""
+    def mean(
+        self, lengths: Lengths | None, rows: Rows, work: Callable[[Rows], Work], *, packed: bool = False
+    ) -> Work | None:
+        """Mean work of a call whose batches have the widths of these lengths; None if they are unknown.
+
+        Packed rows have no widths: the work is that of their tokens and of the columns that stay empty.
+        """
         if lengths is None:
             return None
+        if packed:
+            total = Work(0.0)
+            for prompt, response in zip(lengths.prompt, lengths.response, strict=True):
+                total += work(dataclasses.replace(rows, prompt=int(prompt), response=round(response.mean())))
+            return total.times(1 / (PACKED_SHARE * len(lengths.prompt)))
         total = Work(0.0)
         for widths, share in lengths.widths(self.text.length_buckets):
             padded = dataclasses.replace(rows, prompt=widths.prompt, response=widths.response)
@@ -179,6 +197,15 @@ class Shapes:
             response_len=self.array(B, N),
             key=self.array(B, dtype=jnp.uint32),
         )
+
+    def packed(self, rows: Rows, train: TrainSettings) -> Packed:
+        """Prompts with responses, packed as a training stage packs them."""
+        packing, B = self.packing or planned_packing(rows, train, self.mesh), rows.count
+        shape = (packing.most(B), packing.rows, packing.columns)
+        tokens, count = (jax.ShapeDtypeStruct(x, jnp.int32) for x in (shape, ()))
+        micro, lengths = (jax.ShapeDtypeStruct(x, jnp.int32) for x in ((B,), (B, rows.num_responses)))
+        whole = Packed(tokens, tokens, tokens, tokens, count, micro, micro, lengths)  # type: ignore[arg-type]
+        return shaped(whole, batch_shardings(whole, self.mesh))
 
     def prompts(self, rows: Rows) -> PromptBatch:
         """Prompts to sample from, as they are collated: with no responses, of the narrowest width."""

@@ -11,6 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from mpo_jax.models import forward
+from mpo_jax.models.packed import packed_in, sum_over
 from mpo_jax.runtime.sharding import replicated
 from mpo_jax.training.optimizer import state_shardings
 from mpo_jax.types import Mean, Metrics, Params, Skips, TrainState, Tree, merge
@@ -18,9 +19,10 @@ from mpo_jax.types import Mean, Metrics, Params, Skips, TrainState, Tree, merge
 Objective = Callable[..., tuple[Metrics, Metrics]]
 """What is minimised: (tree, batch, *fixed) -> (terms, metrics); the loss is the sum of the terms' means.
 
-`tree` holds all of the model's parameters. `batch` leads with the batch axis everywhere and is cut into micro-batches;
-`fixed` is the same for all of them. Terms are `Mean`s whose counts may depend on the batch but not on the parameters.
-Metrics are `Mean`s too, or numbers that are added over micro-batches, such as a count of tokens.
+`tree` holds all of the model's parameters. `batch` leads with the batch axis everywhere and is cut into micro-batches,
+or holds a `Packed`, in whose place the objective finds one micro-batch's `PackedRows` beside all else, which stays
+whole; `fixed` is the same for all of them. Terms are `Mean`s whose counts may depend on the batch but not on the
+parameters. Metrics are `Mean`s too, or numbers that are added over micro-batches, such as a count of tokens.
 """
 
 Total = TypeVar("Total")
@@ -70,12 +72,12 @@ def make_update(
 
     Exact: the sums of every micro-batch are divided by the whole batch's counts, so that `accumulation` micro-batches
     with uneven masks weigh as they do in one pass. Where the loss or the gradient's norm is not finite, nothing changes
-    but the counts of skipped updates, and the batch's Means count nothing.
+    but the counts of skipped updates, and the batch's Means count nothing. A packed batch brings its own micro-batches.
 
     Args:
       objective: what is minimised.
       optimizer: any optax transformation, learning rate included (see `optimizer.with_learning_rate`).
-      accumulation: micro-batches an update; it must divide the batch.
+      accumulation: micro-batches an update of a padded batch; it must divide the batch.
     """
 
     def update(state: TrainState, batch: Any, frozen: Tree | None = None, *fixed: Any) -> tuple[TrainState, Metrics]:
@@ -120,10 +122,16 @@ def _gradients(
 ) -> tuple[jax.Array, Tree, Metrics]:
     """The whole batch's loss, its gradient, and its metrics, from `accumulation` micro-batches."""
     counts: dict[str, jax.Array] | None = None
-    if accumulation > 1:
-        # counts depend on masks alone, so the compiler drops the forward pass behind them
-        each = jax.vmap(lambda rows: {k: m.count for k, m in objective(tree(trainable), rows, *fixed)[0].items()})
-        counts = jax.tree.map(lambda x: x.sum(0), each(micro_batches(batch, accumulation)))
+    packed = packed_in(batch) is not None
+
+    def count(rows: Any) -> dict[str, jax.Array]:
+        return {k: m.count for k, m in objective(tree(trainable), rows, *fixed)[0].items()}
+
+    # counts depend on masks alone, so the compiler drops the forward pass behind them
+    if packed:
+        counts = sum_over(count, batch)
+    elif accumulation > 1:
+        counts = jax.tree.map(lambda x: x.sum(0), jax.vmap(count)(micro_batches(batch, accumulation)))
 
     def gradient(rows: Any) -> Any:
         def loss(part: Tree) -> Any:
@@ -133,9 +141,19 @@ def _gradients(
             return value, {**metrics, **terms}
 
         (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(trainable)
-        return (value, grads, metrics), ()
+        return value, grads, metrics
 
-    return accumulate(gradient, batch, accumulation)[0]
+    if packed:
+        return sum_over(gradient, batch, keep=lambda sums: (sums[0], _like_parameters(sums[1]), sums[2]))
+    return accumulate(lambda rows: (gradient(rows), ()), batch, accumulation)[0]
+
+
+def _like_parameters(grads: Tree) -> Tree:
+    """The gradients divided over the current mesh as their parameters are."""
+    mesh: Any = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return grads
+    return jax.lax.with_sharding_constraint(grads, forward.param_shardings(grads, mesh))
 
 
 def accumulate(function: Callable[[Any], tuple[Total, Kept]], batch: Any, count: int) -> tuple[Total, Kept]:

@@ -10,8 +10,10 @@ from jax.sharding import Mesh
 
 from mpo_jax.config.schema import EVAL
 from mpo_jax.data.batches import Batch, Buckets, padded_batches
+from mpo_jax.data.packing import Packing
 from mpo_jax.data.tokens import Example
 from mpo_jax.errors import UserError
+from mpo_jax.models.packed import sum_over
 from mpo_jax.runtime.console import console
 from mpo_jax.runtime.sharding import place_batch, replicated
 from mpo_jax.training.checkpoints import Checkpoints
@@ -58,8 +60,11 @@ def make_measure(objective: Callable[..., tuple[Metrics, Metrics]], mesh: Mesh) 
     """The jitted forward pass of an objective: (params, batch) -> its terms and metrics that are means."""
 
     def measure(params: Params, batch: Any) -> Metrics:
-        terms, metrics = objective(merge(params), batch)
-        return only_means({**metrics, **terms})
+        def of(rows: Any) -> Metrics:
+            terms, metrics = objective(merge(params), rows)
+            return only_means({**metrics, **terms})
+
+        return sum_over(of, batch)
 
     return jax.jit(measure, out_shardings=replicated(mesh))
 
@@ -71,25 +76,28 @@ def make_evaluate(
     buckets: int,
     batch_size: int,
     mesh: Mesh,
+    packing: Packing | None = None,
     data: Callable[[Batch], Any] = lambda batch: batch.rows,
 ) -> Callable[[Params], dict[str, float]] | None:
     """From parameters to the exact means over all examples; None without examples.
 
     Args:
       measure: what `make_measure` gives.
-      buckets: widths that batches are padded to, at most.
-      batch_size: that of training's micro-batches, which is known to fit the devices.
+      buckets: widths that batches are padded to, at most, where they are not packed.
+      batch_size: rows at a time; padded, that of training's micro-batches, which is known to fit the devices.
+      packing: the shape of packed rows; None: rows are padded.
       data: what the objective takes of a batch.
     """
     if not examples:
         return None
-    batches = [data(batch) for batch in padded_batches(examples, Buckets.of(examples, buckets), batch_size)]
+    layout = packing or Buckets.of(examples, buckets)
+    batches = [data(batch) for batch in padded_batches(examples, layout, batch_size)]
     return lambda params: means(measure(params, place_batch(batch, mesh)) for batch in batches)
 
 
 def only_means(metrics: Metrics) -> Metrics:
-    """The metrics that add up over batches; filler rows count in none of them."""
-    return {name: metric for name, metric in metrics.items() if isinstance(metric, Mean)}
+    """The metrics that add up over batches, and say something of the model; filler rows count in none of them."""
+    return {name: m for name, m in metrics.items() if isinstance(m, Mean) and not name.startswith("perf/")}
 
 
 def means(batches: Iterable[Metrics]) -> dict[str, float]:

@@ -24,6 +24,7 @@ from mpo_jax.data.text import TextCodec
 from mpo_jax.models import loading
 from mpo_jax.models.forward import Model
 from mpo_jax.models.hf import families
+from mpo_jax.models.packed import packed_in
 from mpo_jax.pipeline import table
 from mpo_jax.pipeline.basis import Basis
 from mpo_jax.pipeline.stages import STAGES, count_rows, stage_shapes, text_rewards
@@ -79,8 +80,9 @@ def live_bytes() -> int:
 
 
 def listed_bytes(program: Program) -> int:
-    """Of a program's arguments and of what its stage holds beside them."""
-    return size_of((program.arguments({}), program.held))
+    """Of a program's arguments, without a packed batch, and of what its stage holds beside them."""
+    arguments = program.arguments({})
+    return size_of((arguments, program.held)) - size_of(packed_in(arguments))
 
 
 def size_of(tree: Any) -> int:
@@ -92,7 +94,7 @@ class Counted:
     """A jitted function that notes its calls, those with arrays alone.
 
     Attributes:
-      live: bytes of all arrays at each call.
+      live: bytes of all arrays at each call, without its packed batch: that is planned at full width.
     """
 
     def __init__(self, function: Any, maker: str, calls: list["Counted"]):
@@ -102,7 +104,7 @@ class Counted:
     def __call__(self, *args: Any, **options: Any) -> Any:
         if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((args, options))):
             self.calls.append(self)
-            self.live.append(live_bytes())
+            self.live.append(live_bytes() - size_of(packed_in(args)))
         return self.function(*args, **options)
 
     def __getattr__(self, name: str) -> Any:

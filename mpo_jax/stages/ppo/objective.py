@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from mpo_jax.losses import ppo_policy_loss, sft_loss, value_loss
-from mpo_jax.models import forward
+from mpo_jax.models import forward, responses
 from mpo_jax.models.forward import Model
 from mpo_jax.ops import (
     explained_variance,
@@ -177,7 +177,7 @@ def rollout_metrics(
         "val/num_eos_tokens": r.has_eos.sum(),
         "response_length/mean": Mean.of(length_B, real_B),
         "response_length/clip_ratio": Mean.of(~r.has_eos, real_B),
-        "tokens": length_B.sum() + jnp.asarray(r.joined.prompt_len).sum(),
+        **responses.usage(r.joined),
     }
 
 

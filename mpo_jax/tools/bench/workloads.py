@@ -26,12 +26,13 @@ from mpo_jax.runtime.offload import Offload
 from mpo_jax.runtime.seeds import data_seed, stage_key
 from mpo_jax.runtime.sharding import place_batch
 from mpo_jax.stages.dpo import DpoBatch
+from mpo_jax.stages.packed import packing_of
 from mpo_jax.stages.ppo.iteration import Loop, Models, init_ppo_state
-from mpo_jax.stages.settings import adapter_of
+from mpo_jax.stages.settings import TrainSettings, adapter_of
 from mpo_jax.training.optimizer import make_optimizer, with_learning_rate
 from mpo_jax.training.refill import sample_all
 from mpo_jax.training.update import init_state
-from mpo_jax.types import Head, Params, frozen
+from mpo_jax.types import Head, Packed, Params, PromptBatch, frozen
 
 Name = Literal["sft", "reward", "dpo", "reference", "score", "generate", "sample", "ppo"]
 NAMES: tuple[Name, ...] = get_args(Name)
@@ -114,9 +115,9 @@ class Bench:
         return self._update("dpo", "lm", 2, lambda rows: DpoBatch(rows, reference))
 
     def _update(self, name: Name, head: Head, num_responses: int, inputs: Any) -> Workload:
-        step, optim = self._program(name), self._settings(name)
+        step, settings = self._program(name), self._settings(name)
         _, params = self._trained(name, head)
-        optim = (optim.training or optim).train.optim if name == "reward" else optim.train.optim
+        optim = _training(settings).optim
         state = [init_state(params, make_optimizer(optim), self.mesh)]
 
         def run(rows: Any) -> Any:
@@ -125,11 +126,13 @@ class Bench:
 
         # adapters need no gradients of the weights that they stand beside
         passes = 3 if adapter_of(name, self.config) is None else 2
-        return self._over_batches(name, run, num_responses, lambda work: passes * work, head)
+        total = lambda work: passes * work  # noqa: E731
+        return self._over_batches(name, run, num_responses, total, head, packed_for=settings)
 
     def _reference(self) -> Workload:
         params, logps = self._params(), self._program("reference")
-        return self._over_batches("reference", lambda rows: logps(params, rows), 2, lambda work: work, "lm")
+        run, settings = lambda rows: logps(params, rows), self._settings("dpo")
+        return self._over_batches("reference", run, 2, lambda work: work, "lm", packed_for=settings)
 
     def _score(self) -> Workload:
         params = loading.with_value_head(self._model, self._params(), self.mesh)
@@ -137,9 +140,24 @@ class Bench:
         return self._over_batches("score", lambda rows: score(params, rows), 2, lambda work: work, "value")
 
     def _over_batches(
-        self, name: Name, run: Any, num_responses: int, total: Callable[[float], float], head: Head
+        self,
+        name: Name,
+        run: Any,
+        num_responses: int,
+        total: Callable[[float], float],
+        head: Head,
+        *,
+        packed_for: Any = None,
     ) -> Workload:
+        """A workload over the steps' batches.
+
+        Args:
+          packed_for: settings of the stage that packs these rows, unless it pads them; None: they are padded.
+        """
         batches = self._batches(self._examples(num_responses))
+        if packed_for is not None and getattr(packed_for, "packed", packed_for.text.packed):
+            packing = packing_of(batches, _training(packed_for), self.mesh)
+            batches = dataclasses.replace(batches, packing=packing)
         rows = [batches[k].rows for k in range(self.steps)]
         sizes = self._model.decoder
         necessary = [flops.necessary(sizes, np.asarray(r.prompt_len), np.asarray(r.response_len), head) for r in rows]
@@ -147,7 +165,7 @@ class Bench:
             name,
             lambda k: run(place_batch(batches[k].rows, self.mesh)),
             [int(np.sum(r.prompt_len) + np.sum(r.response_len)) for r in rows],
-            [int(r.prompt.size + r.response.size) for r in rows],
+            [_columns(r) for r in rows],
             [total(work) for work in necessary],
             [0.0] * self.steps,
         )
@@ -327,6 +345,18 @@ class Bench:
         else:
             rows = [(prompt, ()) for prompt in corpus.prompts]
         yield from tokenize(self._codec, rows, cache=self.config.runtime.token_cache_folder)[0]
+
+
+def _training(settings: Any) -> TrainSettings:
+    """How a stage trains, or a reward stage that could."""
+    return (getattr(settings, "training", None) or settings).train
+
+
+def _columns(rows: PromptBatch | Packed) -> int:
+    """Columns that a batch's forward pass reads."""
+    if isinstance(rows, Packed):
+        return int(rows.count) * int(np.prod(rows.ids.shape[1:]))
+    return int(rows.prompt.size + rows.response.size)
 
 
 def check_names(names: Sequence[str]) -> tuple[Name, ...]:

@@ -1,0 +1,55 @@
+"""The shape of a stage's packed rows: the one place for its rule."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jax.sharding import Mesh
+
+from mpo_jax.data.batches import TrainBatches, Widths
+from mpo_jax.data.packing import TRIED, Packing, lengths_of
+from mpo_jax.data.tokens import Example
+from mpo_jax.models.flops import Rows
+from mpo_jax.runtime.sharding import num_groups
+from mpo_jax.stages.settings import TrainSettings
+
+ENOUGH = {"cpu": 512}
+"""Tokens at a time that keep a device busy: on a CPU matrix products are at full speed from some hundred rows on."""
+ENOUGH_ELSEWHERE = 4096
+
+
+def packing_of(batches: TrainBatches, train: TrainSettings, mesh: Mesh) -> Packing:
+    """The shape for a stage's training batches, chosen on the first of them."""
+    lengths, count = lengths_of(batches.examples), -(-len(batches.examples) // train.batch_size)
+    return _chosen([lengths[batches.places(k)] for k in range(min(count, TRIED))], batches.examples, train, mesh)
+
+
+def packing_in_order(examples: Sequence[Example], train: TrainSettings, mesh: Mesh) -> Packing | None:
+    """The shape for batches of neighbours, as held-out and reference passes make them; None without examples."""
+    lengths, size = lengths_of(examples), train.batch_size
+    batches = [lengths[begin : begin + size] for begin in range(0, len(lengths), size)]
+    return _chosen(batches, examples, train, mesh) if batches else None
+
+
+def planned_packing(rows: Rows, train: TrainSettings, mesh: Mesh) -> Packing:
+    """The largest shape that the rule chooses for rows within these widths, by which memory is planned."""
+    _, room = _bounds(rows.length, rows.length, train, mesh)
+    return Packing(-(-room // rows.length) * num_groups(mesh), rows.length)
+
+
+def _chosen(lengths: Sequence[np.ndarray], examples: Sequence[Example], train: TrainSettings, mesh: Mesh) -> Packing:
+    widest, longest = Widths.of(examples), int(lengths_of(examples).max())
+    padded = widest.prompt + len(examples[0].responses) * widest.response
+    enough, room = _bounds(longest, padded, train, mesh)
+    return Packing.of(lengths, longest=longest, shards=num_groups(mesh), enough=enough, room=room)
+
+
+def _bounds(longest: int, padded: int, train: TrainSettings, mesh: Mesh) -> tuple[int, int]:
+    """Tokens that keep a device group busy, and the most that it works on at a time.
+
+    Small micro-batches leave fewer columns empty. At most there are as many tokens as a padded micro-batch has that is
+    `padded` columns wide, since `train.accumulation` is how a user bounds memory.
+    """
+    groups = num_groups(mesh)
+    enough = ENOUGH.get(mesh.devices.flat[0].platform, ENOUGH_ELSEWHERE)
+    in_memory = max(1, train.batch_size // train.accumulation // groups) * padded
+    return enough, min(in_memory, max(2 * longest, enough + enough // 2))
