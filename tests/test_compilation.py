@@ -1,5 +1,6 @@
 """Each program is compiled once a shape: counted in the real loops, over runs of one process, and over processes."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,22 +9,26 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import pytest
 
 from mpo_jax.config.schema import RuntimeConfig
 from mpo_jax.data.batches import TrainBatches
 from mpo_jax.stages import compiling
 from mpo_jax.training.tracker import Tracker
+from mpo_jax.types import Packed
 from tests.pipeline.test_pipeline import MICRO, mpo
 
 pytestmark = pytest.mark.unoptimised
 
 STAGES = ("sft", "reward", "dpo", "ppo")
+PACKED = ("sft", "reward", "dpo")
 # sizes that no other test has, so that none of their programs is there already; posts of two widths
 SETTINGS = (
     "model.architecture.intermediate_size=40", "model.architecture.max_positions=96",
     "data.toy.num_fillers=3", "text.max_prompt_tokens=64",
     "sft.train.steps=4", "reward.train.steps=4", "dpo.train.steps=4", "ppo.train.steps=4", "runtime.tensorboard=false",
+    *(f"{stage}.train.log_every=1" for stage in STAGES),
 )  # fmt: skip
 LONGER = ("sft.train.steps=5", "reward.train.steps=5", "dpo.train.steps=5", "ppo.train.steps=5")
 
@@ -33,11 +38,11 @@ class Loop(NamedTuple):
 
     Attributes:
       compiled: (function's name, steps finished before) of every program.
-      widths: of the training batches.
+      widths: of the training batches: of prompt and response, or micro-batches, rows and columns if they are packed.
     """
 
     compiled: list[tuple[str, int]]
-    widths: set[tuple[int, int]]
+    widths: set[tuple[int, ...]]
 
     @property
     def names(self) -> Counter[str]:
@@ -78,7 +83,9 @@ def watched(workdir: Path, *overrides: str) -> dict[str, Loop]:
     def watched_take(self: TrainBatches, k: int) -> Any:
         batch = take(self, k)
         if now[0]:
-            loops[now[0]].widths.add((batch.rows.prompt.shape[1], batch.rows.response.shape[2]))
+            rows = batch.rows
+            packed = isinstance(rows, Packed)
+            loops[now[0]].widths.add(rows.ids.shape if packed else (rows.prompt.shape[1], rows.response.shape[2]))
         return batch
 
     with pytest.MonkeyPatch.context() as patch:
@@ -96,20 +103,38 @@ def watched(workdir: Path, *overrides: str) -> dict[str, Loop]:
 
 
 class Runs(NamedTuple):
-    """One after another: one width, then a longer run of several widths, the first one's among them.
+    """One after another: one width, then a longer run of several widths, the first one's among them; then packed rows.
 
-    The second one compiles ahead, in threads: what its steps did not find there they would compile again.
+    The second and third compile ahead, in threads: what their steps did not find there they would compile again.
+
+    Attributes:
+      losses: of the second and the third run's steps, by stage.
     """
 
     first: dict[str, Loop]
     second: dict[str, Loop]
+    packed: dict[str, Loop]
+    losses: tuple[dict[str, list[float]], dict[str, list[float]]]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Runs:
-    workdir = tmp_path_factory.mktemp("compilation")
-    first = watched(workdir, "text.length_buckets=1")
-    return Runs(first, watched(workdir, "text.length_buckets=3", "runtime.compile_threads=2", *LONGER))
+    workdir, other = tmp_path_factory.mktemp("compilation"), tmp_path_factory.mktemp("packed")
+    several = ("text.length_buckets=3", "runtime.compile_threads=2", *LONGER)
+    first = watched(workdir, "text.packed=false", "text.length_buckets=1")
+    second, padded = watched(workdir, "text.packed=false", *several), losses(workdir)
+    return Runs(first, second, watched(other, *several), (padded, losses(other)))
+
+
+def losses(workdir: Path) -> dict[str, list[float]]:
+    """The losses of all steps of a workdir's runs of five steps, by stage."""
+    found = {}
+    for stage in PACKED:
+        for path in sorted(workdir.glob(f"stages/{stage}-*/metrics.jsonl")):
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            if lines[-1]["step"] == 5:
+                found[stage] = [line["loss"] for line in lines if "loss" in line]
+    return found
 
 
 def updates(stage: str) -> int:
@@ -134,6 +159,23 @@ def test_a_longer_run_compiles_its_new_widths_alone(runs, stage):
     assert known <= loop.widths and new == 1
     assert loop.names["jit(update)"] == updates(stage) * new
     assert all(count <= updates(stage) * new for count in loop.names.values())
+
+
+@pytest.mark.parametrize("stage", PACKED)
+def test_packed_rows_compile_one_update_whatever_their_lengths(runs, stage):
+    """Ahead of the first step, in threads, from the stage's own list of programs: no step compiles it again."""
+    loop = runs.packed[stage]
+    assert len(loop.widths) == 1 and len(runs.second[stage].widths) > 1
+    assert loop.names["jit(update)"] == 1
+    assert not [name for name, steps in loop.compiled if steps > 0 and name != "jit(hash_leaf)"]
+
+
+@pytest.mark.parametrize("stage", PACKED)
+def test_packed_rows_give_the_losses_of_padded_ones(runs, stage):
+    """Step by step through real stages: the same batches in the same order. Each stage starts where the last ended."""
+    padded, packed = (found[stage] for found in runs.losses)
+    assert len(packed) == 5
+    np.testing.assert_allclose(packed, padded, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["jit(begin)", "jit(finish)", "jit(score)"])

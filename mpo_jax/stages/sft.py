@@ -1,24 +1,22 @@
-"""Supervised fine-tuning of the base model on the demonstrations' response tokens. No prompt loss, no packing."""
+"""Supervised fine-tuning of the base model on the demonstrations' response tokens. No prompt loss."""
 
 from collections.abc import Iterator, Mapping
 from functools import lru_cache, partial
 from typing import Any
 
-import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from mpo_jax.config.schema import ArchitectureConfig, Config, OptimConfig, Section, TextConfig
-from mpo_jax.data.batches import Buckets, map_batches
 from mpo_jax.data.corpus import Corpus
 from mpo_jax.data.text import TextCodec
 from mpo_jax.data.tokens import TokenReport
+from mpo_jax.evaluation.scoring import make_score
 from mpo_jax.losses import sft_loss
 from mpo_jax.models import forward, loading, responses
 from mpo_jax.models.forward import Model
-from mpo_jax.ops import masked_sum
 from mpo_jax.runtime import machine
 from mpo_jax.runtime.console import console
-from mpo_jax.runtime.sharding import place_batch, replicated
 from mpo_jax.runtime.stage_warnings import warn
 from mpo_jax.stages.context import Context
 from mpo_jax.stages.fitting import (
@@ -38,7 +36,7 @@ from mpo_jax.stages.stage import Program, Stage
 from mpo_jax.training.optimizer import make_optimizer
 from mpo_jax.training.update import jit_update
 from mpo_jax.training.validation import first_rows, make_evaluate, make_measure
-from mpo_jax.types import Artifact, Metrics, Params, PromptBatch, Tree, merge
+from mpo_jax.types import Artifact, Metrics, Params, Tree
 
 
 class Settings(Section, frozen=True):
@@ -86,19 +84,6 @@ def make_step(model: Model, optim: OptimConfig, accumulation: int, mesh: Mesh) -
 def make_held_out(model: Model, mesh: Mesh) -> Any:
     """The jitted (params, batch) -> metric means on held-out rows."""
     return make_measure(partial(objective, model), mesh)
-
-
-@lru_cache
-def make_nll(model: Model, mesh: Mesh) -> Any:
-    """The jitted (params, batch) -> summed response NLL [B] and number of response tokens [B] of each row."""
-
-    def nll(params: Params, batch: PromptBatch) -> tuple[jax.Array, jax.Array]:
-        tokens = forward.join(batch)
-        logp_BS, _ = forward.token_logp(model, merge(params), tokens)
-        mask_BS = tokens.loss_mask[:, tokens.scored_from :]
-        return -masked_sum(logp_BS, mask_BS), mask_BS.sum(-1)
-
-    return jax.jit(nll, out_shardings=replicated(mesh))
 
 
 def check(settings: Settings, mesh: Mesh) -> None:
@@ -158,20 +143,13 @@ def _held_out_nll(settings: Settings, context: Context, model: Model, params: Pa
     if not held_out:
         return None
     examples, _ = context.tokenize(codec, [(row.prompt, (row.chosen,)) for row in held_out])
-    nll = make_nll(model, context.mesh)
-    size, buckets = settings.train.batch_size, settings.text.length_buckets
-    of = {"batch_size": size, "length_buckets": buckets, **trained_model(params)}
-    with context.running("sft", "held-out", examples, of) as (keep, progress):
-        total, count = map_batches(
-            examples,
-            Buckets.of(examples, buckets),
-            size,
-            lambda batch: nll(params, place_batch(batch, context.mesh)),
-            models=("the SFT model", "the SFT model"),
-            keep=keep,
-            progress=progress,
-        )
-    return float(total.sum() / count.sum())
+    train = settings.train
+    logp_EN = context.score(
+        "sft", "held-out", model, params, examples, head="lm", batch_size=train.batch_size,
+        length_buckets=settings.text.length_buckets, source="the SFT model", of=trained_model(params),
+        packing=packing_in_order(examples, train, context.mesh) if settings.text.packed else None,
+    )  # fmt: skip
+    return -float(logp_EN.sum(dtype=np.float64)) / sum(len(ids) for example in examples for ids in example.responses)
 
 
 def _warn_of_inputs(settings: Settings, context: Context, tokens: TokenReport) -> None:
@@ -219,7 +197,8 @@ def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
         held=(shapes.state(train.optim).opt_state,), lengths=shapes.lengths("demonstrations"),
     )  # fmt: skip
     yield scoring_program(
-        "sft", "nll", make_nll(shapes.model, shapes.mesh), (shapes.trained(), shapes.batch(rows)), shapes, rows, "lm",
+        "sft", "nll", make_score(shapes.model, "lm", shapes.mesh, packed=packed),
+        (shapes.trained(), batch(rows)), shapes, rows, "lm",
         runs=None if amounts is None else calls(amounts.held_out, train.batch_size),
         lengths=shapes.lengths("demonstrations"),
     )  # fmt: skip
