@@ -74,7 +74,11 @@ def test_arguments_are_what_the_stage_would_place(plan, programs):
     assert divided < sum(sizes) / 4
     # numbers: the step, two of skips, two counters of the optimiser, and the learning rate
     assert device_bytes(state) == 3 * 4 * divided + 6 * 4
-    assert device_bytes(batch) == 2 * 4 * (40 + 1 + 16 + 1 + 1)
+    # two packed rows: four numbers a token, the number of micro-batches, and three of each of two examples
+    assert batch.ids.shape == (1, 16, 40 + 16)
+    assert device_bytes(batch) == 4 * (4 * 2 * (40 + 16) + 1 + 3 * 2)
+    padded = next(planned(FSDP, "text.packed=false").programs(["sft"])).arguments({})[1]
+    assert device_bytes(padded) == 2 * 4 * (40 + 1 + 16 + 1 + 1)
 
 
 def test_compiled_memory_and_traffic(plan, programs):
