@@ -6,6 +6,8 @@ import importlib.util
 import json
 import os
 import sys
+import sysconfig
+import traceback
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -40,7 +42,7 @@ class RewardFunction:
         try:
             found: Any = importlib.import_module(module)
         except Exception as error:  # code of the user's, which can fail in any way
-            raise UserError(f"{self}: importing {module} fails: {_reason(error)}") from error
+            raise UserError(f"{self}: importing {module} fails: {_place(error)}{_reason(error)}") from error
         try:
             for part in attribute.split("."):
                 found = getattr(found, part)
@@ -66,7 +68,8 @@ class RewardFunction:
         try:
             returned = self._call(rows)
         except Exception as error:  # code of the user's, which can fail in any way
-            raise UserError(f"{self} fails at {_shown(self._first_failing(rows))}: {_reason(error)}") from error
+            place = _place(error)
+            raise UserError(f"{self} fails at {_shown(self._first_failing(rows))}: {place}{_reason(error)}") from error
         try:
             values = [float(value) for value in returned]
         except (TypeError, ValueError) as error:
@@ -142,6 +145,21 @@ def _shown(row: TextRow) -> str:
 
     prompt = row.prompt if isinstance(row.prompt, str) else row.prompt[-1]["content"] if row.prompt else ""
     return f"the prompt {short(prompt)} with the response {short(row.response)}"
+
+
+def _place(error: BaseException) -> str:
+    """The last file and line of the user's own that an error passed through; nothing if it met none."""
+    files = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    library = Path(sysconfig.get_paths()["stdlib"])
+    own = [
+        f"{file}:{line}: "
+        for file, line in files
+        if file.is_file()
+        and file != Path(__file__)
+        and library not in file.parents
+        and "site-packages" not in file.parts
+    ]
+    return own[-1] if own else ""
 
 
 def _reason(error: BaseException) -> str:

@@ -22,6 +22,7 @@ from mpo_jax.pipeline.pipeline import Pipeline, StageName
 from mpo_jax.pipeline.stages import STAGES, stage_shapes, text_rewards
 from mpo_jax.pipeline.table import Listing
 from mpo_jax.runtime import machine
+from mpo_jax.runtime.console import console
 from mpo_jax.runtime.offload import Offload, check_pinned
 from mpo_jax.runtime.sharding import make_mesh
 from mpo_jax.stages import ppo, reward
@@ -66,6 +67,8 @@ def check_base(config: Config) -> tuple[TextCodec, DecoderConfig]:
     """
     path = config.model.path
     if path is None:
+        if config.model.adapter is not None:
+            console.print("model.adapter: SFT trains its model whole, from random weights; later stages train adapters")
         codec = TextCodec(base_tokenizer(config), config.text)
         decoder = loading.scratch_sizes(config.model.architecture, codec.vocab_size)
         loading.check_positions(decoder, config.text)

@@ -1,6 +1,7 @@
 """Any model that can be read here, written as a Hugging Face folder."""
 
 import dataclasses
+import json
 import os
 import shutil
 from pathlib import Path
@@ -18,6 +19,7 @@ from mpo_jax.models.hf import families, peft, weights
 from mpo_jax.models.hf.tokenizer import load_tokenizer
 from mpo_jax.models.spec import DecoderConfig
 from mpo_jax.runtime import machine
+from mpo_jax.runtime.files import write_text
 from mpo_jax.runtime.processes import agree, is_main, wait
 from mpo_jax.runtime.sharding import make_mesh
 from mpo_jax.tools.opening import find_model
@@ -37,6 +39,7 @@ class Exported:
       kind: language model or reward model.
       dtype: of the weights.
       num_bytes: of all files.
+      base: of adapters, the model that they change.
     """
 
     source: str
@@ -44,6 +47,7 @@ class Exported:
     kind: str
     dtype: str
     num_bytes: int
+    base: str | None = None
 
 
 def export(
@@ -96,10 +100,12 @@ def _begin(target: Path) -> Path:
     return partial
 
 
-def _finish(partial: Path, target: Path, found: Path, path: str, *, kind: str, dtype: str) -> int:
+def _finish(
+    partial: Path, target: Path, found: Path, path: str, *, kind: str, dtype: str, base: str | None = None
+) -> int:
     """Adds the card, gives the folder its name, and returns the bytes of its files."""
     if is_main():
-        write_card(partial, found, path, name=target.name, kind=kind, dtype=dtype)
+        write_card(partial, found, path, name=target.name, kind=kind, dtype=dtype, base=base)
         if target.is_dir():
             target.rmdir()
         os.rename(partial, target)
@@ -118,8 +124,10 @@ def _export_adapter(path: str, found: Path, target: Path, config: Config) -> Exp
         head, decoder = source.head, source.decoder
     else:
         head, decoder = families.read_head(found), families.read_config(found)
+    base = settings.base
     if is_main():
         shutil.copytree(folder, partial)
+        base = _rename_base(partial / peft.CONFIG)
     wait(f"process 0 copies {folder}")
     if not (folder / peft.WEIGHTS).is_file():
         mesh = make_mesh(config.mesh)
@@ -128,8 +136,18 @@ def _export_adapter(path: str, found: Path, target: Path, config: Config) -> Exp
             peft.save_weights(partial, trained, decoder)
         where = f"step {step} of the unfinished {found.parent.name}"
     kind = "reward model" if head == "value" else "language model"
-    written = _finish(partial, target, found, path, kind=f"{ADAPTER}{kind}", dtype="float32")
-    return Exported(where, f"adapters of a {decoder.family}", kind, "float32", written)
+    written = _finish(partial, target, found, path, kind=f"{ADAPTER}{kind}", dtype="float32", base=base)
+    return Exported(where, f"adapters of a {decoder.family}", kind, "float32", written, base)
+
+
+def _rename_base(file: Path) -> str:
+    """Makes the path of an adapter's base absolute, for use from other folders; returns it, or the hub id."""
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    base = settings["base_model_name_or_path"]
+    if Path(base).exists():
+        base = str(Path(base).resolve())
+        write_text(file, [json.dumps(settings | {"base_model_name_or_path": base}, indent=2) + "\n"])
+    return base
 
 
 def _newest_adapters(found: Path, model: Model, head: Head, mesh: Mesh) -> tuple[int, Tree]:

@@ -52,7 +52,10 @@ def test_numbers_of_any_kind_are_taken(define, returned):
         ("return [1.0, 2.0, 1e39]", r"returned 1e\+39 at the prompt 'two and two\?' with the response 'four'"),
         ("return None", r"must return a list of numbers, .* it returned NoneType"),
         ("return ['a', 'b', 'c']", r"must return a list of numbers"),
-        ("return [1 / (p != 'two') for p in prompts]", r"fails at the prompt 'two' .*: ZeroDivisionError"),
+        (
+            "return [1 / (p != 'two') for p in prompts]",
+            r"fails at the prompt 'two' .*: .*rewards.*\.py:\d+: ZeroDivisionError",
+        ),
         (
             "return [1.0, 2.0, 3.0][len(prompts) - 7]",
             r"fails at the prompt 'one' .*IndexError: list index out of range",

@@ -26,9 +26,15 @@ def hub_id(path: str) -> tuple[str, str | None]:
       UserError: if the path has not that form.
     """
     repository, _, revision = path.partition("@")
-    if repository.count("/") != 1 or path.startswith((".", "/", "~")) or path.endswith(".gguf"):
+    if not is_hub_id(path):
         raise UserError(f"no model at {path}: no such folder or .gguf file, and no hub id (org/name)")
     return repository, revision or None
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether a path has the form of a hub id."""
+    repository = path.partition("@")[0]
+    return repository.count("/") == 1 and not path.startswith((".", "/", "~")) and not path.endswith(".gguf")
 
 
 @lru_cache
