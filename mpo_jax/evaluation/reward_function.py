@@ -1,14 +1,16 @@
 """A Python function of the user's as reward: found by its name, called with texts, checked."""
 
+import contextlib
 import hashlib
 import importlib
 import importlib.util
 import json
+import math
 import os
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ from mpo_jax.errors import UserError
 from mpo_jax.runtime.processes import agree, is_main
 
 SHOWN_CHARACTERS = 60
+FAILURES = (Exception, SystemExit)
+"""How code of the user's can fail; Ctrl-C is not its failure."""
 
 
 class RewardFunction:
@@ -40,8 +44,9 @@ class RewardFunction:
         self.name, self.fingerprint = name, fingerprint_function(name)
         module, _, attribute = name.partition(":")
         try:
-            found: Any = importlib.import_module(module)
-        except Exception as error:  # code of the user's, which can fail in any way
+            with _same_folder():
+                found: Any = importlib.import_module(module)
+        except FAILURES as error:
             raise UserError(f"{self}: importing {module} fails: {_place(error)}{_reason(error)}") from error
         try:
             for part in attribute.split("."):
@@ -67,11 +72,13 @@ class RewardFunction:
     def _checked(self, rows: Sequence[TextRow]) -> np.ndarray:
         try:
             returned = self._call(rows)
-        except Exception as error:  # code of the user's, which can fail in any way
+        except FAILURES as error:
             place = _place(error)
             raise UserError(f"{self} fails at {_shown(self._first_failing(rows))}: {place}{_reason(error)}") from error
         try:
-            values = [float(value) for value in returned]
+            if isinstance(returned, Mapping | Set | str | bytes) or np.iscomplexobj(returned):
+                raise TypeError("its numbers are not in the order of the responses, or no real ones")
+            values = [_number(value) for value in returned]
         except (TypeError, ValueError) as error:
             raise UserError(
                 f"{self} must return a list of numbers, one for each response; for {len(rows)} responses, the first "
@@ -91,16 +98,39 @@ class RewardFunction:
 
     def _call(self, rows: Sequence[TextRow]) -> Any:
         prompts = [row.prompt if isinstance(row.prompt, str) else [dict(turn) for turn in row.prompt] for row in rows]
-        return self._function(prompts, [row.response for row in rows])
+        with _same_folder():
+            returned = self._function(prompts, [row.response for row in rows])
+            # a generator runs the user's code as it is read
+            return list(returned) if isinstance(returned, Iterator) else returned
 
     def _first_failing(self, rows: Sequence[TextRow]) -> TextRow:
         """The first row that fails by itself; the first of all if none does."""
         for row in rows:
             try:
                 self._call([row])
-            except Exception:
+            except FAILURES:
                 return row
         return rows[0]
+
+
+def _number(value: Any) -> float:
+    """A number as float; infinite where it is too large for one."""
+    if isinstance(value, str | bytes):
+        raise TypeError(f"{value!r} is no number")
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+@contextlib.contextmanager
+def _same_folder() -> Iterator[None]:
+    """The current folder stays what it was: relative paths of the configuration are meant from there."""
+    here = os.getcwd()
+    try:
+        yield
+    finally:
+        os.chdir(here)
 
 
 @lru_cache
