@@ -44,7 +44,7 @@ class RewardFunction:
         self.name, self.fingerprint = name, fingerprint_function(name)
         module, _, attribute = name.partition(":")
         try:
-            with _same_folder():
+            with contextlib.chdir("."):  # left again: relative paths of the configuration are meant from here
                 found: Any = importlib.import_module(module)
         except FAILURES as error:
             raise UserError(f"{self}: importing {module} fails: {_place(error)}{_reason(error)}") from error
@@ -76,8 +76,8 @@ class RewardFunction:
             place = _place(error)
             raise UserError(f"{self} fails at {_shown(self._first_failing(rows))}: {place}{_reason(error)}") from error
         try:
-            if isinstance(returned, Mapping | Set | str | bytes) or np.iscomplexobj(returned):
-                raise TypeError("its numbers are not in the order of the responses, or no real ones")
+            if isinstance(returned, Mapping | Set | str | bytes):
+                raise TypeError("its values are no numbers in the order of the responses")
             values = [_number(value) for value in returned]
         except (TypeError, ValueError) as error:
             raise UserError(
@@ -98,7 +98,7 @@ class RewardFunction:
 
     def _call(self, rows: Sequence[TextRow]) -> Any:
         prompts = [row.prompt if isinstance(row.prompt, str) else [dict(turn) for turn in row.prompt] for row in rows]
-        with _same_folder():
+        with contextlib.chdir("."):  # as for the import
             returned = self._function(prompts, [row.response for row in rows])
             # a generator runs the user's code as it is read
             return list(returned) if isinstance(returned, Iterator) else returned
@@ -115,22 +115,12 @@ class RewardFunction:
 
 def _number(value: Any) -> float:
     """A number as float; infinite where it is too large for one."""
-    if isinstance(value, str | bytes):
+    if isinstance(value, str | bytes) or np.iscomplexobj(value):
         raise TypeError(f"{value!r} is no number")
     try:
         return float(value)
     except OverflowError:
         return math.inf
-
-
-@contextlib.contextmanager
-def _same_folder() -> Iterator[None]:
-    """The current folder stays what it was: relative paths of the configuration are meant from there."""
-    here = os.getcwd()
-    try:
-        yield
-    finally:
-        os.chdir(here)
 
 
 @lru_cache

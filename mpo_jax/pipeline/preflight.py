@@ -55,6 +55,8 @@ def check_inputs(config: Config, until: StageName = "evaluate") -> None:
     """
     row = check_first_rows(config)
     codec, _ = check_base(config)
+    if config.model.path is None and config.model.adapter is not None:
+        console.print("model.adapter: SFT trains its model whole, from random weights; later stages train adapters")
     if until != "sft":
         check_reward(config, codec, row)
 
@@ -67,8 +69,6 @@ def check_base(config: Config) -> tuple[TextCodec, DecoderConfig]:
     """
     path = config.model.path
     if path is None:
-        if config.model.adapter is not None:
-            console.print("model.adapter: SFT trains its model whole, from random weights; later stages train adapters")
         codec = TextCodec(base_tokenizer(config), config.text)
         decoder = loading.scratch_sizes(config.model.architecture, codec.vocab_size)
         loading.check_positions(decoder, config.text)

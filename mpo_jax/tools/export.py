@@ -1,7 +1,6 @@
 """Any model that can be read here, written as a Hugging Face folder."""
 
 import dataclasses
-import json
 import os
 import shutil
 from pathlib import Path
@@ -16,10 +15,10 @@ from mpo_jax.errors import UserError
 from mpo_jax.models import forward, loading
 from mpo_jax.models.forward import Model
 from mpo_jax.models.hf import families, peft, weights
+from mpo_jax.models.hf.hub import on_this_machine
 from mpo_jax.models.hf.tokenizer import load_tokenizer
 from mpo_jax.models.spec import DecoderConfig
 from mpo_jax.runtime import machine
-from mpo_jax.runtime.files import write_text
 from mpo_jax.runtime.processes import agree, is_main, wait
 from mpo_jax.runtime.sharding import make_mesh
 from mpo_jax.tools.opening import find_model
@@ -124,10 +123,12 @@ def _export_adapter(path: str, found: Path, target: Path, config: Config) -> Exp
         head, decoder = source.head, source.decoder
     else:
         head, decoder = families.read_head(found), families.read_config(found)
-    base = settings.base
+    local = on_this_machine(settings.base)
+    # absolute, for use from other folders
+    base = settings.base if local is None else str(local.resolve())
     if is_main():
         shutil.copytree(folder, partial)
-        base = _rename_base(partial / peft.CONFIG)
+        peft.rename_base(partial, base)
     wait(f"process 0 copies {folder}")
     if not (folder / peft.WEIGHTS).is_file():
         mesh = make_mesh(config.mesh)
@@ -138,16 +139,6 @@ def _export_adapter(path: str, found: Path, target: Path, config: Config) -> Exp
     kind = "reward model" if head == "value" else "language model"
     written = _finish(partial, target, found, path, kind=f"{ADAPTER}{kind}", dtype="float32", base=base)
     return Exported(where, f"adapters of a {decoder.family}", kind, "float32", written, base)
-
-
-def _rename_base(file: Path) -> str:
-    """Makes the path of an adapter's base absolute, for use from other folders; returns it, or the hub id."""
-    settings = json.loads(file.read_text(encoding="utf-8"))
-    base = settings["base_model_name_or_path"]
-    if Path(base).exists():
-        base = str(Path(base).resolve())
-        write_text(file, [json.dumps(settings | {"base_model_name_or_path": base}, indent=2) + "\n"])
-    return base
 
 
 def _newest_adapters(found: Path, model: Model, head: Head, mesh: Mesh) -> tuple[int, Tree]:

@@ -131,6 +131,7 @@ def test_export_of_a_finished_stage(finished, tmp_path, capsys):
     # a PEFT folder goes the same ways
     assert mpo("export", tmp_path / "adapter", tmp_path / "again", "--adapter") == 0
     assert (tmp_path / "again" / peft.WEIGHTS).read_bytes() == written
+    assert " DIR --adapter\n" in (tmp_path / "again" / "README.md").read_text()
     settings = tmp_path / "again" / peft.CONFIG
     settings.write_text(settings.read_text().replace(base, "elsewhere/than/here"))
     assert mpo("generate", tmp_path / "again", "hello") == 2

@@ -37,6 +37,12 @@ def is_hub_id(path: str) -> bool:
     return repository.count("/") == 1 and not path.startswith((".", "/", "~")) and not path.endswith(".gguf")
 
 
+def on_this_machine(path: str) -> Path | None:
+    """The folder or file that a path names, `~` being the user's home; None if there is none."""
+    local = Path(path).expanduser()
+    return local if local.is_dir() or local.is_file() else None
+
+
 @lru_cache
 def local_model(path: str) -> Path:
     """The local folder or GGUF file behind `model.path` and its like.
@@ -47,8 +53,8 @@ def local_model(path: str) -> Path:
     Raises:
       UserError: neither a local path nor a repository that can be fetched now.
     """
-    local = Path(path).expanduser()
-    if local.is_dir() or local.is_file():
+    local = on_this_machine(path)
+    if local is not None:
         if local.is_file() and local.suffix != ".gguf":
             raise UserError(f"{path} is a file: name the model's folder, or a .gguf file")
         return local

@@ -159,11 +159,12 @@ def _front(kind: str, base: str | None, tags: list[str], datasets: list[str]) ->
 
 
 def _foreign(source: str, kind: str, dtype: str, base: str | None) -> str:
+    form = ["--dtype", dtype] if base is None else ["--adapter"]
     return (
         _front(kind, base or source, ["mpo_jax"], [])
         + f"# {Path(source).name}\n\nA {kind} in {dtype}, written by `mpo export` of mpo_jax {__version__} from\n"
         f"`{source}`. It was not trained there: see the card of the model that it comes from.\n\n"
-        f"```\n{shlex.join(['mpo', 'export', source, 'DIR', '--dtype', dtype])}\n```\n"
+        f"```\n{shlex.join(['mpo', 'export', source, 'DIR', *form])}\n```\n"
     )
 
 
