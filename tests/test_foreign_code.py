@@ -90,8 +90,9 @@ def test_a_reward_model_s_code_is_not_run(planted, reward_model, language_model,
         text=TextConfig(max_prompt_tokens=8, max_response_tokens=8),
     )
     codec = TextCodec(load_tokenizer(language_model), config.text)
+    context = Context(mesh_of(1, 1, 1), tmp_path, Inputs(config))
     try:
-        reward._finished(stage_settings("reward", config), Context(mesh_of(1, 1, 1), tmp_path, Inputs(config)), codec)
+        reward._finished(str(folder), stage_settings("reward", config), context, codec)
     except UserError as error:
         assert SAYS in str(error)
 

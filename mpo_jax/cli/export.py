@@ -35,3 +35,9 @@ def export(
     console.print(
         f"{done.source}: {done.family} {done.kind} in {done.dtype}, {size(done.num_bytes)} -> {folder}", soft_wrap=True
     )
+    if done.base is not None:
+        console.print(
+            f"it changes {done.base}, and is of use on that model alone; --merge writes a whole model",
+            soft_wrap=True,
+            markup=False,
+        )

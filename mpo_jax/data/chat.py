@@ -22,6 +22,8 @@ _FIXED_DAY = (
 )
 TEMPLATE_BYTES = 1_000_000
 """Size up to which a file is taken for a chat template."""
+SHOWN = 40
+"""Characters before a reply that an error shows."""
 MARK = "\ue000reply\ue000"
 """A reply that stands in no other text, to find where a template puts replies."""
 _OPEN_TAG = re.compile(r"(?P<left>[<\[\u25c1])(?P<name>\w+)(?P<right>[>\]\u25b7])")
@@ -167,8 +169,9 @@ class Chat:
             if closing not in tail[tag.end() :] and closing not in reply:
                 raise UserError(
                     f"what {self.name} writes before a reply ends inside {tag[0]}, which this reply does not close: "
-                    f"training would see other text than sampling. End the thoughts in the reply with {closing}, turn "
-                    "thoughts off if the template can (text.template_options, such as {enable_thinking: false}), or "
+                    f"sampling would follow {prompt[-SHOWN:]!r}, but in a whole conversation the reply follows "
+                    f"{header[-SHOWN:]!r}. If that is a tag of thoughts, end them in the reply with {closing}, or turn "
+                    "them off if the template can (text.template_options, such as {enable_thinking: false}); else "
                     "name another template as text.chat_template"
                 )
         eos = str(self.tokenizer.eos_token or "")

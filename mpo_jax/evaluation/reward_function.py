@@ -1,12 +1,16 @@
 """A Python function of the user's as reward: found by its name, called with texts, checked."""
 
+import contextlib
 import hashlib
 import importlib
 import importlib.util
 import json
+import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+import sysconfig
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +22,8 @@ from mpo_jax.errors import UserError
 from mpo_jax.runtime.processes import agree, is_main
 
 SHOWN_CHARACTERS = 60
+FAILURES = (Exception, SystemExit)
+"""How code of the user's can fail; Ctrl-C is not its failure."""
 
 
 class RewardFunction:
@@ -38,9 +44,10 @@ class RewardFunction:
         self.name, self.fingerprint = name, fingerprint_function(name)
         module, _, attribute = name.partition(":")
         try:
-            found: Any = importlib.import_module(module)
-        except Exception as error:  # code of the user's, which can fail in any way
-            raise UserError(f"{self}: importing {module} fails: {_reason(error)}") from error
+            with contextlib.chdir("."):  # left again: relative paths of the configuration are meant from here
+                found: Any = importlib.import_module(module)
+        except FAILURES as error:
+            raise UserError(f"{self}: importing {module} fails: {_place(error)}{_reason(error)}") from error
         try:
             for part in attribute.split("."):
                 found = getattr(found, part)
@@ -65,10 +72,13 @@ class RewardFunction:
     def _checked(self, rows: Sequence[TextRow]) -> np.ndarray:
         try:
             returned = self._call(rows)
-        except Exception as error:  # code of the user's, which can fail in any way
-            raise UserError(f"{self} fails at {_shown(self._first_failing(rows))}: {_reason(error)}") from error
+        except FAILURES as error:
+            place = _place(error)
+            raise UserError(f"{self} fails at {_shown(self._first_failing(rows))}: {place}{_reason(error)}") from error
         try:
-            values = [float(value) for value in returned]
+            if isinstance(returned, Mapping | Set | str | bytes):
+                raise TypeError("its values are no numbers in the order of the responses")
+            values = [_number(value) for value in returned]
         except (TypeError, ValueError) as error:
             raise UserError(
                 f"{self} must return a list of numbers, one for each response; for {len(rows)} responses, the first "
@@ -88,16 +98,29 @@ class RewardFunction:
 
     def _call(self, rows: Sequence[TextRow]) -> Any:
         prompts = [row.prompt if isinstance(row.prompt, str) else [dict(turn) for turn in row.prompt] for row in rows]
-        return self._function(prompts, [row.response for row in rows])
+        with contextlib.chdir("."):  # as for the import
+            returned = self._function(prompts, [row.response for row in rows])
+            # a generator runs the user's code as it is read
+            return list(returned) if isinstance(returned, Iterator) else returned
 
     def _first_failing(self, rows: Sequence[TextRow]) -> TextRow:
         """The first row that fails by itself; the first of all if none does."""
         for row in rows:
             try:
                 self._call([row])
-            except Exception:
+            except FAILURES:
                 return row
         return rows[0]
+
+
+def _number(value: Any) -> float:
+    """A number as float; infinite where it is too large for one."""
+    if isinstance(value, str | bytes) or np.iscomplexobj(value):
+        raise TypeError(f"{value!r} is no number")
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 @lru_cache
@@ -142,6 +165,21 @@ def _shown(row: TextRow) -> str:
 
     prompt = row.prompt if isinstance(row.prompt, str) else row.prompt[-1]["content"] if row.prompt else ""
     return f"the prompt {short(prompt)} with the response {short(row.response)}"
+
+
+def _place(error: BaseException) -> str:
+    """The last file and line of the user's own that an error passed through; nothing if it met none."""
+    files = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    library = Path(sysconfig.get_paths()["stdlib"])
+    own = [
+        f"{file}:{line}: "
+        for file, line in files
+        if file.is_file()
+        and file != Path(__file__)
+        and library not in file.parents
+        and "site-packages" not in file.parts
+    ]
+    return own[-1] if own else ""
 
 
 def _reason(error: BaseException) -> str:

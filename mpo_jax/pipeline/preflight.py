@@ -22,6 +22,7 @@ from mpo_jax.pipeline.pipeline import Pipeline, StageName
 from mpo_jax.pipeline.stages import STAGES, stage_shapes, text_rewards
 from mpo_jax.pipeline.table import Listing
 from mpo_jax.runtime import machine
+from mpo_jax.runtime.console import console
 from mpo_jax.runtime.offload import Offload, check_pinned
 from mpo_jax.runtime.sharding import make_mesh
 from mpo_jax.stages import ppo, reward
@@ -54,6 +55,8 @@ def check_inputs(config: Config, until: StageName = "evaluate") -> None:
     """
     row = check_first_rows(config)
     codec, _ = check_base(config)
+    if config.model.path is None and config.model.adapter is not None:
+        console.print("model.adapter: SFT trains its model whole, from random weights; later stages train adapters")
     if until != "sft":
         check_reward(config, codec, row)
 

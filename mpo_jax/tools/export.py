@@ -15,6 +15,7 @@ from mpo_jax.errors import UserError
 from mpo_jax.models import forward, loading
 from mpo_jax.models.forward import Model
 from mpo_jax.models.hf import families, peft, weights
+from mpo_jax.models.hf.hub import on_this_machine
 from mpo_jax.models.hf.tokenizer import load_tokenizer
 from mpo_jax.models.spec import DecoderConfig
 from mpo_jax.runtime import machine
@@ -37,6 +38,7 @@ class Exported:
       kind: language model or reward model.
       dtype: of the weights.
       num_bytes: of all files.
+      base: of adapters, the model that they change.
     """
 
     source: str
@@ -44,6 +46,7 @@ class Exported:
     kind: str
     dtype: str
     num_bytes: int
+    base: str | None = None
 
 
 def export(
@@ -96,10 +99,12 @@ def _begin(target: Path) -> Path:
     return partial
 
 
-def _finish(partial: Path, target: Path, found: Path, path: str, *, kind: str, dtype: str) -> int:
+def _finish(
+    partial: Path, target: Path, found: Path, path: str, *, kind: str, dtype: str, base: str | None = None
+) -> int:
     """Adds the card, gives the folder its name, and returns the bytes of its files."""
     if is_main():
-        write_card(partial, found, path, name=target.name, kind=kind, dtype=dtype)
+        write_card(partial, found, path, name=target.name, kind=kind, dtype=dtype, base=base)
         if target.is_dir():
             target.rmdir()
         os.rename(partial, target)
@@ -118,8 +123,12 @@ def _export_adapter(path: str, found: Path, target: Path, config: Config) -> Exp
         head, decoder = source.head, source.decoder
     else:
         head, decoder = families.read_head(found), families.read_config(found)
+    local = on_this_machine(settings.base)
+    # absolute, for use from other folders
+    base = settings.base if local is None else str(local.resolve())
     if is_main():
         shutil.copytree(folder, partial)
+        peft.rename_base(partial, base)
     wait(f"process 0 copies {folder}")
     if not (folder / peft.WEIGHTS).is_file():
         mesh = make_mesh(config.mesh)
@@ -128,8 +137,8 @@ def _export_adapter(path: str, found: Path, target: Path, config: Config) -> Exp
             peft.save_weights(partial, trained, decoder)
         where = f"step {step} of the unfinished {found.parent.name}"
     kind = "reward model" if head == "value" else "language model"
-    written = _finish(partial, target, found, path, kind=f"{ADAPTER}{kind}", dtype="float32")
-    return Exported(where, f"adapters of a {decoder.family}", kind, "float32", written)
+    written = _finish(partial, target, found, path, kind=f"{ADAPTER}{kind}", dtype="float32", base=base)
+    return Exported(where, f"adapters of a {decoder.family}", kind, "float32", written, base)
 
 
 def _newest_adapters(found: Path, model: Model, head: Head, mesh: Mesh) -> tuple[int, Tree]:

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -52,7 +53,19 @@ def test_numbers_of_any_kind_are_taken(define, returned):
         ("return [1.0, 2.0, 1e39]", r"returned 1e\+39 at the prompt 'two and two\?' with the response 'four'"),
         ("return None", r"must return a list of numbers, .* it returned NoneType"),
         ("return ['a', 'b', 'c']", r"must return a list of numbers"),
-        ("return [1 / (p != 'two') for p in prompts]", r"fails at the prompt 'two' .*: ZeroDivisionError"),
+        ("return ['1', '2', '3']", r"must return a list of numbers, .*'1' is no number"),
+        ("return {0: 1.0, 1: 2.0, 2: 3.0}", r"must return a list of numbers, .* it returned dict"),
+        ("return {1.0, 2.0, 3.0}", r"must return a list of numbers, .* it returned set"),
+        ("return '123'", r"must return a list of numbers, .* it returned str"),
+        ("return b'123'", r"must return a list of numbers, .* it returned bytes"),
+        ("return [1j, 2j, 3j]", r"must return a list of numbers"),
+        ("return [10**400, 0, 0]", r"returned inf at the prompt 'one'"),
+        ("return ({'one': 1.0}[p] for p in prompts)", r"fails at the prompt 'two' .*\.py:\d+: KeyError: 'two'"),
+        ("import sys; sys.exit()", r"fails at the prompt 'one' .*\.py:\d+: SystemExit"),
+        (
+            "return [1 / (p != 'two') for p in prompts]",
+            r"fails at the prompt 'two' .*: .*rewards.*\.py:\d+: ZeroDivisionError",
+        ),
         (
             "return [1.0, 2.0, 3.0][len(prompts) - 7]",
             r"fails at the prompt 'one' .*IndexError: list index out of range",
@@ -62,6 +75,12 @@ def test_numbers_of_any_kind_are_taken(define, returned):
 def test_what_it_must_not_return_is_said_with_the_first_row(define, body, message):
     with pytest.raises(UserError, match=rf"reward\.function=\w+:f {message}"):
         define(body)(ROWS)
+
+
+def test_a_function_does_not_move_the_run(define, tmp_path):
+    (tmp_path / "else").mkdir()
+    function = define("import os; os.chdir('else'); return [float(len(os.getcwd()))] * 3")
+    assert function(ROWS).tolist() == [float(len(str(tmp_path / "else")))] * 3 and Path.cwd() == tmp_path
 
 
 def test_a_long_row_is_shown_shortened(define):

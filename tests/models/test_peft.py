@@ -177,3 +177,13 @@ def test_the_tokenizer_is_the_base_s_where_there_is_none(tmp_path):
     shutil.copy(base / "model.safetensors.index.json", folder)
     with pytest.raises(UserError, match=r"holds a model, model\.safetensors\.index\.json, and adapters of another"):
         loading.open_model(folder)
+
+
+def test_a_base_in_the_user_s_home_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    values = {"peft_type": "LORA", "base_model_name_or_path": "~/base", "lora_alpha": 1, "r": 1, "target_modules": []}
+    (tmp_path / peft.CONFIG).write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r"base_model_name_or_path=~/base: no such folder or file"):
+        peft.read_settings(tmp_path)
+    (tmp_path / "base").mkdir()
+    assert peft.read_settings(tmp_path).base == "~/base"

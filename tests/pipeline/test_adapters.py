@@ -121,9 +121,22 @@ def test_export_of_a_finished_stage(finished, tmp_path, capsys):
     assert written == (run_folder / loading.ADAPTER / peft.WEIGHTS).read_bytes()
     card = (tmp_path / "adapter" / "README.md").read_text()
     assert "library_name: peft" in card and "A PEFT adapter of a language model in float32: the final policy" in card
+    # the adapter is the last stage's alone, and names the model before it wherever it is used
+    base = str((finished / "runs" / "mpo" / "1-dpo" / "model").resolve())
+    assert json.loads((tmp_path / "adapter" / peft.CONFIG).read_text())["base_model_name_or_path"] == base
+    assert f"## Base model\n\n`{base}`. The adapter is what the last stage" in card and " DIR --adapter\n" in card
+    assert f"it changes {base}, and is of use on that model alone" in " ".join(capsys.readouterr().out.split())
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "DIR\n" in card and base not in card and "--adapter" not in card
     # a PEFT folder goes the same ways
     assert mpo("export", tmp_path / "adapter", tmp_path / "again", "--adapter") == 0
     assert (tmp_path / "again" / peft.WEIGHTS).read_bytes() == written
+    assert " DIR --adapter\n" in (tmp_path / "again" / "README.md").read_text()
+    settings = tmp_path / "again" / peft.CONFIG
+    settings.write_text(settings.read_text().replace(base, "elsewhere/than/here"))
+    assert mpo("generate", tmp_path / "again", "hello") == 2
+    message = f"{settings}: base_model_name_or_path=elsewhere/than/here: no such folder or file, and no hub id"
+    assert message in " ".join(capsys.readouterr().err.split())
     assert mpo("export", tmp_path / "adapter", tmp_path / "whole") == 0
     assert (tmp_path / "whole" / "config.json").is_file()
     assert load_file(tmp_path / "merged" / "model.safetensors").keys()

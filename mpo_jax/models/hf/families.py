@@ -146,7 +146,9 @@ def read_config(folder: str | Path) -> DecoderConfig:
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise UserError(f"no model at {folder}: config.json is missing (model.path wants a Hugging Face folder)")
+        inside = Path(folder) / "model"
+        hint = f": name {inside}" if (inside / "config.json").is_file() else " (a Hugging Face folder has one)"
+        raise UserError(f"no model at {folder}: config.json is missing{hint}")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -26,9 +26,21 @@ def hub_id(path: str) -> tuple[str, str | None]:
       UserError: if the path has not that form.
     """
     repository, _, revision = path.partition("@")
-    if repository.count("/") != 1 or path.startswith((".", "/", "~")) or path.endswith(".gguf"):
+    if not is_hub_id(path):
         raise UserError(f"no model at {path}: no such folder or .gguf file, and no hub id (org/name)")
     return repository, revision or None
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether a path has the form of a hub id."""
+    repository = path.partition("@")[0]
+    return repository.count("/") == 1 and not path.startswith((".", "/", "~")) and not path.endswith(".gguf")
+
+
+def on_this_machine(path: str) -> Path | None:
+    """The folder or file that a path names, `~` being the user's home; None if there is none."""
+    local = Path(path).expanduser()
+    return local if local.is_dir() or local.is_file() else None
 
 
 @lru_cache
@@ -41,8 +53,8 @@ def local_model(path: str) -> Path:
     Raises:
       UserError: neither a local path nor a repository that can be fetched now.
     """
-    local = Path(path).expanduser()
-    if local.is_dir() or local.is_file():
+    local = on_this_machine(path)
+    if local is not None:
         if local.is_file() and local.suffix != ".gguf":
             raise UserError(f"{path} is a file: name the model's folder, or a .gguf file")
         return local

@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from mpo_jax.errors import UserError
 from mpo_jax.models.adapter import SUFFIX, Adapter
 from mpo_jax.models.hf.found import SCORE
-from mpo_jax.models.hf.hub import local_model
+from mpo_jax.models.hf.hub import is_hub_id, local_model, on_this_machine
 from mpo_jax.models.hf.table import Entry, entries
 from mpo_jax.models.hf.weights import Tensors
 from mpo_jax.models.kernels import KERNELS
@@ -109,6 +109,11 @@ def read_settings(folder: Path) -> Settings:
     base, alpha = raw.get("base_model_name_or_path"), raw.get("lora_alpha")
     if not isinstance(base, str) or not base:
         raise UserError(f"{path}: base_model_name_or_path is missing: it names the model that the adapter changes")
+    if on_this_machine(base) is None and not is_hub_id(base):
+        raise UserError(
+            f"{path}: base_model_name_or_path={base}: no such folder or file, and no hub id, but the adapter is of use "
+            "on that model alone: correct the path, or export a whole model in its place (mpo export --merge)"
+        )
     if isinstance(alpha, bool) or not isinstance(alpha, int | float):
         raise UserError(f"{path}: lora_alpha={alpha!r} is not a number")
     modules, rank = raw.get("target_modules"), raw.get("r")
@@ -278,6 +283,13 @@ def save_settings(folder: Path, adapter: Adapter, decoder: DecoderConfig, *, bas
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def rename_base(folder: Path, base: str) -> None:
+    """Names another base in adapter_config.json; every other key stays."""
+    path = folder / CONFIG
+    values = json.loads(path.read_text(encoding="utf-8")) | {"base_model_name_or_path": base}
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def _whole_if_it_is(number: float) -> int | float:

@@ -125,7 +125,9 @@ def _evaluation_of(stage: Path) -> dict[str, Any] | None:
     return None
 
 
-def write_card(folder: Path, model: Path, source: str, *, name: str, kind: str, dtype: str) -> None:
+def write_card(
+    folder: Path, model: Path, source: str, *, name: str, kind: str, dtype: str, base: str | None = None
+) -> None:
     """Writes `README.md`, and `mpo_config.yaml` where the model was made here or came with one.
 
     Args:
@@ -135,9 +137,10 @@ def write_card(folder: Path, model: Path, source: str, *, name: str, kind: str, 
       name: what the card calls it.
       kind: language model or reward model, after `ADAPTER` if only an adapter is written.
       dtype: of the weights.
+      base: of an adapter, the model that it changes.
     """
     origin = find_origin(model)
-    text = _foreign(source, kind, dtype) if origin is None else _card(origin, name, kind, dtype)
+    text = _foreign(source, kind, dtype, base) if origin is None else _card(origin, name, kind, dtype, base)
     write_text(folder / "README.md", [text])
     config = trained_config(model) if origin is None else origin.config
     if config is not None:
@@ -155,34 +158,36 @@ def _front(kind: str, base: str | None, tags: list[str], datasets: list[str]) ->
     return f"---\n{yaml.safe_dump(values, sort_keys=False)}---\n\n"
 
 
-def _foreign(source: str, kind: str, dtype: str) -> str:
+def _foreign(source: str, kind: str, dtype: str, base: str | None) -> str:
+    form = ["--dtype", dtype] if base is None else ["--adapter"]
     return (
-        _front(kind, source, ["mpo_jax"], [])
+        _front(kind, base or source, ["mpo_jax"], [])
         + f"# {Path(source).name}\n\nA {kind} in {dtype}, written by `mpo export` of mpo_jax {__version__} from\n"
         f"`{source}`. It was not trained there: see the card of the model that it comes from.\n\n"
-        f"```\n{shlex.join(['mpo', 'export', source, 'DIR', '--dtype', dtype])}\n```\n"
+        f"```\n{shlex.join(['mpo', 'export', source, 'DIR', *form])}\n```\n"
     )
 
 
-def _card(origin: Origin, name: str, kind: str, dtype: str) -> str:
+def _card(origin: Origin, name: str, kind: str, dtype: str, base: str | None) -> str:
     config, own = origin.config, origin.own
     hub = [
         path.removeprefix("hub:").partition("@")[0].partition(":")[0]
         for path in config.data.path
         if path.startswith("hub:")
     ]
-    front = _front(kind, config.model.path, ["mpo_jax", "mixed-preference-optimization", own["stage"]], hub)
+    front = _front(kind, base or config.model.path, ["mpo_jax", "mixed-preference-optimization", own["stage"]], hub)
     unfinished = (
         "" if "summary" in own else "\n\nThe stage had not finished: these are the weights of its newest checkpoint."
     )
+    again = _reproduce(origin, adapter=base is not None)
     parts = [
         f"# {name}\n\nA {kind} in {dtype}: {_what(origin)}. Made by mpo_jax {__version__}.{unfinished}",
-        f"## Base model\n\n{_base(config)}",
+        f"## Base model\n\n{_base(config, base)}",
         f"## How it was made\n\n{markdown(_steps(origin))}",
         f"## Data\n\n{_data(origin)}",
         f"## Metrics\n\n{_metrics(origin)}",
         f"## Configuration\n\nWhole and resolved in `{CONFIG_FILE}`.\n\n{_settings(origin)}",
-        f"## Reproduce\n\n```\n{_reproduce(origin)}\n```\n\nThe same devices and versions give the same weights bit "
+        f"## Reproduce\n\n```\n{again}\n```\n\nThe same devices and versions give the same weights bit "
         "for bit, others to rounding.",
     ]
     return front + "\n\n".join(parts) + "\n"
@@ -196,7 +201,12 @@ def _what(origin: Origin) -> str:
     return f"the final policy of the run `{origin.run}`"
 
 
-def _base(config: Config) -> str:
+def _base(config: Config, adapted: str | None) -> str:
+    if adapted is not None:
+        return (
+            f"`{adapted}`. The adapter is what the last stage below changed in that model, and is of use on it alone. "
+            "`mpo export --merge` writes the model with it folded in."
+        )
     if config.model.path is not None:
         return f"`{config.model.path}`"
     shape = config.model.architecture
@@ -264,13 +274,13 @@ def _settings(origin: Origin) -> str:
     return f"<details><summary>Main sections</summary>\n\n```yaml\n{text}```\n\n</details>"
 
 
-def _reproduce(origin: Origin) -> str:
+def _reproduce(origin: Origin, *, adapter: bool) -> str:
     """The commands that make the model again from the configuration beside the card."""
     stage, again = origin.own["stage"], "workdir=runs/again"
     if origin.run is not None:
         experiment = Variant.of(origin.run).experiment
         lines = [["mpo", "run", CONFIG_FILE, f"experiment={experiment}", again]]
-        lines.append(["mpo", "export", f"runs/again/runs/{experiment}", "DIR"])
+        lines.append(["mpo", "export", f"runs/again/runs/{experiment}", "DIR", *(["--adapter"] if adapter else [])])
     else:
         lines = [["mpo", stage, CONFIG_FILE, again]]
     given = [f"# made by: {shlex.join(['mpo', *origin.command[1:]])}"] if len(origin.command) > 1 else []
