@@ -73,7 +73,11 @@ class TrainConfig(Section, frozen=True):
         "the paper has 64 to 512",
     )
     accumulation: int = Field(
-        default=1, gt=0, description="micro-batches per update; the gradient is that of the whole batch"
+        default=1,
+        gt=0,
+        description="micro-batches per update; the gradient is that of the whole batch. Packed micro-batches have no "
+        "more columns than batch_size / accumulation padded rows, and no more than keep a device busy, so that small "
+        "values may change nothing",
     )
     shuffle: bool = Field(
         default=True, description="shuffle the rows every epoch; false: rows in file order, epoch after epoch"

@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from mpo_jax.models import adapter, attention, quantised
+from mpo_jax.models import adapter, attention, modules, quantised
 from mpo_jax.models.adapter import Adapter
 from mpo_jax.models.decoder import FLOAT32, PARAM_AXES, Block, Trunk, ValueHead, fuse
 from mpo_jax.models.pattern import Remat, scan_layers, shared
@@ -109,33 +109,6 @@ def param_shardings(params: Tree, mesh: Mesh) -> Any:
 
 Caches: TypeAlias = tuple[tuple[Array, Array], ...]
 """Keys and values [B G T K] of every layer."""
-
-
-@lru_cache
-def _graphs(config: DecoderConfig) -> tuple[Any, Any]:
-    """The NNX graph definitions of trunk and value head; no array is made."""
-    trunk = nnx.eval_shape(lambda: Trunk(config, rngs=nnx.Rngs(0)))
-    score = nnx.eval_shape(lambda: ValueHead(config))
-    return nnx.graphdef(trunk), nnx.graphdef(score)
-
-
-@lru_cache
-def _block_graph(config: DecoderConfig, spec: LayerSpec, adapted: Adapter | None, *, fused: bool) -> Any:
-    """The NNX graph definition of a layer; no array is made."""
-    return nnx.graphdef(nnx.eval_shape(lambda: Block(config, spec, rngs=nnx.Rngs(0), fused=fused, adapted=adapted)))
-
-
-def _trunk(model: Model, params: Tree) -> Trunk:
-    names = ("embedding", "norm") if model.decoder.tie_embeddings else ("embedding", "norm", "head")
-    # a model with a value head has no language-model head; an empty stand-in keeps one graph definition for both
-    parts = {name: params.get(name, jnp.zeros((0, 0))) for name in names}
-    return nnx.merge(_graphs(model.decoder)[0], parts)
-
-
-def _block(model: Model, spec: LayerSpec, layer_params: Tree, *, fused: bool = False) -> Block:
-    adapted = model.adapter if adapter.has_adapter(layer_params) else None
-    layer_params = quantised.restored(layer_params, model.dtype)
-    return nnx.merge(_block_graph(model.decoder, spec, adapted, fused=fused), layer_params)
 
 
 def for_decoding(model: Model, params: Tree) -> Tree:
@@ -244,7 +217,7 @@ def prefill(model: Model, params: Tree, tokens: Tokens) -> tuple[Array, Caches]:
 
 
 def _run_layers(model: Model, params: Tree, tokens: Tokens, *, keep_cache: bool) -> tuple[Array, Any]:
-    trunk, pattern = _trunk(model, params), model.decoder.pattern
+    trunk, pattern = modules.trunk(model, params), model.decoder.pattern
     x = constrain(trunk.embed(tokens.ids, jnp.dtype(model.dtype)), "batch", None, None)
     rotations = _rotations(model, tokens.position)
     make = partial(attention.for_layer, tokens, implementation=model.attention)
@@ -252,7 +225,7 @@ def _run_layers(model: Model, params: Tree, tokens: Tokens, *, keep_cache: bool)
 
     def layer(place: int, x: Array, layer_params: Tree) -> tuple[Array, Any]:
         """The layer at one place of the pattern."""
-        block = _block(model, pattern[place], layer_params)
+        block = modules.block(model, pattern[place], layer_params)
         x, cache = block.full(x, *rotations[place], attends[place])
         return x, cache if keep_cache else None
 
@@ -280,13 +253,13 @@ def decode_step(
       visible: for each layer of the pattern, the slots of all parts of `stored`, then of `recent`, that each row sees,
         `slot` included.
     """
-    trunk, pattern = _trunk(model, weights), model.decoder.pattern
+    trunk, pattern = modules.trunk(model, weights), model.decoder.pattern
     x = trunk.embed(ids_B[:, None], jnp.dtype(model.dtype))
     rotations = _rotations(model, position_B[:, None])
     written = []
     for i, (layer, new) in enumerate(zip(weights["layers"], recent, strict=True)):
         place, old = i % len(pattern), tuple(part[i] for part in stored)
-        block = _block(model, pattern[place], layer, fused=True)
+        block = modules.block(model, pattern[place], layer, fused=True)
         x, new = block.cached(x, *rotations[place], old, new, visible[place], slot)
         written.append(new)
     return trunk.norm(x)[:, 0], tuple(written)
@@ -380,7 +353,7 @@ def token_logp(
 
 def scores(model: Model, params: Tree, tokens: Tokens) -> Float[Array, "B T"]:
     """The value head at every token, float32: a reward model's score or a critic's value after that token."""
-    head = nnx.merge(_graphs(model.decoder)[1], params["score"])
+    head = modules.value_head(model, params)
     return head(hidden_states(model, params, tokens))
 
 

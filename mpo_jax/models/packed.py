@@ -29,13 +29,30 @@ def sum_over(function: Callable[[Any], Sums], batch: Any, *, keep: Callable[[Sum
     packed = packed_in(batch)
     if packed is None:
         return function(batch)
-
-    def rows(m: Int[Array, ""]) -> Any:
-        return jax.tree.map(lambda x: x.rows(m) if _is_packed(x) else x, batch, is_leaf=_is_packed)
-
-    each = jax.eval_shape(lambda: function(rows(jnp.asarray(0))))
+    each = jax.eval_shape(lambda: function(_rows(batch, jnp.asarray(0))))
     none = keep(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), each))
-    return jax.lax.fori_loop(0, packed.count, lambda m, sums: jax.tree.map(jnp.add, sums, function(rows(m))), none)
+
+    def add(m: Int[Array, ""], sums: Sums) -> Sums:
+        return jax.tree.map(jnp.add, sums, function(_rows(batch, m)))
+
+    return jax.lax.fori_loop(0, packed.count, add, none)
+
+
+def sum_at_once(function: Callable[[Any], Sums], batch: Any) -> Sums:
+    """`sum_over` for what hardly costs anything, of all micro-batches at the same time; empty ones must add nothing.
+
+    Sums over the mesh's devices are then made once, and not in a loop beside which nothing else may wait for devices:
+    simulated ones have few threads to wait in (`runtime.machine`).
+    """
+    packed = packed_in(batch)
+    if packed is None:
+        return function(batch)
+    parts = jax.vmap(lambda m: function(_rows(batch, m)))(jnp.arange(len(packed.ids)))
+    return jax.tree.map(lambda x: x.sum(0), parts)
+
+
+def _rows(batch: Any, m: Int[Array, ""]) -> Any:
+    return jax.tree.map(lambda x: x.rows(m) if _is_packed(x) else x, batch, is_leaf=_is_packed)
 
 
 def _is_packed(node: Any) -> bool:

@@ -47,7 +47,9 @@ def _bounds(longest: int, padded: int, train: TrainSettings, mesh: Mesh) -> tupl
     """Tokens that keep a device group busy, and the most that it works on at a time.
 
     Small micro-batches leave fewer columns empty. At most there are as many tokens as a padded micro-batch has that is
-    `padded` columns wide, since `train.accumulation` is how a user bounds memory.
+    `padded` columns wide: `train.accumulation` is how a user bounds memory, and what fits one layout fits the other.
+    Divided by it, this size would get smaller with every value, but values for padded rows, which PPO and the presets
+    for small machines need, would leave packed ones too small to keep a device busy.
     """
     groups = num_groups(mesh)
     enough = ENOUGH.get(mesh.devices.flat[0].platform, ENOUGH_ELSEWHERE)

@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from mpo_jax.models import forward
-from mpo_jax.models.packed import packed_in, sum_over
+from mpo_jax.models.packed import packed_in, sum_at_once, sum_over
 from mpo_jax.runtime.sharding import replicated
 from mpo_jax.training.optimizer import state_shardings
 from mpo_jax.types import Mean, Metrics, Params, Skips, TrainState, Tree, merge
@@ -129,7 +129,7 @@ def _gradients(
 
     # counts depend on masks alone, so the compiler drops the forward pass behind them
     if packed:
-        counts = sum_over(count, batch)
+        counts = sum_at_once(count, batch)
     elif accumulation > 1:
         counts = jax.tree.map(lambda x: x.sum(0), jax.vmap(count)(micro_batches(batch, accumulation)))
 

@@ -83,6 +83,9 @@ def test_rollout_matches_the_numpy_reference():
     close(estimated.returns, returns, rtol=1e-4, atol=1e-5)
     assert metrics["response_length/mean"].value == 14 / 4
     assert metrics["response_length/clip_ratio"].value == 0.25 and metrics["val/num_eos_tokens"] == 3
+    # 18 tokens of prompts and 14 of responses, in four rows of 6 + 6 columns
+    assert metrics["tokens"] == 18 + 14
+    assert metrics["perf/padding"].total == 4 * 12 - 32 and metrics["perf/padding"].count == 4 * 12
     close(
         metrics["objective/rlhf_reward"].value,
         metrics["objective/scores"].value + metrics["objective/non_score_reward"].value,

@@ -126,7 +126,15 @@ def same(found: Any, wanted: Any, width: int) -> None:
     cut = dataclasses.replace(cut, rollout=dataclasses.replace(cut.rollout, joined=narrow.rollout.joined))
     trees_close(narrow, cut, rtol=1e-5, atol=1e-5)
     assert metrics.keys() == whole_metrics.keys()
+    few, all_columns = (found["perf/padding"] for found in (metrics, whole_metrics))
+    assert (
+        all_columns.count - few.count
+        == all_columns.total - few.total
+        == whole.rollout.mask.shape[0] * (COLUMNS - width)
+    ), "the columns behind `width` are padding"
     for name, mean in whole_metrics.items():
+        if name == "perf/padding":
+            continue
         values = [m.value if isinstance(m, Mean) else m for m in (metrics[name], mean)]
         chex.assert_trees_all_close(*values, rtol=1e-4, atol=1e-6)
 

@@ -1,9 +1,12 @@
 """An update on packed rows is the update on padded ones: loss, metrics and gradient, on one device and on meshes."""
 
+import dataclasses
+from collections.abc import Iterator
 from functools import cache, partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -12,56 +15,76 @@ from mpo_jax.config.schema import OptimConfig
 from mpo_jax.data.batches import Widths, collate
 from mpo_jax.data.packing import Packing, pack
 from mpo_jax.data.tokens import Example
-from mpo_jax.models import forward
+from mpo_jax.models import forward, packed_attention
 from mpo_jax.models.forward import Model
 from mpo_jax.runtime.sharding import place_batch
 from mpo_jax.stages import dpo, reward, sft
 from mpo_jax.stages.dpo import DpoBatch
 from mpo_jax.stages.preference import PreferenceLoss
 from mpo_jax.training.optimizer import make_optimizer, with_learning_rate
-from mpo_jax.training.update import init_state, jit_update, state_sharding
-from mpo_jax.types import Mean, trainable
+from mpo_jax.training.update import init_state, jit_update, make_update, state_sharding
+from mpo_jax.types import Head, Mean, TrainState, trainable
 from tests.models.tiny import DECODER, FAST, mesh_of, random_params, trees_close
 
 pytestmark = pytest.mark.unoptimised
 
 MODEL = Model(DECODER, logit_chunk=16)
 """A chunk of logits is shorter than the rows, so that some are left out."""
-LENGTHS = [(4, 9, 1), (3, 2, 2), (6, 1, 9), (5, 5, 4), (2, 8, 3), (6, 3, 8), (4, 6, 6), (1, 1, 1)]
+Lengths: TypeAlias = tuple[tuple[int, int, int], ...]
+LENGTHS: Lengths = ((4, 9, 1), (3, 2, 2), (6, 1, 9), (5, 5, 4), (2, 8, 3), (6, 3, 8), (4, 6, 6), (1, 1, 1))
+LONG: Lengths = (
+    (150, 60, 90), (40, 70, 20), (200, 100, 60), (30, 20, 60), (90, 120, 80), (10, 5, 250), (100, 30, 30), (60, 60, 60),
+)  # fmt: skip
+"""In rows of 640 columns, which are five blocks of attention, they begin and end anywhere in a block."""
 LOSS = PreferenceLoss(name="dpo", beta=0.1)
 REF = np.random.default_rng(0).normal(-10, 3, (8, 2)).astype(np.float32)
 
 
-def examples(num_responses: int, *, seed: int = 0) -> list[Example]:
-    draw = np.random.default_rng(seed)
+def examples(num_responses: int, lengths: Lengths) -> list[Example]:
+    draw = np.random.default_rng(0)
     ids = lambda n: draw.integers(0, DECODER.vocab_size, n, np.int32)  # noqa: E731
-    return [Example(ids(p), [ids(n) for n in both[:num_responses]]) for p, *both in LENGTHS]
+    return [Example(ids(p), [ids(n) for n in both[:num_responses]]) for p, *both in lengths]
 
 
-OBJECTIVES: dict[str, tuple[Any, int, Any]] = {
-    "sft": (partial(sft.objective, MODEL), 1, lambda rows: rows),
-    "reward": (partial(reward.objective, MODEL, "last_token"), 2, lambda rows: rows),
-    "dpo_with_nll": (partial(dpo.objective, MODEL, LOSS, 0.3), 2, lambda rows: DpoBatch(rows, REF)),
-}
+OBJECTIVES = ("sft", "reward", "dpo_with_nll")
+
+
+def objective_of(name: str, model: Model = MODEL) -> Any:
+    if name == "sft":
+        return partial(sft.objective, model)
+    return (
+        partial(reward.objective, model, "last_token") if name == "reward" else partial(dpo.objective, model, LOSS, 0.3)
+    )
+
+
+def head_of(name: str) -> Head:
+    return "value" if name == "reward" else "lm"
+
+
+def batch_of(name: str, packing: Packing | None, lengths: Lengths = LENGTHS) -> Any:
+    """The objective's input of eight rows; with fewer lengths, the batch is filled up."""
+    num_responses = 1 if name == "sft" else 2
+    chosen = examples(num_responses, lengths)
+    if packing is None:
+        rows: Any = collate(chosen, Widths.of(chosen), num_responses=num_responses, size=8)
+    else:
+        rows = pack(chosen, packing, num_responses=num_responses, size=8)
+    return DpoBatch(rows, REF) if name == "dpo_with_nll" else rows
 
 
 @cache
-def updated(name: str, packing: Packing | None, shape: tuple[int, int, int] = (1, 1, 1), count: int = 8) -> Any:
-    """Parameters, first moments (the gradient) and metrics of one update; with fewer rows, the batch is filled up."""
-    objective, num_responses, data = OBJECTIVES[name]
-    chosen = examples(num_responses)[:count]
-    if packing is None:
-        rows = collate(chosen, Widths.of(chosen), num_responses=num_responses, size=8)
-    else:
-        rows = pack(chosen, packing, num_responses=num_responses, size=8)
-    head, mesh = "value" if name == "reward" else "lm", mesh_of(*shape)
+def updated(
+    name: str, packing: Packing | None, shape: tuple[int, int, int] = (1, 1, 1), lengths: Lengths = LENGTHS
+) -> Any:
+    """First moments (the gradient) and metrics of one update, and its program."""
+    objective, head, mesh = objective_of(name), head_of(name), mesh_of(*shape)
     optimizer = make_optimizer(OptimConfig(clip_norm=None, beta1=0.0))
     with jax.set_mesh(mesh):
         shapes = forward.abstract_params(DECODER, head=head)
         placed = jax.device_put(random_params(DECODER, head=head), state_sharding(shapes, optimizer, mesh).trainable)
         state = with_learning_rate(init_state(trainable(placed), optimizer, mesh), 0.1)
         step = jit_update(objective, optimizer, shapes, mesh)
-        arguments = state, place_batch(data(rows), mesh)
+        arguments = state, place_batch(batch_of(name, packing, lengths), mesh)
         compiled = step.lower(*arguments).compile(FAST)
         after, metrics = compiled(*arguments)
         assert metrics.pop("skipped").count == 0
@@ -92,7 +115,7 @@ def test_a_packed_update_equals_the_padded_one(name, packing):
 
 @pytest.mark.parametrize("name", ["sft", "dpo_with_nll"])
 def test_padding_rows_count_in_neither(name):
-    equal(updated(name, Packing(2, 40), count=5)[0], updated(name, None, count=5)[0])
+    equal(updated(name, Packing(2, 40), lengths=LENGTHS[:5])[0], updated(name, None, lengths=LENGTHS[:5])[0])
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 2, 4), (2, 2, 2)])
@@ -103,15 +126,60 @@ def test_a_packed_update_on_a_mesh_equals_one_devices(name, shape):
     equal(updated(name, packing, shape)[0], updated(name, None)[0])
 
 
+@pytest.mark.parametrize(("shape", "rows"), [((1, 2, 4), 2), ((2, 2, 2), 4)])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_keys_are_left_out_on_a_mesh_where_no_row_needs_them(name, shape, rows):
+    """Which keys attention leaves out is the same for all rows of a micro-batch, which are on several devices.
+
+    By hand: prompts begin at columns 0 and 360 of the first row, 0 and 300 of the second, 0, 130, 240 and 400 of the
+    third; the fourth is empty.
+    """
+    packing = Packing(rows, 640)
+    packed = batch_of("reward", packing, LONG)
+    assert packed.count == 4 // rows, "two micro-batches, and one with four rows"
+    tokens = jax.tree.map(jnp.asarray, packed).rows(packed.count - 1).tokens
+    each = [packed_attention.layout_of(jax.tree.map(lambda x, r=r: x[r : r + 1], tokens)).first for r in range(rows)]
+    first = packed_attention.layout_of(tokens).first
+    assert first.tolist() == np.min(each, 0).tolist() == ([0, 0, 1, 1, 3] if rows == 2 else [0, 0, 0, 1, 2])
+    assert any(row.tolist() != first.tolist() for row in each)
+    equal(updated(name, packing, shape, LONG)[0], updated(name, packing, lengths=LONG)[0])
+    equal(updated(name, packing, shape, LONG)[0], updated(name, None, lengths=LONG)[0])
+
+
+@pytest.fixture
+def float64(monkeypatch) -> Iterator[Model]:
+    """A model whose arithmetic is float64 everywhere, that of losses, norms and softmax too."""
+    monkeypatch.setattr(jnp, "float32", jnp.float64)
+    with jax.enable_x64(True):
+        yield dataclasses.replace(MODEL, dtype="float64")
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, LONG])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_what_is_left_between_packed_and_padded_is_rounding(name, lengths, float64):
+    """In float64 they differ eight orders of magnitude less than the float32 tests above allow."""
+    packing = Packing(2, 40) if lengths is LENGTHS else Packing(2, 640)
+    optimizer = optax.GradientTransformation(lambda params: params, lambda grads, *_: (grads, grads))
+    update = make_update(objective_of(name, float64), optimizer)
+    params = random_params(DECODER, head=head_of(name))
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(np.float64)}
+    state = TrainState(jnp.zeros((), jnp.int32), params, params)
+    found = [jax.jit(update)(state, batch_of(name, layout, lengths)) for layout in (packing, None)]
+    (packed, metrics), (padded, wanted) = jax.device_get(found)
+    trees_close(packed.opt_state, padded.opt_state, rtol=1e-12, atol=1e-13)
+    for metric in wanted.keys() - {"perf/padding"}:
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12), metrics[metric], wanted[metric])
+
+
 def test_one_program_runs_as_many_micro_batches_as_a_batch_takes():
     """Compiled once; a batch of half the tokens loops half as often, and the share of empty columns says so."""
     (_, metrics), compiled = updated("sft", Packing(1, 24))
     optimizer, mesh = make_optimizer(OptimConfig(clip_norm=None, beta1=0.0)), mesh_of(1, 1, 1)
-    few = pack(examples(1)[:3], Packing(1, 24), num_responses=1, size=8)
+    few = batch_of("sft", Packing(1, 24), LENGTHS[:3])
     with jax.set_mesh(mesh):
         state = with_learning_rate(init_state(trainable(random_params(DECODER)), optimizer, mesh), 0.1)
         _, fewer = compiled(state, place_batch(few, mesh))
-    packed = pack(examples(1), Packing(1, 24), num_responses=1)
+    packed = batch_of("sft", Packing(1, 24))
     assert few.count == 1 + (sum(p + n for p, n, _ in LENGTHS[:3]) > 24) < packed.count < len(packed.ids) == 8
     for one, batch in ((metrics, packed), (fewer, few)):
         real = int((batch.segment > 0).sum())

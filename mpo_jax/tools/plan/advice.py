@@ -1,18 +1,21 @@
 """Suggested changes if a program does not fit, most effective first."""
 
-from mpo_jax.config.schema import Config
-from mpo_jax.tools.plan.measure import Measured
+import math
+
+from mpo_jax.models.packed import packed_in
+from mpo_jax.tools.plan.measure import Measured, Plan
 
 HELD_LARGE = 0.6
 """The share of memory above which stored arrays, not the batch, are the problem."""
 
 
-def advice(config: Config, measured: Measured) -> list[str]:
+def advice(plan: Plan, measured: Measured) -> list[str]:
     """Overrides or other changes, each with its cost."""
-    program, mesh = measured.program, config.mesh
+    config, program = plan.config, measured.program
+    mesh = config.mesh
     changes: list[str] = []
     if program.accumulation is not None:
-        finer = next_accumulation(config, program.stage, program.accumulation)
+        finer = next_accumulation(plan, program.stage, program.accumulation)
         if finer is not None:
             changes.append(f"{program.batch_key}={finer}: the same global batch in smaller parts, exact")
         if config.model.remat != "full":
@@ -38,12 +41,29 @@ def advice(config: Config, measured: Measured) -> list[str]:
     return changes
 
 
-def accumulations(config: Config, stage: str) -> list[int]:
-    """All numbers of micro-batches into which a stage's batch divides on this mesh, ascending."""
-    train = getattr(config, stage).train
-    rows = train.batch_size // (config.ppo.minibatches if stage == "ppo" else 1)
-    return [a for a in range(1, rows + 1) if rows % a == 0 and (rows // a) % config.mesh.batch_shards == 0]
+def accumulations(plan: Plan, stage: str) -> list[int]:
+    """Values of a stage's train.accumulation that its batch divides by on this mesh, ascending, each with smaller
+    micro-batches than the one before.
+
+    Packed micro-batches hold no more tokens than keep a device busy, so that the first few divisors may change nothing.
+    """
+    config = plan.config
+    rows = getattr(config, stage).train.batch_size // (config.ppo.minibatches if stage == "ppo" else 1)
+    divisors = [a for a in range(1, rows + 1) if rows % a == 0 and (rows // a) % config.mesh.batch_shards == 0]
+    if not divisors or _packed_tokens(plan, stage, divisors[0]) is None:
+        return divisors
+    tokens = [_packed_tokens(plan, stage, a) for a in divisors]
+    return [a for a, size, before in zip(divisors, tokens, [None, *tokens[:-1]], strict=True) if size != before]
 
 
-def next_accumulation(config: Config, stage: str, current: int) -> int | None:
-    return next((a for a in accumulations(config, stage) if a > current), None)
+def next_accumulation(plan: Plan, stage: str, current: int) -> int | None:
+    """The first value above the current one with smaller micro-batches than it has; None if there is none."""
+    return next((a for a in accumulations(plan, stage) if a > current), None)
+
+
+def _packed_tokens(plan: Plan, stage: str, accumulation: int) -> int | None:
+    """Columns of a packed micro-batch of the stage's update; None if its rows are padded, or it has none."""
+    changed = plan.changed({stage: {"train": {"accumulation": accumulation}}})
+    update = next((p for p in changed.programs([stage]) if p.accumulation is not None), None)
+    packed = None if update is None else packed_in(update.arguments({}))
+    return None if packed is None else math.prod(packed.ids.shape[1:])

@@ -2,12 +2,10 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 from mpo_jax.config.schema import Config
-from mpo_jax.stages.stage import Program
 from mpo_jax.tools.plan.advice import accumulations
-from mpo_jax.tools.plan.measure import Measured, prepare
+from mpo_jax.tools.plan.measure import Measured, Plan, prepare
 from mpo_jax.tools.plan.targets import Target
 
 REMATS = ("none", "dots", "full")
@@ -59,14 +57,15 @@ def _fewest(
     config: Config, target: Target, remat: str, stage: str, note: Callable[[str], None]
 ) -> tuple[int, float] | None:
     """The smallest number of micro-batches at which a stage's updates fit, and their estimated seconds."""
-    candidates = accumulations(config, stage)
+    plan = prepare(config, target).changed({"model": {"remat": remat}})
+    candidates = accumulations(plan, stage)
     low, high, best = 0, len(candidates) - 1, None
     while low <= high:
         middle = (low + high) // 2
         count = candidates[middle]
-        measured = _updates(config, target, remat, stage, count)
+        measured = _updates(plan, stage, count)
         fits = all(one.fits for one in measured)
-        peak = max(one.peak for one in measured) / 2**30
+        peak = max((one.peak for one in measured), default=0) / 2**30
         note(f"{stage}: remat={remat} accumulation={count}: {peak:.1f} GiB, {'fits' if fits else 'does not fit'}")
         if fits:
             best = count, sum(one.seconds or 0.0 for one in measured)
@@ -76,20 +75,6 @@ def _fewest(
     return best
 
 
-def _updates(config: Config, target: Target, remat: str, stage: str, accumulation: int) -> list[Measured]:
-    plan = prepare(
-        changed(config, {"model": {"remat": remat}, stage: {"train": {"accumulation": accumulation}}}), target
-    )
-    wanted: list[Program] = [p for p in plan.programs([stage]) if p.accumulation is not None]
-    return plan.measure(wanted)
-
-
-def changed(config: Config, changes: dict[str, Any]) -> Config:
-    """The configuration with some values replaced, validated again."""
-
-    def merge(values: Any, update: Any) -> Any:
-        if not isinstance(update, dict):
-            return update
-        return {**values, **{key: merge(values[key], value) for key, value in update.items()}}
-
-    return Config.model_validate(merge(config.model_dump(), changes))
+def _updates(plan: Plan, stage: str, accumulation: int) -> list[Measured]:
+    plan = plan.changed({stage: {"train": {"accumulation": accumulation}}})
+    return plan.measure(p for p in plan.programs([stage]) if p.accumulation is not None)

@@ -99,6 +99,14 @@ class Plan:
             stage, self.config, self.decoder, self.mesh, amounts=amounts, text_rewards=self.text_rewards
         )
 
+    def changed(self, changes: dict[str, Any]) -> "Plan":
+        """The plan with some values of the configuration replaced, but not those of the mesh or the model's sizes.
+
+        Raises:
+          ValidationError: if the values do not go together.
+        """
+        return dataclasses.replace(self, config=Config.model_validate(_merged(self.config.model_dump(), changes)))
+
     @cached_property
     def text_rewards(self) -> TextRewards | None:
         """What scores responses as text; None also where a model is on the hub and not here."""
@@ -132,6 +140,12 @@ class Plan:
             end(one)
             measured.append(one)
         return measured
+
+
+def _merged(values: Any, changes: Any) -> Any:
+    if not isinstance(changes, dict):
+        return changes
+    return {**values, **{key: _merged(values[key], change) for key, change in changes.items()}}
 
 
 def prepare(config: Config, target: Target) -> Plan:

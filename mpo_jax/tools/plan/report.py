@@ -146,7 +146,7 @@ def unfit(measured: Sequence[Measured], plan: Plan) -> list[str]:
             lines.append(
                 f"{one.program.name} does not fit: {gib(one.peak):.3g} GiB of {gib(one.capacity):.3g}. Change one of:"
             )
-            lines.extend(f"  {change}" for change in advice(plan.config, one))
+            lines.extend(f"  {change}" for change in advice(plan, one))
     return lines
 
 
@@ -192,7 +192,7 @@ def _program(one: Measured, plan: Plan) -> dict[str, Any]:
         "peak": one.peak,
         "usable": one.capacity,
         "fits": one.fits,
-        "advice": advice(plan.config, one) if not one.fits else [],
+        "advice": advice(plan, one) if not one.fits else [],
         "compile_s": round(one.compile_s, 2),
         "flops": one.program.work.flops,
         "recomputed_flops": one.program.work.recomputed,

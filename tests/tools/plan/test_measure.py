@@ -161,36 +161,52 @@ def test_time_is_the_longest_part():
 
 
 def test_advice_names_finer_micro_batches_first(programs):
-    config = load_config(MICRO, (FSDP,))
-    (one,) = planned(FSDP, on="cpu:0.0001").measure([programs["sft step"]])
+    small = planned(FSDP, on="cpu:0.0001")
+    (one,) = small.measure([programs["sft step"]])
     assert not one.fits
-    changes = advice.advice(config, one)
+    changes = advice.advice(small, one)
     assert changes[0].startswith("sft.train.accumulation=2")
     assert changes[1].startswith("model.remat=full")
     assert any(change.startswith("model.compute_dtype=bfloat16") for change in advice.advice(
-        load_config(MICRO, (FSDP, "model.compute_dtype=float32")), one
+        planned(FSDP, "model.compute_dtype=float32"), one
     ))  # fmt: skip
 
 
 def test_accumulations_divide_the_batch_over_the_mesh():
-    config = load_config(MICRO, (FSDP, "sft.train.batch_size=96", "ppo.train.batch_size=64", "ppo.minibatches=2"))
-    assert advice.accumulations(config, "sft") == [1, 2, 3, 4, 6, 12]
-    assert advice.accumulations(config, "ppo") == [1, 2, 4]
-    assert advice.next_accumulation(config, "sft", 4) == 6
-    assert advice.next_accumulation(config, "sft", 12) is None
+    plan = planned(FSDP, "sft.train.batch_size=96", "ppo.train.batch_size=64", "ppo.minibatches=2", "text.packed=false")
+    assert advice.accumulations(plan, "sft") == [1, 2, 3, 4, 6, 12]
+    assert advice.accumulations(plan, "ppo") == [1, 2, 4]
+    assert advice.next_accumulation(plan, "sft", 4) == 6
+    assert advice.next_accumulation(plan, "sft", 12) is None
 
 
-def test_fit_takes_the_fewest_micro_batches_that_fit(monkeypatch):
+def test_accumulations_of_packed_rows_make_the_micro_batch_smaller():
+    """By hand: 768 tokens keep a CPU busy, so a micro-batch has 12 rows of 64 columns whenever it may have 12."""
+    plan = planned(*WIDE)
+
+    def shape(accumulation: int) -> tuple[int, ...]:
+        (update, *_) = plan.changed({"sft": {"train": {"accumulation": accumulation}}}).programs(["sft"])
+        return update.arguments({})[1].ids.shape[1:]
+
+    assert [shape(a) for a in (1, 2, 4, 8, 16, 64)] == [(12, 64), (12, 64), (12, 64), (8, 64), (4, 64), (1, 64)]
+    assert advice.accumulations(plan, "sft") == [1, 8, 16, 32, 64]
+    assert advice.next_accumulation(plan, "sft", 1) == advice.next_accumulation(plan, "sft", 4) == 8
+    assert advice.next_accumulation(plan, "sft", 64) is None
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_fit_takes_the_fewest_micro_batches_that_fit(packed, monkeypatch):
     """Against compiling every candidate, with a limit between two of them."""
     monkeypatch.setattr(fit, "STAGES", ("sft",))
     monkeypatch.setattr(fit, "REMATS", ("dots",))
-    config = load_config(MICRO, WIDE)
+    config = load_config(MICRO, (*WIDE, f"text.packed={str(packed).lower()}"))
     unlimited = targets.parse("cpu", cpu_devices=1)
-    candidates = [a for a in advice.accumulations(config, "sft") if a <= 4]
+    plan = measure.prepare(config, unlimited).changed({"model": {"remat": "dots"}})
+    candidates = advice.accumulations(plan, "sft")[:3]
     monkeypatch.setattr(fit, "accumulations", lambda *_: candidates)
-    peaks = [fit._updates(config, unlimited, "dots", "sft", a)[0].peak for a in candidates]
-    assert candidates == [1, 2, 4] and np.all(np.diff(peaks) < 0)
-    for limit, expected in [(peaks[0], 1), (peaks[0] - 1, 2), (peaks[2] - 1, None)]:
+    peaks = [fit._updates(plan, "sft", a)[0].peak for a in candidates]
+    assert candidates == ([1, 8, 16] if packed else [1, 2, 4]) and np.all(np.diff(peaks) < 0)
+    for limit, expected in [(peaks[0], 1), (peaks[0] - 1, candidates[1]), (peaks[2] - 1, None)]:
         notes: list[str] = []
         (choice,) = fit.search(config, unlimited.model_copy(update={"capacity": float(limit)}), note=notes.append)
         assert choice.accumulation == ({} if expected is None else {"sft": expected})
