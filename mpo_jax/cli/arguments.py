@@ -1,12 +1,12 @@
 """Arguments that several commands share."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mpo_jax.config.load import load_config
-from mpo_jax.config.schema import Config
+if TYPE_CHECKING:
+    from mpo_jax.config.schema import Config
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="overrides, or more YAML files")]
@@ -20,6 +20,8 @@ ComparedOn = Annotated[
 ]
 
 
-def read_config(config: Path | None, overrides: list[str] | None) -> Config:
+def read_config(config: Path | None, overrides: list[str] | None) -> "Config":
     """The configuration that a command line names."""
+    from mpo_jax.config.load import load_config
+
     return load_config(config, tuple(overrides or ()))

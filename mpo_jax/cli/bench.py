@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mpo_jax.config.load import load_config
 from mpo_jax.errors import UserError
 from mpo_jax.runtime.console import console
 
@@ -30,6 +29,7 @@ def bench(
     profile: Annotated[Path | None, typer.Option(metavar="DIR", help="a trace of one step of each workload")] = None,
 ) -> None:
     """Time the stages' own functions on this machine: tokens/s, FLOP/s, MFU, memory."""
+    from mpo_jax.config.load import load_config
     from mpo_jax.runtime.files import write_json
     from mpo_jax.tools.bench import speed
     from mpo_jax.tools.bench.measure import DEFINITIONS

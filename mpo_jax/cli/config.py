@@ -8,8 +8,6 @@ from typing import Annotated
 import typer
 
 from mpo_jax.cli.arguments import Overrides, read_config
-from mpo_jax.config import keys
-from mpo_jax.config.load import to_yaml
 from mpo_jax.errors import UserError
 
 
@@ -23,6 +21,9 @@ def show_config(
     ] = False,
 ) -> None:
     """Print the resolved configuration, or with --keys what each key means."""
+    from mpo_jax.config import keys
+    from mpo_jax.config.load import to_yaml
+
     if show_keys:
         if overrides:
             raise UserError(f"mpo config --keys takes one section or key, not {overrides[0]!r} after it")

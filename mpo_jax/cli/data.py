@@ -7,10 +7,10 @@ from rich.table import Table
 from rich.text import Text
 
 from mpo_jax.cli.arguments import ConfigPath, Overrides, read_config
-from mpo_jax.config.schema import TextConfig
 from mpo_jax.runtime.console import console
 
 if TYPE_CHECKING:
+    from mpo_jax.config.schema import TextConfig
     from mpo_jax.data.corpus import Corpus
     from mpo_jax.data.text import TextCodec
     from mpo_jax.data.token_lists import Ids
@@ -55,7 +55,7 @@ def _sources(corpus: "Corpus") -> Table:
     return table
 
 
-def _lengths(limits: TextConfig, reports: "dict[str, TokenReport]") -> Table:
+def _lengths(limits: "TextConfig", reports: "dict[str, TokenReport]") -> Table:
     table = Table(title=f"Tokens before cutting to {limits.max_prompt_tokens} + {limits.max_response_tokens}")
     table.add_column("set")
     for column in ("rows", "prompt p50/p90/p99/max", "cut", "response p50/p90/p99/max", "cut"):

@@ -8,11 +8,11 @@ import typer
 
 from mpo_jax.cli.arguments import ConfigPath, Overrides, read_config
 from mpo_jax.cli.exits import DOES_NOT_FIT
-from mpo_jax.config.schema import Config
 from mpo_jax.errors import UserError
 from mpo_jax.runtime.console import console
 
 if TYPE_CHECKING:
+    from mpo_jax.config.schema import Config
     from mpo_jax.stages.stage import Program
     from mpo_jax.tools.plan.measure import Measured
     from mpo_jax.tools.plan.targets import Target
@@ -50,7 +50,7 @@ def plan(
         raise typer.Exit(DOES_NOT_FIT)
 
 
-def _measure(config: Config, target: "Target", stages: tuple[str, ...], json: Path | None, fetch: bool) -> bool:
+def _measure(config: "Config", target: "Target", stages: tuple[str, ...], json: Path | None, fetch: bool) -> bool:
     """Prints the tables; whether every program fits."""
     from mpo_jax.runtime.files import write_json
     from mpo_jax.tools.plan import host, hours, measure, report
@@ -82,7 +82,7 @@ def _measure(config: Config, target: "Target", stages: tuple[str, ...], json: Pa
     return all(one.fits for one in measured)
 
 
-def _fit(config: Config, target: "Target") -> bool:
+def _fit(config: "Config", target: "Target") -> bool:
     """Prints the settings that fit, the fastest first; whether any do."""
     from mpo_jax.tools.plan import fit
 

@@ -27,21 +27,15 @@ def score(
     opened = open_model(model, tuple(overrides or ()))
     found = score_rows(opened, data, batch_size=batch_size, max_rows=max_rows)
     write_lines(out, found.lines())
-    num_rows = len(found.values_BN)
+    num_rows, what = len(found.values_BN), "row" if found.prompt_tokens_B is None else "response"
     for n, side in enumerate(found.sides):
         total, tokens = found.values_BN[:, n].sum(), found.tokens_BN[:, n].sum()
         shown = f"mean {found.name}{side} {total / num_rows:.4f}"
         per_token = f", NLL per token {-total / tokens:.4f}" if found.name == "logp" else ""
-        console.print(f"{shown}{per_token}, {tokens / num_rows:.1f} tokens a response", soft_wrap=True)
+        console.print(f"{shown}{per_token}, {tokens / num_rows:.1f} tokens a {what}", soft_wrap=True)
     if len(found.sides) == 2:
         share = (found.values_BN[:, 0] > found.values_BN[:, 1]).mean()
         console.print(f"chosen above rejected in {share:.1%} of {num_rows} rows")
-    limits, report = opened.config.text, found.report
-    if report.truncated_prompts or report.truncated_responses:
-        console.print(
-            f"[yellow]cut to fit: {report.truncated_prompts} prompts (text.max_prompt_tokens="
-            f"{limits.max_prompt_tokens}), {report.truncated_responses} responses (text.max_response_tokens="
-            f"{limits.max_response_tokens})[/yellow]",
-            soft_wrap=True,
-        )
+    if found.cut is not None:
+        console.print(f"[yellow]{found.cut}[/yellow]", soft_wrap=True)
     console.print(f"wrote {out}", soft_wrap=True)

@@ -1,13 +1,13 @@
 """`mpo sft`, `reward`, `select`, `dpo`, `ppo` and `evaluate`: the method up to one stage."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from mpo_jax.cli.arguments import ConfigPath, Overrides
-from mpo_jax.config.load import load_config
-from mpo_jax.config.schema import TRAINED, Config
+from mpo_jax.config.registry import TRAINED
 from mpo_jax.runtime.console import console
 
 STAGES = {
@@ -32,7 +32,7 @@ def register(app: typer.Typer) -> None:
 
 def _stage_command(name: str) -> Callable[..., None]:
     def command(config: ConfigPath, overrides: Overrides = None) -> None:
-        _run(load_config(config, tuple(overrides or ())), name)
+        _run(config, tuple(overrides or ()), name)
 
     return command
 
@@ -46,14 +46,16 @@ def _training_command(name: str) -> Callable[..., None]:
         ] = None,
     ) -> None:
         given = [*(overrides or ()), *([] if log_every is None else [f"train.log_every={log_every}"])]
-        _run(load_config(config, tuple(given), stage=name), name)  # type: ignore[arg-type]
+        _run(config, tuple(given), name)
 
     return command
 
 
-def _run(config: Config, stage: str) -> None:
+def _run(path: Path, overrides: tuple[str, ...], stage: str) -> None:
+    from mpo_jax.config.load import load_config
     from mpo_jax.tools import runs
 
+    config = load_config(path, overrides, stage=stage if stage in TRAINED else None)
     runs.start(config)
     for name, artifact in runs.run_until(config, stage):  # type: ignore[arg-type]
         console.print(f"{name}: {artifact.path}", soft_wrap=True)

@@ -5,13 +5,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mpo_jax.cli.arguments import ConfigPath, Overrides
-from mpo_jax.config.load import load_config
-from mpo_jax.config.schema import Config
 from mpo_jax.runtime.console import console
 from mpo_jax.runtime.progress import Expected, duration
 from mpo_jax.runtime.words import counted, size
 
 if TYPE_CHECKING:
+    from mpo_jax.config.schema import Config
     from mpo_jax.pipeline.disk import DiskUse
     from mpo_jax.pipeline.table import TableStage
 
@@ -30,12 +29,14 @@ def table(
 
     seeds=0,1,2 and experiment=NAME,NAME stand for table.seeds and table.experiment.
     """
+    from mpo_jax.config.load import load_config
+
     given = [*(overrides or ()), *([] if seeds is None else [f"seeds={seeds}"])]
     whole = tuple(f"table.{word}" if word.startswith(("seeds=", "experiment=")) else word for word in given)
     (_dry_run if dry else _make)(load_config(config, whole))
 
 
-def _make(config: Config) -> None:
+def _make(config: "Config") -> None:
     from mpo_jax.tools import runs
     from mpo_jax.tools.report import terminal
     from mpo_jax.tools.seed_table import SeedTable
@@ -71,7 +72,7 @@ def _print_left_out(name: str, reason: str) -> None:
     console.print(f"{name} is left out: {reason}", soft_wrap=True, markup=False)
 
 
-def _dry_run(config: Config) -> None:
+def _dry_run(config: "Config") -> None:
     """Prints the graph of stages, what is there, how long the rest will take, and the disk space of all."""
     from mpo_jax.pipeline.basis import Basis
     from mpo_jax.pipeline.disk import disk_use
@@ -104,7 +105,7 @@ def _dry_run(config: Config) -> None:
     _print_disk(config, stages, disk_use(config, stages, read))
 
 
-def _print_disk(config: Config, stages: "list[TableStage]", use: "DiskUse") -> None:
+def _print_disk(config: "Config", stages: "list[TableStage]", use: "DiskUse") -> None:
     from mpo_jax.runtime import machine
 
     kinds = {stage.kind: use.sizes[stage.name] for stage in reversed(stages) if not stage.is_there}

@@ -48,8 +48,8 @@ class RewardConfig(Section, frozen=True):
     )
     path: str | None = Field(
         default=None,
-        description="finished reward model to use, given as in model.path; with another tokenizer than the policy's "
-        "it reads the responses as text; null: train one",
+        description="finished reward model to use, given as in model.path; one with another tokenizer or chat "
+        "template than the policy's reads the responses as text; null: train one",
     )
     function: str | None = Field(
         default=None,

@@ -18,6 +18,9 @@ ROW_FORMATS = {
 }
 """What `data.kind` may be besides the embedded toy world: a module each, with `FORMAT` (see mpo_jax.data.records)."""
 
+TRAINED = ("sft", "reward", "dpo", "ppo")
+"""The stages with a section `train`."""
+
 Subset = Literal["all", "easy", "hard"]
 """Which pairs of a selection a step learns from."""
 

@@ -20,8 +20,9 @@ from mpo_jax.config.method import (
     TableConfig,
 )
 from mpo_jax.config.model import AdapterConfig, ArchitectureConfig, ModelConfig
+from mpo_jax.config.registry import TRAINED
 from mpo_jax.config.suggestion import suggest
-from mpo_jax.config.training import EVAL, HIGHER_IS_BETTER, LOWER_IS_BETTER, MEASURES, TRAINED, OptimConfig, TrainConfig
+from mpo_jax.config.training import EVAL, HIGHER_IS_BETTER, LOWER_IS_BETTER, MEASURES, OptimConfig, TrainConfig
 
 __all__ = [
     "EVAL",

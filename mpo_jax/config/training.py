@@ -6,10 +6,6 @@ from pydantic import Field, model_validator
 
 from mpo_jax.config.base import Section
 
-TRAINED = ("sft", "reward", "dpo", "ppo")
-"""The stages with a section `train`."""
-
-
 EVAL = "eval/"
 """Prefix of metrics on held-out rows; the rest of the name is the training metric's own."""
 

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from mpo_jax.data.sources import fingerprint_files
-from mpo_jax.models.hf import peft
+from mpo_jax.models.hf import peft_config
 from mpo_jax.models.hf.ends import end_ids, read_end_ids
 from mpo_jax.models.hf.hub import is_wanted, local_model
 from mpo_jax.models.hf.tokenizer import load_tokenizer
@@ -24,8 +24,8 @@ def fingerprint_model(path: str, cache: Path | None = None) -> str:
         return fingerprint_files([local], cache)
     files = sorted(file for file in local.iterdir() if file.is_file() and is_wanted(file))
     content = [[file.name, fingerprint_files([file], cache)] for file in files]
-    if peft.is_adapter(local):
-        content.append(["base", fingerprint_model(peft.read_settings(local).base, cache)])
+    if peft_config.is_adapter(local):
+        content.append(["base", fingerprint_model(str(peft_config.base_of(local)), cache)])
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
@@ -36,7 +36,7 @@ def fingerprint_base(path: str, cache: Path | None = None) -> str:
       cache: as for `fingerprint_model`.
     """
     whole, local = fingerprint_model(path, cache), local_model(path)
-    described = peft.described_by(local)
+    described = peft_config.described_by(local)
     if described.is_file() or not read_end_ids(described):
         return whole
     ends = end_ids(load_tokenizer(local))

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -141,23 +142,37 @@ class Chat:
         cut = rest.find(eos, end) if eos else -1
         return rest[:cut] if cut >= 0 else rest[:end] or reply
 
-    def conversation(self, messages: Sequence[Message], reply: str) -> str:
-        """All turns and the reply as one whole conversation, as a classifier reads it.
+    @cached_property
+    def continues_prompts(self) -> bool:
+        """Whether a whole conversation is what a policy reads and learns to write: prompt, response, EOS, and no more.
+
+        Found on a conversation of one turn.
+        """
+        turns, eos = [Message(role="user", content="?")], str(self.tokenizer.eos_token or "")
+        try:
+            written = self.prompt(turns) + self.response(turns, MARK) + eos
+            return bool(eos) and self._with_reply(turns, MARK) == written
+        except UserError:
+            return False
+
+    def conversation(self, messages: Sequence[Message], reply: str) -> tuple[str, str, str]:
+        """A whole conversation, as a classifier reads it: what stands before the reply, the reply, and what follows it.
 
         Raises:
           SystemRefused, UserError: as `prompt`.
         """
-        return self._with_reply(self._accepted(messages), reply)
+        turns = self._accepted(messages)
+        whole = self._with_reply(turns, reply)
+        header, footer = self._around_reply(turns)
+        if len(whole) < len(header) + len(footer) or not (whole.startswith(header) and whole.endswith(footer)):
+            # a template can look at the reply, for thoughts in it: the text is its work, and nobody knows whose
+            return whole, "", ""
+        return header, whole[len(header) : len(whole) - len(footer)], footer
 
     def _behind_prompt(self, turns: Sequence[Message], prompt: str, reply: str) -> str:
         """The reply as it has to follow a prompt that is no beginning of the whole conversation."""
-        marked = self._with_reply(turns, MARK)
-        header, found, footer = marked.partition(MARK)
-        if not found:
-            raise UserError(
-                f"{self.name} leaves out the reply of a conversation: name another one as text.chat_template"
-            )
-        if self._with_reply(turns, f" {MARK} ") == marked:
+        header, footer = self._around_reply(turns)
+        if self._with_reply(turns, f" {MARK} ") == header + MARK + footer:
             reply = reply.strip()
         asked = self._render(turns, add_generation_prompt=False)
         tail = _beyond(prompt[_common(prompt, asked) :], header)
@@ -177,6 +192,15 @@ class Chat:
         eos = str(self.tokenizer.eos_token or "")
         cut = footer.find(eos) if eos else -1
         return reply + footer[:cut] if cut >= 0 else reply
+
+    def _around_reply(self, turns: Sequence[Message]) -> tuple[str, str]:
+        """What a whole conversation has before and after its last reply."""
+        header, found, footer = self._with_reply(turns, MARK).partition(MARK)
+        if not found:
+            raise UserError(
+                f"{self.name} leaves out the reply of a conversation: name another one as text.chat_template"
+            )
+        return header, footer
 
     def _accepted(self, messages: Sequence[Message]) -> Sequence[Message]:
         """The turns, with those of the system folded into the user's where the template refuses them."""

@@ -1,5 +1,6 @@
-"""Text to the ids of a reward model that has a tokenizer of its own."""
+"""Text to the ids of a reward model that reads text in its own way, by its own tokenizer and chat template."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
@@ -7,11 +8,15 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from mpo_jax.config.schema import TextConfig
 from mpo_jax.data.chat import Chat
 from mpo_jax.data.text import CHUNK_TEXTS
 from mpo_jax.data.text_rows import TextRow
 from mpo_jax.data.tokens import Example
 from mpo_jax.errors import UserError
+
+LENGTH_FACTOR = 2
+"""How many more tokens than a policy's limits a text may have in a reward model's."""
 
 
 class RewardCodec:
@@ -19,7 +24,8 @@ class RewardCodec:
 
     A conversation is rendered whole by the tokenizer's own chat template. A plain prompt and its response are tokenized
     as one text with the special tokens that the tokenizer adds; a complete response ends with its EOS, if it has one.
-    The score is the logit at the row's last token.
+    One that was cut at its limit ends where it was cut, without what the template or the tokenizer writes at an end.
+    Special tokens that a response spells out stay text. The score is the logit at the row's last token.
 
     Args:
       max_tokens: length of a row. Longer ones lose the start of their prompt, after a BOS.
@@ -36,6 +42,11 @@ class RewardCodec:
         name: str = "the reward model",
     ):
         self.tokenizer, self.max_tokens, self.name, self._template = tokenizer, max_tokens, name, template
+
+    @staticmethod
+    def row_limit(positions: int, text: TextConfig) -> int:
+        """Length of a row: twice the limits of a policy, as tokens differ, if a model of so many positions has room."""
+        return min(positions, LENGTH_FACTOR * (text.max_prompt_tokens + text.max_response_tokens))
 
     @cached_property
     def vocab_size(self) -> int:
@@ -70,27 +81,62 @@ class RewardCodec:
         chats = [isinstance(row.prompt, tuple) for row in rows]
         for chat in (False, True):
             places = [place for place, is_chat in enumerate(chats) if is_chat == chat]
-            if not places:
-                continue
-            options: dict[str, Any] = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
-            texts = [self._text(rows[place]) for place in places]
+            texts = [self._parts(rows[place]) for place in places]
+            spelling = [i for i, (_, response, _) in enumerate(texts) if self._spells_special(response)]
             # a chat template writes the special tokens itself
-            for place, ids in zip(
-                places, self.tokenizer(texts, add_special_tokens=not chat, **options).input_ids, strict=True
-            ):
-                found[place] = list(ids) if chat else self._ended(list(ids), rows[place].complete)
+            whole = self._encode(["".join(parts) for parts in texts], add_special_tokens=not chat)
+            for i in spelling:
+                whole[i] = self._encode_apart(texts[i], chat=chat)
+            for place, ids in zip(places, whole, strict=True):
+                found[place] = ids if chat else self._ended(ids, rows[place].complete)
         return found
 
-    def _text(self, row: TextRow) -> str:
+    def _parts(self, row: TextRow) -> tuple[str, str, str]:
+        """The text of a row: before the response, the response, and after it."""
         if isinstance(row.prompt, str):
-            return self._template(row.prompt) + row.response
-        return self._chat.conversation(row.prompt, row.response)
+            return self._template(row.prompt), row.response, ""
+        header, reply, footer = self._chat.conversation(row.prompt, row.response)
+        # what follows would say that the reply had ended there
+        return header, reply, footer if row.complete else ""
+
+    def _spells_special(self, response: str) -> bool:
+        return any(token in response for token in self._special_tokens)
+
+    @cached_property
+    def _special_tokens(self) -> tuple[str, ...]:
+        added = self.tokenizer.added_tokens_decoder.values()
+        return tuple({*self.tokenizer.all_special_tokens, *(str(token) for token in added if token.special)} - {""})
+
+    def _encode_apart(self, parts: tuple[str, str, str], *, chat: bool) -> list[int]:
+        """Ids of a row whose response spells out special tokens: there they stay text, and end nothing."""
+        header, response, footer = parts
+        if not (chat or self._spells_special(header)):
+            return self._encode([header + response], add_special_tokens=True, split_special_tokens=True)[0]
+        before, after = self._encode([header, footer], add_special_tokens=False)
+        (inside,) = self._encode([response], add_special_tokens=False, split_special_tokens=True)
+        return [*([] if chat else self._start), *before, *inside, *after]
+
+    @cached_property
+    def _start(self) -> list[int]:
+        """What the tokenizer puts before a text."""
+        return list(itertools.takewhile(lambda i: i == self.tokenizer.bos_token_id, self.tokenizer("a").input_ids))
+
+    def _encode(self, texts: Sequence[str], **options: Any) -> list[list[int]]:
+        if not texts:
+            return []
+        options |= {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+        return [list(ids) for ids in self.tokenizer(list(texts), **options).input_ids]
 
     def _ended(self, ids: list[int], complete: bool) -> list[int]:
+        """A plain row with one BOS at most, and with an EOS if and only if its response is complete."""
+        bos: Any = self.tokenizer.bos_token_id
+        if bos is not None:
+            written = next((i for i, token in enumerate(ids) if token != bos), len(ids))
+            ids = ids[max(written - 1, 0) :]
         eos: Any = self.tokenizer.eos_token_id
-        if eos is None or (complete and ids[-1:] == [eos]):
+        if eos is None or (ids[-1:] == [eos]) == complete:
             return ids
-        return [*ids, int(eos)] if complete else ids
+        return [*ids, int(eos)] if complete else ids[:-1]
 
     def _fitted(self, ids: list[int]) -> list[int]:
         if len(ids) <= self.max_tokens:

@@ -19,7 +19,7 @@ from mpo_jax.models import adapter, forward, quantised
 from mpo_jax.models.adapter import Adapter
 from mpo_jax.models.decoder import FLOAT32
 from mpo_jax.models.forward import Model
-from mpo_jax.models.hf import ends, families, found, peft, weights
+from mpo_jax.models.hf import ends, families, found, peft, peft_config, weights
 from mpo_jax.models.hf.hub import local_model
 from mpo_jax.models.spec import DecoderConfig, LayerSpec
 from mpo_jax.runtime import machine
@@ -40,6 +40,8 @@ class Source:
 
     decoder: DecoderConfig
     tensors: weights.Tensors
+    scored_at_end: bool = False
+    """Of a reward model, whether its score belongs to the end token of the response; see `found.READOUT`."""
 
     @property
     def head(self) -> Head:
@@ -57,8 +59,8 @@ class Source:
         if num_ids <= rows:
             return self
         more = _whole_rows(num_ids)
-        decoder = dataclasses.replace(self.decoder, vocab_size=more)
-        return Source(decoder, found.Grown(self.tensors, more, num_ids, rows, self.decoder.family))
+        grown = found.Grown(self.tensors, more, num_ids, rows, self.decoder.family)
+        return dataclasses.replace(self, decoder=dataclasses.replace(self.decoder, vocab_size=more), tensors=grown)
 
     def say_notes(self) -> None:
         """Prints what is done to the tensors beyond reading them."""
@@ -80,16 +82,16 @@ def open_model(path: str | Path, *, label: str | None = None) -> Source:
         from mpo_jax.models.gguf import weights as gguf_weights
 
         return Source(gguf_weights.read_config(local), gguf_weights.GgufTensors(local))
-    if peft.is_adapter(local):
-        settings = peft.read_settings(local)
-        base = open_model(settings.base, label=label)
-        adapted = peft.AdaptedTensors(local, settings, base.tensors, base.decoder)
+    if peft_config.is_adapter(local):
+        base = open_model(below := peft_config.base_of(local), label=label)
+        adapted = peft.AdaptedTensors(local, peft_config.read_settings(local), base.tensors, base.decoder)
         if not adapted.replaces(found.SCORE):
-            return Source(base.decoder, adapted)
-        labels = local_model(settings.base)
-        return Source(base.decoder, found.as_found(adapted, labels, base.decoder.family, tied=False, label=label))
+            return dataclasses.replace(base, tensors=adapted)
+        tensors = found.as_found(adapted, below, base.decoder.family, tied=False, label=label)
+        return Source(base.decoder, tensors, found.is_scored_at_end(local))
     decoder, tensors = families.read_config(local), weights.SafetensorsFolder(local)
-    return Source(decoder, found.as_found(tensors, local, decoder.family, tied=decoder.tie_embeddings, label=label))
+    tensors = found.as_found(tensors, local, decoder.family, tied=decoder.tie_embeddings, label=label)
+    return Source(decoder, tensors, found.is_scored_at_end(local))
 
 
 @dataclass(frozen=True)
@@ -259,7 +261,7 @@ def make_adapter(config: AdapterConfig, decoder: DecoderConfig) -> Adapter:
       UserError: if the model has no such kernels, or adapters of them alone cannot be written for PEFT.
     """
     adapted = Adapter.of(config, decoder)
-    peft.check_targets(adapted, decoder)
+    peft_config.check_targets(adapted, decoder)
     return adapted
 
 
@@ -381,17 +383,20 @@ def save(
     *,
     dtype: str = "float32",
     base: str | None = None,
+    scored_at_end: bool = False,
 ) -> None:
     """Writes a Hugging Face folder: config.json, safetensors files and the tokenizer's files. Adapters are folded in.
 
     Args:
       base: what adapters change; they are then also written by themselves, in a PEFT folder beside this one.
+      scored_at_end: as for `Source`.
     """
     if model.adapter is not None and base is not None:
         peft.save_weights(folder.parent / ADAPTER, params["trainable"], model.decoder)
     tree = whole(model, params)
     weights.save_params(folder, tree, model.decoder, dtype=dtype)
-    save_description(folder, model, tokenizer, head="value" if "score" in tree else "lm", dtype=dtype, base=base)
+    head: Head = "value" if "score" in tree else "lm"
+    save_description(folder, model, tokenizer, head=head, dtype=dtype, base=base, scored_at_end=scored_at_end)
 
 
 def save_description(
@@ -402,11 +407,12 @@ def save_description(
     head: Head = "lm",
     dtype: str = "float32",
     base: str | None = None,
+    scored_at_end: bool = False,
 ) -> None:
     """All of a model's folder but the weights, so that `mpo export` can read the checkpoints of unfinished training.
 
     Args:
-      base: as for `save`.
+      base, scored_at_end: as for `save`.
     """
     if jax.process_index() != 0:
         return
@@ -416,5 +422,8 @@ def save_description(
     if len(several := ends.end_ids(tokenizer)) > 1:
         ends.write_end_ids(folder, list(several), bos_id=ids["bos_id"], pad_id=ids["pad_id"])
     if model.adapter is not None and base is not None:
-        peft.save_settings(folder.parent / ADAPTER, model.adapter, model.decoder, base=base, head=head)
+        peft_config.save_settings(folder.parent / ADAPTER, model.adapter, model.decoder, base=base, head=head)
         tokenizer.save_pretrained(folder.parent / ADAPTER)
+    for written in (folder, folder.parent / ADAPTER) if scored_at_end else ():
+        if written.is_dir():
+            found.write_readout(written)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from mpo_jax.config.schema import Config
+from mpo_jax.config.schema import Config, RewardConfig
 from mpo_jax.data.corpus import base_tokenizer, check_first_rows
 from mpo_jax.data.text import TextCodec
 from mpo_jax.data.text_rows import TextRow
@@ -93,6 +93,7 @@ def check_reward(config: Config, codec: TextCodec, row: TextRow | None) -> None:
     Raises:
       UserError: if it cannot score the policy's responses.
     """
+    _say_unused(config.reward)
     rows = [] if row is None else [row]
     if config.reward.path is not None:
         own = reward.check_finished(config.reward.path, codec, config.reward.label)
@@ -102,6 +103,18 @@ def check_reward(config: Config, codec: TextCodec, row: TextRow | None) -> None:
         function = load_function(config.reward.function)
         if rows:
             function(rows)
+
+
+def _say_unused(given: RewardConfig) -> None:
+    """Names settings of the reward model that differ from the defaults, and that nothing reads."""
+    source = None if given.trains else "reward.path" if given.path is not None else "reward.function"
+    # the batch size counts for a reward that is not trained here, too
+    train = given.train.model_copy(update={"batch_size": RewardConfig().train.batch_size})
+    given = given.model_copy(update={"train": train})
+    names = (["label"] if given.path is None else []) + ([] if source is None else ["init", "loss", "train"])
+    if unused := [f"reward.{name}" for name in names if getattr(given, name) != getattr(RewardConfig(), name)]:
+        why = "without reward.path" if source is None else f"since {source} is given"
+        console.print(f"[yellow]{', '.join(unused)}: no effect {why}[/yellow]", soft_wrap=True)
 
 
 def check_missing(

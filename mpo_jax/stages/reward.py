@@ -186,13 +186,14 @@ def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -
     elif (path := context.inputs.reward_model) is not None:
         scorer = _finished(path, settings, context, codec)
         summary["path"] = path
-        tokenizer = codec.tokenizer if isinstance(scorer, SharedTokens) else scorer.codec.tokenizer
-        loading.save(folder, scorer.model, scorer.params, tokenizer, dtype=settings.save_dtype)
+        shared = isinstance(scorer, SharedTokens)
+        tokenizer = codec.tokenizer if shared else scorer.codec.tokenizer
+        loading.save(folder, scorer.model, scorer.params, tokenizer, dtype=settings.save_dtype, scored_at_end=shared)
     else:
         assert settings.training is not None
         base = _base(settings.training, parents["sft"], context)
         model, params, trained = _train(settings, settings.training, parents["sft"], context, codec)
-        loading.save(folder, model, params, codec.tokenizer, dtype=settings.save_dtype, base=base)
+        loading.save(folder, model, params, codec.tokenizer, dtype=settings.save_dtype, base=base, scored_at_end=True)
         scorer, of = SharedTokens(context, model, params, settings.text, str(folder)), trained_model(params)
         summary |= trained
     return summary | _measure(settings, context, scorer, codec, of)
@@ -218,7 +219,7 @@ def _train(
         )
     loading.save_description(
         context.folder / "model", model, codec.tokenizer, head="value", dtype=settings.save_dtype,
-        base=_base(training, sft, context),
+        base=_base(training, sft, context), scored_at_end=True,
     )  # fmt: skip
     rows = [(row.prompt, (row.chosen, row.rejected)) for row in corpus.reward_pairs]
     examples, report = context.tokenize(codec, rows)
@@ -274,7 +275,7 @@ def check_finished(path: str, codec: TextCodec, label: str | None = None) -> Rew
         )
     with loading.naming("reward.path", path):
         theirs = load_tokenizer(local_model(path))
-        own = own_codec(theirs, source.decoder, codec, f"reward.path={path}")
+        own = own_codec(theirs, source, codec, f"reward.path={path}")
         if own is None:
             loading.check_source(source, codec.vocab_size, codec.config, head="value")
         else:

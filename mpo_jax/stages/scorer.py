@@ -1,4 +1,4 @@
-"""What gives responses their scores: a reward model with the policy's tokenizer or its own, or a Python function.
+"""What gives responses their scores: a reward model of the policy's tokens or its own, or a Python function.
 
 The first reads the ids that the policy wrote. The other two read text: ids are decoded by the policy's tokenizer, and
 a score depends on its own prompt and response alone.
@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mpo_jax.config.schema import TextConfig
 from mpo_jax.data.batches import Widths, collate
+from mpo_jax.data.chat import Chat
 from mpo_jax.data.reward_codec import RewardCodec
 from mpo_jax.data.text import TextCodec
 from mpo_jax.data.text_rows import TextReader
@@ -27,7 +28,6 @@ from mpo_jax.evaluation.reward_function import RewardFunction
 from mpo_jax.models import forward, loading
 from mpo_jax.models.forward import Model
 from mpo_jax.models.hf.tokenizer import load_tokenizer
-from mpo_jax.models.spec import DecoderConfig
 from mpo_jax.runtime.console import console
 from mpo_jax.runtime.offload import to_devices
 from mpo_jax.runtime.sharding import batch_sharding, place_batch
@@ -36,9 +36,6 @@ from mpo_jax.stages.settings import Numerics
 from mpo_jax.stages.shapes import MULTIPLE
 from mpo_jax.stages.widths import few_widths
 from mpo_jax.types import Artifact, Mean, Metrics, Params, PromptBatch
-
-LENGTH_FACTOR = 2
-"""How many more tokens than the policy's limits a text may have for a reward model with a tokenizer of its own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,24 +271,33 @@ def open_model(
 
 
 def own_codec(
-    tokenizer: PreTrainedTokenizerBase, decoder: DecoderConfig, policy: TextCodec, name: str
+    tokenizer: PreTrainedTokenizerBase, source: loading.Source, policy: TextCodec, name: str
 ) -> RewardCodec | None:
-    """How texts of a policy become a reward model's rows; None if its tokenizer gives every token the policy's id.
+    """How texts of a policy become a reward model's rows; None if the policy's ids are its row.
+
+    They are if its tokenizer gives every token the same id, and it was trained here or a conversation means the same
+    ids to both chat templates: then its score belongs to the policy's end token.
 
     Args:
-      tokenizer, decoder: the reward model's.
+      tokenizer, source: the reward model's.
       name: what the user calls it, for messages.
     """
-    if tokenizer.get_vocab() == policy.tokenizer.get_vocab():
+    if tokenizer.get_vocab() == policy.tokenizer.get_vocab() and (
+        source.scored_at_end or _same_conversations(tokenizer, policy)
+    ):
         return None
-    return RewardCodec(tokenizer, row_limit(decoder, policy.config), template=policy.templated, name=name)
+    limit = RewardCodec.row_limit(source.decoder.max_positions, policy.config)
+    return RewardCodec(tokenizer, limit, template=policy.templated, name=name)
+
+
+def _same_conversations(tokenizer: PreTrainedTokenizerBase, policy: TextCodec) -> bool:
+    """Whether a reward model's chat template makes of a conversation what a policy reads and writes."""
+    theirs, own = tokenizer.chat_template, policy.tokenizer.chat_template
+    if not theirs or not own:
+        # without one, there are no conversations, or the policy's is the only template
+        return True
+    return theirs == own and not policy.config.template_options and Chat(tokenizer).continues_prompts
 
 
 def _own_codec_of(reward: Artifact, codec: TextCodec) -> RewardCodec | None:
-    decoder = loading.open_model(reward.model).decoder
-    return own_codec(load_tokenizer(reward.model), decoder, codec, str(reward.model))
-
-
-def row_limit(decoder: DecoderConfig, text: TextConfig) -> int:
-    """Length of a row in a reward model's own tokens: twice the policy's limits, as tokens differ, if it has room."""
-    return min(decoder.max_positions, LENGTH_FACTOR * (text.max_prompt_tokens + text.max_response_tokens))
+    return own_codec(load_tokenizer(reward.model), loading.open_model(reward.model), codec, str(reward.model))

@@ -14,7 +14,8 @@ from mpo_jax.data.text import TextCodec
 from mpo_jax.errors import UserError
 from mpo_jax.models import forward, loading
 from mpo_jax.models.forward import Model
-from mpo_jax.models.hf import families, peft, weights
+from mpo_jax.models.hf import families, peft, peft_config, weights
+from mpo_jax.models.hf.found import is_scored_at_end
 from mpo_jax.models.hf.hub import on_this_machine
 from mpo_jax.models.hf.tokenizer import load_tokenizer
 from mpo_jax.models.spec import DecoderConfig
@@ -22,7 +23,7 @@ from mpo_jax.runtime import machine
 from mpo_jax.runtime.processes import agree, is_main, wait
 from mpo_jax.runtime.sharding import make_mesh
 from mpo_jax.tools.opening import find_model
-from mpo_jax.tools.report.card import ADAPTER, write_card
+from mpo_jax.tools.report.card import ADAPTER, trained_config, write_card
 from mpo_jax.training.checkpoints import Checkpoints
 from mpo_jax.types import Head, Tree, frozen
 
@@ -84,7 +85,9 @@ def export(
             found, mesh, dtype, critic=critic, num_ids=num_ids, label=config.reward.label
         )
         partial = _begin(target)
-        loading.save(partial, Model(decoder), frozen(tree), tokenizer, dtype=written_as)
+        loading.save(
+            partial, Model(decoder), frozen(tree), tokenizer, dtype=written_as, scored_at_end=is_scored_at_end(found)
+        )
     kind = "reward model" if "score" in tree else "language model"
     written = _finish(partial, target, found, path, kind=kind, dtype=written_as)
     return Exported(where, decoder.family, kind, written_as, written)
@@ -114,10 +117,10 @@ def _finish(
 
 def _export_adapter(path: str, found: Path, target: Path, config: Config) -> Exported:
     """Writes a PEFT folder: that of a finished stage, or the newest checkpoint's adapters."""
-    folder = found if peft.is_adapter(found) else found.parent / loading.ADAPTER
-    if not (folder / peft.CONFIG).is_file():
+    folder = found if peft_config.is_adapter(found) else found.parent / loading.ADAPTER
+    if not (folder / peft_config.CONFIG).is_file():
         raise UserError(f"{path} has no adapters: it was trained whole (model.adapter), so export it without --adapter")
-    settings, partial, where = peft.read_settings(folder), _begin(target), str(folder)
+    settings, partial, where = peft_config.read_settings(folder), _begin(target), str(folder)
     if folder == found:
         source = loading.open_model(found)
         head, decoder = source.head, source.decoder
@@ -128,7 +131,7 @@ def _export_adapter(path: str, found: Path, target: Path, config: Config) -> Exp
     base = settings.base if local is None else str(local.resolve())
     if is_main():
         shutil.copytree(folder, partial)
-        peft.rename_base(partial, base)
+        peft_config.rename_base(partial, base)
     wait(f"process 0 copies {folder}")
     if not (folder / peft.WEIGHTS).is_file():
         mesh = make_mesh(config.mesh)
@@ -157,7 +160,7 @@ def _read(
     checkpoints = found.parent / "checkpoints"
     if checkpoints.is_dir() and not any(found.glob("*.safetensors")):
         decoder = families.read_config(found)
-        if (found.parent / loading.ADAPTER / peft.CONFIG).is_file():
+        if (found.parent / loading.ADAPTER / peft_config.CONFIG).is_file():
             return _folded(found, decoder, mesh, dtype or "float32", critic=critic, num_ids=num_ids)
         shapes = forward.abstract_params(decoder, head=families.read_head(found))
         manager = Checkpoints(checkpoints, keep=1)
@@ -180,11 +183,14 @@ def _folded(
         raise UserError(
             f"{found.parent}: the critic of an unfinished stage with adapters cannot be exported: finish it"
         )
-    settings, head = peft.read_settings(found.parent / loading.ADAPTER), families.read_head(found)
+    settings, head = peft_config.read_settings(found.parent / loading.ADAPTER), families.read_head(found)
     model = Model(decoder, dtype=dtype, adapter=settings.adapter(decoder))
     step, trained = _newest_adapters(found, model, head, mesh)
-    base = loading.open_model(settings.base).fitting(num_ids)
-    tree = weights.load_params(base.tensors, decoder, mesh, head=base.head, dtype=dtype)
+    base = loading.open_model(peft_config.base_of(found.parent / loading.ADAPTER)).fitting(num_ids)
+    trained_as = trained_config(found)
+    # adapters belong to the very weights that they were trained on, rounded as these were
+    quantise = trained_as is not None and trained_as.model.frozen_dtype == "int8"
+    tree = weights.load_params(base.tensors, decoder, mesh, head=base.head, dtype=dtype, quantise=quantise)
     rest = {name: tree[name] for name in forward.abstract_split(model, head=head)["frozen"]}
     whole = loading.whole(model, {"trainable": trained, "frozen": rest})
     return decoder, whole, f"step {step} of the unfinished {found.parent.name}", dtype

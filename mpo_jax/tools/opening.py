@@ -12,6 +12,7 @@ from mpo_jax.config.schema import Config, TextConfig
 from mpo_jax.data import hh
 from mpo_jax.data.chat import Chat, read_template
 from mpo_jax.data.records import Renderer, user_turn
+from mpo_jax.data.reward_codec import RewardCodec
 from mpo_jax.data.text import TextCodec
 from mpo_jax.errors import UserError
 from mpo_jax.models import loading
@@ -65,6 +66,17 @@ class OpenModel:
     def chat(self) -> bool:
         """Whether prompts are turns of a chat: as in training; of a model from elsewhere, if it has a chat template."""
         return self.config.text.chat if self.knows("chat") else bool(self.codec.tokenizer.chat_template)
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether it is a reward model that reads each row as one text: one from elsewhere (`Source.scored_at_end`)."""
+        return self.source.head == "value" and not self.source.scored_at_end
+
+    @property
+    def reward_codec(self) -> RewardCodec:
+        """How texts become rows of a reward model that `reads_text`, as in a run with it as reward.path."""
+        limit = RewardCodec.row_limit(self.source.decoder.max_positions, self.config.text)
+        return RewardCodec(self.codec.tokenizer, limit, template=self.codec.templated, name=str(self.path))
 
     @property
     def renderer(self) -> Renderer:

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from mpo_jax.config.schema import TextConfig
 from mpo_jax.data import hh, records
+from mpo_jax.data.batches import Progress
+from mpo_jax.data.chat import Message
 from mpo_jax.data.sources import Row, Source, open_source
+from mpo_jax.data.text_rows import TextRow
 from mpo_jax.data.tokens import Example, TokenReport, tokenize
 from mpo_jax.errors import UserError
 from mpo_jax.evaluation.answers import SHOWN
@@ -29,27 +33,27 @@ class Scored:
       name: logp, the summed log-probability in nats with EOS, or score, a reward model's raw score.
       sides: the suffixes of the fields: _chosen and _rejected, or none.
       values_BN: [rows, responses].
-      tokens_BN: [rows, responses], EOS included.
-      prompt_tokens_B: [rows].
-      report: what was cut to fit.
+      tokens_BN: [rows, responses], tokens of each response, EOS included; where the model reads a row as one text, of
+        prompt and response together.
+      prompt_tokens_B: [rows]; None where the model reads a row as one text.
+      cut: what was cut to fit, as one sentence; None if nothing was.
     """
 
     name: str
     sides: tuple[str, ...]
     values_BN: np.ndarray
     tokens_BN: np.ndarray
-    prompt_tokens_B: np.ndarray
-    report: TokenReport
+    prompt_tokens_B: np.ndarray | None
+    cut: str | None
 
     def lines(self) -> list[dict[str, Any]]:
-        """A row as JSON has it: its values, then tokens of each response and of the prompt."""
-        lines = []
-        columns = self.values_BN.tolist(), self.tokens_BN.tolist(), self.prompt_tokens_B.tolist()
-        for values, tokens, prompt in zip(*columns, strict=True):
-            line = {f"{self.name}{side}": value for side, value in zip(self.sides, values, strict=True)}
-            line |= {f"tokens{side}": count for side, count in zip(self.sides, tokens, strict=True)}
-            lines.append({**line, "tokens_prompt": prompt})
-        return lines
+        """A row as JSON has it: its values, then tokens of each response and, if known, of the prompt."""
+        columns = {f"{self.name}{side}": self.values_BN[:, n] for n, side in enumerate(self.sides)}
+        columns |= {f"tokens{side}": self.tokens_BN[:, n] for n, side in enumerate(self.sides)}
+        if self.prompt_tokens_B is not None:
+            columns["tokens_prompt"] = self.prompt_tokens_B
+        rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+        return [dict(zip(columns, row, strict=True)) for row in rows]
 
 
 def score(opened: OpenModel, data: str, *, batch_size: int, max_rows: int | None = None) -> Scored:
@@ -57,6 +61,9 @@ def score(opened: OpenModel, data: str, *, batch_size: int, max_rows: int | None
 
     Prompts are put into the template and chat of the model's training, except for rows with a field `shown`, such as
     an evaluation's samples: that is the prompt as the policy saw it.
+
+    A reward model that a run reads as text (`scorer.OwnTokens`), in whatever run, is read so here too: a row is the
+    whole conversation by its own chat template, and `shown` is left aside.
 
     Args:
       max_rows: the first rows only.
@@ -66,19 +73,67 @@ def score(opened: OpenModel, data: str, *, batch_size: int, max_rows: int | None
     """
     check_batch(batch_size, opened.mesh, "--batch-size")
     source = open_source(data)
-    if any(row.get(SHOWN) is not None for _, row in source.rows(1)):
+    shown = any(row.get(SHOWN) is not None for _, row in source.rows(1))
+    if opened.reads_text:
+        return _score_texts(opened, source, batch_size, max_rows, shown=shown)
+    if shown:
         opened, source = opened.for_rendered_prompts(), _Shown(source)
     sides, rows = _read(opened, source, max_rows)
-    if not rows:
-        raise UserError(f"{data} holds no rows")
     examples, report = tokenize(opened.codec, rows, cache=opened.config.runtime.token_cache_folder)
+    with _shown_progress(len(examples)) as progress:
+        values = values_of(opened, examples, batch_size=batch_size, progress=progress)
     return Scored(
         "score" if opened.source.head == "value" else "logp",
         sides,
-        _values(opened, examples, batch_size),
+        values,
         np.asarray([[len(ids) for ids in example.responses] for example in examples]),
         np.asarray([len(example.prompt) for example in examples]),
-        report,
+        _what_was_cut(report, opened.config.text),
+    )
+
+
+def _score_texts(opened: OpenModel, source: Source, batch_size: int, max_rows: int | None, *, shown: bool) -> Scored:
+    """`score` by a reward model that reads each row as one text."""
+    if shown and any(row.get(SHOWN) == row.get("prompt") for _, row in source.rows()):
+        raise UserError(
+            f"{source.name}: its prompts are as the policy's chat template has written them, but {opened.path} reads "
+            "conversations by its own: give rows whose prompts are lists of turns"
+        )
+    conversations: dict[str, tuple[Message, ...]] = {}
+    # each row gets a score, so a system turn that the template refuses is no reason to drop it
+    sides, rows = _read(opened.with_text(fold_system=True), source, max_rows, conversations)
+    texts = [
+        TextRow.of(prompt, response, complete=True, conversations=conversations)
+        for prompt, responses in rows
+        for response in responses
+    ]
+    with _shown_progress(len(texts)) as progress:
+        values, tokens, cut = score_texts(opened, texts, batch_size=batch_size * len(sides), progress=progress)
+    shape = len(rows), len(sides)
+    said = f"{cut} of {len(texts)} texts lose the start of their prompt, to fit the model" if cut else None
+    return Scored("score", sides, values.reshape(shape), tokens.reshape(shape), None, said)
+
+
+def score_texts(
+    opened: OpenModel, rows: Sequence[TextRow], *, batch_size: int, progress: Progress
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """[rows] float32 raw scores by a reward model that reads text, [rows] tokens, and how many rows were cut.
+
+    Raises:
+      UserError: if a row cannot be read, or a score is not finite.
+    """
+    codec = opened.reward_codec
+    examples, cut = codec.examples(rows)
+    values = values_of(opened, examples, batch_size=batch_size, progress=progress)
+    return values[:, 0], np.asarray([len(example.prompt) + 1 for example in examples]), cut
+
+
+def _what_was_cut(report: TokenReport, limits: TextConfig) -> str | None:
+    if not (report.truncated_prompts or report.truncated_responses):
+        return None
+    return (
+        f"cut to fit: {report.truncated_prompts} prompts (text.max_prompt_tokens={limits.max_prompt_tokens}), "
+        f"{report.truncated_responses} responses (text.max_response_tokens={limits.max_response_tokens})"
     )
 
 
@@ -101,13 +156,20 @@ class _Shown:
 
 
 def _read(
-    opened: OpenModel, source: Source, max_rows: int | None
+    opened: OpenModel,
+    source: Source,
+    max_rows: int | None,
+    conversations: dict[str, tuple[Message, ...]] | None = None,
 ) -> tuple[tuple[str, ...], list[tuple[str, tuple[str, ...]]]]:
-    """The suffixes of the fields, and (prompt, responses) of every row."""
+    """The suffixes of the fields, and (prompt, responses) of every row.
+
+    Args:
+      conversations: as for `Renderer`.
+    """
     first = next((row for _, row in source.rows(1)), {})
     pairs = "chosen" in first
     dialogues = pairs and "prompt" not in first and isinstance(first["chosen"], str)
-    render = opened.renderer
+    render = dataclasses.replace(opened.renderer, conversations=conversations)
     if dialogues:
         render = dataclasses.replace(render, turns=hh.dialogue_turns)
     options: Any = {"strict": False, "max_rows": max_rows, "render": render}
@@ -121,16 +183,27 @@ def _read(
     if report.dropped:
         reasons = ", ".join(f"{count} rows: {reason}" for reason, count in report.dropped.items())
         raise UserError(f"{source.name}: some rows cannot be scored, so lines would not match rows ({reasons})")
+    if not rows:
+        raise UserError(f"{source.name} holds no rows")
     return ("_chosen", "_rejected") if pairs else ("",), rows
 
 
-def _values(opened: OpenModel, examples: list[Example], batch_size: int) -> np.ndarray:
-    """[rows, responses] log-probabilities or scores."""
+def values_of(opened: OpenModel, examples: Sequence[Example], *, batch_size: int, progress: Progress) -> np.ndarray:
+    """[rows, responses] float32 log-probabilities in nats, or raw scores.
+
+    Raises:
+      UserError: if one is not finite.
+    """
     config, mesh, head = opened.config, opened.mesh, opened.source.head
     with jax.set_mesh(mesh):
         model, params = opened.load(head)
-        with contextlib.closing(Tracker(None, "score", len(examples), tensorboard=False)) as tracker:
-            return score_examples(
-                model, params, examples, head=head, batch_size=batch_size, length_buckets=config.text.length_buckets,
-                mesh=mesh, name=str(opened.path), progress=partial(tracker.update, log=True),
-            )  # fmt: skip
+        return score_examples(
+            model, params, examples, head=head, batch_size=batch_size, length_buckets=config.text.length_buckets,
+            mesh=mesh, name=str(opened.path), progress=progress,
+        )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _shown_progress(total: int) -> Iterator[Progress]:
+    with contextlib.closing(Tracker(None, "score", total, tensorboard=False)) as tracker:
+        yield partial(tracker.update, log=True)

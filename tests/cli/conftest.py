@@ -34,7 +34,10 @@ def write_model(folder: Path, decoder: DecoderConfig, *, head: Head = "lm", chat
     tokenizer = toy.make_tokenizer()
     tokenizer.chat_template = CHAT if chat else None
     with jax.default_device(jax.devices()[0]):
-        loading.save(folder, Model(decoder), trainable(random_params(decoder, seed, head=head)), tokenizer)
+        loading.save(
+            folder, Model(decoder), trainable(random_params(decoder, seed, head=head)), tokenizer,
+            scored_at_end=head == "value",
+        )  # fmt: skip
     return folder
 
 
@@ -61,3 +64,11 @@ def chat_model(tmp_path_factory, decoder) -> Path:
 @pytest.fixture(scope="session")
 def reward_model(tmp_path_factory, decoder) -> Path:
     return write_model(tmp_path_factory.mktemp("rm") / "model", decoder, head="value", seed=1)
+
+
+@pytest.fixture(scope="session")
+def foreign_reward_model(reward_model, tmp_path_factory) -> Path:
+    """The same weights with nothing that says where training had put the score."""
+    folder = Path(shutil.copytree(reward_model, tmp_path_factory.mktemp("foreign") / "model"))
+    (folder / "readout.json").unlink()
+    return folder

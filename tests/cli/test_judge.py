@@ -219,7 +219,9 @@ def test_sides_that_a_model_answers(judge, language_model, tmp_path, capsys):
     assert [(row["prompt"], row["response"]) for row in kept] == [(row["prompt"], row["a"]) for row in rows]
 
 
-def test_a_reward_model_as_judge(judge, sides, reward_model, tmp_path, capsys):
+@pytest.mark.parametrize("name", ["reward_model", "foreign_reward_model"])
+def test_a_reward_model_as_judge(judge, sides, request, name, tmp_path, capsys):
+    reward_model = request.getfixturevalue(name)
     rows = list(zip(PROMPTS, CHOSEN, REJECTED, strict=True))
     for path, column in zip(sides, (1, 2), strict=True):
         Path(path).write_text("".join(json.dumps({"prompt": r[0], "response": r[column]}) + "\n" for r in rows))

@@ -71,6 +71,27 @@ def test_pairs(request, pairs, tmp_path, capsys, name):
     assert "of 5 rows" in shown and ("NLL per token" in shown) == (field == "logp")
 
 
+def test_a_classifier_from_elsewhere_reads_a_row_as_one_text(reward_model, foreign_reward_model, pairs, tmp_path):
+    """Of plain rows, whose texts tokenize alike in one piece, the same scores; prompts of other chats are set aside."""
+    samples = tmp_path / "samples.jsonl"
+    samples.write_text(
+        "".join(
+            json.dumps({"prompt": p, "shown": f"{p}!", "response": c}) + "\n"
+            for p, c in zip(PROMPTS, CHOSEN, strict=True)
+        )
+    )
+    for model, data, out in (
+        (reward_model, pairs, "a"), (foreign_reward_model, pairs, "b"), (foreign_reward_model, samples, "c")
+    ):  # fmt: skip
+        assert mpo("score", str(model), str(data), "--out", str(tmp_path / out), *NO_CACHE) == 0
+    own, text, alone = (lines(tmp_path / name) for name in "abc")
+    for side in ("chosen", "rejected"):
+        np.testing.assert_allclose([r[f"score_{side}"] for r in text], [r[f"score_{side}"] for r in own], rtol=2e-5)
+        whole = [r["tokens_prompt"] + r[f"tokens_{side}"] for r in own]
+        assert [r[f"tokens_{side}"] for r in text] == whole and "tokens_prompt" not in text[0]
+    np.testing.assert_allclose([r["score"] for r in alone], [r["score_chosen"] for r in text], rtol=2e-5)
+
+
 @pytest.mark.parametrize("field", ["completion", "response"])
 def test_completions_give_the_same_numbers_as_pairs(language_model, pairs, tmp_path, field):
     single = tmp_path / "single.jsonl"

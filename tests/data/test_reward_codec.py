@@ -67,12 +67,41 @@ def test_plain_text_has_the_special_tokens_of_the_tokenizer_and_an_end():
     for tokenizer in (characters(), characters(bos=False), characters(eos=True)):
         plain = tokenizer("ab c").input_ids
         ended = plain if plain[-1] == 1 else [*plain, 1]
-        assert ids(RewardCodec(tokenizer, 100), whole, cut) == [ended, plain]
+        # a tokenizer that ends every text ends one that was cut, too: then the model would take it for complete
+        assert ids(RewardCodec(tokenizer, 100), whole, cut) == [ended, ended[:-1]]
     template = RewardCodec(characters(), 100, template="Q{}A".format)
     assert ids(template, cut) == [characters()("QabA c").input_ids]
     no_eos = characters(bos=False)
     no_eos.eos_token = None
     assert ids(RewardCodec(no_eos, 100), whole) == [no_eos("ab c").input_ids]
+
+
+def test_a_cut_reply_of_a_conversation_ends_where_it_was_cut():
+    """Its whole form, up to the reply; a reply that the template strips, or that is empty, too."""
+    tokenizer = characters(chat=True)
+    tokenizer.chat_template = TEMPLATE.replace("m['content'] }}", "m['content'] | trim }}")
+    for reply in ("yes", " y ", ""):
+        row = TextRow((USER,), reply, True)
+        whole, cut = ids(RewardCodec(tokenizer, 100), row, TextRow((USER,), reply, False))
+        turns = [USER, {"role": "assistant", "content": reply}]
+        assert whole == tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
+        assert cut == whole[:-1] and whole[-1] == 1
+
+
+def test_special_tokens_in_a_response_stay_text_and_one_bos_is_enough():
+    """In a prompt a template may write them; a "</s>" in a response must not end it."""
+    tokenizer = characters(chat=True)
+    spelled = tokenizer("a</s>b", add_special_tokens=False, split_special_tokens=True).input_ids
+    assert 1 not in spelled and len(spelled) == 6
+    plain, chat = TextRow("x", "a</s>b", True), TextRow((USER,), "a</s>b", True)
+    codec = RewardCodec(tokenizer, 100)
+    assert ids(codec, plain) == [[*tokenizer("x").input_ids, *spelled, 1]]
+    assert ids(codec, TextRow("x</s>", "a</s>b", False)) == [[0, *tokenizer("x").input_ids[1:], 1, *spelled]]
+    turns = [USER, {"role": "assistant", "content": "@"}]
+    around = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
+    place = around.index(tokenizer.convert_tokens_to_ids("@"))
+    assert ids(codec, chat) == [[*around[:place], *spelled, *around[place + 1 :]]]
+    assert ids(codec, TextRow("<s>x", "y", True)) == ids(codec, TextRow("x", "y", True))
 
 
 def test_a_long_row_loses_the_start_of_its_prompt_behind_bos():

@@ -15,6 +15,7 @@ from mpo_jax.config.schema import AdapterConfig
 from mpo_jax.models import forward, loading
 from mpo_jax.models.forward import Model
 from mpo_jax.models.hf import peft as folders
+from mpo_jax.models.hf import peft_config
 from mpo_jax.models.loading import Options
 from mpo_jax.types import Params, merge
 from tests.models.test_parity import as_tokens, padded_rows
@@ -111,7 +112,7 @@ def test_a_folder_of_ours_is_the_same_model_in_peft(name, tmp_path):
     model, params = loading.adapt(model, params, config, mesh, jax.random.key(0))
     params = {**params, "trainable": moved(params["trainable"])}
     assert model.adapter is not None
-    folders.save_settings(tmp_path, model.adapter, model.decoder, base=str(RECORDED / base), head=head)
+    peft_config.save_settings(tmp_path, model.adapter, model.decoder, base=str(RECORDED / base), head=head)
     folders.save_weights(tmp_path, params["trainable"], model.decoder)
     whole = theirs(RECORDED / base, head=head)
     ids, mask, position = padded_rows()

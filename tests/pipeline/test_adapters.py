@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from mpo_jax.models import loading
-from mpo_jax.models.hf import peft
+from mpo_jax.models.hf import peft, peft_config
 from mpo_jax.models.loading import Options
 from mpo_jax.runtime.preemption import stopping_at
 from mpo_jax.types import merge
@@ -71,7 +71,7 @@ def test_checkpoints_hold_the_adapters_alone_and_the_recipe_names_what_they_adap
 @pytest.mark.parametrize("role", ADAPTED)
 def test_the_adapter_beside_a_model_makes_that_model(finished, role):
     folder, base = (manifest_folder(finished, "mpo", name) for name in (role, ADAPTED[role]))
-    settings = peft.read_settings(folder / loading.ADAPTER)
+    settings = peft_config.read_settings(folder / loading.ADAPTER)
     assert Path(settings.base).resolve() == (base / "model").resolve()
     whole, read = (model_of(folder / name, role) for name in ("model", loading.ADAPTER))
     for kernel, array in whole["layers"]["mlp"].items():
@@ -113,6 +113,38 @@ def test_a_stop_changes_no_bit(finished, tmp_path, stage, role):
         assert (done / name).read_bytes() == (whole / name).read_bytes()
 
 
+def test_an_unfinished_stage_is_exported_on_the_weights_that_it_was_trained_on(finished, tmp_path):
+    """With int8, that is the rounded base, as in the finished model."""
+    workdir, int8 = Path(shutil.copytree(finished, tmp_path / "w", symlinks=True)), "model.frozen_dtype=int8"
+    before = {path.name for path in (workdir / "stages").iterdir()}
+    last = len(lines(manifest_folder(finished, "mpo", "1-dpo")))
+    assert run(workdir, "select", int8) == 0
+    with stopping_at(last):
+        assert run(workdir, "dpo", int8) == 143
+    (partial,) = (workdir / "stages").glob(".dpo-*.partial")
+    assert mpo("export", partial, tmp_path / "folded", "--merge") == 0
+    assert run(workdir, "dpo", int8) == 0
+    (done,) = (path for path in (workdir / "stages").glob("dpo-*") if path.name not in before)
+    whole, folded = (
+        model_of(folder, "1-dpo")["layers"]["mlp"]["up"] for folder in (done / "model", tmp_path / "folded")
+    )
+    exact = model_of(done / loading.ADAPTER, "1-dpo")["layers"]["mlp"]["up"]
+    np.testing.assert_allclose(folded, whole, rtol=0, atol=1e-6)
+    assert np.abs(exact - whole).max() > 1e-4, "the rounding of int8"
+
+
+def test_an_adapter_whose_base_is_gone_can_be_exported_alone(finished, tmp_path):
+    workdir = Path(shutil.copytree(finished, tmp_path / "w", symlinks=True))
+    shutil.rmtree(workdir / "stages" / manifest_folder(finished, "mpo", "1-dpo").name / "model")
+    ppo = workdir / "stages" / manifest_folder(finished, "mpo", "2-ppo").name
+    settings = json.loads((ppo / loading.ADAPTER / peft_config.CONFIG).read_text())
+    gone = str(workdir / "gone")
+    (ppo / loading.ADAPTER / peft_config.CONFIG).write_text(json.dumps(settings | {"base_model_name_or_path": gone}))
+    assert mpo("export", ppo, tmp_path / "adapter", "--adapter") == 0
+    written = (tmp_path / "adapter" / peft.WEIGHTS).read_bytes()
+    assert written == (ppo / loading.ADAPTER / peft.WEIGHTS).read_bytes()
+
+
 def test_export_of_a_finished_stage(finished, tmp_path, capsys):
     run_folder = finished / "runs" / "mpo" / "2-ppo"
     assert mpo("export", run_folder, tmp_path / "adapter", "--adapter") == 0
@@ -123,7 +155,7 @@ def test_export_of_a_finished_stage(finished, tmp_path, capsys):
     assert "library_name: peft" in card and "A PEFT adapter of a language model in float32: the final policy" in card
     # the adapter is the last stage's alone, and names the model before it wherever it is used
     base = str((finished / "runs" / "mpo" / "1-dpo" / "model").resolve())
-    assert json.loads((tmp_path / "adapter" / peft.CONFIG).read_text())["base_model_name_or_path"] == base
+    assert json.loads((tmp_path / "adapter" / peft_config.CONFIG).read_text())["base_model_name_or_path"] == base
     assert f"## Base model\n\n`{base}`. The adapter is what the last stage" in card and " DIR --adapter\n" in card
     assert f"it changes {base}, and is of use on that model alone" in " ".join(capsys.readouterr().out.split())
     card = (tmp_path / "merged" / "README.md").read_text()
@@ -132,7 +164,7 @@ def test_export_of_a_finished_stage(finished, tmp_path, capsys):
     assert mpo("export", tmp_path / "adapter", tmp_path / "again", "--adapter") == 0
     assert (tmp_path / "again" / peft.WEIGHTS).read_bytes() == written
     assert " DIR --adapter\n" in (tmp_path / "again" / "README.md").read_text()
-    settings = tmp_path / "again" / peft.CONFIG
+    settings = tmp_path / "again" / peft_config.CONFIG
     settings.write_text(settings.read_text().replace(base, "elsewhere/than/here"))
     assert mpo("generate", tmp_path / "again", "hello") == 2
     message = f"{settings}: base_model_name_or_path=elsewhere/than/here: no such folder or file, and no hub id"
@@ -160,10 +192,10 @@ def test_a_peft_folder_is_a_base_model(finished, tmp_path):
     assert mpo("sft", MICRO, *settings, f"workdir={tmp_path / 'one'}") == 0
     (sft,) = tmp_path.glob("one/stages/sft-*")
     # SFT of a base model trains an adapter of its own
-    assert peft.read_settings(sft / loading.ADAPTER).base == str(adapter)
-    written = json.loads((adapter / peft.CONFIG).read_text())
+    assert peft_config.read_settings(sft / loading.ADAPTER).base == str(adapter)
+    written = json.loads((adapter / peft_config.CONFIG).read_text())
     other = shutil.copytree(written["base_model_name_or_path"], tmp_path / "other")
     (other / "generation_config.json").write_text('{"temperature": 0.5}')
-    (adapter / peft.CONFIG).write_text(json.dumps(written | {"base_model_name_or_path": str(other)}))
+    (adapter / peft_config.CONFIG).write_text(json.dumps(written | {"base_model_name_or_path": str(other)}))
     assert mpo("sft", MICRO, *settings, f"workdir={tmp_path / 'two'}") == 0
     assert next(tmp_path.glob("two/stages/sft-*")).name != sft.name

@@ -20,13 +20,15 @@ from mpo_jax.config.load import load_config
 from mpo_jax.data.pair_table import PairTable
 from mpo_jax.errors import PassPreempted
 from mpo_jax.evaluation import reward_function
-from mpo_jax.models import loading
+from mpo_jax.evaluation.calibration import read_gaps
+from mpo_jax.models import forward, loading
 from mpo_jax.models.forward import Model
+from mpo_jax.models.hf import weights
 from mpo_jax.models.hf.tokenizer import load_tokenizer
 from mpo_jax.runtime.passes import Pass
 from mpo_jax.stages.context import Context
-from mpo_jax.types import trainable
-from tests.models.tiny import random_params
+from mpo_jax.types import Tokens, trainable
+from tests.models.tiny import mesh_of, random_params
 from tests.pipeline.test_pipeline import MICRO, manifest, manifest_folder, mpo
 from tests.reward_models import with_other_ids
 
@@ -195,8 +197,70 @@ def test_its_artifact_has_its_tokens_and_the_critic_the_policy_s(inputs, shared,
     assert before["critic/explained_variance"] != 0
 
 
+def check_scoring(inputs: Path, workdir: Path, model: Path) -> np.ndarray:
+    """`mpo score` by the run's reward model and by the model itself gives the run's held-out gaps, which it returns."""
+    stage = next((workdir / "stages").glob("reward-*"))
+    gaps, _ = read_gaps(stage) or (np.zeros(0), None)
+    assert len(gaps) == 20 and np.std(gaps) > 0.1
+    for number, path in enumerate((stage, model)):
+        out = workdir / f"scores-{number}.jsonl"
+        assert mpo("score", str(path), f"{inputs}/test.jsonl", "--out", str(out), "--batch-size", "8") == 0
+        rows = [json.loads(line) for line in out.read_text().splitlines()]
+        found = np.asarray([row["score_chosen"] - row["score_rejected"] for row in rows])
+        np.testing.assert_allclose(found, gaps, rtol=1e-5, atol=1e-5)
+    return gaps
+
+
+def in_transformers(model: Path, inputs: Path) -> np.ndarray:
+    """The gaps of the test rows, each whole conversation by itself, as transformers tokenizes it, at its last token."""
+    tokenizer, source = load_tokenizer(model), loading.open_model(model)
+    params = weights.load_params(source.tensors, source.decoder, mesh_of(1, 1, 1), head="value", dtype="float32")
+
+    def score(row: dict, side: str) -> float:
+        turns = [*row["prompt"], {"role": "assistant", "content": row[side]}]
+        ids = np.asarray([tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)])
+        ones = np.ones_like(ids)
+        tokens = Tokens(ids, np.arange(ids.shape[1])[None], ones, 0 * ones, ones > 0)
+        return float(forward.scores(Model(source.decoder), params, tokens)[0, -1])
+
+    rows = [json.loads(line) for line in (inputs / "test.jsonl").read_text().splitlines()]
+    return np.asarray([score(row, "chosen") - score(row, "rejected") for row in rows])
+
+
+@pytest.mark.parametrize("given", ["reward", "other"])
+def test_text_that_a_template_writes_after_the_end_token_is_read(tmp_path, capsys, given):
+    """As ChatML's line break: a classifier from elsewhere has its score there, whoever's tokens it has."""
+    inputs = make_inputs(tmp_path, chat=True)
+    for name in ("policy", "reward", "other"):
+        (inputs / name / "chat_template.jinja").write_text(CHAT.replace("{{ eos_token }}", "{{ eos_token + ' w29' }}"))
+    assert mpo("reward", *settings(inputs, tmp_path / "runs", f"reward.path={inputs}/{given}")) == 0
+    gaps = check_scoring(inputs, tmp_path / "runs", inputs / given)
+    np.testing.assert_allclose(gaps, in_transformers(inputs / given, inputs), rtol=1e-4, atol=1e-4)
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    rows.write_text(json.dumps({"prompt": "<user> w1", "shown": "<user> w1", "response": "w2"}) + "\n")
+    capsys.readouterr()
+    assert mpo("score", str(inputs / given), str(rows), "--out", str(out)) == 2
+    assert "its prompts are as the policy's chat template has written them" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_reward_model_that_was_trained_here_is_read_at_the_end_token(tmp_path):
+    """Whatever its template writes after it: there training had its score. Export and a second run keep that."""
+    inputs = make_inputs(tmp_path, chat=True)
+    (inputs / "policy" / "chat_template.jinja").write_text(CHAT.replace("{{ eos_token }}", "{{ eos_token + ' w29' }}"))
+    assert mpo("reward", *settings(inputs, tmp_path / "runs", "reward.train.epochs=1")) == 0
+    gaps = check_scoring(inputs, tmp_path / "runs", next((tmp_path / "runs" / "stages").glob("reward-*/model")))
+    assert (
+        np.abs(gaps - in_transformers(next((tmp_path / "runs" / "stages").glob("reward-*/model")), inputs)).max() > 0.01
+    )
+    stage = next((tmp_path / "runs" / "stages").glob("reward-*"))
+    assert mpo("export", str(stage), str(tmp_path / "exported")) == 0
+    assert mpo("reward", *settings(inputs, tmp_path / "again", f"reward.path={tmp_path}/exported")) == 0
+    again = check_scoring(inputs, tmp_path / "again", tmp_path / "exported")
+    np.testing.assert_allclose(again, gaps, rtol=1e-6, atol=1e-6)
+
+
 def test_conversations_are_rendered_by_the_reward_model_s_own_template(tmp_path, written):
-    """The same template, so the same rows where the response ends by itself; a function gets the turns."""
+    """The same template, so the same rows, cut responses included; a function gets the turns."""
     inputs = make_inputs(tmp_path, chat=True)
     for given in ("reward", "other"):
         assert mpo("select", *settings(inputs, tmp_path / f"by-{given}", f"reward.path={inputs}/{given}")) == 0
@@ -205,13 +269,16 @@ def test_conversations_are_rendered_by_the_reward_model_s_own_template(tmp_path,
     )
     eos = word_tokenizer(chat=True).eos_token_id
     whole = np.asarray([[ids[-1] == eos for ids in pair] for pair in one.ids])
-    assert whole.sum() > 10 and np.std(one.score[whole]) > 0.1 and "<assistant>" in one.prompt[0]
-    np.testing.assert_allclose(other.score[whole], one.score[whole], rtol=1e-5, atol=1e-5)
+    assert whole.sum() > 10 and (~whole).sum() > 10
+    assert np.std(one.score[whole]) > 0.1 and "<assistant>" in one.prompt[0]
+    np.testing.assert_allclose(other.score, one.score, rtol=1e-5, atol=1e-5)
     summaries = [
         json.loads(next((tmp_path / f"by-{given}" / "stages").glob("reward-*/manifest.json")).read_text())["summary"]
         for given in ("reward", "other")
     ]
     assert summaries[0]["accuracy_by_gap"] == summaries[1]["accuracy_by_gap"]
+    for given in ("reward", "other"):
+        check_scoring(inputs, tmp_path / f"by-{given}", inputs / given)
     module = tmp_path / f"{written.partition(':')[0]}.py"
     body = "[len(p[-1]['content']) - len(r) / 8 for p, r in zip(prompts, responses)]"
     module.write_text(f"def brevity(prompts, responses):\n    return {body}\n")

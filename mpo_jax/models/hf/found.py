@@ -17,6 +17,13 @@ from mpo_jax.models.hf.table import entries
 from mpo_jax.models.hf.weights import WRITTEN, Tensors
 
 SCORE = "score.weight"
+READOUT = "readout.json"
+"""A file beside a reward model that was trained here: its score belongs to the end token of the response.
+
+A classifier from elsewhere is read at the last token of the whole conversation, which its chat template may write after
+the end of the reply.
+"""
+AT_END = {"score": "end of response"}
 VALUE_HEADS = ("v_head.summary.weight", "v_head.weight", "value_head.summary.weight", "value_head.weight")
 """Other names of a reward model's head: TRL's, DeepSpeed-Chat's and OpenRLHF's."""
 
@@ -234,6 +241,29 @@ def as_found(tensors: Tensors, folder: Path, family: str, *, tied: bool, label: 
     if not tensors.names() & {SCORE, *VALUE_HEADS}:
         return tensors
     return Scores(tensors, label, _labels(folder), family)
+
+
+def is_scored_at_end(folder: Path) -> bool:
+    """Whether a folder's reward model has its score at the end token of the response; see `READOUT`.
+
+    Raises:
+      UserError: a broken file, or one that says something else.
+    """
+    file = folder / READOUT
+    if not file.is_file():
+        return False
+    try:
+        said = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: broken JSON: {error}") from error
+    if said != AT_END:
+        raise UserError(f"{file}: {json.dumps(said)} is not known: remove the file to read the score at the last token")
+    return True
+
+
+def write_readout(folder: Path) -> None:
+    """Says that a folder's reward model has its score at the end token of the response."""
+    (folder / READOUT).write_text(json.dumps(AT_END) + "\n", encoding="utf-8")
 
 
 def _ends_of_vocabulary(family: str) -> tuple[str, str]:

@@ -1,15 +1,10 @@
-"""PEFT's adapter folders, in and out: adapter_config.json and adapter_model.safetensors beside a base model.
+"""adapter_model.safetensors of PEFT's adapter folders, in and out; adapter_config.json is peft_config's.
 
 Such a folder is read as a whole model, its base with the adapters folded in, one tensor at a time.
 """
 
-import json
-import math
-import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -18,128 +13,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mpo_jax.errors import UserError
-from mpo_jax.models.adapter import SUFFIX, Adapter
+from mpo_jax.models.adapter import SUFFIX
 from mpo_jax.models.hf.found import SCORE
-from mpo_jax.models.hf.hub import is_hub_id, local_model, on_this_machine
+from mpo_jax.models.hf.peft_config import CONFIG, Settings, kernel_entries
 from mpo_jax.models.hf.table import Entry, entries
 from mpo_jax.models.hf.weights import Tensors
 from mpo_jax.models.kernels import KERNELS
 from mpo_jax.models.spec import DecoderConfig
 from mpo_jax.runtime.processes import wait
-from mpo_jax.types import Head, Tree
+from mpo_jax.types import Tree
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-WHOLE = ("model.safetensors", "model.safetensors.index.json")
-"""What a model of its own has."""
-PLAIN: dict[str, tuple[Any, ...]] = {
-    "use_dora": (False,), "fan_in_fan_out": (False,), "lora_bias": (False,), "bias": ("none",),
-    "layer_replication": (None,), "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
-}  # fmt: skip
-"""Settings of PEFT with the values that are understood; other ways to begin change the base model's weights too."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What an adapter_config.json says.
-
-    Attributes:
-      base: folder or hub id of the model that is adapted.
-      modules: names of the adapted modules.
-      rank: of most adapters; each tensor says its own.
-      alphas: alpha of modules that have another, by the end of the module's name.
-    """
-
-    base: str
-    modules: tuple[str, ...]
-    rank: int
-    alpha: float
-    rslora: bool
-    alphas: Mapping[str, float]
-
-    def scale(self, module: str, rank: int) -> float:
-        """The factor of B A for a module of this dotted name."""
-        own = (alpha for end, alpha in self.alphas.items() if module == end or module.endswith(f".{end}"))
-        return Adapter(rank, next(own, self.alpha), (), self.rslora).scale
-
-    def adapter(self, decoder: DecoderConfig) -> Adapter:
-        """The adapter of a model like this one, which is made here."""
-        table = _kernel_entries(decoder)
-        targets = tuple(kernel for kernel, entry in table.items() if _module(entry) in self.modules)
-        return Adapter(self.rank, self.alpha, targets, self.rslora)
-
-
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds adapters.
-
-    Raises:
-      UserError: if it holds a model of its own, too.
-    """
-    if not (folder / CONFIG).is_file():
-        return False
-    if whole := [name for name in WHOLE if (folder / name).is_file()]:
-        raise UserError(
-            f"{folder} holds a model, {whole[0]}, and adapters of another, {CONFIG}: remove the one that is not meant"
-        )
-    return True
-
-
-def described_by(path: Path) -> Path:
-    """The folder or GGUF file that says what a model is: an adapter's base, else the model's own."""
-    return described_by(local_model(read_settings(path).base)) if is_adapter(path) else path
-
-
-def read_settings(folder: Path) -> Settings:
-    """The settings of an adapter folder.
-
-    Raises:
-      UserError: a broken file, no base model, or a method that is not plain LoRA; names file and key.
-    """
-    path = folder / CONFIG
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: broken JSON: {error}") from error
-    if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
-        kind = raw.get("peft_type") if isinstance(raw, dict) else None
-        raise UserError(f"{path}: peft_type={kind!r} is not supported: only LORA is")
-    for key, plain in PLAIN.items():
-        if raw.get(key) not in (*plain, None):
-            raise UserError(f"{path}: {key}={raw[key]!r} is not supported: merge the adapter with PEFT first")
-    base, alpha = raw.get("base_model_name_or_path"), raw.get("lora_alpha")
-    if not isinstance(base, str) or not base:
-        raise UserError(f"{path}: base_model_name_or_path is missing: it names the model that the adapter changes")
-    if on_this_machine(base) is None and not is_hub_id(base):
-        raise UserError(
-            f"{path}: base_model_name_or_path={base}: no such folder or file, and no hub id, but the adapter is of use "
-            "on that model alone: correct the path, or export a whole model in its place (mpo export --merge)"
-        )
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
-        raise UserError(f"{path}: lora_alpha={alpha!r} is not a number")
-    modules, rank = raw.get("target_modules"), raw.get("r")
-    return Settings(
-        base=base,
-        modules=tuple(map(str, modules)) if isinstance(modules, list) else (),
-        rank=rank if isinstance(rank, int) else 0,
-        alpha=float(alpha),
-        rslora=bool(raw.get("use_rslora")),
-        alphas=_alphas(raw.get("alpha_pattern"), path),
-    )
-
-
-def _alphas(pattern: Any, path: Path) -> dict[str, float]:
-    """Alphas by module. PEFT's keys are regular expressions; those of a stranger's file are not run, names are read."""
-    if pattern is None:
-        return {}
-    if not isinstance(pattern, dict):
-        raise UserError(f"{path}: alpha_pattern={pattern!r} must give numbers by module")
-    for name, alpha in pattern.items():
-        if not re.fullmatch(r"[\w.]+", name) or isinstance(alpha, bool) or not isinstance(alpha, int | float):
-            raise UserError(
-                f"{path}: alpha_pattern has {name!r}: {alpha!r}, but only numbers by a module's name are supported: "
-                "merge the adapter with PEFT first"
-            )
-    return {name: float(alpha) for name, alpha in pattern.items()}
 
 
 class AdaptedTensors:
@@ -166,11 +51,17 @@ class AdaptedTensors:
                 held = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise UserError(f"{self._file}: broken safetensors file: {error}") from error
+        if not held:
+            raise UserError(
+                f"{self._file} holds no adapters, so the model would be its base unchanged: export it again"
+            )
         self._pairs: dict[str, dict[str, str]] = {}
         self._whole: dict[str, str] = {}
         for name in held:
             self._take(name)
         self._check_pairs(held)
+        if decoder.tie_embeddings:
+            self._check_tied(entries(decoder.family)["embedding"].name)
         self._shapes = {target: held[name] for target, name in self._whole.items()}
 
     def _take(self, name: str) -> None:
@@ -178,13 +69,33 @@ class AdaptedTensors:
         target = name.removeprefix(PREFIX).replace(".default", "").replace(".modules_to_save", "")
         stem, dot, part = target.removesuffix(".weight").rpartition(".lora_")
         if dot and part in ("A", "B") and f"{stem}.weight" in self._base.names():
-            self._pairs.setdefault(f"{stem}.weight", {})[part] = name
-        elif not dot and (target in self._base.names() or target == SCORE):
-            self._whole[target] = name
+            target = f"{stem}.weight"
+            other = self._pairs.setdefault(target, {}).setdefault(part, name)
+        elif not dot and (target in self._base.names() | {SCORE, self._lm_head}):
+            other = self._whole.setdefault(target, name)
         else:
             raise UserError(
                 f"{self._file}: tensor {name} is for no tensor of the base model {self._settings.base}: it belongs to "
                 "another model, or to a method that is not supported"
+            )
+        if other == name and target in self._whole and target in self._pairs:
+            other = min(self._pairs[target].values()) if name == self._whole[target] else self._whole[target]
+        if other != name:
+            raise UserError(f"{self._file}: {other} and {name} are both for {target}: remove what is not meant")
+
+    def _check_tied(self, embedding: str) -> None:
+        """Checks what a tied model is given in place of its embedding, which is its head too."""
+        head = self._whole.pop(self._lm_head, None)
+        given = self._whole.get(embedding)
+        if (given or head) and not self._settings.ties:
+            raise UserError(
+                f"{self._file} replaces {given or head}, but the base model's embedding and head are one tensor, and "
+                "in PEFT one of them stays as it was (ensure_weight_tying): merge the adapter with PEFT first"
+            )
+        if head and not (given and np.array_equal(self._stored(head), self._stored(given))):
+            raise UserError(
+                f"{self._file}: {CONFIG} says that {head} and the embedding are one tensor (ensure_weight_tying), but "
+                "they differ: the file is damaged"
             )
 
     def _check_pairs(self, held: dict[str, tuple[int, ...]]) -> None:
@@ -194,6 +105,11 @@ class AdaptedTensors:
             a, b = held[pair["A"]], held[pair["B"]]
             if len(a) != 2 or len(b) != 2 or a[0] != b[1] or not a[0]:
                 raise UserError(f"{self._file}: {target} has A {list(a)} and B {list(b)}, which do not multiply")
+            if a[0] != (rank := self._settings.rank_of(target.removesuffix(".weight"))):
+                raise UserError(
+                    f"{self._file}: the adapters of {target} have rank {a[0]}, but {CONFIG} says {rank} (r, "
+                    "rank_pattern): the two files do not belong together"
+                )
 
     def replaces(self, name: str) -> bool:
         """Whether the adapter's folder holds this tensor whole."""
@@ -231,69 +147,19 @@ class AdaptedTensors:
                 f"{self._file}: A and B of {name} make a matrix of {[len(b), a.shape[1]]}, but the base model's is "
                 f"{list(kernel.shape)}: the adapter belongs to another model"
             )
-        scale = self._settings.scale(name.removesuffix(".weight"), len(a))
+        scale = self._settings.scale(name.removesuffix(".weight"))
         return kernel.astype(np.float32) + np.float32(scale) * (b @ a)
 
     def _stored(self, name: str) -> np.ndarray:
         try:
             with safe_open(self._file, framework="np") as file:
-                return file.get_tensor(name)
+                tensor = file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{self._file}: cannot read tensor {name}: {error}") from error
-
-
-def check_targets(adapter: Adapter, decoder: DecoderConfig) -> None:
-    """Raises UserError where PEFT adapts several kernels by one pair of matrices, and only some of them are adapted."""
-    table = _kernel_entries(decoder)
-    for entry in {table[kernel].name: table[kernel] for kernel in adapter.targets}.values():
-        together = [kernel for kernel, other in table.items() if other.name == entry.name]
-        if not set(together) <= set(adapter.targets):
-            names = ", ".join(f"{kernel}_proj" for kernel in together)
-            raise UserError(
-                f"model.adapter.targets: {names} are one matrix in a {decoder.family} model ({_module(entry)}): name "
-                "all of them or none"
-            )
-
-
-def save_settings(folder: Path, adapter: Adapter, decoder: DecoderConfig, *, base: str, head: Head) -> None:
-    """Writes adapter_config.json."""
-    table = _kernel_entries(decoder)
-    modules = [_module(table[kernel]) for kernel in adapter.targets]
-    # of kernels that are one matrix there, A and B are put together: more ranks, and an alpha that keeps the factor
-    parts = {module: modules.count(module) for module in modules if modules.count(module) > 1}
-    alpha = _whole_if_it_is(adapter.alpha)
-    values: dict[str, Any] = {
-        "peft_type": "LORA",
-        "task_type": "SEQ_CLS" if head == "value" else "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "r": adapter.rank,
-        "lora_alpha": alpha,
-        "use_rslora": adapter.rslora,
-        "target_modules": list(dict.fromkeys(modules)),
-        "rank_pattern": {module: adapter.rank * count for module, count in parts.items()},
-        "alpha_pattern": {
-            module: _whole_if_it_is(adapter.alpha * (math.sqrt(count) if adapter.rslora else count))
-            for module, count in parts.items()
-        },
-        "modules_to_save": ["score"] if head == "value" else None,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def rename_base(folder: Path, base: str) -> None:
-    """Names another base in adapter_config.json; every other key stays."""
-    path = folder / CONFIG
-    values = json.loads(path.read_text(encoding="utf-8")) | {"base_model_name_or_path": base}
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def _whole_if_it_is(number: float) -> int | float:
-    return int(number) if float(number).is_integer() else number
+        # bfloat16 is no number type of NumPy's own
+        if tensor.dtype.kind in "biuc" or not np.isfinite(tensor.astype(np.float32)).all():
+            raise UserError(f"{self._file}: tensor {name} has values that are not finite numbers: it is damaged")
+        return tensor
 
 
 def save_weights(folder: Path, trained: Tree, config: DecoderConfig) -> None:
@@ -311,7 +177,7 @@ def save_weights(folder: Path, trained: Tree, config: DecoderConfig) -> None:
 
 def _tensors(trained: Tree, config: DecoderConfig) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor by PEFT's name, in its layout: A [r in], B [out r]."""
-    table = _kernel_entries(config)
+    table = kernel_entries(config)
     held = {kernel: trained["layers"].get(KERNELS[kernel].module, {}).get(kernel + SUFFIX) for kernel in table}
     adapted = {kernel: (_on_host(low["a"]), _on_host(low["b"])) for kernel, low in held.items() if low is not None}
     for entry in {table[kernel].name: table[kernel] for kernel in adapted}.values():
@@ -341,18 +207,6 @@ def _right(
     if KERNELS[kernel].inputs > 1:
         return own.T
     return entry.to_theirs(tuple(b if k == kernel else np.zeros_like(b) for k, (_, b) in layer.items()), config)
-
-
-def _kernel_entries(decoder: DecoderConfig) -> dict[str, Entry]:
-    """The tensor of each kernel that layers of this family may have."""
-    table = entries(decoder.family)
-    paths = {kernel: f"layers.{module}.{kernel}" for kernel, (module, _, _) in KERNELS.items()}
-    return {kernel: table[path] for kernel, path in paths.items() if path in table}
-
-
-def _module(entry: Entry) -> str:
-    """The name by which PEFT knows the module of a tensor, such as q_proj."""
-    return entry.name.split(".")[-2]
 
 
 def _on_host(x: jax.Array) -> np.ndarray:

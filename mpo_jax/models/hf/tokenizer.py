@@ -6,7 +6,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mpo_jax.errors import UserError
-from mpo_jax.models.hf import peft
+from mpo_jax.models.hf import peft_config
 from mpo_jax.models.hf.ends import attach_end_ids
 from mpo_jax.models.hf.sentencepiece import load_sentencepiece
 
@@ -20,7 +20,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
       UserError: if there is none or it cannot be read.
     """
     folder = Path(folder)
-    described = peft.described_by(folder)
+    described = peft_config.described_by(folder)
     if not _has_tokenizer(folder):
         folder = described
     if folder.suffix == ".gguf":

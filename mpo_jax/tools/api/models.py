@@ -33,6 +33,8 @@ class LoadedModel:
       model: sizes and arithmetic, which training does not change.
       params: {"trainable": tree, "frozen": tree}.
       text: length limits of prompts and responses, and the rules for joining them.
+      scored_at_end: of a reward model, whether its score belongs to the end token of the response, as training here
+        puts it there.
     """
 
     model: Model
@@ -40,6 +42,7 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
     mesh: Mesh
     text: TextConfig
+    scored_at_end: bool = False
 
     def __repr__(self) -> str:
         decoder, count = self.model.decoder, sum(leaf.size for leaf in jax.tree.leaves(self.params))
@@ -181,15 +184,15 @@ def _load(
     label: str | None = None,
 ) -> LoadedModel:
     mesh = make_mesh() if mesh is None else mesh
-    decoder = loading.open_model(path).decoder
-    most = min(MAX_TOKENS, decoder.max_positions // 2)
+    source = loading.open_model(path, label=label)
+    most = min(MAX_TOKENS, source.decoder.max_positions // 2)
     text = TextConfig(max_prompt_tokens=max_prompt_tokens or most, max_response_tokens=max_response_tokens or most)
     options = loading.Options.of(ModelConfig(compute_dtype=compute_dtype, remat=remat))
     tokenizer = load_tokenizer(local_model(str(path)))
     ids = TextCodec(tokenizer, text).vocab_size
     with jax.set_mesh(mesh):
         model, params = loading.load(path, options, mesh, text=text, head=head, frozen=frozen, num_ids=ids, label=label)
-    return LoadedModel(model, params, tokenizer, mesh, text)
+    return LoadedModel(model, params, tokenizer, mesh, text, source.scored_at_end)
 
 
 def save(
@@ -218,7 +221,9 @@ def save(
     if is_main():
         shutil.rmtree(partial, ignore_errors=True)
     with jax.set_mesh(model.mesh):
-        loading.save(partial, model.model, model.params, model.tokenizer, dtype=dtype)
+        loading.save(
+            partial, model.model, model.params, model.tokenizer, dtype=dtype, scored_at_end=model.scored_at_end
+        )
     if is_main():
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)

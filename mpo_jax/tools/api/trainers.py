@@ -169,6 +169,7 @@ def Reward(
     if model.head == "lm":
         with jax.set_mesh(model.mesh):
             model = model.with_params(loading.with_value_head(model.model, model.params, model.mesh))
+    model = dataclasses.replace(model, scored_at_end=True)
     return train(
         model, partial(reward.objective, model.model, loss), optimizer, accumulation=accumulation, num_responses=2
     )

@@ -91,10 +91,8 @@ def judge_by_reward_model(
     Args:
       progress: called with the number of pairs scored so far.
     """
-    totals, report = reward_totals(
-        opened.path, opened.config, opened.codec, opened.mesh, pairs, render=opened.renderer, progress=progress
-    )
-    cut = {name: report[name] for name in ("truncated_prompts", "truncated_responses")}
+    totals, prompts, responses = reward_totals(opened, pairs, progress)
+    cut = {"truncated_prompts": prompts, "truncated_responses": responses}
     rows = [Judged(pair, (Grade(False, (a, b)),)) for pair, (a, b) in zip(pairs, totals.tolist(), strict=True)]
     return rows, cut
 

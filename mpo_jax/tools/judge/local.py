@@ -4,26 +4,28 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from mpo_jax.config.schema import Config
-from mpo_jax.data.chat import Chat
-from mpo_jax.data.records import Renderer, user_turn
+from mpo_jax.data.chat import Chat, Message
+from mpo_jax.data.records import user_turn
 from mpo_jax.data.sources import fingerprint_files
 from mpo_jax.data.text import TextCodec
+from mpo_jax.data.text_rows import TextRow
 from mpo_jax.data.tokens import tokenize
+from mpo_jax.errors import UserError
 from mpo_jax.evaluation.answers import Pair
 from mpo_jax.evaluation.sampling import sample_texts
-from mpo_jax.evaluation.scoring import score_examples
 from mpo_jax.models import loading
 from mpo_jax.models.generate import Sampling
 from mpo_jax.runtime.seeds import stage_key
 from mpo_jax.tools.judge.cache import content_key
 from mpo_jax.tools.judge.calls import Call, Done, Failure, Reply
+from mpo_jax.tools.opening import OpenModel
+from mpo_jax.tools.scoring import score_texts, values_of
 
 BATCHES = 4
 """Batches of answers between two writes to disk: enough to refill rows that end early."""
@@ -95,39 +97,47 @@ class LocalJudge:
 
 
 def reward_totals(
-    path: Path,
-    config: Config,
-    codec: TextCodec,
-    mesh: Mesh,
-    pairs: Sequence[Pair],
-    *,
-    render: Renderer,
-    progress: Callable[[int], None],
-) -> tuple[np.ndarray, dict[str, Any]]:
-    """[pairs, 2] a reward model's raw scores of A's and B's responses, and a report of what was cut to fit.
+    opened: OpenModel, pairs: Sequence[Pair], progress: Callable[[int], None]
+) -> tuple[np.ndarray, int, int]:
+    """[pairs, 2] a reward model's raw scores of A's and B's responses, and how many prompts and responses were cut.
 
-    Prompts are those that the policies saw; if they are not known, `render` and the model's own template make them.
+    Prompts are those that the policies saw; if they are not known, the model's own template and chat make them. A
+    reward model that reads text puts each prompt as the data has it into its own.
 
     Args:
       progress: called with the number of pairs scored so far.
+
+    Raises:
+      UserError: if the prompts are of a chat template, and the model has another.
     """
+    config, batch_size = opened.config, opened.config.evaluate.batch_size
+    if opened.reads_text:
+        texts = [row for number, pair in enumerate(pairs, 1) for row in _texts(opened, pair, number)]
+        scores, _, cut = score_texts(
+            opened, texts, batch_size=2 * batch_size, progress=lambda done, _: progress(done // 2)
+        )
+        return scores.reshape(-1, 2).astype(np.float64), cut, 0
     rows: list[tuple[str, tuple[str, ...]]] = []
     for number, pair in enumerate(pairs, 1):
         if pair.shown is not None:
             rows.append((pair.shown, (pair.a, pair.b)))
             continue
-        prompt, replies = render.render(pair.prompt, (pair.a, pair.b), f"prompt {number}")
-        rows.append((codec.templated(prompt), tuple(replies)))
-    codec = TextCodec(codec.tokenizer, config.text.model_copy(update={"prompt_template": "{prompt}"}))
-    examples, report = tokenize(codec, rows, cache=config.runtime.token_cache_folder)
-    with jax.set_mesh(mesh):
-        model, params = loading.load(
-            path, loading.Options.of(config.model), mesh, text=config.text, head="value", frozen=True,
-            num_ids=codec.vocab_size, label=config.reward.label,
-        )  # fmt: skip
-        scores = score_examples(
-            model, params, examples, head="value", batch_size=config.evaluate.batch_size,
-            length_buckets=config.text.length_buckets, mesh=mesh, name=str(path),
-            progress=lambda done, _: progress(done),
-        )  # fmt: skip
-    return np.asarray(scores, np.float64), report.to_dict()
+        prompt, replies = opened.renderer.render(pair.prompt, (pair.a, pair.b), f"prompt {number}")
+        rows.append((opened.codec.templated(prompt), tuple(replies)))
+    rendered = opened.for_rendered_prompts()
+    examples, report = tokenize(rendered.codec, rows, cache=config.runtime.token_cache_folder)
+    scores = values_of(rendered, examples, batch_size=batch_size, progress=lambda done, _: progress(done))
+    return scores.astype(np.float64), report.truncated_prompts, report.truncated_responses
+
+
+def _texts(opened: OpenModel, pair: Pair, number: int) -> list[TextRow]:
+    """A pair's two rows for a reward model that reads text."""
+    if pair.shown is not None and pair.shown == pair.prompt:
+        raise UserError(
+            f"prompt {number} is as the policies' chat template has written it, but {opened.path} reads conversations "
+            "by its own: give files of rows whose prompts are turns"
+        )
+    conversations: dict[str, tuple[Message, ...]] = {}
+    render = dataclasses.replace(opened.with_text(fold_system=True).renderer, conversations=conversations)
+    prompt, replies = render.render(pair.prompt, (pair.a, pair.b), f"prompt {number}")
+    return [TextRow.of(prompt, reply, complete=True, conversations=conversations) for reply in replies]

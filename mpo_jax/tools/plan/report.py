@@ -124,7 +124,7 @@ def _rewards(plan: Plan) -> list[str]:
     if own is None:
         return [f"reward.path={reward.path} is counted as a model of the policy's sizes and tokens"]
     return [
-        f"reward.path={reward.path} has a tokenizer of its own: counted at rows of {own.max_tokens} of its tokens, in "
+        f"reward.path={reward.path} reads text: counted at rows of {own.max_tokens} of its tokens, in "
         "hours as many as the policy's; the host's work is not counted"
     ]
 

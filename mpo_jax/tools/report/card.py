@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import yaml
 
 from mpo_jax.config.load import read_record, to_yaml
 from mpo_jax.config.schema import Config
+from mpo_jax.models.hf.hub import is_hub_id, on_this_machine
 from mpo_jax.pipeline.artifacts import RECIPE
 from mpo_jax.pipeline.experiments import Variant, is_run
 from mpo_jax.runtime.files import write_text
@@ -22,7 +22,6 @@ CONFIG_FILE = "mpo_config.yaml"
 """Beside the card: the resolved configuration, which the reproduce command reads."""
 ADAPTER = "PEFT adapter of a "
 """How the kind of a folder begins that holds adapters alone."""
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 SUBSETS = {"dpo": "pairs", "ppo": "prompts"}
 
 
@@ -151,7 +150,7 @@ def _front(kind: str, base: str | None, tags: list[str], datasets: list[str]) ->
     """The card's metadata, as the hub reads it; a base model and data sets are named where they are the hub's."""
     values: dict[str, Any] = {"library_name": "peft" if kind.startswith(ADAPTER) else "transformers", "tags": tags}
     values["pipeline_tag"] = "text-generation" if kind.endswith("language model") else "text-classification"
-    if base is not None and HUB_ID.fullmatch(base.partition("@")[0]) and not Path(base).exists():
+    if base is not None and is_hub_id(base) and on_this_machine(base) is None:
         values["base_model"] = base.partition("@")[0]
     if datasets:
         values["datasets"] = datasets
