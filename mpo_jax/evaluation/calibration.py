@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from scipy.special import expit
 
 EDGES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, float("inf"))
 """Of the bins of gaps."""
@@ -66,7 +65,7 @@ def reliability(signed_gap_N: np.ndarray) -> tuple[list[dict[str, Any]], float]:
       A row a bin that has pairs, and the error.
     """
     gap_N, bins = np.asarray(signed_gap_N, np.float64), CONFIDENCE_BINS
-    confidence_N, right_N = expit(np.abs(gap_N)), gap_N > 0
+    confidence_N, right_N = 1 / (1 + np.exp(-np.abs(gap_N))), gap_N > 0
     place_N = np.minimum((2 * (confidence_N - 0.5) * bins).astype(int), bins - 1)
     rows, error = [], 0.0
     for place in np.unique(place_N):

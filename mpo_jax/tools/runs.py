@@ -18,8 +18,6 @@ from mpo_jax.runtime.files import write_json
 from mpo_jax.runtime.processes import REPORTED, is_main, wait
 from mpo_jax.runtime.version import __version__
 from mpo_jax.tools.report import results
-from mpo_jax.tools.report.page import write_report
-from mpo_jax.tools.report.seeds import collect_seeds
 from mpo_jax.training import wandb_log
 from mpo_jax.types import Artifact
 
@@ -107,6 +105,9 @@ def run_until(config: Config, stage: StageName) -> Iterator[tuple[ExperimentName
 
 def rewrite_report(workdir: Path) -> Path:
     """The report of a workdir from its finished runs, or from those of a table's seeds; the page's path."""
+    from mpo_jax.tools.report.page import write_report
+    from mpo_jax.tools.report.seeds import collect_seeds
+
     by_seed = collect_seeds(workdir)
     config = next(iter(by_seed.values()))[0].config
     page = write_report(workdir, resamples=config.evaluate.bootstrap_resamples, by_seed=by_seed)
@@ -121,6 +122,9 @@ def _report(workdir: Path, config: Config) -> Path:
     page, record = workdir / "report" / "index.html", workdir / "report" / "inputs.json"
     if page.is_file() and record.is_file() and json.loads(record.read_text(encoding="utf-8")) == inputs:
         return page
+    # figures need Matplotlib and SciPy, a quarter of what a start would import
+    from mpo_jax.tools.report.page import write_report
+
     by_seed = {config.seed: results.collect(workdir)}
     page = write_report(workdir, resamples=config.evaluate.bootstrap_resamples, by_seed=by_seed)
     write_json(record, inputs)

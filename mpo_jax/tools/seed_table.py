@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mpo_jax.config.load import to_yaml
 from mpo_jax.config.schema import Config
@@ -17,12 +18,12 @@ from mpo_jax.runtime.files import write_text
 from mpo_jax.runtime.processes import REPORTED, is_main, wait
 from mpo_jax.runtime.progress import Overall
 from mpo_jax.tools.report import results
-from mpo_jax.tools.report.evidence import Evidence, gather, write_evidence
-from mpo_jax.tools.report.page import write_report
 from mpo_jax.tools.report.provenance import TABLE_CONFIG
 from mpo_jax.tools.report.seeds import BySeed
-from mpo_jax.tools.report.verdict_rows import find_verdicts
 from mpo_jax.training import wandb_log
+
+if TYPE_CHECKING:
+    from mpo_jax.tools.report.evidence import Evidence
 
 FOLDERS = ("tables", "figures")
 
@@ -38,7 +39,7 @@ class Finished:
     """
 
     by_seed: BySeed
-    evidence: Evidence
+    evidence: "Evidence"
     claims: str
     page: Path
     folders: list[Path]
@@ -99,6 +100,11 @@ class SeedTable:
             # a process that ends waits for the others only as long as for a heartbeat
             wait(REPORTED)
             return None
+        # as for a run's report
+        from mpo_jax.tools.report.evidence import gather, write_evidence
+        from mpo_jax.tools.report.page import write_report
+        from mpo_jax.tools.report.verdict_rows import find_verdicts
+
         config, workdir = self._config, self._workdir
         names = tuple(self.names)
         by_seed = {seed: results.collect(workdir / f"seed-{seed}", names) for seed in config.table.seeds}

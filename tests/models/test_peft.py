@@ -229,6 +229,10 @@ def test_adapters_of_another_model_are_refused(tmp_path):
     change({**held, "base_model.model.model.layers.99.self_attn.q_proj.lora_A.weight": held[name]})
     with pytest.raises(UserError, match=r"layers\.99.* is for no tensor"):
         loading.open_model(folder)
+    embedding = "base_model.model.model.embed_tokens.lora_A.weight"
+    change({**held, embedding: held[name]})
+    with pytest.raises(UserError, match=rf"{embedding} is for no tensor"):
+        loading.open_model(folder)
     change({other: tensor for other, tensor in held.items() if other != name})
     with pytest.raises(UserError, match="lora_A alone"):
         loading.open_model(folder)
@@ -262,7 +266,8 @@ def test_other_alphas_and_ranks_are_read_by_module(tmp_path):
     model, params = trained(base, Adapter(2, 3.0, TARGETS))
     folder = written(tmp_path / "adapter", base, model, params)
     settings = json.loads((folder / peft_config.CONFIG).read_text())
-    changed = settings | {"alpha_pattern": {"self_attn.q_proj": 9.0}, "lora_alpha": 1}
+    # PEFT runs the names as regular expressions, in which a dot is any character
+    changed = settings | {"alpha_pattern": {"self_attn.q.proj": 9.0}, "lora_alpha": 1}
     (folder / peft_config.CONFIG).write_text(json.dumps(changed))
     _, found = loading.load(folder, Options(), mesh_of(1, 1, 1), frozen=True)
     for kernel, alpha in (("q", 9.0), ("o", 1.0)):

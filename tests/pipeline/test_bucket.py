@@ -202,6 +202,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return workdir
 
 
+@pytest.mark.processes
 def test_a_killed_stage_goes_on_in_another_workdir_to_the_same_bits(url: str, whole: Path, tmp_path: Path) -> None:
     """The machine is lost with its disk: its checkpoints and metrics are in the bucket."""
     command = [*MPO, *LONG]
@@ -237,6 +238,7 @@ def test_a_killed_stage_goes_on_in_another_workdir_to_the_same_bits(url: str, wh
     assert any(name.endswith("manifest.json") for name in left) and not any(".partial" in name for name in left)
 
 
+@pytest.mark.processes
 def test_processes_need_no_shared_disk(tmp_path: Path) -> None:
     """Two hosts with a workdir each: what process 0 publishes, process 1 fetches before the next stage reads it."""
     own = tuple((f"workdir={tmp_path / name}", "runtime.cpu_devices=1") for name in ("a", "b"))

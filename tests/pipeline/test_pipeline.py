@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -397,8 +398,8 @@ def test_a_disk_that_really_fills_up_is_one_message(tmp_path, size):
         pytest.skip("tmpfs cannot be mounted here")
     try:
         command = [sys.executable, "-c", "from mpo_jax.cli.app import main; main()"]
-        wide = "model.architecture.hidden_size=96"
-        result = subprocess.run([*command, "sft", MICRO, f"workdir={disk}", wide], capture_output=True, text=True)
+        given = "model.architecture.hidden_size=96", f"runtime.compilation_cache={jax.config.jax_compilation_cache_dir}"
+        result = subprocess.run([*command, "sft", MICRO, f"workdir={disk}", *given], capture_output=True, text=True)
         finished = stages(disk)
     finally:
         subprocess.run(["umount", disk], check=True)

@@ -39,7 +39,7 @@ class AdaptedTensors:
 
     def __init__(self, folder: Path, settings: Settings, base: Tensors, decoder: DecoderConfig):
         self.where, self._base, self._settings = str(folder), base, settings
-        self._lm_head = entries(decoder.family)["head"].name
+        self._lm_head, self._embedding = (entries(decoder.family)[name].name for name in ("head", "embedding"))
         self._file = folder / WEIGHTS
         if not self._file.is_file():
             pickled = (
@@ -61,14 +61,15 @@ class AdaptedTensors:
             self._take(name)
         self._check_pairs(held)
         if decoder.tie_embeddings:
-            self._check_tied(entries(decoder.family)["embedding"].name)
+            self._check_tied()
         self._shapes = {target: held[name] for target, name in self._whole.items()}
 
     def _take(self, name: str) -> None:
         """Finds the base's tensor that one of the adapter's tensors is for."""
         target = name.removeprefix(PREFIX).replace(".default", "").replace(".modules_to_save", "")
         stem, dot, part = target.removesuffix(".weight").rpartition(".lora_")
-        if dot and part in ("A", "B") and f"{stem}.weight" in self._base.names():
+        # adapters of an embedding have other names in PEFT, and another layout
+        if dot and part in ("A", "B") and f"{stem}.weight" in self._base.names() - {self._embedding}:
             target = f"{stem}.weight"
             other = self._pairs.setdefault(target, {}).setdefault(part, name)
         elif not dot and (target in self._base.names() | {SCORE, self._lm_head}):
@@ -83,10 +84,10 @@ class AdaptedTensors:
         if other != name:
             raise UserError(f"{self._file}: {other} and {name} are both for {target}: remove what is not meant")
 
-    def _check_tied(self, embedding: str) -> None:
+    def _check_tied(self) -> None:
         """Checks what a tied model is given in place of its embedding, which is its head too."""
         head = self._whole.pop(self._lm_head, None)
-        given = self._whole.get(embedding)
+        given = self._whole.get(self._embedding)
         if (given or head) and not self._settings.ties:
             raise UserError(
                 f"{self._file} replaces {given or head}, but the base model's embedding and head are one tensor, and "

@@ -173,7 +173,7 @@ def _flag(path: Path, key: str, value: Any) -> bool:
 
 
 def _by_module(path: Path, key: str, pattern: Any, *, whole: bool = False) -> dict[str, float]:
-    """Numbers by module. PEFT's keys are regular expressions; a stranger's are not run, but names are read."""
+    """Numbers by module. PEFT's keys are regular expressions; of a stranger's, only names with dots are run."""
     if not isinstance(pattern, dict):
         raise UserError(f"{path}: {key}={pattern!r} must give numbers by module")
     for name, number in pattern.items():
@@ -187,8 +187,8 @@ def _by_module(path: Path, key: str, pattern: Any, *, whole: bool = False) -> di
 
 
 def _own(numbers: Mapping[str, float], module: str, default: float) -> float:
-    """The number of a module, by the first name that it ends with."""
-    own = (number for end, number in numbers.items() if module == end or module.endswith(f".{end}"))
+    """The number of a module, by the first name that it ends with; as in PEFT, a dot stands for any character."""
+    own = (number for end, number in numbers.items() if re.fullmatch(rf"(.*\.)?{end}", module))
     return next(own, default)
 
 
