@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from mpo_jax.config.schema import TextConfig
 from mpo_jax.data.chat import Chat
-from mpo_jax.data.text import CHUNK_TEXTS
+from mpo_jax.data.text import CHUNK_TEXTS, TextCodec
 from mpo_jax.data.text_rows import TextRow
 from mpo_jax.data.tokens import Example
 from mpo_jax.errors import UserError
@@ -43,10 +42,16 @@ class RewardCodec:
     ):
         self.tokenizer, self.max_tokens, self.name, self._template = tokenizer, max_tokens, name, template
 
-    @staticmethod
-    def row_limit(positions: int, text: TextConfig) -> int:
-        """Length of a row: twice the limits of a policy, as tokens differ, if a model of so many positions has room."""
-        return min(positions, LENGTH_FACTOR * (text.max_prompt_tokens + text.max_response_tokens))
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, positions: int, policy: TextCodec, name: str) -> "RewardCodec":
+        """For texts of a policy: rows twice as long as its limits, as tokens differ, if the model has room.
+
+        Args:
+          positions: of the reward model.
+        """
+        limits = policy.config
+        most = min(positions, LENGTH_FACTOR * (limits.max_prompt_tokens + limits.max_response_tokens))
+        return cls(tokenizer, most, template=policy.templated, name=name)
 
     @cached_property
     def vocab_size(self) -> int:

@@ -23,11 +23,13 @@ def map_first(function: Callable[[Any, Any, Any], Any], shared: Any, xs: Any, fi
     return _forward(function, shared, xs, fixed, count)[0]
 
 
-def _at(tree: Any, i: Array) -> Any:
+def at(tree: Any, i: Array) -> Any:
+    """Element i of each array [C ...]."""
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), tree)
 
 
-def _put(tree: Any, i: Array, values: Any) -> Any:
+def put(tree: Any, i: Array, values: Any) -> Any:
+    """The arrays [C ...] with other values as their element i."""
     return jax.tree.map(lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, 0), tree, values)
 
 
@@ -37,7 +39,7 @@ def _forward(function: Any, shared: Any, xs: Any, fixed: Any, count: Array) -> A
     out = jax.tree.map(lambda x: jnp.zeros((C, *x.shape), x.dtype), each)
 
     def body(i: Array, out: Any) -> Any:
-        return _put(out, i, function(shared, _at(xs, i), _at(fixed, i)))
+        return put(out, i, function(shared, at(xs, i), at(fixed, i)))
 
     return jax.lax.fori_loop(0, count, body, out), (shared, xs, fixed, count)
 
@@ -47,9 +49,9 @@ def _backward(function: Any, saved: Any, d_out: Any) -> Any:
 
     def body(i: Array, carried: tuple[Any, Any]) -> tuple[Any, Any]:
         d_shared, d_xs = carried
-        pull = jax.vjp(lambda s, x: function(s, x, _at(fixed, i)), shared, _at(xs, i))[1]
-        d_s, d_x = pull(_at(d_out, i))
-        return jax.tree.map(jnp.add, d_shared, d_s), _put(d_xs, i, d_x)
+        pull = jax.vjp(lambda s, x: function(s, x, at(fixed, i)), shared, at(xs, i))[1]
+        d_s, d_x = pull(at(d_out, i))
+        return jax.tree.map(jnp.add, d_shared, d_s), put(d_xs, i, d_x)
 
     d_shared, d_xs = jax.lax.fori_loop(0, count, body, jax.tree.map(jnp.zeros_like, (shared, xs)))
     return d_shared, d_xs, None, None

@@ -16,6 +16,7 @@ from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from mpo_jax.models.chunks import at, put
 from mpo_jax.types import Tokens
 
 BLOCK, MAX_BLOCKS = 128, 16
@@ -88,14 +89,6 @@ def _cut(x: Array, width: int, axis: int) -> Array:
     return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, width, *x.shape[axis + 1 :]), axis, 0)
 
 
-def _at(tree: Any, i: Array) -> Any:
-    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), tree)
-
-
-def _put(x: Array, i: Array, value: Array) -> Array:
-    return jax.lax.dynamic_update_index_in_dim(x, value, i, 0)
-
-
 def _dot(spec: str, a: Array, b: Array) -> Array:
     return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
 
@@ -111,7 +104,7 @@ def _logits(plan: Plan, q: Array, k: Array) -> Float[Array, "B G R q s"]:
 
 
 def _masked(plan: Plan, sees: Any, layout: Layout, i: Array, j: Array, logits: Array) -> Array:
-    mask = sees(_at(layout.tokens, i), _at(layout.tokens, j), plan.window)
+    mask = sees(at(layout.tokens, i), at(layout.tokens, j), plan.window)
     # made once for all heads: fused into what follows, it would be made for each
     return jnp.where(jax.lax.optimization_barrier(mask)[:, None, None], logits, LOWEST)
 
@@ -125,14 +118,14 @@ def _forward(plan: Plan, sees: Any, q: Array, k: Array, v: Array, layout: Layout
     C, *rows, _ = q.shape
 
     def block(i: Array, done: tuple[Array, Array]) -> tuple[Array, Array]:
-        query = _at(q, i)
+        query = at(q, i)
 
         def pair(j: Array, carried: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             highest, total, product = carried
-            scores = _masked(plan, sees, layout, i, j, _logits(plan, query, _at(k, j)))
+            scores = _masked(plan, sees, layout, i, j, _logits(plan, query, at(k, j)))
             higher = jnp.maximum(highest, scores.max(-1))
             weights, shrink = jnp.exp(scores - higher[..., None]), jnp.exp(highest - higher)
-            value = _at(v, j)
+            value = at(v, j)
             more = _dot("bgqs,bgsk->bgqk", _fold(weights).astype(value.dtype), value).reshape(product.shape)
             return higher, total * shrink + weights.sum(-1), product * shrink[..., None] + more
 
@@ -141,7 +134,7 @@ def _forward(plan: Plan, sees: Any, q: Array, k: Array, v: Array, layout: Layout
         # a block of padding alone has seen nothing
         total = jnp.where(total > 0, total, 1.0)
         out, log_z = done
-        return _put(out, i, (product / total[..., None]).astype(out.dtype)), _put(log_z, i, highest + jnp.log(total))
+        return put(out, i, (product / total[..., None]).astype(out.dtype)), put(log_z, i, highest + jnp.log(total))
 
     empty = jnp.zeros(q.shape, v.dtype), jnp.zeros((C, *rows))
     out, log_z = jax.lax.fori_loop(0, C, block, empty)
@@ -155,11 +148,11 @@ def _backward(plan: Plan, sees: Any, saved: Any, d_out: Array) -> Any:
     inner = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
 
     def block(i: Array, done: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        query, d_block, inner_i, log_z_i = _at((q, d_out, inner, log_z), i)
+        query, d_block, inner_i, log_z_i = at((q, d_out, inner, log_z), i)
 
         def pair(j: Array, carried: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             d_query, d_k, d_v = carried
-            key, value = _at((k, v), j)
+            key, value = at((k, v), j)
             logits = _logits(plan, query, key)
             weights = jnp.exp(_masked(plan, sees, layout, i, j, logits) - log_z_i[..., None])
             d_weights = _dot("bgqk,bgsk->bgqs", _fold(d_block), value).reshape(weights.shape)
@@ -170,12 +163,12 @@ def _backward(plan: Plan, sees: Any, saved: Any, d_out: Array) -> Any:
             d_query = d_query + _dot("bgqs,bgsk->bgqk", folded, key).reshape(d_query.shape)
             d_key = _dot("bgqs,bgqk->bgsk", folded, _fold(query))
             d_value = _dot("bgqs,bgqk->bgsk", _fold(weights).astype(d_block.dtype), _fold(d_block))
-            return d_query, _put(d_k, j, _at(d_k, j) + d_key), _put(d_v, j, _at(d_v, j) + d_value)
+            return d_query, put(d_k, j, at(d_k, j) + d_key), put(d_v, j, at(d_v, j) + d_value)
 
         d_q, d_k, d_v = done
         none = jnp.zeros(query.shape)
         d_query, d_k, d_v = jax.lax.fori_loop(layout.first[i], i + 1, pair, (none, d_k, d_v))
-        return _put(d_q, i, d_query.astype(d_q.dtype)), d_k, d_v
+        return put(d_q, i, d_query.astype(d_q.dtype)), d_k, d_v
 
     empty = jnp.zeros_like(q), jnp.zeros(k.shape), jnp.zeros(v.shape)
     d_q, d_k, d_v = jax.lax.fori_loop(0, len(q), block, empty)

@@ -286,8 +286,7 @@ def own_codec(
         source.scored_at_end or _same_conversations(tokenizer, policy)
     ):
         return None
-    limit = RewardCodec.row_limit(source.decoder.max_positions, policy.config)
-    return RewardCodec(tokenizer, limit, template=policy.templated, name=name)
+    return RewardCodec.of(tokenizer, source.decoder.max_positions, policy, name)
 
 
 def _same_conversations(tokenizer: PreTrainedTokenizerBase, policy: TextCodec) -> bool:

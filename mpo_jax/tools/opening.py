@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from mpo_jax.config.load import load_config
 from mpo_jax.config.schema import Config, TextConfig
 from mpo_jax.data import hh
-from mpo_jax.data.chat import Chat, read_template
+from mpo_jax.data.chat import Chat, Message, read_template
 from mpo_jax.data.records import Renderer, user_turn
 from mpo_jax.data.reward_codec import RewardCodec
 from mpo_jax.data.text import TextCodec
@@ -75,8 +75,15 @@ class OpenModel:
     @property
     def reward_codec(self) -> RewardCodec:
         """How texts become rows of a reward model that `reads_text`, as in a run with it as reward.path."""
-        limit = RewardCodec.row_limit(self.source.decoder.max_positions, self.config.text)
-        return RewardCodec(self.codec.tokenizer, limit, template=self.codec.templated, name=str(self.path))
+        return RewardCodec.of(self.codec.tokenizer, self.source.decoder.max_positions, self.codec, str(self.path))
+
+    def text_renderer(self, conversations: dict[str, tuple[Message, ...]]) -> Renderer:
+        """`renderer` for a reward model that `reads_text`: each row gets a score, so no system turn is refused.
+
+        Args:
+          conversations: gets the turns of every prompt that is rendered, by its text.
+        """
+        return dataclasses.replace(self.with_text(fold_system=True).renderer, conversations=conversations)
 
     @property
     def renderer(self) -> Renderer:

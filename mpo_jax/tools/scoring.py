@@ -78,7 +78,7 @@ def score(opened: OpenModel, data: str, *, batch_size: int, max_rows: int | None
         return _score_texts(opened, source, batch_size, max_rows, shown=shown)
     if shown:
         opened, source = opened.for_rendered_prompts(), _Shown(source)
-    sides, rows = _read(opened, source, max_rows)
+    sides, rows = _read(opened.renderer, source, max_rows)
     examples, report = tokenize(opened.codec, rows, cache=opened.config.runtime.token_cache_folder)
     with _shown_progress(len(examples)) as progress:
         values = values_of(opened, examples, batch_size=batch_size, progress=progress)
@@ -100,8 +100,7 @@ def _score_texts(opened: OpenModel, source: Source, batch_size: int, max_rows: i
             "conversations by its own: give rows whose prompts are lists of turns"
         )
     conversations: dict[str, tuple[Message, ...]] = {}
-    # each row gets a score, so a system turn that the template refuses is no reason to drop it
-    sides, rows = _read(opened.with_text(fold_system=True), source, max_rows, conversations)
+    sides, rows = _read(opened.text_renderer(conversations), source, max_rows)
     texts = [
         TextRow.of(prompt, response, complete=True, conversations=conversations)
         for prompt, responses in rows
@@ -156,20 +155,12 @@ class _Shown:
 
 
 def _read(
-    opened: OpenModel,
-    source: Source,
-    max_rows: int | None,
-    conversations: dict[str, tuple[Message, ...]] | None = None,
+    render: records.Renderer, source: Source, max_rows: int | None
 ) -> tuple[tuple[str, ...], list[tuple[str, tuple[str, ...]]]]:
-    """The suffixes of the fields, and (prompt, responses) of every row.
-
-    Args:
-      conversations: as for `Renderer`.
-    """
+    """The suffixes of the fields, and (prompt, responses) of every row."""
     first = next((row for _, row in source.rows(1)), {})
     pairs = "chosen" in first
     dialogues = pairs and "prompt" not in first and isinstance(first["chosen"], str)
-    render = dataclasses.replace(opened.renderer, conversations=conversations)
     if dialogues:
         render = dataclasses.replace(render, turns=hh.dialogue_turns)
     options: Any = {"strict": False, "max_rows": max_rows, "render": render}

@@ -112,7 +112,7 @@ def reward_totals(
     """
     config, batch_size = opened.config, opened.config.evaluate.batch_size
     if opened.reads_text:
-        texts = [row for number, pair in enumerate(pairs, 1) for row in _texts(opened, pair, number)]
+        texts = _texts(opened, pairs)
         scores, _, cut = score_texts(
             opened, texts, batch_size=2 * batch_size, progress=lambda done, _: progress(done // 2)
         )
@@ -130,14 +130,16 @@ def reward_totals(
     return scores.astype(np.float64), report.truncated_prompts, report.truncated_responses
 
 
-def _texts(opened: OpenModel, pair: Pair, number: int) -> list[TextRow]:
-    """A pair's two rows for a reward model that reads text."""
-    if pair.shown is not None and pair.shown == pair.prompt:
-        raise UserError(
-            f"prompt {number} is as the policies' chat template has written it, but {opened.path} reads conversations "
-            "by its own: give files of rows whose prompts are turns"
-        )
+def _texts(opened: OpenModel, pairs: Sequence[Pair]) -> list[TextRow]:
+    """[2 pairs] both rows of each pair for a reward model that reads text."""
     conversations: dict[str, tuple[Message, ...]] = {}
-    render = dataclasses.replace(opened.with_text(fold_system=True).renderer, conversations=conversations)
-    prompt, replies = render.render(pair.prompt, (pair.a, pair.b), f"prompt {number}")
-    return [TextRow.of(prompt, reply, complete=True, conversations=conversations) for reply in replies]
+    render, rows = opened.text_renderer(conversations), list[TextRow]()
+    for number, pair in enumerate(pairs, 1):
+        if pair.shown is not None and pair.shown == pair.prompt:
+            raise UserError(
+                f"prompt {number} is as the policies' chat template has written it, but {opened.path} reads "
+                "conversations by its own: give files of rows whose prompts are turns"
+            )
+        prompt, replies = render.render(pair.prompt, (pair.a, pair.b), f"prompt {number}")
+        rows += [TextRow.of(prompt, reply, complete=True, conversations=conversations) for reply in replies]
+    return rows
