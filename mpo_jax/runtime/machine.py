@@ -12,7 +12,7 @@ import jax
 
 from mpo_jax.config.schema import ModelConfig, RuntimeConfig
 from mpo_jax.errors import UserError
-from mpo_jax.runtime import flags, offload, processes
+from mpo_jax.runtime import flags, offload, processes, program_cache
 from mpo_jax.runtime.console import console
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "grain", "numpy")
@@ -53,7 +53,7 @@ def start(config: RuntimeConfig) -> None:
                 ) from error
     processes.join(config.processes)
     if config.compilation_cache is not None:
-        jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache).expanduser()))
+        program_cache.use(str(Path(config.compilation_cache).expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", WORTH_CACHING_S)
     if pool_gib is not None and processes.is_main():
         console.print(
