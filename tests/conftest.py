@@ -14,8 +14,6 @@ from mpo_jax.runtime import program_cache
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
-# as mpo_jax.runtime.machine has it: with fewer threads simulated devices can wait for each other for ever
-os.environ.setdefault("NPROC", str(4 * 8))
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # compiled programs outlive the process, since compiling is most of the suite's time
 _cache = os.environ.get("MPO_TEST_CACHE") or str(Path.home() / ".cache" / "mpo_jax" / "tests")

@@ -41,8 +41,7 @@ def sum_over(function: Callable[[Any], Sums], batch: Any, *, keep: Callable[[Sum
 def sum_at_once(function: Callable[[Any], Sums], batch: Any) -> Sums:
     """`sum_over` for what hardly costs anything, of all micro-batches at the same time; empty ones must add nothing.
 
-    Sums over the mesh's devices are then made once, and not in a loop beside which nothing else may wait for devices:
-    simulated ones have few threads to wait in (`runtime.machine`).
+    Sums over the mesh's devices are then made once, and not for each micro-batch.
     """
     packed = packed_in(batch)
     if packed is None:

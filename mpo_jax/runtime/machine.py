@@ -19,12 +19,6 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers"
 CONTAINER_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")
 """Files below /sys/fs/cgroup that hold a container's limit: of cgroups version 2 and 1."""
 
-POOL_SIZE, THREADS_EACH = "NPROC", 4
-"""The variable that XLA reads the size of its pool of threads on the CPU from, and the threads of a simulated device.
-
-A device that waits for others in a collective keeps its thread. It may wait in one inside a loop and in one outside at
-the same time, and a pool of one thread a device, which is XLA's choice, then leaves none for those that are awaited.
-"""
 WORTH_CACHING_S = 0.3
 """Programs that compile faster are not kept in the compilation cache."""
 
@@ -43,8 +37,6 @@ def start(config: RuntimeConfig) -> None:
         try:
             jax.config.update("jax_platforms", "cpu")
             jax.config.update("jax_num_cpu_devices", config.cpu_devices)
-            if config.cpu_devices > 1:
-                os.environ.setdefault(POOL_SIZE, str(THREADS_EACH * config.cpu_devices))
         except RuntimeError as error:
             if len(jax.devices("cpu")) < config.cpu_devices:
                 raise UserError(

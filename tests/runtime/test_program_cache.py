@@ -33,6 +33,27 @@ events.clear()
 jax.jit(lambda x: jax.numpy.sort(x) @ x)(x)
 print(events.count("cache_hits"), events.count("cache_misses"))
 """
+SEVERAL = """
+import sys
+from pathlib import Path
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+from mpo_jax.runtime import program_cache
+hits = []
+jax.monitoring.register_event_listener(lambda event, **_: event.endswith("cache_hits") and hits.append(event))
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+program_cache.use(sys.argv[1])
+if len(sys.argv) > 2:
+    program_cache.compilation_cache.put_executable_and_time = program_cache._write
+devices = NamedSharding(jax.make_mesh((2,), ("data",)), PartitionSpec("data"))
+x = jax.device_put(jax.numpy.arange(4.0), devices)
+jax.jit(lambda x: x.sum())(x)
+def one(x): return jax.numpy.sort(x) @ x
+jax.jit(one)(jax.numpy.ones(3))
+print(len(hits), sorted({entry.name.split("-")[0] for entry in Path(sys.argv[1]).glob("*-cache")}))
+"""
 ENTRY = zlib.compress(os.urandom(4096))
 
 
@@ -49,6 +70,25 @@ def test_a_process_killed_in_mid_write_leaves_no_entry(tmp_path):
     later = [compiled(tmp_path) for _ in range(2)]
     assert [run.returncode for run in later] == [0, 0], later[0].stderr + later[1].stderr
     assert [run.stdout.split() for run in later] == [["0", "1"], ["1", "0"]], "compiled once, and then found"
+
+
+@pytest.mark.parametrize("written", [False, True], ids=["by none", "by JAX itself"])
+def test_programs_of_several_simulated_devices_are_neither_kept_nor_read(tmp_path, written):
+    """Read from a cache, their devices may wait in different collectives: one in a loop, another beside it."""
+
+    def run(*more: str) -> list[str]:
+        command = [sys.executable, "-W", "error", "-c", SEVERAL, str(tmp_path), *more]
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("JAX_")}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split(maxsplit=1)
+
+    hits, kept = run(*(["JAX"] if written else []))
+    assert hits == "0" and "jit_one" in kept and ("jit__lambda" in kept) == written
+    entries = {entry.name for entry in tmp_path.glob("*-cache")}
+    hits, _ = run()
+    assert {entry.name for entry in tmp_path.glob("*-cache")} == entries
+    assert int(hits) == len([name for name in entries if not name.startswith("jit__lambda")])
 
 
 @pytest.mark.parametrize("max_size", [-1, 10**6], ids=["unbounded", "evicting"])
