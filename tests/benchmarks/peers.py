@@ -27,6 +27,8 @@ import numpy as np
 THREADS = 2
 VOCAB, HIDDEN, MLP, LAYERS, HEADS, HEAD_DIM = 4096, 288, 768, 6, 6, 48
 PAD, UNK, EOS = 0, 1, 2
+SPECIAL = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "</s>"}
+"""In the order of their ids."""
 LENGTH = 128
 """Tokens of a prompt, of a response (EOS included), and of a sample."""
 SAMPLED_PROMPT = 64
@@ -56,7 +58,7 @@ WORK = {
 def write_inputs(folder: Path, rope_theta: float) -> None:
     """`model` and `reward` (Hugging Face folders with one tokenizer), rows.jsonl, and prompts.npy [16 P]."""
     rng = np.random.default_rng(0)
-    weights = _random_weights(rng)
+    weights = random_weights(rng)
     head = {"lm_head.weight": weights.pop("lm_head.weight")}
     _write_model(folder / "model", "LlamaForCausalLM", weights | head, rope_theta)
     score = {"score.weight": rng.normal(0, 0.1, (1, HIDDEN)).astype(np.float32)}
@@ -71,7 +73,7 @@ def write_inputs(folder: Path, rope_theta: float) -> None:
     np.save(folder / "prompts.npy", rng.integers(EOS + 1, VOCAB, (16, SAMPLED_PROMPT)).astype(np.int32))
 
 
-def _random_weights(rng: np.random.Generator) -> dict[str, np.ndarray]:
+def random_weights(rng: np.random.Generator) -> dict[str, np.ndarray]:
     def matrix(rows: int, columns: int) -> np.ndarray:
         return rng.normal(0, 0.02, (rows, columns)).astype(np.float32)
 
@@ -93,8 +95,25 @@ def read_rows(folder: Path) -> list[dict[str, str]]:
 
 
 def _write_model(folder: Path, architecture: str, weights: dict[str, np.ndarray], rope_theta: float) -> None:
-    from safetensors.numpy import save_file
     from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = [*SPECIAL.values(), *(f"w{token}" for token in range(EOS + 1, VOCAB))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+    write_model(folder, architecture, weights, tokenizer, rope_theta=rope_theta, positions=512)
+
+
+def write_model(
+    folder: Path,
+    architecture: str,
+    weights: dict[str, np.ndarray],
+    tokenizer: Any,
+    *,
+    rope_theta: float,
+    positions: int,
+) -> None:
+    """A Hugging Face folder of a Llama, with a tokenizer that has `SPECIAL` as its first ids."""
+    from safetensors.numpy import save_file
     from transformers import PreTrainedTokenizerFast
 
     folder.mkdir()
@@ -102,18 +121,14 @@ def _write_model(folder: Path, architecture: str, weights: dict[str, np.ndarray]
     config = {
         "architectures": [architecture], "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": MLP,
         "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": HEADS, "head_dim": HEAD_DIM,
-        "vocab_size": VOCAB, "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "rope_theta": rope_theta,
+        "vocab_size": VOCAB, "max_position_embeddings": positions, "rms_norm_eps": 1e-5, "rope_theta": rope_theta,
         "hidden_act": "silu", "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False,
         "dtype": "float32", "bos_token_id": None, "eos_token_id": EOS, "pad_token_id": PAD,
     }  # fmt: skip
     if "score.weight" in weights:
         config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    special = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "</s>"}
-    words = [*special.values(), *(f"w{token}" for token in range(EOS + 1, VOCAB))]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL).save_pretrained(folder)
 
 
 class Channel:

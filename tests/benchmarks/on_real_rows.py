@@ -1,0 +1,252 @@
+"""Times whole stages on real rows against TRL on the CPU: from a file of pairs to an exported model, process and all.
+
+    .venv/bin/python -m pip install torch==2.13.0      # where no GPU is wanted, and the index has a CPU build
+    bash launch/setup.sh parity
+    .venv/bin/python tests/benchmarks/on_real_rows.py --data hh-rlhf/helpful-base.test.jsonl.gz
+
+The rows are the first of an HH-RLHF file that the strict parser keeps and that need no cut: up to 512 tokens of prompt
+and 256 of response, by a byte-level BPE of 512 tokens that is trained on the file. The random Llama of 8.3M parameters
+has 4096 rows of embeddings, so that its head has the share of the work that it has in a large model. Both sides read
+the same JSONL file and model, take the same batches in the order of the file at one constant rate, and write a Hugging
+Face folder. Their losses must agree in the first steps, to `TOLERANCE`.
+
+Each side is a process of its own, and they take turns. Ours is the command, `mpo dpo` and so on, first with an empty
+compilation cache (cold) and then with the one it left (warm); the stages before it are there already. TRL runs as
+installed but for float32 and no gradient checkpointing, which would only slow it; it pads a batch to its longest row.
+Time is taken from the start of the process, and parted where the first step begins (imports, rows, weights, in DPO the
+reference's pass where it is made ahead) and where the last one ends (export). Ours compiles in its first step, and our
+first step is counted as begun when the command says that the stage does.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from peers import SPECIAL, machine, random_weights, versions, write_model
+
+PROMPT, RESPONSE = 512, 256
+"""Tokens at most."""
+MERGED = 512
+"""Tokens of the vocabulary."""
+RATE = 1e-5
+TOLERANCE = 2e-3
+COMPARED = 3
+"""Steps whose losses must agree."""
+ROOT = Path(__file__).resolve().parents[2]
+WORKS = ("sft", "reward", "dpo", "dpo_precomputed")
+
+
+class Taken(NamedTuple):
+    """Seconds of one process, whole and in three parts, and the losses of its steps."""
+
+    whole: float
+    before: float
+    steps: float
+    after: float
+    losses: tuple[float, ...]
+
+
+def write_inputs(folder: Path, data: str, count: int) -> int:
+    """rows.jsonl, `model` and `reward`. Returns the rows' tokens, each prompt once."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    from mpo_jax.config.load import load_config
+    from mpo_jax.data.corpus import load_corpus
+
+    config = load_config(None, ("data.kind=hh", f"data.path={data}", "data.validation_fraction=0"))
+    pairs = load_corpus(config).pairs
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    trainer = trainers.BpeTrainer(
+        vocab_size=MERGED, special_tokens=[*SPECIAL.values()], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    tokenizer.train_from_iterator((part for row in pairs for part in (row.prompt, row.chosen, row.rejected)), trainer)
+    rows, tokens = [], 0
+    for row in pairs:
+        prompt, *both = (len(tokenizer.encode(part).ids) for part in (row.prompt, row.chosen, row.rejected))
+        if prompt <= PROMPT and max(both) < RESPONSE and len(rows) < count:
+            rows.append({"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected})
+            tokens += prompt + sum(both) + len(both)
+    if len(rows) < count:
+        sys.exit(f"{data} has {len(rows)} rows that need no cut, not {count}")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    rng = np.random.default_rng(0)
+    weights = random_weights(rng)
+    options: dict[str, Any] = {"rope_theta": 1e4, "positions": 1024}
+    write_model(folder / "model", "LlamaForCausalLM", weights, tokenizer, **options)
+    body = {name: value for name, value in weights.items() if name != "lm_head.weight"}
+    # zeros, as ours begin
+    score = {"score.weight": np.zeros((1, body["model.norm.weight"].size), np.float32)}
+    write_model(folder / "reward", "LlamaForSequenceClassification", body | score, tokenizer, **options)
+    return tokens
+
+
+def timed(command: Sequence[str], begins: str) -> Taken:
+    """Runs a process that prints `begins`, and then a line with the word step, its number, and its loss for each."""
+    start = time.perf_counter()
+    moments, losses, said, begun = [], [], [], None
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            said.append(line)
+            words = line.split()
+            if begun is None and begins in line:
+                begun = time.perf_counter()
+            if "step" in words and "loss" in words:
+                moments.append(time.perf_counter())
+                losses.append(float(words[words.index("loss") + 1]))
+    end = time.perf_counter()
+    if process.returncode or begun is None or not moments:
+        sys.exit(f"{' '.join(command)}: status {process.returncode}. Its last words:\n{''.join(said[-30:])}")
+    return Taken(end - start, begun - start, moments[-1] - begun, end - moments[-1], tuple(losses))
+
+
+def ours(work: str, folder: Path, rows: int, batch: int, cache: Path) -> Taken:
+    """The command for one stage; those before it are made first, in one step of one row each, and are not timed."""
+    stage = work.removesuffix("_precomputed")
+    before = [] if stage == "sft" else ["sft.train.steps=1"]
+    sizes = (f"text.max_prompt_tokens={PROMPT}", f"text.max_response_tokens={RESPONSE}", "text.length_buckets=4")
+    with tempfile.TemporaryDirectory(dir=folder) as workdir:
+        inputs = (f"model.path={folder / 'model'}", f"data.path={folder / 'rows.jsonl'}", f"workdir={workdir}")
+        config = ("configs/bench/" + f"{stage}.yaml", *inputs, *sizes, *before, f"runtime.compilation_cache={cache}")
+        length = (f"{stage}.train.steps={rows // batch}", f"{stage}.train.batch_size={batch}")
+        mpo = [sys.executable, "-m", "mpo_jax.cli"]
+        for parent in {"sft": (), "reward": ("sft",), "dpo": ("sft", "reward")}[stage]:
+            subprocess.run([*mpo, parent, *config], check=True, cwd=ROOT, capture_output=True)
+        return timed([*mpo, stage, *config, *length], f"make {stage}")
+
+
+def theirs(work: str, python: str, folder: Path, rows: int, batch: int) -> Taken:
+    with tempfile.TemporaryDirectory(dir=folder) as out:
+        worker = ["--worker", work, str(folder), out, str(batch)]
+        return timed([python, str(Path(__file__).resolve()), "--data", "-", *worker], "training begins")
+
+
+def trl_worker(work: str, folder: Path, out: Path, batch: int) -> None:
+    """TRL's trainer of the stage, over all rows, to a saved model."""
+    import torch
+    from datasets import Dataset
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        TrainerCallback,
+    )
+
+    stage = work.removesuffix("_precomputed")
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+    options: dict[str, Any] = {
+        "output_dir": str(out), "per_device_train_batch_size": batch, "learning_rate": RATE, "num_train_epochs": 1,
+        "lr_scheduler_type": "constant", "warmup_steps": 0, "weight_decay": 0.0, "adam_beta1": 0.9, "adam_beta2": 0.999,
+        "adam_epsilon": 1e-8, "max_grad_norm": 1.0, "use_cpu": True, "bf16": False, "fp16": False,
+        "gradient_checkpointing": False, "logging_strategy": "no", "save_strategy": "no", "report_to": "none",
+        "disable_tqdm": True, "train_sampling_strategy": "sequential", "max_length": PROMPT + RESPONSE,
+        "dataloader_drop_last": True,
+    }  # fmt: skip
+    kind = AutoModelForSequenceClassification if stage == "reward" else AutoModelForCausalLM
+    model = kind.from_pretrained(folder / ("reward" if stage == "reward" else "model"), dtype=torch.float32)
+    if stage == "sft":
+        from trl import SFTConfig as Arguments
+        from trl import SFTTrainer as Trainer
+
+        rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
+    elif stage == "reward":
+        from trl import RewardConfig as Arguments
+        from trl import RewardTrainer as Trainer
+    else:
+        from trl import DPOConfig as Arguments
+        from trl import DPOTrainer as Trainer
+
+        options |= {"beta": 0.1, "precompute_ref_log_probs": work == "dpo_precomputed"}
+
+    class Said(TrainerCallback):
+        def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
+            print("trl step", state.global_step, "loss", losses[-1], flush=True)
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    trainer = Trainer(
+        model=model, args=Arguments(**options), train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+        callbacks=[Said()],
+    )  # fmt: skip
+    losses: list[float] = []
+    training_step = trainer.training_step
+
+    # what a trainer logs is rounded
+    def kept(*arguments: Any, **named: Any) -> Any:
+        loss = training_step(*arguments, **named)
+        losses.append(float(loss))
+        return loss
+
+    trainer.training_step = kept  # type: ignore[method-assign]
+    print(versions("trl", "transformers", "torch"), flush=True)
+    print("training begins", flush=True)
+    trainer.train()
+    trainer.save_model(str(out / "model"))
+
+
+def _parts(side: list[Taken]) -> str:
+    return " + ".join(f"{statistics.median(values):.0f}" for values in list(zip(*side, strict=True))[1:4])
+
+
+def line(work: str, count: int, cold: Taken, warm: list[Taken], others: list[Taken]) -> str:
+    """A row of the table: seconds a row of the file."""
+    ours, trl = (statistics.median(taken.whole for taken in side) for side in (warm, others))
+    apart = max(abs(a / b - 1) for a, b in zip(cold.losses[:COMPARED], others[0].losses, strict=False))
+    return (
+        f"| {work} | {cold.whole / count:.3f} | {ours / count:.3f} | {trl / count:.3f} | {trl / cold.whole:.2f} "
+        f"| {trl / ours:.2f} | {_parts(warm)} | {_parts(others)} | {apart:.0e} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="HH-RLHF file")
+    parser.add_argument("--rows", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=1, help="turns of each side; the cold one comes once")
+    parser.add_argument("--only", default=",".join(WORKS), help=f"comma-separated, of {', '.join(WORKS)}")
+    parser.add_argument(
+        "--torch-python", default=sys.executable, metavar="PATH", help="interpreter of TRL's environment"
+    )
+    parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.worker:
+        work, folder, out, batch = given.worker
+        trl_worker(work, Path(folder), Path(out), int(batch))
+        return
+    names = [name.strip() for name in given.only.split(",") if name.strip()]
+    if unknown := set(names) - set(WORKS):
+        parser.error(f"--only knows {', '.join(WORKS)}, not {', '.join(sorted(unknown))}")
+    count = given.rows - given.rows % given.batch
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        tokens = write_inputs(folder, given.data, count)
+        print(f"{machine()}; {count} rows, {tokens / count:.0f} tokens a pair, batches of {given.batch}\n")
+        print("| stage | ours cold, s a row | ours warm | TRL | times as fast, cold | warm | ours warm, parts in s "
+              "| TRL, parts in s | losses apart |")  # fmt: skip
+        print("|---|---|---|---|---|---|---|---|---|")
+        for work in names:
+            cache = folder / f"cache-{work}"
+            cold = ours(work, folder, count, given.batch, cache)
+            warm, others = [], []
+            for _ in range(given.rounds):
+                others.append(theirs(work, given.torch_python, folder, count, given.batch))
+                warm.append(ours(work, folder, count, given.batch, cache))
+            row = line(work, count, cold, warm, others)
+            if not np.allclose(cold.losses[:COMPARED], others[0].losses[:COMPARED], rtol=TOLERANCE, atol=0):
+                sys.exit(f"{work}: the sides do not agree\n{cold.losses[:COMPARED]}\n{others[0].losses[:COMPARED]}")
+            print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()
