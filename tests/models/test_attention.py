@@ -15,6 +15,9 @@ from mpo_jax.models.spec import LayerSpec
 from mpo_jax.types import Tokens
 from tests.models.tiny import batch, close
 
+# how fast these programs run does not matter, and what they hold in memory is tested elsewhere
+pytestmark = pytest.mark.unoptimised
+
 K = 6
 
 rows = st.tuples(st.integers(0, 300), st.integers(1, 4), st.integers(1, 600))

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import os
 import re
 from collections import Counter
 from functools import cache
@@ -22,6 +21,7 @@ from mpo_jax.runtime.sharding import place_batch
 from mpo_jax.tools.plan.collectives import KINDS
 from mpo_jax.training import refill
 from mpo_jax.types import frozen
+from tests.covering import EVERY_CASE
 from tests.models.tiny import DECODER, FAST, batch, mesh_of, random_params
 
 MODEL, EOS, V = Model(DECODER), 6, 40
@@ -33,7 +33,7 @@ END = 10
 """An id that the model seldom draws: responses of 2 to 234 tokens."""
 
 CASES = [((2, 2, 2), "finish"), ((8, 1, 1), "finish"), ((1, 8, 1), "advance"), ((1, 2, 4), "advance")]
-if os.environ.get("MPO_ALL_MESHES"):
+if EVERY_CASE:
     CASES = [(shape, program) for shape in {shape for shape, _ in CASES} for program in ("finish", "advance")]
 
 

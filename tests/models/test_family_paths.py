@@ -16,6 +16,7 @@ from mpo_jax.models.forward import Model
 from mpo_jax.models.generate import Sampling, make_generate
 from mpo_jax.runtime.sharding import place_batch
 from mpo_jax.types import Params, frozen
+from tests.covering import covering
 from tests.models.tiny import FAST, RECORDED, batch, check_cached_decoding, close, load_folder, mesh_of, trees_close
 
 # dozens of programs, each of which runs once
@@ -77,7 +78,7 @@ def test_decoding_with_a_cache_equals_the_full_forward(case):
     check_cached_decoding(Model(config), params, batch([4, 9, 1], [[8], [8], [8]], width=(9, 8)))
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize(("case", "remat"), covering(FAMILIES, ("dots", "full")), indirect=["case"])
 def test_recomputation_changes_no_gradient(case, remat):
     config, params, joined = case
     trees_close(gradients(Model(config, remat=remat), params, joined), gradients(Model(config), params, joined))
@@ -92,7 +93,7 @@ def sampled(model: Model, params: Params, joined, mesh) -> np.ndarray:
     return np.asarray(drawn.response)[:, 0]
 
 
-@pytest.mark.parametrize("axes", [(2, 2, 2), (1, 1, 4)])
+@pytest.mark.parametrize(("case", "axes"), covering(FAMILIES, ((2, 2, 2), (1, 1, 4))), indirect=["case"])
 def test_meshes_change_nothing(case, axes):
     """Gradients, scores of the model's trunk, and greedy samples. Four devices do not divide the two key heads."""
     config, params, joined = case

@@ -19,6 +19,7 @@ from mpo_jax.models.generate import Sampling, make_generate
 from mpo_jax.models.spec import LayerSpec, RopeScaling, shortest_pattern
 from mpo_jax.runtime.sharding import place_batch
 from mpo_jax.types import frozen
+from tests.covering import covering
 from tests.models.tiny import (
     DECODER,
     FAST,
@@ -104,7 +105,7 @@ def test_impossible_patterns(specs, layers, names):
 # ---- whole rows ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("implementation", ["blocked", "xla"])
+@pytest.mark.parametrize(("case", "implementation"), covering(tuple(MODELS), ("blocked", "xla")), indirect=["case"])
 def test_logits_equal_numpy(case, implementation):
     """Two responses behind one prompt, of which NumPy gets each as a sequence of its own."""
     config, params, joined = case
@@ -145,7 +146,7 @@ def gradients(model, params, joined):
     return jax.grad(total)(params)
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize(("case", "remat"), covering(tuple(MODELS), ("none", "full")), indirect=["case"])
 def test_gradients_equal_those_of_xlas_attention(case, remat):
     config, params, joined = case
     wanted = gradients(Model(config, attention="xla"), params, joined)

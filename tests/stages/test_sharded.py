@@ -25,6 +25,7 @@ from mpo_jax.training.checkpoints import Checkpoints
 from mpo_jax.training.optimizer import make_optimizer, with_learning_rate
 from mpo_jax.training.update import init_state
 from mpo_jax.types import Head, Mean, TrainState, frozen, trainable
+from tests.covering import covering
 from tests.models.tiny import DECODER, FAST, batch, mesh_of, random_params, trees_close
 
 pytestmark = pytest.mark.unoptimised
@@ -34,7 +35,11 @@ MESHES = [(8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2)]
 OBJECTIVES = ("sft", "reward_last_token", "reward_ds_span", "dpo", "ppo_actor", "ppo_critic")
 # tests/training/test_update.py has the updates of these on every mesh
 SEEN_ELSEWHERE = ("reward_last_token", "dpo")
-CASES = [(name, shape) for name in OBJECTIVES for shape in (MESHES[-1:] if name in SEEN_ELSEWHERE else MESHES)]
+CASES = [
+    *(("sft", shape) for shape in MESHES),
+    *covering(("ppo_actor", "ppo_critic", "reward_ds_span"), MESHES),
+    *((name, MESHES[-1]) for name in SEEN_ELSEWHERE),
+]
 
 COLUMNS = 3
 MODEL = Model(DECODER, logit_chunk=8 * COLUMNS)
@@ -205,8 +210,7 @@ def buffers(compiled: Any) -> set[tuple[int, ...]]:
     return {tuple(map(int, dims.split(","))) for dims in re.findall(r"\b(?:f32|bf16)\[([\d,]+)\]", compiled.as_text())}
 
 
-@pytest.mark.parametrize("shape", MESHES)
-@pytest.mark.parametrize("name", ["sft", "ppo_actor"])
+@pytest.mark.parametrize(("name", "shape"), covering(("ppo_actor", "sft"), MESHES))
 def test_logits_are_divided_over_batch_and_vocabulary(name, shape):
     """In the real training step, forward and backward: a chunk's logits exist in parts alone."""
     data, fsdp, tensor = shape

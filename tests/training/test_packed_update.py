@@ -24,6 +24,7 @@ from mpo_jax.stages.preference import PreferenceLoss
 from mpo_jax.training.optimizer import make_optimizer, with_learning_rate
 from mpo_jax.training.update import init_state, jit_update, make_update, state_sharding
 from mpo_jax.types import Head, Mean, TrainState, trainable
+from tests.covering import covering
 from tests.models.tiny import DECODER, FAST, mesh_of, random_params, trees_close
 
 pytestmark = pytest.mark.unoptimised
@@ -106,8 +107,7 @@ def equal(actual: Any, expected: Any) -> None:
             np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("packing", [Packing(1, 24), Packing(2, 40), Packing(4, 128)])
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize(("name", "packing"), covering(OBJECTIVES, (Packing(1, 24), Packing(2, 40), Packing(4, 128))))
 def test_a_packed_update_equals_the_padded_one(name, packing):
     """Whether a batch takes eight micro-batches or one, and rows one example or all."""
     equal(updated(name, packing)[0], updated(name, None)[0])
@@ -118,23 +118,21 @@ def test_padding_rows_count_in_neither(name):
     equal(updated(name, Packing(2, 40), lengths=LENGTHS[:5])[0], updated(name, None, lengths=LENGTHS[:5])[0])
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 2, 4), (2, 2, 2)])
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize(("name", "shape"), covering(OBJECTIVES, ((8, 1, 1), (1, 2, 4), (2, 2, 2))))
 def test_a_packed_update_on_a_mesh_equals_one_devices(name, shape):
     """Rows are divided over the batch axes; micro-batches are not."""
     packing = Packing(max(2, shape[0] * shape[1]), 24)
     equal(updated(name, packing, shape)[0], updated(name, None)[0])
 
 
-@pytest.mark.parametrize(("shape", "rows"), [((1, 2, 4), 2), ((2, 2, 2), 4)])
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_keys_are_left_out_on_a_mesh_where_no_row_needs_them(name, shape, rows):
+@pytest.mark.parametrize(("name", "rows"), covering(OBJECTIVES, (2, 4)))
+def test_keys_are_left_out_on_a_mesh_where_no_row_needs_them(name, rows):
     """Which keys attention leaves out is the same for all rows of a micro-batch, which are on several devices.
 
     By hand: prompts begin at columns 0 and 360 of the first row, 0 and 300 of the second, 0, 130, 240 and 400 of the
     third; the fourth is empty.
     """
-    packing = Packing(rows, 640)
+    packing, shape = Packing(rows, 640), {2: (1, 2, 4), 4: (2, 2, 2)}[rows]
     packed = batch_of("reward", packing, LONG)
     assert packed.count == 4 // rows, "two micro-batches, and one with four rows"
     tokens = jax.tree.map(jnp.asarray, packed).rows(packed.count - 1).tokens
@@ -154,8 +152,7 @@ def float64(monkeypatch) -> Iterator[Model]:
         yield dataclasses.replace(MODEL, dtype="float64")
 
 
-@pytest.mark.parametrize("lengths", [LENGTHS, LONG])
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize(("name", "lengths"), covering(OBJECTIVES, (LENGTHS, LONG)))
 def test_what_is_left_between_packed_and_padded_is_rounding(name, lengths, float64):
     """In float64 they differ eight orders of magnitude less than the float32 tests above allow."""
     packing = Packing(2, 40) if lengths is LENGTHS else Packing(2, 640)

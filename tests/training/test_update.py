@@ -19,6 +19,7 @@ from mpo_jax.stages.preference import PreferenceLoss
 from mpo_jax.training.optimizer import make_learning_rate, make_optimizer, with_learning_rate
 from mpo_jax.training.update import init_state, jit_update, make_update, state_sharding
 from mpo_jax.types import Mean, TrainState, merge, trainable
+from tests.covering import covering
 from tests.models.tiny import DECODER, FAST, batch, mesh_of, random_params, trees_close
 
 pytestmark = pytest.mark.unoptimised
@@ -42,31 +43,31 @@ def cases():
     }
 
 
-@pytest.mark.parametrize("name", cases())
-def test_accumulation_equals_the_whole_batch(name):
+@cache
+def accumulated(name: str, accumulation: int) -> tuple[Any, Any, dict[str, Any]]:
+    """The gradient of one update, its norm, and the metrics."""
     objective, params, data = cases()[name]
     data = jax.tree.map(jnp.asarray, data)
     optimizer = make_optimizer(OptimConfig(clip_norm=None, beta1=0.0))  # the first moment is the gradient
-
     state = with_learning_rate(init_state(trainable(params), optimizer, mesh_of(1, 1, 1)), 0.1)
+    update = jax.jit(make_update(objective, optimizer, accumulation=accumulation))
+    after, metrics = update.lower(state, data).compile(FAST)(state, data)
+    assert metrics.pop("skipped").count == 0
+    return optax.tree_utils.tree_get(after.opt_state, "mu"), metrics.pop("grad_norm"), metrics
 
-    def run(accumulation):
-        update = jax.jit(make_update(objective, optimizer, accumulation=accumulation))
-        after, metrics = update.lower(state, data).compile(FAST)(state, data)
-        assert metrics.pop("skipped").count == 0
-        return optax.tree_utils.tree_get(after.opt_state, "mu"), metrics.pop("grad_norm"), metrics
 
-    whole_grads, whole_norm, whole_metrics = run(1)
-    for accumulation in (2, 4, 8):
-        grads, norm, metrics = run(accumulation)
-        trees_close(grads, whole_grads, rtol=2e-5, atol=2e-6)
-        np.testing.assert_allclose(norm, whole_norm, rtol=1e-5)
-        for key, value in whole_metrics.items():
-            if isinstance(value, Mean):
-                np.testing.assert_allclose(metrics[key].total, value.total, rtol=1e-5, atol=1e-5)
-                assert metrics[key].count == value.count
-            else:
-                assert metrics[key] == value
+@pytest.mark.parametrize(("name", "accumulation"), covering(tuple(cases()), (2, 4, 8)))
+def test_accumulation_equals_the_whole_batch(name, accumulation):
+    whole_grads, whole_norm, whole_metrics = accumulated(name, 1)
+    grads, norm, metrics = accumulated(name, accumulation)
+    trees_close(grads, whole_grads, rtol=2e-5, atol=2e-6)
+    np.testing.assert_allclose(norm, whole_norm, rtol=1e-5)
+    for key, value in whole_metrics.items():
+        if isinstance(value, Mean):
+            np.testing.assert_allclose(metrics[key].total, value.total, rtol=1e-5, atol=1e-5)
+            assert metrics[key].count == value.count
+        else:
+            assert metrics[key] == value
 
 
 def test_uneven_masks_would_tell_a_mean_of_means_apart():
@@ -99,8 +100,9 @@ def updated(name: str, shape: tuple[int, int, int]) -> tuple[Any, float]:
     return jax.device_get(state.trainable), float(metrics["grad_norm"])
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2)])
-@pytest.mark.parametrize("name", ["sft", "reward", "dpo_with_nll"])
+@pytest.mark.parametrize(
+    ("name", "shape"), covering(("sft", "reward", "dpo_with_nll"), ((8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2)))
+)
 def test_update_on_a_mesh_equals_one_device(shape, name):
     """Updated parameters and moments agree to rounding, and the optimiser's state lies like its parameters."""
     (one, one_norm), (many, many_norm) = updated(name, (1, 1, 1)), updated(name, shape)
