@@ -10,7 +10,7 @@ EVERY_CASE = bool(os.environ.get("MPO_EVERY_CASE"))
 
 
 def covering(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
-    """The product of the axes, or as many of its tuples as the longest axis has values, so that all values are there."""
+    """The product of the axes, or as many of its tuples as the longest axis has values, which have every value."""
     if EVERY_CASE:
         return list(itertools.product(*axes))
     return [tuple(axis[n % len(axis)] for axis in axes) for n in range(max(map(len, axes)))]

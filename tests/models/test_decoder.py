@@ -30,6 +30,8 @@ from tests.models.tiny import (
     with_layers,
 )
 
+pytestmark = pytest.mark.unoptimised
+
 SPEC = LayerSpec()
 GEMMA = LayerSpec(scale=0.3, soft_cap=1.5, activation="gelu_tanh")
 

@@ -13,6 +13,8 @@ from mpo_jax.runtime.console import console
 from tests.pipeline.test_keeping import CHAIN, NAMES
 from tests.pipeline.test_pipeline import MICRO, mpo
 
+pytestmark = pytest.mark.unoptimised
+
 SIZES = {
     "sft": StageSize(model=10, rows=1, state=60),
     "reward": StageSize(model=9, rows=1, state=54),
