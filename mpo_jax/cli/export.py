@@ -11,9 +11,7 @@ from mpo_jax.runtime.words import size
 
 
 def export(
-    checkpoint: Annotated[
-        str, typer.Argument(metavar="CHECKPOINT", help="run, stage or model folder, .gguf file, hub id")
-    ],
+    checkpoint: Annotated[str, typer.Argument(metavar="MODEL", help="run, stage or model folder, .gguf file, hub id")],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="new folder")],
     overrides: Overrides = None,
     critic: Annotated[bool, typer.Option("--critic", help="PPO's critic instead of its policy")] = False,
@@ -37,7 +35,8 @@ def export(
     )
     if done.base is not None:
         console.print(
-            f"it changes {done.base}, and is of use on that model alone; --merge writes a whole model",
+            f"it is what one stage changed in {done.base}, and is of use on that model alone"
+            + (", which is not there" if done.base_missing else "; --merge writes a whole model"),
             soft_wrap=True,
             markup=False,
         )

@@ -83,6 +83,8 @@ def _read_yaml(path: Path) -> Any:
     if not path.exists():
         nearby = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
         hint = f"; did you mean {path.parent / nearby[0]}?" if nearby else ""
+        if path.suffix not in (".yaml", ".yml"):
+            raise UserError(f"{path} is neither KEY=VALUE nor a configuration file (YAML) that exists")
         raise UserError(f"no configuration file {path}{hint}")
     try:
         loaded = OmegaConf.load(path)

@@ -71,8 +71,8 @@ class ModelConfig(Section, frozen=True):
     architecture: ArchitectureConfig = Field(default_factory=lambda: ArchitectureConfig())
     adapter: AdapterConfig | None = Field(
         default=None,
-        description="train low-rank adapters on frozen models instead of whole models; null: whole models. A model "
-        "from scratch is trained whole whatever this says",
+        description="train low-rank adapters on frozen models instead of whole models; null: whole models. A stage "
+        "that starts from random weights, such as SFT from scratch, trains them whole whatever this says",
     )
     compute_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="type of the arithmetic; auto: float32 on CPU, bfloat16 elsewhere"

@@ -172,7 +172,7 @@ plain prompts and of HH-RLHF's dialogues too. `text.prompt_template` puts text a
 - A reply follows the prompt that sampling continues, also where the template would write the turns otherwise once there
   is a reply. A prompt that ends in an open `<think>` needs replies that close it; others are an error.
 - Rows with a system turn that the template refuses are dropped and counted; with `text.fold_system=true` its text goes
-  in front of the first user turn.
+  in front of the first user turn, with a blank line between.
 
 ### Test sets
 

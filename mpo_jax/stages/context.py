@@ -236,7 +236,15 @@ class Context:
         """
         model, params = self.load(path, numerics, text, head=head, frozen=adapter is not None, num_ids=num_ids)
         key = stage_key(seed, f"{stage} adapter")
-        return loading.to_train(model, params, adapter, self.mesh, key, new_head=new_head)
+        model, params = loading.to_train(model, params, adapter, self.mesh, key, new_head=new_head)
+        if adapter is not None:
+            trained, rest = (
+                sum(leaf.size for leaf in jax.tree.leaves(params[part])) for part in ("trainable", "frozen")
+            )
+            console.print(
+                f"  {stage}: adapters of rank {adapter.rank} train {trained:,} parameters, {rest:,} are frozen"
+            )
+        return model, params
 
     def load_base(
         self,

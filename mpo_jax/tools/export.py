@@ -16,7 +16,7 @@ from mpo_jax.models import forward, loading
 from mpo_jax.models.forward import Model
 from mpo_jax.models.hf import families, peft, peft_config, weights
 from mpo_jax.models.hf.found import is_scored_at_end
-from mpo_jax.models.hf.hub import on_this_machine
+from mpo_jax.models.hf.hub import is_hub_id, on_this_machine
 from mpo_jax.models.hf.tokenizer import load_tokenizer
 from mpo_jax.models.spec import DecoderConfig
 from mpo_jax.runtime import machine
@@ -40,6 +40,7 @@ class Exported:
       dtype: of the weights.
       num_bytes: of all files.
       base: of adapters, the model that they change.
+      base_missing: whether that is a path and nothing is there.
     """
 
     source: str
@@ -48,6 +49,7 @@ class Exported:
     dtype: str
     num_bytes: int
     base: str | None = None
+    base_missing: bool = False
 
 
 def export(
@@ -69,13 +71,17 @@ def export(
       adapter: write the adapters alone, as a PEFT folder, instead of the model with the adapters folded in.
 
     Raises:
-      UserError: if there is no model, or `target` exists and is not empty; or if there are no adapters.
+      UserError: if there is no model, or `target` exists and is not empty; or if there are no adapters, as of a critic.
     """
     machine.start(config.runtime)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists and is not empty: name a new folder")
     found = find_model(path, critic=critic)
     if adapter:
+        if critic:
+            raise UserError(
+                "--critic and --adapter together: PPO saves its critic as a whole model, so export it without --adapter"
+            )
         return _export_adapter(path, found, target, config)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
@@ -141,7 +147,8 @@ def _export_adapter(path: str, found: Path, target: Path, config: Config) -> Exp
         where = f"step {step} of the unfinished {found.parent.name}"
     kind = "reward model" if head == "value" else "language model"
     written = _finish(partial, target, found, path, kind=f"{ADAPTER}{kind}", dtype="float32", base=base)
-    return Exported(where, f"adapters of a {decoder.family}", kind, "float32", written, base)
+    missing = local is None and not is_hub_id(base)
+    return Exported(where, f"adapters of a {decoder.family}", kind, "float32", written, base, missing)
 
 
 def _newest_adapters(found: Path, model: Model, head: Head, mesh: Mesh) -> tuple[int, Tree]:

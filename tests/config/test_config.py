@@ -212,6 +212,8 @@ def test_files_that_cannot_be_read(tmp_path):
         load_config(tmp_path / "tldt.yaml")
     with pytest.raises(UserError, match=r"no configuration file .*123\.yaml$"):
         load_config(tmp_path / "tldr.yaml", (str(tmp_path / "123.yaml"),))
+    with pytest.raises(UserError, match=r"exported is neither KEY=VALUE nor a configuration file \(YAML\) that exists"):
+        load_config(tmp_path / "tldr.yaml", (str(tmp_path / "exported"),))
     with pytest.raises(UserError, match="cannot read"):
         load_config(tmp_path)
     (tmp_path / "latin.yaml").write_bytes("workdir: f\xfcr\n".encode("latin-1"))

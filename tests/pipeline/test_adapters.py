@@ -133,7 +133,7 @@ def test_an_unfinished_stage_is_exported_on_the_weights_that_it_was_trained_on(f
     assert np.abs(exact - whole).max() > 1e-4, "the rounding of int8"
 
 
-def test_an_adapter_whose_base_is_gone_can_be_exported_alone(finished, tmp_path):
+def test_an_adapter_whose_base_is_gone_can_be_exported_alone(finished, tmp_path, capsys):
     workdir = Path(shutil.copytree(finished, tmp_path / "w", symlinks=True))
     shutil.rmtree(workdir / "stages" / manifest_folder(finished, "mpo", "1-dpo").name / "model")
     ppo = workdir / "stages" / manifest_folder(finished, "mpo", "2-ppo").name
@@ -143,6 +143,14 @@ def test_an_adapter_whose_base_is_gone_can_be_exported_alone(finished, tmp_path)
     assert mpo("export", ppo, tmp_path / "adapter", "--adapter") == 0
     written = (tmp_path / "adapter" / peft.WEIGHTS).read_bytes()
     assert written == (ppo / loading.ADAPTER / peft.WEIGHTS).read_bytes()
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.endswith(f"one stage changed in {gone}, and is of use on that model alone, which is not there")
+
+
+def test_a_critic_has_no_adapters_of_its_own_to_export(finished, tmp_path, capsys):
+    assert mpo("export", finished / "runs" / "mpo", tmp_path / "critic", "--critic", "--adapter") == 2
+    assert "saves its critic as a whole model, so export it without" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "critic").exists()
 
 
 def test_export_of_a_finished_stage(finished, tmp_path, capsys):
@@ -157,7 +165,8 @@ def test_export_of_a_finished_stage(finished, tmp_path, capsys):
     base = str((finished / "runs" / "mpo" / "1-dpo" / "model").resolve())
     assert json.loads((tmp_path / "adapter" / peft_config.CONFIG).read_text())["base_model_name_or_path"] == base
     assert f"## Base model\n\n`{base}`. The adapter is what the last stage" in card and " DIR --adapter\n" in card
-    assert f"it changes {base}, and is of use on that model alone" in " ".join(capsys.readouterr().out.split())
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"one stage changed in {base}, and is of use on that model alone; --merge writes a whole model" in said
     card = (tmp_path / "merged" / "README.md").read_text()
     assert "DIR\n" in card and base not in card and "--adapter" not in card
     # a PEFT folder goes the same ways
