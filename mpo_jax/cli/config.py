@@ -21,10 +21,9 @@ def show_config(
     ] = False,
 ) -> None:
     """Print the resolved configuration, or with --keys what each key means."""
-    from mpo_jax.config import keys
-    from mpo_jax.config.load import to_yaml
-
     if show_keys:
+        from mpo_jax.config import keys
+
         if overrides:
             raise UserError(f"mpo config --keys takes one section or key, not {overrides[0]!r} after it")
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
@@ -32,4 +31,6 @@ def show_config(
     elif config is None:
         raise UserError("mpo config needs CONFIG, the YAML file to resolve; mpo config --keys lists every key")
     else:
+        from mpo_jax.config.load import to_yaml
+
         typer.echo(to_yaml(read_config(Path(config), overrides)), nl=False)

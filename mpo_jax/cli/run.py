@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from mpo_jax.cli.arguments import ConfigPath, Overrides, read_config
+from mpo_jax.cli.starting import starting
 from mpo_jax.runtime.console import console
 from mpo_jax.runtime.words import counted
 
@@ -15,11 +16,12 @@ SAMPLES = 2
 
 def run(config: ConfigPath, overrides: Overrides = None) -> None:
     """Run the whole method for every name in `experiment`, then print the table and write the report."""
-    from mpo_jax.tools import runs
-    from mpo_jax.tools.report import terminal
-    from mpo_jax.tools.report.results import main_rows
-
     resolved = read_config(config, overrides)
+    with starting("run", config, resolved):
+        from mpo_jax.tools import runs
+        from mpo_jax.tools.report import terminal
+        from mpo_jax.tools.report.results import main_rows
+
     runs.start(resolved)
     finished = runs.run_experiments(resolved)
     if finished is None:

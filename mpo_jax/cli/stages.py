@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from mpo_jax.cli.arguments import ConfigPath, Overrides
+from mpo_jax.cli.starting import starting
 from mpo_jax.config.registry import TRAINED
 from mpo_jax.runtime.console import console
 
@@ -53,9 +54,11 @@ def _training_command(name: str) -> Callable[..., None]:
 
 def _run(path: Path, overrides: tuple[str, ...], stage: str) -> None:
     from mpo_jax.config.load import load_config
-    from mpo_jax.tools import runs
 
     config = load_config(path, overrides, stage=stage if stage in TRAINED else None)
+    with starting(stage, path, config):
+        from mpo_jax.tools import runs
+
     runs.start(config)
     for name, artifact in runs.run_until(config, stage):  # type: ignore[arg-type]
         console.print(f"{name}: {artifact.path}", soft_wrap=True)

@@ -1,10 +1,12 @@
 """`mpo table`."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mpo_jax.cli.arguments import ConfigPath, Overrides
+from mpo_jax.cli.starting import starting
 from mpo_jax.runtime.console import console
 from mpo_jax.runtime.progress import Expected, duration
 from mpo_jax.runtime.words import counted, size
@@ -33,13 +35,18 @@ def table(
 
     given = [*(overrides or ()), *([] if seeds is None else [f"seeds={seeds}"])]
     whole = tuple(f"table.{word}" if word.startswith(("seeds=", "experiment=")) else word for word in given)
-    (_dry_run if dry else _make)(load_config(config, whole))
+    resolved = load_config(config, whole)
+    if dry:
+        _dry_run(resolved)
+    else:
+        _make(config, resolved)
 
 
-def _make(config: "Config") -> None:
-    from mpo_jax.tools import runs
-    from mpo_jax.tools.report import terminal
-    from mpo_jax.tools.seed_table import SeedTable
+def _make(path: Path, config: "Config") -> None:
+    with starting("table", path, config):
+        from mpo_jax.tools import runs
+        from mpo_jax.tools.report import terminal
+        from mpo_jax.tools.seed_table import SeedTable
 
     runs.start(config)
     made = SeedTable(config)

@@ -23,6 +23,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mpo_jax.config.schema import ToyConfig
+from mpo_jax.data.draws import Draws
 from mpo_jax.data.records import Demonstration, Preference
 
 WEIGHTS = {"who": 1.0, "problem": 1.5, "attempt": 0.5, "question": 1.0}
@@ -94,11 +95,20 @@ _KIND = {value: kind for kind, values in FACTS.items() for value in values}
 
 def utility(prompt: str, response: str) -> float:
     """The true utility of a response to a prompt, both as text; see the formula at the top of this file."""
+    return _utility(_stated(prompt), response)
+
+
+def _stated(prompt: str) -> set[str]:
+    """The facts of a post."""
     body = prompt.partition("POST:")[2].partition("TL;DR:")[0]
-    stated = set(_fact_pattern().findall(body))
-    mentioned = _fact_pattern().findall(response)
-    rest = _fact_pattern().sub(" ", response)
-    covered = sum(WEIGHTS[_KIND[fact]] for fact in stated & set(mentioned))
+    return set(_fact_pattern().findall(body))
+
+
+def _utility(stated: set[str], response: str) -> float:
+    # facts, with what stands before, between and after them
+    parts = _fact_pattern().split(response)
+    mentioned, rest = parts[1::2], " ".join(parts[::2])
+    covered = sum(WEIGHTS[_KIND[fact]] for fact in stated.intersection(mentioned))
     invented = len(set(mentioned) - stated)
     repeated = len(mentioned) - len(set(mentioned))
     return covered - INVENTED * invented - REPEATED * repeated - RAMBLING * len(re.findall(r"\w+", rest))
@@ -106,54 +116,55 @@ def utility(prompt: str, response: str) -> float:
 
 def demonstrations(config: ToyConfig) -> list[Demonstration]:
     """Posts with one summary each by writers of random quality: the SFT set."""
-    rng = np.random.default_rng((config.seed, 0))
+    draws = Draws((config.seed, 0))
     rows = []
     for _ in range(config.num_demonstrations):
-        post = _draw_post(rng, config)
+        post = _draw_post(draws, config)
         prompt = post.prompt()
-        rows.append(Demonstration(prompt, _write(rng, config, post), prompt))
+        rows.append(Demonstration(prompt, _write(draws, config, post), prompt))
     return rows
 
 
 def preferences(config: ToyConfig, *, test: bool) -> list[Preference]:
     """Posts with two summaries each and a Bradley-Terry label; the test rows come from their own random stream."""
-    rng = np.random.default_rng((config.seed, 2 if test else 1))
+    draws = Draws((config.seed, 2 if test else 1))
     rows = []
     for _ in range(config.num_test if test else config.num_pairs):
-        post = _draw_post(rng, config)
-        first, second = _write(rng, config, post), _write(rng, config, post)
+        post = _draw_post(draws, config)
+        first, second = _write(draws, config, post), _write(draws, config, post)
         while second == first:
-            second = _write(rng, config, post)
+            second = _write(draws, config, post)
         prompt = post.prompt()
-        gap = utility(prompt, first) - utility(prompt, second)
-        if rng.random() >= 1.0 / (1.0 + np.exp(-gap / config.label_temperature)):
+        stated = _stated(prompt)
+        gap = _utility(stated, first) - _utility(stated, second)
+        if draws.random() >= 1.0 / (1.0 + np.exp(-gap / config.label_temperature)):
             first, second = second, first
         rows.append(Preference(prompt, first, second, prompt))
     return rows
 
 
-def _draw_post(rng: np.random.Generator, config: ToyConfig) -> Post:
+def _draw_post(draws: Draws, config: ToyConfig) -> Post:
     def draw(kind: str, count: int) -> list[tuple[str, str]]:
-        return [(kind, FACTS[kind][i]) for i in rng.choice(config.num_values, count, replace=False)]
+        return [(kind, FACTS[kind][i]) for i in draws.distinct(config.num_values, count)]
 
     attempts = draw("attempt", min(config.num_attempts, config.num_values))
     facts = [*draw("who", 1), *draw("problem", 1), *attempts, *draw("question", 1)]
-    fillers = [FILLERS[i] for i in rng.choice(len(FILLERS), config.num_fillers, replace=False)]
-    return Post(SUBREDDITS[rng.integers(len(SUBREDDITS))], facts, fillers)
+    fillers = [FILLERS[i] for i in draws.distinct(len(FILLERS), config.num_fillers)]
+    return Post(SUBREDDITS[draws.below(len(SUBREDDITS))], facts, fillers)
 
 
-def _write(rng: np.random.Generator, config: ToyConfig, post: Post) -> str:
+def _write(draws: Draws, config: ToyConfig, post: Post) -> str:
     """A summary by a writer of random quality; never empty."""
-    quality = rng.random()
-    parts = [value for _, value in post.facts if rng.random() < 0.35 + 0.6 * quality]
+    quality = draws.random()
+    parts = [value for _, value in post.facts if draws.random() < 0.35 + 0.6 * quality]
     for _ in range(2):
-        if rng.random() < 0.4 * (1 - quality):
-            kind = list(FACTS)[rng.integers(len(FACTS))]
-            parts.insert(int(rng.integers(len(parts) + 1)), FACTS[kind][rng.integers(config.num_values)])
-    if parts and rng.random() < 0.3 * (1 - quality):
-        parts.append(parts[rng.integers(len(parts))])
-    if not parts or rng.random() < 0.4 * (1 - quality):
-        parts.insert(0, RAMBLES[rng.integers(len(RAMBLES))])
+        if draws.random() < 0.4 * (1 - quality):
+            kind = list(FACTS)[draws.below(len(FACTS))]
+            parts.insert(draws.below(len(parts) + 1), FACTS[kind][draws.below(config.num_values)])
+    if parts and draws.random() < 0.3 * (1 - quality):
+        parts.append(parts[draws.below(len(parts))])
+    if not parts or draws.random() < 0.4 * (1 - quality):
+        parts.insert(0, RAMBLES[draws.below(len(RAMBLES))])
     return " " + ", ".join(parts)
 
 

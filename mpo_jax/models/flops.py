@@ -2,12 +2,18 @@
 
 import dataclasses
 from collections import Counter
+from typing import TypeAlias
 
+import jax
 import numpy as np
 
 from mpo_jax.models import attention
 from mpo_jax.models.spec import DecoderConfig
 from mpo_jax.types import Head
+
+Counts: TypeAlias = np.ndarray | jax.Array
+"""Numbers of tokens: on the host, where results are float64, or on the devices, where they are float32."""
+Number: TypeAlias = float | jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,31 +121,84 @@ def decode(sizes: DecoderConfig, rows: Rows, *, shards: int, bytes_each: int) ->
     return Work(flops, decode_reads=float(rows.response * bytes_each * (shards * matrices + cache)))
 
 
-def visible_keys(sizes: DecoderConfig, before: np.ndarray, after: np.ndarray) -> float:
+def visible_keys(sizes: DecoderConfig, before: Counts, after: Counts) -> Number:
     """Keys seen by the tokens at positions before, ..., after - 1, summed over tokens and layers, within windows."""
 
-    def up_to(length: np.ndarray, window: int | None) -> np.ndarray:
+    def up_to(length: Counts, window: int | None) -> Counts:
         """sum over i = 1 ... length of min(i, window)."""
-        rising = length if window is None else np.minimum(length, window)
+        rising = length if window is None else length.clip(None, window)
         return rising * (rising + 1) / 2 + (length - rising) * rising
 
     windows = Counter(spec.window for spec in sizes.layers)
-    return sum(count * float((up_to(after, w) - up_to(before, w)).sum()) for w, count in windows.items())
+    return sum(count * (up_to(after, w) - up_to(before, w)).sum() for w, count in windows.items())
 
 
-def necessary(sizes: DecoderConfig, prompt_len_B: np.ndarray, response_len_BN: np.ndarray, head: Head) -> float:
+def necessary(sizes: DecoderConfig, prompt_len_B: Counts, response_len_BN: Counts, head: Head) -> Number:
     """FLOPs of a forward pass that no arrangement of these rows can do without.
 
     Matrices over real tokens, each prompt once; scores and weighted sums over visible keys; logits at response tokens,
     or one score a response.
     """
-    prompt, response = prompt_len_B.astype(np.float64)[:, None], response_len_BN.astype(np.float64)
+    prompt, response = _real(prompt_len_B)[:, None], _real(response_len_BN)
     tokens = prompt.sum() + response.sum()
     visible = visible_keys(sizes, 0 * prompt, prompt) + visible_keys(sizes, prompt, prompt + response)
     linear = 2.0 * layer_matrices(sizes) * tokens
     attended = 4.0 * sizes.num_heads * sizes.head_dim * visible
-    outputs = response.sum() * sizes.vocab_size if head == "lm" else float((response > 0).sum())
-    return float(linear + attended + 2.0 * sizes.hidden_size * outputs)
+    outputs = response.sum() * sizes.vocab_size if head == "lm" else (response > 0).sum()
+    return linear + attended + 2.0 * sizes.hidden_size * outputs
+
+
+def _real(lengths: Counts) -> Counts:
+    """As floating-point numbers: in int32, as batches hold lengths, a product with a model's size overflows."""
+    return lengths.astype(np.float64 if isinstance(lengths, np.ndarray) else np.float32)
+
+
+def update(
+    sizes: DecoderConfig, prompt_len_B: Counts, response_len_BN: Counts, head: Head, *, adapters: bool
+) -> Number:
+    """FLOPs that an update cannot do without: forward, and backward, which is twice the forward's products.
+
+    What `remat` computes again does not count.
+
+    Args:
+      adapters: the frozen matrices beside them need no gradients, so the backward pass counts once; the adapters' own
+        products do not count.
+    """
+    return (2 if adapters else 3) * necessary(sizes, prompt_len_B, response_len_BN, head)
+
+
+def drawing(sizes: DecoderConfig, prompt_len_B: Counts, response_len_BN: Counts) -> Number:
+    """FLOPs that drawing these responses cannot do without: the last token of each is drawn and not read."""
+    response_BN = _real(response_len_BN)
+    read = necessary(sizes, prompt_len_B, (response_BN - 1).clip(0), "value")
+    return read + 2.0 * sizes.hidden_size * sizes.vocab_size * response_BN.sum()
+
+
+def ppo_iteration(
+    actor: DecoderConfig,
+    critic: DecoderConfig,
+    prompt_len_B: Counts,
+    response_len_BN: Counts,
+    *,
+    actor_epochs: Number,
+    critic_epochs: Number,
+    adapters: bool,
+    scores: bool = True,
+) -> Number:
+    """FLOPs that an iteration on these prompts and responses cannot do without.
+
+    Drawing; the reference's and the reward model's pass; and the updates, of whose first forward pass the old
+    log-probabilities and values could come.
+
+    Args:
+      actor_epochs, critic_epochs: how often the updates go through all rows.
+      scores: whether a reward model of the critic's sizes reads the rows.
+    """
+    rows = prompt_len_B, response_len_BN
+    passes = necessary(actor, *rows, "lm") + (necessary(critic, *rows, "value") if scores else 0.0)
+    updates = actor_epochs * update(actor, *rows, "lm", adapters=adapters)
+    updates += critic_epochs * update(critic, *rows, "value", adapters=adapters)
+    return drawing(actor, *rows) + passes + updates
 
 
 def sampling(sizes: DecoderConfig, prompt_len_B: np.ndarray, response_len_BN: np.ndarray, bytes_each: int) -> Work:
@@ -151,13 +210,10 @@ def sampling(sizes: DecoderConfig, prompt_len_B: np.ndarray, response_len_BN: np
     Args:
       bytes_each: of an element of weights and cache.
     """
-    # batches hold lengths as int32, in which a product with a model's size overflows
-    prompt_len_B, response_len_BN = prompt_len_B.astype(np.int64), response_len_BN.astype(np.int64)
     response = response_len_BN.reshape(len(prompt_len_B), -1)
     read = np.maximum(response - 1, 0)
-    forward_flops = necessary(sizes, prompt_len_B, read, "value")
-    logits = 2.0 * sizes.hidden_size * sizes.vocab_size * response.sum()
     matrices = layer_matrices(sizes) + sizes.hidden_size * sizes.vocab_size
-    prompt = prompt_len_B[:, None].astype(np.float64)
+    prompt = _real(prompt_len_B)[:, None]
     cache = 2 * sizes.num_kv_heads * sizes.head_dim * visible_keys(sizes, prompt, prompt + read)
-    return Work(float(forward_flops + logits), decode_reads=float(bytes_each * (int(read.max()) * matrices + cache)))
+    decode_reads = float(bytes_each * (int(read.max()) * matrices + cache))
+    return Work(float(drawing(sizes, prompt_len_B, response)), decode_reads=decode_reads)

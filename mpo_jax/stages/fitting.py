@@ -14,6 +14,7 @@ from mpo_jax.models import flops, forward, responses
 from mpo_jax.models.flops import Rows, Work
 from mpo_jax.models.forward import Model
 from mpo_jax.models.packed import packed_in
+from mpo_jax.runtime import device_kinds
 from mpo_jax.runtime.seeds import data_seed
 from mpo_jax.runtime.sharding import check_batch, place_batch
 from mpo_jax.runtime.stage_warnings import warn
@@ -25,6 +26,7 @@ from mpo_jax.stages.stage import Program
 from mpo_jax.training.hashes import leaf_hashes, state_hash
 from mpo_jax.training.loop import Fitted, Hooks, Step, fit
 from mpo_jax.training.optimizer import make_learning_rate, make_optimizer, warmup_steps, with_learning_rate
+from mpo_jax.training.tracker import PEAK_S
 from mpo_jax.training.update import init_state
 from mpo_jax.training.validation import HELD_OUT_ROWS, Evaluate
 from mpo_jax.types import Head, Params, Tree
@@ -97,7 +99,8 @@ def fit_examples(
     context: Context,
     data: Callable[[Batch], Any] = lambda batch: batch.rows,
     evaluate: Callable[[Params], Mapping[str, float]] | None = None,
-    model: Model | None = None,
+    model: Model,
+    head: Head = "lm",
     packed: bool = False,
 ) -> tuple[Params, dict[str, Any]]:
     """Trains on batches of examples; returns the parameters to export and a training summary for the manifest.
@@ -107,7 +110,7 @@ def fit_examples(
       update: jitted function (state, batch, frozen) -> (state, metrics).
       buckets: maximum number of widths that rows are grouped by, and padded to if they are not packed.
       packed: whether rows are packed.
-      model: the model of the stage's programs, as for `fit_stage`.
+      model, head: what trains; the model also as for `fit_stage`.
       data: function from a batch to the objective's input.
     """
     frozen = params["frozen"]
@@ -120,11 +123,19 @@ def fit_examples(
     if packed:
         batches = dataclasses.replace(batches, packing=packing_of(batches, train, context.mesh))
     learning_rate = make_learning_rate(train.optim, steps)
+    peak = device_kinds.peak_flops(context.mesh.devices.flat)
 
     def step(state: Any, batch: Batch) -> tuple[Any, Any, Any]:
         rows = data(batch)
         state = with_learning_rate(state, learning_rate(batch.number))
-        return *update(state, place_batch(rows, context.mesh), frozen), rows
+        state, metrics = update(state, place_batch(rows, context.mesh), frozen)
+        if peak is not None:
+            work = flops.update(
+                model.decoder, np.asarray(batch.rows.prompt_len), np.asarray(batch.rows.response_len), head,
+                adapters=model.adapter is not None,
+            )  # fmt: skip
+            metrics = {**metrics, PEAK_S: work / peak}
+        return state, metrics, rows
 
     def whole(trained: Tree) -> Params:
         return {"trainable": trained, "frozen": frozen}

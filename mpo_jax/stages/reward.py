@@ -235,6 +235,7 @@ def _train(
         train=train,
         context=context,
         model=model,
+        head="value",
         packed=settings.packed,
         evaluate=make_evaluate(
             make_held_out(model, training.loss, context.mesh),

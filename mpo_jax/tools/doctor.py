@@ -27,12 +27,12 @@ from mpo_jax.errors import UserError
 from mpo_jax.pipeline import preflight
 from mpo_jax.pipeline.bucket import Bucket
 from mpo_jax.runtime import flags, machine
+from mpo_jax.runtime.device_kinds import similar_kind
 from mpo_jax.runtime.machine import PACKAGES
 from mpo_jax.runtime.processes import wait
 from mpo_jax.runtime.sharding import mesh_of, replicated
 from mpo_jax.runtime.timing import fastest, time_matmul
 from mpo_jax.runtime.words import counted
-from mpo_jax.tools.plan import targets
 from mpo_jax.training import wandb_log
 
 Verdict = Literal["ok", "warn", "fail"]
@@ -366,7 +366,7 @@ def matmul() -> Check:
     if not product.is_right:
         return Check("matmul", "fail", f"{kind}: wrong result", "the device computes wrongly: take it out of service")
     text = f"{kind}: {rate:.3g} TFLOP/s ({product.size} x {product.size} {dtype})"
-    known = targets.similar_kind(kind)
+    known = similar_kind(kind)
     if known is not None and rate < 0.4 * known.bf16_tflops:
         return Check(
             "matmul", "warn", text,

@@ -32,7 +32,8 @@ from mpo_jax.runtime.processes import is_main
 from mpo_jax.types import Mean, Skips
 
 PLAIN_SECONDS = 15.0
-
+PEAK_S = "peak_s"
+"""A metric that is not logged itself: seconds of the step's FLOPs at the devices' peak; `perf/mfu` is made of it."""
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -152,6 +153,7 @@ class Tracker:
 
         `measures` are of this step's state alone, and are written unchanged even if the metrics are not.
 
+        `tokens` and `PEAK_S`, of a step, are logged as `perf/tokens_per_s` and `perf/mfu`: per second of it.
         The host waits for the device only when it logs. This process's first step counts as `timing_s/compile`,
         together with all later compilations, and not as time of a step.
         """
@@ -178,8 +180,8 @@ class Tracker:
                 self._show(step, measures, now)
             return None
         self._sums = {}
-        tokens = values.pop("tokens", None)
-        values |= self._timing(now, tokens) | dict(measures or {})
+        tokens, at_peak = values.pop("tokens", None), values.pop(PEAK_S, None)
+        values |= self._timing(now, tokens, at_peak) | dict(measures or {})
         self.write(step, values, state_hash=state_hash)
         self._show(step, values, now)
         return values
@@ -200,8 +202,8 @@ class Tracker:
         self._pending = []
         return self._sums
 
-    def _timing(self, now: float, tokens: float | None) -> dict[str, float]:
-        """Seconds of compilation since the last log, and of a step without them."""
+    def _timing(self, now: float, tokens: float | None, at_peak: float | None) -> dict[str, float]:
+        """Seconds of compilation since the last log, and of a step without them; what a step does in that time."""
         later = self._compiled.seconds - self._compiled_before
         compiled = self._compile_seconds + later
         values = {"timing_s/compile": compiled} if compiled else {}
@@ -210,6 +212,8 @@ class Tracker:
             values["timing_s/step"] = seconds
             if tokens is not None:
                 values["perf/tokens_per_s"] = tokens / seconds
+            if at_peak is not None:
+                values["perf/mfu"] = at_peak / seconds
         self._last_log, self._steps_since = now, 0
         self._compile_seconds, self._compiled_before, self._untimed = 0.0, self._compiled.seconds, 0.0
         return values
@@ -278,6 +282,7 @@ LINE_FIELDS = {
     "timing_s/compile": ("compile_s", ".3f"),
     "timing_s/step": ("step_time_s", ".4g"),
     "perf/tokens_per_s": ("tokens_per_s", ".0f"),
+    "perf/mfu": ("mfu", ".3f"),
 }
 """The fields of a step's line besides its loss: metric to name and format."""
 

@@ -1,5 +1,6 @@
 """mpo_jax.data.toy: a lossless tokenizer, reproducible rows, a utility by hand and Bradley-Terry labels."""
 
+import hashlib
 import itertools
 
 import numpy as np
@@ -80,6 +81,19 @@ def test_rows_are_those_of_the_seed():
     assert [r.prompt for r in toy.preferences(SMALL, test=False)] != [
         r.prompt for r in toy.preferences(other, test=False)
     ]
+
+
+@pytest.mark.parametrize(
+    ("config", "digest"),
+    [
+        (SMALL, "95213f0ddc6511f1663cf380c71152cacca677a6aeb0cbebc4125e75ac78bdad"),
+        (LARGE, "92b556786bdef911109403b99eac17782766e13aef2feed43e2714fb0453cbb5"),
+    ],
+)
+def test_the_world_stays_as_it_is(config, digest):
+    """Artifacts are named by the world's settings and not by its rows, so other rows would not show in a name."""
+    rows = (*toy.demonstrations(config), *toy.preferences(config, test=False), *toy.preferences(config, test=True))
+    assert hashlib.sha256("\n".join(map(repr, rows)).encode()).hexdigest() == digest
 
 
 def test_test_rows_demonstrations_and_pairs_come_from_streams_of_their_own():

@@ -158,3 +158,34 @@ def test_bytes_of_a_large_model_on_each_device():
     assert whole / 8 <= device_bytes(placed) < whole / 8 * 1.001
     written = sum(export.nbytes for _, export in weights._exports(flatten_dict(shapes), LLAMA_2_70B, "bfloat16"))
     assert written == whole / 2
+
+
+def test_an_update_by_hand():
+    """One layer, D 4, one head of 2, F 3, V 5: a prompt of 3 with responses of 2 and 1, and a row that fills up."""
+    sizes = dataclasses.replace(
+        DECODER, vocab_size=5, hidden_size=4, intermediate_size=3, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=2
+    )
+    matrices = 4 * 2 * 4 + 3 * 4 * 3
+    prompts, responses = np.asarray([3, 0], np.int32), np.asarray([[2, 1], [0, 0]], np.int32)
+    # keys: 1, 2, 3 of the prompt, 4 and 5 of the first response, 4 of the second
+    once = 2 * matrices * 6 + 4 * 2 * (6 + 9 + 4)
+    assert flops.necessary(sizes, prompts, responses, "lm") == once + 2 * 4 * 5 * 3
+    assert flops.update(sizes, prompts, responses, "lm", adapters=False) == 3 * (once + 2 * 4 * 5 * 3)
+    assert flops.update(sizes, prompts, responses, "value", adapters=True) == 2 * (once + 2 * 4 * 2)
+
+
+@pytest.mark.parametrize("scores", [True, False])
+@pytest.mark.parametrize("adapters", [True, False])
+def test_an_iteration_of_ppo_is_what_it_consists_of(adapters, scores):
+    """On the devices as on the host, to float32; also where int32 would overflow."""
+    critic = dataclasses.replace(LLAMA_2_7B, num_layers=8)
+    prompts, responses = np.asarray([900, 512, 0], np.int32), np.asarray([[300], [1], [0]], np.int32)
+    rows = prompts, responses
+    given = {"actor_epochs": 2.0, "critic_epochs": 0.5, "adapters": adapters, "scores": scores}
+    passes = 2 if adapters else 3
+    policy, value = (flops.necessary(LLAMA_2_7B, *rows, "lm"), flops.necessary(critic, *rows, "value"))
+    wanted = flops.sampling(LLAMA_2_7B, *rows, 2).flops + policy + (value if scores else 0)
+    wanted += passes * (2 * policy + 0.5 * value)
+    assert flops.ppo_iteration(LLAMA_2_7B, critic, *rows, **given) == pytest.approx(wanted, rel=1e-12)
+    counted = jax.jit(lambda p, r: flops.ppo_iteration(LLAMA_2_7B, critic, p, r, **given))(*rows)
+    assert counted.dtype == jnp.float32 and float(counted) == pytest.approx(wanted, rel=1e-6)

@@ -167,6 +167,22 @@ def test_critic_warmup_leaves_the_actors_schedule_whole():
     assert rates["actor"][0] == 0.0
 
 
+def test_work_is_counted_for_the_updates_that_are_made():
+    """Two epochs of two minibatches: of the critic alone in its warm-up, of both models, and up to an early stop."""
+    loop = make_loop(method_of(epochs=2, minibatches=2, extras=PpoExtrasConfig(critic_warmup=1), kl=KlConfig(stop=0.5)))
+    kls = iter([0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.9])
+    loop.update_critic = lambda state, *_: (state, {})
+    loop.update_actor = lambda state, *_: (
+        state,
+        {"policy/approxkl_avg": Mean(jnp.asarray(next(kls)), jnp.asarray(1.0))},
+    )
+    loop.minibatch = lambda batch, *_: batch
+    loop._at_peak = lambda prompt_len, response_len, *epochs: epochs
+    rows = SimpleNamespace(rollout=SimpleNamespace(joined=SimpleNamespace(prompt_len=None, response_len=None)))
+    found = [loop._updates(loop.models, bare_state(), k, (rows, None))[1]["peak_s"] for k in range(3)]
+    assert found == [(0, 2), (2, 2), (1.5, 1.5)]
+
+
 @pytest.mark.parametrize("broken", ["actor", "critic"])
 def test_actor_and_critic_skip_updates_each_by_itself(broken):
     """The first of two minibatches is not finite for one of the models: as if that one had had the second alone."""

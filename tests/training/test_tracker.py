@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpo_jax.training.tracker import COMPILE_EVENT, Tracker, add_up, mean_values, step_line
+from mpo_jax.training.tracker import COMPILE_EVENT, PEAK_S, Tracker, add_up, mean_values, step_line
 from mpo_jax.types import Mean, Skips
 
 
@@ -88,6 +88,23 @@ def test_time_is_told_per_step_and_tokens_as_a_rate(tmp_path, monkeypatch):
     results = [tracker.update(k, {"tokens": np.float32(100 * k * k)}, log=k != 2) for k in (1, 2, 3)]
     tracker.close()
     assert results == [{"timing_s/compile": 1.0}, None, {"timing_s/step": 2.0, "perf/tokens_per_s": 325.0}]
+
+
+def test_utilisation_is_the_time_at_the_peak_over_the_time_it_took(tmp_path, monkeypatch):
+    """Steps of 2 s whose arithmetic takes 0.5 and 0.7 s at the peak; one stops between them, and another goes on."""
+    clock = iter([100.0, 101.0, 103.0, 200.0, 202.0, 204.0])
+    monkeypatch.setattr("mpo_jax.training.tracker.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    tracker = Tracker(tmp_path, "sft", 9, tensorboard=False)
+    assert tracker.update(1, {PEAK_S: 9.0}, log=True) == {"timing_s/compile": 1.0}
+    assert tracker.update(2, {PEAK_S: 0.5}, log=False) is None
+    sums = json.loads(json.dumps(tracker.unlogged()))
+    tracker.close()
+    tracker = Tracker(tmp_path, "sft", 9, tensorboard=False, start_step=2, sums=sums)
+    tracker.update(3, {PEAK_S: np.float32(0.75)}, log=False)
+    assert tracker.update(4, {PEAK_S: 1.0}, log=True) == {
+        "timing_s/compile": 2.0, "timing_s/step": 2.0, "perf/mfu": (0.5 + 0.75 + 1.0) / 3 / 2.0
+    }  # fmt: skip
+    tracker.close()
 
 
 def test_later_compilation_is_told_apart_from_the_steps(tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from mpo_jax.evaluation.truth import Truth, make_rollout_utility
 from mpo_jax.models.forward import Model
 from mpo_jax.models.generate import make_generate
 from mpo_jax.ops import adaptive_kl_coef
+from mpo_jax.runtime import device_kinds
 from mpo_jax.runtime.offload import Offload, to_devices
 from mpo_jax.runtime.seeds import stage_key
 from mpo_jax.runtime.sharding import place_batch, replicated
@@ -35,8 +36,10 @@ from mpo_jax.stages.ppo.compiled import (
 )
 from mpo_jax.stages.ppo.settings import Method, Settings
 from mpo_jax.stages.ppo.widths import make_narrow
+from mpo_jax.stages.ppo.work import make_at_peak
 from mpo_jax.stages.scorer import TextScorer
 from mpo_jax.training.optimizer import make_learning_rate, make_optimizer, with_learning_rate
+from mpo_jax.training.tracker import PEAK_S
 from mpo_jax.training.update import init_state
 from mpo_jax.types import Mean, Metrics, Moments, Params, PpoBatch, PromptBatch, Skips, TrainState, Tree
 
@@ -151,6 +154,9 @@ class Loop:
         self.key = stage_key(self.settings.seed, "ppo")
         self.minibatch = make_minibatch(method.minibatches, mesh)
         self.minibatch_key = stage_key(self.settings.seed, "ppo minibatches")
+        peak = device_kinds.peak_flops(mesh.devices.flat)
+        scores = self.scorer is None
+        self._at_peak = None if peak is None else make_at_peak(models.actor, models.critic, peak, mesh, scores=scores)
         # each schedule counts its own model's updates: the actor's starts after the critic's warm-up
         own_iterations = max(self.iterations - method.extras.critic_warmup, 0)
         self.actor_rate = make_learning_rate(method.actor_optim, own_iterations * method.updates)
@@ -256,7 +262,7 @@ class Loop:
             actor, critic, rest, frozen, joined, has_eos, self.allowed_V, state.kl_coef, *outside
         )
         state = dataclasses.replace(state, actor=self.offload.state(actor), critic=self.offload.state(critic))
-        return state, scored, {**metrics, **measured}
+        return state, scored, {**metrics, **measured, **self._work(scored, actor_updates=1, critic_updates=1)}
 
     def _updates(
         self, models: Models, state: PpoState, k: int, batch: tuple[PpoBatch, PromptBatch | None]
@@ -281,7 +287,18 @@ class Loop:
             collected.append(metrics)
             if method.kl.stop is not None and _exceeds(metrics.get("policy/approxkl_avg"), method.kl.stop):
                 break
-        return dataclasses.replace(state, actor=actor, critic=critic), _mean_of(collected)
+        metrics = _mean_of(collected) | self._work(
+            batch[0], actor_updates=len(collected) if own_k >= 0 else 0, critic_updates=len(collected)
+        )
+        return dataclasses.replace(state, actor=actor, critic=critic), metrics
+
+    def _work(self, batch: PpoBatch, *, actor_updates: int, critic_updates: int) -> Metrics:
+        """What `perf/mfu` of an iteration with these updates is made of; nothing where the devices' peak is unknown."""
+        if self._at_peak is None:
+            return {}
+        epochs = (updates / self.settings.method.minibatches for updates in (actor_updates, critic_updates))
+        joined = batch.rollout.joined
+        return {PEAK_S: self._at_peak(joined.prompt_len, joined.response_len, *epochs)}
 
 
 def _exceeds(mean: Mean | None, limit: float) -> bool:

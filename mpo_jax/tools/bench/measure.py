@@ -10,9 +10,9 @@ from typing import Any
 
 import jax
 
+from mpo_jax.runtime.device_kinds import device_kind
 from mpo_jax.runtime.timing import seconds, time_matmul
 from mpo_jax.tools.bench.workloads import Workload
-from mpo_jax.tools.plan.targets import device_kind
 
 DEFINITIONS = (
     "tokens/s: real tokens, without padding. FLOPs: necessary ones only (a multiply-add is two): matrix products over "

@@ -3,7 +3,7 @@
 import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from types import SimpleNamespace
 from typing import Any, Literal, get_args
 
@@ -124,27 +124,25 @@ class Bench:
             state[0], metrics = step(with_learning_rate(state[0], RATE), inputs(rows), params["frozen"])
             return metrics
 
-        # adapters need no gradients of the weights that they stand beside
-        passes = 3 if adapter_of(name, self.config) is None else 2
-        total = lambda work: passes * work  # noqa: E731
-        return self._over_batches(name, run, num_responses, total, head, packed_for=settings)
+        work = partial(flops.update, adapters=adapter_of(name, self.config) is not None)
+        return self._over_batches(name, run, num_responses, work, head, packed_for=settings)
 
     def _reference(self) -> Workload:
         params, logps = self._params(), self._program("reference")
         run, settings = lambda rows: logps(params, rows), self._settings("dpo")
-        return self._over_batches("reference", run, 2, lambda work: work, "lm", packed_for=settings)
+        return self._over_batches("reference", run, 2, flops.necessary, "lm", packed_for=settings)
 
     def _score(self) -> Workload:
         params = loading.with_value_head(self._model, self._params(), self.mesh)
         score = self._program("score")
-        return self._over_batches("score", lambda rows: score(params, rows), 2, lambda work: work, "value")
+        return self._over_batches("score", lambda rows: score(params, rows), 2, flops.necessary, "value")
 
     def _over_batches(
         self,
         name: Name,
         run: Any,
         num_responses: int,
-        total: Callable[[float], float],
+        work: Callable[..., Any],
         head: Head,
         *,
         packed_for: Any = None,
@@ -152,6 +150,7 @@ class Bench:
         """A workload over the steps' batches.
 
         Args:
+          work: FLOPs of sizes, prompts' and responses' lengths, and head.
           packed_for: settings of the stage that packs these rows, unless it pads them; None: they are padded.
         """
         batches = self._batches(self._examples(num_responses))
@@ -160,13 +159,13 @@ class Bench:
             batches = dataclasses.replace(batches, packing=packing)
         rows = [batches[k].rows for k in range(self.steps)]
         sizes = self._model.decoder
-        necessary = [flops.necessary(sizes, np.asarray(r.prompt_len), np.asarray(r.response_len), head) for r in rows]
+        works = [work(sizes, np.asarray(r.prompt_len), np.asarray(r.response_len), head) for r in rows]
         return Workload(
             name,
             lambda k: run(place_batch(batches[k].rows, self.mesh)),
             [int(np.sum(r.prompt_len) + np.sum(r.response_len)) for r in rows],
             [_columns(r) for r in rows],
-            [total(work) for work in necessary],
+            [float(work) for work in works],
             [0.0] * self.steps,
         )
 
@@ -234,19 +233,15 @@ class Bench:
                     workload.parts[name.removeprefix("timing_s/")].append(value)
             return kept["rollouts"].rollout.joined
 
-        itemsize = jnp.dtype(model.dtype).itemsize
         for k in range(self.steps):
             joined = run(k)
             prompts, lengths = np.asarray(batches[k].rows.prompt_len), np.asarray(joined.response_len)
-            policy_work, critic_work = (
-                flops.necessary(model.decoder, prompts, lengths, head) for head in ("lm", "value")
-            )
-            drawn = flops.sampling(model.decoder, prompts, lengths, itemsize)
-            each = 3 if model.adapter is None else 2
-            passes = each * settings.method.epochs * (policy_work + critic_work)
-            # reference and reward model only; behaviour log-probs and values come from the first update's forward pass
-            scoring = policy_work + critic_work
-            workload.flops.append(drawn.flops + passes + scoring)
+            epochs, adapters = settings.method.epochs, model.adapter is not None
+            work = flops.ppo_iteration(
+                model.decoder, model.decoder, prompts, lengths, actor_epochs=epochs, critic_epochs=epochs,
+                adapters=adapters,
+            )  # fmt: skip
+            workload.flops.append(float(work))
             workload.tokens.append(int(prompts.sum() + lengths.sum()))
             workload.padded.append(self.batch * (prompt + joined.response.shape[2]))
             workload.bytes_read.append(0.0)

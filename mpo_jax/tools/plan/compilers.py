@@ -11,7 +11,8 @@ from jax.experimental import topologies
 
 from mpo_jax.errors import UserError
 from mpo_jax.runtime import flags
-from mpo_jax.tools.plan.targets import GIB, Kind, Target
+from mpo_jax.runtime.device_kinds import Kind
+from mpo_jax.tools.plan.targets import GIB, Target
 
 CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 CUDNN = (9, 8)

@@ -94,7 +94,7 @@ def short(hosts: Sequence[HostMemory]) -> list[str]:
         assert one.available is not None
         lines.append(
             f"{one.stage} needs {gib(one.needed):.3g} GiB of host memory, and a host is assumed to have "
-            f"{gib(one.available):.3g} (host_gib in targets.yaml). Change one of:"
+            f"{gib(one.available):.3g} (host_gib in device_kinds.yaml). Change one of:"
         )
         if one.pinned:
             lines.append("  runtime.offload_frozen=false runtime.offload_moments=false: arrays stay on the devices")

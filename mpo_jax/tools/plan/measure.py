@@ -16,13 +16,14 @@ from mpo_jax.errors import UserError
 from mpo_jax.models.flops import Work
 from mpo_jax.models.spec import DecoderConfig
 from mpo_jax.pipeline.stages import PLANNED, STAGES, stage_settings, stage_shapes, text_rewards
+from mpo_jax.runtime.device_kinds import known
 from mpo_jax.runtime.sharding import device_bytes, mesh_of
 from mpo_jax.stages.shapes import Amounts, Shapes, TextRewards
 from mpo_jax.stages.stage import Program
 from mpo_jax.tools.plan import compilers
 from mpo_jax.tools.plan.collectives import Traffic, traffic
 from mpo_jax.tools.plan.sizes import decoder_sizes
-from mpo_jax.tools.plan.targets import GIB, Target, known
+from mpo_jax.tools.plan.targets import GIB, Target
 
 _USED = re.compile(r"Used ([\d.]+)([KMGT]?)i?B? of [\d.]+")
 _TEMPORARIES = re.compile(r"HLO temporaries \(([\d.]+)([KMGT]?)i?B?\) exceeds")
@@ -237,7 +238,7 @@ def seconds(work: Work, found: Sequence[Traffic], target: Target) -> float | Non
 
 
 def time_parts(work: Work, found: Sequence[Traffic], target: Target) -> Mapping[str, float] | None:
-    """Seconds of each part alone, at the utilisations in targets.yaml; None on the CPU.
+    """Seconds of each part alone, at the utilisations in device_kinds.yaml; None on the CPU.
 
     Collectives within a group use its links, those over several groups the network.
     """

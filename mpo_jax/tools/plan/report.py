@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
+from mpo_jax.runtime.device_kinds import known
 from mpo_jax.runtime.version import __version__
 from mpo_jax.runtime.words import counted
 from mpo_jax.tools.plan.advice import advice
@@ -13,7 +14,7 @@ from mpo_jax.tools.plan.collectives import Traffic
 from mpo_jax.tools.plan.host import HostMemory
 from mpo_jax.tools.plan.hours import StageTime
 from mpo_jax.tools.plan.measure import Measured, Plan, gib, time_parts
-from mpo_jax.tools.plan.targets import CPU, known
+from mpo_jax.tools.plan.targets import CPU
 
 DEFINITIONS = """\
 GiB are per device. held: arrays that the stage keeps besides the arguments (other models, optimiser states, initial

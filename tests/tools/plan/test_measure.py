@@ -9,6 +9,7 @@ import pytest
 from mpo_jax.config.load import load_config
 from mpo_jax.errors import UserError
 from mpo_jax.models.flops import Work
+from mpo_jax.runtime.device_kinds import known
 from mpo_jax.runtime.sharding import device_bytes
 from mpo_jax.tools.plan import advice, compilers, fit, measure, targets
 from mpo_jax.tools.plan.collectives import Traffic
@@ -146,7 +147,7 @@ def test_the_compiler_s_complaint_is_read():
 
 def test_time_is_the_longest_part():
     """A100: 312 TFLOP/s, 2039 GB/s, 300 GB/s links, 25 GB/s network, at the assumed shares."""
-    _, share = targets.known()
+    _, share = known()
     target = targets.parse("2xa100x8", cpu_devices=1)
     found = [Traffic("all-gather", 1, 10**9), Traffic("all-reduce", 0, 0, 1, 10**9, network_bytes=10**9)]
     parts = measure.time_parts(Work(16 * 312e12, 0.0, 16 * 2039e9), found, target)
