@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Checks correctness and speed on one GPU in under 9 minutes; writes Markdown and JSON.
+# Checks correctness and speed on one GPU in under 10 minutes; writes Markdown and JSON.
 #
 #   bash launch/gpu_check.sh [FOLDER]        default: runs/gpu_check
 #
@@ -57,6 +57,7 @@ bench() { # NAME SECONDS WORKLOAD... OPTION...
 }
 
 part correctness 150 "$python" tests/benchmarks/on_accelerator.py
+part attention 90 "$python" -m tests.benchmarks.attention_kernels
 bench train_1b 130 sft dpo --batch 8 --steps 5 --rows 512+512
 bench decode_1b 100 generate --batch 64 --steps 2 --rows 128+256
 bench ppo_1b 120 ppo --batch 8 --steps 3 --rows 256+256

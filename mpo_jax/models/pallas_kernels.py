@@ -76,14 +76,15 @@ class Sizes(NamedTuple):
 
 
 def width_of(platform: Platform, T: int, K: int) -> int:
-    """Tokens a block. Not measured yet: chosen by what fits.
+    """Tokens a block. Not measured yet.
 
-    TPU: a multiple of the 128 lanes; long rows take two, for fewer and larger products. GPU: 64, since the backward
-    pass holds two tiles [width width] and two [width K] of float32 in registers.
+    TPU: a multiple of the 128 lanes. A pair of 128 mostly waits for two products and two reductions, one after the
+    other; 256 should take twice the time for four times the work, and the listed pairs cover half as much again.
+    GPU: 64, since the backward pass holds two tiles [width width] and two [width K] of float32 in registers.
     """
     if platform == "cuda":
         return 64 if K <= 128 else 32
-    return 256 if T >= 2048 and K <= 128 else 128
+    return 256 if T >= 1024 and K <= 128 else 128
 
 
 def head_dim_of(platform: Platform, K: int) -> int:

@@ -99,9 +99,9 @@ def save_dtype(config: RuntimeConfig) -> str:
 def attention(config: ModelConfig, platform: str | None = None) -> str:
     """The implementation of attention over whole rows; `auto` depends on the platform.
 
-    TPU: the Pallas kernel, since the loops of blocked attention write every block's scores and sums to memory, as their
-    compiled programs show. CPU: blocked attention, which was faster than XLA's at every size measured. GPU: blocked
-    too, until the kernel is measured on one.
+    TPU: the Pallas kernel, which takes a quarter of blocked attention's scratch memory and hands no scores through
+    memory, as compiled programs show; not timed yet. CPU: blocked attention, which was faster than XLA's at every size
+    measured. GPU: blocked too, until the kernel is timed on one.
 
     Args:
       platform: of the target, where that is not this machine.
