@@ -56,9 +56,10 @@ bench() { # NAME SECONDS WORKLOAD... OPTION...
     --json "$out/$name.json" "${llama_1b[@]}"
 }
 
-part correctness 150 "$python" tests/benchmarks/on_accelerator.py
-bench train_1b 130 sft dpo --batch 8 --steps 5 --rows 512+512
-bench decode_1b 100 generate --batch 64 --steps 2 --rows 128+256
-bench ppo_1b 120 ppo --batch 8 --steps 3 --rows 256+256
+part correctness 130 "$python" tests/benchmarks/on_accelerator.py
+part attention 60 "$python" -m tests.benchmarks.attention_kernels
+bench train_1b 120 sft dpo --batch 8 --steps 5 --rows 512+512
+bench decode_1b 90 generate --batch 64 --steps 2 --rows 128+256
+bench ppo_1b 110 ppo --batch 8 --steps 3 --rows 256+256
 cat "$report"
 exit $status

@@ -87,10 +87,11 @@ class ModelConfig(Section, frozen=True):
         description="what the backward pass recomputes. none: nothing; dots: all but matrix products; full: whole "
         "layers (least memory, most time)",
     )
-    attention: Literal["auto", "blocked", "xla", "cudnn"] = Field(
+    attention: Literal["auto", "blocked", "pallas", "xla", "cudnn"] = Field(
         default="auto",
-        description="attention in training and scoring. auto: blocked, which skips keys that no query can see; xla: "
-        "the plain reference; cudnn: NVIDIA GPUs only",
+        description="attention in training and scoring. auto: pallas on TPUs, blocked elsewhere; blocked: skips keys "
+        "that no query can see; pallas: kernels that do so and hold no scores in memory, for TPUs and NVIDIA GPUs (a "
+        "CPU interprets them, slowly); xla: the plain reference; cudnn: NVIDIA GPUs only",
     )
     logit_chunk: int = Field(
         default=1024,

@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from mpo_jax.errors import UserError
-from mpo_jax.models import packed_attention
+from mpo_jax.models import packed_attention, pallas_attention
 from mpo_jax.models.packed_attention import SAVED
 from mpo_jax.models.spec import LayerSpec
 from mpo_jax.types import Tokens
@@ -117,11 +117,15 @@ def for_layer(tokens: Tokens, spec: LayerSpec, implementation: str) -> Attend:
     """The attention of layers with this spec over these rows. Masks are computed here, once for all such layers.
 
     Args:
-      implementation: blocked, or an implementation of jax.nn.dot_product_attention (xla, cudnn).
+      implementation: blocked, pallas, or an implementation of jax.nn.dot_product_attention (xla, cudnn).
 
     Raises:
       UserError: cudnn with a soft cap, which it does not have.
     """
+    if implementation == "pallas":
+        return pallas_attention.make_attend(
+            tokens, lambda head_dim: (spec.window, logit_scale(spec.scale, head_dim), spec.soft_cap)
+        )
     if implementation == "blocked":
         if tokens.packed and tokens.ids.shape[1] > 2 * packed_attention.BLOCK:
 

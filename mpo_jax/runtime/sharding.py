@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import jax
 import numpy as np
@@ -15,6 +15,9 @@ from mpo_jax.runtime.words import counted
 from mpo_jax.types import Packed
 
 BATCH_AXES = ("data", "fsdp")
+
+Platform: TypeAlias = Literal["cpu", "tpu", "cuda"]
+"""What a program is compiled for."""
 
 RULES: dict[str, Any] = {
     "batch": BATCH_AXES,
@@ -173,6 +176,58 @@ def by_group(function: Callable[[Any, Any, Any], Any], mesh: Mesh) -> Callable[[
         # the types would have to say of every constant in a loop that it differs from group to group
         check_vma=False,
     )
+
+
+def by_device(function: Callable[..., Any], axes: tuple[Any, ...], out_axes: Any) -> Callable[..., Any]:
+    """The function run by every device of the current mesh on its own part, for what the compiler cannot divide.
+
+    Arguments and results are divided by the rules. Outside a mesh it is the function itself, and inside `by_group` the
+    axes that are left are divided.
+
+    Args:
+      axes: for each argument, a tuple of logical axes, or a NamedTuple of such tuples.
+      out_axes: so for the result. An axis is divided where all its sizes allow.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    free = {name: size for name, size in mesh.shape.items() if name not in mesh.manual_axes}
+    if mesh.empty or mesh.size == 1 or not free:
+        return function
+    is_axes = lambda x: type(x) is tuple and all(a is None or isinstance(a, str) for a in x)  # noqa: E731
+
+    def divided(*arguments: Any) -> Any:
+        sizes: dict[str | None, int] = {}
+
+        def measure(names: tuple[str | None, ...], x: jax.Array) -> None:
+            sizes.update(
+                {name: math.gcd(size, sizes.get(name, size)) for name, size in zip(names, x.shape, strict=True)}
+            )
+
+        def spec(names: tuple[str | None, ...]) -> PartitionSpec:
+            return spec_for(names, tuple(sizes[name] for name in names), free)
+
+        jax.tree.map(measure, axes, arguments, is_leaf=is_axes)
+        in_specs, out_specs = (jax.tree.map(spec, tree, is_leaf=is_axes) for tree in (axes, out_axes))
+        return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names=set(free), check_vma=False)(
+            *arguments
+        )
+
+    return divided
+
+
+def mesh_axis_size(name: str) -> int:
+    """Devices along an axis of the current mesh that the compiler divides over; 1 outside a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty or name in mesh.manual_axes else mesh.shape[name]
+
+
+def platform() -> Platform:
+    """The platform of the current mesh, else of the device that JAX computes on.
+
+    A plan's mesh is of devices that this machine need not have.
+    """
+    chosen: Any = jax.sharding.get_abstract_mesh().abstract_device or jax.config.values["jax_default_device"]
+    name = chosen if isinstance(chosen, str) else (chosen or jax.devices()[0]).platform
+    return "tpu" if name == "tpu" else "cuda" if name in ("cuda", "gpu") else "cpu"
 
 
 def shardings_for(axes_tree: Any, shapes_tree: Any, mesh: Mesh) -> Any:

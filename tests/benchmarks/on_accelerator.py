@@ -73,7 +73,7 @@ def numbers() -> None:
         exact = logps(model, params, joined, here)
     apart = np.abs(exact / wanted - 1).max()
     check("float32 log-probabilities and gradient, device against CPU", apart < 1e-4, f"apart by {apart:.1e}")
-    names = ["xla"] + (["cudnn"] if here.platform == "gpu" else [])
+    names = ["xla", *{"gpu": ["pallas", "cudnn"], "tpu": ["pallas"]}.get(here.platform, [])]
     lowered = dataclasses.replace(model, dtype="bfloat16")
     apart = np.abs(logps(lowered, params, joined, here) / wanted - 1).max()
     check("bfloat16 against float32", apart < 2e-2, f"apart by {apart:.1e}")

@@ -16,6 +16,7 @@ from mpo_jax.errors import UserError
 from mpo_jax.models.flops import Work
 from mpo_jax.models.spec import DecoderConfig
 from mpo_jax.pipeline.stages import PLANNED, STAGES, stage_settings, stage_shapes, text_rewards
+from mpo_jax.runtime import machine
 from mpo_jax.runtime.device_kinds import known
 from mpo_jax.runtime.sharding import device_bytes, mesh_of
 from mpo_jax.stages.shapes import Amounts, Shapes, TextRewards
@@ -162,10 +163,12 @@ def prepare(config: Config, target: Target) -> Plan:
             f"mesh.data={mesh.data} x mesh.fsdp={mesh.fsdp} x mesh.tensor={mesh.tensor} is {mesh.num_devices} devices, "
             f"but {target.name} has {target.num_devices}: add {_suggest_mesh(target)}"
         )
-    if target.kind is not None and config.model.compute_dtype == "auto":
+    if target.kind is not None:
         # `auto` would resolve for this machine's CPU, not for the target
-        model = config.model.model_copy(update={"compute_dtype": "bfloat16"})
-        config = config.model_copy(update={"model": model})
+        resolved: dict[str, str] = {"attention": machine.attention(config.model, target.platform)}
+        if config.model.compute_dtype == "auto":
+            resolved["compute_dtype"] = "bfloat16"
+        config = config.model_copy(update={"model": config.model.model_copy(update=resolved)})
     decoder, source = decoder_sizes(config)
     mesh = mesh_of(config.mesh, compilers.devices(target))
     return Plan(config, target, mesh, decoder, source)
