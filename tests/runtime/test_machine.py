@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from mpo_jax.config.model import ModelConfig
+from mpo_jax.runtime import machine
+
 COUNT = """
 from pathlib import Path
 import jax
@@ -30,3 +33,12 @@ def test_simulated_devices_have_threads_to_wait_in(given, threads):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) == threads
+
+
+@pytest.mark.parametrize(
+    ("platform", "chosen"), [("tpu", "pallas"), ("cuda", "blocked"), ("cpu", "blocked"), (None, "blocked")]
+)
+def test_auto_chooses_attention_by_platform(platform, chosen):
+    """Without one, that of this machine; a configured implementation stays."""
+    assert machine.attention(ModelConfig(), platform) == chosen
+    assert machine.attention(ModelConfig(attention="xla"), platform) == "xla"
