@@ -14,11 +14,14 @@ from mpo_jax.errors import UserError
 from mpo_jax.runtime.sharding import (
     BATCH_AXES,
     batch_sharding,
+    by_device,
+    by_group,
     check_batch,
     constrain,
     make_mesh,
     mesh_of,
     place_batch,
+    platform,
     replicated,
     shardings_for,
     spec_for,
@@ -151,3 +154,45 @@ def test_constrain_lays_out_inside_a_mesh_and_does_nothing_outside():
     np.testing.assert_array_equal(laid, 2 * np.ones((8, 4)))
     with jax.set_mesh(make_mesh(MeshConfig())):
         assert constrain(x, "batch", None) is x
+
+
+def test_by_device_divides_an_axis_where_all_its_sizes_allow():
+    """Eight rows over four devices; four and two heads over two, but four and three over none."""
+    shapes = []
+
+    def product(a, b):
+        shapes.append((a.shape, b.shape))
+        return a * b.sum(1, keepdims=True)
+
+    heads = ("batch", "act_heads")
+    a, b = jnp.arange(32.0).reshape(8, 4), jnp.ones((8, 2))
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
+        found = by_device(product, (("batch", None), heads), ("batch", None))(a, b[:, :1])
+        by_device(product, (heads, heads), heads)(a, b)
+        by_device(product, (heads, heads), heads)(a, jnp.ones((8, 3)))
+    assert shapes == [((2, 4), (2, 1)), ((2, 2), (2, 1)), ((2, 4), (2, 3))]
+    assert (np.asarray(found) == np.asarray(a)).all()
+    assert by_device(product, (), ()) is product
+
+
+def test_by_device_inside_a_group_divides_the_axes_that_are_left():
+    shapes = []
+
+    def double(a):
+        shapes.append(a.shape)
+        return 2 * a
+
+    def rows(_, a, __):
+        return by_device(double, (("batch", "act_heads"),), ("batch", "act_heads"))(a)
+
+    mesh, a = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), jnp.arange(32.0).reshape(8, 4)
+    with jax.set_mesh(mesh):
+        found = jax.jit(by_group(rows, mesh))((), a, ())
+    assert set(shapes) == {(2, 2)} and (np.asarray(found) == 2 * np.asarray(a)).all()
+
+
+def test_the_platform_is_the_mesh_s():
+    mesh = AbstractMesh((2,), ("data",), abstract_device=jax.sharding.AbstractDevice("TPU v5", 1, "tpu"))
+    assert platform() == "cpu"
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert platform() == "tpu"
