@@ -34,6 +34,11 @@ _ACTOR_OPTIM = {"learning_rate": 3e-6, "weight_decay": 0.1}
 _CRITIC_OPTIM = {"learning_rate": 5e-6, "weight_decay": 0.1}
 
 
+def _as_text(given: Any) -> Any:
+    """A number is what YAML makes of a label's number."""
+    return str(given) if isinstance(given, int) and not isinstance(given, bool) else given
+
+
 class SftConfig(Section, frozen=True):
     """Supervised fine-tuning on the demonstrations."""
 
@@ -57,7 +62,7 @@ class RewardConfig(Section, frozen=True):
         "gets a list of prompts and a list of responses, and returns a finite number for each; it must be "
         "deterministic; null: a reward model",
     )
-    label: str | None = Field(
+    label: Annotated[str | None, BeforeValidator(_as_text)] = Field(
         default=None,
         description="of a finished classifier of several labels, the name or number of the one whose logit is the "
         "score; null: the only label, or of two the second's logit less the first's",

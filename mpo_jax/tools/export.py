@@ -1,6 +1,7 @@
 """Any model that can be read here, written as a Hugging Face folder."""
 
 import dataclasses
+import json
 import os
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from mpo_jax.config.schema import Config
+from mpo_jax.data.base_model import fingerprint_base
 from mpo_jax.data.text import TextCodec
 from mpo_jax.errors import UserError
 from mpo_jax.models import forward, loading
@@ -19,6 +21,7 @@ from mpo_jax.models.hf.found import is_scored_at_end
 from mpo_jax.models.hf.hub import is_hub_id, on_this_machine
 from mpo_jax.models.hf.tokenizer import load_tokenizer
 from mpo_jax.models.spec import DecoderConfig
+from mpo_jax.pipeline.recipe import RECIPE
 from mpo_jax.runtime import machine
 from mpo_jax.runtime.processes import agree, is_main, wait
 from mpo_jax.runtime.sharding import make_mesh
@@ -74,22 +77,22 @@ def export(
       UserError: if there is no model, or `target` exists and is not empty; or if there are no adapters, as of a critic.
     """
     machine.start(config.runtime)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} exists and is not empty: name a new folder")
+    if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
+        raise UserError(f"{target} exists and is not an empty folder: name a new one")
     found = find_model(path, critic=critic)
     if adapter:
         if critic:
             raise UserError(
                 "--critic and --adapter together: PPO saves its critic as a whole model, so export it without --adapter"
             )
+        if dtype not in (None, "float32"):
+            raise UserError(f"--dtype {dtype} and --adapter together: adapters are written in float32, as they train")
         return _export_adapter(path, found, target, config)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         tokenizer = load_tokenizer(found)
         num_ids = TextCodec(tokenizer, config.text).vocab_size
-        decoder, tree, where, written_as = _read(
-            found, mesh, dtype, critic=critic, num_ids=num_ids, label=config.reward.label
-        )
+        decoder, tree, where, written_as = _read(found, mesh, dtype, config, critic=critic, num_ids=num_ids)
         partial = _begin(target)
         loading.save(
             partial, Model(decoder), frozen(tree), tokenizer, dtype=written_as, scored_at_end=is_scored_at_end(found)
@@ -161,20 +164,21 @@ def _newest_adapters(found: Path, model: Model, head: Head, mesh: Mesh) -> tuple
 
 
 def _read(
-    found: Path, mesh: Mesh, dtype: str | None, *, critic: bool, num_ids: int, label: str | None
+    found: Path, mesh: Mesh, dtype: str | None, config: Config, *, critic: bool, num_ids: int
 ) -> tuple[DecoderConfig, Tree, str, str]:
     """Sizes, parameters, what they are and the type to write, of a model or an unfinished stage's newest checkpoint."""
     checkpoints = found.parent / "checkpoints"
     if checkpoints.is_dir() and not any(found.glob("*.safetensors")):
         decoder = families.read_config(found)
         if (found.parent / loading.ADAPTER / peft_config.CONFIG).is_file():
-            return _folded(found, decoder, mesh, dtype or "float32", critic=critic, num_ids=num_ids)
+            cache = config.runtime.fingerprint_cache_folder
+            return _folded(found, decoder, mesh, dtype or "float32", critic=critic, num_ids=num_ids, cache=cache)
         shapes = forward.abstract_params(decoder, head=families.read_head(found))
         manager = Checkpoints(checkpoints, keep=1)
         step, tree = manager.restore_params(shapes, forward.param_shardings(shapes, mesh), critic=critic)
         manager.close()
         return decoder, tree, f"step {step} of the unfinished {found.parent.name}", dtype or "float32"
-    source = loading.open_model(found, label=label).fitting(num_ids)
+    source = loading.open_model(found, label=config.reward.label).fitting(num_ids)
     source.say_notes()
     dtype = dtype or source.tensors.dtype
     # stored in the type to be written, so that the machine never holds a larger copy
@@ -182,10 +186,25 @@ def _read(
     return source.decoder, tree, str(found), dtype
 
 
+def _check_unchanged(base: Path, stage: Path, cache: Path | None) -> None:
+    """Raises UserError where a base model from elsewhere is not the one that an unfinished stage adapts any more."""
+    recipe = json.loads((stage / RECIPE).read_text(encoding="utf-8"))
+    wanted = None if (base.parent / "manifest.json").is_file() else recipe["inputs"].get("base")
+    if wanted is not None and fingerprint_base(str(base), cache) != wanted:
+        raise UserError(
+            f"{base} has changed since {stage.name} began, and its adapters belong to the model that it was: put that "
+            "back, or export the adapters alone (--adapter)"
+        )
+
+
 def _folded(
-    found: Path, decoder: DecoderConfig, mesh: Mesh, dtype: str, *, critic: bool, num_ids: int
+    found: Path, decoder: DecoderConfig, mesh: Mesh, dtype: str, *, critic: bool, num_ids: int, cache: Path | None
 ) -> tuple[DecoderConfig, Tree, str, str]:
-    """As `_read`, of an unfinished stage that trains adapters: its base with the newest ones folded in."""
+    """As `_read`, of an unfinished stage that trains adapters: its base with the newest ones folded in.
+
+    Args:
+      cache: folder of files' digests from earlier runs.
+    """
     if critic:
         raise UserError(
             f"{found.parent}: the critic of an unfinished stage with adapters cannot be exported: finish it"
@@ -193,7 +212,9 @@ def _folded(
     settings, head = peft_config.read_settings(found.parent / loading.ADAPTER), families.read_head(found)
     model = Model(decoder, dtype=dtype, adapter=settings.adapter(decoder))
     step, trained = _newest_adapters(found, model, head, mesh)
-    base = loading.open_model(peft_config.base_of(found.parent / loading.ADAPTER)).fitting(num_ids)
+    path = peft_config.base_of(found.parent / loading.ADAPTER)
+    _check_unchanged(path, found.parent, cache)
+    base = loading.open_model(path).fitting(num_ids)
     trained_as = trained_config(found)
     # adapters belong to the very weights that they were trained on, rounded as these were
     quantise = trained_as is not None and trained_as.model.frozen_dtype == "int8"

@@ -206,6 +206,12 @@ def test_refusals_name_the_place_and_the_fault(tmp_path, text, overrides, says):
         assert part.replace("{file}", str(tmp_path / "run.yaml")) in str(caught.value)
 
 
+def test_a_label_is_named_by_its_number_too():
+    assert load_config(None, ("reward.label=1",)).reward.label == "1"
+    with pytest.raises(UserError, match=r"reward\.label"):
+        load_config(None, ("reward.label=true",))
+
+
 def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "tldr.yaml").write_text("", encoding="utf-8")
     with pytest.raises(UserError, match=r"no configuration file .*tldt\.yaml; did you mean .*tldr\.yaml\?"):

@@ -135,6 +135,15 @@ def test_an_open_label_is_an_error(change, mesh):
         score(folder, mesh, label="best")
 
 
+def test_weights_are_floating_point_numbers(change, mesh):
+    def whole_numbers(held):
+        return held | {SCORE: held[SCORE].astype(np.int32)}
+
+    folder = change("llama_score", whole_numbers)
+    with pytest.raises(UserError, match=r"tensor score\.weight has type int32, not floating-point numbers"):
+        score(folder, mesh)
+
+
 def test_labels_without_names_have_numbers(change, mesh, capsys):
     folder = change("llama_score", heads(2), id2label=None)
     score(folder, mesh)

@@ -159,7 +159,7 @@ def test_damaged_and_contradictory_tensors_are_refused(tmp_path):
     for tensors, message in (
         ({}, "holds no adapters, so the model would be its base unchanged"),
         ({**held, name: held[name] * np.nan}, rf"tensor {name} has values that are not finite numbers"),
-        ({**held, name: held[name].astype(np.int32)}, "not finite numbers"),
+        ({**held, name: held[name].astype(np.int32)}, "has type int32, not floating-point numbers"),
         ({**held, name.replace(".weight", ".default.weight"): held[name]}, "are both for"),
         ({**held, whole: kernel}, f"{name} and {whole} are both for|{whole} and {name} are both for"),
     ):
@@ -211,6 +211,25 @@ def test_a_tied_embedding_is_replaced_only_with_its_head(tmp_path):
     assert np.array_equal(found["embedding"], moved)
     save_file({**held, embedding: moved, head: moved + 1}, folder / peft.WEIGHTS)
     with pytest.raises(UserError, match="they differ: the file is damaged"):
+        loading.open_model(folder)
+
+
+def test_adapters_are_those_of_the_modules_that_the_settings_name(tmp_path):
+    base = RECORDED / "untied"
+    folder = written(tmp_path / "adapter", base, *trained(base, Adapter(2, 3.0, TARGETS)))
+    held, settings = load_file(folder / peft.WEIGHTS), json.loads((folder / peft_config.CONFIG).read_text())
+    of_one_layer = {name: tensor for name, tensor in held.items() if ".layers.0." in name}
+    assert 0 < len(of_one_layer) < len(held)
+    save_file(of_one_layer, folder / peft.WEIGHTS)
+    with pytest.raises(UserError, match=r"has no adapters of model\.layers\.1\..*, but .* names it in target_modules"):
+        loading.open_model(folder)
+    (folder / peft_config.CONFIG).write_text(json.dumps(settings | {"layers_to_transform": [0]}))
+    assert loading.open_model(folder).head == "lm"
+    save_file(held, folder / peft.WEIGHTS)
+    (folder / peft_config.CONFIG).write_text(json.dumps(settings | {"target_modules": ["q_proj"]}))
+    with pytest.raises(
+        UserError, match=r"has adapters of model\.layers\..*, but .* does not name it in target_modules"
+    ):
         loading.open_model(folder)
 
 

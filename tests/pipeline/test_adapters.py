@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from mpo_jax.models import loading
 from mpo_jax.models.hf import peft, peft_config
@@ -145,6 +145,31 @@ def test_an_adapter_whose_base_is_gone_can_be_exported_alone(finished, tmp_path,
     assert written == (ppo / loading.ADAPTER / peft.WEIGHTS).read_bytes()
     said = " ".join(capsys.readouterr().out.split())
     assert said.endswith(f"one stage changed in {gone}, and is of use on that model alone, which is not there")
+
+
+def test_adapters_of_a_base_that_has_changed_are_not_folded_into_it(finished, tmp_path, capsys):
+    """Those of an unfinished stage, whose base is no stage's but the user's."""
+    base = Path(shutil.copytree(manifest_folder(finished, "mpo", "sft") / "model", tmp_path / "base"))
+    with stopping_at(2):
+        assert run(tmp_path / "w", "sft", f"model.path={base}") == 143
+    (partial,) = (tmp_path / "w" / "stages").glob(".sft-*.partial")
+    assert mpo("export", partial, tmp_path / "folded") == 0
+    weights = load_file(base / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, base / "model.safetensors")
+    capsys.readouterr()
+    assert mpo("export", partial, tmp_path / "wrong") == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{base} has changed since {partial.name} began" in said and not (tmp_path / "wrong").exists()
+    assert mpo("export", partial, tmp_path / "adapter", "--adapter") == 0
+
+
+def test_what_an_adapter_s_export_cannot_do_is_said(finished, tmp_path, capsys):
+    run_folder = finished / "runs" / "mpo"
+    assert mpo("export", run_folder, tmp_path / "half", "--adapter", "--dtype", "bfloat16") == 2
+    assert "--dtype bfloat16 and --adapter together" in " ".join(capsys.readouterr().err.split())
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    assert mpo("export", run_folder, tmp_path / "link") == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
 
 
 def test_a_critic_has_no_adapters_of_its_own_to_export(finished, tmp_path, capsys):

@@ -60,6 +60,7 @@ class AdaptedTensors:
         for name in held:
             self._take(name)
         self._check_pairs(held)
+        self._check_targets()
         if decoder.tie_embeddings:
             self._check_tied()
         self._shapes = {target: held[name] for target, name in self._whole.items()}
@@ -112,6 +113,23 @@ class AdaptedTensors:
                     "rank_pattern): the two files do not belong together"
                 )
 
+    def _check_targets(self) -> None:
+        """Checks that there are adapters of the modules that the configuration names, and of no others."""
+        wanted = self._settings.targets
+        if wanted is None:
+            return
+        meant = {
+            name for name in self._base.names() if name.endswith(".weight") and wanted(name.removesuffix(".weight"))
+        }
+        # a classifier has no head of a language model, even if its base does
+        missing = meant - set(self._pairs) - {self._lm_head}
+        for name in sorted(missing or set(self._pairs) - meant):
+            fault = "has no adapters of" if missing else "has adapters of"
+            raise UserError(
+                f"{self._file} {fault} {name}, but {CONFIG} {'names' if missing else 'does not name'} it in "
+                "target_modules: the two files do not belong together"
+            )
+
     def replaces(self, name: str) -> bool:
         """Whether the adapter's folder holds this tensor whole."""
         return name in self._whole
@@ -158,7 +176,9 @@ class AdaptedTensors:
         except (SafetensorError, OSError) as error:
             raise UserError(f"{self._file}: cannot read tensor {name}: {error}") from error
         # bfloat16 is no number type of NumPy's own
-        if tensor.dtype.kind in "biuc" or not np.isfinite(tensor.astype(np.float32)).all():
+        if tensor.dtype.kind in "biuc":
+            raise UserError(f"{self._file}: tensor {name} has type {tensor.dtype}, not floating-point numbers")
+        if not np.isfinite(tensor.astype(np.float32)).all():
             raise UserError(f"{self._file}: tensor {name} has values that are not finite numbers: it is damaged")
         return tensor
 

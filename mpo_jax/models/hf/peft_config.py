@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ TRAINING = (
     "corda_config", "lora_ga_config", "runtime_config", "qalora_group_size", "task_type",
 )  # fmt: skip
 """Settings that say how the adapters were trained, or what their tensors say too."""
+SOME = ("exclude_modules", "layers_to_transform", "layers_pattern")
+"""Those of them by which not every module of a name in target_modules is adapted."""
 ABSENT = (None, False, [], {})
 """Values by which a setting is not used."""
 
@@ -39,7 +41,8 @@ class Settings:
 
     Attributes:
       base: folder or hub id, with its revision, of the model that is adapted.
-      modules: names of the adapted modules.
+      modules: names of the adapted modules; none where they are given otherwise than by a list.
+      some: whether only some layers or modules of these names are adapted.
       rank: of adapters.
       alpha: of adapters.
       rslora: whether B A is divided by the root of the rank.
@@ -49,6 +52,7 @@ class Settings:
 
     base: str
     modules: tuple[str, ...]
+    some: bool
     rank: int
     alpha: float
     rslora: bool
@@ -63,6 +67,13 @@ class Settings:
     def scale(self, module: str) -> float:
         """The factor of B A for a module of this dotted name."""
         return Adapter(self.rank_of(module), _own(self.alphas, module, self.alpha), (), self.rslora).scale
+
+    @property
+    def targets(self) -> Callable[[str], bool] | None:
+        """Whether a module of this dotted name is adapted; None where the names alone do not tell."""
+        if not self.modules or self.some:
+            return None
+        return lambda module: any(module == name or module.endswith(f".{name}") for name in self.modules)
 
     def adapter(self, decoder: DecoderConfig) -> Adapter:
         """The adapter of a model like this one, which is made here."""
@@ -145,6 +156,7 @@ def read_settings(folder: Path) -> Settings:
     settings = Settings(
         base=base,
         modules=tuple(map(str, modules)) if isinstance(modules, list) else (),
+        some=any(raw.get(key) not in ABSENT for key in SOME),
         rank=int(_number(path, "r", given.pop("r", raw.get("r")), whole=True)),
         # PEFT takes 0 too, which is among the values of absence
         alpha=_number(path, "lora_alpha", given.pop("lora_alpha", raw.get("lora_alpha"))),

@@ -88,9 +88,12 @@ class SafetensorsFolder:
     def read(self, name: str) -> np.ndarray:
         try:
             with safe_open(self._files[name], framework="np") as file:
-                return file.get_tensor(name)
+                tensor = file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{self._files[name]}: cannot read tensor {name}: {error}") from error
+        if tensor.dtype.kind in "biuc":
+            raise UserError(f"{self._files[name]}: tensor {name} has type {tensor.dtype}, not floating-point numbers")
+        return tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
         try:
