@@ -149,7 +149,7 @@ def make_attend(
     def attend(q: Array, k: Array, v: Array) -> Array:
         check_fits(here, T, q)
         K = q.shape[-1]
-        fixed = Plan(*plan(K), kernels.width_of(here, T, K) if width is None else width)
+        fixed = Plan(*plan(K), kernels.width_of(here, T, K, q.dtype) if width is None else width)
         if fixed.width not in made:
             made[fixed.width] = layout_of(tokens, fixed.width, fixed.window)
         k, v = (_repeated(x, q.shape[2]) for x in (k, v))

@@ -75,15 +75,16 @@ class Sizes(NamedTuple):
         return cls(B, H, k.shape[1], T, K)
 
 
-def width_of(platform: Platform, T: int, K: int) -> int:
+def width_of(platform: Platform, T: int, K: int, dtype: Any) -> int:
     """Tokens a block. Not measured yet.
 
     TPU: a multiple of the 128 lanes. A pair of 128 mostly waits for two products and two reductions, one after the
     other; 256 should take twice the time for four times the work, and the listed pairs cover half as much again.
-    GPU: 64, since the backward pass holds two tiles [width width] and two [width K] of float32 in registers.
+    GPU: 64, since the backward pass holds two tiles [width width] and two [width K] of float32 in registers; fewer
+    where a block would take over 16 KiB, since several share 100 KiB on the smaller GPUs.
     """
     if platform == "cuda":
-        return 64 if K <= 128 else 32
+        return min(64, 2**14 // (head_dim_of(platform, K) * jnp.dtype(dtype).itemsize))
     return 256 if T >= 1024 and K <= 128 else 128
 
 

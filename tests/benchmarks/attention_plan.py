@@ -103,7 +103,7 @@ def compiled(target: targets.Target, implementation: str, args: argparse.Namespa
     with jax.set_mesh(mesh):
         program = jax.jit(partial(passes, spec, implementation)).lower(tokens, *qkv).compile()
     platform: Any = target.platform
-    pairs = block_pairs(here, implementation, pallas_kernels.width_of(platform, T, K)) * args.heads / tensor
+    pairs = block_pairs(here, implementation, pallas_kernels.width_of(platform, T, K, dtype)) * args.heads / tensor
     moved = least_bytes(implementation, pairs, args, K) / (1 if implementation == "blocked" else tensor)
     return {
         "target": target.name,
