@@ -227,9 +227,7 @@ def test_adapters_are_those_of_the_modules_that_the_settings_name(tmp_path):
     assert loading.open_model(folder).head == "lm"
     save_file(held, folder / peft.WEIGHTS)
     (folder / peft_config.CONFIG).write_text(json.dumps(settings | {"target_modules": ["q_proj"]}))
-    with pytest.raises(
-        UserError, match=r"has adapters of model\.layers\..*, but .* does not name it in target_modules"
-    ):
+    with pytest.raises(UserError, match=r"has adapters of model\.layers\..*, but .* does not name it in"):
         loading.open_model(folder)
 
 
