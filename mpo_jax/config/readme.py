@@ -80,7 +80,7 @@ dpo:
 
 | file | what it is |
 |---|---|
-| `quickstart.yaml` | all stages on the built-in toy world, from random weights; three minutes on two CPU cores |
+| `quickstart.yaml` | all stages on the built-in toy world, from random weights; 3 to 7 minutes on two CPU cores |
 | `hh_stories260k.yaml` | a Llama of 260K parameters on HH-RLHF: a smoke test with real files, minutes on two cores |
 | `hh_smollm2.yaml` | SmolLM2-135M-Instruct on HH-RLHF, for one GPU of 24 GB |
 | `tldr_smollm2.yaml` | the same model on Reddit TL;DR |

@@ -54,6 +54,7 @@ from peers import (
     read_rows,
     versions,
 )
+from trl_trainers import make_trainer, shared_options
 
 
 def torch_worker(work: str, folder: Path, channel: Channel) -> None:
@@ -76,47 +77,9 @@ def torch_worker(work: str, folder: Path, channel: Channel) -> None:
         torch_training(work, folder, channel)
 
 
-def _options(folder: Path, work: str, batch_size: int) -> dict[str, Any]:
-    """The arguments that all of TRL's trainers take."""
-    return {
-        "output_dir": str(folder / f"trl-{work}"), "per_device_train_batch_size": batch_size, "learning_rate": 1e-5,
-        "lr_scheduler_type": "constant", "warmup_steps": 0, "weight_decay": 0.0, "adam_beta1": 0.9, "adam_beta2": 0.999,
-        "adam_epsilon": 1e-8, "max_grad_norm": 1.0, "use_cpu": True, "bf16": False, "fp16": False,
-        "gradient_checkpointing": False, "logging_strategy": "no", "save_strategy": "no", "report_to": "none",
-        "disable_tqdm": True,
-    }  # fmt: skip
-
-
 def torch_training(work: str, folder: Path, channel: Channel) -> None:
     """TRL's trainer of the stage, which is held up before each of its steps until one is wanted."""
-    import torch
-    from datasets import Dataset
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoModelForSequenceClassification,
-        AutoTokenizer,
-        TrainerCallback,
-    )
-
-    stage = work.removesuffix("_precomputed")
-    rows = read_rows(folder)
-    options = _options(folder, work, WORK[work][1])
-    options |= {"max_steps": 10**6, "train_sampling_strategy": "sequential", "max_length": 2 * LENGTH}
-    kind = AutoModelForSequenceClassification if stage == "reward" else AutoModelForCausalLM
-    model = kind.from_pretrained(folder / ("reward" if stage == "reward" else "model"), dtype=torch.float32)
-    if stage == "sft":
-        from trl import SFTConfig as Arguments
-        from trl import SFTTrainer as Trainer
-
-        rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
-    elif stage == "reward":
-        from trl import RewardConfig as Arguments
-        from trl import RewardTrainer as Trainer
-    else:
-        from trl import DPOConfig as Arguments
-        from trl import DPOTrainer as Trainer
-
-        options |= {"beta": 0.1, "precompute_ref_log_probs": work == "dpo_precomputed"}
+    from transformers import TrainerCallback
 
     class Timed(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
@@ -124,24 +87,12 @@ def torch_training(work: str, folder: Path, channel: Channel) -> None:
             self.begin = time.perf_counter()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            channel.done(time.perf_counter() - self.begin, float(losses.pop()))
+            channel.done(time.perf_counter() - self.begin, losses.pop())
 
-    trainer = Trainer(
-        model=model,
-        args=Arguments(**options),
-        train_dataset=Dataset.from_list(rows[: ROWS if stage == "sft" else PAIRS]),
-        processing_class=AutoTokenizer.from_pretrained(folder / "model"),
-        callbacks=[Timed()],
-    )
-    losses: list[Any] = []
-    training_step = trainer.training_step
-
-    # what a trainer logs is rounded
-    def kept(*arguments: Any, **named: Any) -> Any:
-        losses.append(training_step(*arguments, **named))
-        return losses[-1]
-
-    trainer.training_step = kept  # type: ignore[method-assign]
+    trainer, losses = make_trainer(
+        work, folder, read_rows(folder)[: ROWS if work == "sft" else PAIRS], Timed(), batch_size=WORK[work][1],
+        max_steps=10**6, max_length=2 * LENGTH,
+    )  # fmt: skip
     channel.ready([])
     trainer.train()
 
@@ -193,8 +144,8 @@ def torch_ppo(folder: Path, channel: Channel) -> None:
             self.begin = time.perf_counter()
 
     arguments = PPOConfig(
-        **_options(folder, "ppo", ROLLOUTS), total_episodes=10**6 * ROLLOUTS, num_ppo_epochs=1, num_mini_batches=1,
-        response_length=LENGTH, temperature=1.0, kl_coef=0.1, local_rollout_forward_batch_size=ROLLOUTS,
+        **shared_options(folder / "trl-ppo", ROLLOUTS), total_episodes=10**6 * ROLLOUTS, num_ppo_epochs=1,
+        num_mini_batches=1, response_length=LENGTH, temperature=1.0, kl_coef=0.1, local_rollout_forward_batch_size=ROLLOUTS,
         num_sample_generations=0,
     )  # fmt: skip
     trainer = PPOTrainer(

@@ -31,12 +31,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from peers import SPECIAL, machine, random_weights, versions, write_model
+from trl_trainers import make_trainer
 
 PROMPT, RESPONSE = 512, 256
 """Tokens at most."""
 MERGED = 512
 """Tokens of the vocabulary."""
-RATE = 1e-5
 TOLERANCE = 2e-3
 COMPARED = 3
 """Steps whose losses must agree."""
@@ -134,60 +134,17 @@ def theirs(work: str, python: str, folder: Path, rows: int, batch: int) -> Taken
 
 def trl_worker(work: str, folder: Path, out: Path, batch: int) -> None:
     """TRL's trainer of the stage, over all rows, to a saved model."""
-    import torch
-    from datasets import Dataset
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoModelForSequenceClassification,
-        AutoTokenizer,
-        TrainerCallback,
-    )
-
-    stage = work.removesuffix("_precomputed")
-    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
-    options: dict[str, Any] = {
-        "output_dir": str(out), "per_device_train_batch_size": batch, "learning_rate": RATE, "num_train_epochs": 1,
-        "lr_scheduler_type": "constant", "warmup_steps": 0, "weight_decay": 0.0, "adam_beta1": 0.9, "adam_beta2": 0.999,
-        "adam_epsilon": 1e-8, "max_grad_norm": 1.0, "use_cpu": True, "bf16": False, "fp16": False,
-        "gradient_checkpointing": False, "logging_strategy": "no", "save_strategy": "no", "report_to": "none",
-        "disable_tqdm": True, "train_sampling_strategy": "sequential", "max_length": PROMPT + RESPONSE,
-        "dataloader_drop_last": True,
-    }  # fmt: skip
-    kind = AutoModelForSequenceClassification if stage == "reward" else AutoModelForCausalLM
-    model = kind.from_pretrained(folder / ("reward" if stage == "reward" else "model"), dtype=torch.float32)
-    if stage == "sft":
-        from trl import SFTConfig as Arguments
-        from trl import SFTTrainer as Trainer
-
-        rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
-    elif stage == "reward":
-        from trl import RewardConfig as Arguments
-        from trl import RewardTrainer as Trainer
-    else:
-        from trl import DPOConfig as Arguments
-        from trl import DPOTrainer as Trainer
-
-        options |= {"beta": 0.1, "precompute_ref_log_probs": work == "dpo_precomputed"}
+    from transformers import TrainerCallback
 
     class Said(TrainerCallback):
         def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
             print("trl step", state.global_step, "loss", losses[-1], flush=True)
 
-    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    trainer = Trainer(
-        model=model, args=Arguments(**options), train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
-        callbacks=[Said()],
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+    trainer, losses = make_trainer(
+        work, folder, rows, Said(), batch_size=batch, num_train_epochs=1, max_length=PROMPT + RESPONSE,
+        dataloader_drop_last=True,
     )  # fmt: skip
-    losses: list[float] = []
-    training_step = trainer.training_step
-
-    # what a trainer logs is rounded
-    def kept(*arguments: Any, **named: Any) -> Any:
-        loss = training_step(*arguments, **named)
-        losses.append(float(loss))
-        return loss
-
-    trainer.training_step = kept  # type: ignore[method-assign]
     print(versions("trl", "transformers", "torch"), flush=True)
     print("training begins", flush=True)
     trainer.train()
