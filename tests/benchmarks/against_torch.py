@@ -145,8 +145,8 @@ def torch_ppo(folder: Path, channel: Channel) -> None:
 
     arguments = PPOConfig(
         **shared_options(folder / "trl-ppo", ROLLOUTS), total_episodes=10**6 * ROLLOUTS, num_ppo_epochs=1,
-        num_mini_batches=1, response_length=LENGTH, temperature=1.0, kl_coef=0.1, local_rollout_forward_batch_size=ROLLOUTS,
-        num_sample_generations=0,
+        num_mini_batches=1, response_length=LENGTH, temperature=1.0, kl_coef=0.1, num_sample_generations=0,
+        local_rollout_forward_batch_size=ROLLOUTS,
     )  # fmt: skip
     trainer = PPOTrainer(
         args=arguments, processing_class=tokenizer, model=policy, ref_model=reference, reward_model=reward,
