@@ -77,8 +77,10 @@ def export(
       UserError: if there is no model, or `target` exists and is not empty; or if there are no adapters, as of a critic.
     """
     machine.start(config.runtime)
-    if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
-        raise UserError(f"{target} exists and is not an empty folder: name a new one")
+    if target.is_symlink():
+        raise UserError(f"{target} is a link, which is left alone: name a new folder")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} exists and is not empty: name a new folder")
     found = find_model(path, critic=critic)
     if adapter:
         if critic:

@@ -169,6 +169,7 @@ def test_what_an_adapter_s_export_cannot_do_is_said(finished, tmp_path, capsys):
     assert "--dtype bfloat16 and --adapter together" in " ".join(capsys.readouterr().err.split())
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     assert mpo("export", run_folder, tmp_path / "link") == 2
+    assert "link is a link, which is left alone: name a new folder" in " ".join(capsys.readouterr().err.split())
     assert [path.name for path in tmp_path.iterdir()] == ["link"]
 
 
