@@ -1,4 +1,4 @@
-"""Which combinations of parameters a test runs: all of them in CI, and by default enough to see every value once."""
+"""Which combinations of parameters a test runs: by default enough to see every value once, on request all of them."""
 
 import itertools
 import os
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 EVERY_CASE = bool(os.environ.get("MPO_EVERY_CASE"))
-"""Set by `.ci/run`. Each combination compiles programs of its own, which is most of the suite's time."""
+"""Each combination compiles programs of its own, which is most of the suite's time."""
 
 
 def covering(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
