@@ -140,7 +140,7 @@ def test_clocks():
 
 def test_a_slow_device_and_a_wrong_one(monkeypatch):
     assert doctor.matmul().verdict == "ok"
-    monkeypatch.setattr(doctor.targets, "similar_kind", lambda name: SimpleNamespace(bf16_tflops=1e6))
+    monkeypatch.setattr(doctor, "similar_kind", lambda name: SimpleNamespace(bf16_tflops=1e6))
     assert doctor.matmul().verdict == "warn"
     real = jax.jit
     monkeypatch.setattr(doctor.jax, "jit", lambda f, **options: real(lambda *x: f(*x) + 1, **options))
