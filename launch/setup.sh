@@ -84,6 +84,10 @@ fi
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-input --no-compile \
   -c constraints.txt -e ".${extras:+[${extras// /,}]}" \
   || fail "the installation failed (see above); the next call starts over"
+if [ -n "${PYTHONDONTWRITEBYTECODE:-}" ]; then
+  # no process may write byte code, and then every start would spend seconds on compiling the packages
+  .venv/bin/python -m compileall -q -j 0 .venv/lib || true
+fi
 .venv/bin/python - "$root" "$key" "$extras" >"$stamp.new" <<'PY'
 import sys
 

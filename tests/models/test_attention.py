@@ -23,8 +23,13 @@ K = 6
 rows = st.tuples(st.integers(0, 300), st.integers(1, 4), st.integers(1, 600))
 
 
+# one program a call, where each operation would be one
+join = jax.jit(forward.join)
+sees = jax.jit(attention.sees, static_argnums=2)
+
+
 def attend(q, k, v, tokens, window=None, **options):
-    return attention.make_attend(tokens, window, **options)(q, k, v)
+    return jax.jit(attention.make_attend(tokens, window, **options))(q, k, v)
 
 
 @given(rows)
@@ -42,8 +47,8 @@ def test_blocks_are_a_partition_of_the_queries(row):
 def test_no_seen_key_is_left_out_and_few_hidden_ones_are_multiplied(row, window):
     prompt, responses, size = row
     joined = batch([prompt], [[size] * responses], width=(prompt, size))
-    tokens = forward.join(joined)
-    seen = np.asarray(attention.sees(tokens, tokens, window))[0]
+    tokens = join(joined)
+    seen = np.asarray(sees(tokens, tokens, window))[0]
     covered = np.zeros_like(seen)
     for block in attention.blocks(seen.shape[1], tokens.scored_from, tokens.num_responses):
         for begin, end in block.keys:
@@ -54,7 +59,7 @@ def test_no_seen_key_is_left_out_and_few_hidden_ones_are_multiplied(row, window)
 
 
 def case(prompt_len, response_len, width, heads, groups, dtype=np.float32):
-    tokens = forward.join(batch(prompt_len, response_len, width=width))
+    tokens = join(batch(prompt_len, response_len, width=width))
     rng = np.random.default_rng(0)
     B, T = tokens.ids.shape
     q, k, v, weight = (jnp.asarray(rng.normal(size=(B, T, n, K)), dtype) for n in (heads, groups, groups, heads))
@@ -67,7 +72,7 @@ def whole(q, k, v, tokens, window, scale=None, soft_cap=None):
     repeat = q.shape[2] // k.shape[2]
     scores = np.einsum("bthk,bshk->bhts", q, k.repeat(repeat, 2)) * (K**-0.5 if scale is None else scale)
     scores = scores if soft_cap is None else soft_cap * np.tanh(scores / soft_cap)
-    seen = np.asarray(attention.sees(tokens, tokens, window))[:, None]
+    seen = np.asarray(sees(tokens, tokens, window))[:, None]
     scores = np.where(seen, scores, -1e300)
     p = np.exp(scores - scores.max(-1, keepdims=True))
     return np.einsum("bhts,bshk->bthk", p / p.sum(-1, keepdims=True), v.repeat(repeat, 2))
@@ -91,7 +96,7 @@ def test_equals_one_softmax_over_the_row(name):
     blocked, plain = (attention.for_layer(tokens, spec, implementation) for implementation in ("blocked", "xla"))
     wanted = whole(*qkv, tokens, spec.window, spec.scale, spec.soft_cap)
     for attended in (blocked, plain):
-        close(np.where(real, attended(*qkv), 0), np.where(real, wanted, 0), atol=1e-5)
+        close(np.where(real, jax.jit(attended)(*qkv), 0), np.where(real, wanted, 0), atol=1e-5)
 
     def gradients(attend):
         return jax.jit(jax.grad(lambda q, k, v: (attend(q, k, v) * weight).sum(), (0, 1, 2)))(*qkv)
@@ -104,7 +109,7 @@ def test_gradients_under_a_soft_cap_equal_differences():
     """Central differences in float64, where logits are far into the cap's bend."""
     tokens, qkv, weight = case([3], [[2, 4]], (3, 4), 2, 1)
     options, weight64 = {"window": 3, "scale": 1.3, "soft_cap": 0.8}, np.asarray(weight, np.float64)
-    grads = jax.grad(lambda *x: (attend(*x, tokens, **options) * weight).sum(), (0, 1, 2))(*qkv)
+    grads = jax.jit(jax.grad(lambda *x: (attend(*x, tokens, **options) * weight).sum(), (0, 1, 2)))(*qkv)
     for which, grad in enumerate(grads):
         for place in np.ndindex(grad.shape):
             inputs = [np.asarray(x, np.float64).copy() for x in qkv]
@@ -138,7 +143,7 @@ def test_packed_rows_are_parted_by_segment():
 
 def test_rows_that_see_nothing_are_finite():
     tokens, qkv, weight = case([0, 5], [[0], [3]], (5, 4), 2, 2)
-    grads = jax.grad(lambda q, k, v: (attend(q, k, v, tokens) * weight).sum(), (0, 1, 2))(*qkv)
+    grads = jax.jit(jax.grad(lambda *x: (attend(*x, tokens) * weight).sum(), (0, 1, 2)))(*qkv)
     assert all(np.isfinite(x).all() for x in grads) and np.isfinite(attend(*qkv, tokens)).all()
 
 
@@ -147,7 +152,7 @@ def test_bfloat16_keeps_its_type_and_sums_in_float32():
     out = attend(*qkv, tokens)
     assert out.dtype == jnp.bfloat16
     close(out.astype(jnp.float32), whole(*qkv, tokens, None), atol=2e-2)
-    grads = jax.grad(lambda q, k, v: (attend(q, k, v, tokens) * weight).sum().astype(jnp.float32), (0, 1, 2))
+    grads = jax.jit(jax.grad(lambda *x: (attend(*x, tokens) * weight).sum().astype(jnp.float32), (0, 1, 2)))
     assert {x.dtype for x in grads(*qkv)} == {jnp.dtype(jnp.bfloat16)}
 
 

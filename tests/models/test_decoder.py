@@ -25,7 +25,9 @@ from tests.models.tiny import (
     batch,
     check_cached_decoding,
     close,
+    join,
     load_folder,
+    logits,
     random_params,
     with_layers,
 )
@@ -239,9 +241,9 @@ def test_grouped_queries_equal_repeated_heads():
     kernels = params["layers"]["attention"]
     repeated = {name: jnp.repeat(kernels[name], H // G, axis=2) for name in ("k", "v")}
     wide = {**params, "layers": {**params["layers"], "attention": {**kernels, **repeated}}}
-    tokens = forward.join(batch([4], [[3]]))
-    few_logits = forward.logits(forward.Model(DECODER), params, tokens)
-    close(forward.logits(forward.Model(many), wide, tokens), few_logits, atol=1e-5)
+    tokens = join(batch([4], [[3]]))
+    few_logits = logits(forward.Model(DECODER), params, tokens)
+    close(logits(forward.Model(many), wide, tokens), few_logits, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["mistral", "qwen2_score", "qwen3"])
@@ -257,7 +259,7 @@ def test_window_is_counted_by_position(window):
     config = with_layers(DECODER, LayerSpec(window=window), num_layers=1)
     model, params = forward.Model(config), random_params(config)
     joined = batch([6], [[5, 5]], width=(9, 5))  # a gap of padding between the prompt and its two responses
-    tokens = forward.join(joined)
+    tokens = join(joined)
     position, branch = np.asarray(tokens.position)[0], np.asarray(tokens.branch)[0]
     hidden = jax.jit(forward.hidden_states, static_argnums=0)
     before = hidden(model, params, tokens)

@@ -38,6 +38,12 @@ DECODER = DecoderConfig(
     max_positions=64,
 )
 
+# whole passes as programs: run as they stand, each of their operations is compiled by itself
+join = jax.jit(forward.join)
+logits = jax.jit(forward.logits, static_argnums=0)
+scores = jax.jit(forward.scores, static_argnums=0)
+response_logps = jax.jit(forward.response_logps, static_argnums=0)
+
 FAST: dict[str, Any] = {"xla_backend_optimization_level": 0}
 """Compiler options that halve the time to compile; how a program is divided over devices is settled before."""
 
@@ -125,8 +131,8 @@ def load_folder(folder: Path, mesh=None, *, dtype="float32", head: Head | None =
 
 def answers(config: DecoderConfig, params: Tree, tokens: Tokens) -> np.ndarray:
     """Logits, or values; compiled, as the stages run it."""
-    function = forward.scores if "score" in params else forward.logits
-    return np.asarray(jax.jit(function, static_argnums=0)(Model(config), params, tokens))
+    function = scores if "score" in params else logits
+    return np.asarray(function(Model(config), params, tokens))
 
 
 def close(actual, expected, *, rtol=1e-5, atol=1e-6):

@@ -18,7 +18,7 @@ from mpo_jax.stages.preference import PreferenceLoss
 from mpo_jax.training.optimizer import make_optimizer, with_learning_rate
 from mpo_jax.training.update import init_state, make_update
 from mpo_jax.types import trainable
-from tests.models.tiny import DECODER, batch, close, mesh_of, random_params
+from tests.models.tiny import DECODER, batch, close, join, logits, mesh_of, random_params, response_logps
 
 pytestmark = pytest.mark.unoptimised
 
@@ -30,14 +30,14 @@ PAIRS = batch([4, 3, 6, 5], [[9, 1], [2, 2], [1, 9], [5, 4]])
 def test_sft_loss_is_the_nll_of_response_tokens_alone():
     params = random_params(DECODER)
     one = batch([4, 3, 6], [[5], [2], [7]])
-    tokens = forward.join(one)
-    logits = np.asarray(forward.logits(MODEL, params, tokens), np.float64)
+    tokens = join(one)
+    logits_BTV = np.asarray(logits(MODEL, params, tokens), np.float64)
     total = count = 0
     for b in range(3):
         row = np.concatenate([one.prompt[b, : one.prompt_len[b]], one.response[b, 0, : one.response_len[b, 0]]])
         real = [t for t in range(tokens.ids.shape[1]) if tokens.segment[b, t]]
         for place in range(int(one.prompt_len[b]), len(row)):
-            before = logits[b, real[place - 1]]
+            before = logits_BTV[b, real[place - 1]]
             total -= before[row[place]] - np.log(np.exp(before).sum())
             count += 1
     terms, metrics = sft.objective(MODEL, params, one)
@@ -69,7 +69,7 @@ def test_reward_reads_the_last_real_token():
 def test_dpo_at_policy_equals_reference(kind, expected):
     """log 2 for DPO whatever the smoothing, (1 / 2 beta)^2 for IPO; implicit rewards 0."""
     params = random_params(DECODER)
-    ref = forward.response_logps(MODEL, params, PAIRS)
+    ref = response_logps(MODEL, params, PAIRS)
     options = (("label_smoothing", 0.1),) if kind == "cdpo" else ()
     loss = PreferenceLoss(name=kind, beta=0.1, options=options)
     terms, metrics = dpo.objective(MODEL, loss, 0.0, params, DpoBatch(PAIRS, ref))
@@ -81,22 +81,22 @@ def test_dpo_at_policy_equals_reference(kind, expected):
 
 def test_dpo_gradient_raises_chosen_and_lowers_rejected():
     params = random_params(DECODER)
-    ref = forward.response_logps(MODEL, params, PAIRS)
+    ref = response_logps(MODEL, params, PAIRS)
     objective = partial(dpo.objective, MODEL, PreferenceLoss(name="dpo", beta=0.1), 0.0)
     # with a small eps Adam's first direction is the gradient's sign
     optimizer = make_optimizer(OptimConfig(clip_norm=None, eps=1.0))
     state = with_learning_rate(init_state(trainable(params), optimizer, mesh_of(1, 1, 1)), 1e-3)
     state, _ = jax.jit(make_update(objective, optimizer))(state, DpoBatch(PAIRS, ref))
     moved = state.trainable
-    after = forward.response_logps(MODEL, moved, PAIRS)
+    after = response_logps(MODEL, moved, PAIRS)
     margin = lambda logp: (logp[:, 0] - logp[:, 1]).mean()  # noqa: E731
     assert margin(after) > margin(ref)
 
 
 def test_dpo_length_normalisation_divides_both_sides():
     params, other = random_params(DECODER), random_params(DECODER, 1)
-    ref = forward.response_logps(MODEL, other, PAIRS)
-    policy = forward.response_logps(MODEL, params, PAIRS)
+    ref = response_logps(MODEL, other, PAIRS)
+    policy = response_logps(MODEL, params, PAIRS)
     loss = PreferenceLoss(name="dpo", beta=0.5, length_normalised=True)
     terms, metrics = dpo.objective(MODEL, loss, 0.0, params, DpoBatch(PAIRS, ref))
     scaled = np.asarray((policy - ref) / PAIRS.response_len)

@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 
 from mpo_jax.config.schema import KlConfig, PpoConfig, PpoExtrasConfig, TrainConfig
-from mpo_jax.models import forward
 from mpo_jax.models.forward import Model
 from mpo_jax.stages import sft
 from mpo_jax.stages.ppo import objective as ppo_objective
 from mpo_jax.stages.ppo.settings import Method
 from mpo_jax.types import Rollout
-from tests.models.tiny import DECODER, batch, close, random_params, trees_close
+from tests.models.tiny import DECODER, batch, close, join, random_params, scores, trees_close
 from tests.reference import rl
 from tests.training.test_update import parted
 
@@ -24,6 +23,8 @@ pytestmark = pytest.mark.unoptimised
 MODEL = Model(DECODER)
 ALLOWED = jnp.arange(DECODER.vocab_size) > 1
 PAIRS = batch([4, 3, 6, 5], [[9, 1], [2, 2], [1, 9], [5, 4]])
+score_rollout = jax.jit(ppo_objective.score_rollout, static_argnums=(0, 1, 2))
+estimate = jax.jit(ppo_objective.estimate, static_argnums=1)
 
 
 def method_of(**options):
@@ -37,11 +38,11 @@ def score(actor, reference, *, method=None, samples=None, has_eos=None, critic=5
     samples = samples or batch([4, 3, 6, 5], [[6], [2], [1], [5]])
     value_models = (random_params(DECODER, critic, head="value"), random_params(DECODER, 6, head="value"))
     has_eos = jnp.asarray([True, True, False, True]) if has_eos is None else has_eos
-    rollout, entropy = ppo_objective.score_rollout(
+    rollout, entropy = score_rollout(
         MODEL, MODEL, method.temperature, (actor, reference), value_models, samples, has_eos, ALLOWED
     )
     kl_coef = jnp.asarray(method.kl.coef)
-    estimated, shaped = ppo_objective.estimate(rollout, method, kl_coef)
+    estimated, shaped = estimate(rollout, method, kl_coef)
     return estimated, shaped, ppo_objective.rollout_metrics(estimated, entropy, kl_coef, method)
 
 
@@ -97,8 +98,8 @@ def test_value_is_read_before_the_action():
     estimated, _, _ = score(random_params(DECODER), random_params(DECODER))
     samples = batch([4, 3, 6, 5], [[6], [2], [1], [5]])
     critic = random_params(DECODER, 5, head="value")
-    scores = forward.scores(MODEL, critic, forward.join(samples))
-    expected = [scores[b, n - 1] for b, n in enumerate(samples.prompt_len)]
+    score_BT = scores(MODEL, critic, join(samples))
+    expected = [score_BT[b, n - 1] for b, n in enumerate(samples.prompt_len)]
     np.testing.assert_array_equal(estimated.rollout.value[:, 0], jnp.stack(expected))
 
 
@@ -108,7 +109,7 @@ def test_missing_eos_penalty_touches_unfinished_rows_alone(mode, expected):
     method = method_of(extras=extras, kl=KlConfig(coef=0.0))
     mask, zero = jnp.ones((2, 3), bool), jnp.zeros((2, 3))
     rollout = Rollout(PAIRS, mask, zero, zero, zero, jnp.asarray([2.0, 2.0]), jnp.asarray([True, False]))
-    _, shaped = ppo_objective.estimate(rollout, method, jnp.asarray(0.0))
+    _, shaped = estimate(rollout, method, jnp.asarray(0.0))
     assert shaped[:, -1].tolist() == [2.0, expected]
 
 
@@ -119,7 +120,7 @@ def test_golden_ds_chat_case_through_the_stage():
     logp, ref = jnp.asarray([[-1.0, -2.0, -0.5, -4.0]]), jnp.asarray([[-1.1, -1.5, -0.7, -3.0]])
     value, one = jnp.asarray([[0.1, 0.2, 0.3, 0.4]]), batch([2], [[3]], width=(2, 4))
     rollout = Rollout(one, mask, logp, ref, value, jnp.asarray([1.5]), jnp.asarray([True]))
-    estimated, shaped = ppo_objective.estimate(rollout, method, jnp.asarray(0.1))
+    estimated, shaped = estimate(rollout, method, jnp.asarray(0.1))
     close(shaped, [[-0.01, 0.05, -0.02, 1.6]])
     close(estimated.advantage, [[1.33355, 1.309, 1.22, 0.0]])
     close(estimated.returns, [[1.43355, 1.509, 1.52, 0.0]])
@@ -136,7 +137,7 @@ def test_ds_chat_ends_with_the_critics_value_after_eos():
         random_params(DECODER), random_params(DECODER, 1), method=method, samples=samples, has_eos=jnp.ones(4, bool)
     )
     r, mask = estimated.rollout, np.asarray(estimated.rollout.mask)
-    read = np.asarray(forward.scores(MODEL, random_params(DECODER, 5, head="value"), forward.join(samples)))
+    read = np.asarray(scores(MODEL, random_params(DECODER, 5, head="value"), join(samples)))
     value, width = np.zeros(mask.shape), samples.prompt.shape[1]
     for b, length in enumerate(samples.response_len[:, 0]):
         places = [
@@ -169,7 +170,7 @@ def test_ds_chat_places_the_score_after_eos():
     mask = jnp.asarray([[True, True, False, False], [True, True, True, True]])
     zero = jnp.zeros((2, 4))
     rollout = Rollout(PAIRS, mask, zero, zero, zero, jnp.asarray([4.0, 4.0]), jnp.asarray([True, False]))
-    estimated, shaped = ppo_objective.estimate(rollout, method, jnp.asarray(0.0))
+    estimated, shaped = estimate(rollout, method, jnp.asarray(0.0))
     assert shaped.tolist() == [[0, 0, 4, 0], [0, 0, 0, 4]]
     assert estimated.advantage.tolist() == [[1, 2, 0, 0], [0.5, 1, 2, 4]]
 
@@ -182,7 +183,7 @@ def test_the_share_of_clipped_scores_counts_real_rows_and_the_score_that_is_rewa
     for mode, share in (("none", 2 / 3), ("replace", 1 / 3)):
         extras = PpoExtrasConfig(missing_eos=mode)
         method = method_of(extras=extras)
-        estimated, _ = ppo_objective.estimate(rollout, method, jnp.asarray(0.0))
+        estimated, _ = estimate(rollout, method, jnp.asarray(0.0))
         metrics = ppo_objective.rollout_metrics(estimated, zero, jnp.asarray(0.0), method)
         close(metrics["objective/score_clipfrac"].value, share)
         assert not [name for name in metrics if "normalised" in name or "running" in name]
