@@ -12,6 +12,8 @@ import pytest
 
 from mpo_jax.runtime import program_cache
 
+pytest_plugins = ["tests.slowest"]
+
 # XLA's older emitters compile in half the time; processes that tests start inherit the flag
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
 jax.config.update("jax_platforms", "cpu")
