@@ -89,9 +89,9 @@ class ModelConfig(Section, frozen=True):
     )
     attention: Literal["auto", "blocked", "pallas", "xla", "cudnn"] = Field(
         default="auto",
-        description="attention in training and scoring. auto: pallas on TPUs, blocked elsewhere; blocked: skips keys "
-        "that no query can see; pallas: kernels that do so and hold no scores in memory, for TPUs and NVIDIA GPUs (a "
-        "CPU interprets them, slowly); xla: the plain reference; cudnn: NVIDIA GPUs only",
+        description="attention in training and scoring. auto: pallas on TPUs where rows fit, blocked elsewhere; "
+        "blocked: skips keys that no query can see; pallas: kernels that do so and hold no scores in memory, for TPUs "
+        "and NVIDIA GPUs (a CPU interprets them, slowly); xla: the plain reference; cudnn: NVIDIA GPUs only",
     )
     logit_chunk: int = Field(
         default=1024,

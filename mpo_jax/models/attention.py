@@ -21,6 +21,7 @@ from mpo_jax.errors import UserError
 from mpo_jax.models import packed_attention, pallas_attention
 from mpo_jax.models.packed_attention import SAVED
 from mpo_jax.models.spec import LayerSpec
+from mpo_jax.runtime.sharding import platform
 from mpo_jax.types import Tokens
 
 MIN_BLOCK, MAX_BLOCKS = 128, 8
@@ -117,11 +118,16 @@ def for_layer(tokens: Tokens, spec: LayerSpec, implementation: str) -> Attend:
     """The attention of layers with this spec over these rows. Masks are computed here, once for all such layers.
 
     Args:
-      implementation: blocked, pallas, or an implementation of jax.nn.dot_product_attention (xla, cudnn).
+      implementation: blocked, pallas, pallas_or_blocked (pallas where its kernels can hold the rows), or an
+        implementation of jax.nn.dot_product_attention (xla, cudnn).
 
     Raises:
       UserError: cudnn with a soft cap, which it does not have.
     """
+    if implementation == "pallas_or_blocked":
+        kernels, blocks_of = (for_layer(tokens, spec, name) for name in ("pallas", "blocked"))
+        here, T = platform(), tokens.ids.shape[1]
+        return lambda q, k, v: (kernels if pallas_attention.fits(here, T, q) else blocks_of)(q, k, v)
     if implementation == "pallas":
         return pallas_attention.make_attend(
             tokens, lambda head_dim: (spec.window, logit_scale(spec.scale, head_dim), spec.soft_cap)

@@ -162,12 +162,16 @@ def make_attend(
 
 def check_fits(here: Platform, T: int, q: Array) -> None:
     """Raises UserError where a TPU's kernels cannot hold rows of T tokens."""
-    K = q.shape[-1]
-    if here == "tpu" and not kernels.fits(T, K, q.dtype):
+    if not fits(here, T, q):
         raise UserError(
             f"model.attention=pallas holds whole rows of a head in a TPU's VMEM, and rows of {T} tokens with heads of "
-            f"{K} in {q.dtype} do not fit: set model.attention=blocked, or make rows shorter"
+            f"{q.shape[-1]} in {q.dtype} do not fit: set model.attention=auto or blocked, or make rows shorter"
         )
+
+
+def fits(here: Platform, T: int, q: Array) -> bool:
+    """Whether the kernels of a platform can hold rows of T tokens with the heads of these queries."""
+    return here != "tpu" or kernels.fits(T, q.shape[-1], q.dtype)
 
 
 def _repeated(x: Float[Array, "B T G K"], H: int) -> Array:

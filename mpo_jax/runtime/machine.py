@@ -91,16 +91,17 @@ def save_dtype(config: RuntimeConfig) -> str:
 def attention(config: ModelConfig, platform: str | None = None) -> str:
     """The implementation of attention over whole rows; `auto` depends on the platform.
 
-    TPU: the Pallas kernel, which takes a quarter of blocked attention's scratch memory and hands no scores through
-    memory, as compiled programs show; not timed yet. CPU: blocked attention, which was faster than XLA's at every size
-    measured. GPU: blocked too, until the kernel is timed on one.
+    TPU: the Pallas kernel, or blocked attention where it cannot hold the rows. The kernel takes a quarter of blocked
+    attention's scratch memory and hands no scores through memory, as compiled programs show; it is not timed yet. CPU:
+    blocked attention, which was faster than XLA's at every size measured. GPU: blocked too, until the kernel is timed
+    on one.
 
     Args:
       platform: of the target, where that is not this machine.
     """
     if config.attention != "auto":
         return config.attention
-    return "pallas" if (platform or jax.default_backend()) == "tpu" else "blocked"
+    return "pallas_or_blocked" if (platform or jax.default_backend()) == "tpu" else "blocked"
 
 
 def environment() -> dict[str, Any]:
