@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from mpo_jax.errors import UserError
-from mpo_jax.models import packed_attention, pallas_attention
+from mpo_jax.models import packed_attention
 from mpo_jax.models.packed_attention import SAVED
 from mpo_jax.models.spec import LayerSpec
 from mpo_jax.runtime.sharding import platform
@@ -124,14 +124,8 @@ def for_layer(tokens: Tokens, spec: LayerSpec, implementation: str) -> Attend:
     Raises:
       UserError: cudnn with a soft cap, which it does not have.
     """
-    if implementation == "pallas_or_blocked":
-        kernels, blocks_of = (for_layer(tokens, spec, name) for name in ("pallas", "blocked"))
-        here, T = platform(), tokens.ids.shape[1]
-        return lambda q, k, v: (kernels if pallas_attention.fits(here, T, q) else blocks_of)(q, k, v)
-    if implementation == "pallas":
-        return pallas_attention.make_attend(
-            tokens, lambda head_dim: (spec.window, logit_scale(spec.scale, head_dim), spec.soft_cap)
-        )
+    if implementation in ("pallas", "pallas_or_blocked"):
+        return _by_kernels(tokens, spec, or_blocked=implementation == "pallas_or_blocked")
     if implementation == "blocked":
         if tokens.packed and tokens.ids.shape[1] > 2 * packed_attention.BLOCK:
 
@@ -150,6 +144,20 @@ def for_layer(tokens: Tokens, spec: LayerSpec, implementation: str) -> Attend:
         f"model.attention={implementation} cannot cap attention logits, and this model caps them at "
         f"{spec.soft_cap}: set model.attention=blocked"
     )
+
+
+def _by_kernels(tokens: Tokens, spec: LayerSpec, *, or_blocked: bool) -> Attend:
+    """Pallas's kernels; with `or_blocked`, blocked attention where they cannot hold the rows."""
+    # here, since the import takes a third of a second, which runs without the kernels save
+    from mpo_jax.models import pallas_attention
+
+    kernels = pallas_attention.make_attend(
+        tokens, lambda head_dim: (spec.window, logit_scale(spec.scale, head_dim), spec.soft_cap)
+    )
+    if not or_blocked:
+        return kernels
+    blocked, here, T = for_layer(tokens, spec, "blocked"), platform(), tokens.ids.shape[1]
+    return lambda q, k, v: (kernels if pallas_attention.fits(here, T, q) else blocked)(q, k, v)
 
 
 def _capped(q: Array, k: Array, v: Array, *, mask: Array, scale: float | None, soft_cap: float) -> Array:

@@ -247,7 +247,8 @@ def test_scores_of_rows_under_vmap_are_those_of_the_batch():
 
 def test_rows_beyond_a_tpus_memory_are_refused_by_key():
     wide = jax.ShapeDtypeStruct((1, 16384, 8, 128), jnp.bfloat16)
-    with pytest.raises(UserError, match=r"model\.attention=pallas .* rows of 16384 tokens .* model\.attention=auto or blocked"):
+    message = r"model\.attention=pallas .* rows of 16384 tokens .* model\.attention=auto or blocked"
+    with pytest.raises(UserError, match=message):
         pallas_attention.check_fits("tpu", 16384, wide)
     pallas_attention.check_fits("cuda", 16384, wide)
     pallas_attention.check_fits("tpu", 8192, wide)
@@ -256,16 +257,12 @@ def test_rows_beyond_a_tpus_memory_are_refused_by_key():
 @pytest.mark.parametrize(("T", "runs"), [(8192, "pallas"), (16384, "blocked")])
 def test_auto_takes_blocked_attention_for_rows_beyond_a_tpus_memory(monkeypatch, T, runs):
     monkeypatch.setattr(attention, "platform", lambda: "tpu")
-    real = attention.for_layer
-
-    def named(tokens, spec, implementation):
-        return real(tokens, spec, implementation) if "_or_" in implementation else lambda *_: implementation
-
-    monkeypatch.setattr(attention, "for_layer", named)
+    monkeypatch.setattr(attention, "make_attend", lambda *_, **__: lambda q, k, v: "blocked")
+    monkeypatch.setattr(pallas_attention, "make_attend", lambda *_, **__: lambda q, k, v: "pallas")
     row = jnp.ones((1, T), jnp.int32)
-    tokens = Tokens(row, row, row, row, row > 0)
     q = jax.ShapeDtypeStruct((1, T, 8, 128), jnp.bfloat16)
-    assert attention.for_layer(tokens, LayerSpec(), "pallas_or_blocked")(q, q, q) == runs
+    attend = attention.for_layer(Tokens(row, row, row, row, row > 0), LayerSpec(), "pallas_or_blocked")
+    assert attend(q, q, q) == runs
 
 
 def test_auto_s_choice_gives_the_kernels_numbers_where_rows_fit():

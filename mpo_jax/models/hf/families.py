@@ -6,17 +6,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import transformers
 from huggingface_hub.errors import StrictDataclassError
-from transformers import (
-    Gemma2Config,
-    Gemma3TextConfig,
-    GPTNeoXConfig,
-    LlamaConfig,
-    MistralConfig,
-    Olmo2Config,
-    Qwen2Config,
-    Qwen3Config,
-)
 
 from mpo_jax.errors import UserError
 from mpo_jax.models.hf.rope import older_keys, read_scaling, written_rope
@@ -30,6 +21,7 @@ class Family:
     """One model_type: transformers' configuration class, the prefix of its model classes' names, what it always has.
 
     Attributes:
+      config: the class's name, since with the class comes the list of all of transformers' models, in half a second.
       layer: what all its layers have.
       norm, scale_embedding: as in DecoderConfig.
       sliding_window: whether its config.json has that key.
@@ -44,7 +36,7 @@ class Family:
       older_rope: what transformers 4 calls rope_theta, rope_fraction and rope_scaling, of layers that see all.
     """
 
-    config: Any
+    config: str
     prefix: str
     layer: LayerSpec = field(default_factory=LayerSpec)
     classifier: str | None = None
@@ -62,18 +54,23 @@ class Family:
         default_factory=lambda: {"rope_theta": "rope_theta", "rope_scaling": "rope_scaling"}
     )
 
+    @property
+    def config_class(self) -> Any:
+        """transformers' class by which config.json is read and written."""
+        return getattr(transformers, self.config)
+
     def key(self, name: str) -> str:
         """What its config.json calls a key of Llama's."""
         return self.renamed.get(name, name)
 
 
 FAMILIES = {
-    "llama": Family(LlamaConfig, "Llama"),
-    "mistral": Family(MistralConfig, "Mistral", sliding_window=True),
-    "qwen2": Family(Qwen2Config, "Qwen2", LayerSpec(qkv_bias=True), sliding_window=True, layer_types=True),
-    "qwen3": Family(Qwen3Config, "Qwen3", LayerSpec(qk_norm=True), sliding_window=True, layer_types=True),
+    "llama": Family("LlamaConfig", "Llama"),
+    "mistral": Family("MistralConfig", "Mistral", sliding_window=True),
+    "qwen2": Family("Qwen2Config", "Qwen2", LayerSpec(qkv_bias=True), sliding_window=True, layer_types=True),
+    "qwen3": Family("Qwen3Config", "Qwen3", LayerSpec(qk_norm=True), sliding_window=True, layer_types=True),
     "gemma2": Family(
-        Gemma2Config,
+        "Gemma2Config",
         "Gemma2",
         LayerSpec(norm_places="around"),
         norm="rms_offset",
@@ -84,7 +81,7 @@ FAMILIES = {
         renamed={"hidden_act": "hidden_activation"},
     ),
     "gemma3_text": Family(
-        Gemma3TextConfig,
+        "Gemma3TextConfig",
         "Gemma3",
         LayerSpec(norm_places="around", qk_norm=True),
         classifier="Gemma3Text",
@@ -98,9 +95,9 @@ FAMILIES = {
         renamed={"hidden_act": "hidden_activation"},
         rope_by_kind=True,
     ),
-    "olmo2": Family(Olmo2Config, "Olmo2", LayerSpec(norm_places="after", qk_norm=True, qk_norm_joint=True)),
+    "olmo2": Family("Olmo2Config", "Olmo2", LayerSpec(norm_places="after", qk_norm=True, qk_norm_joint=True)),
     "gpt_neox": Family(
-        GPTNeoXConfig,
+        "GPTNeoXConfig",
         "GPTNeoX",
         LayerSpec(
             rope_fraction=0.25,
@@ -161,7 +158,7 @@ def read_config(folder: str | Path) -> DecoderConfig:
             f"{path}: model_type {raw.get('model_type')!r} is not supported; supported: {', '.join(FAMILIES)}"
         )
     try:
-        config: Any = family.config.from_dict(raw)
+        config: Any = family.config_class.from_dict(raw)
         return check_sizes(_to_ours(config, family, path), path)
     except (StrictDataclassError, KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"{path}: {' '.join(str(error).split())}") from error
@@ -299,7 +296,7 @@ def save_config(
     family, layer = FAMILIES[config.family], config.pattern[0]
     classifier = f"{family.classifier or family.prefix}ForSequenceClassification"
     activations = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
-    described = family.config(
+    described = family.config_class(
         architectures=[classifier if head == "value" else f"{family.prefix}ForCausalLM"],
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,

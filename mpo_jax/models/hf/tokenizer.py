@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+import transformers
+from transformers import PreTrainedTokenizerBase
 
 from mpo_jax.errors import UserError
 from mpo_jax.models.hf import peft_config
@@ -36,7 +37,8 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
 
 def _load(folder: Path) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        # an attribute, since with the class comes the list of all of transformers' models, in half a second
+        return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the parser in Rust raises nothing more special
         if "trust_remote_code" in str(error):
             raise UserError(
