@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpo_jax.errors import UserError
-from mpo_jax.models import attention, forward
+from mpo_jax.models import attention
 from mpo_jax.models.spec import LayerSpec
 from mpo_jax.types import Tokens
-from tests.models.tiny import batch, close
+from tests.models.tiny import batch, close, join
 
 # how fast these programs run does not matter, and what they hold in memory is tested elsewhere
 pytestmark = pytest.mark.unoptimised
@@ -23,8 +23,7 @@ K = 6
 rows = st.tuples(st.integers(0, 300), st.integers(1, 4), st.integers(1, 600))
 
 
-# one program a call, where each operation would be one
-join = jax.jit(forward.join)
+# one program, where each operation would be one
 sees = jax.jit(attention.sees, static_argnums=2)
 
 
