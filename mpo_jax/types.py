@@ -244,11 +244,16 @@ class Rollout:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PpoBatch:
-    """A rollout with advantages and returns [B S]; an input of the update, so it receives no gradient."""
+    """A rollout with advantages and returns [B S]; an input of the update, so it receives no gradient.
+
+    Attributes:
+      packed: the rollout's prompts and responses as the models read them; None: as they are, padded.
+    """
 
     rollout: Rollout
     advantage: Float[Array, "B S"]
     returns: Float[Array, "B S"]
+    packed: "Packed | PackedRows | None" = None
 
 
 @jax.tree_util.register_dataclass

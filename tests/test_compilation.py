@@ -170,6 +170,15 @@ def test_packed_rows_compile_one_update_whatever_their_lengths(runs, stage):
     assert not [name for name, steps in loop.compiled if steps > 0 and name != "jit(hash_leaf)"]
 
 
+def test_packed_samples_are_scored_and_learned_from_by_one_program_whatever_the_prompts_width(runs):
+    """All programs are compiled ahead, and no step compiles any again."""
+    loop = runs.packed["ppo"]
+    assert len(loop.widths) == 2
+    assert (loop.names["jit(score)"], loop.names["jit(update)"]) == (1, 2)
+    small = {"hash_leaf", "measure", "fill"}
+    assert not [name for name, steps in loop.compiled if steps > 0 and name not in {f"jit({one})" for one in small}]
+
+
 @pytest.mark.parametrize("stage", PACKED)
 def test_packed_rows_give_the_losses_of_padded_ones(runs, stage):
     """Step by step through real stages: the same batches in the same order. Each stage starts where the last ended."""

@@ -56,9 +56,9 @@ class TextConfig(Section, frozen=True):
     )
     packed: bool = Field(
         default=True,
-        description="train SFT, reward model and DPO on packed rows: several prompts share a row, and one compiled "
-        "program serves all batches; false: pad batches to length_buckets widths. Both give the same losses to "
-        "rounding",
+        description="train on packed rows: several prompts share a row, and one compiled program serves all batches; "
+        "in PPO they hold the samples of an iteration. false: pad batches to length_buckets widths. Both give the same "
+        "losses to rounding",
     )
     length_buckets: int = Field(
         default=4,

@@ -31,6 +31,10 @@ class Packing:
         """Micro-batches that a batch can need: no more rows than examples are used."""
         return -(-batch_size // self.rows)
 
+    def holding(self, tokens: int) -> "Packing":
+        """This shape, or a wider one if an example of so many tokens needs it."""
+        return self if tokens <= self.columns else dataclasses.replace(self, columns=_up(tokens))
+
     @classmethod
     def of(cls, lengths: Sequence[np.ndarray], *, longest: int, shards: int, enough: int, room: int) -> "Packing":
         """The shape in which these batches leave the fewest columns empty, the smallest one of equals.
@@ -116,3 +120,22 @@ def pack(examples: Sequence[Example], packing: Packing, *, num_responses: int, s
                 begins = len(part)
     count = np.asarray(row.max(initial=-1) // packing.rows + 1, np.int32)
     return Packed(ids, position, segment, branch, count, micro, prompt_len, response_len)
+
+
+def pack_places(
+    prompt_len: np.ndarray, response_len: np.ndarray, rows: np.ndarray, packing: Packing, widths: tuple[int, int]
+) -> Packed:
+    """How padded rows of a prompt and one response each are packed, for ids that are on the devices.
+
+    `ids` are places: those of the ids in all rows one after another.
+
+    Args:
+      prompt_len, response_len: [B] number of real tokens; a prompt of length 0 marks a padding row.
+      rows: [B] where the rows stand among all.
+      widths: columns of the prompts and of the responses, which stand side by side.
+    """
+    places = [
+        Example(np.arange(begin, begin + p), [np.arange(begin + widths[0], begin + widths[0] + s)])
+        for begin, p, s in zip(rows * sum(widths), prompt_len, response_len, strict=True)
+    ]
+    return pack(places, packing, num_responses=1)

@@ -299,15 +299,25 @@ def logits(model: Model, params: Tree, tokens: Tokens) -> Float[Array, "B T V"]:
 
 
 def ids_logp(
-    model: Model, hidden: Float[Array, "B T D"], ids: Int[Array, "B T"], head_DV: Array, **options: Any
-) -> tuple[Float[Array, "B T"], Float[Array, "B T V"], Float[Array, "B T"]]:
-    """log p of the ids after the hidden states in their columns, nats; the logits; their log-sums.
+    model: Model,
+    hidden: Float[Array, "B T D"],
+    ids: Int[Array, "B T"],
+    head_DV: Array,
+    *,
+    with_entropy: bool = False,
+    **options: Any,
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """log p of the ids after the hidden states in their columns and the entropy there, in nats; 0 unless asked for.
 
     Options are those of `logits_from_hidden`.
     """
     logits = constrain(logits_from_hidden(model, hidden, head_DV, **options), "batch", None, "vocab")
     log_z = jax.nn.logsumexp(logits, -1)
-    return jnp.take_along_axis(logits, ids[..., None], -1)[..., 0] - log_z, logits, log_z
+    logp = jnp.take_along_axis(logits, ids[..., None], -1)[..., 0] - log_z
+    if not with_entropy:
+        return logp, jnp.zeros_like(logp)
+    probability = jnp.exp(logits - log_z[..., None])
+    return logp, log_z - (probability * jnp.where(probability > 0, logits, 0.0)).sum(-1)
 
 
 def token_logp(
@@ -332,11 +342,9 @@ def token_logp(
     head_DV = whole_head(model, params)
 
     def chunk(hidden, ids):
-        logp, logits, log_z = ids_logp(model, hidden, ids, head_DV, temperature=temperature, allowed_V=allowed_V)
-        if not with_entropy:
-            return logp, jnp.zeros_like(logp)
-        probability = jnp.exp(logits - log_z[..., None])
-        return logp, log_z - (probability * jnp.where(probability > 0, logits, 0.0)).sum(-1)
+        return ids_logp(
+            model, hidden, ids, head_DV, temperature=temperature, allowed_V=allowed_V, with_entropy=with_entropy
+        )
 
     B, S = ids_BS.shape
     width = max(1, min(S, model.logit_chunk // B))

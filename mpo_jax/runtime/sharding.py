@@ -250,17 +250,17 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def batch_shardings(batch: Any, mesh: Mesh) -> Any:
-    """A sharding for each array of a batch: the rows of a `Packed` over the batch axes, and all other leading axes.
-
-    The tokens of a packed batch are [M R T], of which R are rows.
-    """
+def packed_sharding(mesh: Mesh) -> Packed:
+    """The sharding of each array of a packed batch: its tokens are [M R T], of which R are rows."""
     leading, rows = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
+    return Packed(rows, rows, rows, rows, replicated(mesh), leading, leading, leading)  # type: ignore[arg-type]
+
+
+def batch_shardings(batch: Any, mesh: Mesh) -> Any:
+    """A sharding for each array of a batch: the rows of a `Packed` over the batch axes, and all other leading axes."""
 
     def of(node: Any) -> Any:
-        if not isinstance(node, Packed):
-            return leading
-        return Packed(rows, rows, rows, rows, replicated(mesh), leading, leading, leading)  # type: ignore[arg-type]
+        return packed_sharding(mesh) if isinstance(node, Packed) else batch_sharding(mesh)
 
     return jax.tree.map(of, batch, is_leaf=lambda node: isinstance(node, Packed))
 

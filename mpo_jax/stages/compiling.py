@@ -42,7 +42,7 @@ class Upcoming:
     threads: int | None = None
 
     def announce(self, model: Model, num_widths: int) -> None:
-        """Says how many programs will be compiled, of batches with at most `num_widths` widths."""
+        """Says how many programs will be compiled, of batches with at most `num_widths` widths if they are padded."""
         self._say(list(self.programs(self.shapes(model))), num_widths)
 
     def begin(
@@ -59,18 +59,16 @@ class Upcoming:
         Args:
           responses: whether the widths' responses are those of the batches; False for prompts to sample from.
           eos_id: id or ids that end a sample, if the stage samples.
-          packing: the shape of all batches, if they are packed.
+          packing: the shape of packed rows, if there are any.
         """
         shapes = dataclasses.replace(self.shapes(model), eos_id=eos_id, packing=packing)
-        if packing is not None:
-            widths = widths[-1:]
         each = [
             [
                 program
                 for program in self.programs(
                     dataclasses.replace(shapes, prompt=w.prompt, response=w.response if responses else None)
                 )
-                if program.in_loop
+                if program.in_loop and (not program.packed or w is widths[-1])
             ]
             for w in widths
         ]
@@ -78,14 +76,16 @@ class Upcoming:
         threads = self.threads or (THREADS if forward.num_parameters(model.decoder) >= LARGE else 1)
         if threads > 1:
             console.print(f"  compiling {sum(map(len, each))} of them in {threads} threads before the first step")
-            compile_all(each, shapes.mesh, threads)
+            compile_all([programs for programs in each if programs], shapes.mesh, threads)
 
     def _say(self, programs: "Sequence[Program]", num_widths: int) -> None:
         names: dict[str, list[str]] = defaultdict(list)
         for program in programs:
             names[function_name(program)].append(program.name)
-        self.compilations.expect(names, len(programs) * num_widths)
-        at = f" at up to {num_widths} widths" if num_widths > 1 else ""
+        padded = sum(not program.packed for program in programs)
+        self.compilations.expect(names, len(programs) + padded * (num_widths - 1))
+        which = f", {padded} of them" if padded < len(programs) else ""
+        at = f"{which} at up to {num_widths} widths" if num_widths > 1 and padded else ""
         console.print(f"  compiles {len(programs)} programs{at}")
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from mpo_jax.config.schema import OptimConfig
 from mpo_jax.data.batches import Batch, Buckets, TrainBatches, num_steps
 from mpo_jax.data.lengths import Lengths
+from mpo_jax.data.packing import Packing
 from mpo_jax.data.tokens import Example
 from mpo_jax.models import flops, forward, responses
 from mpo_jax.models.flops import Rows, Work
@@ -50,10 +51,12 @@ def fit_stage(
     warmup: int = 0,
     model: Model | None = None,
     eos_id: int | tuple[int, ...] | None = None,
+    packing: Packing | None = None,
 ) -> Fitted:
     """Runs `fit` under a stage's settings and context.
 
     Args:
+      packing: shape of the rows that the stage packs by itself; None: that of the batches, if they are packed.
       model: the model of the stage's programs, which are then announced, and compiled ahead if it is large.
       eos_id: id or ids that end a sample, if the stage samples.
       warmup: number of initial steps that may log fewer metrics than later ones.
@@ -61,7 +64,7 @@ def fit_stage(
     if context.upcoming is not None and model is not None:
         context.upcoming.begin(
             model, batches.buckets.widths, responses=bool(batches.examples[0].responses), eos_id=eos_id,
-            packing=batches.packing,
+            packing=packing or batches.packing,
         )  # fmt: skip
     watch, choice = context.watch, train.choice
     hooks = Hooks(
@@ -231,11 +234,11 @@ def train_program(
         stage=name, name=f"{name} {part}", batch_key=f"{name}.train.accumulation", function=update,
         arguments=lambda _: arguments, work=work(rows), runs=runs, accumulation=accumulation, held=held,
         expected=shapes.mean(lengths, rows, work, packed=packed_in(arguments) is not None),
-        loop_trips=_loop_trips(arguments, rows),
+        loop_trips=loop_trips(arguments, rows), packed=packed_in(arguments) is not None,
     )  # fmt: skip
 
 
-def _loop_trips(arguments: tuple[Any, ...], rows: Rows) -> int | tuple[int, int]:
+def loop_trips(arguments: tuple[Any, ...], rows: Rows) -> int | tuple[int, int]:
     """Of packed rows at full width: micro-batches, and inside them chunks of logits."""
     packed = packed_in(arguments)
     if packed is None:
@@ -268,7 +271,7 @@ def scoring_program(
         stage=name, name=f"{name} {part}", batch_key=key or f"{name}.train.batch_size", function=function,
         arguments=lambda _: arguments, work=work(rows), runs=runs, held=held,
         expected=shapes.mean(lengths, rows, work, packed=packed_in(arguments) is not None),
-        loop_trips=_loop_trips(arguments, rows),
+        loop_trips=loop_trips(arguments, rows), packed=packed_in(arguments) is not None,
     )  # fmt: skip
 
 

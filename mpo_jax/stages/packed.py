@@ -30,6 +30,22 @@ def packing_in_order(examples: Sequence[Example], train: TrainSettings, mesh: Me
     return _chosen(batches, examples, train, mesh) if batches else None
 
 
+def packing_of_samples(batches: TrainBatches, width: int, train: TrainSettings, mesh: Mesh) -> Packing:
+    """The shape for prompts with one sample each, up to `width` tokens, chosen on the first training batches.
+
+    How long samples will be is not known, and the shape must not depend on when a run began. So it is the best for
+    batches of two kinds: samples of a quarter, a half, three quarters and all of the width in turn, and all of the
+    whole width, as an untrained policy may write them.
+    """
+    prompts, count = lengths_of(batches.examples), -(-len(batches.examples) // train.batch_size)
+    drawn = [prompts[batches.places(k)] for k in range(min(count, TRIED))]
+    lengths = [prompt + -(-width * (1 + np.arange(len(prompt)) % 4) // 4) for prompt in drawn]
+    lengths += [prompt + width for prompt in drawn]
+    longest = int(prompts.max()) + width
+    enough, room = _bounds(longest, longest, train, mesh)
+    return Packing.of(lengths, longest=longest, shards=num_groups(mesh), enough=enough, room=room)
+
+
 def planned_packing(rows: Rows, train: TrainSettings, mesh: Mesh) -> Packing:
     """The largest shape that the rule chooses for rows within these widths, by which memory is planned."""
     _, room = _bounds(rows.length, rows.length, train, mesh)

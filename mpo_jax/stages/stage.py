@@ -54,6 +54,7 @@ class Program:
       arguments: function from the already compiled programs, by name, to shapes with shardings.
       work: analytic work of one call at its full width, over all devices.
       own_widths: whether its rows are not those of the stage's batches.
+      packed: whether it reads packed rows, and so has one shape whatever the widths of a batch.
       expected: mean work of a call with the data's lengths, if they are known; else None.
       runs: number of calls in the stage; None if the amounts of data are unknown.
       accumulation: number of micro-batches of an update; None for a program that does not train.
@@ -75,6 +76,7 @@ class Program:
     loop_trips: int | tuple[int, ...] = 1
     expected: Work | None = None
     own_widths: bool = False
+    packed: bool = False
 
     @property
     def in_loop(self) -> bool:

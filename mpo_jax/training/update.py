@@ -144,11 +144,11 @@ def _gradients(
         return value, grads, metrics
 
     if packed:
-        return sum_over(gradient, batch, keep=lambda sums: (sums[0], _like_parameters(sums[1]), sums[2]))
+        return sum_over(gradient, batch, keep=lambda sums: (sums[0], like_parameters(sums[1]), sums[2]))
     return accumulate(lambda rows: (gradient(rows), ()), batch, accumulation)[0]
 
 
-def _like_parameters(grads: Tree) -> Tree:
+def like_parameters(grads: Tree) -> Tree:
     """The gradients divided over the current mesh as their parameters are."""
     mesh: Any = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:

@@ -347,6 +347,7 @@ def mpo_jax_ppo(one_pass: bool, folder: Path, channel: Channel) -> None:
     from mpo_jax.runtime.offload import Offload
     from mpo_jax.runtime.sharding import make_mesh, place_batch
     from mpo_jax.stages.ppo.iteration import Loop, Models, init_ppo_state
+    from mpo_jax.stages.ppo.layout import packing_for
 
     lengths = (f"ppo.train.batch_size={ROLLOUTS}", f"text.max_response_tokens={LENGTH}")
     config = _bench_config("ppo", folder, f"ppo.one_pass={str(one_pass).lower()}", *lengths)
@@ -366,7 +367,8 @@ def mpo_jax_ppo(one_pass: bool, folder: Path, channel: Channel) -> None:
         logps = forward.make_response_logps(model, mesh)(params, fixed)
         settings, offload = stage_settings("ppo", config), Offload.of(config.runtime, mesh)
         models = Models(model, judge, {}, {}, params, judge_params)
-        loop = Loop(settings, mesh, codec, models, offload, ROWS // ROLLOUTS, config.ppo.train.log_every)
+        packing, log_every = packing_for(settings, batches, mesh), config.ppo.train.log_every
+        loop = Loop(settings, mesh, codec, models, offload, ROWS // ROLLOUTS, log_every, packing=packing)
         # each state holds a copy, so that reference and reward model stay as they are
         state = init_ppo_state(settings.method, params, judge_params, mesh, offload)
         params, judge_params, k = None, None, 0

@@ -67,7 +67,7 @@ ONCE = {
     "start",  # the first, empty rows that are refilled
     "make_minibatch",  # rows are gathered
     "_adder",  # the state's hashes are taken
-    "make_narrow",  # columns are cut
+    "make_narrow", "_make_measure", "_make_fill", "make_order",  # columns are cut, or rows packed
     "_make_first",  # and scores
 }  # fmt: skip
 """Who makes the small programs that are not listed: they have no forward pass, and hold nothing but what they make."""

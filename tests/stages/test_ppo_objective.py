@@ -23,7 +23,7 @@ pytestmark = pytest.mark.unoptimised
 MODEL = Model(DECODER)
 ALLOWED = jnp.arange(DECODER.vocab_size) > 1
 PAIRS = batch([4, 3, 6, 5], [[9, 1], [2, 2], [1, 9], [5, 4]])
-score_rollout = jax.jit(ppo_objective.score_rollout, static_argnums=(0, 1, 2))
+outputs = jax.jit(ppo_objective.outputs, static_argnums=(0, 1, 2))
 estimate = jax.jit(ppo_objective.estimate, static_argnums=1)
 
 
@@ -38,9 +38,8 @@ def score(actor, reference, *, method=None, samples=None, has_eos=None, critic=5
     samples = samples or batch([4, 3, 6, 5], [[6], [2], [1], [5]])
     value_models = (random_params(DECODER, critic, head="value"), random_params(DECODER, 6, head="value"))
     has_eos = jnp.asarray([True, True, False, True]) if has_eos is None else has_eos
-    rollout, entropy = score_rollout(
-        MODEL, MODEL, method.temperature, (actor, reference), value_models, samples, has_eos, ALLOWED
-    )
+    found = outputs(MODEL, MODEL, method.temperature, (actor, reference), value_models, samples, samples, ALLOWED)
+    rollout, entropy = ppo_objective.rollout_of(found, samples, has_eos), found.entropy
     kl_coef = jnp.asarray(method.kl.coef)
     estimated, shaped = estimate(rollout, method, kl_coef)
     return estimated, shaped, ppo_objective.rollout_metrics(estimated, entropy, kl_coef, method)
@@ -212,7 +211,8 @@ def test_one_pass_gives_trainable_parts_the_gradients_of_whole_models():
     """And the same rollout, where the rest of actor and critic is frozen."""
     trees = random_params(DECODER), random_params(DECODER, 5, head="value")
     value_models = random_params(DECODER, 1), random_params(DECODER, 6, head="value")
-    inputs = allowed_samples(), jnp.asarray([True, True, False, True]), ALLOWED, jnp.asarray(0.1), jnp.asarray(14.0)
+    joined, kl_coef, count = allowed_samples(), jnp.asarray(0.1), jnp.asarray(14.0)
+    inputs = joined, joined, jnp.asarray([True, True, False, True]), ALLOWED, kl_coef, count
     run = jax.jit(partial(ppo_objective.one_pass, MODEL, MODEL, method_of()))
     whole, whole_kept, whole_found = run(trees, ({}, {}), value_models, *inputs)
     parts = [parted(tree) for tree in trees]

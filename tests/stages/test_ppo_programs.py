@@ -12,21 +12,26 @@ import pytest
 
 from mpo_jax.config.schema import KlConfig, OptimConfig, PpoExtrasConfig, TrainConfig
 from mpo_jax.data.batches import Batch
+from mpo_jax.data.packing import Packing
 from mpo_jax.models import forward
 from mpo_jax.ops import add_to_moments, normalise
 from mpo_jax.runtime.offload import Offload
 from mpo_jax.runtime.sharding import place_batch, replicated
 from mpo_jax.stages.ppo import compiled
 from mpo_jax.stages.ppo.iteration import Loop, Models, PpoState, init_ppo_state
+from mpo_jax.stages.ppo.layout import Samples
 from mpo_jax.stages.ppo.settings import Method
 from mpo_jax.training.optimizer import make_optimizer, make_schedule, with_learning_rate
 from mpo_jax.training.update import init_state
-from mpo_jax.types import Mean, Moments, frozen, trainable
+from mpo_jax.types import Mean, Moments, PpoBatch, Rollout, frozen, trainable
 from tests.models.tiny import DECODER, batch, close, mesh_of, random_params, trees_close
 from tests.reference import rl
 from tests.stages.test_ppo_objective import ALLOWED, MODEL, PAIRS, allowed_samples, method_of, score
 
 pytestmark = pytest.mark.unoptimised
+
+PADDED: Any = Samples(None)  # type: ignore[arg-type]
+"""Says of samples that stand elsewhere that the models read them padded."""
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
@@ -85,33 +90,36 @@ def test_a_first_batch_of_one_score_is_normalised_to_zero():
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
 def test_minibatches_are_drawn_anew_each_epoch_and_cover_the_rows(shape):
     mesh, rows = mesh_of(*shape), np.arange(16)
-    draw, key = compiled.make_minibatch(4, mesh), jax.random.key(3)
+    order, key = compiled.make_order(16, 4, mesh), jax.random.key(3)
+    draw = compiled.make_minibatch(mesh)
     with jax.set_mesh(mesh):
         placed = place_batch({"row": rows, "wide": rows[:, None]}, mesh)
         orders = {}
         for k, epoch in ((0, 0), (0, 1), (1, 0)):
-            parts = [draw(placed, key, k, epoch, index) for index in range(4)]
+            parts = [draw(placed, part) for part in order(key, k, epoch)]
             assert all(len({s.data.shape for s in part["row"].addressable_shards}) == 1 for part in parts)
             assert parts[0]["row"].sharding.is_equivalent_to(placed["row"].sharding, 1)
             orders[k, epoch] = np.concatenate([part["row"] for part in parts])
             np.testing.assert_array_equal(orders[k, epoch], np.concatenate([part["wide"][:, 0] for part in parts]))
             np.testing.assert_array_equal(np.sort(orders[k, epoch]), rows)
-        again = np.concatenate([draw(placed, key, 0, 1, index)["row"] for index in range(4)])
+        again = np.concatenate(order(key, 0, 1))
     np.testing.assert_array_equal(again, orders[0, 1])
-    assert draw._cache_size() == 1, "iteration, epoch and index are arguments of one program"
+    assert order._cache_size() == 1, "iteration and epoch are arguments of one program"
     together = [[frozenset(part) for part in order.reshape(4, 4)] for order in orders.values()]
     assert together[0] != together[1] != together[2] != together[0]
     # the same rows on every mesh
-    alone = compiled.make_minibatch(4, mesh_of(1, 1, 1))(rows, key, 0, 1, 2)
-    np.testing.assert_array_equal(alone, orders[0, 1].reshape(4, 4)[2])
+    np.testing.assert_array_equal(compiled.make_order(16, 4, mesh_of(1, 1, 1))(key, 0, 1), orders[0, 1].reshape(4, 4))
 
 
-def make_loop(method: Method, *, iterations: int = 1, frozen_models: Any = ({}, {})) -> Loop:
+def make_loop(
+    method: Method, *, iterations: int = 1, frozen_models: Any = ({}, {}), packing: Packing | None = None
+) -> Loop:
     """A loop over the tiny models, all parts compiled as it needs them."""
     settings: Any = SimpleNamespace(seed=0, method=method, sampling=None)
     codec: Any = SimpleNamespace(ends=0, allowed=lambda size: np.arange(size) > 1)
     models = Models(MODEL, MODEL, {}, {}, *frozen_models)
-    return Loop(settings, mesh_of(1, 1, 1), codec, models, Offload(False, False), iterations, log_every=10)
+    offload = Offload(False, False)
+    return Loop(settings, mesh_of(1, 1, 1), codec, models, offload, iterations, log_every=10, packing=packing)
 
 
 def rows_of(k: int) -> Batch:
@@ -139,7 +147,7 @@ def test_every_epoch_has_minibatches_of_its_own():
     loop = make_loop(method_of(epochs=3, minibatches=2))
     loop.update_critic, loop.update_actor = update, lambda state, *_: (state, {})
     for k in range(2):
-        loop._updates(loop.models, bare_state(), k, (jnp.arange(8), None))
+        loop._updates(loop.models, bare_state(), k, (jnp.arange(8), None), PADDED)
     epochs = [frozenset(cuts[i : i + 2]) for i in range(0, len(cuts), 2)]
     assert len(epochs) == len(set(epochs)) == 6
     assert all(sorted(sum(epoch, ())) == list(range(8)) for epoch in epochs)
@@ -161,7 +169,7 @@ def test_critic_warmup_leaves_the_actors_schedule_whole():
     loop.update_actor, loop.update_critic = update("actor"), update("critic")
     state = bare_state()
     for k in range(7):
-        loop._updates(loop.models, state, k, (None, None))
+        loop._updates(loop.models, state, k, (None, None), PADDED)
     close(rates["critic"], [make_schedule(optim, 14)(step) for step in range(14)])
     close(rates["actor"], [make_schedule(optim, 8)(step) for step in range(8)])
     assert rates["actor"][0] == 0.0
@@ -178,8 +186,10 @@ def test_work_is_counted_for_the_updates_that_are_made():
     )
     loop.minibatch = lambda batch, *_: batch
     loop._at_peak = lambda prompt_len, response_len, *epochs: epochs
-    rows = SimpleNamespace(rollout=SimpleNamespace(joined=SimpleNamespace(prompt_len=None, response_len=None)))
-    found = [loop._updates(loop.models, bare_state(), k, (rows, None))[1]["peak_s"] for k in range(3)]
+    score_4 = jnp.zeros(4)
+    rollout = Rollout(PAIRS, score_4, score_4, score_4, score_4, score_4, score_4)  # type: ignore[arg-type]
+    rows = PpoBatch(rollout, score_4, score_4)  # type: ignore[arg-type]
+    found = [loop._updates(loop.models, bare_state(), k, (rows, None), PADDED)[1]["peak_s"] for k in range(3)]
     assert found == [(0, 2), (2, 2), (1.5, 1.5)]
 
 
@@ -197,12 +207,12 @@ def test_actor_and_critic_skip_updates_each_by_itself(broken):
             method, trainable(tree), trainable(value_tree), mesh, Offload(False, False)
         )
         estimated, _, _ = score(random_params(DECODER), random_params(DECODER, 1), samples=allowed_samples())
-        first = compiled.make_minibatch(2, mesh)(jnp.arange(4), loop.minibatch_key, 0, 0, 0)
+        order = compiled.make_order(4, 2, mesh)(loop.minibatch_key, 0, 0)
         field = "advantage" if broken == "actor" else "returns"
-        poisoned = dataclasses.replace(estimated, **{field: getattr(estimated, field).at[first[0]].set(jnp.nan)})
-        found, metrics = loop._updates(loop.models, state(), 0, (poisoned, None))
-        whole, _ = loop._updates(loop.models, state(), 0, (estimated, None))
-        second = loop.minibatch((estimated, None), loop.minibatch_key, 0, 0, 1)
+        poisoned = dataclasses.replace(estimated, **{field: getattr(estimated, field).at[order[0, 0]].set(jnp.nan)})
+        found, metrics = loop._updates(loop.models, state(), 0, (poisoned, None), PADDED)
+        whole, _ = loop._updates(loop.models, state(), 0, (estimated, None), PADDED)
+        second = loop.minibatch((estimated, None), order[1])
         start = with_learning_rate(getattr(state(), broken), 0.01)
         alone = actor(start, second, {}, ALLOWED) if broken == "actor" else critic(start, second[0], {})
     names = {"actor": "policy/skipped", "critic": "critic/skipped"}
@@ -309,7 +319,7 @@ def test_a_broken_reward_skips_both_updates_of_one_pass():
 def test_a_kl_that_is_not_finite_leaves_its_coefficient():
     """Else one broken rollout would make every later reward NaN."""
     loop = make_loop(method_of(kl=KlConfig(adaptive=True, horizon=10.0)))
-    loop.generate, loop.narrow = lambda *_: (None, None), lambda joined: joined
+    loop.generate, loop.lay_out = lambda *_: (None, None), lambda joined: PADDED
     loop._updates = lambda _, state, *__: (state, {})
     loop.utility = lambda joined: {}
     coefficients = []

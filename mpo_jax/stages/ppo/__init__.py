@@ -23,6 +23,7 @@ from mpo_jax.stages.context import Context
 from mpo_jax.stages.fitting import check_rows, check_schedule, fit_stage, num_updates
 from mpo_jax.stages.ppo.held_out import exported, make_evaluate
 from mpo_jax.stages.ppo.iteration import Loop, Models, PpoState, init_ppo_state
+from mpo_jax.stages.ppo.layout import packing_for
 from mpo_jax.stages.ppo.programs import check, offloaded, programs
 from mpo_jax.stages.ppo.settings import Settings
 from mpo_jax.stages.scorer import open_text_scorer
@@ -66,9 +67,11 @@ def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -
     check_rows("ppo", len(examples), size)
     check_schedule("ppo.train.optim", method.actor_optim, (iterations - warmup) * method.updates)
     check_schedule("ppo.critic_optim", method.critic_optim, iterations * method.updates)
+    packing = packing_for(settings, batches, mesh)
     loop = Loop(
-        settings, mesh, codec, models, offload, iterations, context.watch.log_every, context.inputs.utility, scorer
-    )
+        settings, mesh, codec, models, offload, iterations, context.watch.log_every, context.inputs.utility, scorer,
+        packing,
+    )  # fmt: skip
 
     def step(state: PpoState, batch: Any) -> tuple[PpoState, Metrics, Any]:
         return loop.iteration(state, batch, demonstrations, [prompts[number] for number in batch.example])
@@ -76,7 +79,7 @@ def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -
     # reference and reward model were loaded on their own, so nothing else refers to these arrays
     state = init_ppo_state(method, actor, critic, mesh, offload, donate=True)
     del actor, critic
-    if narrower := few_widths(text.max_response_tokens)[:-1]:
+    if packing is None and (narrower := few_widths(text.max_response_tokens)[:-1]):
         listed = ", ".join(map(str, narrower))
         console.print(f"  scoring and updates compile once more for each of {listed} response columns that comes up")
     state, trained = fit_stage(
@@ -92,6 +95,7 @@ def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -
         # programs are listed for one model, so nothing is said where the reward model has other sizes
         model=actor_model if actor_model == reward_model else None,
         eos_id=codec.ends,
+        packing=packing,
     )
     loading.save(
         context.folder / "model", actor_model, exported(state, loop), codec.tokenizer, dtype=dtype, base=str(init.model)

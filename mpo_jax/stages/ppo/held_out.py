@@ -4,10 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 from mpo_jax.data.batches import Batch, Buckets, padded_batches
+from mpo_jax.data.packing import lengths_of
 from mpo_jax.runtime.seeds import stage_key
 from mpo_jax.runtime.sharding import place_batch
 from mpo_jax.stages.context import Context
 from mpo_jax.stages.ppo.iteration import Loop, PpoState
+from mpo_jax.stages.ppo.layout import make_lay_out
 from mpo_jax.training.validation import first_rows, means, only_means
 from mpo_jax.types import Params
 
@@ -36,7 +38,10 @@ def make_evaluate(
     prompts = first_rows(context.inputs.corpus.test_prompts, context.watch, "ppo", default=NUM_PROMPTS)
     examples, _ = context.tokenize(loop.codec, [(prompt, ()) for prompt in prompts])
     batches = list(padded_batches(examples, buckets.widened(examples), batch_size))
-    key = stage_key(loop.settings.seed, "ppo/eval")
+    key, packing = stage_key(loop.settings.seed, "ppo/eval"), loop.packing
+    if packing is not None:
+        packing = packing.holding(int(lengths_of(examples).max()) + loop.settings.text.max_response_tokens)
+    lay_out = make_lay_out(loop.settings.method, packing, loop.mesh)
 
     def evaluate(state: PpoState) -> dict[str, float]:
         policy = exported(state, loop)
@@ -45,7 +50,7 @@ def make_evaluate(
             rows, visit = place_batch((batch.rows, batch.epoch), loop.mesh)
             joined, has_eos = loop.generate(policy, rows, key, visit, loop.allowed_V)
             shown = [None if number < 0 else prompts[int(number)] for number in batch.example]
-            _, metrics, _ = loop.score(loop.models, policy["trainable"], state, loop.narrow(joined), has_eos, shown)
+            _, metrics, _ = loop.score(loop.models, policy["trainable"], state, lay_out(joined), has_eos, shown)
             return only_means(metrics)
 
         return means(map(measure, batches))

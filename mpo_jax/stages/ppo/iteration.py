@@ -4,6 +4,7 @@ log-probabilities and values with the training forward pass; shape rewards; esti
 
 import contextlib
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -11,10 +12,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from mpo_jax.data.batches import Batch, TrainBatches
+from mpo_jax.data.packing import Packing
 from mpo_jax.data.text import TextCodec
 from mpo_jax.evaluation.truth import Truth, make_rollout_utility
 from mpo_jax.models.forward import Model
@@ -28,20 +31,21 @@ from mpo_jax.stages.ppo.compiled import (
     average,
     make_minibatch,
     make_one_pass,
+    make_order,
     make_score,
     make_scored,
     make_unscored,
     make_updates,
     named,
 )
+from mpo_jax.stages.ppo.layout import Samples, make_lay_out
 from mpo_jax.stages.ppo.settings import Method, Settings
-from mpo_jax.stages.ppo.widths import make_narrow
 from mpo_jax.stages.ppo.work import make_at_peak
 from mpo_jax.stages.scorer import TextScorer
 from mpo_jax.training.optimizer import make_learning_rate, make_optimizer, with_learning_rate
 from mpo_jax.training.tracker import PEAK_S
 from mpo_jax.training.update import init_state
-from mpo_jax.types import Mean, Metrics, Moments, Params, PpoBatch, PromptBatch, Skips, TrainState, Tree
+from mpo_jax.types import Mean, Metrics, Moments, Packed, Params, PpoBatch, PromptBatch, Skips, TrainState, Tree
 
 
 @jax.tree_util.register_dataclass
@@ -127,6 +131,7 @@ class Loop:
       log_every: number of iterations between timed ones; timing makes the host wait for the devices.
       truth: true utility of samples, if known.
       scorer: what scores responses as text, in place of a reward model of the policy's tokens.
+      packing: shape of the rows that scoring and updates read; None: they are padded.
     """
 
     settings: Settings
@@ -138,11 +143,12 @@ class Loop:
     log_every: int
     truth: Truth | None = None
     scorer: TextScorer | None = None
+    packing: Packing | None = None
 
     def __post_init__(self) -> None:
         method, models, mesh = self.settings.method, self.models, self.mesh
         self.generate = make_generate(models.actor, self.settings.sampling, self.codec.ends, mesh)
-        self.narrow = make_narrow(method, mesh)
+        self.lay_out = make_lay_out(method, self.packing, mesh)
         self._score = make_score(models.actor, models.critic, method, mesh)
         self._unscored = make_unscored(models.actor, models.critic, method, mesh)
         self._scored = make_scored(method, mesh)
@@ -152,7 +158,7 @@ class Loop:
         self.allowed_V = jnp.asarray(self.codec.allowed(models.actor.decoder.vocab_size))
         self.utility = make_rollout_utility(self.truth, self.codec)
         self.key = stage_key(self.settings.seed, "ppo")
-        self.minibatch = make_minibatch(method.minibatches, mesh)
+        self.minibatch = make_minibatch(mesh)
         self.minibatch_key = stage_key(self.settings.seed, "ppo minibatches")
         peak = device_kinds.peak_flops(mesh.devices.flat)
         scores = self.scorer is None
@@ -167,7 +173,7 @@ class Loop:
         models: Models,
         trainable: Tree,
         state: PpoState,
-        joined: PromptBatch,
+        samples: Samples,
         has_eos: Array,
         prompts: Sequence[str | None],
     ) -> tuple[PpoBatch, Metrics, Moments | None]:
@@ -177,15 +183,16 @@ class Loop:
           trainable: the policy's trainable part: the actor's, or its average's.
           prompts: [B] prompts of the corpus, for a scorer of texts; None for padding rows.
         """
-        policies = models.policies(trainable)
+        policies, (joined, packed, _) = models.policies(trainable), samples
+        rows = (joined, has_eos, self.allowed_V)
         if self.scorer is None:
             value_models = models.value_models(state.critic.trainable)
-            return self._score(policies, value_models, joined, has_eos, self.allowed_V, state.kl_coef, state.scores)
+            return self._score(policies, value_models, *rows, state.kl_coef, state.scores, packed)
         critic, _ = models.value_models(state.critic.trainable)
         # the devices compute it while the host decodes and tokenizes
-        rollout, entropy = self._unscored(policies, critic, joined, has_eos, self.allowed_V)
+        rollout, entropy = self._unscored(policies, critic, *rows, packed)
         score, measured = self.scorer.batch(prompts, joined)
-        scored, metrics, moments = self._scored(rollout, entropy, score, state.kl_coef, state.scores)
+        scored, metrics, moments = self._scored(rollout, entropy, score, state.kl_coef, state.scores, packed)
         return scored, {**metrics, **measured}, moments
 
     def iteration(
@@ -206,20 +213,20 @@ class Loop:
         actor = {"trainable": state.actor.trainable, "frozen": self.models.actor_frozen}
         with clock.timing("rollout") as wait:
             joined, has_eos = wait(self.generate(actor, rows, self.key, epoch, self.allowed_V))
-            joined = self.narrow(joined)
+            samples = self.lay_out(joined)
         models = self.models.after_sampling()
         shown = place_batch(demonstrations[k].rows, self.mesh) if demonstrations is not None else None
         if self.one_pass is not None:
             with clock.timing("update") as wait:
-                state, scored, metrics = wait(self._in_one_pass(models, state, k, joined, has_eos, prompts))
+                state, scored, metrics = wait(self._in_one_pass(models, state, k, samples, has_eos, prompts))
         else:
             with clock.timing("score") as wait:
                 scored, metrics, scores = wait(
-                    self.score(models, state.actor.trainable, state, joined, has_eos, prompts)
+                    self.score(models, state.actor.trainable, state, samples, has_eos, prompts)
                 )
                 state = dataclasses.replace(state, scores=scores)
             with clock.timing("update") as wait:
-                state, update_metrics = wait(self._updates(models, state, k, (scored, shown)))
+                state, update_metrics = wait(self._updates(models, state, k, (scored, shown), samples))
             metrics |= update_metrics
         kl_coef = state.kl_coef
         if method.kl.adaptive:
@@ -237,51 +244,50 @@ class Loop:
             ema = average(ema, state.actor.trainable, method.extras.ema_decay)
         state = dataclasses.replace(state, kl_coef=kl_coef, ema=ema)
         metrics = {**metrics, **clock.seconds, **self.utility(joined)}
-        return state, metrics, {"rollouts": scored, "shown": shown}
+        return state, metrics, {"samples": joined, "rollouts": scored, "shown": shown}
 
     def _in_one_pass(
         self,
         models: Models,
         state: PpoState,
         k: int,
-        joined: PromptBatch,
+        samples: Samples,
         has_eos: Array,
         prompts: Sequence[str | None],
     ) -> tuple[PpoState, PpoBatch, Metrics]:
         """Scores and updates in one pass: the update differentiates the forward pass that scores."""
-        outside, measured = (), {}
-        if self.scorer is not None:
-            score, measured = self.scorer.batch(prompts, joined)
-            outside = (score,)
+        joined, packed, _ = samples
+        score, measured = (None, {}) if self.scorer is None else self.scorer.batch(prompts, joined)
         actor, critic, frozen = to_devices((state.actor, state.critic, (models.reference, models.reward)))
         actor = with_learning_rate(actor, self.actor_rate(k))
         critic = with_learning_rate(critic, self.critic_rate(k))
         rest = models.actor_frozen, models.critic_frozen
         assert self.one_pass is not None
         actor, critic, scored, metrics = self.one_pass(
-            actor, critic, rest, frozen, joined, has_eos, self.allowed_V, state.kl_coef, *outside
+            actor, critic, rest, frozen, joined, has_eos, self.allowed_V, state.kl_coef, score, packed
         )
         state = dataclasses.replace(state, actor=self.offload.state(actor), critic=self.offload.state(critic))
         return state, scored, {**metrics, **measured, **self._work(scored, actor_updates=1, critic_updates=1)}
 
     def _updates(
-        self, models: Models, state: PpoState, k: int, batch: tuple[PpoBatch, PromptBatch | None]
+        self,
+        models: Models,
+        state: PpoState,
+        k: int,
+        batch: tuple[PpoBatch, PromptBatch | None],
+        samples: Samples,
     ) -> tuple[PpoState, Metrics]:
         """Runs all updates on one iteration's rollouts."""
         method = self.settings.method
         collected: list[Metrics] = []
         actor, critic = state.actor, state.critic
         own_k = k - method.extras.critic_warmup
-        for update in range(method.updates):
-            part = batch
-            if method.minibatches > 1:
-                epoch, index = divmod(update, method.minibatches)
-                part = self.minibatch(batch, self.minibatch_key, k, epoch, index)
-            critic = with_learning_rate(critic, self.critic_rate(k * method.updates + update))
+        for number, part in enumerate(self._parts(k, batch, samples)):
+            critic = with_learning_rate(critic, self.critic_rate(k * method.updates + number))
             critic, metrics = self.update_critic(critic, part[0], models.critic_frozen)
             metrics = named("critic", metrics)
             if own_k >= 0:
-                actor = with_learning_rate(actor, self.actor_rate(own_k * method.updates + update))
+                actor = with_learning_rate(actor, self.actor_rate(own_k * method.updates + number))
                 actor, actor_metrics = self.update_actor(actor, part, models.actor_frozen, self.allowed_V)
                 metrics |= named("policy", actor_metrics)
             collected.append(metrics)
@@ -292,6 +298,20 @@ class Loop:
         )
         return dataclasses.replace(state, actor=actor, critic=critic), metrics
 
+    def _parts(
+        self, k: int, batch: tuple[PpoBatch, PromptBatch | None], samples: Samples
+    ) -> Iterator[tuple[PpoBatch, PromptBatch | None]]:
+        """What each update of iteration k learns from: the whole batch, or a minibatch."""
+        method = self.settings.method
+        if method.minibatches == 1:
+            for _ in range(method.epochs):
+                yield _with_packed(batch, samples.packed)
+            return
+        draw = make_order(len(jax.tree.leaves(batch)[0]), method.minibatches, self.mesh)
+        orders = [np.asarray(draw(self.minibatch_key, k, epoch)) for epoch in range(method.epochs)]
+        for rows in itertools.chain(*orders):
+            yield _with_packed(self.minibatch(batch, rows), None if samples.pack is None else samples.pack(rows))
+
     def _work(self, batch: PpoBatch, *, actor_updates: int, critic_updates: int) -> Metrics:
         """What `perf/mfu` of an iteration with these updates is made of; nothing where the devices' peak is unknown."""
         if self._at_peak is None:
@@ -299,6 +319,12 @@ class Loop:
         epochs = (updates / self.settings.method.minibatches for updates in (actor_updates, critic_updates))
         joined = batch.rollout.joined
         return {PEAK_S: self._at_peak(joined.prompt_len, joined.response_len, *epochs)}
+
+
+def _with_packed(
+    batch: tuple[PpoBatch, PromptBatch | None], packed: Packed | None
+) -> tuple[PpoBatch, PromptBatch | None]:
+    return batch if packed is None else (dataclasses.replace(batch[0], packed=packed), batch[1])
 
 
 def _exceeds(mean: Mean | None, limit: float) -> bool:

@@ -3,6 +3,9 @@
 Sources: arXiv:1707.06347, arXiv:2009.01325, DeepSpeed-Chat.
 """
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -10,6 +13,7 @@ from jaxtyping import Array, Bool, Float
 from mpo_jax.losses import ppo_policy_loss, sft_loss, value_loss
 from mpo_jax.models import forward, responses
 from mpo_jax.models.forward import Model
+from mpo_jax.models.responses import Rows
 from mpo_jax.ops import (
     explained_variance,
     gae,
@@ -23,46 +27,90 @@ from mpo_jax.ops import (
     whiten,
 )
 from mpo_jax.stages.ppo.settings import Method
-from mpo_jax.types import Mean, Metrics, Moments, PpoBatch, PromptBatch, Rollout, Tree, merge
+from mpo_jax.types import Mean, Metrics, Moments, Packed, PackedRows, PpoBatch, PromptBatch, Rollout, Tree, merge
 
 
-def score_rollout(
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """What the models say of samples; token arrays are [B S], and 0 where a row has no token.
+
+    Attributes:
+      behavior_logp, entropy: log-probability and entropy under the policy, nats.
+      ref_logp: log-probability under the reference, nats.
+      value: as in `Rollout`.
+      score: [B] raw scores of the reward model.
+    """
+
+    behavior_logp: Float[Array, "B S"]
+    entropy: Float[Array, "B S"]
+    ref_logp: Float[Array, "B S"]
+    value: Float[Array, "B S"]
+    score: Float[Array, " B"]
+
+
+def outputs(
     actor_model: Model,
     reward_model: Model,
     temperature: float,
     policies: tuple[Tree, Tree],
-    value_models: tuple[Tree, Tree],
+    value_models: tuple[Tree, Tree | None],
     joined: PromptBatch,
-    has_eos_B: Bool[Array, " B"],
+    rows: Rows,
     allowed_V: Bool[Array, " V"],
-    score_B: Float[Array, " B"] | None = None,
-) -> tuple[Rollout, Float[Array, "B S"]]:
-    """Runs every model once over the sampled responses; returns the rollout and the policy's entropy at each token.
+) -> Outputs:
+    """Runs every model once over the sampled responses.
 
     Args:
       policies: parameters of actor and reference.
-      value_models: parameters of critic and reward model.
-      score_B: the responses' scores; None: those of the reward model.
+      value_models: parameters of critic and reward model; None for scores of 0.
+      rows: the samples as the models read them: `joined`, or a packed micro-batch of it, whose prompts alone count.
     """
-    tokens = forward.join(joined)
-    behavior_BS, entropy_BS = forward.token_logp(
-        actor_model, policies[0], tokens, temperature=temperature, allowed_V=allowed_V, with_entropy=True
-    )
-    value_BS = with_end(*values(reward_model, value_models[0], joined), joined)
-    frozen = policies[1], value_models[1]
-    rollout = with_frozen_scores(
-        actor_model, reward_model, temperature, frozen, joined, has_eos_B, allowed_V, behavior_BS, value_BS, score_B
-    )
-    return rollout, entropy_BS
+    width, drawn = joined.response.shape[2], {"temperature": temperature, "allowed_V": allowed_V}
+    logp_BS, entropy_BS = responses.sample_logps(actor_model, policies[0], rows, width, **drawn, with_entropy=True)
+    value_BS = with_end(*responses.sample_values(reward_model, value_models[0], rows, width), joined)
+    ref_BS, score_B = frozen_outputs(actor_model, reward_model, (policies[1], value_models[1]), rows, width, **drawn)
+    return Outputs(logp_BS, entropy_BS, ref_BS, value_BS, score_B)
 
 
-def values(model: Model, critic: Tree, joined: PromptBatch) -> tuple[Float[Array, "B S"], Float[Array, "B 1"]]:
-    """The critic's value of the state before each response token (0 elsewhere), and of the state after the last one."""
+def frozen_outputs(
+    actor_model: Model, reward_model: Model, frozen: tuple[Tree, Tree | None], rows: Rows, width: int, **drawn: Any
+) -> tuple[Float[Array, "B S"], Float[Array, " B"]]:
+    """The reference's log-probabilities and the reward model's scores.
+
+    Args:
+      frozen: parameters of reference and reward model; None for scores of 0.
+      drawn: temperature and allowed ids of the samples.
+    """
+    ref_BS, _ = responses.sample_logps(actor_model, frozen[0], rows, width, **drawn)
+    if frozen[1] is None:
+        return ref_BS, jnp.zeros(len(ref_BS))
+    return ref_BS, responses.scores(reward_model, frozen[1], rows)[:, 0]
+
+
+def rollout_of(
+    found: Outputs, joined: PromptBatch, has_eos_B: Bool[Array, " B"], score_B: Float[Array, " B"] | None = None
+) -> Rollout:
+    """The outputs as a rollout.
+
+    Args:
+      score_B: scores from outside; None: those of the outputs.
+    """
+    return Rollout(
+        joined=joined,
+        mask=sample_mask(joined),
+        behavior_logp=found.behavior_logp,
+        ref_logp=found.ref_logp,
+        value=found.value,
+        score=found.score if score_B is None else score_B,
+        has_eos=has_eos_B,
+    )
+
+
+def sample_mask(joined: PromptBatch) -> Bool[Array, "B S"]:
+    """True at the samples' tokens; none of a padding row's."""
     tokens = forward.join(joined)
-    score_BT = forward.scores(model, critic, tokens)
-    value_BS = forward.values_before(score_BT, tokens)
-    value_BS = jnp.where(tokens.loss_mask[:, tokens.scored_from :], value_BS, 0.0)
-    return value_BS, forward.response_scores(score_BT, joined)
+    return tokens.loss_mask[:, tokens.scored_from :]
 
 
 def with_end(value_BS: Float[Array, "B S"], end_B1: Float[Array, "B 1"], joined: PromptBatch) -> Float[Array, "B S"]:
@@ -72,38 +120,6 @@ def with_end(value_BS: Float[Array, "B S"], end_B1: Float[Array, "B 1"], joined:
     """
     behind_BS = jnp.arange(value_BS.shape[1])[None] == joined.response_len[:, :1]
     return jnp.where(behind_BS & (joined.prompt_len > 0)[:, None], end_B1, value_BS)
-
-
-def with_frozen_scores(
-    actor_model: Model,
-    reward_model: Model,
-    temperature: float,
-    frozen: tuple[Tree, Tree],
-    joined: PromptBatch,
-    has_eos_B: Bool[Array, " B"],
-    allowed_V: Bool[Array, " V"],
-    behavior_BS: Float[Array, "B S"],
-    value_BS: Float[Array, "B S"],
-    score_B: Float[Array, " B"] | None = None,
-) -> Rollout:
-    """The rollout with the outputs of the frozen models: reference log-probabilities and reward-model scores.
-
-    Args:
-      score_B: as for `score_rollout`.
-    """
-    tokens = forward.join(joined)
-    ref_BS, _ = forward.token_logp(actor_model, frozen[0], tokens, temperature=temperature, allowed_V=allowed_V)
-    if score_B is None:
-        score_B = forward.response_scores(forward.scores(reward_model, frozen[1], tokens), joined)[:, 0]
-    return Rollout(
-        joined=joined,
-        mask=tokens.loss_mask[:, tokens.scored_from :],
-        behavior_logp=behavior_BS,
-        ref_logp=ref_BS,
-        value=value_BS,
-        score=score_B,
-        has_eos=has_eos_B,
-    )
 
 
 def rewarded_score(rollout: Rollout, method: Method, moments: Moments | None) -> Float[Array, " B"]:
@@ -128,7 +144,7 @@ def estimate(
     place = {"kl_coef": kl_coef, "clip": method.score_clip}
     if method.reward_at == "ds_chat":
         # The token after EOS carries the score, the value of the state after EOS, and the KL of the rollout's
-        # log-probs there; `token_logp` gives 0 for both, since no policy can sample the padding token.
+        # log-probs there; `sample_logps` gives 0 for both, since no policy can sample the padding token.
         reward_BS, carry_BS = shape_rewards_ds_chat(
             rollout.behavior_logp, rollout.ref_logp, score_B, rollout.mask, **place
         )
@@ -145,9 +161,18 @@ def estimate(
 
 
 def rollout_metrics(
-    batch: PpoBatch, entropy_BS: Array, kl_coef: Array, method: Method, moments: Moments | None = None
+    batch: PpoBatch,
+    entropy_BS: Array,
+    kl_coef: Array,
+    method: Method,
+    moments: Moments | None = None,
+    packed: Packed | None = None,
 ) -> Metrics:
-    """Metrics of the rollout, before any update; sums run over a response, means over responses."""
+    """Metrics of the rollout, before any update; sums run over a response, means over responses.
+
+    Args:
+      packed: the rollout as the models read it; None: padded.
+    """
     r = batch.rollout
     real_B = r.mask.any(-1)
     clipped_B = jnp.abs(rewarded_score(r, method, moments)) > method.score_clip
@@ -177,7 +202,7 @@ def rollout_metrics(
         "val/num_eos_tokens": r.has_eos.sum(),
         "response_length/mean": Mean.of(length_B, real_B),
         "response_length/clip_ratio": Mean.of(~r.has_eos, real_B),
-        **responses.usage(r.joined),
+        **responses.usage(r.joined if packed is None else packed),
     }
 
 
@@ -203,23 +228,35 @@ def actor_objective(
 ) -> tuple[Metrics, Metrics]:
     """The clipped policy loss, plus the weighted SFT loss on demonstrations if there are any.
 
-    `batch` holds the rollouts, and demonstrations or None.
+    `batch` holds the rollouts, and demonstrations or None; demonstrations need padded rollouts, which are cut into
+    micro-batches as they are.
     """
-    ppo, demonstrations = batch
-    tokens = forward.join(ppo.rollout.joined)
-    logp_BS, _ = forward.token_logp(model, tree, tokens, temperature=method.temperature, allowed_V=allowed_V)
+    rows, ppo = _read(batch[0])
+    logp_BS, _ = responses.sample_logps(
+        model, tree, rows, ppo.advantage.shape[1], temperature=method.temperature, allowed_V=allowed_V
+    )
     terms, metrics = policy_terms(logp_BS, ppo, method)
-    if demonstrations is not None:
-        shown = forward.join(demonstrations)
+    if batch[1] is not None:
+        shown = forward.join(batch[1])
         shown_BS, _ = forward.token_logp(model, tree, shown)
         ptx = sft_loss(shown_BS, shown.loss_mask[:, shown.scored_from :])
         terms["loss/ptx"] = Mean(method.extras.ptx_coef * ptx.total, ptx.count)
     return terms, metrics
 
 
-def critic_objective(model: Model, method: Method, tree: Tree, ppo: PpoBatch) -> tuple[Metrics, Metrics]:
+def critic_objective(model: Model, method: Method, tree: Tree, batch: PpoBatch) -> tuple[Metrics, Metrics]:
     """The clipped value loss."""
-    return value_terms(values(model, tree, ppo.rollout.joined)[0], ppo, method)
+    rows, ppo = _read(batch)
+    return value_terms(responses.sample_values(model, tree, rows, ppo.advantage.shape[1])[0], ppo, method)
+
+
+def _read(ppo: PpoBatch) -> tuple[Rows, PpoBatch]:
+    """What the models read, and the rollouts with the tokens masked that it does not hold."""
+    if ppo.packed is None:
+        return ppo.rollout.joined, ppo
+    assert isinstance(ppo.packed, PackedRows)
+    mask = ppo.rollout.mask & responses.valid(ppo.packed)[:, None]
+    return ppo.packed, dataclasses.replace(ppo, rollout=dataclasses.replace(ppo.rollout, mask=mask))
 
 
 def value_terms(value_BS: Float[Array, "B S"], ppo: PpoBatch, method: Method) -> tuple[Metrics, Metrics]:
@@ -236,14 +273,15 @@ def one_pass(
     method: Method,
     trained: tuple[Tree, Tree],
     rest: tuple[Tree, Tree],
-    frozen: tuple[Tree, Tree],
+    frozen: tuple[Tree, Tree | None],
     joined: PromptBatch,
+    rows: Rows,
     has_eos_B: Bool[Array, " B"],
     allowed_V: Bool[Array, " V"],
     kl_coef: Float[Array, ""],
     count: Float[Array, ""],
     score_B: Float[Array, " B"] | None = None,
-) -> tuple[tuple[Tree, Tree], tuple[PpoBatch, Float[Array, "B S"]], tuple[Metrics, Metrics]]:
+) -> tuple[tuple[Tree, Tree], tuple[Outputs, Array, Array], tuple[Metrics, Metrics]]:
     """Scores rollouts and differentiates both losses for the first update, with one forward pass per model.
 
     In the first update the trained policy is the one that sampled, so its log-probabilities are also the old ones, and
@@ -252,32 +290,32 @@ def one_pass(
     Args:
       trained: trainable parts of actor and critic.
       rest: frozen parts of actor and critic.
-      frozen: parameters of reference and reward model.
+      frozen: parameters of reference and reward model; None for scores from outside.
+      joined, rows: as for `outputs`.
       count: number of response tokens in the whole batch; these rows may be a micro-batch of it.
-      score_B: as for `score_rollout`.
+      score_B: the samples' scores from outside; None: the reward model's.
 
     Returns:
-      Gradients of actor and critic; the batch and the policy's entropy; terms and metrics of actor and critic.
+      Gradients of actor and critic; the models' outputs, the advantages and the returns; terms and metrics of both.
     """
-    tokens = forward.join(joined)
+    width, drawn = joined.response.shape[2], {"temperature": method.temperature, "allowed_V": allowed_V}
 
     def policy(part: Tree) -> tuple[Array, Array]:
         tree = merge({"trainable": part, "frozen": rest[0]})
-        return forward.token_logp(
-            actor_model, tree, tokens, temperature=method.temperature, allowed_V=allowed_V, with_entropy=True
-        )
+        return responses.sample_logps(actor_model, tree, rows, width, **drawn, with_entropy=True)
 
     logp_BS, pull_policy, entropy_BS = jax.vjp(policy, trained[0], has_aux=True)
 
     def critic(part: Tree) -> tuple[Array, Array]:
-        return values(reward_model, merge({"trainable": part, "frozen": rest[1]}), joined)
+        tree = merge({"trainable": part, "frozen": rest[1]})
+        return responses.sample_values(reward_model, tree, rows, width)
 
     value_BS, pull_value, end_B1 = jax.vjp(critic, trained[1], has_aux=True)
-    kept_BS = with_end(value_BS, end_B1, joined)
-    rollout = with_frozen_scores(
-        actor_model, reward_model, method.temperature, frozen, joined, has_eos_B, allowed_V, logp_BS, kept_BS, score_B
-    )
-    ppo, _ = estimate(rollout, method, kl_coef)
+    ref_BS, found_B = frozen_outputs(actor_model, reward_model, frozen, rows, width, **drawn)
+    found = Outputs(logp_BS, entropy_BS, ref_BS, with_end(value_BS, end_B1, joined), found_B)
+    rollout = rollout_of(found, joined, has_eos_B, score_B)
+    mask_BS = rollout.mask & responses.valid(rows)[:, None]
+    ppo, _ = estimate(dataclasses.replace(rollout, mask=mask_BS), method, kl_coef)
 
     def losses(logp_BS: Array, value_BS: Array) -> tuple[Array, tuple[Metrics, Metrics]]:
         policy_loss, policy_metrics = policy_terms(logp_BS, ppo, method)
@@ -285,5 +323,6 @@ def one_pass(
         total = sum(term.total for term in (*policy_loss.values(), *critic_loss.values()))
         return total / jnp.maximum(count, 1.0), ({**policy_loss, **policy_metrics}, {**critic_loss, **critic_metrics})
 
-    (d_logp_BS, d_value_BS), found = jax.grad(losses, (0, 1), has_aux=True)(logp_BS, value_BS)
-    return (pull_policy(d_logp_BS)[0], pull_value(d_value_BS)[0]), (ppo, entropy_BS), found
+    (d_logp_BS, d_value_BS), measured = jax.grad(losses, (0, 1), has_aux=True)(logp_BS, value_BS)
+    grads = (pull_policy(d_logp_BS)[0], pull_value(d_value_BS)[0])
+    return grads, (found, ppo.advantage, ppo.returns), measured

@@ -17,6 +17,7 @@ from mpo_jax.stages.fitting import (
     check_sizes,
     evaluations,
     held_out_rows,
+    loop_trips,
     num_updates,
     reward_program,
     scoring_program,
@@ -28,7 +29,7 @@ from mpo_jax.stages.ppo.settings import Method, Settings
 from mpo_jax.stages.sampling import rollout_programs
 from mpo_jax.stages.shapes import Shapes, shaped
 from mpo_jax.stages.stage import Program
-from mpo_jax.types import Moments, Params, frozen
+from mpo_jax.types import Moments, Packed, Params, frozen
 
 
 def check(settings: Settings, mesh: Mesh) -> None:
@@ -49,9 +50,10 @@ def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
         held_out = held_out_rows(shapes.watch, shapes.amounts.test_prompts, default=NUM_PROMPTS)
         measured = evaluations(shapes.watch, runs) * calls(held_out, train.batch_size)
         sampled = runs + measured
-    lengths = shapes.sampled("prompts")
-    if lengths is not None:
-        lengths = lengths.in_batches(train.batch_size)
+    packed = shapes.packed(rows, settings.update) if settings.packed else None
+    drawn = shapes.sampled("prompts")
+    longest = None if drawn is None else drawn.in_batches(train.batch_size)
+    lengths = longest if packed is None else drawn
     actor, critic = shapes.state(method.actor_optim), shapes.state(method.critic_optim, "value")
     policy, critic_params = shapes.trained(), shapes.trained("value")
     rest, others = (policy["frozen"], critic_params["frozen"]), _others(shapes)
@@ -61,22 +63,22 @@ def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
     ema = (policy["trainable"],) if method.extras.ema_decay is not None else ()
     yield from rollout_programs(
         "ppo", shapes, settings.sampling, policy, train.batch_size, key=key, runs=sampled,
-        held=(kept[0].opt_state, kept[1], resting, *idle, *ema), lengths=lengths,
+        held=(kept[0].opt_state, kept[1], resting, *idle, *ema), lengths=longest,
     )  # fmt: skip
-    scoring = _Scoring(method, shapes, rows, lengths, key)
+    scoring = _Scoring(method, shapes, rows, lengths, key, packed)
     held = (kept[0].opt_state, kept[1].opt_state, *ema)
     if not method.in_one_pass or shapes.watch.eval_every is not None:
         yield from scoring.programs(runs=measured if method.in_one_pass else sampled, held=held)
     if shapes.text_rewards is not None:
         yield from reward_program(
             "ppo", shapes, train.batch_size, 1, key=key, runs=sampled,
-            held=(*held, policy, critic_params, *idle[:1]), lengths=lengths,
+            held=(*held, policy, critic_params, *idle[:1]), lengths=longest,
         )  # fmt: skip
     if method.in_one_pass:
         update = make_one_pass(model, model, method, mesh)
         joint = (
             actor, critic, rest, (others[0], scoring.reward), scoring.joined, scoring.has_eos, shapes.allowed(),
-            shapes.number(), *scoring.outside,
+            shapes.number(), *(scoring.outside or (None,)), packed,
         )  # fmt: skip
 
         def whole_pass(rows: Rows) -> Work:
@@ -90,7 +92,8 @@ def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
             stage="ppo", name="ppo update", batch_key="ppo.train.accumulation", function=update,
             arguments=lambda _: joint, work=whole_pass(rows), runs=runs,
             accumulation=train.accumulation, held=(*ema, *scoring.apart),
-            expected=shapes.mean(lengths, rows, whole_pass),
+            expected=shapes.mean(lengths, rows, whole_pass, packed=packed is not None),
+            loop_trips=loop_trips(joint, rows), packed=packed is not None,
         )  # fmt: skip
         return
 
@@ -98,6 +101,8 @@ def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
     scored = scoring.scored
     whole_batch = (scored,) if method.minibatches > 1 else ()
     scored = jax.tree.map(lambda x: shapes.array(part.count, *x.shape[1:], dtype=x.dtype), scored)
+    if packed is not None:
+        scored = dataclasses.replace(scored, packed=shapes.packed(part, settings.update))
     demonstrations = shapes.batch(part) if method.extras.ptx_coef else None
     update_actor, update_critic = make_updates(model, model, method, mesh)
     updates = own_updates = None
@@ -122,6 +127,7 @@ class _Scoring:
     Attributes:
       rows: a batch of samples, of these lengths.
       key: configuration key of their number.
+      packed: the samples as the models read them; None: padded.
     """
 
     method: Method
@@ -129,10 +135,12 @@ class _Scoring:
     rows: Rows
     lengths: Lengths | None
     key: str
+    packed: Packed | None
 
     @property
     def joined(self) -> Any:
-        return self.shapes.batch(self.rows)
+        """The samples; packed ones without the prompts' ids."""
+        return self.shapes.batch(self.rows if self.packed is None else dataclasses.replace(self.rows, prompt=0))
 
     @property
     def has_eos(self) -> Any:
@@ -172,9 +180,9 @@ class _Scoring:
         policies, critic = (shapes.trained(), _others(shapes)[0]), shapes.trained("value")
         rows = (self.joined, self.has_eos, shapes.allowed())
         if self.outside:
-            return make_unscored(model, model, method, mesh), (policies, critic, *rows)
-        number: Any = shapes.number()
-        return make_score(model, model, method, mesh), (policies, (critic, self.reward), *rows, number, self._moments)
+            return make_unscored(model, model, method, mesh), (policies, critic, *rows, self.packed)
+        rest = (*rows, shapes.number(), self._moments, self.packed)
+        return make_score(model, model, method, mesh), (policies, (critic, self.reward), *rest)
 
     @property
     def _moments(self) -> Moments | None:
@@ -186,7 +194,7 @@ class _Scoring:
         """What the program takes that puts scores from outside into a rollout."""
         function, arguments = self._forward
         rollout, entropy = shaped(jax.eval_shape(function, *arguments), batch_sharding(self.shapes.mesh))
-        return (rollout, entropy, *self.outside, self.shapes.number(), self._moments)
+        return (rollout, entropy, *self.outside, self.shapes.number(), self._moments, self.packed)
 
     @property
     def scored(self) -> Any:
@@ -204,7 +212,7 @@ class _Scoring:
                 held=(*held, *self.apart),
             ),
             work=self._work(self.rows),
-            expected=self.shapes.mean(self.lengths, self.rows, self._work),
+            expected=self.shapes.mean(self.lengths, self.rows, self._work, packed=self.packed is not None),
         )  # fmt: skip
         if not self.outside:
             return
@@ -212,6 +220,7 @@ class _Scoring:
         yield Program(
             stage="ppo", name="ppo scored", batch_key=self.key, function=make_scored(self.method, self.shapes.mesh),
             arguments=lambda _: combined, work=Work(0.0), runs=runs, held=(*held, *models, *self.apart),
+            packed=self.packed is not None,
         )  # fmt: skip
 
 

@@ -89,6 +89,22 @@ class Settings(Section, frozen=True):
         )
 
     @property
+    def update(self) -> TrainSettings:
+        """`train` with the rows of one update as its batch."""
+        return self.train.model_copy(update={"batch_size": self.train.batch_size // self.method.minibatches})
+
+    @property
+    def packed(self) -> bool:
+        """Whether scoring and updates read packed rows.
+
+        Demonstrations are cut into micro-batches as padded rollouts are, and an update in one pass that whitens needs
+        the whole batch at a time.
+        """
+        extras, one_pass = self.method.extras, self.method.in_one_pass
+        whitens = one_pass and (extras.whiten_advantages or extras.whiten_rewards)
+        return self.text.packed and not (extras.ptx_coef or whitens)
+
+    @property
     def sampling(self) -> Sampling:
         """One sample per prompt, from the same distribution whose log-probabilities the update uses."""
         method = self.method

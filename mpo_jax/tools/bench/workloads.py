@@ -28,6 +28,7 @@ from mpo_jax.runtime.sharding import place_batch
 from mpo_jax.stages.dpo import DpoBatch
 from mpo_jax.stages.packed import packing_of
 from mpo_jax.stages.ppo.iteration import Loop, Models, init_ppo_state
+from mpo_jax.stages.ppo.layout import packing_for
 from mpo_jax.stages.settings import TrainSettings, adapter_of
 from mpo_jax.training.optimizer import make_optimizer, with_learning_rate
 from mpo_jax.training.refill import sample_all
@@ -221,9 +222,10 @@ class Bench:
         codec: Any = SimpleNamespace(ends=self._eos, allowed=lambda _: self._allowed)
         offload = Offload.of(self.config.runtime, self.mesh)
         models = Models(model, model, params["frozen"], critic["frozen"], reference, judge)
-        loop = Loop(settings, self.mesh, codec, models, offload, iterations=self.steps, log_every=1)
+        batches = self._batches(self._examples(0))
+        packing = packing_for(settings, batches, self.mesh)
+        loop = Loop(settings, self.mesh, codec, models, offload, iterations=self.steps, log_every=1, packing=packing)
         state = [init_ppo_state(settings.method, params, critic, self.mesh, offload)]
-        batches, (prompt, _) = self._batches(self._examples(0)), self._lengths
         workload = Workload("ppo", lambda k: None, [], [], [], [])
 
         def run(k: int) -> Any:
@@ -231,10 +233,10 @@ class Bench:
             for name, value in metrics.items():
                 if name.startswith("timing_s/"):
                     workload.parts[name.removeprefix("timing_s/")].append(value)
-            return kept["rollouts"].rollout.joined
+            return kept["samples"], metrics["perf/padding"]
 
         for k in range(self.steps):
-            joined = run(k)
+            joined, padding = run(k)
             prompts, lengths = np.asarray(batches[k].rows.prompt_len), np.asarray(joined.response_len)
             epochs, adapters = settings.method.epochs, model.adapter is not None
             work = flops.ppo_iteration(
@@ -243,7 +245,7 @@ class Bench:
             )  # fmt: skip
             workload.flops.append(float(work))
             workload.tokens.append(int(prompts.sum() + lengths.sum()))
-            workload.padded.append(self.batch * (prompt + joined.response.shape[2]))
+            workload.padded.append(int(padding.count))
             workload.bytes_read.append(0.0)
         workload.run = run
         return workload

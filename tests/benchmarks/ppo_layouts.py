@@ -1,12 +1,12 @@
-"""Times PPO on the response columns that real rows reach, against all the columns that responses may have.
+"""Times PPO on packed samples, on padded ones in the columns that real rows reach, and in all that they may have.
 
-    .venv/bin/python tests/benchmarks/ppo_widths.py --model models/stories260K \
+    .venv/bin/python tests/benchmarks/ppo_layouts.py --model models/stories260K \
         --data hh-rlhf/helpful-base.test.jsonl.gz --data hh-rlhf/harmless-base.test.jsonl.gz
 
 Scoring and both updates on a random model of 8.3M parameters, with the chosen responses as rollouts: an untrained
 policy's own lengths would mean nothing. Then whole iterations with sampling, where the policy is `--model`.
 
-The two sides take turns on the same batches in one process. Prints the columns, and the minimum of the rounds, also in
+The sides take turns on the same batches in one process. Prints the columns, and the minimum of the rounds, also in
 processor time, which other programs on the machine disturb less.
 """
 
@@ -35,15 +35,16 @@ from mpo_jax.runtime.offload import Offload
 from mpo_jax.runtime.sharding import make_mesh
 from mpo_jax.runtime.timing import seconds
 from mpo_jax.stages.ppo.iteration import Loop, Models, init_ppo_state
+from mpo_jax.stages.ppo.layout import Samples, make_lay_out, packing_for
 from mpo_jax.stages.widths import few_widths
 from mpo_jax.tools.bench.speed import SIZES
-from mpo_jax.types import Params, trainable
+from mpo_jax.types import Params, PromptBatch, trainable
 
 Side: TypeAlias = Callable[[Batch], Any]
 
 
 class Comparison:
-    """The rows and settings that both sides share."""
+    """The rows and settings that all sides share."""
 
     def __init__(self, given: argparse.Namespace, lengths: Sequence[int]):
         self.config = load_config(None, (
@@ -66,9 +67,14 @@ class Comparison:
 
     def loop(self, model: Model, params: Params, critic: Params) -> Loop:
         settings, codec = stage_settings("ppo", self.config), self.codec
-        shown: Any = SimpleNamespace(eos_id=codec.eos_id, allowed=codec.allowed)
+        shown: Any = SimpleNamespace(ends=codec.ends, allowed=codec.allowed)
+        prompts = [Example(row.prompt, ()) for row in self.answered]
+        batches = TrainBatches(prompts, Buckets.of(prompts, 1), settings.train.batch_size, 0)
         models = Models(model, model, {}, {}, params, critic)
-        return Loop(settings, self.mesh, shown, models, Offload(False, False), iterations=8, log_every=100)
+        packing = packing_for(settings, batches, self.mesh)
+        return Loop(
+            settings, self.mesh, shown, models, Offload(False, False), iterations=8, log_every=100, packing=packing
+        )
 
     def columns(self, size: int) -> tuple[float, float]:
         """Mean columns of a batch's rows, prompt and response, at full width and at the fewest."""
@@ -96,19 +102,20 @@ def times(sides: dict[str, Side], batches: list[Batch], rounds: int) -> dict[str
 
 
 def sides_of(loop: Loop, start: Callable[[], Any]) -> dict[str, Side]:
-    """An iteration on the fewest and on all columns; each has a state of its own."""
+    """An iteration on packed samples, on the fewest and on all columns; each has a state of its own."""
 
-    def side(narrow: Callable[[Any], Any]) -> Side:
+    def side(lay_out: Callable[[PromptBatch], Samples]) -> Side:
         state = [start()]
 
         def run(batch: Batch) -> Any:
-            loop.narrow = narrow
+            loop.lay_out = lay_out
             state[0], metrics, _ = loop.iteration(state[0], batch, None)
             return jax.block_until_ready(metrics)
 
         return run
 
-    return {"fewest": side(loop.narrow), "all": side(lambda joined: joined)}
+    fewest = make_lay_out(loop.settings.method, None, loop.mesh)
+    return {"packed": side(loop.lay_out), "fewest": side(fewest), "all": side(Samples)}
 
 
 def main() -> None:
@@ -134,8 +141,13 @@ def main() -> None:
         pair = loop.models.reference, loop.models.reward
         ordered = shared.batches(given.batch)
         found = times(sides_of(loop, start), [ordered[k] for k in range(given.batches)], given.rounds)
-        for what, whole, fewest in zip(("seconds", "processor seconds"), found["all"], found["fewest"], strict=True):
-            print(f"{name}: {whole:.2f} {what} become {fewest:.2f} ({fewest / whole:.2f})", flush=True)
+        for number, what in enumerate(("seconds", "processor seconds")):
+            whole, fewest, packed = (found[side][number] for side in ("all", "fewest", "packed"))
+            print(
+                f"{name}: {whole:.2f} {what} in all columns, {fewest:.2f} ({fewest / whole:.2f}) in the fewest, "
+                f"{packed:.2f} packed ({packed / whole:.2f}, {packed / fewest:.2f} of the fewest)",
+                flush=True,
+            )
 
     with jax.set_mesh(shared.mesh):
         loop = shared.loop(model, params, critic)
