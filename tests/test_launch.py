@@ -128,6 +128,78 @@ def test_the_single_host_script_takes_a_configuration_or_overrides(tmp_path):
         assert done.stdout == f"setup cuda12\n0.92 run {expected}\n"
 
 
+STAND_IN = """#!/bin/sh
+case "$*" in
+  *default_backend*) echo gpu; exit;;
+  *"jax.__version__"*) exit;;
+esac
+printf '%s\\n' "$*" >>"$CALLS"
+case "$*" in *"$FAILS"*) echo it broke; exit 3;; esac
+"""
+
+
+@pytest.mark.parametrize(
+    "groups,names",
+    [
+        (["run"], ["run_135m"]),
+        (["kernels"], ["correctness", "attention"]),
+        (
+            [],
+            ["correctness", "attention", "train_1b", "train_135m", "ppo_1b", "ppo_135m", "decode_1b", "decode_1b_one",
+             "train_1b_lora", "train_135m_lora", "ppo_1b_lora", "ppo_135m_lora", "run_135m"],
+        ),
+    ],
+)  # fmt: skip
+def test_the_gpu_check_runs_the_groups_that_are_named(tmp_path, groups, names):
+    """With a stand-in for Python: every part in the report, the failed one marked, and commands that parse."""
+    python, calls = tmp_path / "python", tmp_path / "calls"
+    python.write_text(STAND_IN)
+    python.chmod(0o755)
+    done = subprocess.run(
+        ["bash", str(LAUNCH / "gpu_check.sh"), str(tmp_path / "out"), *groups], capture_output=True, text=True,
+        check=False, env={**os.environ, "PYTHON": str(python), "CALLS": str(calls), "FAILS": "attention_kernels"},
+    )  # fmt: skip
+    assert done.returncode == int("attention" in names), done.stderr
+    report = (tmp_path / "out" / ("-".join(["RESULTS", *groups]) + ".md")).read_text()
+    assert re.findall(r"^## (\w+)", report, re.MULTILINE) == names and report in done.stdout
+    assert ("attention: FAILED, status 3" in report) == ("attention" in names)
+    lines = calls.read_text().splitlines()
+    assert len(lines) == len(names)
+    for line in lines:
+        command = line.partition("main() ")[2].split()
+        if command and command[0] == "run":
+            config = resolved(command[1:])
+            assert config.model.architecture.num_layers == 30 and config.experiment == ("mpo",)
+        elif command:
+            options = [word for word in command if re.match(r"[a-z_.]+=", word)]
+            assert command[0] == "bench" and load_config(None, tuple(options)).model.architecture.num_layers in (16, 30)
+            assert ("model.adapter.rank=16" in command) == ("_lora" in line)
+
+
+def test_the_gpu_check_names_its_groups_and_says_where_there_is_no_gpu(tmp_path):
+    script = ["bash", str(LAUNCH / "gpu_check.sh"), str(tmp_path / "out")]
+    wrong = subprocess.run([*script, "speed"], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2 and "no group speed; there are kernels full adapters run" in wrong.stderr
+    without = subprocess.run(
+        script,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHON": sys.executable, "JAX_PLATFORMS": "cpu"},
+    )
+    assert "no GPU that JAX can use (backend: cpu" in without.stdout
+
+
+def test_no_group_of_the_gpu_check_takes_more_than_nine_minutes():
+    """By the limits of its parts."""
+    text = (LAUNCH / "gpu_check.sh").read_text()
+    for group in ("kernels", "full", "adapters", "run"):
+        body = re.search(rf"^{group}\(\) {{\n(.*?)^}}", text, re.MULTILINE | re.DOTALL)
+        assert body is not None
+        limits = re.findall(r"^  (?:part|bench) \w+ (\d+)", body[1], re.MULTILINE)
+        assert 0 < sum(map(int, limits)) < 540
+
+
 def two(environment: list[dict[str, str]], *arguments: str) -> list[str]:
     """What two processes of `mpo doctor` print, each with its own environment."""
     common = {**os.environ, "HF_HUB_OFFLINE": "1"}
