@@ -3,7 +3,7 @@
 #
 #   bash launch/test.sh [pytest option ...]     e.g.  -k dpo    -n 8
 #
-# Without -m, tests marked "processes", "parity" and "plan" are left out: see CONTRIBUTING.md.
+# Without -m, tests marked "thorough", "processes", "parity" and "plan" are left out: see CONTRIBUTING.md.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/setup.sh test

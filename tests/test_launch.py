@@ -234,6 +234,7 @@ def check_pair(said: list[str]) -> None:
     assert "devices:" not in said[1], "the first process alone speaks"
 
 
+@pytest.mark.thorough
 def test_slurm_s_variables_join_two_processes():
     """JAX takes the first host of the step, and a port made from the job's number."""
     first = 65535 - 2**12 + 1
@@ -242,6 +243,7 @@ def test_slurm_s_variables_join_two_processes():
     check_pair(two([{**step, "SLURM_PROCID": str(i), "SLURM_LOCALID": "0"} for i in range(2)]))
 
 
+@pytest.mark.thorough
 def test_the_jobset_s_overrides_join_two_processes():
     """As in the manifest, with this machine for the first pod, inside what looks like Kubernetes."""
     (container,) = job("gpu")["template"]["spec"]["containers"]

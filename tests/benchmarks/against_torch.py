@@ -54,7 +54,7 @@ from peers import (
     read_rows,
     versions,
 )
-from trl_trainers import make_trainer, shared_options
+from trl_trainers import make_ppo_trainer, make_trainer
 
 
 def torch_worker(work: str, folder: Path, channel: Channel) -> None:
@@ -100,12 +100,11 @@ def torch_training(work: str, folder: Path, channel: Channel) -> None:
 def torch_ppo(folder: Path, channel: Channel) -> None:
     """TRL's trainer, which is held up after each of its iterations until another is wanted."""
     try:
-        from trl.experimental.ppo import PPOConfig, PPOTrainer
+        import trl.experimental.ppo  # noqa: F401
         from trl.experimental.utils import get_reward
     except ImportError:
         channel.leave_out(f"{versions('trl')} has no PPOTrainer; 1.12.0 is the last release that has it")
     import torch
-    from datasets import Dataset
     from transformers import (
         AutoModelForCausalLM,
         AutoModelForSequenceClassification,
@@ -114,10 +113,8 @@ def torch_ppo(folder: Path, channel: Channel) -> None:
     )
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    policy, reference = (AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32) for _ in "12")
-    reward, critic = (
-        AutoModelForSequenceClassification.from_pretrained(folder / "reward", dtype=torch.float32) for _ in "12"
-    )
+    policy = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    reward = AutoModelForSequenceClassification.from_pretrained(folder / "reward", dtype=torch.float32)
     rows = read_rows(folder)
     prompts = [tokenizer(row["prompt"])["input_ids"] for row in rows]
     with torch.no_grad():
@@ -143,15 +140,7 @@ def torch_ppo(folder: Path, channel: Channel) -> None:
             channel.next()
             self.begin = time.perf_counter()
 
-    arguments = PPOConfig(
-        **shared_options(folder / "trl-ppo", ROLLOUTS), total_episodes=10**6 * ROLLOUTS, num_ppo_epochs=1,
-        num_mini_batches=1, response_length=LENGTH, temperature=1.0, kl_coef=0.1, num_sample_generations=0,
-        local_rollout_forward_batch_size=ROLLOUTS,
-    )  # fmt: skip
-    trainer = PPOTrainer(
-        args=arguments, processing_class=tokenizer, model=policy, ref_model=reference, reward_model=reward,
-        value_model=critic, train_dataset=Dataset.from_dict({"input_ids": prompts}), callbacks=[Timed()],
-    )  # fmt: skip
+    trainer = make_ppo_trainer(folder, prompts, Timed(), batch_size=ROLLOUTS, length=LENGTH, episodes=10**6 * ROLLOUTS)
     channel.ready([*scores.tolist(), *logps.tolist()])
     trainer.train()
 

@@ -16,6 +16,12 @@ installed but for float32 and no gradient checkpointing, which would only slow i
 Time is taken from the start of the process, and parted where the first step begins (imports, rows, weights, in DPO the
 reference's pass where it is made ahead) and where the last one ends (export). Ours compiles in its first step, and our
 first step is counted as begun when the command says that the stage does.
+
+PPO samples up to 256 tokens to each prompt, scores them by a reward model and updates both models once. Samples are not
+the same, and a random model hardly ever ends one, so that both sides work on as many tokens. It needs TRL 1.12.0, the
+last release with a PPO trainer, in an environment of its own:
+
+    .venv/bin/python tests/benchmarks/on_real_rows.py --only ppo --torch-python .venv-trl/bin/python --data FILE
 """
 
 import argparse
@@ -31,7 +37,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from peers import SPECIAL, machine, random_weights, versions, write_model
-from trl_trainers import make_trainer
+from trl_trainers import make_ppo_trainer, make_trainer
 
 PROMPT, RESPONSE = 512, 256
 """Tokens at most."""
@@ -41,7 +47,7 @@ TOLERANCE = 2e-3
 COMPARED = 3
 """Steps whose losses must agree."""
 ROOT = Path(__file__).resolve().parents[2]
-WORKS = ("sft", "reward", "dpo", "dpo_precomputed")
+WORKS = ("sft", "reward", "dpo", "dpo_precomputed", "ppo")
 
 
 class Taken(NamedTuple):
@@ -119,9 +125,11 @@ def ours(work: str, folder: Path, rows: int, batch: int, cache: Path) -> Taken:
     with tempfile.TemporaryDirectory(dir=folder) as workdir:
         inputs = (f"model.path={folder / 'model'}", f"data.path={folder / 'rows.jsonl'}", f"workdir={workdir}")
         config = ("configs/bench/" + f"{stage}.yaml", *inputs, *sizes, *before, f"runtime.compilation_cache={cache}")
+        if stage == "ppo":
+            config = (*config, f"reward.path={folder / 'reward'}")
         length = (f"{stage}.train.steps={rows // batch}", f"{stage}.train.batch_size={batch}")
         mpo = [sys.executable, "-m", "mpo_jax.cli"]
-        for parent in {"sft": (), "reward": ("sft",), "dpo": ("sft", "reward")}[stage]:
+        for parent in {"sft": (), "reward": ("sft",)}.get(stage, ("sft", "reward")):
             subprocess.run([*mpo, parent, *config], check=True, cwd=ROOT, capture_output=True)
         return timed([*mpo, stage, *config, *length], f"make {stage}")
 
@@ -134,17 +142,23 @@ def theirs(work: str, python: str, folder: Path, rows: int, batch: int) -> Taken
 
 def trl_worker(work: str, folder: Path, out: Path, batch: int) -> None:
     """TRL's trainer of the stage, over all rows, to a saved model."""
-    from transformers import TrainerCallback
+    from transformers import AutoTokenizer, TrainerCallback
 
     class Said(TrainerCallback):
         def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
             print("trl step", state.global_step, "loss", losses[-1], flush=True)
 
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
-    trainer, losses = make_trainer(
-        work, folder, rows, Said(), batch_size=batch, num_train_epochs=1, max_length=PROMPT + RESPONSE,
-        dataloader_drop_last=True,
-    )  # fmt: skip
+    losses = [0.0]
+    if work == "ppo":
+        tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+        prompts = [tokenizer(row["prompt"])["input_ids"] for row in rows]
+        trainer = make_ppo_trainer(folder, prompts, Said(), batch_size=batch, length=RESPONSE, episodes=len(prompts))
+    else:
+        trainer, losses = make_trainer(
+            work, folder, rows, Said(), batch_size=batch, num_train_epochs=1, max_length=PROMPT + RESPONSE,
+            dataloader_drop_last=True,
+        )  # fmt: skip
     print(versions("trl", "transformers", "torch"), flush=True)
     print("training begins", flush=True)
     trainer.train()
@@ -158,10 +172,11 @@ def _parts(side: list[Taken]) -> str:
 def line(work: str, count: int, cold: Taken, warm: list[Taken], others: list[Taken]) -> str:
     """A row of the table: seconds a row of the file."""
     ours, trl = (statistics.median(taken.whole for taken in side) for side in (warm, others))
-    apart = max(abs(a / b - 1) for a, b in zip(cold.losses[:COMPARED], others[0].losses, strict=False))
+    pairs = [] if work == "ppo" else list(zip(cold.losses[:COMPARED], others[0].losses, strict=False))
+    apart = f"{max(abs(a / b - 1) for a, b in pairs):.0e}" if pairs else "-"
     return (
         f"| {work} | {cold.whole / count:.3f} | {ours / count:.3f} | {trl / count:.3f} | {trl / cold.whole:.2f} "
-        f"| {trl / ours:.2f} | {_parts(warm)} | {_parts(others)} | {apart:.0e} |"
+        f"| {trl / ours:.2f} | {_parts(warm)} | {_parts(others)} | {apart} |"
     )
 
 
@@ -200,7 +215,9 @@ def main() -> None:
                 others.append(theirs(work, given.torch_python, folder, count, given.batch))
                 warm.append(ours(work, folder, count, given.batch, cache))
             row = line(work, count, cold, warm, others)
-            if not np.allclose(cold.losses[:COMPARED], others[0].losses[:COMPARED], rtol=TOLERANCE, atol=0):
+            if work != "ppo" and not np.allclose(
+                cold.losses[:COMPARED], others[0].losses[:COMPARED], rtol=TOLERANCE, atol=0
+            ):
                 sys.exit(f"{work}: the sides do not agree\n{cold.losses[:COMPARED]}\n{others[0].losses[:COMPARED]}")
             print(row, flush=True)
 

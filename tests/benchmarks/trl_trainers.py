@@ -60,3 +60,38 @@ def make_trainer(
 
     trainer.training_step = kept  # type: ignore[method-assign]
     return trainer, losses
+
+
+def make_ppo_trainer(
+    folder: Path, prompts: list[list[int]], callback: Any, *, batch_size: int, length: int, episodes: int
+) -> Any:
+    """The trainer of TRL 1.12.0, the last release that has one: one update of both models an iteration.
+
+    Args:
+      folder: has the Hugging Face folders `model` and `reward`, whose model the critic starts from.
+      prompts: ids.
+      length: tokens of each sample, which no end token cuts.
+      episodes: samples in all.
+
+    Raises:
+      ImportError: of another release.
+    """
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    policy, reference = (AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32) for _ in "12")
+    reward, critic = (
+        AutoModelForSequenceClassification.from_pretrained(folder / "reward", dtype=torch.float32) for _ in "12"
+    )
+    arguments = PPOConfig(
+        **shared_options(folder / "trl-ppo", batch_size), total_episodes=episodes, num_ppo_epochs=1,
+        num_mini_batches=1, response_length=length, temperature=1.0, kl_coef=0.1, num_sample_generations=0,
+        local_rollout_forward_batch_size=batch_size,
+    )  # fmt: skip
+    return PPOTrainer(
+        args=arguments, processing_class=AutoTokenizer.from_pretrained(folder / "model"), model=policy,
+        ref_model=reference, reward_model=reward, value_model=critic,
+        train_dataset=Dataset.from_dict({"input_ids": prompts}), callbacks=[callback],
+    )  # fmt: skip

@@ -99,6 +99,7 @@ def test_relabelled_pairs_have_the_higher_score_first(files):
     assert (score[:, 0] > score[:, 1]).all()
 
 
+@pytest.mark.thorough
 def test_own_objective(files, tmp_path, capsys, monkeypatch):
     """Hand-written SimPO equals the registered loss, is logged and saved, and resumes when run again."""
     arguments = files["policy"], files["pairs.jsonl"], str(tmp_path)
@@ -163,6 +164,7 @@ def test_a_reward_model_keeps_its_head_when_it_trains_on(files):
     )
 
 
+@pytest.mark.thorough
 def test_rows_are_sampled_as_they_were_read(files):
     """With the template under which they were tokenized."""
     policy = mpo.load(files["policy"], max_response_tokens=8)
@@ -188,6 +190,7 @@ def test_samples_depend_on_prompt_seed_and_number_alone(files):
     assert alone == all_at_once[5:6] and all_at_once != mpo.sample(policy, prompts, num_samples=2, seed=1)
 
 
+@pytest.mark.thorough
 def test_scores_of_a_language_model_are_log_probabilities(files):
     policy = mpo.load(files["policy"])
     pairs = mpo.read_pairs(files["pairs.jsonl"], policy.tokenizer).take(range(8))

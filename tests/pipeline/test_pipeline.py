@@ -165,6 +165,7 @@ def test_bookkeeping_keys_redo_nothing(copied):
     assert page.read_text() != shown, "the report must show what the changed keys ask for"
 
 
+@pytest.mark.thorough
 def test_variants_share_sft_reward_and_selection(copied):
     """Every experiment runs, and mpo_sft_kl alone starts PPO away from its reference."""
     before = set(stages(copied))
@@ -209,6 +210,7 @@ def test_frozen_models_stay_as_they_were(copied):
     assert before["1-dpo"] != digest("2-ppo")
 
 
+@pytest.mark.thorough
 def test_eight_devices_give_one_device_s_metrics(finished, tmp_path):
     """All stages on a mesh of eight simulated devices: every logged number agrees to rounding."""
     assert mpo("run", MICRO, f"workdir={tmp_path}", "mesh.fsdp=8", "runtime.cpu_devices=8") == 0
@@ -291,6 +293,7 @@ def test_a_critic_warmup_that_leaves_the_actor_nothing_is_an_error(copied, capsy
     assert "ppo.extras.critic_warmup=3 leaves the actor none of the 3 iterations" in capsys.readouterr().err
 
 
+@pytest.mark.thorough
 def test_every_option_of_ppo_runs_and_shows(copied):
     """The options that are off by default, all on at once, and what each leaves in the metrics."""
     options = (
@@ -314,6 +317,7 @@ def test_every_option_of_ppo_runs_and_shows(copied):
     assert model(name) != model(manifest_folder(copied, "mpo", "1-dpo").name)
 
 
+@pytest.mark.thorough
 def test_options_of_the_other_stages(tmp_path):
     """Human pairs with signed gaps, DeepSpeed-Chat's reward loss from the base model, IPO with NLL, accumulation."""
     options = (
@@ -388,6 +392,7 @@ def test_full_disk_is_one_message(monkeypatch, tmp_path, capsys):
     assert not stages(tmp_path)
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
 @pytest.mark.parametrize("size", ["400k", "1900k"])
 def test_a_disk_that_really_fills_up_is_one_message(tmp_path, size):
@@ -446,6 +451,7 @@ def test_config_prints_what_it_can_read_back(capsys, tmp_path):
     assert "seed: 7" in printed.read_text() and "beta: 0.25" in printed.read_text()
 
 
+@pytest.mark.thorough
 def test_table_over_seeds(tmp_path, capsys):
     assert mpo("table", MICRO, f"workdir={tmp_path}", "experiment=sft", "--seeds", "0,1") == 0
     assert "2 seeds" in capsys.readouterr().out
