@@ -67,7 +67,9 @@ class RuntimeConfig(Section, frozen=True):
         default=None, gt=0, description="run on this many simulated CPU devices; null: the machine's devices"
     )
     compilation_cache: str | None = Field(
-        default="~/.cache/mpo_jax/xla", description="folder for compiled programs, reused by later runs; null: no cache"
+        default="~/.cache/mpo_jax/xla",
+        description="folder for compiled programs, reused by later runs, or an "
+        "address that JAX can write to, such as gs://BUCKET/FOLDER; null: no cache",
     )
     compile_threads: int | None = Field(
         default=None,

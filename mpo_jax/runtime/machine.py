@@ -45,7 +45,7 @@ def start(config: RuntimeConfig) -> None:
                 ) from error
     processes.join(config.processes)
     if config.compilation_cache is not None:
-        program_cache.use(str(Path(config.compilation_cache).expanduser()))
+        program_cache.use(config.compilation_cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", WORTH_CACHING_S)
     if pool_gib is not None and processes.is_main():
         console.print(

@@ -97,10 +97,14 @@ def _write_unless_several(cache_key: str, module_name: str, executable: Any, bac
 def use(folder: str) -> None:
     """Makes `folder` JAX's compilation cache, with `WholeEntries` and without programs of several CPU devices.
 
-    A cache that this process has used already is left as it is.
+    An address such as gs://BUCKET/FOLDER is left to JAX's own cache, since objects there appear whole or not at all. A
+    cache that this process has used already is left as it is.
     """
+    address = "://" in folder
+    if not address:
+        folder = str(Path(folder).expanduser())
     # names that JAX looks up when a program is compiled
-    compilation_cache.LRUCache = WholeEntries  # type: ignore[misc]
+    compilation_cache.LRUCache = LRUCache if address else WholeEntries  # type: ignore[misc]
     compilation_cache.get_executable_and_time = _read_unless_several
     compilation_cache.put_executable_and_time = _write_unless_several
     jax.config.update("jax_compilation_cache_dir", folder)

@@ -20,14 +20,15 @@ ENOUGH_ELSEWHERE = 4096
 def packing_of(batches: TrainBatches, train: TrainSettings, mesh: Mesh) -> Packing:
     """The shape for a stage's training batches, chosen on the first of them."""
     lengths, count = lengths_of(batches.examples), -(-len(batches.examples) // train.batch_size)
-    return _chosen([lengths[batches.places(k)] for k in range(min(count, TRIED))], batches.examples, train, mesh)
+    drawn = [lengths[batches.places(k)] for k in range(min(count, TRIED))]
+    return _chosen(drawn, int(lengths.max()), batches.examples, train, mesh)
 
 
 def packing_in_order(examples: Sequence[Example], train: TrainSettings, mesh: Mesh) -> Packing | None:
     """The shape for batches of neighbours, as held-out and reference passes make them; None without examples."""
     lengths, size = lengths_of(examples), train.batch_size
     batches = [lengths[begin : begin + size] for begin in range(0, len(lengths), size)]
-    return _chosen(batches, examples, train, mesh) if batches else None
+    return _chosen(batches, int(lengths.max()), examples, train, mesh) if batches else None
 
 
 def packing_of_samples(batches: TrainBatches, width: int, train: TrainSettings, mesh: Mesh) -> Packing:
@@ -52,8 +53,10 @@ def planned_packing(rows: Rows, train: TrainSettings, mesh: Mesh) -> Packing:
     return Packing(-(-room // rows.length) * num_groups(mesh), rows.length)
 
 
-def _chosen(lengths: Sequence[np.ndarray], examples: Sequence[Example], train: TrainSettings, mesh: Mesh) -> Packing:
-    widest, longest = Widths.of(examples), int(lengths_of(examples).max())
+def _chosen(
+    lengths: Sequence[np.ndarray], longest: int, examples: Sequence[Example], train: TrainSettings, mesh: Mesh
+) -> Packing:
+    widest = Widths.of(examples)
     padded = widest.prompt + len(examples[0].responses) * widest.response
     enough, room = _bounds(longest, padded, train, mesh)
     return Packing.of(lengths, longest=longest, shards=num_groups(mesh), enough=enough, room=room)

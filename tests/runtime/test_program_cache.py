@@ -12,7 +12,10 @@ from pathlib import Path
 import jax
 import pytest
 from jax._src import compilation_cache
+from jax._src.lru_cache import LRUCache
 
+from mpo_jax.config.schema import RuntimeConfig
+from mpo_jax.runtime import machine
 from mpo_jax.runtime.program_cache import ABANDONED_S, WholeEntries
 
 COMPILE = """
@@ -163,3 +166,21 @@ def test_this_process_s_own_cache_has_whole_entries():
     """Of the test suite, and so of every command that it runs: JAX makes the cache of the class that `use` has set."""
     made = compilation_cache.get_file_cache(str(jax.config.jax_compilation_cache_dir))
     assert made is not None and isinstance(made[0], WholeEntries)
+
+
+@pytest.mark.parametrize(
+    "given,wanted,kind",
+    [
+        ("gs://bucket/programs", "gs://bucket/programs", LRUCache),
+        ("~/programs", str(Path("~/programs").expanduser()), WholeEntries),
+        ("programs", "programs", WholeEntries),
+    ],
+)
+def test_an_address_is_left_to_jax_s_own_cache(given, wanted, kind, monkeypatch):
+    """And stays as it is: a path would make one slash of two."""
+    for name in ("LRUCache", "get_executable_and_time", "put_executable_and_time"):
+        monkeypatch.setattr(compilation_cache, name, getattr(compilation_cache, name))
+    told: list[tuple[str, str]] = []
+    monkeypatch.setattr(jax.config, "update", lambda key, value: told.append((key, value)))
+    machine.start(RuntimeConfig(compilation_cache=given))
+    assert ("jax_compilation_cache_dir", wanted) in told and compilation_cache.LRUCache is kind
