@@ -131,6 +131,7 @@ def test_eight_devices(files, capsys, monkeypatch):
     assert "8 devices" in out and float(out.rsplit(" ", 1)[-1]) < 1e-4
 
 
+@pytest.mark.thorough
 def test_sft_and_a_reward_model_learn(files):
     """Loss and accuracy on the training rows."""
     policy = mpo.load(files["policy"])

@@ -96,6 +96,7 @@ def groups(line: str) -> list[list[int]]:
     return np.arange(math.prod(dims)).reshape(dims).transpose(order).reshape(int(iota[1]), int(iota[2])).tolist()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("shape", "program"), CASES)
 def test_a_token_is_exchanged_over_tensor_alone(shape, program, monkeypatch):
     """Two sums a layer and one of the embedding, and the logits come together once; nothing for weights or ends.
@@ -118,6 +119,7 @@ def test_a_token_is_exchanged_over_tensor_alone(shape, program, monkeypatch):
     assert all(sorted(map(sorted, groups(line))) == wanted for line in found)
 
 
+@pytest.mark.thorough
 def test_the_measure_sees_what_groups_exchange():
     """The loop without groups asks all rows for every token whether one goes on."""
     mesh = mesh_of(2, 2, 2)
@@ -147,6 +149,7 @@ def test_groups_go_on_together_where_heads_do_not_divide(monkeypatch):
 # ---- parts of the caches -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_no_second_copy_of_the_caches():
     """They are donated and written in place, in parts as in one piece."""
     wide = dataclasses.replace(DECODER, num_kv_heads=8, head_dim=32)
@@ -217,6 +220,7 @@ def test_parts_draw_the_samples_of_one_piece(examples, reference, monkeypatch):
         np.testing.assert_array_equal(found, wanted)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
 def test_rows_of_other_ages_do_not_matter(examples, reference, shape):
     """Refilled rows of a group read as many parts as the oldest of them needs."""

@@ -319,6 +319,7 @@ def test_single_tokens_as_chunks(pairs):
     trees_close(grads, whole_grads)
 
 
+@pytest.mark.thorough
 def test_remat_keeps_less_and_changes_no_gradient():
     """Eight layers of 40 tokens, whose activations are most of the memory."""
     config = dataclasses.replace(DECODER, num_layers=8)
@@ -432,6 +433,7 @@ def on_one_device(params):
     return joined, jax.jit(everything)(params, joined)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("shape", MESHES)
 def test_devices_change_nothing(params, on_one_device, shape):
     joined, (wanted_grads, wanted) = on_one_device

@@ -269,6 +269,7 @@ def test_prompt_padding_does_not_matter(params, reference):
     same(sample(params, prompts(width=12)), reference)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
 def test_devices_do_not_matter(params, reference, shape):
     """Every device holds its rows' results, so that scoring goes on where sampling stopped."""
@@ -313,6 +314,7 @@ def test_number_of_samples_does_not_matter(params, reference):
         same(alone, [x[:, n : n + 1] for x in reference])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("chunk", [1, 4, 10, 50])
 def test_a_stream_grows_to_the_same_samples(params, reference, chunk):
     """Every look shows the final samples up to where they are, and the last one all of them."""

@@ -146,6 +146,7 @@ def gradients(model, params, joined):
     return jax.grad(total)(params)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("case", "remat"), covering(tuple(MODELS), ("none", "full")), indirect=["case"])
 def test_gradients_equal_those_of_xlas_attention(case, remat):
     config, params, joined = case

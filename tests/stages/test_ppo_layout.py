@@ -284,11 +284,12 @@ def close_to(found: Any, wanted: Any) -> None:
         close(a, b, rtol=1e-4, atol=2e-5 * (np.abs(b).max() if np.ndim(b) else 1.0))
 
 
-@pytest.mark.parametrize("outside", [False, True])
+@pytest.mark.parametrize("outside", [False, pytest.param(True, marks=pytest.mark.thorough)])
 def test_packed_samples_give_the_same_rollouts_losses_and_gradients(outside):
     close_to(read((1, 1, 1), True, outside), read((1, 1, 1), False, outside))
 
 
+@pytest.mark.thorough
 def test_a_mesh_reads_packed_samples_as_one_device_does():
     close_to(read((2, 2, 2), True), read((1, 1, 1), True))
 

@@ -118,6 +118,7 @@ def test_padding_rows_count_in_neither(name):
     equal(updated(name, Packing(2, 40), lengths=LENGTHS[:5])[0], updated(name, None, lengths=LENGTHS[:5])[0])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("name", "shape"), covering(OBJECTIVES, ((8, 1, 1), (1, 2, 4), (2, 2, 2))))
 def test_a_packed_update_on_a_mesh_equals_one_devices(name, shape):
     """Rows are divided over the batch axes; micro-batches are not."""
@@ -125,6 +126,7 @@ def test_a_packed_update_on_a_mesh_equals_one_devices(name, shape):
     equal(updated(name, packing, shape)[0], updated(name, None)[0])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("name", "rows"), covering(OBJECTIVES, (2, 4)))
 def test_keys_are_left_out_on_a_mesh_where_no_row_needs_them(name, rows):
     """Which keys attention leaves out is the same for all rows of a micro-batch, which are on several devices.
@@ -152,6 +154,7 @@ def float64(monkeypatch) -> Iterator[Model]:
         yield dataclasses.replace(MODEL, dtype="float64")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("name", "lengths"), covering(OBJECTIVES, (LENGTHS, LONG)))
 def test_what_is_left_between_packed_and_padded_is_rounding(name, lengths, float64):
     """In float64 they differ eight orders of magnitude less than the float32 tests above allow."""

@@ -100,6 +100,7 @@ def updated(name: str, shape: tuple[int, int, int]) -> tuple[Any, float]:
     return jax.device_get(state.trainable), float(metrics["grad_norm"])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "shape"), covering(("sft", "reward", "dpo_with_nll"), ((8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2)))
 )
@@ -207,6 +208,7 @@ OPTIMIZERS: dict[str, Any] = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_any_optax_transformation_does_what_it_does_by_hand(name):
     """Three updates on a mesh against the transformation itself on one device, gradients known in closed form."""
@@ -239,6 +241,7 @@ def under_a_parameter(tree: Any, params: Any) -> list[tuple[Any, Any]]:
     return found
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_any_optimiser_s_moments_are_sharded_like_their_parameters(name):
     """Before the first update and after it; counters, and Adafactor's rows and columns, are on every device."""
