@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from peers import SPECIAL, machine, random_weights, versions, write_model
+from peers import SPECIAL, VOCAB, machine, random_weights, versions, write_model
 from trl_trainers import make_ppo_trainer, make_trainer
 
 PROMPT, RESPONSE = 512, 256
@@ -77,6 +77,10 @@ def write_inputs(folder: Path, data: str, count: int) -> int:
         show_progress=False,
     )  # fmt: skip
     tokenizer.train_from_iterator((part for row in pairs for part in (row.prompt, row.chosen, row.rejected)), trainer)
+    # as many ids as the embedding has rows: a tokenizer of far fewer belongs to another model. No text has the rest
+    described = json.loads(tokenizer.to_str())
+    described["model"]["vocab"] |= {f"<unused {number}>": number for number in range(MERGED, VOCAB)}
+    tokenizer = Tokenizer.from_str(json.dumps(described))
     rows, tokens = [], 0
     for row in pairs:
         prompt, *both = (len(tokenizer.encode(part).ids) for part in (row.prompt, row.chosen, row.rejected))
