@@ -167,9 +167,7 @@ def make_one_pass(actor_model: Model, reward_model: Model, method: Method, mesh:
     """
     optimizers = make_optimizer(method.actor_optim), make_optimizer(method.critic_optim)
 
-    def update(
-        actor, critic, rest, frozen, joined, has_eos_BN, allowed_V, kl_coef, score_B=None, packed=None
-    ):  # fmt: skip
+    def update(actor, critic, rest, frozen, joined, has_eos_BN, allowed_V, kl_coef, score_B=None, packed=None):
         real_B1 = (joined.prompt_len > 0)[:, None]
         count = jnp.where(real_B1, joined.response_len, 0).sum().astype(jnp.float32)
         reward = None if score_B is not None else overlaid(rest[1], frozen[1])

@@ -40,6 +40,11 @@ class Method(Section, frozen=True):
         return self.epochs * self.minibatches
 
     @property
+    def whitens(self) -> bool:
+        """Whether losses need a statistic of the whole batch."""
+        return self.extras.whiten_advantages or self.extras.whiten_rewards
+
+    @property
     def in_one_pass(self) -> bool:
         """Whether an iteration's only update takes its old log-probabilities and values from its own forward pass.
 
@@ -49,7 +54,7 @@ class Method(Section, frozen=True):
         rounding instead of exactly.
         """
         extras, single = self.extras, self.one_pass and self.updates == 1
-        whitens = (extras.whiten_advantages or extras.whiten_rewards) and self.accumulation > 1
+        whitens = self.whitens and self.accumulation > 1
         return single and not (whitens or self.score == "normalised" or extras.ptx_coef or extras.critic_warmup)
 
 
@@ -100,9 +105,8 @@ class Settings(Section, frozen=True):
         Demonstrations are cut into micro-batches as padded rollouts are, and an update in one pass that whitens needs
         the whole batch at a time.
         """
-        extras, one_pass = self.method.extras, self.method.in_one_pass
-        whitens = one_pass and (extras.whiten_advantages or extras.whiten_rewards)
-        return self.text.packed and not (extras.ptx_coef or whitens)
+        method = self.method
+        return self.text.packed and not (method.extras.ptx_coef or (method.in_one_pass and method.whitens))
 
     @property
     def sampling(self) -> Sampling:
