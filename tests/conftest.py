@@ -13,13 +13,15 @@ import pytest
 
 from mpo_jax.runtime import program_cache
 
-pytest_plugins = ["tests.slowest"]
+pytest_plugins = ["tests.slowest", "tests.rotation"]
 
 # a shell's background jobs ignore Ctrl-C, and so would the processes that tests interrupt
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# XLA's older emitters compile in half the time; processes that tests start inherit the flag
+# a third of the compiler's time goes to optimisations, and XLA's older emitters compile in half of what is left;
+# processes that tests start inherit both
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -28,6 +30,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 _cache = os.environ.get("MPO_TEST_CACHE") or str(Path.home() / ".cache" / "mpo_jax" / "tests")
 program_cache.use(_cache)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+jax.config.update("jax_disable_most_optimizations", True)
 
 # only pure array functions: elsewhere the annotations are documentation, and checking every call would be slow
 jaxtyping.install_import_hook(["mpo_jax.ops", "mpo_jax.losses", "mpo_jax.selection"], "beartype.beartype")
@@ -36,28 +39,38 @@ hypothesis.settings.register_profile("mpo", deadline=None, derandomize=True, max
 hypothesis.settings.load_profile("mpo")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def programs(request: pytest.FixtureRequest) -> Iterator[None]:
-    """How a module's programs are compiled, in this process and in those it starts, and when they end.
+LONGEST = ("pipeline", "examples", "stages", "cli", "models", "training")
+"""Folders whose modules come first: were they last, one worker would wait for the other's."""
 
-    A third of the compiler's time is spent on optimisations. Modules marked `unoptimised` do without, since how fast
-    their programs run does not matter. What a program holds or moves is tested as users compile it.
+
+@pytest.fixture(autouse=True)
+def optimisations(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Compiles as users do where a test has the mark `optimised`, and otherwise without most optimisations.
+
+    How fast a test's programs run hardly matters; what a program holds or moves is tested as users compile it.
     """
-    unoptimised = request.node.get_closest_marker("unoptimised") is not None
-    with pytest.MonkeyPatch.context() as patch:
-        if unoptimised:
-            patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-            jax.config.update("jax_disable_most_optimizations", True)
-        yield
-    jax.config.update("jax_disable_most_optimizations", False)
-    # programs hold thousands of memory maps; a process may have 65530, and crashes for want of more
+    unoptimised = request.node.get_closest_marker("optimised") is None
+    if not unoptimised:
+        monkeypatch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS")
+    jax.config.update("jax_disable_most_optimizations", unoptimised)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs() -> Iterator[None]:
+    """Ends a module's programs: they hold thousands of memory maps, and a process that has 65530 crashes."""
+    yield
     jax.clear_caches()
     gc.collect()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Modules that run whole commands come first: were they last, one worker would wait for the other's."""
-    items.sort(key=lambda item: item.get_closest_marker("unoptimised") is None)
+    def place(item: pytest.Item) -> int:
+        folder = item.path.parent.name
+        return LONGEST.index(folder) if folder in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session")

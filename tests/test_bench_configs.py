@@ -17,7 +17,7 @@ from tests.cli.conftest import write_model
 from tests.models.tiny import DECODER, answers, load_folder
 from tests.pipeline.test_pipeline import mpo
 
-pytestmark = [pytest.mark.thorough, pytest.mark.unoptimised]
+pytestmark = pytest.mark.thorough
 
 BENCH = Path(__file__).parents[1] / "configs" / "bench"
 STAGES = ("sft", "reward", "dpo", "ppo")

@@ -19,7 +19,7 @@ from mpo_jax.training.tracker import Tracker
 from mpo_jax.types import Packed
 from tests.pipeline.test_pipeline import MICRO, mpo
 
-pytestmark = [pytest.mark.thorough, pytest.mark.unoptimised]
+pytestmark = pytest.mark.thorough
 
 STAGES = ("sft", "reward", "dpo", "ppo")
 PACKED = ("sft", "reward", "dpo")

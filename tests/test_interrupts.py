@@ -22,7 +22,7 @@ from tests.commands import MPO, Commands, handles_signals
 from tests.runtime.test_interrupts import WAITS, run
 from tests.test_kills import MICRO, STAGES, assert_same, folder_of
 
-pytestmark = [pytest.mark.unoptimised, pytest.mark.processes]
+pytestmark = pytest.mark.processes
 
 INTERRUPTS = int(os.environ.get("MPO_INTERRUPTS", "4"))
 SEED = os.environ.get("MPO_INTERRUPTS_SEED", "0")

@@ -23,7 +23,7 @@ from tests.commands import Commands
 MICRO = Path(__file__).parent / "configs" / "micro.yaml"
 STAGES = ("sft", "reward", "dpo", "ppo")
 KILLS = int(os.environ.get("MPO_KILLS", "3"))
-pytestmark = [pytest.mark.unoptimised, pytest.mark.processes, pytest.mark.timeout(200 * KILLS)]
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(200 * KILLS)]
 SEED = os.environ.get("MPO_KILLS_SEED", "0")
 PASSES = (("select", "samples"), ("evaluate", "measures"))
 if KILLS > 3:

@@ -15,8 +15,6 @@ import yaml
 from mpo_jax.config.load import load_config
 from mpo_jax.config.schema import Config
 
-pytestmark = pytest.mark.unoptimised
-
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
 SCRIPTS = [*sorted(LAUNCH.glob("*.sh")), LAUNCH / "slurm.sbatch", ROOT / ".ci" / "run"]

@@ -11,6 +11,8 @@ from mpo_jax.tools.report import results
 from mpo_jax.tools.report.seeds import pair_differences
 from tests.pipeline.test_pipeline import manifest, mpo
 
+pytestmark = [pytest.mark.thorough, pytest.mark.optimised]
+
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 FEWER = (
     "sft.train.steps=1000", "reward.train.steps=250", "select.num_prompts=1500", "ppo.train.steps=40",

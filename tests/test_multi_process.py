@@ -23,7 +23,7 @@ from mpo_jax.runtime import processes
 from tests.commands import MPO, handles_signals
 from tests.pipeline.test_pipeline import MICRO, mpo, stages
 
-pytestmark = [pytest.mark.unoptimised, pytest.mark.processes]
+pytestmark = pytest.mark.processes
 
 SLOW = """
 import time

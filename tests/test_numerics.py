@@ -17,7 +17,7 @@ from mpo_jax.types import Mean, Tree, trainable
 from tests.models.tiny import DECODER, FAST, mesh_of, random_params, trees_close, with_layers
 from tests.stages.test_sharded import MODEL, ONE, OPTIM, SINGLES, metrics_close, run_step
 
-pytestmark = [pytest.mark.thorough, pytest.mark.unoptimised]
+pytestmark = pytest.mark.thorough
 
 
 @pytest.mark.parametrize(

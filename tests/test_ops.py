@@ -170,6 +170,7 @@ def test_gae_agrees_with_rlax(case):
     close(advantage_BT[0, 2:], case["advantage"])
 
 
+@pytest.mark.thorough
 @given(floats(4), floats(4), masks)
 def test_gae_with_trace_one_is_future_reward_minus_value(reward, value, mask):
     advantage_BT, returns_BT = ops.gae(*map(jnp.asarray, (reward, value, mask)), gamma=1.0, gae_lambda=1.0)

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.unoptimised
-
 MICRO = Path(__file__).parent / "configs" / "micro.yaml"
 WITHOUT = "import sys; sys.modules.update(dict.fromkeys({names!r})); from mpo_jax.cli.app import main; main()"
 
@@ -19,6 +17,7 @@ def mpo_without(names: list[str], *arguments: str) -> subprocess.CompletedProces
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.thorough
 def test_local_rows_and_folders_need_neither(shared_data, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": str(n), "chosen": "a", "rejected": "b"}) + "\n" for n in range(99)))
@@ -47,6 +46,7 @@ def test_absence_is_one_message(package, keys, tmp_path):
     assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
 
 
+@pytest.mark.thorough
 def test_a_judge_s_calls_are_planned_without_its_client(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"prompt": "p", "response": "a"}\n')
     (tmp_path / "b.jsonl").write_text('{"prompt": "p", "response": "b"}\n')

@@ -10,7 +10,7 @@ import pytest
 from mpo_jax.data.pair_table import PairTable
 from tests.pipeline.test_pipeline import manifest, mpo
 
-pytestmark = [pytest.mark.thorough, pytest.mark.unoptimised]
+pytestmark = pytest.mark.thorough
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "hh_stories260k.yaml"

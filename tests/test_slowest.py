@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.covering import the_rest_thorough
 from tests.slowest import reason
 
 FILE = """
@@ -31,7 +32,7 @@ def test_is_quick():
 PLUGIN = "import tests.slowest as slowest\nslowest.LEAST_S = 0.25\nfrom tests.slowest import *\n"
 
 
-@pytest.mark.parametrize("workers", [(), ("-n", "2")])
+@pytest.mark.parametrize("workers", the_rest_thorough([((),), (("-n", "2"),)]))
 def test_the_slowest_are_named_with_what_they_did(tmp_path, workers):
     (tmp_path / "test_some.py").write_text(FILE)
     (tmp_path / "conftest.py").write_text(PLUGIN)

@@ -15,7 +15,7 @@ from tests.pipeline.test_text_rewards import formula, inputs, settings, written 
 from tests.test_kills import assert_same, folder_of, lines, log
 from tests.test_multi_process import CACHE, MESH, Pair
 
-pytestmark = [pytest.mark.unoptimised, pytest.mark.processes]
+pytestmark = pytest.mark.processes
 
 
 # ruff: noqa: F811

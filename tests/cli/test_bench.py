@@ -10,7 +10,7 @@ from mpo_jax.tools.bench import workloads
 from tests.models.tiny import RECORDED
 from tests.pipeline.test_pipeline import mpo
 
-pytestmark = [pytest.mark.thorough, pytest.mark.unoptimised]
+pytestmark = pytest.mark.thorough
 
 TINY = [
     "runtime.compilation_cache=null",

@@ -20,8 +20,6 @@ from mpo_jax.types import trainable
 from tests.models.tiny import mesh_of, random_params
 from tests.pipeline.test_pipeline import mpo
 
-pytestmark = pytest.mark.unoptimised
-
 NO_CACHE = "runtime.compilation_cache=null"
 
 

@@ -22,8 +22,6 @@ from tests.cli.conftest import damaged
 from tests.models.tiny import mesh_of, random_params
 from tests.pipeline.test_pipeline import mpo
 
-pytestmark = pytest.mark.unoptimised
-
 PROMPT = "POST: my boss lost the keys. should i quit?\n\nTL;DR:"
 NO_CACHE = "runtime.compilation_cache=null"
 

@@ -174,6 +174,7 @@ def test_another_prompt_and_further_fields(judge, tmp_path):
     assert counts(result(tmp_path)) == [2, 1, 1, 0] and result(tmp_path)["prompt_file"] == str(path)
 
 
+@pytest.mark.thorough
 def test_a_run_that_is_interrupted_goes_on(sides, tmp_path):
     """Some answers come and the others never: Ctrl-C ends the process, and the next one asks for the others alone."""
     # a shell that started the tests in the background has made them deaf to the signal
@@ -203,6 +204,7 @@ def test_a_run_that_is_interrupted_goes_on(sides, tmp_path):
     assert counts(result(tmp_path)) == [2, 1, 1, 0]
 
 
+@pytest.mark.thorough
 def test_sides_that_a_model_answers(judge, language_model, tmp_path, capsys):
     """The model's likeliest answers, kept, against a file that answers more prompts."""
     data, other = tmp_path / "data.jsonl", tmp_path / "other.jsonl"

@@ -17,6 +17,7 @@ def tight(tmp_path_factory) -> tuple[int, dict]:
     return status, json.loads(file.read_text())
 
 
+@pytest.mark.thorough
 def test_status_3_where_something_does_not_fit(tight):
     status, plan = tight
     assert status == 3

@@ -15,8 +15,6 @@ from tests.cli.conftest import damaged
 from tests.models.tiny import mesh_of
 from tests.pipeline.test_pipeline import mpo
 
-pytestmark = pytest.mark.unoptimised
-
 NO_CACHE = ("runtime.compilation_cache=null", "runtime.token_cache=null")
 PROMPTS = ["my boss", "should i quit", "should i quit", " my sister broke the car. my uncle", "x"]
 CHOSEN = [" lost the keys", " should i leave, should i stay, should i sue", "", " my boss my boss", " lies about money"]
@@ -71,6 +69,7 @@ def test_pairs(request, pairs, tmp_path, capsys, name):
     assert "of 5 rows" in shown and ("NLL per token" in shown) == (field == "logp")
 
 
+@pytest.mark.thorough
 def test_a_classifier_from_elsewhere_reads_a_row_as_one_text(reward_model, foreign_reward_model, pairs, tmp_path):
     """Of plain rows, whose texts tokenize alike in one piece, the same scores; prompts of other chats are set aside."""
     samples = tmp_path / "samples.jsonl"

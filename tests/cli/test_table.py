@@ -11,7 +11,7 @@ from mpo_jax.data.pair_table import PairTable
 from mpo_jax.pipeline.table import TableStage
 from tests.pipeline.test_pipeline import MICRO, mpo
 
-pytestmark = [pytest.mark.thorough, pytest.mark.unoptimised]
+pytestmark = pytest.mark.thorough
 
 RUNS = "experiment=sft,ppo,mpo"
 # micro gaps lie around a few hundredths: no pair is easy at 50

@@ -11,8 +11,6 @@ from tests.cli.test_generate import NO_CACHE, PROMPT, greedy_answer
 from tests.pipeline.test_pipeline import mpo
 from tests.tools.judge.server import Act, scores, serving
 
-pytestmark = pytest.mark.unoptimised
-
 TEMPLATE = "my boss: {prompt} should i quit"
 PLAIN = ("my boss", "x")
 

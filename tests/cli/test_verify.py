@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from mpo_jax.config.load import load_config
 from tests.pipeline.test_pipeline import MICRO, mpo
 
-pytestmark = [pytest.mark.thorough, pytest.mark.unoptimised]
+pytestmark = pytest.mark.thorough
 
 
 @pytest.fixture(scope="module")

@@ -126,6 +126,7 @@ def short_windows(monkeypatch):
     monkeypatch.setattr(module, "WINDOW", 5)
 
 
+@pytest.mark.thorough
 @given(st.integers(1, 60), st.integers(1, 9), st.integers(0, 2**31 - 1))
 def test_every_epoch_is_a_permutation_with_buckets_too(count, size, seed):
     source = mixed(count, size, seed)
@@ -192,6 +193,7 @@ def test_the_parts_of_batches_at_an_epochs_ends_are_long_and_short(short_windows
     assert 0.1 < np.mean([head[0] for head in heads]) < 0.9
 
 
+@pytest.mark.thorough
 def test_a_bucketed_batch_depends_on_seed_and_step_alone(short_windows):
     unbroken = mixed(57, 4)
     in_order = [numbers(unbroken[k]) for k in range(60)]

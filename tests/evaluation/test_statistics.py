@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
@@ -86,6 +86,7 @@ def test_errors_are_those_of_the_analysis_of_variance() -> None:
     assert errors.seeds == pytest.approx(np.sqrt((2 - 4 / 3) / 2))
 
 
+@pytest.mark.thorough
 def test_the_interval_has_the_width_of_its_errors() -> None:
     """Many seeds and prompts, where Student's t is near the normal: 1.96 total errors to each side."""
     rng = np.random.default_rng(9)
@@ -164,6 +165,7 @@ def test_p_agrees_with_the_t_test_on_many_prompts() -> None:
     assert ours == pytest.approx(stats.ttest_1samp(x, 0.0).pvalue, rel=0.25)
 
 
+@settings(max_examples=10)  # statsmodels collects garbage in every call, which takes longer the more there is
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
 def test_holm_is_statsmodels_s(p: list[float]) -> None:
     np.testing.assert_allclose(holm(p), multipletests(p, method="holm")[1], atol=1e-12)

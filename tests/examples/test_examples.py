@@ -22,8 +22,6 @@ from mpo_jax.models.forward import Model
 from mpo_jax.models.spec import DecoderConfig
 from mpo_jax.types import merge, trainable
 
-pytestmark = pytest.mark.unoptimised
-
 HERE = Path(__file__).parent
 
 
@@ -117,6 +115,7 @@ def test_own_objective(files, tmp_path, capsys, monkeypatch):
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
 
 
+@pytest.mark.thorough
 def test_ppo_by_hand(files, tmp_path, capsys, monkeypatch):
     """The first KL is exactly 0, since policy and reference are the same; the last one is not."""
     out = run("ppo_by_hand.py", files["policy"], files["reward"], files["pairs.jsonl"], str(tmp_path / "out"),
@@ -126,6 +125,7 @@ def test_ppo_by_hand(files, tmp_path, capsys, monkeypatch):
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
+@pytest.mark.thorough
 def test_eight_devices(files, capsys, monkeypatch):
     out = run("eight_devices.py", files["policy"], files["pairs.jsonl"], capsys=capsys, monkeypatch=monkeypatch)
     assert "8 devices" in out and float(out.rsplit(" ", 1)[-1]) < 1e-4
@@ -183,6 +183,7 @@ def test_what_is_printed_fits_a_line(files):
     assert max(len(repr(policy)), len(repr(pairs))) < 160
 
 
+@pytest.mark.thorough
 def test_samples_depend_on_prompt_seed_and_number_alone(files):
     policy = mpo.load(files["policy"], max_response_tokens=8)
     prompts = mpo.read_prompts(files["pairs.jsonl"], policy.tokenizer).prompts[:16]

@@ -13,6 +13,7 @@ from mpo_jax.models.forward import Model
 from mpo_jax.models.kernels import KERNELS
 from mpo_jax.models.spec import DecoderConfig, LayerSpec
 from mpo_jax.types import PromptBatch, Tree, merge
+from tests.models.tiny import logits
 
 CONFIG = DecoderConfig(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8,
@@ -52,18 +53,18 @@ def test_an_adapter_adds_its_product(name):
         else np.stack([np.tensordot(x, y, 1) for x, y in zip(a, b, strict=True)])
     )
     layers = {**tree["layers"], module: {**tree["layers"][module], name: jnp.asarray(kernel + 0.5 * product)}}
-    wanted = forward.logits(Model(CONFIG), {**tree, "layers": layers}, tokens())
-    found = forward.logits(model, merge({"trainable": low, "frozen": tree}), tokens())
+    wanted = logits(Model(CONFIG), {**tree, "layers": layers}, tokens())
+    found = logits(model, merge({"trainable": low, "frozen": tree}), tokens())
     assert float(jnp.abs(found - wanted).max()) < 1e-4 * float(jnp.abs(wanted).max())
-    plain = forward.logits(Model(CONFIG), tree, tokens())
+    plain = logits(Model(CONFIG), tree, tokens())
     assert float(jnp.abs(found - plain).max()) > 0.1
 
 
 def test_a_new_adapter_changes_no_bit():
     tree = forward.init_params(CONFIG, jax.random.key(0))
     low = adapter.init(ALL, tree["layers"], jax.random.key(1))
-    found = forward.logits(Model(CONFIG, adapter=ALL), merge({"trainable": low, "frozen": tree}), tokens())
-    assert np.array_equal(found, forward.logits(Model(CONFIG), tree, tokens()))
+    found = logits(Model(CONFIG, adapter=ALL), merge({"trainable": low, "frozen": tree}), tokens())
+    assert np.array_equal(found, logits(Model(CONFIG), tree, tokens()))
     bound = 1 / np.sqrt(CONFIG.hidden_size)
     a = np.asarray(low["layers"]["attention"]["q_lora"]["a"])
     assert np.abs(a).max() <= bound and np.abs(a).max() > 0.9 * bound and len(np.unique(a)) > 0.9 * a.size
@@ -74,8 +75,8 @@ def test_folding_agrees_with_the_layers():
     params = merge({"trainable": low, "frozen": tree})
     whole = adapter.folded(params, ALL, "float32")
     assert jax.tree.structure(whole) == jax.tree.structure(tree)
-    wanted = forward.logits(model, params, tokens())
-    found = forward.logits(Model(CONFIG), whole, tokens())
+    wanted = logits(model, params, tokens())
+    found = logits(Model(CONFIG), whole, tokens())
     assert float(jnp.abs(found - wanted).max()) < 1e-4 * float(jnp.abs(wanted).max())
 
 
@@ -143,10 +144,10 @@ def test_a_quantised_model_reads_restored_kernels():
     tree = forward.init_params(CONFIG, jax.random.key(0))
     stored = quantised.quantised(tree)
     restored = {**tree, "layers": quantised.restored(stored["layers"], "float32")}
-    found = forward.logits(Model(CONFIG), stored, tokens())
-    wanted = forward.logits(Model(CONFIG), restored, tokens())
+    found = logits(Model(CONFIG), stored, tokens())
+    wanted = logits(Model(CONFIG), restored, tokens())
     assert float(jnp.abs(found - wanted).max()) < 1e-5
-    exact = forward.logits(Model(CONFIG), tree, tokens())
+    exact = logits(Model(CONFIG), tree, tokens())
     error = float(jnp.abs(found - exact).max() / jnp.abs(exact).max())
     assert 1e-5 < error < 0.05
 

@@ -13,11 +13,10 @@ from mpo_jax.errors import UserError
 from mpo_jax.models import attention
 from mpo_jax.models.spec import LayerSpec
 from mpo_jax.types import Tokens
+from tests.covering import the_rest_thorough
 from tests.models.tiny import batch, close, join
 
 # how fast these programs run does not matter, and what they hold in memory is tested elsewhere
-pytestmark = pytest.mark.unoptimised
-
 K = 6
 
 rows = st.tuples(st.integers(0, 300), st.integers(1, 4), st.integers(1, 600))
@@ -86,7 +85,7 @@ CASES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", the_rest_thorough(CASES, 2))
 def test_equals_one_softmax_over_the_row(name):
     """Also in XLA's implementation, whose gradients are not written by hand."""
     *sizes, spec = CASES[name]

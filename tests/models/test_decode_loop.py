@@ -96,6 +96,7 @@ def groups(line: str) -> list[list[int]]:
     return np.arange(math.prod(dims)).reshape(dims).transpose(order).reshape(int(iota[1]), int(iota[2])).tolist()
 
 
+@pytest.mark.optimised
 @pytest.mark.thorough
 @pytest.mark.parametrize(("shape", "program"), CASES)
 def test_a_token_is_exchanged_over_tensor_alone(shape, program, monkeypatch):
@@ -149,6 +150,7 @@ def test_groups_go_on_together_where_heads_do_not_divide(monkeypatch):
 # ---- parts of the caches -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.optimised
 @pytest.mark.thorough
 def test_no_second_copy_of_the_caches():
     """They are donated and written in place, in parts as in one piece."""
@@ -167,6 +169,7 @@ def test_no_second_copy_of_the_caches():
     assert memory.alias_size_in_bytes >= size and memory.temp_size_in_bytes < size / 4
 
 
+@pytest.mark.optimised
 def test_parts_that_are_not_read_change_no_bit():
     """One token of rows that have stored nothing beyond the first part, with the second part and without."""
     rng, params = np.random.default_rng(0), random_params(DECODER)
@@ -213,6 +216,7 @@ def reference(examples):
     return drawn(examples)
 
 
+@pytest.mark.thorough
 def test_parts_draw_the_samples_of_one_piece(examples, reference, monkeypatch):
     assert 160 < reference[1].max() < 300 and reference[1].min() < 20, "the case needs both parts, and rows of all ages"
     monkeypatch.setattr(generate, "MAX_PARTS", 1)

@@ -19,6 +19,7 @@ from mpo_jax.models.adapter import Adapter
 from mpo_jax.models.decoder import MLP, PARAM_AXES, Block, LayerNorm, RMSNorm, ValueHead
 from mpo_jax.models.forward import Model
 from mpo_jax.models.spec import LayerSpec, RopeScaling
+from tests.covering import the_rest_thorough
 from tests.models.tiny import (
     DECODER,
     RECORDED,
@@ -31,8 +32,6 @@ from tests.models.tiny import (
     random_params,
     with_layers,
 )
-
-pytestmark = pytest.mark.unoptimised
 
 SPEC = LayerSpec()
 GEMMA = LayerSpec(scale=0.3, soft_cap=1.5, activation="gelu_tanh")
@@ -246,7 +245,7 @@ def test_grouped_queries_equal_repeated_heads():
     close(logits(forward.Model(many), wide, tokens), few_logits, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["mistral", "qwen2_score", "qwen3"])
+@pytest.mark.parametrize("name", the_rest_thorough(["mistral", "qwen2_score", "qwen3"]))
 def test_decoding_with_a_cache_equals_the_full_forward(name):
     """Token by token behind prompts of several lengths, with garbage in the slots still to be written."""
     config, params = load_folder(RECORDED / name)

@@ -20,7 +20,7 @@ from tests.covering import covering
 from tests.models.tiny import FAST, RECORDED, batch, check_cached_decoding, close, load_folder, mesh_of, trees_close
 
 # dozens of programs, each of which runs once
-pytestmark = [pytest.mark.thorough, pytest.mark.unoptimised]
+pytestmark = pytest.mark.thorough
 
 FAMILIES = ("gemma2", "gemma3", "olmo2", "gpt_neox", "yarn")
 

@@ -290,6 +290,7 @@ def loss_and_grads(model, params, tokens, **options):
     return out, grads, compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("tied", [False, True])
 def test_chunks_change_nothing_and_logits_of_the_batch_never_exist(tied):
     """100 columns in chunks of 3 tokens a row. Scratch memory stays far below the size of the [B T V] logits."""
@@ -306,6 +307,7 @@ def test_chunks_change_nothing_and_logits_of_the_batch_never_exist(tied):
     assert whole_scratch > logits_bytes, "the measure sees logits where they do exist"
 
 
+@pytest.mark.thorough
 def test_single_tokens_as_chunks(pairs):
     """A chunk smaller than the batch, with temperature, banned ids and a tied head."""
     config, allowed = dataclasses.replace(DECODER, tie_embeddings=True), jnp.asarray(ALLOWED)
@@ -319,6 +321,7 @@ def test_single_tokens_as_chunks(pairs):
     trees_close(grads, whole_grads)
 
 
+@pytest.mark.optimised
 @pytest.mark.thorough
 def test_remat_keeps_less_and_changes_no_gradient():
     """Eight layers of 40 tokens, whose activations are most of the memory."""
@@ -340,6 +343,7 @@ def every_id(joined: PromptBatch) -> PromptBatch:
     return dataclasses.replace(joined, response=ids[None, :, None], response_len=np.ones((1, 40), np.int32))
 
 
+@pytest.mark.thorough
 def test_probabilities_of_all_ids_sum_to_one(params):
     """Under temperature: banned ids have probability exactly 0, and the rest share theirs in proportion."""
     prompt = batch([5], [[1]])

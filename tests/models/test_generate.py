@@ -143,6 +143,7 @@ def test_pick_of_one_certain_id():
         assert pick(p, np.full(4, u, np.float32)).tolist() == [0, 127, 128, 299]
 
 
+@pytest.mark.thorough
 def test_pick_has_the_right_frequencies():
     p = simplex((1, 300), seed=3)[0]
     u = np.asarray(jax.random.uniform(jax.random.key(0), (200_000,)))
@@ -280,6 +281,8 @@ def test_devices_do_not_matter(params, reference, shape):
     assert has_eos.addressable_shards[0].data.shape == (part, 2)
 
 
+@pytest.mark.optimised
+@pytest.mark.thorough
 def test_weights_are_gathered_once_and_not_for_every_token(params):
     """No loop of the decode program moves weights: they come together before it. As they lie, each layer would."""
     mesh = mesh_of(1, 8, 1)
@@ -359,6 +362,7 @@ def test_rows_end_at_eos(reference):
         assert not row[row_length:].any()
 
 
+@pytest.mark.thorough
 def test_of_several_ends_the_first_that_comes_counts(params, reference):
     """The samples are those of one end, cut at whichever comes first: random numbers depend on neither."""
     other = 10
@@ -440,6 +444,7 @@ def test_prefill_state_predicts_the_first_token(params):
 # ---- a real model --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_stories_model_tells_its_story(shared_data):
     folder = shared_data / "models" / "stories260K"
     text = TextConfig(max_prompt_tokens=32, max_response_tokens=60)

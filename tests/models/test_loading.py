@@ -21,8 +21,6 @@ from mpo_jax.models.loading import Options
 from mpo_jax.types import merge, trainable
 from tests.models.tiny import DECODER, RECORDED, mesh_of, random_params, recorded_tokens
 
-pytestmark = pytest.mark.unoptimised
-
 
 @pytest.fixture(scope="module")
 def mesh():

@@ -17,6 +17,8 @@ from mpo_jax.models.forward import Model
 from mpo_jax.types import Tokens
 from tests.models.tiny import DECODER
 
+pytestmark = pytest.mark.optimised
+
 B, T, V, D = 4, 512, 8192, 16
 CHUNKS = (B * 8, B * 32)
 WHOLE = B * T
@@ -28,7 +30,9 @@ CONFIG = dataclasses.replace(
 )
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["forward", "backward"])
+@pytest.fixture(
+    scope="module", params=[False, pytest.param(True, marks=pytest.mark.thorough)], ids=["forward", "backward"]
+)
 def program(request) -> Callable[[int], Any]:
     """Tokens a chunk -> the compiled program of a batch whose every token is scored."""
 

@@ -22,7 +22,7 @@ from mpo_jax.runtime.sharding import make_mesh
 from mpo_jax.types import Tokens, frozen
 from tests.models.tiny import DECODER, batch, close, random_params
 
-pytestmark = [pytest.mark.thorough, pytest.mark.unoptimised]
+pytestmark = pytest.mark.thorough
 
 WIDTH = 16
 

@@ -19,7 +19,7 @@ from mpo_jax.models.generate import Sampling, make_generate
 from mpo_jax.models.spec import LayerSpec, RopeScaling, shortest_pattern
 from mpo_jax.runtime.sharding import place_batch
 from mpo_jax.types import frozen
-from tests.covering import covering
+from tests.covering import covering, the_rest_thorough
 from tests.models.tiny import (
     DECODER,
     FAST,
@@ -66,7 +66,7 @@ def plain_words(spec: LayerSpec) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=the_rest_thorough(MODELS, 2))
 def case(request):
     """Sizes, parameters, and prompts of unlike lengths with two responses each."""
     config = MODELS[request.param]
@@ -105,7 +105,9 @@ def test_impossible_patterns(specs, layers, names):
 # ---- whole rows ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("case", "implementation"), covering(tuple(MODELS), ("blocked", "xla")), indirect=["case"])
+@pytest.mark.parametrize(
+    ("case", "implementation"), the_rest_thorough(covering(tuple(MODELS), ("blocked", "xla")), 2), indirect=["case"]
+)
 def test_logits_equal_numpy(case, implementation):
     """Two responses behind one prompt, of which NumPy gets each as a sequence of its own."""
     config, params, joined = case
@@ -154,6 +156,7 @@ def test_gradients_equal_those_of_xlas_attention(case, remat):
     trees_close(gradients(Model(config, remat=remat), params, joined), wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.thorough
 def test_a_pattern_of_equal_layers_is_one_layer():
     """Scanned by twos, four equal layers give what they give one by one."""
     joined = batch([5, 1], [[6, 4], [3, 6]])
@@ -180,7 +183,8 @@ def test_the_program_grows_with_the_pattern_alone():
     assert size(*five_to_one, num_layers=8) == size(*five_to_one, num_layers=26) == 2 * size(FULL, num_layers=12)
 
 
-@pytest.mark.parametrize("specs", [(LOCAL, FULL), (LOCAL, LOCAL, LOCAL, LOCAL, FULL)])
+@pytest.mark.optimised
+@pytest.mark.parametrize("specs", the_rest_thorough([((LOCAL, FULL),), ((LOCAL, LOCAL, LOCAL, LOCAL, FULL),)]))
 def test_no_copy_of_the_weights_is_kept_for_the_backward_pass(specs):
     """Few tokens and large matrices: scratch memory holds some layers of them, never all."""
     config = with_layers(DECODER, *specs, hidden_size=64, intermediate_size=1024, num_layers=24)
@@ -191,6 +195,7 @@ def test_no_copy_of_the_weights_is_kept_for_the_backward_pass(specs):
         assert compiled.memory_analysis().temp_size_in_bytes < weights / 3
 
 
+@pytest.mark.thorough
 def test_devices_change_nothing():
     config = MODELS["all that may differ"]
     joined = batch([5, 1, 7, 3], [[6, 4], [3, 6], [6, 1], [2, 2]])

@@ -13,8 +13,6 @@ from mpo_jax.models.forward import Model
 from mpo_jax.types import trainable
 from tests.models.tiny import DECODER, close, mesh_of, of_family, random_params
 
-pytestmark = pytest.mark.unoptimised
-
 SIZES = [(4, 9, 1), (3, 2, 2), (6, 1, 9), (5, 5, 4), (2, 8, 3)]
 
 

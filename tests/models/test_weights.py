@@ -18,6 +18,7 @@ from mpo_jax.errors import UserError
 from mpo_jax.models import forward
 from mpo_jax.models.hf import families, weights
 from mpo_jax.models.hf.table import TABLE, entries
+from tests.covering import the_rest_thorough
 from tests.models.tiny import (
     LANGUAGE_MODELS,
     RECORDED,
@@ -135,7 +136,7 @@ def test_loaded_bfloat16_is_exact(mesh):
 
 
 @pytest.mark.parametrize(("axes", "dtype"), [((1, 1, 1), "bfloat16"), ((2, 2, 2), "float32"), ((1, 8, 1), "bfloat16")])
-@pytest.mark.parametrize("name", ["untied", "qwen2", "qwen3", "llama_score", "gemma2", "gpt_neox"])
+@pytest.mark.parametrize("name", the_rest_thorough(["untied", "qwen2", "qwen3", "llama_score", "gemma2", "gpt_neox"]))
 def test_placement(name, axes, dtype, mesh, tmp_path):
     """A leaf divided over devices holds what the whole one does, rounded to the storage type; exported too.
 

@@ -16,7 +16,7 @@ from mpo_jax.types import merge
 from tests.models.tiny import mesh_of
 from tests.pipeline.test_pipeline import MICRO, manifest_folder, mpo
 
-pytestmark = [pytest.mark.thorough, pytest.mark.unoptimised]
+pytestmark = pytest.mark.thorough
 
 SETTINGS = "model.adapter.rank=2", "runtime.keep_finished_checkpoints=true", "runtime.tensorboard=false"
 ADAPTED = {"reward": "sft", "1-dpo": "sft", "2-ppo": "1-dpo"}

@@ -28,7 +28,7 @@ from tests.pipeline.test_pipeline import mpo, stages
 from tests.test_kills import MICRO, assert_same, folder_of
 from tests.test_multi_process import CACHE, Pair
 
-pytestmark = [pytest.mark.thorough, pytest.mark.unoptimised]
+pytestmark = pytest.mark.thorough
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from mpo_jax.runtime.console import console
 from tests.pipeline.test_keeping import CHAIN, NAMES
 from tests.pipeline.test_pipeline import MICRO, mpo
 
-pytestmark = [pytest.mark.thorough, pytest.mark.unoptimised]
+pytestmark = pytest.mark.thorough
 
 SIZES = {
     "sft": StageSize(model=10, rows=1, state=60),

@@ -19,7 +19,7 @@ from mpo_jax.tools.opening import find_model
 from mpo_jax.types import REMOVED, Artifact
 from tests.pipeline.test_pipeline import MICRO, mpo
 
-pytestmark = [pytest.mark.thorough, pytest.mark.unoptimised]
+pytestmark = pytest.mark.thorough
 
 # a chain of made-up stages: a policy, one trained from it, one from that, and the evaluation of the last
 

@@ -18,8 +18,6 @@ from mpo_jax.data.pair_table import PairTable
 from mpo_jax.models.hf import families
 from tests.wandb_records import written
 
-pytestmark = pytest.mark.unoptimised
-
 MICRO = Path(__file__).parents[1] / "configs" / "micro.yaml"
 
 
@@ -135,6 +133,7 @@ def test_a_second_run_does_nothing_and_says_so(finished, capsys):
     assert "nothing was computed" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.thorough
 def test_wandb_redoes_nothing_and_gets_the_report(copied, monkeypatch):
     pytest.importorskip("wandb")
     for name in ("DATA_DIR", "CACHE_DIR", "CONFIG_DIR"):
@@ -149,6 +148,7 @@ def test_wandb_redoes_nothing_and_gets_the_report(copied, monkeypatch):
     assert run.config["runtime"]["wandb"]["mode"] == "offline" and np.isfinite(run.summary["mpo/score"])
 
 
+@pytest.mark.thorough
 def test_a_changed_key_redoes_what_depends_on_it(copied):
     before = set(stages(copied))
     assert mpo("run", MICRO, f"workdir={copied}", "dpo.beta=0.2") == 0
@@ -156,6 +156,7 @@ def test_a_changed_key_redoes_what_depends_on_it(copied):
     assert made == ["dpo", "evaluate", "ppo"]
 
 
+@pytest.mark.thorough
 def test_bookkeeping_keys_redo_nothing(copied):
     before, page = stages(copied), copied / "report" / "index.html"
     shown = page.read_text()
@@ -182,6 +183,7 @@ def test_variants_share_sft_reward_and_selection(copied):
     assert parents["reference"] == manifest(copied, "mpo", "1-dpo")["parents"]["init"] != parents["init"]
 
 
+@pytest.mark.thorough
 def test_a_finished_reward_model_takes_the_trained_one_s_place(finished, copied, capsys):
     """`reward.path`: nothing is trained, and selection and PPO get the very same scores."""
     given = (finished / "runs" / "mpo" / "reward" / "model").resolve()
@@ -201,6 +203,7 @@ def test_a_finished_reward_model_takes_the_trained_one_s_place(finished, copied,
     assert "is not a reward model: it has no tensor score.weight" in capsys.readouterr().err
 
 
+@pytest.mark.thorough
 def test_frozen_models_stay_as_they_were(copied):
     """PPO's reference and reward model on disk, and what they compute, are untouched by the training that used them."""
     digest = lambda role: (copied / f"runs/mpo/{role}/model/model.safetensors").read_bytes()  # noqa: E731
@@ -256,6 +259,7 @@ def test_killed_in_mid_stage_goes_on_and_ends_equal(finished, tmp_path):
     assert model(tmp_path) == model(finished)
 
 
+@pytest.mark.thorough
 def test_ppo_interrupted_in_mid_stage_goes_on_and_ends_equal(finished, copied, monkeypatch, capsys):
     """Actor, critic, moments and KL coefficient all come back: the resumed stage's models equal the first run's."""
     from mpo_jax.stages import ppo

@@ -23,8 +23,6 @@ from mpo_jax.types import trainable
 from tests.models.tiny import random_params
 from tests.pipeline.test_pipeline import MICRO, mpo
 
-pytestmark = pytest.mark.unoptimised
-
 PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
 
 

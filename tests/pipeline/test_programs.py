@@ -39,7 +39,7 @@ from tests.models.tiny import random_params
 from tests.pipeline.test_pipeline import MICRO, mpo
 from tests.reward_models import with_other_ids
 
-pytestmark = pytest.mark.unoptimised
+pytestmark = pytest.mark.thorough
 
 PLAIN = ("experiment=mpo",)
 MUCH = (

@@ -21,7 +21,7 @@ from tests.models.tiny import answers, load_folder
 from tests.pipeline.test_pipeline import MICRO, manifest, mpo, stages
 from tests.reference import losses as ref
 
-pytestmark = [pytest.mark.thorough, pytest.mark.unoptimised]
+pytestmark = pytest.mark.thorough
 
 SIMPO = ("dpo.loss=simpo", "dpo.beta=2.0", "dpo.loss_options.target_margin=0.5")
 # the labelled pairs in the order of the file, so that the first batch is known

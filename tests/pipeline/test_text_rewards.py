@@ -32,7 +32,7 @@ from tests.models.tiny import mesh_of, random_params
 from tests.pipeline.test_pipeline import MICRO, manifest, manifest_folder, mpo
 from tests.reward_models import with_other_ids
 
-pytestmark = [pytest.mark.thorough, pytest.mark.unoptimised]
+pytestmark = pytest.mark.thorough
 
 WORDS = tuple(f" w{i}" for i in range(30))
 CHAT = (

@@ -10,7 +10,7 @@ from mpo_jax.models.hf import families
 from mpo_jax.runtime import device_kinds
 from tests.pipeline.test_pipeline import MICRO, mpo
 
-pytestmark = [pytest.mark.thorough, pytest.mark.unoptimised]
+pytestmark = pytest.mark.thorough
 
 PEAK = 1e9
 ROLES = {"sft": 1, "reward": 1, "1-dpo": 1, "2-ppo": 3}

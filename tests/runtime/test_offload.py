@@ -22,7 +22,7 @@ from mpo_jax.types import trainable
 from tests.models.tiny import DECODER, mesh_of, random_params
 from tests.pipeline.test_pipeline import MICRO, mpo
 
-pytestmark = [pytest.mark.thorough, pytest.mark.unoptimised]
+pytestmark = pytest.mark.thorough
 
 ON = ("runtime.offload_frozen=true", "runtime.offload_moments=true")
 

@@ -100,6 +100,7 @@ def toy_codec(text: TextConfig) -> TextCodec:
     return TextCodec(toy.make_tokenizer(), text)
 
 
+@pytest.mark.thorough
 def test_a_base_model_from_scratch_is_padded_sharded_and_drawn_from_the_seed(tmp_path):
     """The drawn numbers do not depend on the mesh."""
     config = micro()

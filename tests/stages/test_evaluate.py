@@ -13,8 +13,6 @@ from mpo_jax.types import Artifact
 from tests.cli.conftest import damaged, decoder, language_model, reward_model  # noqa: F401 (fixtures)
 from tests.models.tiny import mesh_of
 
-pytestmark = pytest.mark.unoptimised
-
 TEMPLATE = "my boss: {prompt}"
 CONFIG = Config.model_validate(
     {

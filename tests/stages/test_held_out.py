@@ -29,7 +29,7 @@ from mpo_jax.types import Head, Params, merge
 from tests.models.tiny import mesh_of
 from tests.pipeline.test_pipeline import MICRO, mpo, stages
 
-pytestmark = [pytest.mark.thorough, pytest.mark.unoptimised]
+pytestmark = pytest.mark.thorough
 
 MEASURED = (*(f"{stage}.train.eval_every=2" for stage in TRAINED), "dpo.nll_coef=0.1", "data.validation_fraction=0.3")
 """Twelve test prompts in batches of eight, and held-out rows in batches of eight and sixteen: filler among them."""

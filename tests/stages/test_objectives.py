@@ -20,8 +20,6 @@ from mpo_jax.training.update import init_state, make_update
 from mpo_jax.types import trainable
 from tests.models.tiny import DECODER, batch, close, join, logits, mesh_of, random_params, response_logps
 
-pytestmark = pytest.mark.unoptimised
-
 MODEL = Model(DECODER)
 ALLOWED = jnp.arange(DECODER.vocab_size) > 1
 PAIRS = batch([4, 3, 6, 5], [[9, 1], [2, 2], [1, 9], [5, 4]])

@@ -25,8 +25,6 @@ from tests.models.tiny import DECODER, batch, close, mesh_of, random_params, tre
 from tests.stages.test_ppo_objective import ALLOWED, MODEL, method_of
 from tests.stages.test_ppo_programs import bare_state, make_loop, rows_of
 
-pytestmark = pytest.mark.unoptimised
-
 COLUMNS = 100
 OPTIM = OptimConfig(beta1=0.5, clip_norm=None, eps=1.0)
 """Gradients can be read off the moments."""
@@ -147,12 +145,14 @@ def test_fewer_columns_give_the_same_rewards_and_advantages():
     same(scored(64), scored(COLUMNS), 64)
 
 
+@pytest.mark.thorough
 def test_fewer_columns_give_the_same_losses_and_gradients():
     narrow, whole = updated(64), updated(COLUMNS)
     same(narrow[:2], whole[:2], 64)
     trees_close(narrow[2], whole[2], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.thorough
 def test_masked_columns_change_no_bit():
     """Other ids behind the ends give the same gradients and moments to the bit: their own gradient is 0."""
     chex.assert_trees_all_equal(updated(COLUMNS)[1:], updated(COLUMNS, 5)[1:])
@@ -284,7 +284,8 @@ def close_to(found: Any, wanted: Any) -> None:
         close(a, b, rtol=1e-4, atol=2e-5 * (np.abs(b).max() if np.ndim(b) else 1.0))
 
 
-@pytest.mark.parametrize("outside", [False, pytest.param(True, marks=pytest.mark.thorough)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("outside", [False, True])
 def test_packed_samples_give_the_same_rollouts_losses_and_gradients(outside):
     close_to(read((1, 1, 1), True, outside), read((1, 1, 1), False, outside))
 

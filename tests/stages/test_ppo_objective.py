@@ -18,8 +18,6 @@ from tests.models.tiny import DECODER, batch, close, join, random_params, scores
 from tests.reference import rl
 from tests.training.test_update import parted
 
-pytestmark = pytest.mark.unoptimised
-
 MODEL = Model(DECODER)
 ALLOWED = jnp.arange(DECODER.vocab_size) > 1
 PAIRS = batch([4, 3, 6, 5], [[9, 1], [2, 2], [1, 9], [5, 4]])
@@ -198,6 +196,7 @@ def test_whitening_options_scale_but_keep_the_mask():
     assert not np.asarray(estimated.advantage)[~np.asarray(estimated.rollout.mask)].any()
 
 
+@pytest.mark.thorough
 def test_ptx_adds_the_sft_loss_with_its_weight():
     actor = random_params(DECODER)
     method = method_of(extras=PpoExtrasConfig(ptx_coef=0.5))
@@ -207,6 +206,7 @@ def test_ptx_adds_the_sft_loss_with_its_weight():
     close(terms["loss/ptx"].value, 0.5 * sft.objective(MODEL, actor, shown)[0]["loss"].value)
 
 
+@pytest.mark.thorough
 def test_one_pass_gives_trainable_parts_the_gradients_of_whole_models():
     """And the same rollout, where the rest of actor and critic is frozen."""
     trees = random_params(DECODER), random_params(DECODER, 5, head="value")

@@ -28,8 +28,6 @@ from tests.models.tiny import DECODER, batch, close, mesh_of, random_params, tre
 from tests.reference import rl
 from tests.stages.test_ppo_objective import ALLOWED, MODEL, PAIRS, allowed_samples, method_of, score
 
-pytestmark = pytest.mark.unoptimised
-
 PADDED: Any = Samples(None)  # type: ignore[arg-type]
 """Says of samples that stand elsewhere that the models read them padded."""
 
@@ -193,6 +191,7 @@ def test_work_is_counted_for_the_updates_that_are_made():
     assert found == [(0, 2), (2, 2), (1.5, 1.5)]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("broken", ["actor", "critic"])
 def test_actor_and_critic_skip_updates_each_by_itself(broken):
     """The first of two minibatches is not finite for one of the models: as if that one had had the second alone."""
@@ -300,6 +299,7 @@ def test_where_one_pass_is_not_enough(options):
     assert not method_of(**{"one_pass": True, **options}).in_one_pass
 
 
+@pytest.mark.thorough
 def test_a_broken_reward_skips_both_updates_of_one_pass():
     mesh = mesh_of(1, 1, 1)
     method = method_of(critic_optim=OptimConfig(), one_pass=True)

@@ -28,7 +28,7 @@ from mpo_jax.types import Head, Mean, TrainState, frozen, trainable
 from tests.covering import covering
 from tests.models.tiny import DECODER, FAST, batch, mesh_of, random_params, trees_close
 
-pytestmark = [pytest.mark.thorough, pytest.mark.unoptimised]
+pytestmark = pytest.mark.thorough
 
 ONE = (1, 1, 1)
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2)]

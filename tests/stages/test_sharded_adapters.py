@@ -36,7 +36,7 @@ from tests.stages.test_sharded import (
 )
 from tests.stages.test_sharded import MODEL as WHOLE
 
-pytestmark = [pytest.mark.thorough, pytest.mark.unoptimised]
+pytestmark = pytest.mark.thorough
 
 MODEL = dataclasses.replace(WHOLE, adapter=Adapter(rank=2, alpha=4.0, targets=tuple(KERNELS)))
 CASES = [("ppo_actor", shape) for shape in MESHES] + [

@@ -16,8 +16,6 @@ from mpo_jax.tools import doctor
 from mpo_jax.tools.doctor import Check
 from tests.pipeline.test_pipeline import MICRO, mpo
 
-pytestmark = pytest.mark.unoptimised
-
 
 def device(platform: str, kind: str) -> SimpleNamespace:
     return SimpleNamespace(platform=platform, device_kind=kind)

@@ -113,6 +113,7 @@ MESHES = {"fsdp": (1, 8, 1), "all": (2, 2, 2), "tensor": (1, 2, 4)}
 SPECS = [(), ("fsdp",), (None, "tensor"), ("tensor", "fsdp"), (("data", "fsdp"), "tensor"), (None, ("fsdp", "tensor"))]
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("mesh", MESHES)
 def test_placement_does_not_matter(mesh):
     """To the bit, and without a gather: what passes between devices is the four lanes alone."""

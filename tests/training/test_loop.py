@@ -26,8 +26,6 @@ from mpo_jax.types import Mean, Params, TrainState, trainable
 from tests.models.tiny import mesh_of
 from tests.training.test_update import cases, parted
 
-pytestmark = pytest.mark.unoptimised
-
 
 class Batches:
     """Batch k is the rows turned by k with a factor of the loss, and its number."""
@@ -154,6 +152,7 @@ def test_fit_goes_on_after_a_broken_batch_and_keeps_it(tmp_path, capsys):
     assert "sft step 3: loss or gradient is not finite; update skipped (1 in a row); batch in" in printed
 
 
+@pytest.mark.thorough
 def test_skips_are_counted_through_a_kill_and_few_batches_are_kept(tmp_path):
     broken = (0, 2, 3, 4, 6)
     whole, _ = run_fit(tmp_path / "whole", steps=8, broken=broken)
@@ -205,6 +204,7 @@ def test_a_signal_saves_after_the_step_at_hand(tmp_path):
     assert [row["step"] for row in logged(tmp_path / "ended")] == [1, 4, 5, 8, 9]
 
 
+@pytest.mark.thorough
 def test_a_signal_in_the_last_step_saves_it_too(tmp_path):
     """What follows, the export of a large model, may take longer than a user waits. No step is made again."""
     whole, summary = run_fit(tmp_path / "whole", steps=3)
@@ -224,6 +224,7 @@ def test_a_signal_without_checkpoints_is_not_held_back():
         fit({"sum": jnp.int32(0)}, lambda *_: signal.raise_signal(signal.SIGINT), [1, 2])
 
 
+@pytest.mark.thorough
 def test_a_run_that_is_told_where_to_stop_stops_there(tmp_path):
     for step, folder in ((4, "due"), (5, "between"), (7, "last")):
         with stopping_at(step), pytest.raises(Preempted) as end:
@@ -232,6 +233,7 @@ def test_a_run_that_is_told_where_to_stop_stops_there(tmp_path):
     assert int(run_fit(tmp_path / "due")[0].step) == 7
 
 
+@pytest.mark.thorough
 def test_checkpoints_are_kept_by_metric(tmp_path):
     def kept(folder):
         return sorted(int(path.name) for path in (tmp_path / folder / "checkpoints").iterdir())
@@ -251,6 +253,7 @@ def test_checkpoints_are_kept_by_metric(tmp_path):
 # ---- any optimiser, a frozen part, and a loop without a stage ------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_plain_adamw_of_optax_resumes_bit_for_bit(tmp_path):
     """With a schedule of its own: its count is in the state, so a resumed run goes on at its rate."""
     optimizer = optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 0.05, 2, 7), weight_decay=0.1)
@@ -268,6 +271,7 @@ def test_plain_adamw_of_optax_resumes_bit_for_bit(tmp_path):
     assert np.abs(whole.trainable["embedding"] - start["embedding"]).max() > 1e-2
 
 
+@pytest.mark.thorough
 def test_a_frozen_part_is_in_no_checkpoint_and_a_resumed_run_ends_alike(tmp_path):
     params = parted(cases()["sft"][1])
     before = jax.device_get(params["frozen"])

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from mpo_jax.config.schema import MeshConfig, OptimConfig
-from mpo_jax.models.forward import init_params, param_shardings, with_score_head
+from mpo_jax.models.forward import param_shardings
 from mpo_jax.models.spec import DecoderConfig
 from mpo_jax.runtime.sharding import make_mesh
 from mpo_jax.training.optimizer import (
@@ -21,6 +21,7 @@ from mpo_jax.training.optimizer import (
 )
 from mpo_jax.training.update import apply_if_finite, init_state
 from mpo_jax.types import TrainState, trainable
+from tests.models.tiny import random_params
 
 DECODER = DecoderConfig(
     vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8,
@@ -30,7 +31,7 @@ DECODER = DecoderConfig(
 
 @pytest.fixture(scope="module")
 def params():
-    return with_score_head(init_params(DECODER, jax.random.key(0)), DECODER)
+    return random_params(DECODER, head="value")
 
 
 # the learning rate

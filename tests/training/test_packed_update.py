@@ -24,10 +24,8 @@ from mpo_jax.stages.preference import PreferenceLoss
 from mpo_jax.training.optimizer import make_optimizer, with_learning_rate
 from mpo_jax.training.update import init_state, jit_update, make_update, state_sharding
 from mpo_jax.types import Head, Mean, TrainState, trainable
-from tests.covering import covering
+from tests.covering import covering, the_rest_thorough
 from tests.models.tiny import DECODER, FAST, mesh_of, random_params, trees_close
-
-pytestmark = pytest.mark.unoptimised
 
 MODEL = Model(DECODER, logit_chunk=16)
 """A chunk of logits is shorter than the rows, so that some are left out."""
@@ -107,12 +105,15 @@ def equal(actual: Any, expected: Any) -> None:
             np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize(("name", "packing"), covering(OBJECTIVES, (Packing(1, 24), Packing(2, 40), Packing(4, 128))))
+@pytest.mark.parametrize(
+    ("name", "packing"), the_rest_thorough(covering(OBJECTIVES, (Packing(1, 24), Packing(2, 40), Packing(4, 128))))
+)
 def test_a_packed_update_equals_the_padded_one(name, packing):
     """Whether a batch takes eight micro-batches or one, and rows one example or all."""
     equal(updated(name, packing)[0], updated(name, None)[0])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["sft", "dpo_with_nll"])
 def test_padding_rows_count_in_neither(name):
     equal(updated(name, Packing(2, 40), lengths=LENGTHS[:5])[0], updated(name, None, lengths=LENGTHS[:5])[0])
@@ -191,6 +192,7 @@ def test_one_program_runs_as_many_micro_batches_as_a_batch_takes():
         assert one["perf/padding"].total == 24 * batch.count - real
 
 
+@pytest.mark.thorough
 def test_the_sums_of_gradients_are_divided_like_parameters():
     """Zeros in a loop's carry would otherwise be whole on every device."""
     _, compiled = updated("sft", Packing(4, 24), (2, 2, 2))

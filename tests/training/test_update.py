@@ -19,10 +19,8 @@ from mpo_jax.stages.preference import PreferenceLoss
 from mpo_jax.training.optimizer import make_learning_rate, make_optimizer, with_learning_rate
 from mpo_jax.training.update import init_state, jit_update, make_update, state_sharding
 from mpo_jax.types import Mean, TrainState, merge, trainable
-from tests.covering import covering
+from tests.covering import covering, the_rest_thorough
 from tests.models.tiny import DECODER, FAST, batch, mesh_of, random_params, trees_close
-
-pytestmark = pytest.mark.unoptimised
 
 MODEL = Model(DECODER)
 LENGTHS = [[9, 1], [2, 2], [1, 9], [5, 4], [8, 3], [3, 8], [6, 6], [1, 1]]
@@ -56,7 +54,7 @@ def accumulated(name: str, accumulation: int) -> tuple[Any, Any, dict[str, Any]]
     return optax.tree_utils.tree_get(after.opt_state, "mu"), metrics.pop("grad_norm"), metrics
 
 
-@pytest.mark.parametrize(("name", "accumulation"), covering(tuple(cases()), (2, 4, 8)))
+@pytest.mark.parametrize(("name", "accumulation"), the_rest_thorough(covering(tuple(cases()), (2, 4, 8))))
 def test_accumulation_equals_the_whole_batch(name, accumulation):
     whole_grads, whole_norm, whole_metrics = accumulated(name, 1)
     grads, norm, metrics = accumulated(name, accumulation)
@@ -70,6 +68,7 @@ def test_accumulation_equals_the_whole_batch(name, accumulation):
             assert metrics[key] == value
 
 
+@pytest.mark.thorough
 def test_uneven_masks_would_tell_a_mean_of_means_apart():
     """Guards the test above: the micro-batches' own means do differ from the whole batch's."""
     objective, params, data = cases()["sft"]
@@ -111,7 +110,7 @@ def test_update_on_a_mesh_equals_one_device(shape, name):
     np.testing.assert_allclose(many_norm, one_norm, rtol=1e-5)
 
 
-@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("accumulation", the_rest_thorough([1, 4]))
 @pytest.mark.parametrize("what", ["gradient", "loss"])
 def test_an_update_that_is_not_finite_changes_nothing(what, accumulation):
     """Not the parameters, moments or counts; and the next update is as if the bad one had never been."""
@@ -295,7 +294,8 @@ def updated_from(params: Any, shape: tuple[int, int, int], accumulation: int) ->
         return step.lower(*arguments).compile(FAST)(*arguments)
 
 
-@pytest.mark.parametrize(("shape", "accumulation"), [((1, 1, 1), 1), ((2, 2, 2), 2)])
+@pytest.mark.thorough
+@pytest.mark.parametrize(("shape", "accumulation"), the_rest_thorough([((1, 1, 1), 1), ((2, 2, 2), 2)]))
 def test_a_frozen_part_is_left_alone_and_changes_no_gradient(shape, accumulation):
     """The trainable part's gradient and update are those of full training; a state holds nothing of the frozen part."""
     whole, mesh = random_params(DECODER), mesh_of(*shape)
@@ -319,6 +319,7 @@ def test_a_frozen_part_is_left_alone_and_changes_no_gradient(shape, accumulation
 # ---- one compiled step ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_runs_of_every_length_and_rate_share_one_compiled_step():
     """The rate is a number in the state, and the length of a run is no part of the program."""
     mesh, params = mesh_of(1, 2, 1), random_params(DECODER)

@@ -9,6 +9,8 @@ from mpo_jax.config.schema import MeshConfig
 from mpo_jax.runtime.sharding import make_mesh
 from mpo_jax.tools.plan.collectives import Traffic, shape_bytes, traffic
 
+pytestmark = pytest.mark.optimised
+
 TEXT = """\
 HloModule hand_made, is_scheduled=true
 

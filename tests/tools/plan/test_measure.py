@@ -15,6 +15,8 @@ from mpo_jax.tools.plan import advice, compilers, fit, measure, targets
 from mpo_jax.tools.plan.collectives import Traffic
 from tests.pipeline.test_pipeline import MICRO
 
+pytestmark = pytest.mark.optimised
+
 FSDP = "mesh.fsdp=8"
 # logits of 24 x 512 float32 a row outweigh everything else
 WIDE = ("sft.train.batch_size=64", "model.logit_chunk=100000", "text.max_response_tokens=24")
@@ -195,6 +197,7 @@ def test_accumulations_of_packed_rows_make_the_micro_batch_smaller():
     assert advice.next_accumulation(plan, "sft", 64) is None
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("packed", [False, True])
 def test_fit_takes_the_fewest_micro_batches_that_fit(packed, monkeypatch):
     """Against compiling every candidate, with a limit between two of them."""

@@ -326,6 +326,7 @@ def test_an_interval_that_holds_zero_is_no_clear_difference(tmp_path: Path) -> N
     assert "dpo against sft: no clear difference, +0.250 reward" in small_page(made).text
 
 
+@pytest.mark.thorough
 def test_a_killed_run_leaves_the_report_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = workdirs.make(tmp_path, ("sft",))
     written: list[str] = []
