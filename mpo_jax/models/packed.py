@@ -29,11 +29,13 @@ def sum_over(function: Callable[[Any], Sums], batch: Any, *, keep: Callable[[Sum
     packed = packed_in(batch)
     if packed is None:
         return function(batch)
-    each = jax.eval_shape(lambda: function(_rows(batch, jnp.asarray(0))))
+    # traced once: the loop finds what the shapes were read off
+    once: Callable[[Any], Sums] = jax.jit(function, inline=True)
+    each = jax.eval_shape(lambda: once(_rows(batch, jnp.asarray(0))))
     none = keep(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), each))
 
     def add(m: Int[Array, ""], sums: Sums) -> Sums:
-        return jax.tree.map(jnp.add, sums, function(_rows(batch, m)))
+        return jax.tree.map(jnp.add, sums, once(_rows(batch, m)))
 
     return jax.lax.fori_loop(0, packed.count, add, none)
 

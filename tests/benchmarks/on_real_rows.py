@@ -14,7 +14,8 @@ Each side is a process of its own, and they take turns. Ours is the command, `mp
 compilation cache (cold) and then with the one it left (warm); the stages before it are there already. TRL runs as
 installed but for float32 and no gradient checkpointing, which would only slow it; it pads a batch to its longest row.
 Time is taken from the start of the process, and parted where the first step begins (imports, rows, weights, in DPO the
-reference's pass where it is made ahead) and where the last one ends (export). Ours compiles in its first step, and our
+reference's pass where it is made ahead) and where the last one ends (export). Processor time is the same ratio of what
+both processes had of the cores, which a busy machine changes less. Ours compiles in its first step, and our
 first step is counted as begun when the command says that the stage does.
 
 PPO samples up to 256 tokens to each prompt, scores them by a reward model and updates both models once. Samples are not
@@ -26,12 +27,14 @@ last release with a PPO trainer, in an environment of its own:
 
 import argparse
 import json
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,12 +54,13 @@ WORKS = ("sft", "reward", "dpo", "dpo_precomputed", "ppo")
 
 
 class Taken(NamedTuple):
-    """Seconds of one process, whole and in three parts, and the losses of its steps."""
+    """Seconds of one process, whole, in three parts and of the processor, and the losses of its steps."""
 
     whole: float
     before: float
     steps: float
     after: float
+    processor: float
     losses: tuple[float, ...]
 
 
@@ -103,7 +107,7 @@ def write_inputs(folder: Path, data: str, count: int) -> int:
 
 def timed(command: Sequence[str], begins: str) -> Taken:
     """Runs a process that prints `begins`, and then a line with the word step, its number, and its loss for each."""
-    start = time.perf_counter()
+    start, spent = time.perf_counter(), _of_the_processor()
     moments, losses, said, begun = [], [], [], None
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT) as process:
         assert process.stdout is not None
@@ -118,17 +122,25 @@ def timed(command: Sequence[str], begins: str) -> Taken:
     end = time.perf_counter()
     if process.returncode or begun is None or not moments:
         sys.exit(f"{' '.join(command)}: status {process.returncode}. Its last words:\n{''.join(said[-30:])}")
-    return Taken(end - start, begun - start, moments[-1] - begun, end - moments[-1], tuple(losses))
+    spent = _of_the_processor() - spent
+    return Taken(end - start, begun - start, moments[-1] - begun, end - moments[-1], spent, tuple(losses))
 
 
-def ours(work: str, folder: Path, rows: int, batch: int, cache: Path) -> Taken:
-    """The command for one stage; those before it are made first, in one step of one row each, and are not timed."""
+def _of_the_processor() -> float:
+    """Seconds that the processes started here, and ended, have had."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def ours(work: str, folder: Path, rows: int, batch: int, devices: int, cache: Path) -> Taken:
+    """The command for one stage; those before it are made first, in one step, and are not timed."""
     stage = work.removesuffix("_precomputed")
     before = [] if stage == "sft" else ["sft.train.steps=1"]
     sizes = (f"text.max_prompt_tokens={PROMPT}", f"text.max_response_tokens={RESPONSE}", "text.length_buckets=4")
     with tempfile.TemporaryDirectory(dir=folder) as workdir:
         inputs = (f"model.path={folder / 'model'}", f"data.path={folder / 'rows.jsonl'}", f"workdir={workdir}")
-        config = ("configs/bench/" + f"{stage}.yaml", *inputs, *sizes, *before, f"runtime.compilation_cache={cache}")
+        runtime = (f"runtime.compilation_cache={cache}", f"runtime.cpu_devices={devices}", f"mesh.data={devices}")
+        config = ("configs/bench/" + f"{stage}.yaml", *inputs, *sizes, *before, *runtime)
         if stage == "ppo":
             config = (*config, f"reward.path={folder / 'reward'}")
         length = (f"{stage}.train.steps={rows // batch}", f"{stage}.train.batch_size={batch}")
@@ -176,11 +188,12 @@ def _parts(side: list[Taken]) -> str:
 def line(work: str, count: int, cold: Taken, warm: list[Taken], others: list[Taken]) -> str:
     """A row of the table: seconds a row of the file."""
     ours, trl = (statistics.median(taken.whole for taken in side) for side in (warm, others))
+    ours_used, trl_used = (statistics.median(taken.processor for taken in side) for side in (warm, others))
     pairs = [] if work == "ppo" else list(zip(cold.losses[:COMPARED], others[0].losses, strict=False))
     apart = f"{max(abs(a / b - 1) for a, b in pairs):.0e}" if pairs else "-"
     return (
         f"| {work} | {cold.whole / count:.3f} | {ours / count:.3f} | {trl / count:.3f} | {trl / cold.whole:.2f} "
-        f"| {trl / ours:.2f} | {_parts(warm)} | {_parts(others)} | {apart} |"
+        f"| {trl / ours:.2f} | {trl_used / ours_used:.2f} | {_parts(warm)} | {_parts(others)} | {apart} |"
     )
 
 
@@ -189,6 +202,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="HH-RLHF file")
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--devices", type=int, default=1, help="simulated devices of our side, at most one a core")
     parser.add_argument("--rounds", type=int, default=1, help="turns of each side; the cold one comes once")
     parser.add_argument("--only", default=",".join(WORKS), help=f"comma-separated, of {', '.join(WORKS)}")
     parser.add_argument(
@@ -207,17 +221,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         tokens = write_inputs(folder, given.data, count)
-        print(f"{machine()}; {count} rows, {tokens / count:.0f} tokens a pair, batches of {given.batch}\n")
-        print("| stage | ours cold, s a row | ours warm | TRL | times as fast, cold | warm | ours warm, parts in s "
-              "| TRL, parts in s | losses apart |")  # fmt: skip
-        print("|---|---|---|---|---|---|---|---|---|")
+        print(f"{machine()}; {count} rows, {tokens / count:.0f} tokens a pair, batches of {given.batch}, "
+              f"our devices: {given.devices}\n")
+        print("| stage | ours cold, s a row | ours warm | TRL | times as fast, cold | warm "
+              "| processor time, warm | ours warm, parts in s | TRL, parts in s | losses apart |")  # fmt: skip
+        print("|---|---|---|---|---|---|---|---|---|---|")
         for work in names:
             cache = folder / f"cache-{work}"
-            cold = ours(work, folder, count, given.batch, cache)
+            our_side = partial(ours, work, folder, count, given.batch, given.devices, cache)
+            cold = our_side()
             warm, others = [], []
             for _ in range(given.rounds):
                 others.append(theirs(work, given.torch_python, folder, count, given.batch))
-                warm.append(ours(work, folder, count, given.batch, cache))
+                warm.append(our_side())
             row = line(work, count, cold, warm, others)
             if work != "ppo" and not np.allclose(
                 cold.losses[:COMPARED], others[0].losses[:COMPARED], rtol=TOLERANCE, atol=0

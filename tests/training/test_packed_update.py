@@ -113,6 +113,20 @@ def test_a_packed_update_equals_the_padded_one(name, packing):
     equal(updated(name, packing)[0], updated(name, None)[0])
 
 
+def test_an_objective_is_traced_once_for_its_gradient_and_once_for_its_counts():
+    """Tracing is most of what a second start's first step waits for."""
+    traced = []
+
+    def objective(tree, rows):
+        traced.append(rows)
+        return sft.objective(MODEL, tree, rows)
+
+    optimizer, params = make_optimizer(OptimConfig()), random_params(DECODER)
+    state = init_state(trainable(params), optimizer, mesh_of(1, 1, 1))
+    jax.jit(make_update(objective, optimizer)).trace(state, batch_of("sft", Packing(2, 40)))
+    assert len(traced) == 2
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize("name", ["sft", "dpo_with_nll"])
 def test_padding_rows_count_in_neither(name):
