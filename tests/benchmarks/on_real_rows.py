@@ -14,9 +14,9 @@ Each side is a process of its own, and they take turns. Ours is the command, `mp
 compilation cache (cold) and then with the one it left (warm); the stages before it are there already. TRL runs as
 installed but for float32 and no gradient checkpointing, which would only slow it; it pads a batch to its longest row.
 Time is taken from the start of the process, and parted where the first step begins (imports, rows, weights, in DPO the
-reference's pass where it is made ahead) and where the last one ends (export). Processor time is the same ratio of what
-both processes had of the cores, which a busy machine changes less. Ours compiles in its first step, and our
-first step is counted as begun when the command says that the stage does.
+reference's pass where it is made ahead) and where the last one ends (export). Ours compiles in its first step, and our
+first step is counted as begun when the command says that the stage does. The ratio of processor time is of what both
+processes had of the cores, which a busy machine changes less.
 
 PPO samples up to 256 tokens to each prompt, scores them by a reward model and updates both models once. Samples are not
 the same, and a random model hardly ever ends one, so that both sides work on as many tokens. It needs TRL 1.12.0, the
@@ -221,8 +221,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         tokens = write_inputs(folder, given.data, count)
-        print(f"{machine()}; {count} rows, {tokens / count:.0f} tokens a pair, batches of {given.batch}, "
-              f"our devices: {given.devices}\n")
+        print(
+            f"{machine()}; {count} rows, {tokens / count:.0f} tokens a pair, batches of {given.batch}, "
+            f"our devices: {given.devices}\n"
+        )
         print("| stage | ours cold, s a row | ours warm | TRL | times as fast, cold | warm "
               "| processor time, warm | ours warm, parts in s | TRL, parts in s | losses apart |")  # fmt: skip
         print("|---|---|---|---|---|---|---|---|---|---|")
