@@ -179,6 +179,7 @@ def test_gae_with_trace_one_is_future_reward_minus_value(reward, value, mask):
     close(returns_BT, np.where(mask, future, 0.0), atol=1e-5)
 
 
+@pytest.mark.thorough
 @given(floats(4), floats(4), masks, st.sampled_from([0.0, 0.5, 1.0]))
 def test_gae_with_trace_zero_is_the_temporal_difference(reward, value, mask, gamma):
     advantage_BT, _ = ops.gae(*map(jnp.asarray, (reward, value, mask)), gamma=gamma, gae_lambda=0.0)

@@ -308,6 +308,7 @@ def _tokenize_often(folder: str, start, results) -> None:
         results.put((plain(examples), report.to_dict()))
 
 
+@pytest.mark.thorough
 def test_two_processes_at_once_agree(tmp_path):
     context = multiprocessing.get_context("spawn")
     start, results = context.Barrier(2), context.Queue()

@@ -56,6 +56,7 @@ def run(name: str, *arguments: str, capsys, monkeypatch) -> str:
     return capsys.readouterr().out
 
 
+@pytest.mark.thorough
 def test_dpo(files, tmp_path, capsys, monkeypatch):
     """The first loss is log 2, since policy and reference are equal; the saved model differs from the initial one."""
     out = run("dpo.py", files["policy"], files["pairs.jsonl"], str(tmp_path / "out"), capsys=capsys,

@@ -169,6 +169,7 @@ def test_no_second_copy_of_the_caches():
     assert memory.alias_size_in_bytes >= size and memory.temp_size_in_bytes < size / 4
 
 
+@pytest.mark.thorough
 @pytest.mark.optimised
 def test_parts_that_are_not_read_change_no_bit():
     """One token of rows that have stored nothing beyond the first part, with the second part and without."""

@@ -208,6 +208,7 @@ def test_greedy_takes_the_full_forwards_argmax(params):
             assert ids[b, 0, t] == logits[b, column].argmax()
 
 
+@pytest.mark.thorough
 def test_samples_follow_the_scored_distribution(params):
     """First tokens of many visits of one prompt, against exp(token_logp) under temperature and banned ids."""
     temperature, visits = 0.7, 4096

@@ -183,8 +183,9 @@ def test_the_program_grows_with_the_pattern_alone():
     assert size(*five_to_one, num_layers=8) == size(*five_to_one, num_layers=26) == 2 * size(FULL, num_layers=12)
 
 
+@pytest.mark.thorough
 @pytest.mark.optimised
-@pytest.mark.parametrize("specs", the_rest_thorough([((LOCAL, FULL),), ((LOCAL, LOCAL, LOCAL, LOCAL, FULL),)]))
+@pytest.mark.parametrize("specs", [(LOCAL, FULL), (LOCAL, LOCAL, LOCAL, LOCAL, FULL)])
 def test_no_copy_of_the_weights_is_kept_for_the_backward_pass(specs):
     """Few tokens and large matrices: scratch memory holds some layers of them, never all."""
     config = with_layers(DECODER, *specs, hidden_size=64, intermediate_size=1024, num_layers=24)
@@ -225,6 +226,7 @@ def test_masks_and_rotations_are_made_once_for_equal_layers():
     assert (visible[0].sum(), visible[2].sum()) == (3, 7)
 
 
+@pytest.mark.thorough
 def test_greedy_samples_are_the_full_forwards_argmax():
     config = MODELS["local, local, full with another base"]
     params, joined = random_params(config), batch([5, 1, 7], [[1], [1], [1]])

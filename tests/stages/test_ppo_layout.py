@@ -140,6 +140,7 @@ def same(found: Any, wanted: Any, width: int) -> None:
         chex.assert_trees_all_close(*values, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.thorough
 def test_fewer_columns_give_the_same_rewards_and_advantages():
     """Whitened, normalised, with the score behind the end."""
     same(scored(64), scored(COLUMNS), 64)
@@ -295,6 +296,7 @@ def test_a_mesh_reads_packed_samples_as_one_device_does():
     close_to(read((2, 2, 2), True), read((1, 1, 1), True))
 
 
+@pytest.mark.thorough
 def test_packed_samples_leave_fewer_columns_empty():
     padding = {packed: read((1, 1, 1), packed)[0][1]["perf/padding"] for packed in (True, False)}
     tokens = 4 + 3 + 5 + sum(LENGTHS)

@@ -232,10 +232,8 @@ ONE_PASS_CASES = [
 ]
 
 
-@pytest.mark.parametrize(
-    "options,accumulation,shape",
-    [ONE_PASS_CASES[0], *(pytest.param(*case, marks=pytest.mark.thorough) for case in ONE_PASS_CASES[1:])],
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize("options,accumulation,shape", ONE_PASS_CASES)
 def test_one_pass_equals_scoring_and_then_updating(options, accumulation, shape):
     """Rollouts, metrics, gradients and both models; a row of padding is among the samples."""
     mesh = mesh_of(*shape)

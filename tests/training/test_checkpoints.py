@@ -185,7 +185,7 @@ HARMS = {
 }
 
 
-@pytest.mark.parametrize("name", the_rest_thorough(HARMS, 4))
+@pytest.mark.parametrize("name", the_rest_thorough(HARMS, 2))
 def test_a_broken_checkpoint_gives_way_to_the_one_before(tmp_path, capsys, name):
     save(tmp_path, {10: make_state(10), 20: make_state(20)}, keep=2)
     HARMS[name](tmp_path)

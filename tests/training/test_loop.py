@@ -118,6 +118,7 @@ def test_fit_resumes_and_ends_equal_to_an_uninterrupted_run(tmp_path, capsys):
     assert hashes[-1] == state_hash(leaf_hashes(whole))
 
 
+@pytest.mark.thorough
 def test_steps_with_a_checkpoint_are_logged(tmp_path):
     """Else a run that goes on from one would average over other steps than an uninterrupted run."""
     run_fit(tmp_path / "whole", log_every=5, checkpoint_every=3)

@@ -102,7 +102,8 @@ def test_order_does_not_matter(params, examples, reference):
     same(found, [x[order] for x in reference])
 
 
-@pytest.mark.parametrize("shape", the_rest_thorough([((8, 1, 1),), ((2, 2, 2),)]))
+@pytest.mark.thorough
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
 def test_devices_do_not_matter(params, examples, reference, shape):
     same(sample(params, examples, shape=shape), reference)
 
@@ -230,6 +231,7 @@ def test_what_is_finished_is_not_sampled_again(params, examples, reference, tmp_
     assert not {example.fingerprint for example in begun} & {examples[e].fingerprint for e in kept}
 
 
+@pytest.mark.thorough
 def test_it_goes_on_on_another_mesh(params, examples, reference, tmp_path):
     with pytest.raises(Kill):
         interrupted(params, examples, tmp_path, 6)
@@ -249,6 +251,7 @@ def test_sigterm_ends_it_between_two_chunks(params, examples, reference, tmp_pat
     same(found, reference)
 
 
+@pytest.mark.thorough
 def test_a_row_s_bits_depend_on_neither_its_place_nor_its_neighbours(params, examples):
     """What lets a run go on with other prompts beside the unfinished ones: tokens, keys and values, to the bit."""
     mesh, key, endless = mesh_of(1, 1, 1), jax.random.key(0), jnp.asarray(ALLOWED & (np.arange(40) != EOS))

@@ -74,6 +74,7 @@ def test_a_stage_s_run_holds_its_configuration_and_every_metric(tmp_path):
     assert run.metrics == [("step", ""), ("*", "step")]
 
 
+@pytest.mark.thorough
 def test_a_stage_that_goes_on_goes_on_in_its_run(tmp_path):
     """It died in step 6 and goes on from the checkpoint of step 4: step 5 is there twice, with the same numbers."""
     config, folder = configured(tmp_path / "work"), tmp_path / "work" / "stages" / "sft-1"

@@ -84,6 +84,7 @@ def test_arguments_are_what_the_stage_would_place(plan, programs):
     assert device_bytes(padded) == 2 * 4 * (40 + 1 + 16 + 1 + 1)
 
 
+@pytest.mark.thorough
 def test_compiled_memory_and_traffic(plan, programs):
     (one,) = plan.measure([programs["sft step"]])
     arguments = device_bytes(programs["sft step"].arguments({}))
@@ -97,6 +98,7 @@ def test_compiled_memory_and_traffic(plan, programs):
     assert gathered.loop_bytes >= 2 * 4 * matrices
 
 
+@pytest.mark.thorough
 def test_decode_takes_the_caches_where_prefill_leaves_them(plan, programs):
     wanted = [programs["ppo prefill"], programs["ppo weights"], programs["ppo decode"]]
     seen = {}
@@ -110,6 +112,7 @@ def test_decode_takes_the_caches_where_prefill_leaves_them(plan, programs):
     assert decode.memory.results < caches
 
 
+@pytest.mark.thorough
 def test_refilled_rows_are_planned_as_selection_runs_them(plan, programs):
     """An eighth of the prompts comes in beside the weights for decoding; all rows decode a chunk, in place."""
     wanted = [programs[f"select {part}"] for part in ("weights", "prefill", "decode")]

@@ -380,6 +380,7 @@ def test_model_size_is_counted_from_the_weights_headers(tmp_path: Path) -> None:
     assert "a model of 0.04 million parameters trained from scratch" in small_page(made).text
 
 
+@pytest.mark.thorough
 def test_a_table_s_seeds_make_one_page(tmp_path: Path) -> None:
     for seed in (0, 1):
         config = Config(workdir="w", seed=seed)
