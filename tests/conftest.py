@@ -3,7 +3,7 @@
 import gc
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -19,9 +19,7 @@ pytest_plugins = ["tests.slowest", "tests.rotation"]
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# a third of the compiler's time goes to optimisations, and XLA's older emitters compile in half of what is left;
-# processes that tests start inherit both
-os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+# XLA's older emitters compile in half the time; processes that tests start inherit the flag
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -30,7 +28,6 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 _cache = os.environ.get("MPO_TEST_CACHE") or str(Path.home() / ".cache" / "mpo_jax" / "tests")
 program_cache.use(_cache)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-jax.config.update("jax_disable_most_optimizations", True)
 
 # only pure array functions: elsewhere the annotations are documentation, and checking every call would be slow
 jaxtyping.install_import_hook(["mpo_jax.ops", "mpo_jax.losses", "mpo_jax.selection"], "beartype.beartype")
@@ -43,18 +40,18 @@ LONGEST = ("pipeline", "examples", "stages", "cli", "models", "training")
 """Folders whose modules come first: were they last, one worker would wait for the other's."""
 
 
-@pytest.fixture(autouse=True)
-def optimisations(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Compiles as users do where a test has the mark `optimised`, and otherwise without most optimisations.
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Compiles as users do for a test with the mark `optimised`, and otherwise without most optimisations.
 
-    How fast a test's programs run hardly matters; what a program holds or moves is tested as users compile it.
+    How fast a test's programs run hardly matters; what a program holds or moves is tested as users compile it. Around
+    the fixtures of all scopes, since some of them compile; processes that tests start inherit it.
     """
-    unoptimised = request.node.get_closest_marker("optimised") is None
-    if not unoptimised:
-        monkeypatch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS")
+    unoptimised = item.get_closest_marker("optimised") is None
     jax.config.update("jax_disable_most_optimizations", unoptimised)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int(unoptimised)))
+        return (yield)
 
 
 @pytest.fixture(scope="module", autouse=True)

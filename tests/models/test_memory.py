@@ -15,6 +15,7 @@ import pytest
 from mpo_jax.models import forward
 from mpo_jax.models.forward import Model
 from mpo_jax.types import Tokens
+from tests.covering import the_rest_thorough
 from tests.models.tiny import DECODER
 
 pytestmark = pytest.mark.optimised
@@ -30,9 +31,7 @@ CONFIG = dataclasses.replace(
 )
 
 
-@pytest.fixture(
-    scope="module", params=[False, pytest.param(True, marks=pytest.mark.thorough)], ids=["forward", "backward"]
-)
+@pytest.fixture(scope="module", params=the_rest_thorough([False, True]), ids=["forward", "backward"])
 def program(request) -> Callable[[int], Any]:
     """Tokens a chunk -> the compiled program of a batch whose every token is scored."""
 

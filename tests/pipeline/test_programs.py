@@ -160,10 +160,7 @@ def clear_caches() -> None:
                     value.cache_clear()
 
 
-@pytest.fixture(
-    scope="module",
-    params=[name if name == "plain" else pytest.param(name, marks=pytest.mark.thorough) for name in CONFIGURATIONS],
-)
+@pytest.fixture(scope="module", params=CONFIGURATIONS)
 def ran(request, tmp_path_factory) -> Iterator[list[Ran]]:
     """Every stage of a run through the command line, with jitted functions that note their calls."""
     workdir, overrides = tmp_path_factory.mktemp("programs"), overrides_of(request.param)
