@@ -34,17 +34,14 @@ from peers import (
     GREEDY_TOKENS,
     HEAD_DIM,
     HEADS,
-    HIDDEN,
     LAYERS,
     LENGTH,
-    MLP,
     PAD,
     PAIRS,
     ROLLOUTS,
     ROWS,
     SAMPLED_PROMPT,
     UNK,
-    VOCAB,
     WORK,
     Channel,
     Peer,
@@ -52,8 +49,16 @@ from peers import (
     read_rows,
     versions,
 )
-
-ROPE_THETA = 1e6
+from tunix_trainers import (
+    ROPE_THETA,
+    load_judge,
+    load_model,
+    load_tokenizer,
+    make_cluster,
+    make_learner,
+    make_optimizer,
+    wait_for,
+)
 
 
 def tunix_worker(work: str, folder: Path, channel: Channel) -> None:
@@ -68,52 +73,6 @@ def tunix_worker(work: str, folder: Path, channel: Channel) -> None:
             ppo(folder, channel, mesh)
         else:
             training(work, folder, channel)
-
-
-def _model(folder: Path) -> Any:
-    import jax.numpy as jnp
-    from tunix.models.llama3 import model, params
-
-    config = model.ModelConfig(
-        num_layers=LAYERS, vocab_size=VOCAB, embed_dim=HIDDEN, hidden_dim=MLP, num_heads=HEADS, head_dim=HEAD_DIM,
-        num_kv_heads=HEADS, rope_theta=int(ROPE_THETA), norm_eps=1e-5, weight_tying=False,
-    )  # fmt: skip
-    return params.create_model_from_safe_tensors(str(folder / "model"), config, dtype=jnp.float32)
-
-
-def _judge(folder: Path) -> Any:
-    """The reward model, as critic too."""
-    import jax.numpy as jnp
-    from flax import nnx
-    from safetensors.numpy import load_file
-    from tunix.rl.utils import create_critic_model
-
-    class Judge(nnx.Module):
-        def __init__(self, model: Any):
-            self.model = model
-
-        # a critic is called with segment ids, which Tunix's Llama does not take
-        def __call__(
-            self, tokens: Any, positions: Any, cache: Any, attention_mask: Any, segment_ids: Any = None
-        ) -> Any:
-            return self.model(tokens, positions, cache, attention_mask)
-
-    model = create_critic_model(_model(folder))
-    score = load_file(folder / "reward" / "model.safetensors")["score.weight"]
-    model.lm_head.kernel.value = jnp.asarray(score.T)
-    return Judge(model)
-
-
-def _tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder / "model")
-
-
-def _optimizer() -> Any:
-    import optax
-
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-5, weight_decay=0.0))
 
 
 def _ids(tokenizer: Any, texts: list[str], *, end: bool) -> np.ndarray:
@@ -139,7 +98,7 @@ def training(work: str, folder: Path, channel: Channel) -> None:
     import jax
     from flax import nnx
 
-    tokenizer, size = _tokenizer(folder), WORK[work][1]
+    tokenizer, size = load_tokenizer(folder), WORK[work][1]
     rows = read_rows(folder)[: ROWS if work == "sft" else PAIRS]
     prompts = _ids(tokenizer, [row["prompt"] for row in rows], end=False)
     chosen, rejected = (_ids(tokenizer, [row[side] for row in rows], end=True) for side in ("chosen", "rejected"))
@@ -178,7 +137,7 @@ def _sft(folder: Path) -> Any:
 
     # the rows to evaluate on, of which there are none, are asked for every so many steps
     config = peft_trainer.TrainingConfig(eval_every_n_steps=10**6)
-    return peft_trainer.PeftTrainer(_model(folder), _optimizer(), config).with_gen_model_input_fn(inputs)
+    return peft_trainer.PeftTrainer(load_model(folder), make_optimizer(), config).with_gen_model_input_fn(inputs)
 
 
 def _demonstrations(prompts: np.ndarray, responses: np.ndarray) -> Any:
@@ -192,7 +151,7 @@ def _dpo(folder: Path) -> Any:
     from tunix.sft.dpo.dpo_trainer import DPOTrainer, DPOTrainingConfig
 
     config = DPOTrainingConfig(eval_every_n_steps=10**6, beta=0.1)
-    return DPOTrainer(_model(folder), _model(folder), _optimizer(), config)
+    return DPOTrainer(load_model(folder), load_model(folder), make_optimizer(), config)
 
 
 def _pairs(prompts: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> Any:
@@ -210,7 +169,7 @@ def sampling(batch_size: int, folder: Path, channel: Channel) -> None:
     cache = CacheConfig(
         cache_size=SAMPLED_PROMPT + LENGTH, num_layers=LAYERS, num_kv_heads=HEADS, head_dim=HEAD_DIM
     )  # fmt: skip
-    sampler = Sampler(_model(folder), _tokenizer(folder), cache)
+    sampler = Sampler(load_model(folder), load_tokenizer(folder), cache)
 
     def drawn(tokens: int, **options: Any) -> np.ndarray:
         lengths = {"max_generation_steps": tokens, "max_prompt_length": SAMPLED_PROMPT}
@@ -227,42 +186,27 @@ def sampling(batch_size: int, folder: Path, channel: Channel) -> None:
 
 
 def ppo(folder: Path, channel: Channel, mesh: Any) -> None:
-    import jax
     import jax.numpy as jnp
     from flax import nnx
-    from tunix.rl import common, rl_cluster
-    from tunix.rl.ppo.ppo_learner import PPOConfig, PPOLearner
-    from tunix.rl.rollout.base_rollout import RolloutConfig
+    from tunix.rl import common
 
-    tokenizer, rows = _tokenizer(folder), read_rows(folder)
-    actor, reference = _model(folder), _model(folder)
-    critic, reward = _judge(folder), _judge(folder)
+    tokenizer, rows = load_tokenizer(folder), read_rows(folder)
+    actor, reference = load_model(folder), load_model(folder)
+    critic, reward = load_judge(folder), load_judge(folder)
     first = rows[:ROLLOUTS]
     prompt = jnp.asarray(_ids(tokenizer, [row["prompt"] for row in first], end=False))
     chosen = jnp.asarray(_ids(tokenizer, [row["chosen"] for row in first], end=True))
     scores = common.compute_score(reward, prompt, chosen, PAD, EOS)[:, -1]
     logps = common.compute_per_token_logps(*nnx.split(actor), prompt, chosen, PAD, EOS).sum(-1)
 
-    cluster = rl_cluster.RLCluster(
-        actor=actor, critic=critic, reference=reference, reward=reward, tokenizer=tokenizer,
-        cluster_config=rl_cluster.ClusterConfig(
-            role_to_mesh={role: mesh for role in rl_cluster.Role},
-            training_config=rl_cluster.RLTrainingConfig(
-                actor_optimizer=_optimizer(), critic_optimizer=_optimizer(), eval_every_n_steps=10**6, max_steps=10**6,
-            ),
-            # an id that no token has ends a response: never
-            rollout_config=RolloutConfig(
-                max_tokens_to_generate=LENGTH, max_prompt_length=LENGTH, kv_cache_size=2 * LENGTH, temperature=1.0,
-                top_p=1.0, eos_tokens=[VOCAB],
-            ),
-        ),
-    )  # fmt: skip
-    learner = PPOLearner(cluster, PPOConfig(num_iterations=1, beta=0.1, kl_method="kl"))
+    models = {"actor": actor, "reference": reference, "critic": critic, "reward": reward}
+    cluster = make_cluster(folder, mesh, models, prompt=LENGTH, response=LENGTH)
+    learner = make_learner(cluster)
     texts = np.asarray([row["prompt"] for row in rows])
     batches = [{"prompts": texts[begin : begin + ROLLOUTS]} for begin in range(0, ROWS, ROLLOUTS)]
 
     def finished() -> float:
-        jax.block_until_ready([nnx.state(cluster.actor_trainer.model), nnx.state(cluster.critic_trainer.model)])
+        wait_for(cluster)
         return 0.0
 
     channel.ready([float(x) for x in (*scores, *logps)])

@@ -1,4 +1,5 @@
-"""Times whole stages on real rows against TRL on the CPU: from a file of pairs to an exported model, process and all.
+"""Times whole stages on real rows against TRL, and PPO also against Tunix, on the CPU: from a file of pairs to an
+exported model, process and all.
 
     .venv/bin/python -m pip install torch==2.13.0      # where no GPU is wanted, and the index has a CPU build
     bash launch/setup.sh parity
@@ -19,10 +20,15 @@ first step is counted as begun when the command says that the stage does. The ra
 processes had of the cores, which a busy machine changes less.
 
 PPO samples up to 256 tokens to each prompt, scores them by a reward model and updates both models once. Samples are not
-the same, and a random model hardly ever ends one, so that both sides work on as many tokens. It needs TRL 1.12.0, the
-last release with a PPO trainer, in an environment of its own:
+the same, and a random model seldom ends one early, so that both sides work on nearly as many tokens; TRL and Tunix draw
+all 256 in any case. It needs TRL 1.12.0, the last release with a PPO trainer, in an environment of its own:
 
     .venv/bin/python tests/benchmarks/on_real_rows.py --only ppo --torch-python .venv-trl/bin/python --data FILE
+
+ppo_tunix is the same against Tunix, as against_tunix.py sets it up, padded to the limits: Tunix compiles, so that its
+one column is to be compared with our cold one, or in the parts. It saves its weights in one file of safetensors.
+
+    .venv/bin/python tests/benchmarks/on_real_rows.py --only ppo_tunix --tunix-python .venv-tunix/bin/python --data FILE
 """
 
 import argparse
@@ -33,7 +39,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,6 +47,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from peers import SPECIAL, VOCAB, machine, random_weights, versions, write_model
 from trl_trainers import make_ppo_trainer, make_trainer
+from tunix_trainers import ROPE_THETA, load_judge, load_model, make_cluster, make_learner, wait_for
 
 PROMPT, RESPONSE = 512, 256
 """Tokens at most."""
@@ -50,7 +57,7 @@ TOLERANCE = 2e-3
 COMPARED = 3
 """Steps whose losses must agree."""
 ROOT = Path(__file__).resolve().parents[2]
-WORKS = ("sft", "reward", "dpo", "dpo_precomputed", "ppo")
+WORKS = ("sft", "reward", "dpo", "dpo_precomputed", "ppo", "ppo_tunix")
 
 
 class Taken(NamedTuple):
@@ -96,7 +103,7 @@ def write_inputs(folder: Path, data: str, count: int) -> int:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     rng = np.random.default_rng(0)
     weights = random_weights(rng)
-    options: dict[str, Any] = {"rope_theta": 1e4, "positions": 1024}
+    options: dict[str, Any] = {"rope_theta": ROPE_THETA, "positions": 1024}
     write_model(folder / "model", "LlamaForCausalLM", weights, tokenizer, **options)
     body = {name: value for name, value in weights.items() if name != "lm_head.weight"}
     # zeros, as ours begin
@@ -134,7 +141,7 @@ def _of_the_processor() -> float:
 
 def ours(work: str, folder: Path, rows: int, batch: int, devices: int, cache: Path) -> Taken:
     """The command for one stage; those before it are made first, in one step, and are not timed."""
-    stage = work.removesuffix("_precomputed")
+    stage = work.partition("_")[0]
     before = [] if stage == "sft" else ["sft.train.steps=1"]
     sizes = (f"text.max_prompt_tokens={PROMPT}", f"text.max_response_tokens={RESPONSE}", "text.length_buckets=4")
     with tempfile.TemporaryDirectory(dir=folder) as workdir:
@@ -164,8 +171,7 @@ def trl_worker(work: str, folder: Path, out: Path, batch: int) -> None:
         def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
             print("trl step", state.global_step, "loss", losses[-1], flush=True)
 
-    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
-    losses = [0.0]
+    rows, losses = _rows(folder), [0.0]
     if work == "ppo":
         tokenizer = AutoTokenizer.from_pretrained(folder / "model")
         prompts = [tokenizer(row["prompt"])["input_ids"] for row in rows]
@@ -181,19 +187,52 @@ def trl_worker(work: str, folder: Path, out: Path, batch: int) -> None:
     trainer.save_model(str(out / "model"))
 
 
+def tunix_worker(folder: Path, out: Path, batch: int) -> None:
+    """Tunix's PPO over all rows, to saved weights of the actor."""
+    import jax
+    from flax import nnx
+    from safetensors.numpy import save_file
+
+    mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(1, 1), ("fsdp", "tp"))
+    texts = np.asarray([row["prompt"] for row in _rows(folder)])
+    with mesh:
+        models = {"actor": load_model(folder), "reference": load_model(folder)}
+        models |= {"critic": load_judge(folder), "reward": load_judge(folder)}
+        cluster = make_cluster(folder, mesh, models, prompt=PROMPT, response=RESPONSE)
+
+        def batches() -> Iterator[dict[str, Any]]:
+            for begin in range(0, len(texts), batch):
+                yield {"prompts": texts[begin : begin + batch]}
+                # asked for the next: the updates of this one are under way
+                wait_for(cluster)
+                print("tunix step", begin // batch + 1, "loss", 0.0, flush=True)
+
+        learner = make_learner(cluster)
+        print(versions("google-tunix", "jax", "flax"), flush=True)
+        print("training begins", flush=True)
+        learner.train(batches())
+        state = nnx.to_pure_dict(nnx.state(cluster.actor_trainer.model, nnx.Param))
+    weights = {jax.tree_util.keystr(path): np.asarray(value) for path, value in jax.tree.leaves_with_path(state)}
+    save_file(weights, out / "model.safetensors")
+
+
+def _rows(folder: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
 def _parts(side: list[Taken]) -> str:
     return " + ".join(f"{statistics.median(values):.0f}" for values in list(zip(*side, strict=True))[1:4])
 
 
 def line(work: str, count: int, cold: Taken, warm: list[Taken], others: list[Taken]) -> str:
     """A row of the table: seconds a row of the file."""
-    ours, trl = (statistics.median(taken.whole for taken in side) for side in (warm, others))
-    ours_used, trl_used = (statistics.median(taken.processor for taken in side) for side in (warm, others))
-    pairs = [] if work == "ppo" else list(zip(cold.losses[:COMPARED], others[0].losses, strict=False))
+    ours, peer = (statistics.median(taken.whole for taken in side) for side in (warm, others))
+    ours_used, peer_used = (statistics.median(taken.processor for taken in side) for side in (warm, others))
+    pairs = [] if work.startswith("ppo") else list(zip(cold.losses[:COMPARED], others[0].losses, strict=False))
     apart = f"{max(abs(a / b - 1) for a, b in pairs):.0e}" if pairs else "-"
     return (
-        f"| {work} | {cold.whole / count:.3f} | {ours / count:.3f} | {trl / count:.3f} | {trl / cold.whole:.2f} "
-        f"| {trl / ours:.2f} | {trl_used / ours_used:.2f} | {_parts(warm)} | {_parts(others)} | {apart} |"
+        f"| {work} | {cold.whole / count:.3f} | {ours / count:.3f} | {peer / count:.3f} | {peer / cold.whole:.2f} "
+        f"| {peer / ours:.2f} | {peer_used / ours_used:.2f} | {_parts(warm)} | {_parts(others)} | {apart} |"
     )
 
 
@@ -208,11 +247,15 @@ def main() -> None:
     parser.add_argument(
         "--torch-python", default=sys.executable, metavar="PATH", help="interpreter of TRL's environment"
     )
+    parser.add_argument("--tunix-python", default=sys.executable, metavar="PATH", help="that of Tunix's")
     parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.worker:
         work, folder, out, batch = given.worker
-        trl_worker(work, Path(folder), Path(out), int(batch))
+        if work == "ppo_tunix":
+            tunix_worker(Path(folder), Path(out), int(batch))
+        else:
+            trl_worker(work, Path(folder), Path(out), int(batch))
         return
     names = [name.strip() for name in given.only.split(",") if name.strip()]
     if unknown := set(names) - set(WORKS):
@@ -225,19 +268,20 @@ def main() -> None:
             f"{machine()}; {count} rows, {tokens / count:.0f} tokens a pair, batches of {given.batch}, "
             f"our devices: {given.devices}\n"
         )
-        print("| stage | ours cold, s a row | ours warm | TRL | times as fast, cold | warm "
-              "| processor time, warm | ours warm, parts in s | TRL, parts in s | losses apart |")  # fmt: skip
+        print("| stage | ours cold, s a row | ours warm | theirs | times as fast, cold | warm "
+              "| processor time, warm | ours warm, parts in s | theirs, parts in s | losses apart |")  # fmt: skip
         print("|---|---|---|---|---|---|---|---|---|---|")
         for work in names:
             cache = folder / f"cache-{work}"
             our_side = partial(ours, work, folder, count, given.batch, given.devices, cache)
             cold = our_side()
             warm, others = [], []
+            python = given.tunix_python if work == "ppo_tunix" else given.torch_python
             for _ in range(given.rounds):
-                others.append(theirs(work, given.torch_python, folder, count, given.batch))
+                others.append(theirs(work, python, folder, count, given.batch))
                 warm.append(our_side())
             row = line(work, count, cold, warm, others)
-            if work != "ppo" and not np.allclose(
+            if not work.startswith("ppo") and not np.allclose(
                 cold.losses[:COMPARED], others[0].losses[:COMPARED], rtol=TOLERANCE, atol=0
             ):
                 sys.exit(f"{work}: the sides do not agree\n{cold.losses[:COMPARED]}\n{others[0].losses[:COMPARED]}")
