@@ -146,6 +146,11 @@ class DataConfig(Section, frozen=True):
         description="what selection and PPO sample from. rows: the prompt of every row, as in the paper; unique: every "
         "distinct prompt once",
     )
+    order: Annotated[Literal["files", "interleaved"], InRecipe.UNLESS_DEFAULT] = Field(
+        default="files",
+        description="order of the rows of several files. files: one file after the other; interleaved: in turns, in "
+        "proportion to their rows, so that the first rows of all (select.num_prompts, evaluate.num_prompts) are a mix",
+    )
     filter: Literal["strict", "none"] = Field(
         default="strict",
         description="strict: drop rows with empty or equal responses, with two different prompts, or with turns that "

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from mpo_jax.config.registry import ROW_FORMATS
+from mpo_jax.config.base import recipe_values
 from mpo_jax.config.schema import Config, DataConfig, ModelConfig, TextConfig
 from mpo_jax.data import toy
 from mpo_jax.data.chat import Chat, Message, read_template
@@ -124,10 +125,10 @@ def fingerprint(config: DataConfig, cache: Path | None = None, *, chat_template:
                 content[field] = _fingerprint_sources(getattr(config, field), cache)
         if (category := _format(config.kind).category) is not None:
             content["categories"] = [_named_categories(getattr(config, field), category) for field in fields]
-        options |= {"filter", "keep_news", "max_rows"}
+        options |= {"filter", "keep_news", "max_rows", "order"}
     if chat_template is not None:
         content["chat_template"] = read_template(chat_template)
-    content["options"] = config.model_dump(mode="json", include=options)
+    content["options"] = {key: value for key, value in recipe_values(config).items() if key in options}
     return hashlib.sha256(json.dumps([config.kind, content], sort_keys=True).encode()).hexdigest()
 
 
@@ -229,9 +230,10 @@ def _assemble(
     def is_held(row: Preference | Demonstration) -> bool:
         return is_validation(row.group, seed=0, fraction=data.validation_fraction)
 
-    held_out, asked = _rows_of(tests), _rows_of(test_prompts)
+    join = _interleaved if data.order == "interleaved" else _one_after_the_other
+    held_out, asked = (join([rows for rows, _ in parts]) for parts in (tests, test_prompts))
     tested = {row.group for row in (*held_out, *asked)}
-    own = _keep(pairs, lambda row: TESTED if row.group in tested else None)
+    own = join(_keep(pairs, lambda row: TESTED if row.group in tested else None))
     validation = [row for row in own if is_held(row)]
     reward_pairs = [row for row in own if not is_held(row)]
     if not data.has_test_set:
@@ -243,12 +245,12 @@ def _assemble(
             return TESTED
         return "validation prompt" if not data.has_test_set and is_held(row) else None
 
-    imitated = _keep(demonstrations, unfit)
+    imitated = join(_keep(demonstrations, unfit))
     sampled = [row.prompt for row in own]
     if data.prompts == "unique":
         sampled = list(dict.fromkeys(sampled))
     if data.prompt_path:
-        sampled = [row.prompt for row in _keep(prompts, _prompt_filter(tested, data.prompts == "unique"))]
+        sampled = [row.prompt for row in join(_keep(prompts, _prompt_filter(tested, data.prompts == "unique")))]
     evaluated = asked if data.test_prompt_path else held_out
     return Corpus(
         demonstrations=imitated,
@@ -266,19 +268,24 @@ def _assemble(
     )
 
 
-def _rows_of(parts: Iterable[Part[T]]) -> list[T]:
-    return [row for rows, _ in parts for row in rows]
+def _one_after_the_other(parts: Sequence[list[T]]) -> list[T]:
+    return [row for rows in parts for row in rows]
 
 
-def _keep(parts: Iterable[Part[T]], reason: Callable[[T], str | None]) -> list[T]:
-    """The rows for which `reason` returns None; the others are counted by reason in their source's report."""
+def _interleaved(parts: Sequence[list[T]]) -> list[T]:
+    """The rows of all parts in turns, in proportion to their number; within a part their order stays."""
+    placed = [((i + 0.5) / len(rows), row) for rows in parts for i, row in enumerate(rows)]
+    return [row for _, row in sorted(placed, key=lambda pair: pair[0])]
+
+
+def _keep(parts: Iterable[Part[T]], reason: Callable[[T], str | None]) -> list[list[T]]:
+    """Each part's rows for which `reason` returns None; the others are counted by reason in their source's report."""
     kept = []
     for rows, report in parts:
-        for row in rows:
-            why = reason(row)
-            if why is None:
-                kept.append(row)
-            else:
+        why_not = [(row, reason(row)) for row in rows]
+        kept.append([row for row, why in why_not if why is None])
+        for _, why in why_not:
+            if why is not None:
                 report.drop(why)
         report.kept = report.read - report.dropped.total()
     return kept

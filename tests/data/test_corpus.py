@@ -56,6 +56,28 @@ def test_files_are_split_by_prompt_into_disjoint_sets(tmp_path, kind, make):
     assert prompts(swapped.held_out) == prompts(corpus.held_out)
 
 
+def test_interleaved_files_are_read_in_turns_in_proportion_to_their_rows(tmp_path):
+    first, second = write(tmp_path / "1.jsonl", pairs(0, 300)), write(tmp_path / "2.jsonl", pairs(300, 400))
+    asked = write(tmp_path / "3.jsonl", pairs(400, 430)), write(tmp_path / "4.jsonl", pairs(430, 440))
+    config = DataConfig(kind="pairs", path=(first, second), test_prompt_path=asked, validation_fraction=0.2)
+    whole = load_corpus(config)
+    mixed = load_corpus(config.model_copy(update={"order": "interleaved"}))
+
+    def numbers(prompts):
+        return [int(prompt.removeprefix("prompt ")) for prompt in prompts]
+
+    for name in ("pairs", "demonstrations", "reward_pairs", "validation"):
+        rows, before = (numbers(row.prompt for row in getattr(corpus, name)) for corpus in (mixed, whole))
+        assert sorted(rows) == before
+        of_first = [n for n in rows if n < 300]
+        assert of_first == sorted(of_first)
+    assert fingerprint(config) != fingerprint(config.model_copy(update={"order": "interleaved"}))
+    # the share of the second file is the same in the first rows as in all
+    for rows in (numbers(mixed.prompts), [n - 130 for n in numbers(mixed.test_prompts)]):
+        for count in (20, len(rows)):
+            assert abs(sum(n >= 300 for n in rows[:count]) - count / 4) <= 1
+
+
 def test_all_rows_of_a_prompt_fall_on_one_side(tmp_path):
     path = write(tmp_path / "a.jsonl", pairs(0, 50, times=4))
     config = DataConfig(kind="pairs", path=path, validation_fraction=0.3)
