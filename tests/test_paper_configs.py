@@ -156,8 +156,12 @@ def test_ds_chat_is_greedy_and_rewards_after_the_end():
 
 
 @pytest.mark.parametrize(
-    "name", ["quickstart", "hh_stories260k", "hh_smollm2", "tldr_smollm2", "hh_llama2_7b", "tldr_llama2_7b"]
-)
+    "name",
+    [
+        "quickstart", "hh_stories260k", "hh_smollm2", "tldr_smollm2", "hh_smollm2_cpu", "tldr_smollm2_cpu",
+        "hh_llama2_7b", "tldr_llama2_7b",
+    ],
+)  # fmt: skip
 def test_every_method_sees_the_same_prompts_once(name):
     """Equal data, as the paper says: an epoch each of DPO and PPO, not a number of updates."""
     config = load_config(CONFIGS / f"{name}.yaml")

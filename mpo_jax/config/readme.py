@@ -84,6 +84,8 @@ dpo:
 | `hh_stories260k.yaml` | a Llama of 260K parameters on HH-RLHF: a smoke test with real files, minutes on two cores |
 | `hh_smollm2.yaml` | SmolLM2-135M-Instruct on HH-RLHF, for one GPU of 24 GB |
 | `tldr_smollm2.yaml` | the same model on Reddit TL;DR |
+| `hh_smollm2_cpu.yaml` | every row of Table 3 with that model and LoRA on HH-RLHF, in hours on two CPU cores |
+| `tldr_smollm2_cpu.yaml` | the same on Reddit TL;DR |
 | `hh_llama2_7b.yaml` | the paper's HH-RLHF runs: LLaMA-2-7B on eight A100, the hyper-parameters of Table 9 |
 | `tldr_llama2_7b.yaml` | the paper's TL;DR runs, likewise |
 | `hh_llama2_70b.yaml` | HH-RLHF with LLaMA-2-70B on eight hosts of eight H100; planned, not run |

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from mpo_jax.config.registry import ROW_FORMATS
 from mpo_jax.config.base import recipe_values
+from mpo_jax.config.registry import ROW_FORMATS
 from mpo_jax.config.schema import Config, DataConfig, ModelConfig, TextConfig
 from mpo_jax.data import toy
 from mpo_jax.data.chat import Chat, Message, read_template
