@@ -6,9 +6,9 @@ from typing import Any
 
 from mpo_jax.config.schema import DataConfig
 from mpo_jax.data.chat import Message
+from mpo_jax.data.fields import Drop, text_field
 from mpo_jax.data.records import (
     DataReport,
-    Drop,
     Preference,
     Prompt,
     Readers,
@@ -19,7 +19,6 @@ from mpo_jax.data.records import (
     prompt_only,
     read_demonstrations,
     row_category,
-    text_field,
 )
 from mpo_jax.data.sources import Row, Source
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mpo_jax.data.chat import Message
-from mpo_jax.data.records import said, text_field
+from mpo_jax.data.fields import said, text_field
 from mpo_jax.data.sources import FILE_SUFFIXES, HUB, Row, open_source
 from mpo_jax.errors import UserError
 
