@@ -30,6 +30,14 @@ class Unusable(UserError):
         self.reason = reason
 
 
+class MissingField(UserError):
+    """A row lacks a field that its layout needs."""
+
+    def __init__(self, message: str, field: str):
+        super().__init__(message)
+        self.field = field
+
+
 def text_field(row: Mapping[str, Any], field: str, place: str) -> str:
     """A field that holds a string.
 
@@ -38,7 +46,7 @@ def text_field(row: Mapping[str, Any], field: str, place: str) -> str:
       UserError: if the field is missing, has another type or is not valid Unicode.
     """
     if field not in row:
-        raise missing(dict(row), field, place)
+        raise _missing(dict(row), field, place)
     if row[field] is None:
         raise Unusable(f"{place}: field {field!r} is null", f"{field} is null")
     if not isinstance(row[field], str):
@@ -46,13 +54,12 @@ def text_field(row: Mapping[str, Any], field: str, place: str) -> str:
     return whole(row[field], f"{place}: field {field!r}")
 
 
-def missing(row: Row, field: str, place: str) -> UserError:
-    """The error for a row without a field."""
+def _missing(row: Row, field: str, place: str) -> MissingField:
     inside = [name for name, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
     advice = (
         f": if {inside[0]!r} holds the rows, write that list alone" if [*row] == inside and len(inside) == 1 else ""
     )
-    return UserError(f"{place}: the row has no field {field!r}; it has: {columns_of(row)}{advice}")
+    return MissingField(f"{place}: the row has no field {field!r}; it has: {columns_of(row)}{advice}", field)
 
 
 def whole(text: str, where: str) -> str:

@@ -16,6 +16,9 @@ from mpo_jax.errors import UserError
 BETTER = "better_response_id"
 RESPONSES = ("response", "completion", "messages")
 """Fields that hold what a demonstration shows, the first that a row has."""
+FIELDS = ("prompt", "chosen", "rejected", *RESPONSES, "category", "conversations", "system", "tools", "response_0",
+          "response_1", BETTER)  # fmt: skip
+"""All fields of the generic readers' layouts."""
 REPLY_MARK = re.compile(
     r"(?:^|\n)(?:assistant|ASSISTANT|Assistant):|### (?:Assistant|Response):|<\|assistant\|>|\[/INST\]|"
     r"<\|im_start\|>assistant\n|<start_of_turn>model\n|<\|start_header_id\|>assistant<\|end_header_id\|>"

@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 from mpo_jax.config.schema import DataConfig
 from mpo_jax.data.chat import Chat, Message, Reply, SystemRefused, offering
 from mpo_jax.data.fields import Drop, Unusable, said, tools_of
-from mpo_jax.data.layouts import RESPONSES, standard
+from mpo_jax.data.layouts import FIELDS, RESPONSES, standard
 from mpo_jax.data.sources import Source
-from mpo_jax.data.special_tokens import special_tokens
+from mpo_jax.data.special_tokens import SpelledTokens, special_tokens
 from mpo_jax.data.text_files import Row, columns_of
 from mpo_jax.errors import UserError
 
@@ -102,12 +102,21 @@ class Renderer:
       wrap: the value of text.chat: whether plain prompts are rendered as conversations too.
       turns: function from a plain prompt to its turns.
       conversations: gets the turns of every prompt that is rendered, by its text; None: they are not kept.
+      spelled: what strips end markers of responses and counts special tokens in text; None: texts stay as they are.
     """
 
     chat: Callable[[], Chat]
     wrap: bool = False
     turns: Callable[[str], list[Message]] = user_turn
     conversations: dict[str, tuple[Message, ...]] | None = None
+    spelled: SpelledTokens | None = None
+
+    def clean(self, prompt: str | list[Message], *replies: Reply) -> list[Reply]:
+        """The replies as rows hold them: without end markers, if they are to be stripped."""
+        if self.spelled is None:
+            return list(replies)
+        self.spelled.prompt(prompt)
+        return [self.spelled.response(reply) for reply in replies]
 
     def group(self, prompt: str | list[Message]) -> str:
         """The group of a prompt: its text, or its turns if it has several, with whitespace normalised.
@@ -164,12 +173,14 @@ class RowFormat:
       turns: function from a plain prompt to its chat turns.
       has_references: whether the preference rows of a source also hold demonstrations.
       category: function from a source's name to the category it implies; None if names imply none.
+      fields: what data.columns may name; empty: anything.
     """
 
     readers: Callable[[DataConfig, dict[str, Any]], Readers]
     turns: Callable[[str], list[Message]] = user_turn
     has_references: Callable[[Source], bool] = lambda _: False
     category: Callable[[str], str | None] | None = None
+    fields: tuple[str, ...] = ()
 
 
 def read_preferences(
@@ -283,6 +294,7 @@ def preference(
     Raises:
       Drop: if the row is filtered out.
     """
+    chosen, rejected = render.clean(prompt, chosen, rejected)
     if strict and chosen == rejected:
         raise Drop("chosen equals rejected")
     _drop_empty(prompt, (chosen, rejected), strict)
@@ -301,6 +313,7 @@ def demonstration(
     render: Renderer,
 ) -> Demonstration:
     """Like `preference`, for a row with one response."""
+    (response,) = render.clean(prompt, response)
     _drop_empty(prompt, (response,), strict)
     text, (reply,) = render.render(prompt, (response,), place)
     return Demonstration(text, reply, render.group(prompt) if group is None else group, category)
@@ -316,6 +329,7 @@ def prompt_only(
     render: Renderer,
 ) -> Prompt:
     """Like `preference`, for a row without responses."""
+    render.clean(prompt)
     _drop_empty(prompt, (), strict)
     text, _ = render.render(prompt, (), place)
     return Prompt(text, render.group(prompt) if group is None else group, category)
@@ -395,4 +409,4 @@ def _readers(_: DataConfig, options: dict[str, Any]) -> Readers:
     return Readers(bind(read_preferences), bind(read_demonstrations), bind(read_prompts))
 
 
-FORMAT = RowFormat(_readers)
+FORMAT = RowFormat(_readers, fields=FIELDS)

@@ -200,4 +200,5 @@ def _readers(data: DataConfig, options: dict[str, Any]) -> Readers:
     )
 
 
-FORMAT = RowFormat(_readers, has_references=has_references)
+_FIELDS = tuple(dict.fromkeys([*POST, *COMPARISON, *REFERENCE, *PAIR, *SUMMARY_OF.values(), "article", "category"]))
+FORMAT = RowFormat(_readers, has_references=has_references, fields=_FIELDS)

@@ -175,9 +175,8 @@ WITH_TOOLS = (
     "{% for c in m.tool_calls or [] %}call {{ c.function.name }} {{ c.function.arguments | tojson }}{% endfor %}"
     "<eos>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-SHOWN_TOOLS = (
-    '[tools [{"type": "function", "function": {"name": "weather", "parameters": {"city": {"type": "string"}}}}]]'
-)
+SCHEMA = {"type": "function", "function": {"name": "weather", "parameters": {"city": {"type": "string"}}}}
+SHOWN_TOOLS = f"[tools {json.dumps([SCHEMA])}]"
 CALLED = 'call weather {"city": "Rome"}'
 
 
