@@ -23,7 +23,13 @@ Options: TypeAlias = tuple[tuple[str, bool | int | float | str], ...]
 OptionsByName: TypeAlias = Annotated[Options, BeforeValidator(_as_pairs), PlainSerializer(dict, return_type=dict)]
 """A mapping whose names the schema does not know, such as the options of a chat template."""
 
-BY_NAME = (Pairs, Options)
+Names: TypeAlias = tuple[tuple[str, str], ...]
+"""How names by name are held."""
+
+NamesByName: TypeAlias = Annotated[Names, BeforeValidator(_as_pairs), PlainSerializer(dict, return_type=dict)]
+"""A mapping from names to names, such as columns by what they hold."""
+
+BY_NAME = (Pairs, Options, Names)
 """Types of the keys below which any name may be set."""
 
 

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, field_validator, model_validator
 
-from mpo_jax.config.base import InRecipe, Options, OptionsByName, Section
+from mpo_jax.config.base import InRecipe, Names, NamesByName, Options, OptionsByName, Section
 from mpo_jax.config.registry import ROW_FORMATS
 
 TEMPLATE_ARGUMENTS = (
@@ -53,6 +53,11 @@ class TextConfig(Section, frozen=True):
         default="auto",
         description="how a prompt that is too long is cut. start: at its start; post: at the end of its POST section "
         "(TL;DR); auto: post if it has one, else start",
+    )
+    end_markers: Annotated[Literal["strip", "keep"], InRecipe.UNLESS_DEFAULT] = Field(
+        default="strip",
+        description="strip: take special tokens such as </s> from the end of responses that spell them as text, "
+        "and say of how many; keep: leave them, and the policy learns to spell them",
     )
     packed: bool = Field(
         default=True,
@@ -141,6 +146,11 @@ class DataConfig(Section, frozen=True):
         default=(),
         description="rows of any layout whose prompts policies are evaluated on; empty: the prompts of the test pairs",
     )
+    columns: Annotated[NamesByName, InRecipe.UNLESS_DEFAULT] = Field(
+        default=(),
+        description="columns by the field that they hold, such as {prompt: question, chosen: answer_a}; the same for "
+        "all paths",
+    )
     prompts: Literal["rows", "unique"] = Field(
         default="rows",
         description="what selection and PPO sample from. rows: the prompt of every row, as in the paper; unique: every "
@@ -174,6 +184,14 @@ class DataConfig(Section, frozen=True):
     def _one_or_many(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
 
+    @field_validator("columns")
+    @classmethod
+    def _named(cls, value: Names) -> Names:
+        for field, column in value:
+            if not field or not column:
+                raise ValueError("a field or its column has no name: write {prompt: question}")
+        return value
+
     @property
     def has_test_set(self) -> bool:
         """Whether there is a separate test set, so that validation rows are held out from the reward model alone."""
@@ -195,6 +213,10 @@ class DataConfig(Section, frozen=True):
         if self.kind == "toy" and given:
             kinds = _any_of(tuple(ROW_FORMATS))
             raise ValueError(f"data.{given[0]} names files: say how to read them, data.kind={kinds}")
+        if self.kind == "toy" and self.columns:
+            raise ValueError(
+                "data.columns names columns of files, and data.kind=toy reads none: name the files, data.path"
+            )
         if self.kind != "toy" and not self.path:
             raise ValueError(f"data.kind={self.kind} needs data.path: name one or more files, folders or hub data sets")
         return self

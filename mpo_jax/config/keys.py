@@ -10,7 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from mpo_jax.config.base import BY_NAME, Options, Pairs, Section
+from mpo_jax.config.base import BY_NAME, Names, Options, Pairs, Section
 from mpo_jax.config.old_keys import refuse_old_keys
 from mpo_jax.config.schema import Config
 from mpo_jax.errors import UserError
@@ -156,6 +156,8 @@ def _type(annotation: Any) -> str:
         return "numbers by name"
     if annotation == Options:
         return "values by name"
+    if annotation == Names:
+        return "names by name"
     if origin is tuple:
         return f"list of {_type(args[0])}"
     if origin in (Union, types.UnionType):

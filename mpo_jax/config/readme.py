@@ -14,6 +14,9 @@ def _turn(role: str, content: str) -> dict[str, str]:
 _EGG = "How do I boil an egg?"
 _NINE = " Nine minutes in boiling water."
 _HI, _HELLO, _WHAT = _turn("user", "Hi"), _turn("assistant", "Hello!"), _turn("assistant", "What?")
+_ASSISTANT = "\n\nAssistant:"
+_CALL = {"type": "function", "function": {"name": "sunny", "arguments": {"city": "Rome"}}}
+_CALLS = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
 _POST = {"subreddit": "cats", "title": "My cat", "post": "It naps."}
 _QUERY = "SUBREDDIT: r/cats\n\nTITLE: My cat\n\nPOST: It naps.\n\nTL;DR:"
 
@@ -27,6 +30,22 @@ EXAMPLES = {
         {"prompt": _EGG, "response": _NINE},
         {"prompt": _EGG, "completion": _NINE},
         {"messages": [_turn("system", "Be brief."), _HI, _HELLO]},
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]},
+    ),
+    "pairs_published": (
+        {"chosen": f"Human: Hi{_ASSISTANT} Hello!", "rejected": f"Human: Hi{_ASSISTANT} What?"},
+        {"prompt": _EGG, "response_0": " No.", "response_1": _NINE, "better_response_id": 1},
+    ),
+    "pairs_tools": (
+        {
+            "messages": [
+                _turn("user", "Is it sunny in Rome?"),
+                _CALLS,
+                _turn("tool", "yes"),
+                _turn("assistant", "Yes."),
+            ],
+            "tools": [{"type": "function", "function": {"name": "sunny", "parameters": {"type": "object"}}}],
+        },
     ),
     "pairs_prompts": ({"prompt": _EGG}, {"prompt": [_HI]}),
     "hh_preferences": (
@@ -116,12 +135,16 @@ dropped (by reason) and cut, and some rows token by token, before anything is tr
 
 A path is one source or a list of sources. A source is
 
-- a file: `.jsonl`, `.jsonl.gz`, `.json` or `.json.gz` with one JSON object per line, or `.parquet`;
-- a folder of `.jsonl`, `.jsonl.gz` and `.parquet` files, or one that `datasets` saved (`save_to_disk`; name the split's
-  folder if there are several);
-- a data set of the Hugging Face hub: `hub:ORG/NAME[@REVISION][:DIR][:SPLIT]`, whose split is `train` if none is named.
-  `hub:Anthropic/hh-rlhf:helpful-base:test` has both; `hub:trl-lib/tldr::test` has no folder;
-  `hub:openai/summarize_from_feedback@refs/convert/parquet:comparisons` is a revision that the hub converted to parquet.
+- a file: `.jsonl`, `.ndjson` or `.json` with one JSON object per line or one list of objects (in `.json` they may take
+  several lines); `.csv` or `.tsv` whose first line names the columns, conversations in cells as JSON; each also packed,
+  with `.gz` or `.zst`; or `.parquet`;
+- a folder of such `.jsonl`, `.ndjson` and `.parquet` files, or of tables if it has none of these, or one that
+  `datasets` saved (`save_to_disk`; name the split's folder if there are several);
+- a data set of the Hugging Face hub: `hub:ORG/NAME[@REVISION][:CONFIG or DIR][:SPLIT]`, whose split is `train` if none
+  is named. `hub:Anthropic/hh-rlhf:helpful-base:test` has a folder and a split; `hub:trl-lib/tldr::test` a split alone,
+  as has `hub:HuggingFaceH4/ultrafeedback_binarized:train_prefs`: a part that names no configuration is a split if the
+  data set has one configuration and such a split, else a folder. A revision that the hub converted to parquet is
+  `hub:openai/summarize_from_feedback@refs/convert/parquet:comparisons`.
 
 ### Rows
 
@@ -134,15 +157,33 @@ A path is one source or a list of sources. A source is
 | `data.test_prompt_path` | rows of any layout, for their prompts | see Test sets |
 
 A prompt and a response are joined as they are, so the space between them belongs to the response. Every row may have a
-string `category`, by which tables are broken down. Other fields are ignored.
+string `category`, by which tables are broken down. Other fields are ignored. Rows whose text is null or empty are
+dropped and counted (empty ones with `data.filter=strict`).
+
+`data.columns` takes fields from columns of other names, in all paths: `data.columns.prompt=question` on the command
+line, or in a file `columns: {prompt: question, chosen: response_j, rejected: response_k}`. A row without the column
+keeps a field that has the name already.
 
 **`data.kind=pairs`**: strings, or conversations, which are lists of `{role, content}`. Pairs:
 
 {pairs_preferences}
 
+Also pairs in two layouts of published data sets. Without a prompt, the prompt is what both sides begin with, up to the
+last `Assistant:` (or `### Response:`, `[/INST]` or an assistant's header of a chat template) in it, line breaks behind
+it included; in text without such marks, up to the last line break. Dialogues whose sides differ before the last reply
+are dropped.
+
+{pairs_published}
+
 Demonstrations; the last reply of `messages` is the response:
 
 {pairs_demonstrations}
+
+Messages may be those of ShareGPT, `{from, value}`. Content may be a list of `{type: text, text}`, joined as they are;
+rows with other parts, such as images, are dropped and counted. Calls of tools, their results and the row's `tools` go
+through the chat template; a row of which the template leaves any of these out is dropped and counted:
+
+{pairs_tools}
 
 Prompts, or any of the rows above:
 
@@ -175,6 +216,9 @@ plain prompts and of HH-RLHF's dialogues too. `text.prompt_template` puts text a
   is a reply. A prompt that ends in an open `<think>` needs replies that close it; others are an error.
 - Rows with a system turn that the template refuses are dropped and counted; with `text.fold_system=true` its text goes
   in front of the first user turn, with a blank line between.
+
+- A response that ends with a special token as text, such as `<|im_end|>`, would teach the policy to spell it:
+  `text.end_markers=strip`, the default, takes it out and says of how many responses; `keep` leaves it.
 
 ### Test sets
 

@@ -1,11 +1,12 @@
 """Renders conversations as text with the tokenizer's own chat template."""
 
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict, cast
 
 from jinja2.exceptions import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
@@ -31,10 +32,24 @@ _OPEN_TAG = re.compile(r"(?P<left>[<\[\u25c1])(?P<name>\w+)(?P<right>[>\]\u25b7]
 
 
 class Message(TypedDict):
-    """One turn: role is system, user or assistant."""
+    """One turn: role is system, user, assistant or tool.
+
+    Attributes:
+      tool_calls: what the assistant calls, {type: function, function: {name, arguments}}.
+      name, tool_call_id: which call a tool's result is of.
+      tools: JSON schemas of what the assistant may call in the whole conversation; of its first turn alone.
+    """
 
     role: str
     content: str
+    tool_calls: NotRequired[list[dict[str, Any]]]
+    name: NotRequired[str]
+    tool_call_id: NotRequired[str]
+    tools: NotRequired[list[Any]]
+
+
+Reply = str | Message
+"""What the assistant answers: text, or a message that calls tools."""
 
 
 class SystemRefused(UserError):
@@ -119,7 +134,7 @@ class Chat:
         """
         return self._render(self._accepted(messages), add_generation_prompt=True)
 
-    def response(self, messages: Sequence[Message], reply: str) -> str:
+    def response(self, messages: Sequence[Message], reply: Reply) -> str:
         """The text that the template writes after `prompt(messages)` for this reply, up to and without the EOS.
 
         Without an EOS after the reply, the text ends with the reply. If the template writes no such text, since it
@@ -130,6 +145,8 @@ class Chat:
           UserError: as `prompt`; or if the prompt ends inside a tag that the reply does not close.
         """
         turns = self._accepted(messages)
+        if not isinstance(reply, str):
+            return self._calling(turns, reply)
         prompt = self._render(turns, add_generation_prompt=True)
         whole = self._with_reply(turns, reply)
         if not whole.startswith(prompt):
@@ -223,11 +240,44 @@ class Chat:
                 ) from None
             return folded
 
-    def _with_reply(self, turns: Sequence[Message], reply: str) -> str:
-        return self._render([*turns, {"role": "assistant", "content": reply}], add_generation_prompt=False)
+    def _calling(self, turns: Sequence[Message], reply: Message) -> str:
+        """The text of a reply that calls tools; empty where the template leaves the calls out."""
+        prompt, whole = self._render(turns, add_generation_prompt=True), self._with_reply(turns, reply)
+        if whole == self._with_reply(turns, reply["content"]):
+            return ""
+        header, footer = self._around_reply(turns)
+        eos = str(self.tokenizer.eos_token or "")
+        start = prompt if whole.startswith(prompt) else header
+        if not whole.startswith(start):
+            raise UserError(
+                f"{self.name} writes a reply that calls tools behind another text than the prompt that sampling "
+                "continues: name another template as text.chat_template"
+            )
+        text = whole[len(start) :]
+        if eos and eos in text:
+            return text.rpartition(eos)[0]
+        return text.removesuffix(footer)
+
+    def left_out(self, messages: Sequence[Message]) -> str | None:
+        """What of tools, their calls and their results the template does not write; None if it writes all."""
+        turns = self._accepted(messages)
+        shown = self._render(turns, add_generation_prompt=True)
+        for key, what in (("tools", "tools"), ("tool_calls", "tool calls")):
+            if any(turn.get(key) for turn in turns):
+                without = [cast(Message, {name: turn[name] for name in turn if name != key}) for turn in turns]
+                if self._render(without, add_generation_prompt=True) == shown:
+                    return what
+        results = (turn["content"].strip() for turn in turns if turn["role"] == "tool")
+        # as JSON, quotation marks and line breaks in a result are escaped
+        return None if all(r in shown or json.dumps(r)[1:-1] in shown for r in results) else "tool results"
+
+    def _with_reply(self, turns: Sequence[Message], reply: Reply) -> str:
+        last = Message(role="assistant", content=reply) if isinstance(reply, str) else reply
+        return self._render([*turns, last], add_generation_prompt=False)
 
     def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        conversation: list[Any] = list(messages)
+        tools = messages[0].get("tools") if messages else None
+        conversation: list[Any] = [{key: turn[key] for key in turn if key != "tools"} for turn in messages]
         try:
             return str(
                 self.tokenizer.apply_chat_template(
@@ -235,6 +285,7 @@ class Chat:
                     tokenize=False,
                     add_generation_prompt=add_generation_prompt,
                     chat_template=self._template,
+                    tools=tools,
                     **self._options,
                 )
             )
@@ -259,7 +310,18 @@ def fold_system_turns(messages: Sequence[Message]) -> list[Message]:
             folded.append(Message(role="user", content="\n\n".join(waiting)))
         waiting = []
         folded.append(message)
-    return [*folded, Message(role="user", content="\n\n".join(waiting))] if waiting else folded
+    if waiting:
+        folded.append(Message(role="user", content="\n\n".join(waiting)))
+    return offering(folded, messages[0].get("tools", []) if messages else [])
+
+
+def offering(messages: Sequence[Message], tools: Sequence[Any]) -> list[Message]:
+    """The conversation with tools that the assistant may call."""
+    if not tools or not messages:
+        return list(messages)
+    first = messages[0].copy()
+    first["tools"] = list(tools)
+    return [first, *messages[1:]]
 
 
 def _common(one: str, other: str) -> int:

@@ -5,10 +5,11 @@ from functools import partial
 from typing import Any
 
 from mpo_jax.config.schema import DataConfig
-from mpo_jax.data.chat import Message
+from mpo_jax.data.chat import Message, Reply
+from mpo_jax.data.fields import Drop, text_field
+from mpo_jax.data.layouts import FIELDS
 from mpo_jax.data.records import (
     DataReport,
-    Drop,
     Preference,
     Prompt,
     Readers,
@@ -19,7 +20,6 @@ from mpo_jax.data.records import (
     prompt_only,
     read_demonstrations,
     row_category,
-    text_field,
 )
 from mpo_jax.data.sources import Row, Source
 
@@ -48,7 +48,11 @@ def read_hh(
         replies = chosen[len(prompt) :], rejected[len(prompt) :] if own else rejected.rpartition(ASSISTANT)[2]
         if render.wrap:
             replies = replies[0].strip(), replies[1].strip()
-        text, (first, second) = render.render(_context(prompt, render), replies, place)
+        context = _context(prompt, render)
+        first, second = render.clean(context, *replies)
+        if strict and (reason := _unlike(first, second)):
+            raise Drop(reason)
+        text, (first, second) = render.render(context, (first, second), place)
         category = row_category(row) or source_category(place)
         return Preference(text, first, second, render.group(prompt), category)
 
@@ -107,12 +111,19 @@ def _fault(chosen: str, rejected: str, prompt: str) -> str | None:
         return "no assistant turn"
     if not rejected.startswith(prompt):
         return "rejected has another prompt"
-    if not chosen[len(prompt) :].strip() or not rejected[len(prompt) :].strip():
-        return "empty response"
+    if reason := _unlike(chosen[len(prompt) :], rejected[len(prompt) :]):
+        return reason
     responses = chosen[len(prompt) :] + rejected[len(prompt) :]
     if not _alternates(prompt) or HUMAN in responses or ASSISTANT in responses:
         return "turns do not alternate"
     return None
+
+
+def _unlike(first: Reply, second: Reply) -> str | None:
+    """Why two responses cannot be compared; None if they can."""
+    if first == second:
+        return "chosen equals rejected"
+    return None if all(str(reply).strip() for reply in (first, second)) else "empty response"
 
 
 def _alternates(prompt: str) -> bool:
@@ -126,4 +137,4 @@ def _readers(_: DataConfig, options: dict[str, Any]) -> Readers:
     )
 
 
-FORMAT = RowFormat(_readers, turns=dialogue_turns, category=source_category)
+FORMAT = RowFormat(_readers, turns=dialogue_turns, category=source_category, fields=FIELDS)

@@ -9,8 +9,12 @@ from functools import partial
 from typing import Any, TypeVar
 
 from mpo_jax.config.schema import DataConfig
-from mpo_jax.data.chat import Chat, Message, SystemRefused
-from mpo_jax.data.sources import Row, Source
+from mpo_jax.data.chat import Chat, Message, Reply, SystemRefused, offering
+from mpo_jax.data.fields import Drop, Unusable, said, tools_of
+from mpo_jax.data.layouts import FIELDS, RESPONSES, standard
+from mpo_jax.data.sources import Source
+from mpo_jax.data.special_tokens import SpelledTokens, special_tokens
+from mpo_jax.data.text_files import Row, columns_of
 from mpo_jax.errors import UserError
 
 T = TypeVar("T")
@@ -68,12 +72,8 @@ class DataReport:
         return {"source": self.source, "read": self.read, "kept": self.kept, "dropped": dict(self.dropped)}
 
 
-class Drop(Exception):
-    """Raised to drop the current row; the message is the reason."""
-
-
 def collect(source: Source, max_rows: int | None, convert: Callable[[str, Row], T]) -> tuple[list[T], DataReport]:
-    """Applies `convert(place, row)` to the rows of a source; rows for which it raises `Drop` are counted."""
+    """Applies `convert(place, row)` to the rows of a source; those for which it raises Drop or Unusable are counted."""
     report = DataReport(source.name)
     rows = []
     for place, row in source.rows(max_rows):
@@ -82,6 +82,8 @@ def collect(source: Source, max_rows: int | None, convert: Callable[[str, Row], 
             rows.append(convert(place, row))
         except Drop as reason:
             report.drop(str(reason))
+        except Unusable as error:
+            report.drop(error.reason)
     report.kept = len(rows)
     return rows, report
 
@@ -100,12 +102,21 @@ class Renderer:
       wrap: the value of text.chat: whether plain prompts are rendered as conversations too.
       turns: function from a plain prompt to its turns.
       conversations: gets the turns of every prompt that is rendered, by its text; None: they are not kept.
+      spelled: what strips end markers of responses and counts special tokens in text; None: texts stay as they are.
     """
 
     chat: Callable[[], Chat]
     wrap: bool = False
     turns: Callable[[str], list[Message]] = user_turn
     conversations: dict[str, tuple[Message, ...]] | None = None
+    spelled: SpelledTokens | None = None
+
+    def clean(self, prompt: str | list[Message], *replies: Reply) -> list[Reply]:
+        """The replies as rows hold them: without end markers, if they are to be stripped."""
+        if self.spelled is None:
+            return list(replies)
+        self.spelled.prompt(prompt)
+        return [self.spelled.response(reply) for reply in replies]
 
     def group(self, prompt: str | list[Message]) -> str:
         """The group of a prompt: its text, or its turns if it has several, with whitespace normalised.
@@ -113,27 +124,28 @@ class Renderer:
         It does not depend on the model, and a plain prompt has the same group as the equivalent conversation.
         """
         turns = self.turns(prompt) if isinstance(prompt, str) else prompt
-        texts = [[turn["role"], one_line(turn["content"])] for turn in turns]
+        texts = [[turn["role"], one_line(turn["content"]), *turn.get("tool_calls", [])] for turn in turns]
         return texts[0][1] if len(texts) == 1 and texts[0][0] == "user" else json.dumps(texts)
 
-    def render(self, prompt: str | list[Message], replies: Sequence[str], place: str) -> tuple[str, list[str]]:
+    def render(self, prompt: str | list[Message], replies: Sequence[Reply], place: str) -> tuple[str, list[str]]:
         """Prompt and replies as the model sees them.
 
         Raises:
-          Drop: if a plain prompt has no turns, or the template refuses a system turn.
+          Drop: if a plain prompt has no turns, or the template refuses a system turn or leaves out tools.
           UserError: if there is no chat template, or it rejects these turns.
         """
         if isinstance(prompt, str):
             if not self.wrap:
-                return prompt, list(replies)
+                return prompt, [reply for reply in replies if isinstance(reply, str)]
             prompt = self.turns(prompt)
             # plain text is joined by a space that does not belong to the turn
-            replies = [reply.removeprefix(" ") for reply in replies]
+            replies = [reply.removeprefix(" ") if isinstance(reply, str) else reply for reply in replies]
         if not prompt:
             raise Drop("empty prompt")
         try:
             chat = self.chat()
             rendered = chat.prompt(prompt), [chat.response(prompt, reply) for reply in replies]
+            _check_tools(chat, prompt, replies, rendered[1])
         except SystemRefused:
             raise Drop("system turn refused by the chat template (text.fold_system=false)") from None
         except UserError as error:
@@ -161,12 +173,14 @@ class RowFormat:
       turns: function from a plain prompt to its chat turns.
       has_references: whether the preference rows of a source also hold demonstrations.
       category: function from a source's name to the category it implies; None if names imply none.
+      fields: what data.columns may name; empty: anything.
     """
 
     readers: Callable[[DataConfig, dict[str, Any]], Readers]
     turns: Callable[[str], list[Message]] = user_turn
     has_references: Callable[[Source], bool] = lambda _: False
     category: Callable[[str], str | None] | None = None
+    fields: tuple[str, ...] = ()
 
 
 def read_preferences(
@@ -185,15 +199,17 @@ def read_preferences(
     """
 
     def convert(place: str, row: Row) -> Preference:
+        row, tools = standard(row, place), tools_of(row, place)
         implicit = row.get("prompt") is None and isinstance(row.get("chosen"), list)
         prompt = [] if implicit else said(row, "prompt", place)
         chosen, rejected = said(row, "chosen", place), said(row, "rejected", place)
-        if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
+        if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str) and not tools:
             return preference(prompt, chosen, rejected, place, category=row_category(row), strict=strict, render=render)
         context, reply = _last_reply(prompt, chosen, f"{place}: field 'chosen'", render)
         other, other_reply = _last_reply(prompt, rejected, f"{place}: field 'rejected'", render)
         if strict and context != other:
             raise Drop("rejected has another prompt")
+        context = offering(context, tools)
         return preference(context, reply, other_reply, place, category=row_category(row), strict=strict, render=render)
 
     return collect(source, max_rows, convert)
@@ -213,16 +229,15 @@ def read_demonstrations(
     """
 
     def convert(place: str, row: Row) -> Demonstration:
-        field = next((name for name in ("response", "completion", "messages") if row.get(name) is not None), None)
+        row, tools = standard(row, place), tools_of(row, place)
+        field = next((name for name in RESPONSES if row.get(name) is not None), None)
         if field is None:
-            raise UserError(
-                f"{place}: a demonstration has the fields prompt and response (or completion), or messages; "
-                f"this row has: {', '.join(row) or 'nothing'}"
-            )
+            raise _no_response(row, place)
         prompt = [] if field == "messages" else said(row, "prompt", place)
-        response = said(row, field, place)
-        if not isinstance(prompt, str) or not isinstance(response, str):
-            prompt, response = _last_reply(prompt, response, f"{place}: field {field!r}", render)
+        response: Reply | list[Message] = said(row, field, place)
+        if not isinstance(prompt, str) or not isinstance(response, str) or tools:
+            context, response = _last_reply(prompt, response, f"{place}: field {field!r}", render)
+            prompt = offering(context, tools)
         return demonstration(prompt, response, place, category=row_category(row), strict=strict, render=render)
 
     return collect(source, max_rows, convert)
@@ -251,20 +266,22 @@ def asked(row: Row, place: str, render: Renderer) -> str | list[Message]:
     Raises:
       UserError: for a field that is missing or has the wrong type.
     """
+    row, tools = standard(row, place), tools_of(row, place)
     sides = ("chosen", "response", "completion")
     field = next((name for name in sides if isinstance(row.get(name), list)), None)
     if field is None and row.get("prompt") is None and row.get("messages") is not None:
         field = "messages"
     if field is None:
-        return said(row, "prompt", place)
+        prompt = said(row, "prompt", place)
+        return offering(render.turns(prompt) if isinstance(prompt, str) else prompt, tools) if tools else prompt
     prompt = [] if row.get("prompt") is None else said(row, "prompt", place)
-    return _last_reply(prompt, said(row, field, place), f"{place}: field {field!r}", render)[0]
+    return offering(_last_reply(prompt, said(row, field, place), f"{place}: field {field!r}", render)[0], tools)
 
 
 def preference(
     prompt: str | list[Message],
-    chosen: str,
-    rejected: str,
+    chosen: Reply,
+    rejected: Reply,
     place: str,
     *,
     group: str | None = None,
@@ -277,6 +294,7 @@ def preference(
     Raises:
       Drop: if the row is filtered out.
     """
+    chosen, rejected = render.clean(prompt, chosen, rejected)
     if strict and chosen == rejected:
         raise Drop("chosen equals rejected")
     _drop_empty(prompt, (chosen, rejected), strict)
@@ -286,7 +304,7 @@ def preference(
 
 def demonstration(
     prompt: str | list[Message],
-    response: str,
+    response: Reply,
     place: str,
     *,
     group: str | None = None,
@@ -295,6 +313,7 @@ def demonstration(
     render: Renderer,
 ) -> Demonstration:
     """Like `preference`, for a row with one response."""
+    (response,) = render.clean(prompt, response)
     _drop_empty(prompt, (response,), strict)
     text, (reply,) = render.render(prompt, (response,), place)
     return Demonstration(text, reply, render.group(prompt) if group is None else group, category)
@@ -310,6 +329,7 @@ def prompt_only(
     render: Renderer,
 ) -> Prompt:
     """Like `preference`, for a row without responses."""
+    render.clean(prompt)
     _drop_empty(prompt, (), strict)
     text, _ = render.render(prompt, (), place)
     return Prompt(text, render.group(prompt) if group is None else group, category)
@@ -326,40 +346,6 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def said(row: Row, field: str, place: str) -> str | list[Message]:
-    """A field that holds a string or a conversation; of each message only role and content are kept.
-
-    Raises:
-      UserError: if the field is missing or has another type.
-    """
-    if not isinstance(row.get(field), list):
-        return text_field(row, field, place)
-    messages: list[Message] = []
-    for number, message in enumerate(row[field], 1):
-        where = f"{place}: field {field!r}, message {number}"
-        if not isinstance(message, dict):
-            raise UserError(f"{where}: a message is an object {{role, content}}, not {type(message).__name__}")
-        messages.append({"role": text_field(message, "role", where), "content": text_field(message, "content", where)})
-    return messages
-
-
-def text_field(row: Row, field: str, place: str) -> str:
-    """A field that holds a string.
-
-    Raises:
-      UserError: if the field is missing, has another type or is not valid Unicode.
-    """
-    if field not in row:
-        raise UserError(f"{place}: the row has no field {field!r}; it has: {', '.join(row) or 'nothing'}")
-    if not isinstance(row[field], str):
-        raise UserError(f"{place}: field {field!r} must be a string, not {type(row[field]).__name__}")
-    try:
-        row[field].encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(f"{place}: field {field!r} holds half a surrogate pair, which is not a character") from error
-    return row[field]
-
-
 def is_validation(group: str, *, seed: int, fraction: float) -> bool:
     """Whether a group belongs to the validation rows: sha256(seed|group) mod 10000 < 10000 fraction.
 
@@ -371,7 +357,7 @@ def is_validation(group: str, *, seed: int, fraction: float) -> bool:
 
 def _last_reply(
     prompt: str | list[Message], side: str | list[Message], where: str, render: Renderer
-) -> tuple[list[Message], str]:
+) -> tuple[list[Message], Reply]:
     """The conversation of a prompt and one side, split into the turns before the last reply and that reply."""
     context = render.turns(prompt) if isinstance(prompt, str) else prompt
     if isinstance(side, str):
@@ -382,15 +368,39 @@ def _last_reply(
     last = side[-1]["role"] if side else "nothing"
     if last != "assistant":
         raise UserError(f"{where}: a conversation must end with a message of role assistant, not with {last}")
-    return whole[:-1], whole[-1]["content"]
+    return whole[:-1], whole[-1] if whole[-1].get("tool_calls") else whole[-1]["content"]
 
 
-def _drop_empty(prompt: str | list[Message], replies: Sequence[str], strict: bool) -> None:
+def _no_response(row: Row, place: str) -> UserError:
+    if null := next((name for name in RESPONSES if name in row), None):
+        return Unusable(f"{place}: field {null!r} is null", f"{null} is null")
+    return UserError(
+        f"{place}: a demonstration has the fields prompt and response (or completion), or messages; this row has: "
+        f"{columns_of(row)}"
+    )
+
+
+def _check_tools(chat: Chat, prompt: list[Message], replies: Sequence[Reply], texts: Sequence[str]) -> None:
+    """Drops rows whose tools, calls or results the template does not write, or writes as no text can be."""
+    called = any(turn["role"] == "tool" or turn.get("tools") or turn.get("tool_calls") for turn in prompt)
+    if called and (what := chat.left_out(prompt)):
+        raise Drop(f"{what} left out by the chat template")
+    for reply, text in zip(replies, texts, strict=True):
+        if isinstance(reply, str):
+            continue
+        if not text:
+            raise Drop("tool calls left out by the chat template")
+        # responses are tokenized as plain text: the policy would learn to spell the special token
+        if token := next((token for token in special_tokens(chat.tokenizer) if token in text), None):
+            raise Drop(f"tool call in the reply that the chat template writes with the special token {token}")
+
+
+def _drop_empty(prompt: str | list[Message], replies: Sequence[Reply], strict: bool) -> None:
     text = prompt if isinstance(prompt, str) else "".join(message["content"] for message in prompt)
     # a response must follow something, even without filtering
     if not (text.strip() if strict else prompt):
         raise Drop("empty prompt")
-    if strict and not all(reply.strip() for reply in replies):
+    if strict and not all(reply.strip() for reply in replies if isinstance(reply, str)):
         raise Drop("empty response")
 
 
@@ -399,4 +409,4 @@ def _readers(_: DataConfig, options: dict[str, Any]) -> Readers:
     return Readers(bind(read_preferences), bind(read_demonstrations), bind(read_prompts))
 
 
-FORMAT = RowFormat(_readers)
+FORMAT = RowFormat(_readers, fields=FIELDS)

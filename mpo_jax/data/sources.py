@@ -1,16 +1,13 @@
-"""Row sources: JSON lines, parquet, folders, data sets saved by `datasets`, and the Hugging Face hub.
+"""Row sources: text files, parquet, folders, data sets saved by `datasets`, and the Hugging Face hub.
 
 A source yields each row with its place, for error messages, and lists its files, whose content fingerprints the data.
 `datasets` is imported only when needed: for folders that it saved and for the hub.
 """
 
 import dataclasses
-import gzip
 import hashlib
 import itertools
-import json
 import re
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -19,16 +16,18 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mpo_jax.data.text_files import JSON_LINES_SUFFIXES, JSON_SUFFIXES, TABLE_SUFFIXES, Row, open_text
 from mpo_jax.errors import UserError
 from mpo_jax.runtime.file_digests import file_digest
 
-Row = dict[str, Any]
-JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
-FOLDER_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+PARQUET = ".parquet"
+FILE_SUFFIXES = (*JSON_SUFFIXES, *TABLE_SUFFIXES, PARQUET)
+FOLDER_SUFFIXES = (*JSON_LINES_SUFFIXES, PARQUET)
+"""What a folder's rows are read from; where there is none of these, from `TABLE_SUFFIXES`."""
 HUB = "hub:"
-HUB_FORM = "hub:ORG/NAME[@REVISION][:DIR][:SPLIT]"
+HUB_FORM = "hub:ORG/NAME[@REVISION][:CONFIG or DIR][:SPLIT]"
 _HUB_PATTERN = re.compile(
-    r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[^:@]+))?(?::(?P<folder>(?!/)[^:]*))?(?::(?P<split>[\w.]+))?"
+    r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[^:@]+))?(?::(?P<part>(?!/)[^:]*))?(?::(?P<split>[\w.]+))?"
 )
 # rows decoded at a time; small, because some rows take a megabyte
 _PARQUET_BATCH = 256
@@ -56,8 +55,8 @@ class Source(Protocol):
 
 
 def open_source(spec: str) -> Source:
-    """Opens a .jsonl, .json (one object per line), .jsonl.gz, .json.gz or .parquet file, a folder of .jsonl, .jsonl.gz
-    or .parquet files, a folder saved by `datasets`, or `hub:ORG/NAME[@REVISION][:DIR][:SPLIT]` (default: `train`).
+    """Opens a file with one of `FILE_SUFFIXES`, a folder of such files, a folder saved by `datasets`, or a data set of
+    the hub, `HUB_FORM`, whose split is `train` if none is named.
 
     Raises:
       UserError: if the source does not exist or its kind is unknown.
@@ -90,51 +89,6 @@ def fingerprint_files(paths: Iterable[Path], cache: Path | None = None) -> str:
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     return digest.hexdigest()
-
-
-@dataclasses.dataclass(frozen=True)
-class _JsonLines:
-    """One JSON object per line; blank lines, a byte-order mark and Windows line endings are ignored."""
-
-    name: str
-    path: Path
-
-    def files(self) -> list[Path]:
-        return [self.path]
-
-    def rows(self, max_rows: int | None = None) -> Iterator[tuple[str, Row]]:
-        count = number = 0
-        try:
-            # decoded line by line: text mode decodes ahead, so its error would name a line far from the fault
-            with gzip.open(self.path, "rb") if self.path.suffix == ".gz" else self.path.open("rb") as lines:
-                for number, encoded in enumerate(lines, 1):
-                    line = encoded.decode("utf-8-sig" if number == 1 else "utf-8").rstrip()
-                    if not line:
-                        continue
-                    if max_rows is not None and count >= max_rows:
-                        return
-                    count += 1
-                    yield f"{self.name}:{number}", self._parse(line, number)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{self.name}:{number}: not UTF-8 text: {error.reason}") from error
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise UserError(f"{self.name}: broken or incomplete gzip file after line {number}: {error}") from error
-        except OSError as error:
-            raise UserError(f"cannot read {self.name}: {error.strerror or error}") from error
-
-    def _parse(self, line: str, number: int) -> Row:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{self.name}:{number}: broken JSON: {error.msg} (column {error.colno})") from error
-        except (ValueError, RecursionError) as error:  # a number with thousands of digits, thousands of brackets
-            raise UserError(f"{self.name}:{number}: JSON that cannot be read: {error}") from error
-        if not isinstance(row, dict):
-            raise UserError(
-                f"{self.name}:{number}: a row must be a JSON object, not {type(row).__name__}: "
-                "write one object per line"
-            )
-        return row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,11 +151,14 @@ def _numbered(
 
 
 def _open_file(name: str, path: Path) -> Source:
-    if path.name.endswith(JSON_SUFFIXES):
-        return _JsonLines(name, path)
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == PARQUET:
         return _Parquet(name, path)
-    raise UserError(f"{name}: rows are read from files that end in {', '.join(JSON_SUFFIXES)} or .parquet")
+    if (text := open_text(name, path)) is not None:
+        return text
+    raise UserError(
+        f"{name}: rows are read from files that end in .jsonl, .ndjson, .json, .csv, .tsv (each also with .gz or .zst) "
+        "or .parquet"
+    )
 
 
 def _open_folder(name: str, folder: Path) -> Source:
@@ -211,12 +168,13 @@ def _open_folder(name: str, folder: Path) -> Source:
     if (folder / "state.json").is_file():
         return _Saved(name, lambda: _load_folder(name, folder))
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    files = [entry for entry in entries if entry.is_file() and entry.name.endswith(FOLDER_SUFFIXES)]
+    ending = lambda suffixes: [e for e in entries if e.is_file() and e.name.lower().endswith(suffixes)]  # noqa: E731
+    files = ending(FOLDER_SUFFIXES) or ending(TABLE_SUFFIXES)
     if not files:
         inside = ", ".join(entry.name for entry in entries[:10])
         raise UserError(
-            f"the folder {name} holds no {', '.join(FOLDER_SUFFIXES)} file and no data set saved by `datasets`; "
-            f"it holds: {inside or 'nothing'}"
+            f"the folder {name} holds no .jsonl, .parquet, .csv or .tsv file and no data set saved by `datasets`; "
+            f"it holds: {inside or 'nothing'}. Name a .json file itself"
         )
     return _Many(name, [_open_file(str(file), file) for file in files])
 
@@ -225,11 +183,11 @@ def _open_hub(spec: str) -> Source:
     parts = _HUB_PATTERN.fullmatch(spec.removeprefix(HUB))
     if parts is None:
         raise UserError(f"{spec!r} is not a hub data set: write {HUB_FORM}")
-    name, revision, folder, split = parts.group("name", "revision", "folder", "split")
+    name, revision, part, split = parts.group("name", "revision", "part", "split")
     if name == "pandas":
         # not a data set but a builder of `datasets`; some versions of it unpickle files, which can run any code
         raise UserError(f"{spec!r} would read pickled files, which can run code: save them as .parquet or .jsonl")
-    return _Saved(spec, lambda: _load_hub(spec, name, revision, folder or None, split or "train"))
+    return _Saved(spec, lambda: _load_hub(spec, name, revision, part or None, split))
 
 
 def _load_folder(name: str, folder: Path) -> Any:
@@ -242,13 +200,55 @@ def _load_folder(name: str, folder: Path) -> Any:
 
 
 @lru_cache(maxsize=16)
-def _load_hub(spec: str, name: str, revision: str | None, folder: str | None, split: str) -> Any:
+def _load_hub(spec: str, name: str, revision: str | None, part: str | None, split: str | None) -> Any:
     """Cached, so a run's fingerprint and rows come from the same state of the hub."""
     library = _datasets(spec)
+    place = _HubPlace(split=split or "train")
+    if part is not None:
+        place = _find_part(library, name, revision, part, split)
+    given = {"revision": revision, "split": place.split, "keep_in_memory": False}
+    # a configuration is named only where one was found, so that the others are loaded as they always were
+    given |= {"data_dir": place.folder} if place.config is None else {"name": place.config}
     try:
-        return library.load_dataset(name, data_dir=folder, revision=revision, split=split, keep_in_memory=False)
+        return library.load_dataset(name, **given)
     except Exception as error:  # several libraries raise their own types
-        raise UserError(f"cannot load {spec}: {_reason(error)}. {_hub_advice(name, error)}") from error
+        raise UserError(f"cannot load {spec}: {_reason(error)}. {place.known}{_hub_advice(name, error)}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class _HubPlace:
+    """Where in a hub data set the rows are.
+
+    Attributes:
+      known: what else there is, for the message if nothing is here.
+    """
+
+    split: str
+    config: str | None = None
+    folder: str | None = None
+    known: str = ""
+
+
+def _find_part(library: Any, name: str, revision: str | None, part: str, split: str | None) -> _HubPlace:
+    """What the part after a data set's name is: a configuration, else a split of the only one, else a folder."""
+    configs = _listed(lambda: library.get_dataset_config_names(name, revision=revision))
+    if part in configs:
+        return _HubPlace(split or "train", config=part, known=f"Its configurations: {', '.join(configs)}. ")
+    known = f"Its configurations: {', '.join(configs)}. " if configs else ""
+    if split is None and len(configs) == 1:
+        splits = _listed(lambda: library.get_dataset_split_names(name, configs[0], revision=revision))
+        if part in splits:
+            return _HubPlace(part)
+        known = f"Its splits: {', '.join(splits)}. " if splits else known
+    return _HubPlace(split or "train", folder=part, known=known)
+
+
+def _listed(names: Callable[[], Sequence[str]]) -> list[str]:
+    """The names that the hub gives; none where it cannot be asked: loading then says why."""
+    try:
+        return list(names())
+    except Exception:  # several libraries raise their own types
+        return []
 
 
 def _datasets(name: str) -> Any:
@@ -264,7 +264,7 @@ def _hub_advice(name: str, error: Exception) -> str:
     if "scripts are no longer supported" in text:
         return (
             "Its loading script is not run: name the files that the hub converted it to, "
-            f"hub:{name}@refs/convert/parquet[:DIR][:SPLIT]"
+            f"hub:{name}@refs/convert/parquet[:CONFIG or DIR][:SPLIT]"
         )
     if "gated" in text:
         return f"Ask for access at https://huggingface.co/datasets/{name} and log in with `hf auth login`"

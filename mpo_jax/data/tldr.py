@@ -19,10 +19,10 @@ from functools import partial
 from typing import Any
 
 from mpo_jax.config.schema import DataConfig
+from mpo_jax.data.fields import Drop, text_field
 from mpo_jax.data.records import (
     DataReport,
     Demonstration,
-    Drop,
     Preference,
     Prompt,
     Readers,
@@ -34,7 +34,6 @@ from mpo_jax.data.records import (
     preference,
     prompt_only,
     row_category,
-    text_field,
 )
 from mpo_jax.data.sources import Row, Source
 from mpo_jax.errors import UserError
@@ -201,4 +200,5 @@ def _readers(data: DataConfig, options: dict[str, Any]) -> Readers:
     )
 
 
-FORMAT = RowFormat(_readers, has_references=has_references)
+_FIELDS = tuple(dict.fromkeys([*POST, *COMPARISON, *REFERENCE, *PAIR, *SUMMARY_OF.values(), "article", "category"]))
+FORMAT = RowFormat(_readers, has_references=has_references, fields=_FIELDS)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mpo_jax.data.chat import Message
-from mpo_jax.data.records import said, text_field
-from mpo_jax.data.sources import HUB, JSON_SUFFIXES, Row, open_source
+from mpo_jax.data.fields import said, text_field
+from mpo_jax.data.sources import FILE_SUFFIXES, HUB, Row, open_source
 from mpo_jax.errors import UserError
 
 T = TypeVar("T")
@@ -86,7 +86,7 @@ def find_answers(path: str) -> str | None:
     Raises:
       UserError: for a run without an evaluation.
     """
-    if path.startswith(HUB) or path.endswith((*JSON_SUFFIXES, ".parquet")):
+    if path.startswith(HUB) or path.endswith(FILE_SUFFIXES):
         return path
     folder = Path(path).expanduser()
     if (folder / SAMPLES).is_file():

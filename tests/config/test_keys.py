@@ -228,10 +228,15 @@ class Template:
     def response(self, messages, reply: str) -> str:
         return reply
 
+    def left_out(self, messages) -> None:
+        return None
+
 
 READERS = {
     "pairs_preferences": records.read_preferences,
     "pairs_demonstrations": records.read_demonstrations,
+    "pairs_published": records.read_preferences,
+    "pairs_tools": records.read_demonstrations,
     "pairs_prompts": records.read_prompts,
     "hh_preferences": hh.read_hh,
     "tldr_preferences": tldr.read_tldr_preferences,

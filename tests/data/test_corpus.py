@@ -8,8 +8,9 @@ import pytest
 from mpo_jax.config.schema import Config, DataConfig, ModelConfig, SftConfig, TextConfig, ToyConfig
 from mpo_jax.data import corpus as corpora
 from mpo_jax.data import toy
-from mpo_jax.data.corpus import TESTED, base_tokenizer, fingerprint
+from mpo_jax.data.corpus import base_tokenizer, fingerprint
 from mpo_jax.data.records import is_validation
+from mpo_jax.data.splits import TESTED
 from mpo_jax.errors import UserError
 
 TOY = ToyConfig(num_demonstrations=30, num_pairs=40, num_test=10)

@@ -139,7 +139,7 @@ FAULTS = {
     "missing field": ('{"prompt": "p", "chosen": "a"}', "the row has no field 'rejected'; it has: pr"),
     "empty object": ("{}", "the row has no field 'prompt'; it has: nothing"),
     "wrong type": (GOOD.replace('"b"', "3"), "field 'rejected' must be a string, not int"),
-    "null": (GOOD.replace('"p"', "null"), "field 'prompt' must be a string, not NoneType"),
+    "list": (GOOD.replace('"p"', "[3]"), "field 'prompt', message 1: a message is an object"),
     "half a character": (GOOD.replace('"b"', r'"\ud83d"'), "field 'rejected' holds half a surrogate"),
 }
 

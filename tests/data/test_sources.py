@@ -46,12 +46,27 @@ def save_arrow(rows, path):
     datasets.Dataset.from_list(rows).save_to_disk(path)
 
 
+def save_list(rows, path, indent=2):
+    content = json.dumps(rows, ensure_ascii=False, indent=indent).encode()
+    path.write_bytes(gzip.compress(content, 1) if path.suffix == ".gz" else content)
+
+
+def save_zstd(rows, path):
+    path.write_bytes(pa.compress("".join(json.dumps(row) + "\n" for row in rows).encode(), "zstd", asbytes=True))
+
+
 WRITERS = {
     "unix.jsonl": save_jsonl,
     "unix.json": save_jsonl,
     "ascii.jsonl.gz": lambda rows, path: save_jsonl(rows, path, ascii_only=True),
     "windows.jsonl": lambda rows, path: save_jsonl(rows, path, end="\r\n", start=b"\xef\xbb\xbf"),
     "windows.jsonl.gz": lambda rows, path: save_jsonl(rows, path, end="\r\n", start=b"\xef\xbb\xbf"),
+    "list.json": save_list,
+    "list.json.gz": save_list,
+    "one_line.jsonl": lambda rows, path: save_list(rows, path, indent=None),
+    "indented.json": lambda rows, path: path.write_text("\n".join(json.dumps(row, indent=1) for row in rows)),
+    "packed.jsonl.zst": save_zstd,
+    "upper.JSONL": save_jsonl,
     "table.parquet": save_parquet,
     "saved": save_arrow,
 }
@@ -160,13 +175,13 @@ def test_a_folder_of_splits_lists_them(tmp_path):
 
 
 def test_what_cannot_be_a_source_is_refused(tmp_path):
-    (tmp_path / "a.csv").write_text("a,b\n")
+    (tmp_path / "a.txt").write_text("a,b\n")
     (tmp_path / "inner").mkdir()
     with pytest.raises(UserError, match=r"no data file .*absent\.jsonl \(.*hub:ORG/NAME"):
         open_source(str(tmp_path / "absent.jsonl"))
-    with pytest.raises(UserError, match=r"a\.csv: rows are read from files that end in \.jsonl, .* or \.parquet"):
-        open_source(str(tmp_path / "a.csv"))
-    with pytest.raises(UserError, match=r"holds no \.jsonl, .*it holds: a\.csv, inner"):
+    with pytest.raises(UserError, match=r"a\.txt: rows are read from files that end in \.jsonl, .* or \.parquet"):
+        open_source(str(tmp_path / "a.txt"))
+    with pytest.raises(UserError, match=r"holds no \.jsonl, .*it holds: a\.txt, inner"):
         open_source(str(tmp_path))
     with pytest.raises(UserError, match="it holds: nothing"):
         open_source(str(tmp_path / "inner"))
@@ -267,9 +282,17 @@ class FakeDatasets(types.ModuleType):
     def __init__(self, answer):
         super().__init__("datasets")
         self.answer, self.calls = answer, []
+        self.configs, self.splits = ["default"], ["train"]
 
-    def load_dataset(self, name, **options):
-        self.calls.append((name, options))
+    def get_dataset_config_names(self, name, revision=None):
+        return self.configs
+
+    def get_dataset_split_names(self, name, config, revision=None):
+        assert config == self.configs[0]
+        return self.splits
+
+    def load_dataset(self, path, **options):
+        self.calls.append((path, options))
         if isinstance(self.answer, Exception):
             raise self.answer
         return self.answer
@@ -310,6 +333,30 @@ def test_a_hub_name_has_revision_folder_and_split(hub, tmp_path, spec, name, rev
     assert source.name == spec and source.files() == [tmp_path / "d" / "data-00000-of-00001.arrow"]
     options = {"revision": revision, "data_dir": folder, "split": split, "keep_in_memory": False}
     assert fake.calls == [(name, options)]  # once, so that all answers are of one state of the hub
+
+
+@pytest.mark.parametrize(
+    ("part", "configs", "splits", "options"),
+    [
+        ("train_prefs", ["default"], ["train_prefs", "test_prefs"], {"data_dir": None, "split": "train_prefs"}),
+        ("helpful", ["helpful", "harmless"], [], {"name": "helpful", "split": "train"}),
+        ("helpful:test", ["helpful", "harmless"], [], {"name": "helpful", "split": "test"}),
+        ("default:test", ["default"], ["train", "test"], {"name": "default", "split": "test"}),
+        ("data", ["default"], ["train"], {"data_dir": "data", "split": "train"}),
+        ("train", ["a", "b"], [], {"data_dir": "train", "split": "train"}),
+        ("train", None, [], {"data_dir": "train", "split": "train"}),  # the hub cannot be asked
+    ],
+)
+def test_a_part_of_a_hub_name_is_a_configuration_a_split_or_a_folder(hub, part, configs, splits, options):
+    fake = hub(ValueError("not here"))
+    fake.configs, fake.splits = configs, splits
+    with pytest.raises(UserError, match="not here") as caught:
+        open_source(f"hub:org/name:{part}").files()
+    assert fake.calls == [("org/name", {"revision": None, "keep_in_memory": False, **options})]
+    if configs == ["a", "b"]:
+        assert "Its configurations: a, b. Check the spelling" in str(caught.value)
+    if options.get("data_dir") == "data":
+        assert "Its splits: train. Check the spelling" in str(caught.value)
 
 
 @pytest.mark.parametrize(

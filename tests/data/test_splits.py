@@ -11,10 +11,11 @@ from mpo_jax.config.registry import EXPERIMENTS, Step
 from mpo_jax.config.schema import Config, DataConfig, ModelConfig, SelectConfig, TextConfig, ToyConfig
 from mpo_jax.data import corpus as corpora
 from mpo_jax.data import toy
-from mpo_jax.data.corpus import TESTED, fingerprint
+from mpo_jax.data.corpus import fingerprint
 from mpo_jax.data.hh import source_category
 from mpo_jax.data.pair_table import PairTable
 from mpo_jax.data.records import is_validation
+from mpo_jax.data.splits import TESTED
 from mpo_jax.pipeline.pipeline import Pipeline
 from mpo_jax.pipeline.stages import count_rows, stage_settings
 from mpo_jax.pipeline.table import Listing

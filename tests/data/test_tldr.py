@@ -205,15 +205,30 @@ def test_equal_and_empty_summaries_are_left_out_unless_nothing_is_filtered(tmp_p
         (read_tldr_preferences, comparison("a", "b", 0) | {"summaries": [{"text": "a"}]}, "field 'summaries' must"),
         (read_tldr_preferences, comparison("a", 3, 0), "field 'summaries': field 'text' must be a string, not int"),
         (read_tldr_preferences, comparison("a", "b", 0) | {"info": "x"}, "field 'info' must be an object, not str"),
-        (read_tldr_preferences, comparison("a", "b", 0, post=None), "field 'info': field 'post' must be a string"),
-        (read_tldr_preferences, comparison("a", "b", 0, title=None), "field 'info': field 'title' must be a string"),
+        (read_tldr_preferences, comparison("a", "b", 0, post=3), "field 'info': field 'post' must be a string"),
+        (read_tldr_preferences, comparison("a", "b", 0, title=3), "field 'info': field 'title' must be a string"),
         (read_tldr_preferences, referenced("a", "b", "c"), "field 'preferred' must be reference, .*not 'c'"),
         (read_tldr_preferences, referenced("a", "b", ["c"]), "field 'preferred' must be reference"),
-        (read_tldr_preferences, pair("a", None), "field 'rejected' must be a string, not NoneType"),
-        (read_tldr_demonstrations, {**POST, "summary": None}, "field 'summary' must be a string, not NoneType"),
+        (read_tldr_preferences, pair("a", 3), "field 'rejected' must be a string, not int"),
+        (read_tldr_demonstrations, {**POST, "summary": 3}, "field 'summary' must be a string, not int"),
     ],
 )  # fmt: skip
 def test_a_broken_row_is_named_by_its_place(tmp_path, read, row, message):
     source = source_of(tmp_path, row)
     with pytest.raises(UserError, match=f"^{source.name}:1: {message}"):
         read(source, render=PLAIN)
+
+
+@pytest.mark.parametrize(
+    ("read", "row", "reason"),
+    [
+        (read_tldr_preferences, pair("a", None), "rejected is null"),
+        (read_tldr_preferences, comparison("a", "b", 0, title=None), "title is null"),
+        (read_tldr_demonstrations, {**POST, "summary": None}, "summary is null"),
+        (read_tldr_prompts, {"prompt": None}, "prompt is null"),
+    ],
+)
+@pytest.mark.parametrize("strict", [True, False])
+def test_rows_with_null_text_are_dropped_and_counted(tmp_path, read, row, reason, strict):
+    rows, report = read(source_of(tmp_path, row), strict=strict, render=PLAIN)
+    assert (rows, dict(report.dropped)) == ([], {reason: 1})

@@ -97,9 +97,11 @@ OTHER: dict[str, Any] = {
     "text.prompt_template": "Q: {prompt}", "text.chat": True, "text.truncation": "start", "text.packed": False,
     "text.length_buckets": 2,
     "text.chat_template": TEMPLATE, "text.template_options": {"effort": "low"}, "text.fold_system": True,
+    "text.end_markers": "keep",
     "data.kind": "pairs", "data.path": [OTHER_TLDR], "data.sft_path": [OTHER_TLDR], "data.test_path": [OTHER_TLDR],
     "data.prompt_path": [OTHER_TLDR], "data.test_prompt_path": [OTHER_TLDR], "data.prompts": "unique",
     "data.filter": "none", "data.keep_news": True, "data.validation_fraction": 0.1, "data.max_rows": 50,
+    "data.columns": {"category": "subreddit"},
     "data.toy.seed": 3, "data.toy.num_demonstrations": 65, "data.toy.num_pairs": 49, "data.toy.num_test": 17,
     "data.toy.num_values": 5, "data.toy.num_attempts": 2, "data.toy.num_fillers": 1, "data.toy.label_temperature": 2.0,
     **{f"{stage}.train.{key}": value for stage in TRAINED for key, value in TRAIN.items()},
@@ -209,7 +211,7 @@ INSTEAD = {
 }
 """Other values, where the ones above would change nothing or leave the kind of metric."""
 ONLY_FILES = tuple(f"data.{key}" for key in ("kind", "path", "sft_path", "test_path", "prompt_path",
-                                             "test_prompt_path"))  # fmt: skip
+                                             "test_prompt_path", "columns"))  # fmt: skip
 """Keys that cannot be changed alone in the toy world."""
 
 
@@ -335,7 +337,7 @@ def test_a_key_changed_alone(key, folder, known):
     """Under every one of the base configurations."""
     for base, changes in BASES.items():
         if base != "files" and key in ONLY_FILES:
-            with pytest.raises(ValueError, match=r"names files|needs data\.path"):
+            with pytest.raises(ValueError, match=r"names (columns of )?files|needs data\.path"):
                 configure(folder, changes, {key: OTHER[key]})
             continue
         needs = NEEDS.get(key, {})
@@ -409,8 +411,9 @@ def test_keys_that_are_newer_than_a_recipe_are_left_out_at_their_defaults(folder
     """So that stages which were made before there were such keys keep their names."""
     for made in listed(configure(folder, PLAIN), folder).values():
         text = json.loads(made.own)[0]["text"]
-        assert not text.keys() & {"chat_template", "template_options", "fold_system"}
-        assert text.keys() == TextConfig.model_fields.keys() - {"chat_template", "template_options", "fold_system"}
+        newer = {"chat_template", "template_options", "fold_system", "end_markers"}
+        assert not text.keys() & newer
+        assert text.keys() == TextConfig.model_fields.keys() - newer
 
 
 def test_models_count_by_content_and_not_by_name(folder, tmp_path):

@@ -1,0 +1,85 @@
+"""Text that spells special tokens, such as a response that ends with `<|im_end|>`: found, stripped and counted."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from mpo_jax.data.chat import Message, Reply
+
+END_MARKERS = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<end_of_turn>", "<|end_of_text|>", "<|eom_id|>")
+"""Ends of turns and texts in widespread models' data: they end no response of another model's either."""
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The texts that the tokenizer reads as special tokens, without blank ones; longer ones first."""
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return sorted({text for text in (*tokenizer.all_special_tokens, *added) if text.strip()}, key=len, reverse=True)
+
+
+class SpelledTokens:
+    """Strips end markers that responses spell, and counts what else spells special tokens.
+
+    Args:
+      tokenizer: factory of the policy's tokenizer; called once a text could spell a special token.
+      end_markers: the value of text.end_markers.
+    """
+
+    def __init__(self, tokenizer: Callable[[], PreTrainedTokenizerBase], end_markers: Literal["strip", "keep"]):
+        self._tokenizer, self._strip = tokenizer, end_markers == "strip"
+        self._found: dict[str, Counter[str]] = {kind: Counter() for kind in ("ends", "inside", "turns")}
+
+    @cached_property
+    def _special(self) -> re.Pattern[str]:
+        return re.compile("|".join(map(re.escape, special_tokens(self._tokenizer()))) or r"(?!)")
+
+    @cached_property
+    def _ends(self) -> re.Pattern[str]:
+        """One end marker or several at the end of a text."""
+        # "<unk>" is a word of some data
+        own = [token for token in special_tokens(self._tokenizer()) if token != self._tokenizer().unk_token]
+        return re.compile(rf"(?:\s*({'|'.join(map(re.escape, {*own, *END_MARKERS}))}))+\s*\Z")
+
+    def response(self, reply: Reply) -> Reply:
+        """The reply without end markers at its end."""
+        if not isinstance(reply, str):
+            return reply
+        if reply.rstrip().endswith((">", "]")) and (end := self._ends.search(reply)):
+            self._found["ends"][end[1]] += 1
+            reply = reply[: end.start()] if self._strip else reply
+        elif _may_spell(reply) and (inside := self._special.search(reply)):
+            self._found["inside"][inside[0]] += 1
+        return reply
+
+    def prompt(self, prompt: str | Sequence[Message]) -> None:
+        """Counts a conversation whose turns spell special tokens. A plain prompt may have them on purpose."""
+        for turn in () if isinstance(prompt, str) else prompt:
+            if _may_spell(turn["content"]) and (inside := self._special.search(turn["content"])):
+                self._found["turns"][inside[0]] += 1
+                return
+
+    def warnings(self) -> list[str]:
+        """What has been found, each kind in a sentence with its count."""
+        says: dict[str, str] = {
+            "ends": "{} as text, which is stripped, since the policy would learn to spell it: text.end_markers=keep "
+            "leaves it in"
+            if self._strip
+            else "{} as text, which the policy learns to spell: text.end_markers=strip takes it out",
+            "inside": "{} as text, which the policy learns to spell: clean these rows if that is not meant",
+            "turns": "{}, which the tokenizer reads as such, so that a turn can end early: clean these rows",
+        }
+        subjects = {"ends": "responses end with", "inside": "responses have inside them",
+                    "turns": "conversations have inside a turn"}  # fmt: skip
+        return [
+            says[kind].format(f"{found.total()} {subjects[kind]} a special token, such as {found.most_common(1)[0][0]}")
+            for kind, found in self._found.items()
+            if found
+        ]
+
+
+def _may_spell(text: str) -> bool:
+    """Whether it is worth a closer look: special tokens stand in brackets."""
+    return "<" in text or "[" in text
