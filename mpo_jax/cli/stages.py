@@ -1,12 +1,12 @@
 """`mpo sft`, `reward`, `select`, `dpo`, `ppo` and `evaluate`: the method up to one stage."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from mpo_jax.cli.arguments import ConfigPath, Overrides
+from mpo_jax.cli.arguments import BaseModel, ConfigPath, DataPaths, Out, Overrides, read_run, short_keys
 from mpo_jax.cli.starting import starting
 from mpo_jax.config.registry import TRAINED
 from mpo_jax.runtime.console import console
@@ -32,33 +32,43 @@ def register(app: typer.Typer) -> None:
 
 
 def _stage_command(name: str) -> Callable[..., None]:
-    def command(config: ConfigPath, overrides: Overrides = None) -> None:
-        _run(config, tuple(overrides or ()), name)
+    def command(
+        config: ConfigPath = None,
+        overrides: Overrides = None,
+        model: BaseModel = None,
+        data: DataPaths = None,
+        out: Out = None,
+    ) -> None:
+        _run(config, [*(overrides or ()), *short_keys(model, data, out)], name)
 
     return command
 
 
 def _training_command(name: str) -> Callable[..., None]:
     def command(
-        config: ConfigPath,
+        config: ConfigPath = None,
         overrides: Overrides = None,
+        model: BaseModel = None,
+        data: DataPaths = None,
+        out: Out = None,
         log_every: Annotated[
             int | None, typer.Option(min=1, help="train.log_every; with 1 a line a step, where there is no terminal")
         ] = None,
     ) -> None:
-        given = [*(overrides or ()), *([] if log_every is None else [f"train.log_every={log_every}"])]
-        _run(config, tuple(given), name)
+        every = [] if log_every is None else [f"train.log_every={log_every}"]
+        _run(config, [*(overrides or ()), *short_keys(model, data, out), *every], name)
 
     return command
 
 
-def _run(path: Path, overrides: tuple[str, ...], stage: str) -> None:
-    from mpo_jax.config.load import load_config
-
-    config = load_config(path, overrides, stage=stage if stage in TRAINED else None)
+def _run(given: str | None, overrides: Sequence[str], stage: str) -> None:
+    path, config = read_run(stage, given, overrides, stage=stage if stage in TRAINED else None)
     with starting(stage, path, config):
         from mpo_jax.tools import runs
 
     runs.start(config)
+    users: dict[Path, list[str]] = {}
     for name, artifact in runs.run_until(config, stage):  # type: ignore[arg-type]
-        console.print(f"{name}: {artifact.path}", soft_wrap=True)
+        users.setdefault(artifact.path, []).append(name)
+    for made, names in users.items():
+        console.print(f"{', '.join(names)}: {made}", soft_wrap=True)

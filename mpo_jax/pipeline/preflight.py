@@ -18,6 +18,7 @@ from mpo_jax.evaluation.reward_function import load_function
 from mpo_jax.models import loading
 from mpo_jax.models.spec import DecoderConfig
 from mpo_jax.pipeline.bucket import Bucket
+from mpo_jax.pipeline.experiments import needs_reward
 from mpo_jax.pipeline.pipeline import Pipeline, StageName
 from mpo_jax.pipeline.stages import STAGES, stage_shapes, text_rewards
 from mpo_jax.pipeline.table import Listing
@@ -57,7 +58,7 @@ def check_inputs(config: Config, until: StageName = "evaluate") -> None:
     codec, _ = check_base(config)
     if config.model.path is None and config.model.adapter is not None:
         console.print("model.adapter: SFT trains its model whole, from random weights; later stages train adapters")
-    if until != "sft":
+    if any(needs_reward(name, until, config.select) for name in config.experiment):
         check_reward(config, codec, row)
 
 
