@@ -122,7 +122,8 @@ class DataConfig(Section, frozen=True):
     kind: Kind = Field(
         default="toy",
         description="layout of the rows; left out where a path is given: pairs. toy: the built-in toy world, without "
-        "files; hh: HH-RLHF; tldr: Reddit TL;DR; pairs: {prompt, chosen, rejected}",
+        "files; hh: HH-RLHF; tldr: Reddit TL;DR; pairs: {prompt, chosen, rejected}; "
+        "scored: {prompt, responses, scores}, of which the best and the worst response are the pair",
     )
     path: tuple[str, ...] = Field(
         default=(), description="preference pairs for training, and for validation (validation_fraction)"

@@ -15,6 +15,7 @@ ROW_FORMATS = {
     "hh": "mpo_jax.data.hh",
     "tldr": "mpo_jax.data.tldr",
     "pairs": "mpo_jax.data.records",
+    "scored": "mpo_jax.data.scored",
 }
 """What `data.kind` may be besides the embedded toy world: a module each, with `FORMAT` (see mpo_jax.data.records)."""
 

@@ -96,6 +96,15 @@ class Config(Section, frozen=True):
         return self
 
     @model_validator(mode="after")
+    def _has_scores(self) -> "Config":
+        if not self.select.scores_pairs and self.data.kind != "scored":
+            raise ValueError(
+                "select.pair_source=scored needs rows that bring their scores, {prompt, responses, scores}: "
+                f"data.kind=scored, not {self.data.kind}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _can_measure(self) -> "Config":
         data = self.data
         measurable = {

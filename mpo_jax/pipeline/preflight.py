@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from mpo_jax.config.schema import Config, RewardConfig
 from mpo_jax.data.corpus import base_tokenizer, check_first_rows
+from mpo_jax.data.scored import check_scores
 from mpo_jax.data.text import TextCodec
 from mpo_jax.data.text_rows import TextRow
 from mpo_jax.errors import UserError
@@ -55,6 +56,8 @@ def check_inputs(config: Config, until: StageName = "evaluate") -> None:
       UserError: names the key that is wrong.
     """
     row = check_first_rows(config)
+    if not config.select.scores_pairs:
+        check_scores(config.data)
     codec, _ = check_base(config)
     if config.model.path is None and config.model.adapter is not None:
         console.print("model.adapter: SFT trains its model whole, from random weights; later stages train adapters")
