@@ -2,7 +2,6 @@
 
 import shutil
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -33,4 +32,4 @@ def show_config(
     else:
         from mpo_jax.config.load import to_yaml
 
-        typer.echo(to_yaml(read_config(Path(config), overrides)), nl=False)
+        typer.echo(to_yaml(read_config(config, overrides)), nl=False)

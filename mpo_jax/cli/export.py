@@ -5,13 +5,13 @@ from typing import Annotated, Literal
 
 import typer
 
-from mpo_jax.cli.arguments import Overrides, read_config
+from mpo_jax.cli.arguments import ModelPath, Overrides, read_config
 from mpo_jax.runtime.console import console
 from mpo_jax.runtime.words import size
 
 
 def export(
-    checkpoint: Annotated[str, typer.Argument(metavar="MODEL", help="run, stage or model folder, .gguf file, hub id")],
+    checkpoint: ModelPath,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="new folder")],
     overrides: Overrides = None,
     critic: Annotated[bool, typer.Option("--critic", help="PPO's critic instead of its policy")] = False,

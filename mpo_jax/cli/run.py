@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from mpo_jax.cli.arguments import ConfigPath, Overrides, read_config
+from mpo_jax.cli.arguments import BaseModel, ConfigPath, DataPaths, Out, Overrides, read_run, short_keys
 from mpo_jax.cli.starting import starting
 from mpo_jax.runtime.console import console
 from mpo_jax.runtime.words import counted
@@ -14,10 +14,16 @@ SAMPLES = 2
 """Prompts whose responses are shown."""
 
 
-def run(config: ConfigPath, overrides: Overrides = None) -> None:
+def run(
+    config: ConfigPath = None,
+    overrides: Overrides = None,
+    model: BaseModel = None,
+    data: DataPaths = None,
+    out: Out = None,
+) -> None:
     """Run the whole method for every name in `experiment`, then print the table and write the report."""
-    resolved = read_config(config, overrides)
-    with starting("run", config, resolved):
+    path, resolved = read_run("run", config, [*(overrides or ()), *short_keys(model, data, out)])
+    with starting("run", path, resolved):
         from mpo_jax.tools import runs
         from mpo_jax.tools.report import terminal
         from mpo_jax.tools.report.results import main_rows

@@ -1,15 +1,19 @@
 """`mpo sft`, `reward`, `select`, `dpo`, `ppo` and `evaluate`: the method up to one stage."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mpo_jax.cli.arguments import ConfigPath, Overrides
+from mpo_jax.cli.arguments import BaseModel, ConfigPath, DataPaths, Out, Overrides, read_run, short_keys
 from mpo_jax.cli.starting import starting
 from mpo_jax.config.registry import TRAINED
 from mpo_jax.runtime.console import console
+from mpo_jax.runtime.words import counted
+
+if TYPE_CHECKING:
+    from mpo_jax.config.schema import Config
 
 STAGES = {
     "sft": "supervised fine-tuning",
@@ -28,37 +32,78 @@ def register(app: typer.Typer) -> None:
         text = f"Run the method up to {what}."
         if name in TRAINED:
             text += f" train.KEY=VALUE stands for {name}.train.KEY=VALUE."
-        app.command(name, help=text)((_training_command if name in TRAINED else _stage_command)(name))
+        command = select if name == "select" else (_training_command if name in TRAINED else _stage_command)(name)
+        app.command(name, help=text)(command)
+
+
+def select(
+    config: ConfigPath = None,
+    overrides: Overrides = None,
+    model: BaseModel = None,
+    data: DataPaths = None,
+    out: Out = None,
+    export: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="folder for easy.jsonl and hard.jsonl, TRL's pairs, and hard_prompts.jsonl"),
+    ] = None,
+) -> None:
+    """`mpo select`."""
+    if export is not None:
+        from mpo_jax.runtime.outputs import check_output_folder
+
+        check_output_folder("--export", export)
+    resolved, artifacts = _run(config, [*(overrides or ()), *short_keys(model, data, out)], "select")
+    if export is None:
+        return
+    from mpo_jax.runtime.processes import is_main
+    from mpo_jax.tools.selected import export_selection
+
+    # all experiments have one selection
+    if is_main():
+        for name, rows in export_selection(artifacts[0], resolved.select, export).items():
+            console.print(f"wrote {export / name}: {counted(rows, 'row')}", soft_wrap=True)
 
 
 def _stage_command(name: str) -> Callable[..., None]:
-    def command(config: ConfigPath, overrides: Overrides = None) -> None:
-        _run(config, tuple(overrides or ()), name)
+    def command(
+        config: ConfigPath = None,
+        overrides: Overrides = None,
+        model: BaseModel = None,
+        data: DataPaths = None,
+        out: Out = None,
+    ) -> None:
+        _run(config, [*(overrides or ()), *short_keys(model, data, out)], name)
 
     return command
 
 
 def _training_command(name: str) -> Callable[..., None]:
     def command(
-        config: ConfigPath,
+        config: ConfigPath = None,
         overrides: Overrides = None,
+        model: BaseModel = None,
+        data: DataPaths = None,
+        out: Out = None,
         log_every: Annotated[
             int | None, typer.Option(min=1, help="train.log_every; with 1 a line a step, where there is no terminal")
         ] = None,
     ) -> None:
-        given = [*(overrides or ()), *([] if log_every is None else [f"train.log_every={log_every}"])]
-        _run(config, tuple(given), name)
+        every = [] if log_every is None else [f"train.log_every={log_every}"]
+        _run(config, [*(overrides or ()), *short_keys(model, data, out), *every], name)
 
     return command
 
 
-def _run(path: Path, overrides: tuple[str, ...], stage: str) -> None:
-    from mpo_jax.config.load import load_config
-
-    config = load_config(path, overrides, stage=stage if stage in TRAINED else None)
+def _run(given: str | None, overrides: Sequence[str], stage: str) -> tuple["Config", list[Path]]:
+    """Makes a stage and prints where it is, each folder once; returns the configuration and the folders."""
+    path, config = read_run(stage, given, overrides, stage=stage if stage in TRAINED else None)
     with starting(stage, path, config):
         from mpo_jax.tools import runs
 
     runs.start(config)
+    users: dict[Path, list[str]] = {}
     for name, artifact in runs.run_until(config, stage):  # type: ignore[arg-type]
-        console.print(f"{name}: {artifact.path}", soft_wrap=True)
+        users.setdefault(artifact.path, []).append(name)
+    for made, names in users.items():
+        console.print(f"{', '.join(names)}: {made}", soft_wrap=True)
+    return config, list(users)

@@ -21,8 +21,8 @@ RANKS = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "TPU_WORKER_ID", "JOB_COMPLETIO
 
 
 @contextlib.contextmanager
-def starting(command: str, source: Path, config: "Config") -> Iterator[None]:
-    """Prints what is started; the block imports the libraries.
+def starting(command: str, source: Path | None, config: "Config") -> Iterator[None]:
+    """Prints what is started, by the YAML file `source` if there is one; the block imports the libraries.
 
     An import makes a million objects that stay. The garbage collector would look through them again and again, an
     eighth of the time.
@@ -42,11 +42,12 @@ def starting(command: str, source: Path, config: "Config") -> Iterator[None]:
         gc.freeze()
 
 
-def announcement(command: str, source: Path, config: "Config") -> str:
+def announcement(command: str, source: Path | None, config: "Config") -> str:
     """`mpo 0.1.0 run configs/quickstart.yaml: sft, dpo, ppo, mpo in runs/quickstart (Python 3.12.3, jax 0.10.2)`."""
     names = config.table.experiment if command == "table" else config.experiment
     versions = f"Python {platform.python_version()}, jax {importlib.metadata.version('jax')}"
-    return f"mpo {__version__} {command} {source}: {', '.join(names)} in {config.workdir} ({versions})"
+    what = command if source is None else f"{command} {source}"
+    return f"mpo {__version__} {what}: {', '.join(names)} in {config.workdir} ({versions})"
 
 
 def _first(config: "Config", environment: Mapping[str, str]) -> bool:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mpo_jax.cli.arguments import ConfigPath, Overrides
+from mpo_jax.cli.arguments import BaseModel, ConfigPath, DataPaths, Out, Overrides, read_run, short_keys
 from mpo_jax.cli.starting import starting
 from mpo_jax.runtime.console import console
 from mpo_jax.runtime.progress import Expected, duration
@@ -18,8 +18,11 @@ if TYPE_CHECKING:
 
 
 def table(
-    config: ConfigPath,
+    config: ConfigPath = None,
     overrides: Overrides = None,
+    model: BaseModel = None,
+    data: DataPaths = None,
+    out: Out = None,
     seeds: Annotated[
         str | None, typer.Option(help="comma-separated seeds, each in its own folder of the workdir; as seeds=0,1,2")
     ] = None,
@@ -31,18 +34,17 @@ def table(
 
     seeds=0,1,2 and experiment=NAME,NAME stand for table.seeds and table.experiment.
     """
-    from mpo_jax.config.load import load_config
-
-    given = [*(overrides or ()), *([] if seeds is None else [f"seeds={seeds}"])]
-    whole = tuple(f"table.{word}" if word.startswith(("seeds=", "experiment=")) else word for word in given)
-    resolved = load_config(config, whole)
+    words = [*([] if config is None else [config]), *(overrides or ()), *short_keys(model, data, out)]
+    words += [] if seeds is None else [f"seeds={seeds}"]
+    whole = [f"table.{word}" if word.startswith(("seeds=", "experiment=")) else word for word in words]
+    path, resolved = read_run("table", whole[0] if whole else None, whole[1:])
     if dry:
         _dry_run(resolved)
     else:
-        _make(config, resolved)
+        _make(path, resolved)
 
 
-def _make(path: Path, config: "Config") -> None:
+def _make(path: Path | None, config: "Config") -> None:
     with starting("table", path, config):
         from mpo_jax.tools import runs
         from mpo_jax.tools.report import terminal

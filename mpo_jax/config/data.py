@@ -126,8 +126,9 @@ class DataConfig(Section, frozen=True):
 
     kind: Kind = Field(
         default="toy",
-        description="layout of the rows. toy: the built-in toy world, without files; hh: HH-RLHF; tldr: Reddit TL;DR; "
-        "pairs: {prompt, chosen, rejected}",
+        description="layout of the rows; left out where a path is given: pairs. toy: the built-in toy world, without "
+        "files; hh: HH-RLHF; tldr: Reddit TL;DR; pairs: {prompt, chosen, rejected}; "
+        "scored: {prompt, responses, scores}, of which the best and the worst response are the pair",
     )
     path: tuple[str, ...] = Field(
         default=(), description="preference pairs for training, and for validation (validation_fraction)"
@@ -206,6 +207,14 @@ class DataConfig(Section, frozen=True):
     def holds_out(self) -> bool:
         """Whether there are preference rows that nothing trains on."""
         return self.kind == "toy" or bool(self.test_path) or (self.validation_fraction > 0 and not self.has_test_set)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _files_hold_pairs(cls, values: Any) -> Any:
+        """Rows named without a layout are of the common one, and never left aside for the toy world."""
+        if isinstance(values, dict) and any(name.endswith("path") and value for name, value in values.items()):
+            return {"kind": "pairs", **values}
+        return values
 
     @model_validator(mode="after")
     def _needs_path(self) -> "DataConfig":

@@ -42,6 +42,10 @@ def _as_text(given: Any) -> Any:
 class SftConfig(Section, frozen=True):
     """Supervised fine-tuning on the demonstrations."""
 
+    skip: bool = Field(
+        default=False,
+        description="train nothing: model.path, as it is, takes the SFT model's place as first policy and reference",
+    )
     train: TrainConfig = Field(default_factory=lambda: TrainConfig())
 
 
@@ -100,10 +104,11 @@ class SelectConfig(Section, frozen=True):
     easy_fraction: float | None = Field(
         default=None, ge=0, le=1, description="share of the pairs, those with the largest gaps, that is easy"
     )
-    pair_source: Literal["sampled", "human"] = Field(
+    pair_source: Literal["sampled", "human", "scored"] = Field(
         default="sampled",
         description="sampled: two samples of the SFT model per prompt, ordered by the reward model; human: the "
-        "labelled pairs, and a pair that the reward model orders otherwise is hard",
+        "labelled pairs, and a pair that the reward model orders otherwise is hard; scored: rows that bring their "
+        "scores (data.kind=scored), without sampling and without a reward model",
     )
     temperature: float = Field(default=1.0, gt=0, description="sampling temperature")
     top_p: float = Field(
@@ -123,6 +128,11 @@ class SelectConfig(Section, frozen=True):
             if values.get("easy_fraction") is not None:
                 raise ValueError("select.threshold and select.easy_fraction are both given: set one of them to null")
         return values
+
+    @property
+    def scores_pairs(self) -> bool:
+        """Whether the reward model scores the pairs, instead of their rows."""
+        return self.pair_source != "scored"
 
     @model_validator(mode="after")
     def _has_split(self) -> "SelectConfig":

@@ -15,6 +15,7 @@ ROW_FORMATS = {
     "hh": "mpo_jax.data.hh",
     "tldr": "mpo_jax.data.tldr",
     "pairs": "mpo_jax.data.records",
+    "scored": "mpo_jax.data.scored",
 }
 """What `data.kind` may be besides the embedded toy world: a module each, with `FORMAT` (see mpo_jax.data.records)."""
 
@@ -44,6 +45,14 @@ class Step:
     @property
     def needs_selection(self) -> bool:
         return not self.human_pairs and not (self.algorithm == "ppo" and self.subset == "all")
+
+    def needs_reward(self, *, selection_scores: bool) -> bool:
+        """Whether a reward model has to be there.
+
+        Args:
+          selection_scores: whether the selection scores its pairs with it.
+        """
+        return self.algorithm == "ppo" or (self.needs_selection and selection_scores)
 
 
 EXPERIMENTS: dict[str, tuple[Step, ...]] = {

@@ -90,6 +90,21 @@ class Config(Section, frozen=True):
         return tuple(name.strip() for name in value.split(",")) if isinstance(value, str) else value
 
     @model_validator(mode="after")
+    def _has_a_first_policy(self) -> "Config":
+        if self.sft.skip and self.model.path is None:
+            raise ValueError("sft.skip=true needs model.path: without SFT a model from scratch is random weights")
+        return self
+
+    @model_validator(mode="after")
+    def _has_scores(self) -> "Config":
+        if not self.select.scores_pairs and self.data.kind != "scored":
+            raise ValueError(
+                "select.pair_source=scored needs rows that bring their scores, {prompt, responses, scores}: "
+                f"data.kind=scored, not {self.data.kind}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _can_measure(self) -> "Config":
         data = self.data
         measurable = {

@@ -47,13 +47,18 @@ class Demonstration:
 
 @dataclasses.dataclass(frozen=True)
 class Preference:
-    """A prompt with a chosen and a rejected response; `group` and `category` as in `Prompt`."""
+    """A prompt with a chosen and a rejected response; `group` and `category` as in `Prompt`.
+
+    Attributes:
+      scores: of the chosen and the rejected response, where the row brings them.
+    """
 
     prompt: str
     chosen: str
     rejected: str
     group: str
     category: str | None = None
+    scores: tuple[float, float] | None = None
 
 
 @dataclasses.dataclass

@@ -137,7 +137,9 @@ class Sizes:
             critic = self._model(head) if config.ppo.save_critic else 0
             state = self._state("lm") + self._state(head) + average
             return self._trained(planned, StageSize(model=self._model("lm"), critic=critic), state)
-        return self._trained(planned, StageSize(model=self._model("lm")), self._state("lm"))
+        # with sft.skip the base model is written as it is, without training state
+        state = 0 if kind == "sft" and config.sft.skip else self._state("lm")
+        return self._trained(planned, StageSize(model=self._model("lm")), state)
 
     def _trained(self, planned: TableStage, size: StageSize, state: int) -> StageSize:
         """The size with the checkpoints of training, if they are on this disk."""

@@ -4,7 +4,7 @@ import dataclasses
 import re
 from collections.abc import Iterable
 
-from mpo_jax.config.registry import EXPERIMENTS
+from mpo_jax.config.registry import EXPERIMENTS, Step
 from mpo_jax.config.schema import SelectConfig, TableConfig
 from mpo_jax.errors import UserError
 
@@ -64,6 +64,23 @@ class Variant:
         """Sort key for tables: experiments in registry order; within one, thresholds, then fractions, ascending."""
         place = list(EXPERIMENTS).index(self.experiment)
         return place, self != Variant(self.experiment), self.threshold or 0.0, self.easy_fraction or 0.0
+
+
+def steps_until(experiment: str, until: str) -> tuple[Step, ...]:
+    """An experiment's steps up to its last one of the stage `until`; all of them for `evaluate`, none before them."""
+    steps = EXPERIMENTS[experiment]
+    if until == "evaluate":
+        return steps
+    return steps[: max((number for number, step in enumerate(steps, 1) if step.algorithm == until), default=0)]
+
+
+def needs_reward(experiment: str, until: str, select: SelectConfig) -> bool:
+    """Whether an experiment up to the stage `until` reads a reward model."""
+    if until in ("reward", "evaluate"):
+        return True
+    if until == "select":
+        return select.scores_pairs
+    return any(step.needs_reward(selection_scores=select.scores_pairs) for step in steps_until(experiment, until))
 
 
 def is_run(name: str) -> bool:

@@ -13,16 +13,17 @@ from jax.sharding import Mesh
 
 from mpo_jax.config.base import recipe_values
 from mpo_jax.config.load import to_yaml
-from mpo_jax.config.registry import EXPERIMENTS, Step
+from mpo_jax.config.registry import Step
 from mpo_jax.config.schema import Config
 from mpo_jax.data import pair_table
 from mpo_jax.errors import CheckpointsLost, UserError
 from mpo_jax.pipeline.artifacts import Builder
-from mpo_jax.pipeline.experiments import Variant
+from mpo_jax.pipeline.experiments import Variant, needs_reward, steps_until
 from mpo_jax.pipeline.recipe import artifact_name, make_recipe
 from mpo_jax.pipeline.stages import STAGES, stage_context, stage_settings, upcoming_programs
 from mpo_jax.pipeline.unfinished import saved
 from mpo_jax.runtime import compilation, machine
+from mpo_jax.runtime.console import console
 from mpo_jax.runtime.files import write_json
 from mpo_jax.runtime.interrupts import STOPS
 from mpo_jax.runtime.processes import is_main
@@ -64,10 +65,15 @@ class Pipeline:
     def reward(self, sft: Artifact) -> Artifact:
         return self._build("reward", {"sft": sft})
 
-    def select(self, sft: Artifact, reward: Artifact) -> Artifact:
-        return self._build("select", {"sft": sft, "reward": reward})
+    def select(self, sft: Artifact, reward: Artifact | None) -> Artifact:
+        """The scored pairs; `reward` may be None if the rows bring their scores."""
+        parents = {"sft": sft}
+        if self.config.select.scores_pairs:
+            assert reward is not None
+            parents["reward"] = reward
+        return self._build("select", parents)
 
-    def selected(self, steps: tuple[Step, ...], sft: Artifact, reward: Artifact) -> Artifact:
+    def selected(self, steps: tuple[Step, ...], sft: Artifact, reward: Artifact | None) -> Artifact:
         """The selection, checked to be non-empty for every step.
 
         Raises:
@@ -78,12 +84,13 @@ class Pipeline:
             pair_table.check_subsets(artifact.path, (step.subset for step in steps), self.config.select)
         return artifact
 
-    def step(self, step: Step, init: Artifact, sft: Artifact, reward: Artifact) -> Artifact:
+    def step(self, step: Step, init: Artifact, sft: Artifact, reward: Artifact | None) -> Artifact:
         """Runs one DPO or PPO step from the policy `init`."""
         parents = {"init": init, "reference": sft if step.reference == "sft" else init}
         if step.needs_selection:
             parents["pairs"] = self.select(sft, reward)
         if step.algorithm == "ppo":
+            assert reward is not None
             parents["reward"] = reward
         return self._build(step.algorithm, parents, step)
 
@@ -91,7 +98,7 @@ class Pipeline:
         return self._build("evaluate", {"policy": policy, "sft": sft, "reward": reward})
 
     def experiment(self, name: str, *, until: StageName = "evaluate") -> Run:
-        """Makes everything the run `runs/<name>` needs, up to the last stage of kind `until`.
+        """Makes everything the run `runs/<name>` needs, up to the last stage of kind `until`, and nothing else.
 
         Args:
           name: name of an experiment, optionally with its own split (`mpo_t2`).
@@ -107,22 +114,20 @@ class Pipeline:
             )
         variant = Variant.of(name)
         made: dict[str, Artifact] = {"sft": self.sft()}
-        if until != "sft":
-            made["reward"] = self.reward(made["sft"])
+        sft, reward = made["sft"], None
+        if needs_reward(variant.experiment, until, self.config.select):
+            reward = made["reward"] = self.reward(sft)
         if until == "select":
-            made["select"] = self.select(made["sft"], made["reward"])
-        if until in ("sft", "reward", "select"):
-            return Run(name, made)
-        split = self._split_at(variant)
-        policy = made["sft"]
-        steps = EXPERIMENTS[variant.experiment]
+            made["select"] = self.select(sft, reward)
+        split, policy = self._split_at(variant), sft
+        steps = steps_until(variant.experiment, until)
         if any(step.needs_selection for step in steps):
-            made["select"] = split.selected(steps, made["sft"], made["reward"])
-        for number, step in enumerate(steps):
-            policy = made[f"{number + 1}-{step.algorithm}"] = split.step(step, policy, made["sft"], made["reward"])
-            if until == step.algorithm and all(later.algorithm != until for later in steps[number + 1 :]):
-                return Run(name, made)
-        made["evaluate"] = self.evaluate(policy, made["sft"], made["reward"])
+            made["select"] = split.selected(steps, sft, reward)
+        for number, step in enumerate(steps, 1):
+            policy = made[f"{number}-{step.algorithm}"] = split.step(step, policy, sft, reward)
+        if until == "evaluate":
+            assert reward is not None
+            made["evaluate"] = self.evaluate(policy, sft, reward)
         return Run(name, made)
 
     def _split_at(self, variant: Variant) -> "Pipeline":
@@ -154,15 +159,23 @@ class Pipeline:
         return self.store.build(recipe, run)
 
     def record(self, run: Run) -> None:
-        """Writes `runs/<name>/`: the resolved configuration, the environment, and links to the artifacts."""
+        """Writes `runs/<name>/`: the resolved configuration, the environment, and links to the artifacts.
+
+        A run that was made up to some stage leaves the folder of a longer run with the same artifacts as it is.
+        """
         if not is_main():
             return
         folder = Path(self.config.workdir) / "runs" / run.name
         folder.mkdir(parents=True, exist_ok=True)
+        there = {link.name: link.resolve() for link in folder.iterdir() if link.is_symlink()}
+        if "evaluate" not in run.artifacts:
+            if all(there.get(role) == artifact.path.resolve() for role, artifact in run.artifacts.items()):
+                return
+            if "evaluate" in there:
+                console.print(f"{folder} had a finished run, of other settings: mpo run makes what this one lacks")
         (folder / "config.yaml").write_text(to_yaml(self._split_at(Variant.of(run.name)).config), encoding="utf-8")
         write_json(folder / "env.json", {**machine.environment(), "data": self._data})
-        for link in folder.iterdir():
-            if link.is_symlink():
-                link.unlink()
+        for role in there:
+            (folder / role).unlink()
         for role, artifact in run.artifacts.items():
             (folder / role).symlink_to(os.path.relpath(artifact.path, folder), target_is_directory=True)

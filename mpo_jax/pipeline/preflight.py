@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from mpo_jax.config.schema import Config, RewardConfig
 from mpo_jax.data.corpus import base_tokenizer, check_first_rows
+from mpo_jax.data.scored import check_scores
 from mpo_jax.data.text import TextCodec
 from mpo_jax.data.text_rows import TextRow
 from mpo_jax.errors import UserError
@@ -18,6 +19,7 @@ from mpo_jax.evaluation.reward_function import load_function
 from mpo_jax.models import loading
 from mpo_jax.models.spec import DecoderConfig
 from mpo_jax.pipeline.bucket import Bucket
+from mpo_jax.pipeline.experiments import needs_reward
 from mpo_jax.pipeline.pipeline import Pipeline, StageName
 from mpo_jax.pipeline.stages import STAGES, stage_shapes, text_rewards
 from mpo_jax.pipeline.table import Listing
@@ -54,10 +56,12 @@ def check_inputs(config: Config, until: StageName = "evaluate") -> None:
       UserError: names the key that is wrong.
     """
     row = check_first_rows(config)
+    if not config.select.scores_pairs:
+        check_scores(config.data)
     codec, _ = check_base(config)
     if config.model.path is None and config.model.adapter is not None:
         console.print("model.adapter: SFT trains its model whole, from random weights; later stages train adapters")
-    if until != "sft":
+    if any(needs_reward(name, until, config.select) for name in config.experiment):
         check_reward(config, codec, row)
 
 

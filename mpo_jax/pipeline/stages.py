@@ -233,7 +233,7 @@ def count_rows(config: Config, corpus: Corpus, codec: TextCodec | None = None) -
         held_out=len(corpus.held_out),
         prompts=prompts,
         human_pairs=human_pairs,
-        selected=human_pairs if config.select.pair_source == "human" else prompts,
+        selected=prompts if config.select.pair_source == "sampled" else human_pairs,
         test_prompts=len(corpus.test_prompts),
         lengths={} if codec is None else _lengths(codec, corpus),
     )

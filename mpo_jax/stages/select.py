@@ -1,9 +1,11 @@
 """Data selection: two samples per prompt from the SFT model, scored in one batched vmap pass; every pair is kept.
 
+Pairs may also be the labelled ones, or those of rows that bring their scores; the latter need no reward model.
+
 The easy/hard split is a filter over the stored table, so this stage does not depend on the threshold.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -13,8 +15,10 @@ from jax.sharding import Mesh
 from mpo_jax.config.schema import Config, Section, TextConfig
 from mpo_jax.data.corpus import Corpus
 from mpo_jax.data.pair_table import Border, PairTable
+from mpo_jax.data.records import Preference
 from mpo_jax.data.text import TextCodec
 from mpo_jax.data.tokens import Example, number_visits
+from mpo_jax.errors import UserError
 from mpo_jax.evaluation.calibration import accuracy_by_gap, against_truth
 from mpo_jax.models.generate import Sampling
 from mpo_jax.models.hf.tokenizer import load_tokenizer
@@ -43,7 +47,7 @@ class Settings(Section, frozen=True):
     seed: int
     text: TextConfig
     numerics: Numerics
-    pair_source: Literal["sampled", "human"]
+    pair_source: Literal["sampled", "human", "scored"]
     temperature: float
     top_p: float
     num_prompts: int | None
@@ -73,27 +77,33 @@ class Settings(Section, frozen=True):
 
 def check(settings: Settings, mesh: Mesh) -> None:
     """Raises UserError if a batch does not divide over the mesh."""
-    check_batch(settings.batch_size, mesh, "select.batch_size")
+    if settings.pair_source != "scored":
+        check_batch(settings.batch_size, mesh, "select.batch_size")
 
 
 def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -> dict[str, Any]:
     """Writes `pairs.parquet`; returns sizes by threshold, the gap histogram and, if known, accuracy by gap."""
     check(settings, context.mesh)
-    sft, reward, corpus = parents["sft"], parents["reward"], context.inputs.corpus
+    sft, corpus = parents["sft"], context.inputs.corpus
     codec = TextCodec(load_tokenizer(sft.model), settings.text)
     if settings.pair_source == "sampled":
         prompts = corpus.sampled_prompts(settings.num_prompts)
         examples = _sampled(settings, context, codec, sft, prompts)
-        labels = None
+        pairs, labels = [], None
     else:
         pairs = corpus.human_pairs(settings.num_prompts)
         examples, _ = context.tokenize(codec, [(row.prompt, (row.chosen, row.rejected)) for row in pairs])
         prompts = [row.prompt for row in pairs]
         labels = np.zeros(len(prompts), np.int32)
 
-    scorer = open_scorer(context, reward, codec, settings.numerics)
-    score_BN = scorer.scores("select", "scores", prompts, examples, batch_size=settings.batch_size)
-    table = _table(prompts, examples, score_BN, labels, codec, corpus)
+    if settings.pair_source == "scored":
+        score_BN = _given_scores(pairs)
+        texts = [(row.chosen, row.rejected) for row in pairs]
+    else:
+        scorer = open_scorer(context, parents["reward"], codec, settings.numerics)
+        score_BN = scorer.scores("select", "scores", prompts, examples, batch_size=settings.batch_size)
+        texts = [(codec.decode(e.responses[0]), codec.decode(e.responses[1])) for e in examples]
+    table = _table(prompts, texts, examples, score_BN, labels, corpus)
     if is_main():
         table.write(context.folder)
     summary = describe(table)
@@ -114,21 +124,36 @@ def _sampled(
     return with_responses(examples, found)
 
 
+def _given_scores(pairs: Sequence[Preference]) -> np.ndarray:
+    """[pairs, 2] float64 scores that the rows bring.
+
+    Raises:
+      UserError: if a row brings none.
+    """
+    scores = [row.scores for row in pairs]
+    if missing := [row for row, given in zip(pairs, scores, strict=True) if given is None]:
+        raise UserError(
+            f"{len(missing)} of {len(pairs)} rows of data.path bring no scores, first the one of the prompt "
+            f"{missing[0].prompt[:60]!r}: give rows {{prompt, responses, scores}}"
+        )
+    return np.asarray(scores, np.float64)
+
+
 def _table(
     prompts: list[str],
+    texts: list[tuple[str, str]],
     examples: list[Example],
     score_BN: np.ndarray,
     labels: np.ndarray | None,
-    codec: TextCodec,
     corpus: Corpus,
 ) -> PairTable:
-    texts = [(codec.decode(e.responses[0]), codec.decode(e.responses[1])) for e in examples]
     if labels is None:
         order, gap = rank(jnp.asarray(score_BN))
         chosen, gap = np.asarray(order)[:, 0], np.asarray(gap)
     else:
-        # humans labelled which side is better; the gap then says how far the reward model agrees
-        chosen, gap = labels, score_BN[:, 0] - score_BN[:, 1]
+        # which side is better is known, by a label or by the row's own scores. For a label the gap says how far the
+        # reward model agrees. Rounded here as the file will round it, so that every split is of the same numbers.
+        chosen, gap = labels, (score_BN[:, 0] - score_BN[:, 1]).astype(np.float32)
     utility = np.full((len(prompts), 2), np.nan)
     if corpus.utility is not None:
         utility = np.asarray(
@@ -181,7 +206,7 @@ def _show(summary: dict[str, Any]) -> None:
 
 
 def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
-    """Sampling with refilled rows, and pair scoring."""
+    """Sampling with refilled rows, and pair scoring; none of rows that bring their scores."""
     amounts, size = shapes.amounts, settings.batch_size
     if settings.pair_source == "sampled":
         prompts = None if amounts is None else amounts.prompts
@@ -189,6 +214,8 @@ def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
             "select", shapes, settings.sampling, shapes.frozen(), size, num_prompts=prompts,
             lengths=shapes.sampled("prompts", settings.sampling.num_samples),
         )  # fmt: skip
+    if settings.pair_source == "scored":
+        return
     human = settings.pair_source == "human"
     yield from reward_program(
         "select", shapes, size, 2, key="select.batch_size",

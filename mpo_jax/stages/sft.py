@@ -1,13 +1,17 @@
-"""Supervised fine-tuning of the base model on the demonstrations' response tokens. No prompt loss."""
+"""Supervised fine-tuning of the base model on the demonstrations' response tokens. No prompt loss.
+
+With `sft.skip` nothing is trained and the base model is written as it is, for the later stages to start from.
+"""
 
 from collections.abc import Iterator, Mapping
 from functools import lru_cache, partial
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from jax.sharding import Mesh
 
-from mpo_jax.config.schema import ArchitectureConfig, Config, OptimConfig, Section, TextConfig
+from mpo_jax.config.base import InRecipe
+from mpo_jax.config.schema import ArchitectureConfig, Config, OptimConfig, Section, SftConfig, TextConfig
 from mpo_jax.data.corpus import Corpus
 from mpo_jax.data.text import TextCodec
 from mpo_jax.data.tokens import TokenReport
@@ -43,10 +47,12 @@ class Settings(Section, frozen=True):
     """Everything the SFT model depends on, besides the rows and the base model's files.
 
     Attributes:
+      skip: nothing is trained; keys of training and of adapters then have their defaults.
       architecture: sizes of a model trained from scratch; None if there is a base model.
     """
 
     seed: int
+    skip: Annotated[bool, InRecipe.UNLESS_DEFAULT] = False
     text: TextConfig
     numerics: Numerics
     adapter: Adapting = None
@@ -58,12 +64,13 @@ class Settings(Section, frozen=True):
     def of(cls, config: Config) -> "Settings":
         return cls(
             seed=config.seed,
+            skip=config.sft.skip,
             text=config.text,
             numerics=Numerics.of(config.model),
-            adapter=adapter_of("sft", config),
+            adapter=None if config.sft.skip else adapter_of("sft", config),
             save_dtype=machine.save_dtype(config.runtime),
             architecture=config.model.architecture if config.model.path is None else None,
-            train=TrainSettings.of(config.sft.train),
+            train=TrainSettings.of((SftConfig() if config.sft.skip else config.sft).train),
         )
 
 
@@ -88,17 +95,24 @@ def make_held_out(model: Model, mesh: Mesh) -> Any:
 
 def check(settings: Settings, mesh: Mesh) -> None:
     """Raises UserError if a batch does not divide over the mesh."""
-    check_sizes("sft", settings.train, mesh)
+    if not settings.skip:
+        check_sizes("sft", settings.train, mesh)
 
 
 def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -> dict[str, Any]:
-    """Trains, writes `model/`, and returns row counts, the last metrics and the held-out NLL per token."""
+    """Trains, writes `model/`, and returns row counts, the last metrics and the held-out NLL per token.
+
+    With `skip`, writes the base model as `model/` and returns row counts alone.
+    """
     train, corpus = settings.train, context.inputs.corpus
     check(settings, context.mesh)
     codec = TextCodec(context.inputs.tokenizer, settings.text)
     model, params = context.load_base(
         "sft", settings.numerics, codec, settings.architecture, settings.seed, adapter=settings.adapter
     )
+    if settings.skip:
+        loading.save(context.folder / "model", model, params, codec.tokenizer, dtype=settings.save_dtype)
+        return {"data": [source.to_dict() for source in corpus.reports], "held_out_nll": None}
     loading.save_description(
         context.folder / "model", model, codec.tokenizer, dtype=settings.save_dtype, base=context.inputs.base
     )
@@ -177,7 +191,9 @@ def _show(corpus: Corpus, tokens: TokenReport) -> None:
 
 
 def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:
-    """The update, the held-out metrics if requested, and the final held-out NLL."""
+    """The update, the held-out metrics if requested, and the final held-out NLL; none with `skip`."""
+    if settings.skip:
+        return
     train, amounts = settings.train, shapes.amounts
     check(settings, shapes.mesh)
     rows, updates = (

@@ -19,6 +19,7 @@ from mpo_jax.models import loading
 from mpo_jax.models.forward import Model
 from mpo_jax.models.hf.hub import local_model
 from mpo_jax.models.hf.tokenizer import load_tokenizer
+from mpo_jax.pipeline.experiments import is_run
 from mpo_jax.pipeline.recipe import RECIPE
 from mpo_jax.runtime import machine
 from mpo_jax.runtime.sharding import make_mesh
@@ -126,12 +127,13 @@ class OpenModel:
 
 
 def find_model(path: str, *, critic: bool = False) -> Path:
-    """The model's own folder or file: of a stage's folder its `model/` (or `critic/`), of a run's folder its policy.
+    """The model's own folder or file: of a stage's folder its `model/` (or `critic/`), of a run's folder its policy,
+    of a workdir with one run that run's.
 
     Raises:
-      UserError: if there is no model.
+      UserError: if there is no model, or a workdir has several runs.
     """
-    folder = Path(path).expanduser()
+    folder = _only_run(Path(path).expanduser())
     part = "critic" if critic else "model"
     if (folder / "env.json").is_file():
         steps = sorted(
@@ -144,6 +146,14 @@ def find_model(path: str, *, critic: bool = False) -> Path:
     if critic:
         raise UserError(f"{path} holds no critic: only PPO's folders do")
     return local_model(str(folder) if folder.exists() else path)
+
+
+def _only_run(folder: Path) -> Path:
+    """The only run's folder of a workdir; any other folder itself."""
+    runs = sorted(run for run in (folder / "runs").glob("*") if is_run(run.name) and (run / "env.json").is_file())
+    if len(runs) > 1:
+        raise UserError(f"{folder} holds several runs: name one of {', '.join(map(str, runs))}")
+    return runs[0] if runs else folder
 
 
 def _refuse_missing(path: str, folder: Path, part: str) -> None:

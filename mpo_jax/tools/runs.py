@@ -97,8 +97,7 @@ def run_until(config: Config, stage: StageName) -> Iterator[tuple[ExperimentName
     store, pipeline = _checked(config, names, stage)
     for name in names:
         made = pipeline.experiment(name, until=stage)
-        if stage == "evaluate":
-            pipeline.record(made)
+        pipeline.record(made)
         built = [artifact for artifact in made.artifacts.values() if artifact.manifest["stage"] == stage]
         yield name, store.restored(built[-1])
 

@@ -55,11 +55,15 @@ def test_a_section_that_is_given_in_part_keeps_its_stage_s_defaults(tmp_path):
     assert load(tmp_path, to_yaml(config)) == config
 
 
-def test_files_need_a_kind(tmp_path):
+def test_files_without_a_kind_hold_pairs_and_are_never_left_aside_for_the_toy_world(tmp_path):
     """Else a user who names only model and data would train on the toy world."""
+    assert load(tmp_path, "data: {path: a.jsonl}").data.kind == "pairs"
+    assert load(tmp_path, "data: {kind: hh, path: a.jsonl}").data.kind == "hh"
+    with pytest.raises(UserError, match=r"data\.kind=pairs needs data\.path"):
+        load(tmp_path, "data: {test_path: a.jsonl}")
     for key in ("path", "sft_path", "test_path", "prompt_path", "test_prompt_path"):
         with pytest.raises(UserError, match=rf"data\.{key} names files: say how to read them, data\.kind=hh"):
-            load(tmp_path, f"data: {{{key}: a.jsonl}}")
+            load(tmp_path, f"data: {{kind: toy, {key}: a.jsonl}}")
 
 
 def test_best_is_lower_where_less_is_better_and_must_be_measured(tmp_path):

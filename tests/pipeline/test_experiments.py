@@ -5,7 +5,7 @@ import pytest
 from mpo_jax.config.registry import EXPERIMENTS
 from mpo_jax.config.schema import Config, SelectConfig
 from mpo_jax.errors import UserError
-from mpo_jax.pipeline.experiments import Variant, in_order, is_run, table_variants
+from mpo_jax.pipeline.experiments import Variant, in_order, is_run, needs_reward, steps_until, table_variants
 
 
 @pytest.mark.parametrize(
@@ -62,3 +62,32 @@ def test_splits_are_of_runs_that_compare_them() -> None:
     config = Config(table={"experiment": "ppo,sft,mpo_reverse,dpo_easy"})  # type: ignore[arg-type]
     names = [variant.name for variant in table_variants(config.table, config.select)]
     assert names == ["sft", "ppo", "mpo_reverse", "dpo_easy", "dpo_easy_t2"]
+
+
+@pytest.mark.parametrize(
+    ("experiment", "until", "number"),
+    [("mpo", "dpo", 1), ("mpo", "ppo", 2), ("mpo_reverse", "dpo", 2), ("mpo", "evaluate", 2), ("mpo", "select", 0)],
+)
+def test_steps_stop_at_the_last_of_a_kind(experiment: str, until: str, number: int) -> None:
+    assert steps_until(experiment, until) == EXPERIMENTS[experiment][:number]
+
+
+@pytest.mark.parametrize(
+    ("experiment", "until", "sampled", "scored"),
+    [
+        ("dpo_base", "dpo", False, False),
+        ("mpo", "sft", False, False),
+        ("mpo", "select", True, False),
+        ("mpo", "dpo", True, False),
+        ("mpo", "ppo", True, True),
+        ("ppo", "ppo", True, True),
+        ("mpo_reverse", "dpo", True, True),
+        ("dpo_base", "evaluate", True, True),
+        ("dpo_base", "reward", True, True),
+    ],
+)
+def test_a_reward_model_is_made_only_where_one_is_read(
+    experiment: str, until: str, sampled: bool, scored: bool
+) -> None:
+    assert needs_reward(experiment, until, SelectConfig()) is sampled
+    assert needs_reward(experiment, until, SelectConfig(pair_source="scored")) is scored

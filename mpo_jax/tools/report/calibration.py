@@ -34,7 +34,7 @@ def _of_artifact(artifact: Artifact, pair_source: str) -> dict[str, np.ndarray]:
         return {LABELLED: gap} | ({} if truth is None else {HELD_OUT_TRUTH: against_truth(gap, truth)})
     if artifact.manifest["stage"] == "select" and (artifact.path / FILE).is_file():
         table = PairTable.read(artifact.path)
-        name = {"sampled": "sampled", "human": "labelled"}[pair_source]
+        name = {"sampled": "sampled", "human": "labelled", "scored": "scored"}[pair_source]
         return {f"{name} pairs against the truth": against_truth(table.gap, table.truth)}
     return {}
 

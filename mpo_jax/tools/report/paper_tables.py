@@ -109,7 +109,8 @@ def gap_bins(by_seed: BySeed) -> dict[str, list[dict[str, Any]]]:
                     continue
                 summary = result.reward_summary if stage == "reward" else summary
                 seen.add(artifact.id)
-                pairs = {"sampled": "sampled", "human": "labelled"}[result.config.select.pair_source]
+                source = result.config.select.pair_source
+                pairs = {"sampled": "sampled", "human": "labelled", "scored": "scored"}[source]
                 names = {
                     "accuracy_by_gap": "held-out pairs against their labels",
                     "true_accuracy_by_gap": "held-out pairs against the truth",

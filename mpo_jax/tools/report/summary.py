@@ -24,7 +24,7 @@ DATA_KINDS = {
 def what(by_seed: BySeed, rows: Rows) -> str:
     """What was run, in plain words."""
     results = [result for part in by_seed.values() for result in part]
-    kinds = list(dict.fromkeys(DATA_KINDS[result.config.data.kind] for result in results))
+    kinds = list(dict.fromkeys(DATA_KINDS.get(kind := result.config.data.kind, f"{kind} rows") for result in results))
     models = list(dict.fromkeys(_model(result.config, result.artifacts.values()) for result in results))
     seeds = sorted({result.config.seed for result in results})
     names = ", ".join(row["run"] for row in rows)

@@ -1,0 +1,99 @@
+"""`mpo sft`, `dpo` and the others: without a YAML file, by short flags, and without stages that they do not need."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from mpo_jax.cli.arguments import read_config, short_keys
+from mpo_jax.config.schema import ToyConfig
+from mpo_jax.data import toy
+from mpo_jax.tools import runs
+from mpo_jax.types import Artifact
+from tests.pipeline.test_pipeline import MICRO, mpo, stages
+
+SMALL = (
+    "experiment=dpo_base", "train.steps=2", "train.batch_size=4", "text.max_prompt_tokens=40",
+    "text.max_response_tokens=16", "text.length_buckets=1", "runtime.compilation_cache=null",
+    "runtime.token_cache=null", "runtime.fingerprint_cache=null", "runtime.tensorboard=false",
+)  # fmt: skip
+
+
+@pytest.fixture
+def pairs(tmp_path) -> Path:
+    world = ToyConfig(num_pairs=24, num_attempts=1, num_fillers=0)
+    path = tmp_path / "pairs.jsonl"
+    rows = [
+        {"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected}
+        for row in toy.preferences(world, test=False)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def kinds(workdir: Path) -> list[str]:
+    return sorted(name.rpartition("-")[0] for name in stages(workdir))
+
+
+@pytest.mark.thorough
+def test_dpo_on_a_model_and_pairs_is_one_line_and_makes_nothing_else(language_model, pairs, tmp_path, capsys):
+    workdir = tmp_path / "work"
+    flags = ("--model", language_model, "--data", pairs, "--out", workdir)
+    assert mpo("dpo", *flags, "sft.skip=true", *SMALL) == 0
+    assert kinds(workdir) == ["dpo", "sft"]
+    run = workdir / "runs" / "dpo_base"
+    assert sorted(link.name for link in run.iterdir() if link.is_symlink()) == ["1-dpo", "sft"]
+    base, first = (load_file(folder / "model.safetensors") for folder in (language_model, run / "sft" / "model"))
+    assert base.keys() == first.keys() and all(np.array_equal(base[name], first[name]) for name in base)
+    parents = json.loads((run / "1-dpo" / "manifest.json").read_text())["parents"]
+    assert parents == {role: (run / "sft").resolve().name for role in ("init", "reference")}
+
+    assert mpo("export", workdir, tmp_path / "exported") == 0
+    trained = load_file(run / "1-dpo" / "model" / "model.safetensors")
+    exported = load_file(tmp_path / "exported" / "model.safetensors")
+    assert all(np.array_equal(trained[name], exported[name]) for name in trained)
+    assert mpo("generate", workdir, "my boss", "--max-new-tokens", "3", *SMALL[-4:]) == 0
+    capsys.readouterr()
+    assert mpo("report", workdir) == 2
+    assert "dpo_base has no evaluation: mpo evaluate" in capsys.readouterr().err
+
+
+def test_keys_of_training_leave_the_name_of_a_skipped_sft(language_model):
+    from mpo_jax.config.base import recipe_values
+    from mpo_jax.stages.sft import Settings
+
+    skipped = read_config(f"model.path={language_model}", ["sft.skip=true"])
+    other = read_config(f"model.path={language_model}", ["sft.skip=true", "sft.train.steps=7", "model.adapter={}"])
+    assert Settings.of(skipped) == Settings.of(other)
+    assert recipe_values(Settings.of(skipped))["skip"] is True
+    assert "skip" not in recipe_values(Settings.of(read_config(None, [])))
+
+
+def test_skipping_sft_needs_a_model(capsys, tmp_path):
+    assert mpo("dpo", MICRO, "sft.skip=true", f"workdir={tmp_path}") == 2
+    assert "sft.skip=true needs model.path" in capsys.readouterr().err
+
+
+def test_neither_file_nor_key_is_a_mistake(capsys):
+    for command in ("run", "table", "sft", "evaluate"):
+        assert mpo(command) == 2
+        assert f"mpo {command} needs CONFIG, a YAML file" in capsys.readouterr().err
+
+
+def test_short_flags_are_keys_and_read_as_text(tmp_path):
+    config = read_config(MICRO, short_keys("a: [b]", ["1.jsonl", "2.jsonl"], "2024"))
+    assert (config.model.path, config.data.path, config.workdir) == ("a: [b]", ("1.jsonl", "2.jsonl"), "2024")
+    assert config.data.kind == "pairs"
+    file = tmp_path / "a=b.yaml"
+    file.write_text("seed: 3")
+    assert read_config(file, []).seed == 3
+
+
+def test_each_path_is_printed_once(monkeypatch, capsys, tmp_path):
+    made = [("mpo", "a"), ("mpo_sft_kl", "a"), ("dpo_base", "b")]
+    monkeypatch.setattr(runs, "start", lambda config: None)
+    monkeypatch.setattr(runs, "run_until", lambda *_: ((name, Artifact(Path(path), {})) for name, path in made))
+    assert mpo("sft", MICRO, f"workdir={tmp_path}") == 0
+    assert capsys.readouterr().out.splitlines()[1:] == ["mpo, mpo_sft_kl: a", "dpo_base: b"]
