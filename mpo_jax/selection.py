@@ -20,6 +20,14 @@ def make_pair_scorer(
     return jax.vmap(score_row, in_axes=(None, 0), spmd_axis_name=spmd_axis_name)
 
 
+def ordered_right(gap_N: Float[Array, " N"] | np.ndarray) -> Float[Array, " N"] | np.ndarray:
+    """1 where a pair's gap, the better side minus the other, is positive, 1/2 where it is 0: a tie is half right.
+
+    A model that scores everything alike then has the accuracy of chance, not 0.
+    """
+    return (gap_N > 0) + 0.5 * (gap_N == 0)
+
+
 def rank(score_BN: Float[Array, "B 2"]) -> tuple[Int[Array, "B 2"], Float[Array, " B"]]:
     """Order of each pair with the higher score first, and the non-negative gap.
 

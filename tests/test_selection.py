@@ -48,6 +48,12 @@ def test_rank_agrees_with_the_reference_and_sorts():
 
 
 @pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
+def test_a_tie_is_half_right(kind):
+    gaps = kind(np.asarray([2.0, 0.0, -0.0, -1.0, 1e-30, np.nan]))
+    np.testing.assert_array_equal(selection.ordered_right(gaps), [1, 0.5, 0.5, 0, 1, 0])
+
+
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
 def test_split_is_strict_and_unknown_gaps_are_hard(kind):
     gap_N = kind(np.array([0.0, 0.999, 1.0, 1.001, 2.0, np.nan, np.inf], np.float32))
     np.testing.assert_array_equal(selection.split(gap_N, 1.0), [0, 0, 0, 1, 1, 0, 1])

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from mpo_jax.data.token_lists import Ids
     from mpo_jax.data.tokens import Example, TokenReport
 
-PROMPT, RESPONSE, SPECIAL = "dim", "green", "reverse"
+PROMPT, RESPONSE, SPECIAL, BORDER = "dim", "green", "reverse", "yellow"
 
 
 def show_data(
@@ -32,8 +33,10 @@ def show_data(
     console.print(_sources(found.corpus))
     console.print(f"{found.corpus.sizes} (data.prompts={resolved.data.prompts})", soft_wrap=True)
     console.print(_lengths(resolved.text, {name: report for name, (_, report) in found.sets.items()}))
+    for finding in found.findings:
+        console.print(f"[yellow]{escape(finding)}[/yellow]", soft_wrap=True)
     console.print(
-        "tokens of the first rows: ",
+        "tokens of the first rows, each between \u2039 and \u203a: ",
         Text("prompt, no loss", PROMPT),
         ", ",
         Text("response, in the loss", RESPONSE),
@@ -68,7 +71,7 @@ def _lengths(limits: "TextConfig", reports: "dict[str, TokenReport]") -> Table:
 
 
 def _row(codec: "TextCodec", example: "Example") -> Text:
-    """A prompt and its responses with a bar between tokens."""
+    """A prompt and its responses, each token between \u2039 and \u203a."""
     text = Text()
     _append(text, codec, example.prompt, PROMPT)
     for number, ids in enumerate(example.responses):
@@ -81,10 +84,15 @@ def _row(codec: "TextCodec", example: "Example") -> Text:
 
 def _append(text: Text, codec: "TextCodec", ids: "Ids", style: str) -> None:
     special = set(codec.tokenizer.all_special_ids) | {*codec.end_ids}
-    for place, token in enumerate(int(i) for i in ids):
-        if place:
-            text.append("|", "dim")
+    for token in map(int, ids):
+        text.append("\u2039", BORDER)
         if token in special:
             text.append(str(codec.tokenizer.convert_ids_to_tokens(token)), SPECIAL)
         else:
-            text.append(str(codec.tokenizer.decode([token])), style)
+            text.append(_shown(str(codec.tokenizer.decode([token]))), style)
+        text.append("\u203a", BORDER)
+
+
+def _shown(token: str) -> str:
+    """A token's text without line breaks and tabs of its own, which would move what follows."""
+    return "".join(repr(letter)[1:-1] if letter in "\n\r\t" else letter for letter in token)

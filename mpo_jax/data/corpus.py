@@ -29,7 +29,7 @@ from mpo_jax.data.records import (
 )
 from mpo_jax.data.sources import HUB, Source, fingerprint_files, open_source
 from mpo_jax.data.special_tokens import SpelledTokens
-from mpo_jax.data.splits import Corpus, Part, assemble
+from mpo_jax.data.splits import TESTED, Corpus, Part, assemble
 from mpo_jax.data.text_rows import TextRow
 from mpo_jax.errors import UserError
 from mpo_jax.models.hf.hub import local_model
@@ -116,7 +116,7 @@ def _load(config: Config) -> Corpus:
         "demonstrations": True,
         "pairs": True,
         "reward_pairs": bool(corpus.pairs),
-        "held_out": data.holds_out,
+        "held_out": data.kind == "toy" or bool(data.test_path),
         "prompts": bool(data.prompt_path),
         "test_prompts": bool(data.test_prompt_path),
     }
@@ -125,9 +125,17 @@ def _load(config: Config) -> Corpus:
         sources = "; ".join(
             f"{r.source}: read {r.read}, kept {r.kept}, dropped {dict(r.dropped)}" for r in corpus.reports
         )
+        tested = "pairs" in empty and any(report.dropped[TESTED] for report in corpus.reports)
+        advice = "data.path and the test set hold the same prompts: name other rows as one of them"
         raise UserError(
-            f"the data set has no {', '.join(empty)} rows. {sources}. Check the files"
-            + (" or raise data.validation_fraction or name data.test_path" if "held_out" in empty else "")
+            f"the data set has no {', '.join(empty)} rows. {sources}. {advice if tested else 'Check the files'}"
+        )
+    if data.holds_out and not corpus.held_out:
+        prompts = len({row.group for row in corpus.pairs})
+        warn(
+            f"data.validation_fraction={data.validation_fraction:g} of {prompts} prompts holds out no row: losses and "
+            "accuracies are measured on none, and evaluation, which needs test prompts, will fail. Raise it, such as "
+            f"to {max(0.2, 2 * data.validation_fraction):g}, or name data.test_path"
         )
     return corpus
 
@@ -182,6 +190,13 @@ def check_first_rows(config: Config) -> TextRow | None:
       UserError: for a missing source or a row of another layout; names the key.
     """
     data = config.data
+    for spec in data.path:
+        if spec in (*data.test_path, *data.test_prompt_path):
+            key = "test_path" if spec in data.test_path else "test_prompt_path"
+            raise UserError(
+                f"data.path and data.{key} both name {spec}: rows with test prompts are left out of training, so none "
+                f"would be left. Without data.{key} a part of data.path is held out (data.validation_fraction)"
+            )
     if data.kind == "toy":
         pair = toy.preferences(data.toy.model_copy(update={"num_pairs": 1}), test=False)[0]
         return TextRow(pair.prompt, pair.chosen, complete=True)
@@ -245,6 +260,12 @@ def _load_sources(config: Config) -> Corpus:
         test_prompts=read("test_prompt_path", readers.prompts),
         conversations=conversations,
     )
+    tested, kept = sum(report.dropped[TESTED] for _, report in pairs), len(corpus.pairs)
+    if tested > kept > 0:
+        warn(
+            f"{tested} of {tested + kept} training rows have prompts of the test set and are left out: check that "
+            "data.path and data.test_path name different rows"
+        )
     for message in spelled.warnings() if spelled is not None else ():
         warn(message)
     return corpus

@@ -20,6 +20,8 @@ FORMAT = 1
 VISIT_STEP = 0x9E3779B9
 PERCENTILES = {"p50": 50, "p90": 90, "p99": 99, "max": 100}
 
+SHOWN_ROWS = 5
+
 Row = tuple[str, tuple[str, ...]]
 """A prompt and its responses."""
 
@@ -56,6 +58,9 @@ class TokenReport:
       rows: number of rows.
       truncated_prompts: number of rows with a truncated prompt.
       truncated_responses: number of rows with at least one truncated response.
+      equal_responses: numbers, from 1, of the rows whose two responses have the same tokens, mostly since they were
+        cut, and other texts: such a pair teaches nothing.
+      empty_responses: numbers, from 1, of the rows with a response of no token but EOS.
       prompt_tokens: p50, p90, p99 and max of the prompt lengths before truncation, BOS included; empty without rows.
       response_tokens: the same statistics of the response lengths, EOS included.
     """
@@ -63,11 +68,31 @@ class TokenReport:
     rows: int = 0
     truncated_prompts: int = 0
     truncated_responses: int = 0
+    equal_responses: list[int] = dataclasses.field(default_factory=list)
+    empty_responses: list[int] = dataclasses.field(default_factory=list)
     prompt_tokens: dict[str, int] = dataclasses.field(default_factory=dict)
     response_tokens: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, int | dict[str, int]]:
-        return dataclasses.asdict(self)
+        """The report as plain values; rows are counted, not listed."""
+        counted = {name: len(getattr(self, name)) for name in ("equal_responses", "empty_responses")}
+        return dataclasses.asdict(self) | counted
+
+    def findings(self, name: str, max_response_tokens: int) -> list[str]:
+        """What is wrong with the rows of the set `name` once they are tokens, a sentence each."""
+        found = []
+        if self.equal_responses:
+            found.append(
+                f"{len(self.equal_responses)} of {self.rows} {name} have equal sides once they are cut to "
+                f"text.max_response_tokens={max_response_tokens}, and teach nothing: raise it, or drop them. "
+                f"{_listed(self.equal_responses)}"
+            )
+        if self.empty_responses:
+            found.append(
+                f"{len(self.empty_responses)} of {self.rows} {name} have a response without tokens, and teach to end "
+                f"at once: data.filter=strict drops such rows. {_listed(self.empty_responses)}"
+            )
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +130,8 @@ def tokenize(codec: TextCodec, rows: Sequence[Row], *, cache: Path | None = None
         table = _encode(codec, list(numbers), responses)
         if path is not None:
             _write(path, table)
-    return _examples(table, rows, numbers), _report(table, rows, numbers)
+    examples = _examples(table, rows, numbers)
+    return examples, _report(table, rows, numbers, examples)
 
 
 def number_visits(examples: Sequence[Example]) -> list[Example]:
@@ -140,7 +166,7 @@ def _examples(table: _Table, rows: Sequence[Row], numbers: dict[str, int]) -> li
     return [Example(prompts[numbers[prompt]], [lists[next(responses)] for _ in row]) for prompt, row in rows]
 
 
-def _report(table: _Table, rows: Sequence[Row], numbers: dict[str, int]) -> TokenReport:
+def _report(table: _Table, rows: Sequence[Row], numbers: dict[str, int], examples: Sequence[Example]) -> TokenReport:
     cut = table.full > table.length
     prompts = np.asarray([numbers[prompt] for prompt, _ in rows], np.int64)
     owner = np.repeat(np.arange(len(rows)), [len(row) for _, row in rows])
@@ -148,9 +174,24 @@ def _report(table: _Table, rows: Sequence[Row], numbers: dict[str, int]) -> Toke
         rows=len(rows),
         truncated_prompts=int(cut[prompts].sum()),
         truncated_responses=len(np.unique(owner[cut[len(numbers) :]])),
+        equal_responses=[number for number, row in enumerate(examples, 1) if _equal_once_cut(row, rows[number - 1][1])],
+        empty_responses=sorted({int(i) + 1 for i in owner[table.full[len(numbers) :] == 1]}),
         prompt_tokens=_percentiles(table.full[prompts]),
         response_tokens=_percentiles(table.full[len(numbers) :]),
     )
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    """The numbers of the first rows."""
+    more = "" if len(numbers) <= SHOWN_ROWS else f" and {len(numbers) - SHOWN_ROWS} more"
+    return f"Rows of the set: {', '.join(map(str, numbers[:SHOWN_ROWS]))}{more}"
+
+
+def _equal_once_cut(example: Example, texts: Sequence[str]) -> bool:
+    if len(texts) != 2 or texts[0] == texts[1]:
+        return False
+    first, second = example.responses
+    return len(first) == len(second) and np.array_equal(first, second)
 
 
 def _percentiles(lengths: np.ndarray) -> dict[str, int]:

@@ -9,6 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mpo_jax.selection import ordered_right
+
 EDGES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, float("inf"))
 """Of the bins of gaps."""
 
@@ -20,7 +22,8 @@ def accuracy_by_gap(signed_gap_N: np.ndarray) -> list[dict[str, Any]]:
     """Count, share and accuracy of pairs by |gap| bin, [low, high).
 
     Args:
-      signed_gap_N: score of the side that is truly preferred minus score of the other; right where positive.
+      signed_gap_N: score of the side that is truly preferred minus score of the other; right where positive, and
+        half right at 0.
     """
     size_N = np.abs(signed_gap_N)
     bins = []
@@ -33,7 +36,7 @@ def accuracy_by_gap(signed_gap_N: np.ndarray) -> list[dict[str, Any]]:
                 "high": high if np.isfinite(high) else None,
                 "count": count,
                 "share": count / max(len(size_N), 1),
-                "accuracy": float((signed_gap_N[inside] > 0).mean()) if count else None,
+                "accuracy": float(ordered_right(signed_gap_N[inside]).mean()) if count else None,
             }
         )
     return bins
@@ -59,13 +62,13 @@ def reliability(signed_gap_N: np.ndarray) -> tuple[list[dict[str, Any]], float]:
     right in 80% of those pairs. Naeini, Cooper and Hauskrecht (2015).
 
     Args:
-      signed_gap_N: positive where the model orders the pair right; a gap of 0 counts as wrong, at confidence 0.5.
+      signed_gap_N: positive where the model orders the pair right; a gap of 0 is half right, at confidence 0.5.
 
     Returns:
       A row a bin that has pairs, and the error.
     """
     gap_N, bins = np.asarray(signed_gap_N, np.float64), CONFIDENCE_BINS
-    confidence_N, right_N = 1 / (1 + np.exp(-np.abs(gap_N))), gap_N > 0
+    confidence_N, right_N = 1 / (1 + np.exp(-np.abs(gap_N))), ordered_right(gap_N)
     place_N = np.minimum((2 * (confidence_N - 0.5) * bins).astype(int), bins - 1)
     rows, error = [], 0.0
     for place in np.unique(place_N):
@@ -91,7 +94,7 @@ def by_threshold(signed_gap_N: np.ndarray, thresholds: Sequence[float]) -> list[
         easy = np.abs(signed_gap_N) > threshold
         row: dict[str, Any] = {"threshold": threshold, "easy": int(easy.sum()), "hard": int((~easy).sum())}
         for name, inside in {"easy": easy, "hard": ~easy}.items():
-            row[f"{name}_accuracy"] = float((signed_gap_N[inside] > 0).mean()) if inside.any() else None
+            row[f"{name}_accuracy"] = float(ordered_right(signed_gap_N[inside]).mean()) if inside.any() else None
         rows.append(row)
     return rows
 

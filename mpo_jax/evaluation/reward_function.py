@@ -30,7 +30,8 @@ class RewardFunction:
     """The function that `reward.function` names.
 
     It gets two lists, prompts and responses, and returns a finite number for each. A prompt is a string as the data
-    has it, or of a conversation its turns as a list of {"role", "content"}. It must be deterministic: what it has
+    has it, or of a conversation its turns as a list of {"role", "content"}, where there are such with "tool_calls", and
+    with "tools" in the first one. It must be deterministic: what it has
     returned is kept, and what a kill has lost is asked for again.
 
     Args:

@@ -1,6 +1,7 @@
 """Win, tie and lose with their uncertainty, and agreement between raters."""
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -12,6 +13,9 @@ Outcome = Literal["win", "tie", "lose"]
 """Of A against B."""
 
 OUTCOMES: tuple[Outcome, ...] = ("win", "tie", "lose")
+
+Z = 1.959963984540054
+"""The 97.5% quantile of the normal distribution."""
 
 BANDS = ((0.2, "slight"), (0.4, "fair"), (0.6, "moderate"), (0.8, "substantial"), (1.0, "almost perfect"))
 """Upper ends of the bands of kappas from 0 up, with their words; below 0 agreement is poor. Landis and Koch (1977), The
@@ -30,14 +34,19 @@ class Rate:
         return f"{self.value:.1%} [{self.low:.1%}, {self.high:.1%}]"
 
 
-def rate(count: int, total: int) -> Rate | None:
-    """count / total with its 95% Wilson score interval (Wilson 1927), for independent items; None if total is 0."""
+def rate(count: float, total: int) -> Rate | None:
+    """count / total with its 95% Wilson score interval (Wilson 1927), for independent items; None if total is 0.
+
+    Args:
+      count: a tie may count as half.
+    """
     if total == 0:
         return None
-    from scipy.stats import binomtest  # importing it takes a second, which most commands need not spend
-
-    interval = binomtest(count, total).proportion_ci(0.95, method="wilson")
-    return Rate(count / total, float(interval.low), float(interval.high))
+    share = count / total
+    centre = (2 * count + Z**2) / (2 * (total + Z**2))
+    half = Z * math.sqrt(4 * total * share * (1 - share) + Z**2) / (2 * (total + Z**2))
+    # exactly 0 and 1 at the ends, which rounding would miss
+    return Rate(share, 0.0 if count == 0 else centre - half, 1.0 if count == total else centre + half)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,6 +23,8 @@ from mpo_jax.models import forward, loading, responses
 from mpo_jax.models.forward import Model
 from mpo_jax.models.hf.tokenizer import load_tokenizer
 from mpo_jax.runtime import machine
+from mpo_jax.runtime.stage_warnings import warn
+from mpo_jax.selection import ordered_right
 from mpo_jax.stages.context import Context
 from mpo_jax.stages.fitting import (
     calls,
@@ -108,7 +110,7 @@ def objective(
     metrics = {
         "rewards/chosen": Mean.of(reward_BN[:, 0], valid_B),
         "rewards/rejected": Mean.of(reward_BN[:, 1], valid_B),
-        "rewards/accuracies": Mean.of(reward_BN[:, 0] > reward_BN[:, 1], valid_B),
+        "rewards/accuracies": Mean.of(jnp.asarray(ordered_right(reward_BN[:, 0] - reward_BN[:, 1])), valid_B),
         "rewards/margins": Mean.of(reward_BN[:, 0] - reward_BN[:, 1], valid_B),
         "logps/chosen": Mean.of(logp_BN[:, 0], valid_B),
         "logps/rejected": Mean.of(logp_BN[:, 1], valid_B),
@@ -228,7 +230,10 @@ def _reference_logps(
 
 
 def _human_examples(context: Context, codec: TextCodec, rows: Sequence[Preference]) -> list[Example]:
-    return context.tokenize(codec, [(row.prompt, (row.chosen, row.rejected)) for row in rows])[0]
+    examples, report = context.tokenize(codec, [(row.prompt, (row.chosen, row.rejected)) for row in rows])
+    for message in report.findings("pairs", codec.config.max_response_tokens):
+        warn(message)
+    return examples
 
 
 def _selected(settings: Settings, context: Context, codec: TextCodec, pairs: Artifact) -> list[Example]:

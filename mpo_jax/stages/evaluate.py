@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from mpo_jax.config.schema import Config, Section, TextConfig
 from mpo_jax.data.batches import Buckets, map_batches
 from mpo_jax.data.text import TextCodec
+from mpo_jax.errors import UserError
 from mpo_jax.evaluation.answers import SHOWN
 from mpo_jax.evaluation.statistics import mean_and_se
 from mpo_jax.models import forward
@@ -99,6 +100,10 @@ def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -
     scorer = open_scorer(context, reward, codec, numerics)
 
     prompts = corpus.test_prompts[: settings.num_prompts]
+    if not prompts:
+        raise UserError(
+            "there are no test prompts to evaluate the policy on: raise data.validation_fraction or name data.test_path"
+        )
     examples, report = context.tokenize(codec, [(prompt, ()) for prompt in prompts])
     allowed_V = jnp.asarray(codec.allowed(model.decoder.vocab_size))
     found = context.sample(

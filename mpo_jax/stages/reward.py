@@ -23,9 +23,11 @@ from mpo_jax.models.forward import Model
 from mpo_jax.models.hf.hub import local_model
 from mpo_jax.models.hf.tokenizer import load_tokenizer
 from mpo_jax.runtime import machine
+from mpo_jax.runtime.console import console
 from mpo_jax.runtime.processes import is_main
 from mpo_jax.runtime.sharding import check_batch
 from mpo_jax.runtime.stage_warnings import warn
+from mpo_jax.selection import ordered_right
 from mpo_jax.stages.context import INPUTS, Context
 from mpo_jax.stages.fitting import (
     calls,
@@ -130,7 +132,7 @@ def objective(model: Model, loss: Loss, tree: Tree, batch: responses.Rows) -> tu
         term = bradley_terry_loss(score_BN[:, 0], score_BN[:, 1], valid_B)
     chosen_B, rejected_B = score_BN[:, 0], score_BN[:, 1]
     metrics = {
-        "accuracy": Mean.of(chosen_B > rejected_B, valid_B),
+        "accuracy": Mean.of(jnp.asarray(ordered_right(chosen_B - rejected_B)), valid_B),
         "score/chosen": Mean.of(chosen_B, valid_B),
         "score/rejected": Mean.of(rejected_B, valid_B),
         "gap": Mean.of(chosen_B - rejected_B, valid_B),
@@ -223,6 +225,8 @@ def _train(
     )  # fmt: skip
     rows = [(row.prompt, (row.chosen, row.rejected)) for row in corpus.reward_pairs]
     examples, report = context.tokenize(codec, rows)
+    for message in report.findings("pairs", settings.text.max_response_tokens):
+        warn(message)
     held_out = first_rows(corpus.validation or corpus.held_out, context.watch, "reward")
     measured, _ = context.tokenize(codec, [(row.prompt, (row.chosen, row.rejected)) for row in held_out])
     params, trained = fit_examples(
@@ -296,7 +300,7 @@ def _measure(
     prompts = [prompt for prompt, _ in rows]
     score_BN = scorer.scores("reward", "held-out", prompts, held_out, batch_size=settings.batch_size, of=of)
     gap = score_BN[:, 0] - score_BN[:, 1]
-    accuracy = rate(int((gap > 0).sum()), len(gap))
+    accuracy = rate(float(ordered_right(gap).sum()), len(gap))
     assert accuracy is not None
     if accuracy.low <= 0.5:
         advice = "Train it longer, on more pairs or from a larger model"
@@ -305,6 +309,8 @@ def _measure(
             f"the {what[0]} orders {accuracy} (95% interval) of {len(gap)} held-out pairs as they are labelled. "
             f"That does not beat chance: selection, PPO and rewards follow noise. {what[1]}"
         )
+    if ties := int((gap == 0).sum()):
+        console.print(f"  {ties} of {len(gap)} held-out pairs tie: each counts as half right", soft_wrap=True)
     summary = {
         "held_out_accuracy": accuracy.value,
         "held_out_accuracy_interval": [accuracy.low, accuracy.high],
@@ -316,7 +322,7 @@ def _measure(
             [corpus.utility(r.prompt, r.chosen) - corpus.utility(r.prompt, r.rejected) for r in corpus.reward_test]
         )
         decided = truth != 0
-        summary["true_accuracy"] = float(((gap > 0) == (truth > 0))[decided].mean())
+        summary["true_accuracy"] = float(ordered_right(against_truth(gap, truth)).mean())
         summary["true_accuracy_by_gap"] = accuracy_by_gap(against_truth(gap, truth))
         summary["label_accuracy"] = float((truth > 0)[decided].mean())
     if is_main():

@@ -22,6 +22,12 @@ class DataReport:
     codec: TextCodec
     sets: dict[str, tuple[list[Example], TokenReport]]
 
+    @property
+    def findings(self) -> list[str]:
+        """What is wrong with the tokens of the sets, a sentence each."""
+        limit = self.codec.config.max_response_tokens
+        return [finding for name, (_, report) in self.sets.items() for finding in report.findings(name, limit)]
+
 
 def report_data(config: Config) -> DataReport:
     """Reads and tokenizes every set of the configuration."""

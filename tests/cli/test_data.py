@@ -50,7 +50,7 @@ def test_counts_and_rows(config, capsys, monkeypatch):
     assert counts["demonstrations"][3:] == ["4/4/4/4", "0"]
     assert int(counts["pairs"][4]) > 0 and counts["pairs"][3].startswith("4/")
     assert shown.count("demonstrations, row") == shown.count("pairs, row") == 3
-    assert "response: " in shown and " should| i| quit|<eos>" in shown
+    assert "response: " in shown and "\u2039 should\u203a\u2039 i\u203a\u2039 quit\u203a\u2039<eos>\u203a" in shown
 
 
 def test_the_mask_is_what_is_coloured():
@@ -62,6 +62,23 @@ def test_the_mask_is_what_is_coloured():
     by_style = {
         style: [part for part, s in styled if s == style] for style in (data.PROMPT, data.RESPONSE, data.SPECIAL)
     }
-    assert [part for part in by_style[data.PROMPT] if part != "|"] == [" my", " boss"]
+    assert by_style[data.PROMPT] == [" my", " boss"]
     assert by_style[data.RESPONSE] == [" lost", " the", " keys", " my", " uncle"]
     assert by_style[data.SPECIAL] == ["<eos>", "<eos>"]
+
+
+def test_borders_of_tokens_are_no_text_of_theirs():
+    """A bar or a line break inside a token cannot be taken for a border."""
+    assert data._shown(" a|b\n\tc") == " a|b\\n\\tc"
+
+
+def test_pairs_that_are_equal_once_cut_are_named(config, capsys, monkeypatch):
+    monkeypatch.setattr(data.console, "width", 200)
+    (config.parent / "rows.jsonl").write_text(
+        json.dumps({"prompt": "my boss", "chosen": " my uncle", "rejected": " my uncle lost the keys"}) + "\n"
+    )
+    overrides = ("text.max_response_tokens=2", "data.validation_fraction=0")
+    assert mpo("data", str(config), *overrides) == 0
+    shown = capsys.readouterr().out
+    assert "1 of 1 pairs have equal sides once they are cut to text.max_response_tokens=2, and teach nothing" in shown
+    assert "Rows of the set: 1" in shown

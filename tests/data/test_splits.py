@@ -1,6 +1,7 @@
 """mpo_jax.data.corpus: test prompts in no training set, which rows are prompts, and equal data for all experiments."""
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from mpo_jax.data.hh import source_category
 from mpo_jax.data.pair_table import PairTable
 from mpo_jax.data.records import is_validation
 from mpo_jax.data.splits import TESTED
+from mpo_jax.data.tokens import TokenReport
 from mpo_jax.pipeline.pipeline import Pipeline
 from mpo_jax.pipeline.stages import count_rows, stage_settings
 from mpo_jax.pipeline.table import Listing
@@ -295,8 +297,8 @@ def test_the_stages_take_their_part(tmp_path, monkeypatch):
     corpus = corpora.load_corpus(config)
     context = context_of(config, tmp_path)
     assert ppo._prompts(stage_settings("ppo", config, Step("ppo")), None, context) == corpus.prompts[:5]
-    codec: Any = None
-    monkeypatch.setattr("mpo_jax.stages.context.tokenize", lambda _codec, rows, **_: (rows, None))
+    codec: Any = SimpleNamespace(config=TextConfig())
+    monkeypatch.setattr("mpo_jax.stages.context.tokenize", lambda _codec, rows, **_: (rows, TokenReport()))
     split = stage_settings("dpo", config, Step("dpo", human_pairs=True)).split
     rows = context.inputs.corpus.human_pairs(split.num_prompts)
     assert dpo._human_examples(context, codec, rows) == [(r.prompt, (r.chosen, r.rejected)) for r in corpus.pairs[:5]]

@@ -73,13 +73,34 @@ def test_tokenize_counts_what_it_cuts():
         rows=3,
         truncated_prompts=1,
         truncated_responses=1,
+        empty_responses=[3],
         prompt_tokens={"p50": 2, "p90": 5, "p99": 5, "max": 5},
         response_tokens={"p50": 3, "p90": 6, "p99": 6, "max": 6},
     )
-    assert json.loads(json.dumps(report.to_dict()))["response_tokens"]["max"] == 6
+    plain_report = json.loads(json.dumps(report.to_dict()))
+    assert plain_report["response_tokens"]["max"] == 6
+    assert (plain_report["equal_responses"], plain_report["empty_responses"]) == (0, 1)
     assert [[len(e.prompt), *map(len, e.responses)] for e in examples] == [[2, 4, 3], [3, 4, 4], [2, 1, 3]]
     eos = codec().eos_id
     assert [[ids[-1] == eos for ids in e.responses] for e in examples] == [[True] * 2, [False] * 2, [True] * 2]
+
+
+def test_pairs_that_are_equal_once_cut_are_found():
+    long = " should i quit now my boss"
+    rows = [
+        (" my", (long, f"{long} too")),
+        (" my", (" a", " a")),
+        (" my", (" no", " quit")),
+        (" my", (long, long + long)),
+    ]
+    report = tokenize(codec(), rows)[1]
+    assert report.equal_responses == [1, 4]  # equal texts are another matter
+    (said,) = report.findings("pairs", 4)
+    assert said.startswith("2 of 4 pairs have equal sides once they are cut to text.max_response_tokens=4")
+    assert said.endswith("Rows of the set: 1, 4")
+    many = TokenReport(rows=9, empty_responses=[*range(1, 9)])
+    assert many.findings("pairs", 4)[0].endswith("Rows of the set: 1, 2, 3, 4, 5 and 3 more")
+    assert TokenReport(rows=9).findings("pairs", 4) == []
 
 
 def test_percentiles_are_lengths_that_occur():

@@ -23,7 +23,7 @@ from mpo_jax.evaluation.calibration import (
 def test_bins_count_by_size_and_score_by_sign() -> None:
     bins = accuracy_by_gap(np.asarray([0.2, -0.2, 0.0, 1.0, -1.2]))
     found = {row["low"]: (row["count"], row["share"], row["accuracy"]) for row in bins}
-    assert found == dict.fromkeys(EDGES[:-1], (0, 0.0, None)) | {0.0: (3, 0.6, 1 / 3), 1.0: (2, 0.4, 0.5)}
+    assert found == dict.fromkeys(EDGES[:-1], (0, 0.0, None)) | {0.0: (3, 0.6, 0.5), 1.0: (2, 0.4, 0.5)}
     assert (bins[-1]["low"], bins[-1]["high"]) == (3.0, None)
 
 
@@ -38,14 +38,14 @@ def test_pooled_bins_are_the_bins_of_all_pairs() -> None:
 
 
 def test_reliability_by_hand() -> None:
-    """Gaps of 0, 1 and 2 have confidences 0.5, 0.731 and 0.881."""
+    """A gap of 0 is half right, as its confidence says. Gaps of 0, 1 and 2 have confidences 0.5, 0.731 and 0.881."""
     rows, error = reliability(np.asarray([0.0, 1.0, -1.0, 2.0]))
     assert [row["count"] for row in rows] == [1, 2, 1]
     assert [(row["low"], row["high"]) for row in rows] == [
         (0.5, 0.55), (pytest.approx(0.7), pytest.approx(0.75)), (pytest.approx(0.85), pytest.approx(0.9)),
     ]  # fmt: skip
     assert rows[1]["confidence"] == pytest.approx(expit(1.0)) and rows[1]["accuracy"] == pytest.approx(0.5)
-    assert error == pytest.approx(0.25 * 0.5 + 0.5 * (expit(1.0) - 0.5) + 0.25 * (1 - expit(2.0)))
+    assert error == pytest.approx(0.5 * (expit(1.0) - 0.5) + 0.25 * (1 - expit(2.0)))
 
 
 def test_bradley_terry_labels_make_a_calibrated_model_and_a_larger_scale_an_overconfident_one() -> None:

@@ -4,6 +4,7 @@ import numpy as np
 
 from mpo_jax.data.pair_table import FILE, PairTable
 from mpo_jax.evaluation.calibration import against_truth, by_threshold, read_gaps, reliability
+from mpo_jax.selection import ordered_right
 from mpo_jax.stages.select import THRESHOLDS
 from mpo_jax.tools.report.seeds import BySeed, Rows
 from mpo_jax.types import Artifact
@@ -46,7 +47,7 @@ def reliability_rows(gaps: dict[str, np.ndarray]) -> tuple[Rows, Rows]:
     for name, signed in gaps.items():
         bins, error = reliability(signed)
         curve += [{"pairs": name, **one} for one in bins]
-        accuracy = float((signed > 0).mean())
+        accuracy = float(ordered_right(signed).mean())
         errors.append({"pairs": name, "count": len(signed), "accuracy": accuracy, "expected_calibration_error": error})
     return curve, errors
 

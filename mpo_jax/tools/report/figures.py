@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from scipy.stats import binomtest
 
 from mpo_jax.config.schema import EVAL
+from mpo_jax.evaluation.verdicts import rate
 from mpo_jax.tools.report.canvas import COLORS, MARKERS, QUIET, Chart, finish, legend, new_axes, style
 from mpo_jax.tools.report.results import COLUMNS
 
@@ -187,9 +187,10 @@ def accuracy_rows(source: str, bins: list[dict[str, Any]]) -> list[dict[str, Any
     for one in bins:
         row = {"source": source, **{key: one[key] for key in ("low", "high", "count", "share", "accuracy")}}
         if one["count"]:
-            right = round(one["accuracy"] * one["count"])
-            interval = binomtest(right, one["count"]).proportion_ci(method="wilson")
-            row |= {"ci_low": float(interval.low), "ci_high": float(interval.high)}
+            # whole and half pairs: a tie is half right
+            interval = rate(round(2 * one["accuracy"] * one["count"]) / 2, one["count"])
+            assert interval is not None
+            row |= {"ci_low": interval.low, "ci_high": interval.high}
         rows.append(row)
     return rows
 
