@@ -7,6 +7,7 @@ import sys
 import typer
 
 from mpo_jax.cli import exits, stages
+from mpo_jax.cli.accuracy import accuracy
 from mpo_jax.cli.bench import bench
 from mpo_jax.cli.config import show_config
 from mpo_jax.cli.data import show_data
@@ -41,6 +42,7 @@ app.command("report")(report)
 app.command("data")(show_data)
 app.command("generate")(generate)
 app.command("score")(score)
+app.command("accuracy")(accuracy)
 app.command("judge")(judge)
 app.add_typer(human, name="human")
 app.command("export")(export)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from mpo_jax.config.schema import Config
 
 ConfigPath = Annotated[
-    str | None, typer.Argument(metavar="[CONFIG]", help="YAML file; may be left out where KEY=VALUE follows")
+    str | None, typer.Argument(metavar="CONFIG", help="YAML file; may be left out where KEY=VALUE follows")
 ]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="overrides, or more YAML files")]
 ModelPath = Annotated[

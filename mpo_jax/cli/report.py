@@ -5,7 +5,15 @@ from mpo_jax.runtime.console import console
 
 
 def report(workdir: Workdir) -> None:
-    """Write the report of a workdir's finished runs again."""
+    """Write the report of a workdir's finished runs again, and list the stages of runs without an evaluation."""
+    from mpo_jax.tools.report.unevaluated import stage_lines, unevaluated
     from mpo_jax.tools.runs import rewrite_report
 
+    names = unevaluated(workdir)
+    for name in names:
+        console.print(f"{name} has no evaluation (mpo evaluate with the same settings makes it):", markup=False)
+        for line in stage_lines(workdir, name):
+            console.print(f"  {line}", soft_wrap=True, markup=False)
+    if names and not any(workdir.glob("runs/*/evaluate/manifest.json")) and not any(workdir.glob("seed-*/runs")):
+        return
     console.print(f"report: {rewrite_report(workdir)}", soft_wrap=True)

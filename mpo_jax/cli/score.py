@@ -21,6 +21,9 @@ def score(
 ) -> None:
     """Log-probabilities (language model) or scores (reward model) of every row's responses."""
     from mpo_jax.runtime.files import write_lines
+    from mpo_jax.runtime.outputs import check_output_file
+
+    check_output_file("--out", out, (data,))
     from mpo_jax.tools.opening import open_model
     from mpo_jax.tools.scoring import score as score_rows
 

@@ -43,6 +43,14 @@ def mean_and_se(x_N: np.ndarray) -> tuple[float, float]:
     return float(x_N.mean()), float(x_N.std(ddof=1) / np.sqrt(len(x_N))) if len(x_N) > 1 else 0.0
 
 
+def wilson(mean: float, count: float) -> tuple[float, float]:
+    """95% score interval of a share of `count` independent trials (Wilson 1927); `count` need not be whole."""
+    z = 1.959963984540054
+    centre, spread = mean + z * z / (2 * count), z * np.sqrt(mean * (1 - mean) / count + (z / (2 * count)) ** 2)
+    low, high = ((centre + sign * spread) / (1 + z * z / count) for sign in (-1, 1))
+    return max(float(low), 0.0), min(float(high), 1.0)
+
+
 def paired_difference(a_N: np.ndarray, b_N: np.ndarray, *, resamples: int, seed: int) -> dict[str, float]:
     """Mean of a - b over the same prompts, its standard error, and the 95% interval of `paired_bootstrap`.
 

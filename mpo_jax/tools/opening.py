@@ -136,10 +136,7 @@ def find_model(path: str, *, critic: bool = False) -> Path:
     folder = _only_run(Path(path).expanduser())
     part = "critic" if critic else "model"
     if (folder / "env.json").is_file():
-        steps = sorted(
-            (step for step in folder.iterdir() if step.name[0].isdigit()), key=lambda s: int(s.name.split("-")[0])
-        )
-        folder = steps[-1] if steps else folder / "sft"
+        folder = _policy(folder)
     if (folder / part / "config.json").is_file():
         return folder / part
     _refuse_missing(path, folder, part)
@@ -148,10 +145,16 @@ def find_model(path: str, *, critic: bool = False) -> Path:
     return local_model(str(folder) if folder.exists() else path)
 
 
+def _policy(run: Path) -> Path:
+    """The stage of a run that made its last policy."""
+    steps = sorted((step for step in run.iterdir() if step.name[0].isdigit()), key=lambda s: int(s.name.split("-")[0]))
+    return steps[-1] if steps else run / "sft"
+
+
 def _only_run(folder: Path) -> Path:
-    """The only run's folder of a workdir; any other folder itself."""
+    """The only run's folder of a workdir, or any of them if all have one policy; any other folder itself."""
     runs = sorted(run for run in (folder / "runs").glob("*") if is_run(run.name) and (run / "env.json").is_file())
-    if len(runs) > 1:
+    if len({_policy(run).resolve() for run in runs}) > 1:
         raise UserError(f"{folder} holds several runs: name one of {', '.join(map(str, runs))}")
     return runs[0] if runs else folder
 

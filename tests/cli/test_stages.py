@@ -1,6 +1,7 @@
 """`mpo sft`, `dpo` and the others: without a YAML file, by short flags, and without stages that they do not need."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,9 @@ from safetensors.numpy import load_file
 from mpo_jax.cli.arguments import read_config, short_keys
 from mpo_jax.config.schema import ToyConfig
 from mpo_jax.data import toy
+from mpo_jax.errors import UserError
 from mpo_jax.tools import runs
+from mpo_jax.tools.opening import find_model
 from mpo_jax.types import Artifact
 from tests.pipeline.test_pipeline import MICRO, mpo, stages
 
@@ -56,8 +59,25 @@ def test_dpo_on_a_model_and_pairs_is_one_line_and_makes_nothing_else(language_mo
     assert all(np.array_equal(trained[name], exported[name]) for name in trained)
     assert mpo("generate", workdir, "my boss", "--max-new-tokens", "3", *SMALL[-4:]) == 0
     capsys.readouterr()
-    assert mpo("report", workdir) == 2
-    assert "dpo_base has no evaluation: mpo evaluate" in capsys.readouterr().err
+    assert mpo("report", workdir) == 0
+    said = capsys.readouterr().out
+    assert "dpo_base has no evaluation (mpo evaluate with the same settings makes it)" in said
+    lines = said.splitlines()[1:]
+    assert [line.split(":")[0].strip() for line in lines] == ["sft", "1-dpo"] and "rewards/margins" in lines[1]
+
+
+def test_a_workdir_names_its_policy_unless_its_runs_have_several(language_model, tmp_path, capsys):
+    for stage in ("sft-a", "dpo-a"):
+        shutil.copytree(language_model, tmp_path / "stages" / stage / "model")
+    for run, links in {"mpo": {"sft": "sft-a"}, "mpo_sft_kl": {"sft": "sft-a"}}.items():
+        (tmp_path / "runs" / run).mkdir(parents=True)
+        (tmp_path / "runs" / run / "env.json").write_text("{}")
+        for role, stage in links.items():
+            (tmp_path / "runs" / run / role).symlink_to(tmp_path / "stages" / stage)
+    assert find_model(str(tmp_path)).resolve() == (tmp_path / "stages" / "sft-a" / "model").resolve()
+    (tmp_path / "runs" / "mpo" / "1-dpo").symlink_to(tmp_path / "stages" / "dpo-a")
+    with pytest.raises(UserError, match=r"holds several runs: name one of .*runs/mpo, .*runs/mpo_sft_kl"):
+        find_model(str(tmp_path))
 
 
 def test_keys_of_training_leave_the_name_of_a_skipped_sft(language_model):

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -43,6 +44,18 @@ def test_best_against_worst(scores, chosen, rejected, tmp_path):
     assert (pair.prompt, pair.chosen, pair.rejected, pair.category) == ("p", chosen, rejected, "code")
     assert pair.scores == (max(scores), min(scores))
     assert (report.read, report.kept) == (1, 1)
+
+
+def test_responses_continue_a_conversation(tmp_path):
+    turns = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
+    chat = SimpleNamespace(
+        prompt=lambda turns: f"{len(turns)} turns",
+        response=lambda turns, reply: f"{reply} after {turns[-1]['content']}",
+    )
+    path = write(tmp_path / "rows.jsonl", {"prompt": turns, "responses": ["a", "b"], "scores": [0, 1]})
+    (pair,), _ = read_scored(open_source(str(path)), render=Renderer(lambda: chat))  # type: ignore[arg-type]
+    assert (pair.prompt, pair.chosen, pair.rejected) == ("2 turns", "b after hi", "a after hi")
+    assert pair.scores == (1, 0)
 
 
 def test_equal_and_empty_responses_are_dropped_where_rows_are_filtered(tmp_path):

@@ -198,12 +198,6 @@ def collect(workdir: Path, names: tuple[str, ...] | None = None) -> list[RunResu
         }
         results.append(RunResult(folder.name, folder, artifacts))
     if not results:
-        begun = [folder.name for folder in folders if is_run(folder.name) and (folder / "config.yaml").is_file()]
-        if begun:
-            raise UserError(
-                f"nothing to report in {workdir}: {', '.join(begun)} {'have' if begun[1:] else 'has'} no evaluation: "
-                "mpo evaluate with the same settings makes it; mpo export and mpo generate take the folder as it is"
-            )
         raise UserError(f"no finished run in {workdir}: make one with `mpo run CONFIG workdir={workdir}`")
     order = in_order(result.name for result in results)
     return sorted(results, key=lambda result: order.index(result.name))

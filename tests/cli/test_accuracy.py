@@ -1,0 +1,100 @@
+"""`mpo accuracy`: a reward model and an implicit reward against `mpo score`, and what is refused before it starts."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.cli.conftest import write_model
+from tests.cli.test_score import CHOSEN, NO_CACHE, PROMPTS, REJECTED, lines
+from tests.pipeline.test_pipeline import mpo
+
+SUBSETS = ["mt-bench-easy", "mt-bench-easy", "llmbar-natural", "hep-go", "other"]
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    fields = zip(PROMPTS, CHOSEN, REJECTED, SUBSETS, strict=True)
+    rows = [{"prompt": p, "chosen": c, "rejected": r, "subset": s, "kind": len(p) // 10} for p, c, r, s in fields]
+    rows[2]["rejected"] = rows[2]["chosen"]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def margins(model, pairs, out, field) -> np.ndarray:
+    assert mpo("score", model, pairs, "--out", out, *NO_CACHE) == 0
+    return np.asarray([row[f"{field}_chosen"] - row[f"{field}_rejected"] for row in lines(out)])
+
+
+def test_a_reward_model(reward_model, pairs, tmp_path, capsys):
+    out = tmp_path / "accuracy.json"
+    assert mpo("accuracy", reward_model, pairs, "--by", "kind", "--json", out, *NO_CACHE) == 0
+    said, found = capsys.readouterr().out, json.loads(out.read_text())
+    margin = margins(reward_model, pairs, tmp_path / "scores.jsonl", "score")
+    right = (1 + np.sign(margin)) / 2
+    assert right[2] == 0.5 and found["overall"]["ties"] == 1 and found["overall"]["rows"] == 5
+    assert found["overall"]["mean"] == pytest.approx(right.mean())
+    assert found["overall"]["margin"] == pytest.approx(margin.mean(), rel=1e-5)
+    kinds = np.asarray([len(p) // 10 for p in PROMPTS])
+    assert {name: one["mean"] for name, one in found["groups"].items()} == {
+        str(kind): pytest.approx(right[kinds == kind].mean()) for kind in sorted(set(kinds))
+    }
+    sections = {name: one["mean"] for name, one in found["bench"]["sections"].items()}
+    assert sections == pytest.approx({"Chat": right[:2].mean(), "Chat Hard": 0.5, "Reasoning": right[3]})
+    assert found["beta"] is None and found["bench"]["score"] is None and found["bench"]["unknown"] == 1
+    assert "Ties count half" in said and "Chat Hard" in said and "rows of no subset of RewardBench" in said
+
+
+def test_an_implicit_reward(language_model, decoder, pairs, tmp_path):
+    other, out = write_model(tmp_path / "other", decoder, seed=7), tmp_path / "accuracy.json"
+    given = ("--reference", other, "--beta", "0.5", "--json", out)
+    assert mpo("accuracy", language_model, pairs, *given, *NO_CACHE) == 0
+    ours, theirs = (margins(m, pairs, tmp_path / f"{n}.jsonl", "logp") for n, m in enumerate((language_model, other)))
+    found = json.loads(out.read_text())["overall"]
+    assert found["margin"] == pytest.approx(0.5 * (ours - theirs).mean(), rel=1e-4)
+    assert found["mean"] == pytest.approx(((1 + np.sign(ours - theirs)) / 2).mean())
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "words"),
+    [
+        ("language_model", (), "is a language model: give --reference MODEL"),
+        ("reward_model", ("--reference", "LM"), "whose scores need no --reference"),
+        ("reward_model", ("--beta", "0.1"), "--beta is of an implicit reward"),
+        ("language_model", ("--reference", "RM"), "is a reward model: name a language model"),
+        ("reward_model", ("--by", "nothing"), "has the field --by nothing"),
+        ("reward_model", ("--by", "chosen_list"), "pairs.jsonl:1: field 'chosen_list' must be a string"),
+        ("reward_model", ("--json", "DATA"), "is the file that is read"),
+    ],
+)
+def test_what_is_refused(model, options, words, request, pairs, tmp_path, capsys):
+    rows = [{**row, "chosen_list": [1]} for row in lines(pairs)]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    named = {"LM": "language_model", "RM": "reward_model"}
+    given = [request.getfixturevalue(named[o]) if o in named else pairs if o == "DATA" else o for o in options]
+    assert mpo("accuracy", request.getfixturevalue(model), pairs, *given, *NO_CACHE) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_rows_that_are_no_pairs_are_refused(reward_model, tmp_path, capsys):
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"prompt": "p", "response": "r"}\n')
+    assert mpo("accuracy", reward_model, data, *NO_CACHE) == 2
+    assert "rows.jsonl:1: accuracy is of pairs" in capsys.readouterr().err
+    data.write_text("")
+    assert mpo("accuracy", reward_model, data, *NO_CACHE) == 2
+    assert "holds no rows" in capsys.readouterr().err
+
+
+def test_score_never_writes_over_what_it_reads(pairs, tmp_path, capsys):
+    before = pairs.read_text()
+    (tmp_path / "link.jsonl").symlink_to(pairs)
+    for out in (pairs, tmp_path / "link.jsonl", tmp_path / "." / "pairs.jsonl"):
+        assert mpo("score", "no/such/model", pairs, "--out", out) == 2
+        assert "is the file that is read: name another" in capsys.readouterr().err
+    assert mpo("score", "no/such/model", pairs, "--out", tmp_path) == 2
+    assert "is a folder: name a file" in capsys.readouterr().err
+    assert mpo("score", "no/such/model", pairs, "--out", pairs / "scores.jsonl") == 2
+    assert "is a file, not a folder" in capsys.readouterr().err
+    assert pairs.read_text() == before
