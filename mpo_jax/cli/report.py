@@ -6,6 +6,9 @@ from mpo_jax.runtime.console import console
 
 def report(workdir: Workdir) -> None:
     """Write the report of a workdir's finished runs again."""
+    from mpo_jax.tools.report.terminal import print_cautions
     from mpo_jax.tools.runs import rewrite_report
 
-    console.print(f"report: {rewrite_report(workdir)}", soft_wrap=True)
+    page, by_seed = rewrite_report(workdir)
+    print_cautions(by_seed)
+    console.print(f"report: {page}", soft_wrap=True)

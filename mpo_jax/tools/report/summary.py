@@ -125,7 +125,7 @@ def _cautions(results: list[RunResult]) -> list[str]:
         values = (manifest.get(part, {}) for manifest in manifests)
         return len({json.dumps(value.get(key) if key else value, sort_keys=True) for value in values}) > 1
 
-    cautions = []
+    cautions = list(dict.fromkeys(caution for result in results for caution in result.cautions))
     if differ("parents", "reward"):
         cautions.append("The runs were scored by different reward models: their rewards do not compare.")
     if differ("parents", "sft"):
