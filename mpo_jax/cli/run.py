@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from mpo_jax.cli.arguments import ConfigPath, Overrides, read_config
-from mpo_jax.cli.starting import starting
+from mpo_jax.cli.starting import print_tensorboard, starting
 from mpo_jax.runtime.console import console
 from mpo_jax.runtime.words import counted
 
@@ -37,6 +37,7 @@ def run(config: ConfigPath, overrides: Overrides = None) -> None:
         + ("" if made else ": everything was there already, nothing was computed")
     )
     console.print(f"report: {finished.page}", soft_wrap=True)
+    print_tensorboard(resolved)
 
 
 def _print_samples(results: "list[RunResult]") -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,8 @@ VISIBLE_S = 180.0
 (acdirmax) that a file was missing or shorter; three times that is a fault."""
 
 
+AS_JSON = "backslashreplace"
+"""What becomes of a lone surrogate in JSON: its escape, which reads back as the same text."""
 MISPLACED = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 """Errors of a file that is missing, or has a folder in its place."""
 SHOWN_CHARACTERS = 120
@@ -27,17 +30,45 @@ SHOWN_CHARACTERS = 120
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON atomically."""
-    write_text(path, [json.dumps(value, indent=2, ensure_ascii=False), "\n"])
+    write_text(path, [json.dumps(value, indent=2, ensure_ascii=False), "\n"], errors=AS_JSON)
 
 
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes rows as JSON lines, atomically."""
-    write_text(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows), errors=AS_JSON)
 
 
-def write_text(path: Path, parts: Iterable[str], *, encoding: str = "utf-8") -> None:
-    """Writes the parts one after the other, atomically; line ends are kept."""
-    write_bytes(path, codecs.iterencode(parts, encoding))
+def write_text(path: Path, parts: Iterable[str], *, encoding: str = "utf-8", errors: str = "replace") -> None:
+    """Writes the parts one after the other, atomically; line ends are kept.
+
+    Args:
+      errors: of a lone surrogate, which a JSON escape can carry and no file can hold: Python's name of what becomes of
+        it. To fail at the end would lose everything that is to be written.
+    """
+    write_bytes(path, codecs.iterencode(parts, encoding, errors))
+
+
+def check_output(path: Path, option: str, *, folder: bool = False) -> None:
+    """Tries whether a file can be written, or files in a folder, before the work begins whose result it is.
+
+    Args:
+      option: how the user names it: "--out".
+      folder: whether `path` is a folder; it is made.
+
+    Raises:
+      UserError: says what is in the way.
+    """
+    place = path if folder else path.parent
+    if not folder and path.is_dir():
+        raise UserError(f"{option} {path} is a folder: name a file in it, such as {path / 'out.json'}")
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=place, prefix=".probe-") as probe:
+            probe.write(b"x")
+            probe.flush()
+    except OSError as error:
+        there = f"{place} is a file" if place.is_file() else f"cannot write to {place}: {error.strerror}"
+        raise UserError(f"{option} {path}: {there}; name another place") from error
 
 
 def write_bytes(path: Path, parts: Iterable[bytes]) -> None:

@@ -22,6 +22,7 @@ from mpo_jax.models.hf.tokenizer import load_tokenizer
 from mpo_jax.models.spec import DecoderConfig
 from mpo_jax.pipeline.recipe import read_recipe
 from mpo_jax.runtime import machine
+from mpo_jax.runtime.files import check_output
 from mpo_jax.runtime.processes import agree, is_main, wait
 from mpo_jax.runtime.sharding import make_mesh
 from mpo_jax.tools.opening import find_model
@@ -81,6 +82,8 @@ def export(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists and is not empty: name a new folder")
     found = find_model(path, critic=critic)
+    if is_main():
+        check_output(target, "DIR")
     if adapter:
         if critic:
             raise UserError(

@@ -15,7 +15,7 @@ from mpo_jax.pipeline.keeping import ModelStore
 from mpo_jax.pipeline.pipeline import Pipeline, StageName
 from mpo_jax.runtime import machine
 from mpo_jax.runtime.console import console
-from mpo_jax.runtime.files import read_json, write_json
+from mpo_jax.runtime.files import check_output, read_json, write_json
 from mpo_jax.runtime.processes import REPORTED, is_main, wait
 from mpo_jax.runtime.version import __version__
 from mpo_jax.tools.report import results
@@ -113,6 +113,7 @@ def rewrite_report(workdir: Path) -> tuple[Path, "BySeed"]:
     from mpo_jax.tools.report.seeds import collect_seeds
 
     by_seed = collect_seeds(workdir)
+    check_output(workdir, "WORKDIR", folder=True)
     config = next(iter(by_seed.values()))[0].config
     page = write_report(workdir, resamples=config.evaluate.bootstrap_resamples, by_seed=by_seed)
     wandb_log.log_report(config, workdir)

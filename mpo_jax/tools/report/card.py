@@ -255,7 +255,8 @@ def _metrics(origin: Origin) -> str:
         for column, name in COLUMNS.items():
             if column in origin.evaluation:
                 mean, error = origin.evaluation[column], origin.evaluation[f"{column}_se"]
-                rows.append({"on held-out prompts": name, "mean": mean, "s.e.": error})
+                known = error if origin.evaluation["prompts"] > 1 else None
+                rows.append({"on held-out prompts": name, "mean": mean, "s.e.": known})
         prompts = origin.evaluation["prompts"]
         note = f"\n\nMean and standard error over {prompts} prompts, one response each."
         return markdown(rows) + note + " Reward is the raw score of the reward model it was trained with."

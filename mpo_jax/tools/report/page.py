@@ -160,6 +160,9 @@ def _cell(row: dict[str, Any], column: str) -> str:
     if column not in row:
         return "-"
     value, se = row[column], row[f"{column}_se"]
+    if se is None:
+        # a single prompt says nothing of others
+        return f"{value:.1%}" if column == "has_eos" else f"{value:.{1 if column == 'length' else 3}f}"
     if column == "has_eos":
         return f"{value:.1%} ±\N{NO-BREAK SPACE}{se:.1%}"
     digits = 1 if column == "length" else 3

@@ -295,7 +295,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def main_rows(results: list[RunResult]) -> list[dict[str, Any]]:
-    """A row a run: mean and standard error of each column; no error of a single prompt in a category."""
+    """A row a run: mean and standard error of each column; a single prompt has no error."""
     rows = []
     for result in results:
         summary = result.summary
@@ -303,7 +303,8 @@ def main_rows(results: list[RunResult]) -> list[dict[str, Any]]:
         for column in COLUMNS:
             if column in summary:
                 error = summary[f"{column}_se"]
-                row[column], row[f"{column}_se"] = summary[column], None if math.isnan(error) else error
+                known = summary["prompts"] > 1 and not math.isnan(error)
+                row[column], row[f"{column}_se"] = summary[column], error if known else None
         rows.append(row)
     return rows
 

@@ -85,7 +85,9 @@ def outcome(rows: Rows, differences: Rows, best: dict[str, str], *, compare: boo
     sentences = []
     if column in best:
         row = by_run[best[column]]
-        sentences.append(f"Best by {name}: {row['run']}, {row[column]:.3f} ± {row[f'{column}_se']:.3f} (s.e.).")
+        error = row[f"{column}_se"]
+        shown = "" if error is None else f" ± {error:.3f} (s.e.)"
+        sentences.append(f"Best by {name}: {row['run']}, {row[column]:.3f}{shown}.")
     if "utility" in best and "score" in best and best["score"] != best["utility"]:
         sentences.append(f"By reward it would be {best['score']}: the reward model and the truth disagree there.")
     for row in [row for row in differences if row["column"] == column] if compare else []:
