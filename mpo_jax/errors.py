@@ -1,5 +1,7 @@
 """Exceptions that end a command with a message instead of a traceback."""
 
+from pathlib import Path
+
 GOES_ON = "the same command goes on from"
 """What every message about an end before the end says, followed by what there is to go on from."""
 
@@ -9,6 +11,19 @@ class UserError(Exception):
 
     The command line prints the message alone and exits with status 2; `--debug` shows the traceback.
     """
+
+
+class Damaged(UserError):
+    """A file of a workdir is missing, damaged or of another shape than the one that was written.
+
+    Args:
+      path: the file.
+      why: what is wrong with it, after its name: "is empty".
+      remedy: what to do, in the imperative.
+    """
+
+    def __init__(self, path: Path, why: str, remedy: str):
+        super().__init__(f"{path} {why}: {remedy}")
 
 
 class NotFinite(UserError):

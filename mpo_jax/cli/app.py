@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import sys
+from typing import Annotated
 
 import typer
 
@@ -29,9 +30,25 @@ from mpo_jax.runtime.interrupts import STOPS
 app = typer.Typer(
     help="Mixed Preference Optimization in JAX. Add --debug to any command for the traceback of an error.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},  # of every command
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        version()
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options that stand before a command."""
+
 
 # in the order of `mpo --help`
 app.command("run")(run)

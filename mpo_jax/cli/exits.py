@@ -73,6 +73,17 @@ def _explain(error: Exception) -> str:
     where = f": {error.filename}" if isinstance(error, OSError) and error.filename else ""
     if code in (errno.ENOSPC, errno.EDQUOT) or FULL_DISK in str(error):
         return f"no space left on the disk{where}. Free some and run the same command again; nothing unfinished is used"
+    if isinstance(error, OSError) and code in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY):
+        place = error.filename2 or error.filename
+        return (
+            f"{place}: something else is in this place ({error.strerror}): delete it or move it away, and run the "
+            "same command again"
+        )
+    if isinstance(error, OSError) and code == errno.ENOENT and error.filename is not None:
+        return (
+            f"{error.filename} is missing. If a folder was deleted or moved while the command ran, put it back or run "
+            "the same command again"
+        )
     if code in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"no permission to write or read{where}. Choose another folder with workdir=DIR"
     return str(error)

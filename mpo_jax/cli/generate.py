@@ -29,7 +29,7 @@ def generate(
     from mpo_jax.tools import generation
 
     # the first answer, or the only one, is printed as it grows; the others once they are done
-    printed = ""
+    printed, answers = "", []
     for answers, done in generation.generate(
         model,
         sys.stdin.read() if prompt == "-" else prompt,
@@ -50,3 +50,6 @@ def generate(
             for answer in answers[1:]:
                 sys.stdout.write(f"\n---\n{answer}")
     sys.stdout.write("\n")
+    if empty := [number for number, answer in enumerate(answers, 1) if not answer.strip()]:
+        which = "the answer is" if num_samples == 1 else f"answers {', '.join(map(str, empty))} are"
+        print(f"{which} empty: the model ended it at once, or wrote white space alone", file=sys.stderr)

@@ -29,10 +29,12 @@ def export_study(
 ) -> None:
     """Write a double-blind page and table for people, and the key apart from them."""
     from mpo_jax.evaluation.answers import CATEGORY
+    from mpo_jax.runtime.files import check_output
     from mpo_jax.tools.human.export import write_study
     from mpo_jax.tools.human.sheets import make_study
     from mpo_jax.tools.sides import compared
 
+    check_output(out, "--out", folder=True)
     pairs = compared(a, b, data, out=out, overrides=tuple(overrides or ()), by=by or CATEGORY)
     study = make_study(pairs, (a, b), n=n, by=by, seed=seed)
     key = write_study(study, out)
@@ -51,9 +53,12 @@ def import_study(
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="folder to write to; default: the key's")] = None,
 ) -> None:
     """Check filled sheets, and print Win/Tie/Lose by category and Fleiss' kappa."""
+    from mpo_jax.runtime.files import check_output
     from mpo_jax.tools.human.agreement import import_sheets
     from mpo_jax.tools.report.terminal import verdict_table
 
+    if out is not None:
+        check_output(out, "--out", folder=True)
     result, folder = import_sheets(files, key=key, out=out)
     console.print(verdict_table(f"{result['a']} (A) against {result['b']} (B)", "items", result))
     for line in _remarks(result):

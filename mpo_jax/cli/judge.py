@@ -59,6 +59,7 @@ def judge(
     by: Annotated[str, typer.Option(metavar="FIELD", help="the field of a row that names its category")] = "category",
 ) -> None:
     """Ask a judge which of two sides answers better: Win/Tie/Lose with intervals."""
+    from mpo_jax.runtime.files import check_output
     from mpo_jax.tools.judge import comparison
     from mpo_jax.tools.judge.cache import Cache
     from mpo_jax.tools.judge.endpoint import Endpoint
@@ -66,6 +67,8 @@ def judge(
     from mpo_jax.tools.judge.remote import RemoteJudge
     from mpo_jax.tools.sides import compared
 
+    if not dry_run:
+        check_output(out, "--out", folder=True)
     given = tuple(overrides or ())
     fields = {"temperature": temperature, "max_tokens": max_tokens, **_object(request)}
     text = read_prompt(prompt_file)
@@ -198,9 +201,11 @@ def _remarks(result: Mapping[str, Any]) -> list[str]:
         )
     if "difference" in result:
         d = result["difference"]
+        interval = "of a single prompt"
+        if d["low"] is not None:
+            interval = f"[{d['low']:.3f}, {d['high']:.3f}] (paired bootstrap over prompts)"
         lines.append(
-            f"Mean total: A {result['total_a']:.3f}, B {result['total_b']:.3f}; A - B {d['mean']:.3f} "
-            f"[{d['low']:.3f}, {d['high']:.3f}] (paired bootstrap over prompts)."
+            f"Mean total: A {result['total_a']:.3f}, B {result['total_b']:.3f}; A - B {d['mean']:.3f} {interval}."
         )
     if agree := result.get("places", {}).get("agree"):
         p = result["places"]

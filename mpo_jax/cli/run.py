@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from mpo_jax.cli.arguments import BaseModel, ConfigPath, DataPaths, Out, Overrides, read_run, short_keys
-from mpo_jax.cli.starting import starting
+from mpo_jax.cli.starting import print_tensorboard, starting
 from mpo_jax.runtime.console import console
 from mpo_jax.runtime.words import counted
 
@@ -43,6 +43,7 @@ def run(
         + ("" if made else ": everything was there already, nothing was computed")
     )
     console.print(f"report: {finished.page}", soft_wrap=True)
+    print_tensorboard(resolved)
 
 
 def _print_samples(results: "list[RunResult]") -> None:

@@ -1,10 +1,11 @@
-"""What a command that makes stages does first: it says what it starts, and then imports what takes seconds."""
+"""What a command that makes stages does first and last: it says what it starts, and then imports what takes seconds."""
 
 import contextlib
 import gc
 import importlib.metadata
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -48,6 +49,12 @@ def announcement(command: str, source: Path | None, config: "Config") -> str:
     versions = f"Python {platform.python_version()}, jax {importlib.metadata.version('jax')}"
     what = command if source is None else f"{command} {source}"
     return f"mpo {__version__} {what}: {', '.join(names)} in {config.workdir} ({versions})"
+
+
+def print_tensorboard(config: "Config") -> None:
+    """Says how to look at the curves of the workdir's stages, where TensorBoard's files are written."""
+    if config.runtime.tensorboard:
+        console.print(shlex.join(["tensorboard", "--logdir", config.workdir]), soft_wrap=True, markup=False)
 
 
 def _first(config: "Config", environment: Mapping[str, str]) -> bool:

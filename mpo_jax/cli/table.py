@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mpo_jax.cli.arguments import BaseModel, ConfigPath, DataPaths, Out, Overrides, read_run, short_keys
-from mpo_jax.cli.starting import starting
+from mpo_jax.cli.starting import print_tensorboard, starting
 from mpo_jax.runtime.console import console
 from mpo_jax.runtime.progress import Expected, duration
 from mpo_jax.runtime.words import counted, size
@@ -75,6 +75,7 @@ def _make(path: Path | None, config: "Config") -> None:
     for folder in finished.folders:
         console.print(f"{folder.name}: {folder}", soft_wrap=True)
     console.print(f"report: {finished.page}", soft_wrap=True)
+    print_tensorboard(config)
 
 
 def _print_left_out(name: str, reason: str) -> None:

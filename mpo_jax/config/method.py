@@ -94,6 +94,15 @@ class RewardConfig(Section, frozen=True):
         return self.path is None and self.function is None
 
 
+def named_once(experiments: tuple[str, ...]) -> tuple[str, ...]:
+    """The names, of which there must be one, and none twice."""
+    if not experiments:
+        raise ValueError("names no run: name one or more, such as mpo")
+    if twice := [name for name in dict.fromkeys(experiments) if experiments.count(name) > 1]:
+        raise ValueError(f"names {', '.join(twice)} more than once: a run is made once")
+    return experiments
+
+
 class SelectConfig(Section, frozen=True):
     """Data selection: easy pairs go to DPO, hard ones to PPO. Set `threshold` or `easy_fraction`, not both."""
 
@@ -138,6 +147,11 @@ class SelectConfig(Section, frozen=True):
     def _has_split(self) -> "SelectConfig":
         if self.threshold is None and self.easy_fraction is None:
             raise ValueError("one of select.threshold and select.easy_fraction must be given")
+        if self.threshold is not None and self.threshold < 0 and self.pair_source == "sampled":
+            raise ValueError(
+                f"select.threshold={self.threshold:g} makes every pair easy: the gaps of sampled pairs are never below "
+                "0. Give a threshold from 0 up; select.pair_source=human has gaps with a sign"
+            )
         return self
 
 
@@ -328,9 +342,14 @@ class TableConfig(Section, frozen=True):
     @field_validator("seeds")
     @classmethod
     def _some_and_different(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        if not value or len(set(value)) < len(value) or min(value) < 0:
-            raise ValueError("must be different whole numbers from 0 up, such as 0,1,2")
+        if not value or len(set(value)) < len(value) or min(value) < 0 or max(value) >= 2**31:
+            raise ValueError("must be different whole numbers from 0 up and below 2147483648, such as 0,1,2")
         return value
+
+    @field_validator("experiment")
+    @classmethod
+    def _runs_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return named_once(value)
 
     @field_validator("easy_fractions")
     @classmethod

@@ -18,6 +18,7 @@ from mpo_jax.config.method import (
     SelectConfig,
     SftConfig,
     TableConfig,
+    named_once,
 )
 from mpo_jax.config.model import AdapterConfig, ArchitectureConfig, ModelConfig
 from mpo_jax.config.registry import TRAINED
@@ -88,6 +89,28 @@ class Config(Section, frozen=True):
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         return tuple(name.strip() for name in value.split(",")) if isinstance(value, str) else value
+
+    @field_validator("experiment")
+    @classmethod
+    def _runs_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return named_once(value)
+
+    @field_validator("workdir")
+    @classmethod
+    def _is_named(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError("must name a folder, such as runs/mine")
+        return value
+
+    @model_validator(mode="after")
+    def _can_split(self) -> "Config":
+        negative = [threshold for threshold in self.table.thresholds if threshold < 0]
+        if negative and self.select.pair_source == "sampled":
+            raise ValueError(
+                f"table.thresholds has {negative[0]:g}, which makes every pair easy: the gaps of sampled pairs are "
+                "never below 0"
+            )
+        return self
 
     @model_validator(mode="after")
     def _has_a_first_policy(self) -> "Config":

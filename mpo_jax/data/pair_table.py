@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from mpo_jax.config.registry import Subset
 from mpo_jax.data.token_lists import Ids, TokenLists, from_arrow, to_arrow
 from mpo_jax.errors import NothingSelected
+from mpo_jax.runtime.files import anew, naming_damage
 from mpo_jax.runtime.stage_warnings import warn
 from mpo_jax.selection import split, threshold_for_fraction
 
@@ -181,7 +182,7 @@ class _BothIds(Sequence[tuple[np.ndarray, np.ndarray]]):
 
 def _chunks(path: Path, name: str) -> Iterator[pa.Array]:
     """A column, some rows at a time."""
-    with pq.ParquetFile(path) as file:
+    with naming_damage(path, anew(path.parent)), pq.ParquetFile(path) as file:
         for batch in file.iter_batches(CHUNK_ROWS, columns=[name], use_threads=False):
             yield batch.column(0)
 
@@ -191,7 +192,8 @@ def _texts(path: Path, name: str) -> list[str]:
 
 
 def _numbers(path: Path, name: str) -> np.ndarray:
-    return pq.read_table(path, columns=[name])[name].to_numpy()
+    with naming_damage(path, anew(path.parent)):
+        return pq.read_table(path, columns=[name])[name].to_numpy()
 
 
 def check_subsets(folder: Path, subsets: Iterable[Subset], border: Border) -> None:

@@ -1,5 +1,6 @@
 """How reliable a reward model's gaps are: Figure 2 of the MPO paper, and calibration."""
 
+import os
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -10,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mpo_jax.selection import ordered_right
+from mpo_jax.runtime.files import anew, naming_damage
 
 EDGES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, float("inf"))
 """Of the bins of gaps."""
@@ -118,11 +120,12 @@ def write_gaps(
 
 def read_gaps(folder: Path) -> tuple[np.ndarray, np.ndarray | None] | None:
     """The arrays of `write_gaps`; None if the reward model has no such file."""
-    if not (folder / HELD_OUT).is_file():
+    if not os.path.lexists(folder / HELD_OUT):
         return None
-    table = pq.read_table(folder / HELD_OUT)
-    truth = table["truth"].to_numpy() if "truth" in table.column_names else None
-    return table["gap"].to_numpy(), truth
+    with naming_damage(folder / HELD_OUT, anew(folder)):
+        table = pq.read_table(folder / HELD_OUT)
+        truth = table["truth"].to_numpy() if "truth" in table.column_names else None
+        return table["gap"].to_numpy(), truth
 
 
 def read_gap_categories(folder: Path) -> list[str | None] | None:

@@ -51,16 +51,16 @@ def wilson(mean: float, count: float) -> tuple[float, float]:
     return max(float(low), 0.0), min(float(high), 1.0)
 
 
-def paired_difference(a_N: np.ndarray, b_N: np.ndarray, *, resamples: int, seed: int) -> dict[str, float]:
+def paired_difference(a_N: np.ndarray, b_N: np.ndarray, *, resamples: int, seed: int) -> dict[str, float | None]:
     """Mean of a - b over the same prompts, its standard error, and the 95% interval of `paired_bootstrap`.
 
-    The interval of a single prompt is the prompt's value, since JSON has no infinity.
+    A single prompt says nothing of others: its error and interval are None.
     """
     difference_N = np.asarray(a_N, np.float64) - np.asarray(b_N, np.float64)
     mean, se = mean_and_se(difference_N)
-    low = high = mean
-    if len(difference_N) > 1:
-        _, low, high, _ = paired_bootstrap(difference_N[None], shared_prompts=True, resamples=resamples, seed=seed)
+    if len(difference_N) == 1:
+        return {"mean": mean, "se": None, "low": None, "high": None}
+    _, low, high, _ = paired_bootstrap(difference_N[None], shared_prompts=True, resamples=resamples, seed=seed)
     return {"mean": mean, "se": se, "low": low, "high": high}
 
 

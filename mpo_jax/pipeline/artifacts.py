@@ -1,7 +1,6 @@
 """Finished stages on disk: folders named by a hash of their recipe, published by rename, reused if they exist."""
 
 import contextlib
-import json
 import os
 import shutil
 import time
@@ -11,13 +10,13 @@ from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
 
-from mpo_jax.config.load import read_record
 from mpo_jax.errors import UserError
 from mpo_jax.pipeline.bucket import CHECKPOINTS, Bucket, stage_files, stage_place
-from mpo_jax.pipeline.recipe import RECIPE, artifact_name
+from mpo_jax.pipeline.recipe import MANIFEST, RECIPE, artifact_name, read_made, read_manifest
+from mpo_jax.pipeline.run_folder import CONFIG, read_config
 from mpo_jax.runtime import parts
 from mpo_jax.runtime.console import console
-from mpo_jax.runtime.files import wait_for_files, write_json
+from mpo_jax.runtime.files import remove, wait_for_files, write_json
 from mpo_jax.runtime.processes import agree, is_main, wait
 from mpo_jax.runtime.progress import Overall
 from mpo_jax.runtime.stage_warnings import collect_warnings
@@ -80,6 +79,9 @@ class Store:
         name = artifact_name(recipe)
         final = self.folder / name
         partial = _partial(final)
+        if is_main() and self.bucket is None:
+            # found now, not when the stage is made and cannot get its name
+            read_made(final, recipe)
         if (done := self._find(final)) is None:
             # the main process holds the lock for all processes
             with _locked(self.folder / f".{name}.lock", name) if is_main() else contextlib.nullcontext():
@@ -118,13 +120,13 @@ class Store:
                     self.bucket.fetch(stage_place(final), final)
         else:
             wait_for_files(final, there)
-        return Artifact(final, json.loads((final / "manifest.json").read_text(encoding="utf-8")))
+        return Artifact(final, read_manifest(final))
 
     def _upload(self, final: Path) -> None:
         """Uploads a finished stage to the bucket unless it is there, and removes its partial folder from the bucket."""
         if self.bucket is not None:
             if not self.bucket.has(_manifest(final)):
-                self.bucket.send(final, stage_place(final), last="manifest.json")
+                self.bucket.send(final, stage_place(final), last=MANIFEST)
             self.bucket.remove(stage_place(_partial(final)))
 
     def _make(self, recipe: Mapping[str, Any], final: Path, partial: Path, run: Callable[[Path], Any]) -> Artifact:
@@ -133,7 +135,7 @@ class Store:
             if self.bucket is not None and self.bucket.has(f"{stage_place(partial)}/{RECIPE}"):
                 # possibly another machine's partial run: its metrics belong to the checkpoints there
                 self.bucket.fetch(stage_place(partial), partial)
-            partial.mkdir(exist_ok=True)
+            _prepare(partial)
             write_json(partial / RECIPE, recipe)
         begun = agree({RECIPE: _size(partial / RECIPE)} if is_main() else None, f"process 0 begins {final.name}")
         if self.bucket is None and begun is not None:
@@ -146,7 +148,7 @@ class Store:
         if is_main():
             (partial / RECIPE).unlink()
             made = {"version": __version__, "seconds": round(time.time() - begin, 1), "warnings": warnings}
-            write_json(partial / "manifest.json", {**recipe, **made, "summary": summary})
+            write_json(partial / MANIFEST, {**recipe, **made, "summary": summary})
             os.rename(partial, final)
             _tidy(final)
             self._upload(final)
@@ -177,12 +179,21 @@ def _partial(final: Path) -> Path:
     return final.with_name(f".{final.name}.partial")
 
 
+def _prepare(partial: Path) -> None:
+    """Makes the folder of an unfinished stage, and removes files that are in the place of its folders."""
+    for folder in (partial, partial / CHECKPOINTS, partial / parts.FOLDER):
+        if os.path.lexists(folder) and not folder.is_dir():
+            console.print(f"  [yellow]{folder} is no folder, and is removed[/yellow]", soft_wrap=True)
+            folder.unlink()
+    partial.mkdir(exist_ok=True)
+
+
 def _manifest(final: Path) -> str:
-    return f"{stage_place(final)}/manifest.json"
+    return f"{stage_place(final)}/{MANIFEST}"
 
 
 def _is_complete(final: Path) -> bool:
-    return (final / "manifest.json").is_file()
+    return (final / MANIFEST).is_file()
 
 
 def _tidy(final: Path) -> None:
@@ -192,7 +203,7 @@ def _tidy(final: Path) -> None:
     """
     if (final / CHECKPOINTS).is_dir() and not _keeps_checkpoints(final):
         shutil.rmtree(final / CHECKPOINTS, ignore_errors=True)
-    shutil.rmtree(final / parts.FOLDER, ignore_errors=True)
+    remove(final / parts.FOLDER)
 
 
 def _sizes(folder: Path) -> dict[str, int]:
@@ -206,5 +217,5 @@ def _size(path: Path) -> int:
 
 def _keeps_checkpoints(folder: Path) -> bool:
     """Whether a stage keeps its checkpoints; training stages store their configuration in the folder."""
-    config = folder / "config.yaml"
-    return config.is_file() and read_record(config).runtime.keep_finished_checkpoints
+    config = folder / CONFIG
+    return config.is_file() and read_config(config).runtime.keep_finished_checkpoints

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import json
 import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from mpo_jax.config.schema import Config
 from mpo_jax.pipeline.artifacts import Store
 from mpo_jax.pipeline.bucket import Bucket, stage_place
 from mpo_jax.pipeline.pipeline import Pipeline
-from mpo_jax.pipeline.recipe import artifact_name
+from mpo_jax.pipeline.recipe import MANIFEST, artifact_name, read_manifest
 from mpo_jax.pipeline.table import Listing
 from mpo_jax.runtime.console import console
 from mpo_jax.runtime.files import write_json
@@ -81,8 +80,10 @@ class ModelStore(Store):
         """Tells the store which runs will be made: what they end with stays, or is made again if it was removed."""
         listing, workdir = copy.copy(pipeline), self.folder.parent
         listing.store = Listing(workdir, self.bucket)
-        recorded = (_read(path) for path in workdir.glob("runs/*/evaluate/manifest.json"))
-        others = sorted({manifest["parents"]["policy"] for manifest in recorded})
+        # only what removes models has to know which ones other runs end with
+        paths = workdir.glob(f"runs/*/evaluate/{MANIFEST}") if self._removes else ()
+        recorded = (read_manifest(path.parent.resolve()) for path in paths)
+        others = sorted({policy for manifest in recorded if (policy := manifest["parents"].get("policy"))})
         self._others = set(agree(others, "policies of other runs"))
         artifacts = [artifact for name in runs for artifact in listing.experiment(name).artifacts.values()]
         self.plan = Plan.of({artifact.id: artifact.manifest for artifact in artifacts})
@@ -103,7 +104,7 @@ class ModelStore(Store):
     def restored(self, artifact: Artifact) -> Artifact:
         """The artifact with its model, which is made again if it was removed."""
         self._restore(artifact.id, "the result asked for")
-        return Artifact(artifact.path, _read(artifact.path / "manifest.json"))
+        return Artifact(artifact.path, read_manifest(artifact.path))
 
     def finish(self) -> None:
         """Removes what nothing needs once all runs are made, those included that only left-out runs would read."""
@@ -111,7 +112,7 @@ class ModelStore(Store):
             self._remove({*self._done, *self.plan.readers})
 
     def _is_there(self, name: str) -> bool:
-        manifest = self.folder / name / "manifest.json"
+        manifest = self.folder / name / MANIFEST
         return manifest.is_file() or (self.bucket is not None and self.bucket.has(_in_bucket(name)))
 
     def _restore(self, name: str, reader: str, only_if: Callable[[], bool] = lambda: True) -> None:
@@ -129,7 +130,11 @@ class ModelStore(Store):
         if is_main() or self.bucket is not None:
             with FileLock(self.folder / f".{name}.lock"):
                 if is_removed(final):
-                    shutil.rmtree(final, ignore_errors=True)
+                    # at once: what a kill left of it would be in the new stage's way
+                    gone = final.with_name(f".{name}.gone")
+                    shutil.rmtree(gone, ignore_errors=True)
+                    final.rename(gone)
+                    shutil.rmtree(gone, ignore_errors=True)
         if name in self.reused:
             self.reused.remove(name)
         # as long as it is not done again, its parents are needed
@@ -157,12 +162,12 @@ def remove_models(folder: Path) -> int:
     Returns:
       The number of bytes removed.
     """
-    manifest = folder / "manifest.json"
+    manifest = folder / MANIFEST
     there = [name for name in FOLDERS if (folder / name).is_dir()]
     if not there or not manifest.is_file():
         return 0
     size = sum(file.stat().st_size for name in there for file in (folder / name).rglob("*") if file.is_file())
-    found = _read(manifest)
+    found = read_manifest(folder)
     write_json(manifest, {**found, REMOVED: sorted({*found.get(REMOVED, []), *there})})
     for name in there:
         shutil.rmtree(folder / name)
@@ -175,13 +180,8 @@ def _has_models(folder: Path) -> bool:
 
 def is_removed(folder: Path) -> bool:
     """Whether a stage is finished and its model was removed."""
-    manifest = folder / "manifest.json"
-    return manifest.is_file() and REMOVED in _read(manifest)
-
-
-def _read(manifest: Path) -> dict[str, Any]:
-    return json.loads(manifest.read_text(encoding="utf-8"))
+    return (folder / MANIFEST).is_file() and REMOVED in read_manifest(folder)
 
 
 def _in_bucket(name: str) -> str:
-    return f"stages/{name}/manifest.json"
+    return f"stages/{name}/{MANIFEST}"

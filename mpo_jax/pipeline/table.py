@@ -14,7 +14,7 @@ from mpo_jax.pipeline.basis import Basis
 from mpo_jax.pipeline.bucket import Bucket, stage_place
 from mpo_jax.pipeline.experiments import table_variants
 from mpo_jax.pipeline.pipeline import Pipeline
-from mpo_jax.pipeline.recipe import artifact_name
+from mpo_jax.pipeline.recipe import MANIFEST, artifact_name, read_made
 from mpo_jax.pipeline.stages import STAGES, stage_shapes, text_rewards
 from mpo_jax.runtime import machine
 from mpo_jax.runtime.progress import Expected
@@ -69,9 +69,8 @@ class Listing:
 
     def build(self, recipe: Mapping[str, Any], run: Callable[[Path], Mapping[str, Any]]) -> Artifact:
         path = self.folder / artifact_name(recipe)
-        finished = path / "manifest.json"
-        if finished.is_file():
-            return Artifact(path, json.loads(finished.read_text(encoding="utf-8")))
+        if (self._bucket is None or (path / MANIFEST).is_file()) and (found := read_made(path, recipe)) is not None:
+            return Artifact(path, found)
         there = None if self._bucket is None else self._bucket.read(f"{stage_place(path)}/manifest.json")
         return Artifact(path, there or dict(recipe))
 

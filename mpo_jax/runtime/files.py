@@ -1,35 +1,74 @@
-"""Atomic writes: a file is written completely or not at all. And files that another host has written."""
+"""Atomic writes: a file is written completely or not at all. And reading files that may be late or damaged."""
 
 import codecs
 import contextlib
+import errno
 import json
 import os
+import shutil
 import socket
+import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mpo_jax.errors import UserError
+from mpo_jax.errors import Damaged, UserError
 
 VISIBLE_S = 180.0
 """How long a file on a shared file system may take to appear. NFS, the slowest of them, lets a client remember for 60 s
 (acdirmax) that a file was missing or shorter; three times that is a fault."""
 
 
+AS_JSON = "backslashreplace"
+"""What becomes of a lone surrogate in JSON: its escape, which reads back as the same text."""
+MISPLACED = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
+"""Errors of a file that is missing, or has a folder in its place."""
+SHOWN_CHARACTERS = 120
+"""Of a library's own message."""
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON atomically."""
-    write_text(path, [json.dumps(value, indent=2, ensure_ascii=False), "\n"])
+    write_text(path, [json.dumps(value, indent=2, ensure_ascii=False), "\n"], errors=AS_JSON)
 
 
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes rows as JSON lines, atomically."""
-    write_text(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows), errors=AS_JSON)
 
 
-def write_text(path: Path, parts: Iterable[str], *, encoding: str = "utf-8") -> None:
-    """Writes the parts one after the other, atomically; line ends are kept."""
-    write_bytes(path, codecs.iterencode(parts, encoding))
+def write_text(path: Path, parts: Iterable[str], *, encoding: str = "utf-8", errors: str = "replace") -> None:
+    """Writes the parts one after the other, atomically; line ends are kept.
+
+    Args:
+      errors: of a lone surrogate, which a JSON escape can carry and no file can hold: Python's name of what becomes of
+        it. To fail at the end would lose everything that is to be written.
+    """
+    write_bytes(path, codecs.iterencode(parts, encoding, errors))
+
+
+def check_output(path: Path, option: str, *, folder: bool = False) -> None:
+    """Tries whether a file can be written, or files in a folder, before the work begins whose result it is.
+
+    Args:
+      option: how the user names it: "--out".
+      folder: whether `path` is a folder; it is made.
+
+    Raises:
+      UserError: says what is in the way.
+    """
+    place = path if folder else path.parent
+    if not folder and path.is_dir():
+        raise UserError(f"{option} {path} is a folder: name a file in it, such as {path / 'out.json'}")
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=place, prefix=".probe-") as probe:
+            probe.write(b"x")
+            probe.flush()
+    except OSError as error:
+        there = f"{place} is a file" if place.is_file() else f"cannot write to {place}: {error.strerror}"
+        raise UserError(f"{option} {path}: {there}; name another place") from error
 
 
 def write_bytes(path: Path, parts: Iterable[bytes]) -> None:
@@ -68,6 +107,88 @@ def wait_for_files(folder: Path, sizes: Mapping[str, int], *, timeout_s: float =
             with contextlib.suppress(OSError):
                 os.listdir(stale)
         time.sleep(0.2)
+
+
+def anew(folder: Path) -> str:
+    """What to do about a damaged file in a stage's folder."""
+    return f"delete the folder {folder}, and the next run makes it anew"
+
+
+@contextlib.contextmanager
+def naming_damage(path: Path, remedy: str) -> Iterator[None]:
+    """Turns what a reader of the file raises into a message that names the file and what to do.
+
+    Args:
+      remedy: in the imperative: "delete the folder X, and the next run makes it anew".
+
+    Raises:
+      Damaged: if the file is missing, empty, torn, of another kind, or does not hold what the reader expects. Errors of
+        the disk and of permissions are raised as they are.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, LookupError, ValueError, TypeError, AttributeError) as error:
+        # Arrow's reader raises an OSError without a number for a damaged file
+        if isinstance(error, OSError) and error.errno not in (None, *MISPLACED):
+            raise
+        raise Damaged(path, _damage(path, error), remedy) from error
+
+
+def read_json(path: Path, remedy: str) -> Any:
+    """The value in a JSON file; errors as those of `naming_damage`."""
+    with naming_damage(path, remedy):
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_object(path: Path, remedy: str) -> dict[str, Any]:
+    """The object in a JSON file; errors as those of `naming_damage`."""
+    found = read_json(path, remedy)
+    if not isinstance(found, dict):
+        raise Damaged(path, f"holds no JSON object, but a {type(found).__name__}", remedy)
+    return found
+
+
+def read_lines(path: Path, remedy: str) -> list[dict[str, Any]]:
+    """The objects in a file of JSON lines, of which there is one at least; errors as those of `naming_damage`."""
+    rows: list[dict[str, Any]] = []
+    with naming_damage(path, remedy), path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                raise Damaged(path, f"is damaged in line {number}", remedy) from None
+            if not isinstance(row, dict):
+                raise Damaged(path, f"holds no JSON object in line {number}", remedy)
+            rows.append(row)
+    if not rows:
+        raise Damaged(path, "is empty", remedy)
+    return rows
+
+
+def _damage(path: Path, error: Exception) -> str:
+    """What is wrong with a file that could not be read, after its name."""
+    if path.is_symlink() and not path.exists():
+        return f"is a link to {os.readlink(path)}, which is missing"
+    if not path.exists():
+        return "is missing"
+    if path.is_dir():
+        return "is a folder and should be a file"
+    if not path.stat().st_size:
+        return "is empty"
+    if isinstance(error, UnicodeDecodeError):
+        return "is damaged (no UTF-8 text)"
+    reason = (str(error).strip().splitlines() or [""])[0]
+    return f"is damaged ({type(error).__name__}: {reason[:SHOWN_CHARACTERS]})"
+
+
+def remove(path: Path) -> None:
+    """Removes a file, a link or a folder, whatever is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _size(path: Path) -> int | None:

@@ -1,7 +1,6 @@
 """Any model that can be read here, written as a Hugging Face folder."""
 
 import dataclasses
-import json
 import os
 import shutil
 from pathlib import Path
@@ -21,8 +20,9 @@ from mpo_jax.models.hf.found import is_scored_at_end
 from mpo_jax.models.hf.hub import is_hub_id, on_this_machine
 from mpo_jax.models.hf.tokenizer import load_tokenizer
 from mpo_jax.models.spec import DecoderConfig
-from mpo_jax.pipeline.recipe import RECIPE
+from mpo_jax.pipeline.recipe import read_recipe
 from mpo_jax.runtime import machine
+from mpo_jax.runtime.files import check_output
 from mpo_jax.runtime.processes import agree, is_main, wait
 from mpo_jax.runtime.sharding import make_mesh
 from mpo_jax.tools.opening import find_model
@@ -82,6 +82,8 @@ def export(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists and is not empty: name a new folder")
     found = find_model(path, critic=critic)
+    if is_main():
+        check_output(target, "DIR")
     if adapter:
         if critic:
             raise UserError(
@@ -190,7 +192,7 @@ def _read(
 
 def _check_unchanged(base: Path, stage: Path, cache: Path | None) -> None:
     """Raises UserError where a base model from elsewhere is not the one that an unfinished stage adapts any more."""
-    recipe = json.loads((stage / RECIPE).read_text(encoding="utf-8"))
+    recipe = read_recipe(stage)
     wanted = None if (base.parent / "manifest.json").is_file() else recipe["inputs"].get("base")
     if wanted is not None and fingerprint_base(str(base), cache) != wanted:
         raise UserError(

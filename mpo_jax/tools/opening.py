@@ -1,32 +1,37 @@
 """A model named by a path, opened with its tokenizer and the text settings that it was trained under."""
 
 import dataclasses
-import json
 from functools import cache, cached_property
 from pathlib import Path
 
 from jax.sharding import Mesh
 
 from mpo_jax.config.load import load_config
-from mpo_jax.config.schema import Config, TextConfig
+from mpo_jax.config.schema import TRAINED, Config, TextConfig
 from mpo_jax.data import hh
 from mpo_jax.data.chat import Chat, Message, read_template
 from mpo_jax.data.records import Renderer, user_turn
 from mpo_jax.data.reward_codec import RewardCodec
 from mpo_jax.data.text import TextCodec
-from mpo_jax.errors import UserError
+from mpo_jax.errors import Damaged, UserError
 from mpo_jax.models import loading
 from mpo_jax.models.forward import Model
 from mpo_jax.models.hf.hub import local_model
 from mpo_jax.models.hf.tokenizer import load_tokenizer
 from mpo_jax.pipeline.experiments import is_run
-from mpo_jax.pipeline.recipe import RECIPE
+from mpo_jax.pipeline.recipe import MANIFEST, RECIPE, is_stage_folder, read_recipe
+from mpo_jax.pipeline.run_folder import is_run_folder, last_step
 from mpo_jax.runtime import machine
+from mpo_jax.runtime.files import anew
 from mpo_jax.runtime.sharding import make_mesh
 from mpo_jax.tools.report.card import trained_config
 from mpo_jax.types import REMOVED, Head, Params
 
 NEW_TOKENS = 256
+UNFINISHED = (
+    "the stage is not finished, and its model is not written yet. Run the command that makes it again, which goes on "
+    "from what is saved; or write the model of its newest checkpoint with mpo export, and name that"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,8 +140,8 @@ def find_model(path: str, *, critic: bool = False) -> Path:
     """
     folder = _only_run(Path(path).expanduser())
     part = "critic" if critic else "model"
-    if (folder / "env.json").is_file():
-        folder = _policy(folder)
+    if is_run_folder(folder):
+        folder = last_step(folder)
     if (folder / part / "config.json").is_file():
         return folder / part
     _refuse_missing(path, folder, part)
@@ -145,28 +150,21 @@ def find_model(path: str, *, critic: bool = False) -> Path:
     return local_model(str(folder) if folder.exists() else path)
 
 
-def _policy(run: Path) -> Path:
-    """The stage of a run that made its last policy."""
-    steps = sorted((step for step in run.iterdir() if step.name[0].isdigit()), key=lambda s: int(s.name.split("-")[0]))
-    return steps[-1] if steps else run / "sft"
-
-
 def _only_run(folder: Path) -> Path:
     """The only run's folder of a workdir, or any of them if all have one policy; any other folder itself."""
-    runs = sorted(run for run in (folder / "runs").glob("*") if is_run(run.name) and (run / "env.json").is_file())
-    if len({_policy(run).resolve() for run in runs}) > 1:
+    runs = sorted(run for run in (folder / "runs").glob("*") if is_run(run.name) and is_run_folder(run))
+    if len({last_step(run).resolve() for run in runs}) > 1:
         raise UserError(f"{folder} holds several runs: name one of {', '.join(map(str, runs))}")
     return runs[0] if runs else folder
 
 
 def _refuse_missing(path: str, folder: Path, part: str) -> None:
     """Raises UserError if a stage's folder holds no model because the configuration says so."""
-    records = [file for file in (folder / "manifest.json", folder / RECIPE) if file.is_file()]
-    if not records:
+    if not any((folder / name).is_file() for name in (MANIFEST, RECIPE)):
+        if is_stage_folder(folder):
+            raise Damaged(folder / MANIFEST, "is missing", anew(folder))
         return
-    recipe = json.loads(records[0].read_text(encoding="utf-8"))
-    if not isinstance(recipe, dict) or "stage" not in recipe:
-        return
+    recipe = read_recipe(folder)
     if part in recipe.get(REMOVED, ()):
         raise UserError(
             f"{path}: its {part} was removed when no stage needed it any more (runtime.keep=last): "
@@ -179,6 +177,10 @@ def _refuse_missing(path: str, folder: Path, part: str) -> None:
             f"{path} holds no critic: it was trained with ppo.save_critic=false; train with ppo.save_critic=true to "
             "have one"
         )
+    if (folder / RECIPE).is_file():
+        raise UserError(f"{path}: {UNFINISHED}")
+    if part == "model" and recipe["stage"] in TRAINED:
+        raise Damaged(folder / part / "config.json", "is missing", anew(folder))
 
 
 def open_model(path: str, overrides: tuple[str, ...]) -> OpenModel:
@@ -190,6 +192,8 @@ def open_model(path: str, overrides: tuple[str, ...]) -> OpenModel:
     config = load_config(None, overrides)
     machine.start(config.runtime)
     found = find_model(path)
+    if (found.parent / RECIPE).is_file() and not any(found.glob("*.safetensors")):
+        raise UserError(f"{path}: {UNFINISHED}")
     source = loading.open_model(found, label=config.reward.label)
     trained, half = trained_config(found), source.decoder.max_positions // 2
     own = TextConfig(max_prompt_tokens=half, max_response_tokens=half) if trained is None else trained.text

@@ -1,25 +1,29 @@
 """Runs of the method: made through the pipeline, collected, and reported."""
 
+import contextlib
 import dataclasses
-import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mpo_jax.config.registry import EXPERIMENTS
 from mpo_jax.config.schema import Config, ExperimentName
-from mpo_jax.errors import UserError
+from mpo_jax.errors import Damaged, UserError
 from mpo_jax.pipeline import preflight
 from mpo_jax.pipeline.keeping import ModelStore
 from mpo_jax.pipeline.pipeline import Pipeline, StageName
 from mpo_jax.runtime import machine
 from mpo_jax.runtime.console import console
-from mpo_jax.runtime.files import write_json
+from mpo_jax.runtime.files import check_output, read_json, write_json
 from mpo_jax.runtime.processes import REPORTED, is_main, wait
 from mpo_jax.runtime.version import __version__
 from mpo_jax.tools.report import results
 from mpo_jax.training import wandb_log
 from mpo_jax.types import Artifact
+
+if TYPE_CHECKING:
+    from mpo_jax.tools.report.seeds import BySeed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,16 +106,17 @@ def run_until(config: Config, stage: StageName) -> Iterator[tuple[ExperimentName
         yield name, store.restored(built[-1])
 
 
-def rewrite_report(workdir: Path) -> Path:
-    """The report of a workdir from its finished runs, or from those of a table's seeds; the page's path."""
+def rewrite_report(workdir: Path) -> tuple[Path, "BySeed"]:
+    """Writes the report of a workdir's finished runs, or of those of a table's seeds; its page, and the runs."""
     from mpo_jax.tools.report.page import write_report
     from mpo_jax.tools.report.seeds import collect_seeds
 
     by_seed = collect_seeds(workdir)
+    check_output(workdir, "WORKDIR", folder=True)
     config = next(iter(by_seed.values()))[0].config
     page = write_report(workdir, resamples=config.evaluate.bootstrap_resamples, by_seed=by_seed)
     wandb_log.log_report(config, workdir)
-    return page
+    return page, by_seed
 
 
 def _report(workdir: Path, config: Config) -> Path:
@@ -119,8 +124,9 @@ def _report(workdir: Path, config: Config) -> Path:
     shown = {run.name: {role: made.id for role, made in run.artifacts.items()} for run in results.collect(workdir)}
     inputs = {"version": __version__, "runs": shown, "config": config.model_dump(mode="json")}
     page, record = workdir / "report" / "index.html", workdir / "report" / "inputs.json"
-    if page.is_file() and record.is_file() and json.loads(record.read_text(encoding="utf-8")) == inputs:
-        return page
+    with contextlib.suppress(Damaged):
+        if page.is_file() and record.is_file() and read_json(record, "") == inputs:
+            return page
     # figures need Matplotlib and SciPy, a quarter of what a start would import
     from mpo_jax.tools.report.page import write_report
 

@@ -4,26 +4,27 @@ import dataclasses
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 from filelock import FileLock, Timeout
 
-from mpo_jax.config.load import read_record
 from mpo_jax.config.schema import Config, ProcessesConfig
-from mpo_jax.errors import Preempted, UserError
+from mpo_jax.errors import Damaged, Preempted, UserError
 from mpo_jax.pipeline.keeping import is_removed
-from mpo_jax.pipeline.recipe import FORMAT, RECIPE
+from mpo_jax.pipeline.recipe import FORMAT, RECIPE, artifact_name, is_stage_folder, read_manifest, read_recipe
+from mpo_jax.pipeline.run_folder import CONFIG, read_config
 from mpo_jax.pipeline.stages import STAGES, stage_context
 from mpo_jax.runtime import machine
 from mpo_jax.runtime.console import console
-from mpo_jax.runtime.files import write_json
+from mpo_jax.runtime.files import anew, write_json
 from mpo_jax.runtime.interrupts import STOPS
 from mpo_jax.runtime.preemption import stopping_at
 from mpo_jax.runtime.sharding import make_mesh
 from mpo_jax.stages.context import Inputs
+from mpo_jax.tools.report.results import METRICS, read_metrics
 from mpo_jax.training.checkpoints import Checkpoints
 from mpo_jax.training.hashes import LANES, first_difference, state_hash
 from mpo_jax.types import Artifact
@@ -61,10 +62,12 @@ def verify(workdir: Path, stage: str | None, *, sha256: bool = False) -> bool:
     Raises:
       UserError: if there is nothing to check.
     """
-    results = []
-    for folder, recipe in _trained(workdir, stage):
+    results, damaged = [], []
+    for folder in _stage_folders(workdir):
         name = folder.name.removeprefix(".").removesuffix(".partial")
         try:
+            if (recipe := _trained(folder, name, stage)) is None:
+                continue
             with FileLock(workdir / "stages" / f".{name}.lock", timeout=0):
                 if (stretch := _stretch(folder, sha256)) is None:
                     console.print(
@@ -76,32 +79,48 @@ def verify(workdir: Path, stage: str | None, *, sha256: bool = False) -> bool:
                 results.append(_same(workdir, folder, name, recipe, stretch, first=not results))
         except Timeout:
             console.print(f"{name}: another run is making it right now", soft_wrap=True)
+        except Damaged as damage:
+            # the other stages are still of use
+            damaged.append(str(damage))
+    if damaged:
+        raise UserError("\n".join(damaged))
     if not results:
         what = f"stage {stage}" if stage else "stage"
         raise UserError(f"{workdir}: no {what} with two stored states to compare: see above, or check the names")
     return all(results)
 
 
-def _trained(workdir: Path, stage: str | None) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Folders and recipes of the training stages, unfinished ones included."""
-    for folder in sorted((workdir / "stages").glob("*")):
-        paths = [path for path in (folder / RECIPE, folder / "manifest.json") if path.is_file()]
-        if not paths or not (folder / "metrics.jsonl").is_file():
-            continue
-        made = json.loads(paths[0].read_text(encoding="utf-8"))
-        if made["format"] != FORMAT:
-            continue
-        recipe = {key: made[key] for key in ("format", "stage", "settings", "inputs", "parents")}
-        names = (recipe["stage"], folder.name, folder.name.removeprefix(".").removesuffix(".partial"))
-        if STAGES[recipe["stage"]].trains and (stage is None or stage in names):
-            yield folder, recipe
+def _stage_folders(workdir: Path) -> list[Path]:
+    """The folders of the stages, unfinished ones included."""
+    folders = [path for path in sorted((workdir / "stages").glob("*")) if is_stage_folder(path)]
+    # an unfinished one may have logged nothing yet
+    begun = (RECIPE, METRICS)
+    return [path for path in folders if path.name[0] != "." or all((path / name).is_file() for name in begun)]
+
+
+def _trained(folder: Path, name: str, stage: str | None) -> dict[str, Any] | None:
+    """The recipe of a training stage; None for another stage, for one that is not asked for, and of another format.
+
+    Args:
+      name: the stage's, which an unfinished stage's folder has not.
+    """
+    kind = name.partition("-")[0]
+    if kind not in STAGES or not STAGES[kind].trains or stage not in (None, kind, folder.name, name):
+        return None
+    made = read_recipe(folder)
+    recipe = {key: made.get(key) for key in ("format", "stage", "settings", "inputs", "parents")}
+    if made.get("format") != FORMAT:
+        return None
+    if artifact_name(recipe) != name:
+        raise Damaged(folder, "has another name than its recipe gives", anew(folder))
+    return recipe
 
 
 def _stretch(folder: Path, sha256: bool) -> Stretch | None:
     """The steps between the last two checkpoints, or from the only checkpoint to the next recorded hash."""
-    if not (folder / "checkpoints").is_dir() or not (folder / "config.yaml").is_file():
+    if not (folder / "checkpoints").is_dir():
         return None
-    recorded = _recorded(folder / "metrics.jsonl")
+    recorded = _recorded(folder)
     checkpoints = Checkpoints(folder / "checkpoints", keep=1)
     try:
         steps = checkpoints.steps()
@@ -117,26 +136,33 @@ def _stretch(folder: Path, sha256: bool) -> Stretch | None:
             return None
         later = [step for step in recorded if step > steps[0]]
         return Stretch(steps[0], min(later), recorded[min(later)], None) if later else None
+    except UserError:
+        raise
+    except Exception as error:  # Orbax has errors of its own for each kind of damage
+        reason = (str(error).splitlines() or [""])[0][:120]
+        advice = "delete this folder; the finished stage needs it for mpo verify alone"
+        raise Damaged(folder / "checkpoints", f"cannot be read ({type(error).__name__}: {reason})", advice) from error
     finally:
         checkpoints.close()
 
 
-def _recorded(path: Path) -> dict[int, str]:
-    """State hashes by step, up to the first incomplete line (left by a kill)."""
-    recorded = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            break
-        if "state_hash" in row:
-            recorded[row["step"]] = row["state_hash"]
-    return recorded
+def _recorded(folder: Path) -> dict[int, str]:
+    """State hashes by step; of an unfinished stage up to the first incomplete line (left by a kill)."""
+    if not (folder / RECIPE).is_file():
+        rows = read_metrics(folder)
+    else:
+        rows = []
+        for line in (folder / METRICS).read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+    return {row["step"]: row["state_hash"] for row in rows if "state_hash" in row}
 
 
 def _same(workdir: Path, folder: Path, name: str, recipe: Mapping[str, Any], stretch: Stretch, *, first: bool) -> bool:
     """Retrains the steps in a scratch folder; prints and returns whether the final state is as recorded."""
-    config = read_record(folder / "config.yaml")
+    config = read_config(folder / CONFIG)
     single = config.runtime.model_copy(update={"processes": ProcessesConfig(), "bucket": None, "wandb": None})
     config = config.model_copy(update={"workdir": str(workdir), "runtime": single})
     if first:
@@ -170,14 +196,14 @@ def _train_again(
     parents = {}
     for role, parent in recipe["parents"].items():
         path = workdir / "stages" / parent
-        if not (path / "manifest.json").is_file():
+        if not path.is_dir():
             raise UserError(f"{folder}: its {role} {path} is missing; without it the stage cannot be retrained")
         if is_removed(path):
             raise UserError(
                 f"{folder}: the model of its {role} {path} was removed (runtime.keep=last), and without it the stage "
                 f"cannot be retrained: mpo {parent.partition('-')[0]} CONFIG makes it again"
             )
-        parents[role] = Artifact(path, json.loads((path / "manifest.json").read_text(encoding="utf-8")))
+        parents[role] = Artifact(path, read_manifest(path))
     stage, mesh = STAGES[recipe["stage"]], make_mesh(config.mesh)
     settings = stage.Settings.model_validate(recipe["settings"])
     try:

@@ -51,7 +51,15 @@ def run(code: str, *arguments: str, **variables: str) -> subprocess.CompletedPro
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--help",), ("run", "--help"), ("version",), ("config", str(MICRO)), ("config", "--keys", "ppo")]
+    "arguments",
+    [
+        ("--help",),
+        ("run", "--help"),
+        ("--version",),
+        ("generate", "-h"),
+        ("config", str(MICRO)),
+        ("config", "--keys", "ppo"),
+    ],
 )
 def test_what_computes_nothing_imports_no_library_that_does(arguments):
     done = run(LOADED, *arguments)

@@ -157,6 +157,11 @@ def test_easy_fraction_alone_switches_the_threshold_off(tmp_path):
     assert (select.threshold, select.easy_fraction) == (None, 0.0)
 
 
+def test_labelled_pairs_have_gaps_below_0(tmp_path):
+    human = load(tmp_path, "", "select.threshold=-1", "select.pair_source=human", "table.thresholds=-2")
+    assert human.select.threshold == -1
+
+
 def test_files_and_keys_merge_in_order(tmp_path):
     more = tmp_path / "more.yaml"
     more.write_text("seed: 2\nppo: {kl: {coef: 0.3}, gamma: 0.5}\n", encoding="utf-8")
@@ -193,6 +198,13 @@ REFUSED = {
     "broken interpolation": ("workdir: ${nowhere}\n", (), ["{file}: ", "nowhere"]),
     "both splits": ("select: {easy_fraction: 0.5, threshold: 1}\n", (), ["select.threshold and select.easy_fraction"]),
     "no split": ("", ("select.threshold=null",), ["one of select.threshold and select.easy_fraction must be given"]),
+    "a run twice": ("experiment: [mpo, mpo]\n", (), ["experiment: names mpo more than once"]),
+    "no run": ("experiment: []\n", (), ["experiment: names no run"]),
+    "a table's run twice": ("", ("table.experiment=sft,mpo,sft",), ["table.experiment: names sft more than once"]),
+    "a seed too large": ("", ("table.seeds=0,2147483648",), ["table.seeds: must be different whole numbers"]),
+    "no workdir": ('workdir: ""\n', (), ["{file}: workdir: must name a folder"]),
+    "a threshold below all gaps": ("", ("select.threshold=-1",), ["select.threshold=-1 makes every pair easy"]),
+    "a table's threshold below all gaps": ("", ("table.thresholds=1,-2",), ["table.thresholds has -2"]),
     "accumulation": ("sft: {train: {batch_size: 9, accumulation: 2}}\n", (),
                      ["{file}: sft.train: batch_size=9", "accumulation=2"]),
     "minibatches": ("ppo: {train: {batch_size: 12, accumulation: 2}, minibatches: 4}\n", (),
@@ -298,14 +310,14 @@ text = st.lists(
     st.fixed_dictionaries(
         {},
         optional={
-            "workdir": text,
+            "workdir": text.filter(str.strip),
             "seed": st.integers(0, 2**31 - 1),
-            "experiment": st.lists(st.sampled_from(["sft", "mpo", "ppo_hard"]), max_size=3),
+            "experiment": st.lists(st.sampled_from(["sft", "mpo", "ppo_hard"]), min_size=1, max_size=3, unique=True),
             "text": st.fixed_dictionaries({"prompt_template": st.tuples(text, text).map("{prompt}".join)}),
             "data": st.fixed_dictionaries({"path": st.lists(text, min_size=1, max_size=2), "kind": st.just("pairs")}),
             "select": st.one_of(
                 st.fixed_dictionaries({"easy_fraction": st.floats(0, 1)}),
-                st.fixed_dictionaries({"threshold": st.floats(allow_nan=False, allow_infinity=False)}),
+                st.fixed_dictionaries({"threshold": st.floats(0, allow_nan=False, allow_infinity=False)}),
             ),
             "sft": st.fixed_dictionaries(
                 {"train": st.fixed_dictionaries({"epochs": st.floats(0, 1e9, exclude_min=True), "steps": st.none()})}

@@ -191,3 +191,8 @@ def test_holm_by_hand() -> None:
 )
 def test_verdict_needs_a_sign_and_a_small_p(mean: float, p: float, expected: str) -> None:
     assert verdict(mean, p) == expected
+
+
+def test_a_single_prompt_has_no_error_and_no_interval():
+    found = paired_difference(np.array([2.0]), np.array([0.5]), resamples=100, seed=0)
+    assert found == {"mean": 1.5, "se": None, "low": None, "high": None}

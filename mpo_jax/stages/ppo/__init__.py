@@ -66,7 +66,9 @@ def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -
     demonstrations = _demonstrations(settings, codec, context) if method.extras.ptx_coef else None
     check_rows("ppo", len(examples), size)
     check_schedule("ppo.train.optim", method.actor_optim, (iterations - warmup) * method.updates)
-    check_schedule("ppo.critic_optim", method.critic_optim, iterations * method.updates)
+    if warmup or method.critic_optim.warmup_steps != method.actor_optim.warmup_steps:
+        # else there is nothing to say of the critic that was not said of the actor
+        check_schedule("ppo.critic_optim", method.critic_optim, iterations * method.updates)
     packing = packing_for(settings, batches, mesh)
     loop = Loop(
         settings, mesh, codec, models, offload, iterations, context.watch.log_every, context.inputs.utility, scorer,

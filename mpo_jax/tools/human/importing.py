@@ -108,6 +108,9 @@ def _from_table(text: str, path: Path, study: Study) -> tuple[str, dict[int, str
     delimiter = max(",;\t", key=header.count)
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, restkey="", restval="")
     lacking = [column for column in COLUMNS[:-1] if column not in (reader.fieldnames or ())]
+    if twice := [column for column in COLUMNS if (reader.fieldnames or []).count(column) > 1]:
+        # a reader by names would take the last one
+        raise UserError(f"{path}: the table has the column {', '.join(twice)} more than once: delete the wrong one")
     if lacking:
         raise UserError(f"{path}: the table lacks the column {', '.join(lacking)}: its first line must name them")
     choices: dict[int, str] = {}

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from mpo_jax.errors import UserError
 from mpo_jax.evaluation.answers import Pair
 
 FORMAT = 1
+CHECKSUM = "sha256"
 Side = Literal["left", "right"]
 Choice = Literal["left", "right", "tie"]
 CHOICES: tuple[Choice, ...] = ("left", "right", "tie")
@@ -59,8 +60,15 @@ class Study:
         return hashlib.sha256(json.dumps([FORMAT, shown]).encode()).hexdigest()[:12]
 
     def to_dict(self) -> dict[str, Any]:
-        """The key."""
-        return {"format": FORMAT, "study": self.id, **dataclasses.asdict(self)}
+        """The key, with a checksum over all of it: sides that were flipped would turn every verdict around."""
+        key = {"format": FORMAT, "study": self.id, **dataclasses.asdict(self)}
+        return {**key, CHECKSUM: _checksum(key)}
+
+
+def _checksum(key: Mapping[str, Any]) -> str:
+    """sha256 over all that the key says besides."""
+    rest = {name: value for name, value in key.items() if name != CHECKSUM}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def make_study(pairs: Sequence[Pair], names: tuple[str, str], *, n: int | None, by: str | None, seed: int) -> Study:
@@ -110,6 +118,8 @@ def read_key(path: Path) -> Study:
         found = json.loads(path.read_text(encoding="utf-8"))
         study = Study(found["a"], found["b"], found["seed"], tuple(Item(**item) for item in found["items"]))
         right = found["study"] == study.id and all(item.a_is in ("left", "right") for item in study.items)
+        # keys of earlier versions have none
+        right = right and found.get(CHECKSUM, _checksum(found)) == _checksum(found)
     except FileNotFoundError:
         raise UserError(f"no key {path}: name the key.json of `mpo human export` with --key FILE") from None
     except (OSError, ValueError, KeyError, TypeError) as error:

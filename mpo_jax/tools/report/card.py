@@ -1,7 +1,7 @@
 """Model cards: the README.md of an exported model, from the manifests of the stages that made it."""
 
+import contextlib
 import dataclasses
-import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,12 @@ import yaml
 
 from mpo_jax.config.load import read_record, to_yaml
 from mpo_jax.config.schema import Config
+from mpo_jax.errors import Damaged
 from mpo_jax.models.hf.hub import is_hub_id, on_this_machine
-from mpo_jax.pipeline.artifacts import RECIPE
 from mpo_jax.pipeline.experiments import Variant, is_run
+from mpo_jax.pipeline.recipe import MANIFEST, is_stage_folder, read_manifest, read_recipe
+from mpo_jax.pipeline.run_folder import CONFIG, last_step, read_config, read_environment, stage_links
+from mpo_jax.runtime.console import console
 from mpo_jax.runtime.files import write_text
 from mpo_jax.runtime.version import __version__
 from mpo_jax.tools.report.markdown import markdown
@@ -65,8 +68,7 @@ def find_origin(model: Path) -> Origin | None:
     config = _stage_config(stage, folder)
     if config is None:
         return None
-    env = folder / "env.json" if folder else stage / "env.json"
-    command = json.loads(env.read_text(encoding="utf-8")).get("command", []) if env.is_file() else []
+    command = read_environment(folder).get("command", []) if folder else []
     return Origin(lineage, config, run, _evaluation_of(stage), command)
 
 
@@ -85,15 +87,16 @@ def trained_config(model: Path) -> Config | None:
 
 def _stage_config(stage: Path, run: Path | None) -> Config | None:
     """A run that used a stage has its settings; a stage that trained has them too."""
-    kept = [path for path in (run / "config.yaml" if run else None, stage / "config.yaml") if path]
-    return next((read_record(path) for path in kept if path.is_file()), None)
+    kept = [folder / CONFIG for folder in (run, stage) if folder]
+    return next((read_config(path) for path in kept if path.is_file()), None)
 
 
 def _manifest(stage: Path) -> dict[str, Any] | None:
-    for name in ("manifest.json", RECIPE):
-        if (stage / name).is_file():
-            found = json.loads((stage / name).read_text(encoding="utf-8"))
-            return found if "stage" in found and "parents" in found else None
+    """A stage's manifest or recipe; None for another folder, which may have files of these names too."""
+    if is_stage_folder(stage):
+        return read_recipe(stage)
+    with contextlib.suppress(Damaged):
+        return read_recipe(stage)
     return None
 
 
@@ -103,22 +106,25 @@ def _run_of(stage: Path) -> tuple[str | None, Path | None]:
     for folder in sorted((stage.parent.parent / "runs").glob("*")):
         if not is_run(folder.name):
             continue
-        roles = {link.name for link in folder.iterdir() if link.is_symlink() and link.resolve() == stage}
-        steps = sorted((link.name for link in folder.iterdir() if link.name[0].isdigit()), key=_number)
-        last = steps[-1] if steps else "sft"
+        try:
+            roles = {role for role, linked in stage_links(folder).items() if linked == stage}
+            last = last_step(folder).name
+        except Damaged as damage:
+            console.print(f"[yellow]{damage}[/yellow]", soft_wrap=True)
+            continue
         if last in roles:
             return folder.name, folder
         used = used or (folder if roles else None)
     return None, used
 
 
-def _number(role: str) -> int:
-    return int(role.partition("-")[0])
-
-
 def _evaluation_of(stage: Path) -> dict[str, Any] | None:
-    for path in sorted(stage.parent.glob("evaluate-*/manifest.json")):
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+    for path in sorted(stage.parent.glob(f"evaluate-*/{MANIFEST}")):
+        try:
+            manifest = read_manifest(path.parent)
+        except Damaged as damage:
+            console.print(f"[yellow]{damage}[/yellow]", soft_wrap=True)
+            continue
         if manifest["parents"].get("policy") == stage.name:
             return manifest["summary"]
     return None
@@ -249,7 +255,8 @@ def _metrics(origin: Origin) -> str:
         for column, name in COLUMNS.items():
             if column in origin.evaluation:
                 mean, error = origin.evaluation[column], origin.evaluation[f"{column}_se"]
-                rows.append({"on held-out prompts": name, "mean": mean, "s.e.": error})
+                known = error if origin.evaluation["prompts"] > 1 else None
+                rows.append({"on held-out prompts": name, "mean": mean, "s.e.": known})
         prompts = origin.evaluation["prompts"]
         note = f"\n\nMean and standard error over {prompts} prompts, one response each."
         return markdown(rows) + note + " Reward is the raw score of the reward model it was trained with."

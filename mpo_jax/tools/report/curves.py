@@ -1,10 +1,11 @@
 """The logged metrics of a stage's artifacts, those of several seeds side by side."""
 
-import json
+import contextlib
 from typing import Any
 
+from mpo_jax.errors import Damaged
 from mpo_jax.tools.report.figures import Series
-from mpo_jax.tools.report.results import RunResult
+from mpo_jax.tools.report.results import METRICS, RunResult, read_metrics
 from mpo_jax.tools.report.seeds import BySeed
 from mpo_jax.types import Artifact
 
@@ -32,6 +33,7 @@ def stage_series(by_seed: BySeed, stage: str) -> list[Series]:
 
 
 def metrics(artifact: Artifact) -> list[dict[str, Any]]:
-    """What a stage logged; nothing where it logs nothing."""
-    path = artifact.path / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    """What a stage logged; nothing where it logs nothing, or where the file is damaged, of which the run warns."""
+    with contextlib.suppress(Damaged):
+        return read_metrics(artifact.path) if (artifact.path / METRICS).exists() else []
+    return []

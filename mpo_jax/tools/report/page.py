@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import os
-import shutil
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from filelock import FileLock
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from mpo_jax.runtime.files import remove
 from mpo_jax.runtime.version import __version__
 from mpo_jax.tools.report import canvas, figures, provenance, summary
 from mpo_jax.tools.report.categories import SHOWN, largest
@@ -58,13 +58,13 @@ def write_report(
         if old.exists() and not final.exists():
             os.rename(old, final)  # killed between the two renames below
         for leftover in (partial, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+            remove(leftover)
         partial.mkdir()
         _write(partial, workdir, evidence, resamples)
         if final.exists():
             os.rename(final, old)
         os.rename(partial, final)
-        shutil.rmtree(old, ignore_errors=True)
+        remove(old)
     return final / "index.html"
 
 
@@ -160,6 +160,9 @@ def _cell(row: dict[str, Any], column: str) -> str:
     if column not in row:
         return "-"
     value, se = row[column], row[f"{column}_se"]
+    if se is None:
+        # a single prompt says nothing of others
+        return f"{value:.1%}" if column == "has_eos" else f"{value:.{1 if column == 'length' else 3}f}"
     if column == "has_eos":
         return f"{value:.1%} ±\N{NO-BREAK SPACE}{se:.1%}"
     digits = 1 if column == "length" else 3

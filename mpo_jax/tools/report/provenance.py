@@ -101,10 +101,8 @@ def environments(results: list[RunResult]) -> list[dict[str, Any]]:
     """The different machines and versions, each with the runs that it made; commands are listed elsewhere."""
     found: dict[str, dict[str, Any]] = {}
     for result in results:
-        path = result.folder / "env.json"
-        if path.is_file():
-            env = json.loads(path.read_text(encoding="utf-8"))
-            env.pop("command", None)
+        if result.environment:
+            env = {key: value for key, value in result.environment.items() if key != "command"}
             one = found.setdefault(json.dumps(env, sort_keys=True), {"runs": [], "env": env})
             one["runs"].append(result.name)
     return list(found.values())
@@ -137,8 +135,7 @@ def commands(workdir: Path, by_seed: BySeed) -> list[dict[str, Any]]:
 
 def _given(result: RunResult) -> str:
     """The command that the run was made by."""
-    path = result.folder / "env.json"
-    given = json.loads(path.read_text(encoding="utf-8")).get("command", []) if path.is_file() else []
+    given = result.environment.get("command", [])
     return shlex.join(["mpo", *given[1:]]) if len(given) > 1 else ""
 
 

@@ -3,8 +3,8 @@
 import csv
 import dataclasses
 import io
-import json
 import math
+import os
 import sys
 from collections import Counter
 from functools import cached_property
@@ -13,15 +13,20 @@ from typing import Any
 
 import numpy as np
 
-from mpo_jax.config.load import read_record
 from mpo_jax.config.schema import Config, SelectConfig
-from mpo_jax.errors import UserError
+from mpo_jax.data.pair_table import PairTable
+from mpo_jax.errors import Damaged, UserError
 from mpo_jax.evaluation.answers import CATEGORY, SAMPLES
 from mpo_jax.evaluation.calibration import accuracy_by_gap, against_truth, read_gap_categories, read_gaps
 from mpo_jax.evaluation.statistics import mean_and_se
 from mpo_jax.pipeline.experiments import AT_SPLITS, Variant, in_order, is_run
-from mpo_jax.runtime.files import write_bytes
+from mpo_jax.pipeline.recipe import MANIFEST, read_manifest
+from mpo_jax.pipeline.run_folder import CONFIG, read_config, read_environment, remedy, stage_links
+from mpo_jax.runtime.files import anew, naming_damage, read_lines, write_bytes
 from mpo_jax.types import Artifact
+
+METRICS = "metrics.jsonl"
+"""What a stage logged, a line a step."""
 
 COLUMNS = {
     "score": "reward",
@@ -55,6 +60,10 @@ def split_label(select: SelectConfig) -> str:
     if select.easy_fraction is not None:
         return f"{select.easy_fraction:.0%} easy"
     return f"threshold {select.threshold:g}"
+
+
+class NoRuns(UserError):
+    """A workdir without a finished run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,12 +125,16 @@ class RunResult:
 
     Attributes:
       category: the only one whose prompts and pairs count; None: all of them.
+      environment: versions and devices that it was made on, and its command; empty if that is not known.
+      cautions: what is damaged in its workdir, and what the report lacks for it.
     """
 
     name: str
     folder: Path
     artifacts: dict[str, Artifact]
     category: str | None = None
+    environment: dict[str, Any] = dataclasses.field(default_factory=dict)
+    cautions: tuple[str, ...] = ()
 
     def of_category(self, name: str) -> "RunResult":
         """The same run, judged by its prompts and held-out pairs of one category alone."""
@@ -157,7 +170,7 @@ class RunResult:
     @cached_property
     def config(self) -> Config:
         """The resolved configuration, with the run's own split in the section `select`."""
-        return read_record(self.folder / "config.yaml")
+        return read_config(self.folder / CONFIG)
 
     @property
     def experiment(self) -> str:
@@ -172,39 +185,117 @@ class RunResult:
     @cached_property
     def measured(self) -> Measured:
         """The numbers of the evaluation's samples."""
-        return Measured.of(self.samples())
+        rows, folder = self.samples(), self.artifacts["evaluate"].path
+        with naming_damage(folder / SAMPLES, anew(folder)):
+            return Measured.of(rows)
 
     def samples(self) -> list[dict[str, Any]]:
         """The evaluation's samples, a row a test prompt of whatever category."""
-        with (self.artifacts["evaluate"].path / SAMPLES).open(encoding="utf-8") as file:
-            return [json.loads(line) for line in file]
+        folder = self.artifacts["evaluate"].path
+        rows = read_lines(folder / SAMPLES, anew(folder))
+        for number, row in enumerate(rows, 1):
+            if not all(isinstance(row.get(key), str) for key in ("prompt", "response")):
+                raise Damaged(folder / SAMPLES, f"lacks the prompt or the response in line {number}", anew(folder))
+        return rows
 
 
 def collect(workdir: Path, names: tuple[str, ...] | None = None) -> list[RunResult]:
     """The finished runs below `<workdir>/runs`, or those of them that are named, in the order of the tables.
 
+    A run that cannot be read is left out, and the others say so in their cautions, unless it is named.
+
     Raises:
-      UserError: if there is none.
+      Damaged: if a run that is named cannot be read.
+      NoRuns: if there is none.
+      UserError: if none can be read.
     """
-    results = []
+    results: list[RunResult] = []
+    left_out: list[str] = []
     folders = sorted((workdir / "runs").glob("*")) if names is None else [workdir / "runs" / name for name in names]
     for folder in folders:
-        if not is_run(folder.name) or not (folder / "evaluate" / "manifest.json").is_file():
+        if not is_run(folder.name) or not os.path.lexists(folder):
             continue
-        artifacts = {
-            link.name: Artifact(link.resolve(), json.loads((link / "manifest.json").read_text(encoding="utf-8")))
-            for link in sorted(folder.iterdir())
-            if (link / "manifest.json").is_file()
-        }
-        results.append(RunResult(folder.name, folder, artifacts))
+        try:
+            results.append(_open(folder))
+        except Damaged as damage:
+            if names is not None:
+                raise
+            left_out.append(f"the run {folder.name} is left out: {damage}")
+    if left_out and not results:
+        raise UserError("\n".join(left_out))
     if not results:
-        raise UserError(f"no finished run in {workdir}: make one with `mpo run CONFIG workdir={workdir}`")
+        raise NoRuns(f"no finished run in {workdir}: make one with `mpo run CONFIG workdir={workdir}`")
+    results[0] = dataclasses.replace(results[0], cautions=(*left_out, *results[0].cautions))
     order = in_order(result.name for result in results)
     return sorted(results, key=lambda result: order.index(result.name))
 
 
+def _open(folder: Path) -> RunResult:
+    """A run, checked to have all that a report needs; what it can do without is a caution.
+
+    Raises:
+      Damaged: for the first file that is missing or damaged.
+    """
+    artifacts = {role: Artifact(path, read_manifest(path)) for role, path in stage_links(folder).items()}
+    lacking = [role for role in ("sft", "reward", "evaluate") if role not in artifacts]
+    known = {artifact.id for artifact in artifacts.values()}
+    # a missing link to a step shows in what was made from it
+    used = [one.manifest["parents"].get(role) for one in artifacts.values() for role in ("policy", "init", "pairs")]
+    lacking += [name for name in used if name is not None and name not in known]
+    if lacking:
+        raise Damaged(folder, f"has no link to its {lacking[0]}", remedy(folder))
+    cautions = [caution for artifact in artifacts.values() for caution in _check(artifact)]
+    environment: dict[str, Any] = {}
+    try:
+        environment = read_environment(folder)
+    except Damaged as damage:
+        cautions.append(f"the report lacks a machine and a command: {damage}")
+    result = RunResult(folder.name, folder, artifacts, environment=environment, cautions=tuple(cautions))
+    # read now, and kept
+    assert result.config and result.measured
+    return result
+
+
+def _check(artifact: Artifact) -> list[str]:
+    """Reads what a report needs of a stage; returns what of it the report can do without, if it is damaged.
+
+    Raises:
+      Damaged: for what it needs.
+    """
+    folder, summary = artifact.path, artifact.manifest.get("summary", {})
+    stage = artifact.manifest["stage"]
+    if stage == "select":
+        PairTable.read(folder)
+    if stage == "reward":
+        read_gaps(folder)
+    if stage == "evaluate":
+        means = {name: summary.get(name) for name in COLUMNS if name in summary}
+        numbers = [summary.get("prompts"), *means.values(), *(summary.get(f"{name}_se") for name in means)]
+        if not all(isinstance(number, int | float) for number in numbers):
+            raise Damaged(folder / MANIFEST, "lacks numbers of the evaluation in its summary", anew(folder))
+    if os.path.lexists(folder / METRICS) or summary.get("train"):
+        try:
+            read_metrics(folder)
+        except Damaged as damage:
+            return [f"the report lacks the curves of {artifact.id}: {damage}"]
+    return []
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """What a stage logged, a row for each logged step.
+
+    Raises:
+      Damaged: if the file is missing or damaged.
+    """
+    rows = read_lines(folder / METRICS, anew(folder))
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row.get("step"), int):
+            raise Damaged(folder / METRICS, f"names no step in line {number}", anew(folder))
+    return rows
+
+
 def main_rows(results: list[RunResult]) -> list[dict[str, Any]]:
-    """A row a run: mean and standard error of each column; no error of a single prompt in a category."""
+    """A row a run: mean and standard error of each column; a single prompt has no error."""
     rows = []
     for result in results:
         summary = result.summary
@@ -212,7 +303,8 @@ def main_rows(results: list[RunResult]) -> list[dict[str, Any]]:
         for column in COLUMNS:
             if column in summary:
                 error = summary[f"{column}_se"]
-                row[column], row[f"{column}_se"] = summary[column], None if math.isnan(error) else error
+                known = summary["prompts"] > 1 and not math.isnan(error)
+                row[column], row[f"{column}_se"] = summary[column], error if known else None
         rows.append(row)
     return rows
 

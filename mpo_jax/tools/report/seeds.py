@@ -8,10 +8,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from mpo_jax.errors import UserError
 from mpo_jax.evaluation.statistics import Errors, Interval, mean_and_se, paired_bootstrap, standard_errors
 from mpo_jax.pipeline.experiments import in_order
-from mpo_jax.tools.report.results import COLUMNS, RunResult, collect, main_rows
+from mpo_jax.tools.report.results import COLUMNS, NoRuns, RunResult, collect, main_rows
 
 BySeed: TypeAlias = dict[int, list[RunResult]]
 Rows: TypeAlias = list[dict[str, Any]]
@@ -28,7 +27,7 @@ def collect_seeds(workdir: Path) -> BySeed:
     for seed in sorted(int(number) for number in numbers if number.isdigit()):
         try:
             by_seed[seed] = collect(workdir / f"seed-{seed}")
-        except UserError:
+        except NoRuns:
             # a seed whose first run is still being made
             continue
     if by_seed:

@@ -85,7 +85,9 @@ def outcome(rows: Rows, differences: Rows, best: dict[str, str], *, compare: boo
     sentences = []
     if column in best:
         row = by_run[best[column]]
-        sentences.append(f"Best by {name}: {row['run']}, {row[column]:.3f} ± {row[f'{column}_se']:.3f} (s.e.).")
+        error = row[f"{column}_se"]
+        shown = "" if error is None else f" ± {error:.3f} (s.e.)"
+        sentences.append(f"Best by {name}: {row['run']}, {row[column]:.3f}{shown}.")
     if "utility" in best and "score" in best and best["score"] != best["utility"]:
         sentences.append(f"By reward it would be {best['score']}: the reward model and the truth disagree there.")
     for row in [row for row in differences if row["column"] == column] if compare else []:
@@ -125,7 +127,7 @@ def _cautions(results: list[RunResult]) -> list[str]:
         values = (manifest.get(part, {}) for manifest in manifests)
         return len({json.dumps(value.get(key) if key else value, sort_keys=True) for value in values}) > 1
 
-    cautions = []
+    cautions = list(dict.fromkeys(caution for result in results for caution in result.cautions))
     if differ("parents", "reward"):
         cautions.append("The runs were scored by different reward models: their rewards do not compare.")
     if differ("parents", "sft"):

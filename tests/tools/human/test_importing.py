@@ -145,3 +145,12 @@ def test_one_person_has_no_agreement():
     assert found["verdict"]["tie"] == 12 and "kappa" not in found
     two = [Sheet(STUDY, name, dict.fromkeys(CHOICES, "tie")) for name in "xy"]
     assert summary(STUDY, two, resamples=50, seed=0)["kappa"]["value"] == 1.0
+
+
+def test_a_column_that_is_there_twice(tmp_path):
+    """A reader by names would take the last one's choices."""
+    path = table(tmp_path / "t.csv", rows())
+    first, *rest = path.read_text(encoding="utf-8-sig").splitlines(keepends=True)
+    path.write_text("".join([first.replace("annotator", "choice"), *rest]))
+    with pytest.raises(UserError, match="the column choice more than once: delete the wrong one"):
+        read_sheet(path, STUDY)

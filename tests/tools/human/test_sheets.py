@@ -62,6 +62,28 @@ def test_the_key_comes_back_and_a_changed_one_does_not(tmp_path):
         read_key(tmp_path / "none")
 
 
+@pytest.mark.parametrize("change", ["a side", "all sides", "the names", "a category"])
+def test_a_key_with_other_sides_is_refused(tmp_path, change):
+    """The sheets' texts are as before, so that the study's id says nothing."""
+    path = export.write_study(study(), tmp_path)
+    key = json.loads(path.read_text())
+    other = {"left": "right", "right": "left"}
+    if change == "the names":
+        key["a"], key["b"] = key["b"], key["a"]
+    elif change == "a category":
+        key["items"][0]["category"] = "other"
+    else:
+        for item in key["items"][: 1 if change == "a side" else None]:
+            item["a_is"] = other[item["a_is"]]
+    path.write_text(json.dumps(key))
+    with pytest.raises(UserError, match="was changed after it was written"):
+        read_key(path)
+    # a key of an earlier version has no checksum
+    before = {name: value for name, value in study().to_dict().items() if name != "sha256"}
+    path.write_text(json.dumps(before))
+    assert read_key(path) == study()
+
+
 def test_sheets_say_nothing_of_sides():
     """Two studies that differ in the names alone have the very same sheets."""
     one, other = study(), make_study(pairs(), ("x", "y"), n=None, by="category", seed=0)

@@ -10,9 +10,11 @@ import pytest
 from rich.console import Console
 
 from mpo_jax.errors import UserError
-from mpo_jax.tools.report.results import collect, main_rows, write_csv
+from mpo_jax.tools.report import page
+from mpo_jax.tools.report.results import RunResult, collect, main_rows, write_csv
 from mpo_jax.tools.report.seeds import pair_differences
 from mpo_jax.tools.report.terminal import runs_table
+from mpo_jax.types import Artifact
 from tests.tools.report import workdirs
 
 
@@ -135,3 +137,15 @@ def test_terminal_table_shows_means_with_errors_and_a_dash_for_what_is_not_there
     (sft,), (mpo,) = ([line for line in lines if name in line] for name in ("sft", "mpo"))
     assert [cell.strip() for cell in sft.strip("│").split("│")] == ["sft", "-0.125 ± 0.011", "-", "90.0%"]
     assert [cell.strip() for cell in mpo.strip("│").split("│")] == ["mpo", "1.347 ± 0.500", "3.000 ± 0.250", "-"]
+
+
+def test_a_single_prompt_has_no_error() -> None:
+    """0.000 would say that the mean is known."""
+    numbers = {"score": 0.5, "score_se": 0.0, "has_eos": 1.0, "has_eos_se": 0.0}
+
+    def row(prompts: int) -> dict[str, Any]:
+        manifest = {"stage": "evaluate", "summary": {"prompts": prompts, **numbers}}
+        return main_rows([RunResult("sft", Path("nowhere"), {"evaluate": Artifact(Path("nowhere"), manifest)})])[0]
+
+    assert row(1)["score_se"] is None and row(1)["has_eos_se"] is None and row(2)["score_se"] == 0.0
+    assert [page._cell(row(1), column) for column in ("score", "has_eos")] == ["0.500", "100.0%"]
