@@ -21,6 +21,7 @@ from mpo_jax.models.decoder import FLOAT32
 from mpo_jax.models.forward import Model
 from mpo_jax.models.hf import ends, families, found, peft, peft_config, weights
 from mpo_jax.models.hf.hub import local_model
+from mpo_jax.models.hf.safetensors_folder import SafetensorsFolder
 from mpo_jax.models.spec import DecoderConfig, LayerSpec
 from mpo_jax.runtime import machine
 from mpo_jax.runtime.console import console
@@ -89,7 +90,7 @@ def open_model(path: str | Path, *, label: str | None = None) -> Source:
             return dataclasses.replace(base, tensors=adapted)
         tensors = found.as_found(adapted, below, base.decoder.family, tied=False, label=label)
         return Source(base.decoder, tensors, found.is_scored_at_end(local))
-    decoder, tensors = families.read_config(local), weights.SafetensorsFolder(local)
+    decoder, tensors = families.read_config(local), SafetensorsFolder(local)
     tensors = found.as_found(tensors, local, decoder.family, tied=decoder.tie_embeddings, label=label)
     return Source(decoder, tensors, found.is_scored_at_end(local))
 
