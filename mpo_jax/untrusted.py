@@ -82,7 +82,7 @@ def read_text(path: str | Path, *, max_bytes: int = MAX_BYTES, encoding: str = "
     try:
         return read_bytes(path, max_bytes=max_bytes).decode(encoding)
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from error
+        raise UserError(f"cannot read {path}: not UTF-8 text: {error.reason} at byte {error.start}") from error
 
 
 def read_json(path: str | Path, kind: type[T] = dict, *, max_bytes: int = MAX_BYTES) -> T:
@@ -126,7 +126,7 @@ def parse_json(text: str | bytes, where: str | Path, kind: type[T] = dict) -> T:
 def is_deep(value: Any) -> bool:
     """Whether lists and mappings are nested more than MAX_DEPTH deep."""
     level: list[Any] = [value] if isinstance(value, dict | list) else []
-    for _ in range(MAX_DEPTH + 1):
+    for _ in range(MAX_DEPTH):
         inside = [part for one in level for part in (one.values() if isinstance(one, dict) else one)]
         level = [part for part in inside if isinstance(part, dict | list)]
         if not level:

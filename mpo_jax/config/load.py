@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from mpo_jax.config.base import BY_NAME
-from mpo_jax.config.interpolation import literal, refuse_resolvers
+from mpo_jax.config.interpolation import literal, refuse_many, refuse_resolvers, refuse_secrets
 from mpo_jax.config.old_keys import dotted, refuse_old_keys, renamed
 from mpo_jax.config.schema import TRAINED, Config
 from mpo_jax.config.suggestion import suggest
@@ -45,6 +45,7 @@ def load_config(path: str | Path | None, overrides: tuple[str, ...] = (), *, sta
                 refuse_old_keys([key], COMMAND_LINE)
                 _refuse_unknown(key, "on the command line")
                 check_yaml(value, f"the override {key}")
+                refuse_many(value, f"the override {key}")
                 update = _checked(_from_dotlist(key, value), COMMAND_LINE)
             else:
                 update = _read_yaml(Path(override))
@@ -88,6 +89,7 @@ def _read_yaml(path: Path) -> Any:
         raise UserError(f"no configuration file {path}{hint}")
     text = read_text(path)
     check_yaml(text, path)
+    refuse_many(text, path)
     with loading_yaml(path):
         loaded = OmegaConf.load(io.StringIO(text))
     if not OmegaConf.is_dict(loaded):
@@ -108,9 +110,10 @@ def _checked(loaded: Any, where: str | Path) -> Any:
     """The container itself.
 
     Raises:
-      UserError: if it calls a resolver, or sets a key that was renamed or removed.
+      UserError: if it calls a resolver, holds an address with a secret, or sets a key that was renamed or removed.
     """
     refuse_resolvers(loaded, where)
+    refuse_secrets(loaded, where)
     refuse_old_keys(dotted(OmegaConf.to_container(loaded, resolve=False)), where)
     return loaded
 

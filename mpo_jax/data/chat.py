@@ -44,7 +44,7 @@ def read_template(path: str) -> str:
     try:
         text = read_text(file, max_bytes=TEMPLATE_BYTES)
     except UserError as error:
-        raise UserError(f"text.chat_template={error}: name a file with a Jinja template") from error
+        raise UserError(f"{key}: {error}: name a file with a Jinja template") from error
     if not text.strip():
         raise UserError(f"{key}: the file is empty: name a file with a Jinja template")
     return text

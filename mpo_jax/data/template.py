@@ -17,7 +17,7 @@ from jinja2.exceptions import TemplateError
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-MAX_WORK = 100_000_000
+MAX_WORK = 50_000_000
 """Units of one rendering: a character is one."""
 STEP, ELEMENT = 2000, 100
 """Units of a turn of a loop, and of an element of a list."""

@@ -1,10 +1,13 @@
 """The safetensors files of a model folder: which of them are read, and their tensors, checked. No torch, no pickle."""
 
 import os
+import stat
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from mpo_jax.errors import UserError
 from mpo_jax.models.hf.table import TABLE
@@ -104,6 +107,16 @@ class SafetensorsFolder:
         if name is None:
             raise UserError(f"{self.where}: there is no tensor {' or '.join(EMBEDDINGS)}")
         return WRITTEN.get(self._held(name)[1], "float32")
+
+
+def save_tensors(tensors: Mapping[str, np.ndarray], path: Path) -> None:
+    """Writes a safetensors file with the permissions of any other new file: the library's own are the owner's alone."""
+    save_file(dict(tensors), path, metadata={"format": "pt"})
+    # the process's umask can be read only by setting it, for all threads
+    probe = path.with_name(f".{path.name}.mode")
+    probe.touch()
+    path.chmod(stat.S_IMODE(probe.stat().st_mode))
+    probe.unlink()
 
 
 def is_finite(tensor: np.ndarray) -> bool:

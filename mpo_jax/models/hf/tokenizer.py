@@ -1,5 +1,6 @@
 """Tokenizers from Hugging Face folders and from inside GGUF files."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,21 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     tokenizer: Any = _load(folder) if (folder / "tokenizer.json").is_file() else load_sentencepiece(folder)
     attach_end_ids(tokenizer, described)
     return tokenizer
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes a tokenizer's files, such that transformers 4.57 reads them too.
+
+    Version 5 names a class there, and a kind of list, that version 4 does not know; it reads their older names itself.
+    """
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    values = read_json(path)
+    if values.get("tokenizer_class") == "TokenizersBackend":
+        values["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(values.get("extra_special_tokens"), list):
+        values["additional_special_tokens"] = values.pop("extra_special_tokens")
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _check_files(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Checkpoints to parameters and back, both ways through one table, one tensor at a time. No torch, no pickle."""
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial, reduce
@@ -15,12 +16,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from huggingface_hub import split_state_dict_into_shards_factory
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from safetensors.numpy import save_file
 
 from mpo_jax.errors import UserError
 from mpo_jax.models import forward, quantised
 from mpo_jax.models.decoder import FLOAT32
-from mpo_jax.models.hf.safetensors_folder import is_finite
+from mpo_jax.models.hf.safetensors_folder import is_finite, save_tensors
 from mpo_jax.models.hf.table import Entry, entries
 from mpo_jax.models.kernels import KERNELS, Kernel
 from mpo_jax.models.spec import DecoderConfig
@@ -29,6 +29,8 @@ from mpo_jax.types import Head, Tree
 
 SHARD_BYTES = 2 * 2**30
 """Size of an exported file, and so about the host memory that an export takes."""
+LARGE = 2**28
+"""Numbers of a tensor above which its shape in the files is not worked out before the tensor is known to fit."""
 BUFFERS = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 """Endings of tensors in old exports that hold no parameters: rotary frequencies, which config.json gives, and masks."""
 
@@ -140,7 +142,16 @@ def _check_shapes(tensors: Tensors, wanted: Mapping[str, Any], config: DecoderCo
     """Every wanted tensor has the shape that the sizes ask for: seen in the files' headers, before memory is taken."""
     for entry in _in_use(wanted, config):
         shapes = [wanted[path].shape for path in entry.paths]
-        asked = entry.their_shape([shape[1:] if entry.stacked else shape for shape in shapes], config)
+        held = [shape[1:] if entry.stacked else shape for shape in shapes]
+        numbers = sum(map(math.prod, held))
+        for name in _names(entry, config):
+            if math.prod(shape := tensors.shape(name)) != numbers and numbers > LARGE:
+                # an array of the wanted shape, by which it is found in the files' layout, might not fit into memory
+                raise UserError(
+                    f"{tensors.where}: tensor {name} has shape {shape}, but config.json asks for {numbers} numbers: "
+                    "the weights and config.json do not belong together"
+                )
+        asked = entry.their_shape(held, config)
         for name in _names(entry, config):
             _check_shape(tensors.where, name, tensors.shape(name), asked)
 
@@ -248,7 +259,7 @@ def save_params(
     for file, names in plan.filename_to_tensors.items():
         tensors = {name: sources[name].fetch() for name in names}
         if writes:
-            save_file(tensors, folder / file, metadata={"format": "pt"})
+            save_tensors(tensors, folder / file)
         del tensors
         # else the others would wait for a slow disk in the collectives of the next file
         wait(f"process 0 writes {file}")

@@ -21,6 +21,7 @@ from mpo_jax.evaluation.calibration import accuracy_by_gap, against_truth, read_
 from mpo_jax.evaluation.statistics import mean_and_se
 from mpo_jax.pipeline.experiments import AT_SPLITS, Variant, in_order, is_run
 from mpo_jax.runtime.files import write_bytes
+from mpo_jax.tools.human.export import FORMULA
 from mpo_jax.types import Artifact
 
 COLUMNS = {
@@ -217,6 +218,17 @@ def main_rows(results: list[RunResult]) -> list[dict[str, Any]]:
     return rows
 
 
+def no_formula(value: Any) -> Any:
+    """A cell that no spreadsheet takes for a formula: text that begins like one gets an apostrophe in front."""
+    if not isinstance(value, str) or not value.startswith((*FORMULA, " ")):
+        return value
+    try:
+        float(value)
+        return value
+    except ValueError:
+        return f"'{value}" if value.strip(" ").startswith(FORMULA) else value
+
+
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     """Rows as CSV, whole or not at all; the columns are all keys in order of first appearance."""
     fields = list(dict.fromkeys(key for row in rows for key in row))
@@ -224,6 +236,6 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, fields)
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({key: no_formula(value) for key, value in row.items()} for row in rows)
     # prompts may hold lone surrogates, which no file can
     write_bytes(path, [text.getvalue().encode("utf-8", errors="replace")])
