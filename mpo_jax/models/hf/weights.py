@@ -294,7 +294,9 @@ class _Export:
         host = np.asarray(value if value.is_fully_addressable else multihost_utils.process_allgather(value, tiled=True))
         if not is_finite(host):
             name = self.entry.name.format(i=self.layer)
-            if self.dtype == "float16" and bool(jnp.isfinite(before).all()):
+            # what is read from a folder is finite there, and may be in this type already
+            overflows = before.dtype == jnp.float16 or bool(jnp.isfinite(before).all())
+            if self.dtype == "float16" and overflows and not np.isnan(host).any():
                 raise UserError(f"{name} has values beyond float16's 65504: save in bfloat16 or float32")
             raise UserError(
                 f"{name} holds NaN or infinity, so the model means nothing and is not written: its training failed, or "

@@ -135,3 +135,12 @@ def test_terminal_table_shows_means_with_errors_and_a_dash_for_what_is_not_there
     (sft,), (mpo,) = ([line for line in lines if name in line] for name in ("sft", "mpo"))
     assert [cell.strip() for cell in sft.strip("│").split("│")] == ["sft", "-0.125 ± 0.011", "-", "90.0%"]
     assert [cell.strip() for cell in mpo.strip("│").split("│")] == ["mpo", "1.347 ± 0.500", "3.000 ± 0.250", "-"]
+
+
+def test_no_cell_of_a_table_is_a_formula(tmp_path: Path) -> None:
+    cells = ["=1+1", "+a", "-a", "@a", " =1", "a=1", "-0.5", "+1e3", "it's"]
+    write_csv(tmp_path / "a.csv", [{"prompt": cell, "score": -1.5} for cell in cells])
+    with (tmp_path / "a.csv").open(newline="") as file:
+        found = list(csv.DictReader(file))
+    assert [row["prompt"] for row in found] == ["'=1+1", "'+a", "'-a", "'@a", "' =1", "a=1", "-0.5", "+1e3", "it's"]
+    assert {row["score"] for row in found} == {"-1.5"}
