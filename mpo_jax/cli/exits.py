@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from mpo_jax.errors import GOES_ON, Preempted, UserError
 from mpo_jax.runtime.interrupts import STOPS
+from mpo_jax.runtime.words import printable
 
 FAULT = 1
 """An error of ours, or a check that failed."""
@@ -105,7 +106,7 @@ def fail(message: str, status: int) -> NoReturn:
     # looked up, not imported: an import would start JAX to report a misspelt key
     processes = sys.modules.get("mpo_jax.runtime.processes")
     where = processes.name() if processes else ""
-    print(f"error{where}: {message}", file=sys.stderr)
+    print(f"error{where}: {printable(message)}", file=sys.stderr)
     _exit(status)
 
 

@@ -7,6 +7,7 @@ import typer
 
 from mpo_jax.cli.arguments import ModelPath, Overrides
 from mpo_jax.errors import UserError
+from mpo_jax.runtime.words import printable
 
 
 def generate(
@@ -28,6 +29,8 @@ def generate(
         raise UserError("--top-p must be above 0; --temperature 0 takes the likeliest token")
     from mpo_jax.tools import generation
 
+    # a terminal obeys what a model writes; a file gets it as it is
+    shown = printable if sys.stdout.isatty() else str
     # the first answer, or the only one, is printed as it grows; the others once they are done
     printed, answers = "", []
     for answers, done in generation.generate(
@@ -42,13 +45,13 @@ def generate(
         overrides=(f"seed={seed}", *(overrides or ())),
     ):
         # a character may come in several tokens: what is not whole yet waits
-        grown = answers[0] if done else answers[0].rstrip("\ufffd")
+        grown = shown(answers[0] if done else answers[0].rstrip("\ufffd"))
         sys.stdout.write(grown[len(printed) :])
         sys.stdout.flush()
         printed = grown
         if done:
             for answer in answers[1:]:
-                sys.stdout.write(f"\n---\n{answer}")
+                sys.stdout.write(f"\n---\n{shown(answer)}")
     sys.stdout.write("\n")
     if empty := [number for number, answer in enumerate(answers, 1) if not answer.strip()]:
         which = "the answer is" if num_samples == 1 else f"answers {', '.join(map(str, empty))} are"

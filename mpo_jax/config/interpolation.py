@@ -12,6 +12,11 @@ from omegaconf.grammar_parser import parse
 
 from mpo_jax.errors import UserError
 
+MOST = 20
+"""Interpolations in one line."""
+_ADDRESS = re.compile(r"\s*[A-Za-z][\w+.-]*:(?:[\w+.-]*:)?/{1,2}(\S*)\s*\Z")
+"""`scheme://...`, also behind a further name, as in hub:https://..."""
+
 
 def refuse_resolvers(loaded: Any, where: str | Path) -> None:
     """Checks an OmegaConf container before anything is resolved; merging resolves too.
@@ -25,13 +30,39 @@ def refuse_resolvers(loaded: Any, where: str | Path) -> None:
             continue
         try:
             called = _calls_resolver(parse(text))
-        except OmegaConfBaseException as error:
+        except (OmegaConfBaseException, RecursionError) as error:
             raise UserError(f"{where}: {key}: broken interpolation: write ${{section.key}}, or \\${{") from error
         if called:
             raise UserError(
                 f"{where}: {key} calls a resolver, ${{name:...}}. Resolvers are never run, since they can read secrets "
                 "from the environment: write the value itself, give it on the command line, or refer to another key of "
                 "the same file, as in ${seed}"
+            )
+
+
+def refuse_many(text: str, where: str | Path) -> None:
+    """Checks text before OmegaConf reads it, whose parser recurses into interpolations.
+
+    Raises:
+      UserError: for a line with more than MOST interpolations.
+    """
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.count("${") > MOST:
+            raise UserError(f"{where}:{number}: more than {MOST} interpolations in a line: write the value itself")
+
+
+def refuse_secrets(loaded: Any, where: str | Path) -> None:
+    """Checks that no address in a container has a place for secrets: the configuration is stored with a run and shown.
+
+    Raises:
+      UserError: for a URL with a user, a password, a query or a fragment; names the key and not the value.
+    """
+    for key, text in _texts(OmegaConf.to_container(loaded, resolve=False), ""):
+        if (address := _ADDRESS.match(text)) and re.search(r"[?#]|^[^/]*@", address[1]):
+            raise UserError(
+                f"{where}: {key} is an address with a user, password, query or fragment, where secrets stand, and "
+                "a run stores and shows its configuration: write the bare address, and give keys and tokens as the "
+                "environment variables of the service (such as HF_TOKEN, WANDB_API_KEY, AWS_PROFILE)"
             )
 
 

@@ -1,6 +1,7 @@
 """YAML files and `key.sub=value` overrides to a configuration, and back. Unknown keys are refused."""
 
 import difflib
+import io
 from pathlib import Path
 from typing import Any, get_args
 
@@ -10,11 +11,12 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from mpo_jax.config.base import BY_NAME
-from mpo_jax.config.interpolation import literal, refuse_resolvers
+from mpo_jax.config.interpolation import literal, refuse_many, refuse_resolvers, refuse_secrets
 from mpo_jax.config.old_keys import dotted, refuse_old_keys, renamed
 from mpo_jax.config.schema import TRAINED, Config
 from mpo_jax.config.suggestion import suggest
 from mpo_jax.errors import UserError
+from mpo_jax.untrusted import check_yaml, loading_yaml, read_text, read_yaml, reason
 
 COMMAND_LINE = "the command line"
 
@@ -42,7 +44,9 @@ def load_config(path: str | Path | None, overrides: tuple[str, ...] = (), *, sta
                 key = _whole_key(key.strip(), stage)
                 refuse_old_keys([key], COMMAND_LINE)
                 _refuse_unknown(key, "on the command line")
-                update = _checked(OmegaConf.from_dotlist([f"{key}={value}"]), COMMAND_LINE)
+                check_yaml(value, f"the override {key}")
+                refuse_many(value, f"the override {key}")
+                update = _checked(_from_dotlist(key, value), COMMAND_LINE)
             else:
                 update = _read_yaml(Path(override))
             merged = OmegaConf.merge(merged, update)
@@ -65,10 +69,7 @@ def read_record(path: Path) -> Config:
       UserError: as `load_config`.
     """
     try:
-        values = renamed(yaml.safe_load(path.read_text(encoding="utf-8")))
-        return Config.model_validate(values)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read {path}: {_first_line(error)}") from error
+        return Config.model_validate(renamed(read_yaml(path)))
     except ValidationError as error:
         raise UserError(_explain(error, path)) from error
 
@@ -86,25 +87,33 @@ def _read_yaml(path: Path) -> Any:
         if path.suffix not in (".yaml", ".yml"):
             raise UserError(f"{path} is neither KEY=VALUE nor a configuration file (YAML) that exists")
         raise UserError(f"no configuration file {path}{hint}")
-    try:
-        loaded = OmegaConf.load(path)
-    except yaml.MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"{path}{line}: broken YAML: {error.problem}") from error
-    except (OmegaConfBaseException, yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {_first_line(error)}") from error
+    text = read_text(path)
+    check_yaml(text, path)
+    refuse_many(text, path)
+    with loading_yaml(path):
+        loaded = OmegaConf.load(io.StringIO(text))
     if not OmegaConf.is_dict(loaded):
         raise UserError(f"{path}: a configuration is a mapping of keys to values, not a list")
     return _checked(loaded, path)
+
+
+def _from_dotlist(key: str, value: str) -> Any:
+    try:
+        return OmegaConf.from_dotlist([f"{key}={value}"])
+    except (OmegaConfBaseException, yaml.YAMLError):
+        raise
+    except Exception as error:  # as of a file's tags
+        raise UserError(f"cannot read the override {key}={value[:40]}: {reason(error)}") from error
 
 
 def _checked(loaded: Any, where: str | Path) -> Any:
     """The container itself.
 
     Raises:
-      UserError: if it calls a resolver, or sets a key that was renamed or removed.
+      UserError: if it calls a resolver, holds an address with a secret, or sets a key that was renamed or removed.
     """
     refuse_resolvers(loaded, where)
+    refuse_secrets(loaded, where)
     refuse_old_keys(dotted(OmegaConf.to_container(loaded, resolve=False)), where)
     return loaded
 

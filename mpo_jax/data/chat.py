@@ -12,16 +12,10 @@ from jinja2.exceptions import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from mpo_jax.config.schema import TextConfig
+from mpo_jax.data.template import render
 from mpo_jax.errors import UserError
+from mpo_jax.untrusted import read_text
 
-# Some templates print today's date, so a run could not be repeated or resumed on another day. Templates accept no
-# functions from outside, so this macro shadows their `strftime_now`.
-_DAY = {"Y": "2024", "y": "24", "m": "07", "d": "26", "B": "July", "b": "Jul", "A": "Friday", "a": "Fri"}
-_FIXED_DAY = (
-    "{% macro strftime_now(form) %}{{ form"
-    + "".join(f"|replace('%{code}', '{text}')" for code, text in _DAY.items())
-    + " }}{% endmacro %}"
-)
 TEMPLATE_BYTES = 1_000_000
 """Size up to which a file is taken for a chat template."""
 SHOWN = 40
@@ -64,13 +58,9 @@ def read_template(path: str) -> str:
     """
     key, file = f"text.chat_template={path}", Path(path).expanduser()
     try:
-        if os.path.getsize(file) > TEMPLATE_BYTES:
-            raise UserError(f"{key}: a file of more than {TEMPLATE_BYTES} bytes is no chat template")
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{key}: not UTF-8 text: name a file with a Jinja template") from error
-    except OSError as error:
-        raise UserError(f"{key}: cannot read the file: {error.strerror or error}") from error
+        text = read_text(file, max_bytes=TEMPLATE_BYTES)
+    except UserError as error:
+        raise UserError(f"{key}: {error}: name a file with a Jinja template") from error
     if not text.strip():
         raise UserError(f"{key}: the file is empty: name a file with a Jinja template")
     return text
@@ -115,7 +105,7 @@ class Chat:
                     f"text.template_options.{option}: {name} does not mention {option}, so it would change nothing: "
                     "check the spelling, or remove it"
                 )
-        self._template = _FIXED_DAY + template if "strftime_now" in template else template
+        self._template: str = template
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, text: TextConfig) -> "Chat":
@@ -280,13 +270,13 @@ class Chat:
         conversation: list[Any] = [{key: turn[key] for key in turn if key != "tools"} for turn in messages]
         try:
             return str(
-                self.tokenizer.apply_chat_template(
+                render(
+                    self._template,
                     conversation,
-                    tokenize=False,
+                    special_tokens=self.tokenizer.special_tokens_map,
                     add_generation_prompt=add_generation_prompt,
-                    chat_template=self._template,
                     tools=tools,
-                    **self._options,
+                    options=self._options,
                 )
             )
         except Exception as error:  # a template comes from elsewhere and can fail in any way

@@ -19,8 +19,9 @@ from mpo_jax.models import adapter, forward, quantised
 from mpo_jax.models.adapter import Adapter
 from mpo_jax.models.decoder import FLOAT32
 from mpo_jax.models.forward import Model
-from mpo_jax.models.hf import ends, families, found, peft, peft_config, weights
+from mpo_jax.models.hf import ends, families, found, peft, peft_config, safetensors_folder, weights
 from mpo_jax.models.hf.hub import local_model
+from mpo_jax.models.hf.tokenizer import save_tokenizer
 from mpo_jax.models.spec import DecoderConfig, LayerSpec
 from mpo_jax.runtime import machine
 from mpo_jax.runtime.console import console
@@ -89,7 +90,7 @@ def open_model(path: str | Path, *, label: str | None = None) -> Source:
             return dataclasses.replace(base, tensors=adapted)
         tensors = found.as_found(adapted, below, base.decoder.family, tied=False, label=label)
         return Source(base.decoder, tensors, found.is_scored_at_end(local))
-    decoder, tensors = families.read_config(local), weights.SafetensorsFolder(local)
+    decoder, tensors = families.read_config(local), safetensors_folder.SafetensorsFolder(local)
     tensors = found.as_found(tensors, local, decoder.family, tied=decoder.tie_embeddings, label=label)
     return Source(decoder, tensors, found.is_scored_at_end(local))
 
@@ -418,12 +419,12 @@ def save_description(
         return
     ids = {f"{name}_id": getattr(tokenizer, f"{name}_token_id") for name in ("eos", "bos", "pad")}
     families.save_config(folder, model.decoder, head=head, dtype=dtype, **ids)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     if len(several := ends.end_ids(tokenizer)) > 1:
         ends.write_end_ids(folder, list(several), bos_id=ids["bos_id"], pad_id=ids["pad_id"])
     if model.adapter is not None and base is not None:
         peft_config.save_settings(folder.parent / ADAPTER, model.adapter, model.decoder, base=base, head=head)
-        tokenizer.save_pretrained(folder.parent / ADAPTER)
+        save_tokenizer(tokenizer, folder.parent / ADAPTER)
     for written in (folder, folder.parent / ADAPTER) if scored_at_end else ():
         if written.is_dir():
             found.write_readout(written)

@@ -1,13 +1,16 @@
 """Any model that can be read here, written as a Hugging Face folder."""
 
+import contextlib
 import dataclasses
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 import jax
 from jax.sharding import Mesh
+from safetensors import SafetensorError
 
 from mpo_jax.config.schema import Config
 from mpo_jax.data.base_model import fingerprint_base
@@ -29,6 +32,7 @@ from mpo_jax.tools.opening import find_model
 from mpo_jax.tools.report.card import ADAPTER, trained_config, write_card
 from mpo_jax.training.checkpoints import Checkpoints
 from mpo_jax.types import Head, Tree, frozen
+from mpo_jax.untrusted import reason
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -97,18 +101,39 @@ def export(
         tokenizer = load_tokenizer(found)
         num_ids = TextCodec(tokenizer, config.text).vocab_size
         decoder, tree, where, written_as = _read(found, mesh, dtype, config, critic=critic, num_ids=num_ids)
-        partial = _begin(target)
-        loading.save(
-            partial, Model(decoder), frozen(tree), tokenizer, dtype=written_as, scored_at_end=is_scored_at_end(found)
-        )
+        with _writing(target):
+            partial = _begin(target)
+            at_end = is_scored_at_end(found)
+            loading.save(partial, Model(decoder), frozen(tree), tokenizer, dtype=written_as, scored_at_end=at_end)
     kind = "reward model" if "score" in tree else "language model"
-    written = _finish(partial, target, found, path, kind=kind, dtype=written_as)
+    with _writing(target):
+        written = _finish(partial, target, found, path, kind=kind, dtype=written_as)
     return Exported(where, decoder.family, kind, written_as, written)
+
+
+@contextlib.contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    """Names the folder in an error of the disk, and removes what is half written."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(_partial(target), ignore_errors=True)
+        raise UserError(
+            f"cannot write {target}: {reason(error)}. Nothing is left there: free space, or name a folder in which you "
+            "may write"
+        ) from error
+    except UserError as error:
+        shutil.rmtree(_partial(target), ignore_errors=True)
+        raise UserError(f"{target} is not written: {error}") from error
+
+
+def _partial(target: Path) -> Path:
+    return target.with_name(f".{target.name}.partial")
 
 
 def _begin(target: Path) -> Path:
     """The folder that becomes `target` once it is whole."""
-    partial = target.with_name(f".{target.name}.partial")
+    partial = _partial(target)
     if is_main():
         shutil.rmtree(partial, ignore_errors=True)
         target.parent.mkdir(parents=True, exist_ok=True)

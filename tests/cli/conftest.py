@@ -41,12 +41,11 @@ def write_model(folder: Path, decoder: DecoderConfig, *, head: Head = "lm", chat
     return folder
 
 
-def damaged(model: Path, folder: Path, value: float = np.nan) -> Path:
-    """A copy of the model, of which one weight of the last norm is `value`."""
+def damaged(model: Path, folder: Path, value: float = 3e38) -> Path:
+    """A copy of the model, of which the last norm's weights are `value`: by itself a number, it makes infinities."""
     shutil.copytree(model, folder)
     tensors = load_file(folder / "model.safetensors")
-    tensors["model.norm.weight"] = tensors["model.norm.weight"].copy()
-    tensors["model.norm.weight"][3] = value
+    tensors["model.norm.weight"] = np.full_like(tensors["model.norm.weight"], value)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 

@@ -1,6 +1,7 @@
 """`mpo export`: every kind of source, written whole or not at all."""
 
 import json
+import os
 
 import jax
 import numpy as np
@@ -13,10 +14,12 @@ from mpo_jax.data import toy
 from mpo_jax.models import loading
 from mpo_jax.models.forward import Model
 from mpo_jax.stages.ppo.iteration import PpoState
+from mpo_jax.tools import export
 from mpo_jax.training.checkpoints import Checkpoints
 from mpo_jax.training.optimizer import make_optimizer
 from mpo_jax.training.update import init_state
 from mpo_jax.types import trainable
+from tests.cli.conftest import damaged
 from tests.models.tiny import mesh_of, random_params
 from tests.pipeline.test_pipeline import mpo
 
@@ -104,3 +107,37 @@ def test_mistakes(language_model, tmp_path, capsys):
         assert mpo("export", *map(str, arguments), NO_CACHE) == 2
         assert says in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["full"] and (full / "mine.txt").read_text() == "keep me"
+
+
+def test_an_exported_folder_is_for_all_readers(language_model, tmp_path):
+    """Its files have the umask's mode, and its tokenizer a class that transformers 4.57 knows."""
+    previous = os.umask(0o027)
+    try:
+        assert mpo("export", str(language_model), str(tmp_path / "out"), NO_CACHE) == 0
+    finally:
+        os.umask(previous)
+    assert {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()} == dict.fromkeys(
+        (file.name for file in (tmp_path / "out").iterdir()), 0o640
+    )
+    named = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert named["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+@pytest.mark.parametrize(("value", "says"), [(np.nan, "holds NaN or infinity"), (1e6, "beyond float16's 65504")])
+def test_what_is_no_model_in_that_type_leaves_no_folder(language_model, tmp_path, value, says, capsys):
+    folder = damaged(language_model, tmp_path / "damaged", value)
+    assert mpo("export", str(folder), str(tmp_path / "out"), "--dtype", "float16", NO_CACHE) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert says in said and "model.norm.weight" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
+
+
+def test_a_disk_that_takes_no_more_is_said(language_model, tmp_path, capsys, monkeypatch):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export, "write_card", full)
+    assert mpo("export", str(language_model), str(tmp_path / "out"), NO_CACHE) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"cannot write {tmp_path / 'out'}: No space left on device" in said and "free space" in said
+    assert not list(tmp_path.iterdir())

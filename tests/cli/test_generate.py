@@ -121,9 +121,8 @@ def test_a_long_prompt_is_cut_and_said_so(language_model, capsys):
     assert "the prompt is cut to its last 92 of" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_numbers_that_are_not_finite_are_said(language_model, tmp_path, capsys, value):
-    folder = damaged(language_model, tmp_path / "damaged", value)
+def test_numbers_that_are_not_finite_are_said(language_model, tmp_path, capsys):
+    folder = damaged(language_model, tmp_path / "damaged")
     assert mpo("generate", str(folder), PROMPT, NO_CACHE, "--max-new-tokens", "12") == 2
     said = " ".join(capsys.readouterr().err.split())
     assert f"{folder}: the logits of its next tokens are not finite (NaN or infinity)" in said

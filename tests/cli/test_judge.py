@@ -284,6 +284,7 @@ def test_mistakes(judge, sides, language_model, reward_model, tmp_path, capsys):
         (("--endpoint", "localhost:8000", "--model", "m"), sides, "--endpoint wants a URL"),
         (("--endpoint", "https://u:hidden@host/v1", "--model", "m"), sides, "must hold no password"),
         (("--endpoint", "https://host/v1?key=hidden", "--model", "m"), sides, "must hold no password"),
+        (("--endpoint", "https://host/v1#hidden", "--model", "m"), sides, "must hold no password"),
         (("--model", str(tmp_path / "none")), sides, "--model without --endpoint names a model on this machine"),
     ):
         assert judge(*flags, sides=of) == 2

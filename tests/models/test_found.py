@@ -14,6 +14,7 @@ from mpo_jax.errors import UserError
 from mpo_jax.models import loading
 from mpo_jax.models.hf import weights
 from mpo_jax.models.hf.found import SCORE
+from mpo_jax.models.hf.safetensors_folder import SafetensorsFolder
 from mpo_jax.types import merge
 from tests.models.tiny import RECORDED, answers, close, load_folder, mesh_of, recorded_tokens
 
@@ -65,7 +66,7 @@ def test_tied_weights_under_the_heads_name_alone(change, mesh, capsys):
     config, expected = load_folder(RECORDED / "tied", mesh)
     found = loading.open_model(folder)
     loading.check_source(found, config.vocab_size, SHORT, head="lm")
-    assert found.tensors.dtype == weights.SafetensorsFolder(RECORDED / "tied").dtype
+    assert found.tensors.dtype == SafetensorsFolder(RECORDED / "tied").dtype
     tree = tree_of(folder, mesh)
     np.testing.assert_array_equal(tree["embedding"], expected["embedding"])
     tokens = recorded_tokens(config)

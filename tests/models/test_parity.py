@@ -24,9 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mpo_jax.data import toy
 from mpo_jax.models import forward
 from mpo_jax.models.forward import Model
 from mpo_jax.models.hf import families, weights
+from mpo_jax.models.hf.tokenizer import save_tokenizer
 from mpo_jax.types import Tokens
 from tests.models.tiny import batch, load_folder, of_family, random_params
 
@@ -274,3 +276,26 @@ def test_exported_reward_model_is_the_same_in_transformers_4(family, tmp_path):
     )
     last = np.where(mask, np.arange(WIDTH)[None], 0).max(-1)
     np.testing.assert_allclose(found, scores[np.arange(len(last)), last], rtol=0, atol=1e-4)
+
+
+READ_TOKENS = """
+import sys
+from transformers import AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+print(*tokenizer(sys.argv[2])["input_ids"], tokenizer.eos_token, tokenizer.pad_token)
+"""
+
+
+def test_an_exported_tokenizer_is_the_same_in_transformers_4(tmp_path):
+    """Version 5 alone knows the class that it writes by itself."""
+    python = os.environ.get("MPO_TRANSFORMERS4")
+    if not python:
+        pytest.skip("no MPO_TRANSFORMERS4, a Python with transformers 4.57")
+    tokenizer, text = toy.make_tokenizer(), "should i quit my job"
+    save_tokenizer(tokenizer, tmp_path)
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    read = subprocess.run(
+        [python, "-c", READ_TOKENS, str(tmp_path), text], env=environment, check=True, capture_output=True, text=True
+    )
+    expected = [*map(str, tokenizer(text)["input_ids"]), str(tokenizer.eos_token), str(tokenizer.pad_token)]
+    assert read.stdout.split() == expected

@@ -15,6 +15,7 @@ from mpo_jax.models import forward
 from mpo_jax.models.forward import Model
 from mpo_jax.models.hf import families, weights
 from mpo_jax.models.hf.families import FAMILIES
+from mpo_jax.models.hf.safetensors_folder import SafetensorsFolder
 from mpo_jax.models.spec import DecoderConfig, LayerSpec
 from mpo_jax.runtime.sharding import make_mesh
 from mpo_jax.types import Head, PromptBatch, Tokens, Tree
@@ -123,7 +124,7 @@ def recorded_tokens(config: DecoderConfig) -> Tokens:
 
 def load_folder(folder: Path, mesh=None, *, dtype="float32", head: Head | None = None) -> tuple[DecoderConfig, Tree]:
     """Sizes and parameters; the head is the weights' own, unless `head` says otherwise."""
-    config, tensors = families.read_config(folder), weights.SafetensorsFolder(folder)
+    config, tensors = families.read_config(folder), SafetensorsFolder(folder)
     if head is None:
         head = "value" if "score.weight" in tensors.names() else "lm"
     return config, weights.load_params(tensors, config, mesh or mesh_of(1, 1, 1), head=head, dtype=dtype)

@@ -14,6 +14,7 @@ from mpo_jax.data.text import TextCodec
 from mpo_jax.errors import UserError
 from mpo_jax.models import loading
 from mpo_jax.models.forward import Model, abstract_params
+from mpo_jax.models.hf.safetensors_folder import SafetensorsFolder
 from mpo_jax.pipeline import preflight
 from mpo_jax.pipeline.pipeline import Pipeline
 from mpo_jax.pipeline.recipe import artifact_name
@@ -56,7 +57,7 @@ def edit(path: Path, **values) -> None:
 
 
 def test_sound_inputs_pass_and_no_weights_are_read(models, monkeypatch):
-    monkeypatch.setattr(loading.weights.SafetensorsFolder, "read", lambda *_: pytest.fail("reads weights"))
+    monkeypatch.setattr(SafetensorsFolder, "read", lambda *_: pytest.fail("reads weights"))
     preflight.check_inputs(configure(models))
     preflight.check_inputs(load_config(MICRO))
 

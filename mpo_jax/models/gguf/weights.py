@@ -9,7 +9,8 @@ import numpy as np
 
 from mpo_jax.errors import UserError
 from mpo_jax.models.gguf.file import GgufFile, open_gguf
-from mpo_jax.models.hf.families import FAMILIES, check_sizes
+from mpo_jax.models.hf.families import FAMILIES
+from mpo_jax.models.hf.sizes import check_sizes
 from mpo_jax.models.hf.table import TABLE
 from mpo_jax.models.rope import rope_frequencies
 from mpo_jax.models.spec import DecoderConfig, RopeScaling
@@ -71,7 +72,7 @@ def read_config(path: Path) -> DecoderConfig:
         )
     if (turned := number("rope.dimension_count", head_dim)) != head_dim:
         raise UserError(f"{path}: {family}.rope.dimension_count={turned} of {head_dim} is not supported")
-    return replace(config, pattern=(replace(layer, rope_scaling=_rope_scaling(file, config)),))
+    return check_sizes(replace(config, pattern=(replace(layer, rope_scaling=_rope_scaling(file, config)),)), path)
 
 
 def _rope_scaling(file: GgufFile, config: DecoderConfig) -> RopeScaling | None:
@@ -113,7 +114,7 @@ class GgufTensors:
         pass
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self.read(name).shape
+        return tuple(int(size) for size in reversed(self._file.tensors[self._names[name]].shape))
 
     def read(self, name: str) -> np.ndarray:
         tensor = self._file.read(self._names[name])

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mpo_jax.errors import UserError
+from mpo_jax.untrusted import read_json
 
 FILE, KEY = "generation_config.json", "eos_token_id"
 
@@ -57,10 +58,6 @@ def end_ids(tokenizer: Any) -> tuple[int, ...]:
 
 
 def _value(path: Path) -> Any:
-    if not path.is_file():
+    if not path.exists():
         return None
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: broken JSON: {error}") from error
-    return values.get(KEY) if isinstance(values, dict) else None
+    return read_json(path).get(KEY)

@@ -1,5 +1,6 @@
 """Which Hugging Face architectures are understood, and their config.json to our sizes and back."""
 
+import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -10,10 +11,11 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 
 from mpo_jax.errors import UserError
-from mpo_jax.models.hf.rope import older_keys, read_scaling, written_rope
-from mpo_jax.models.rope import rotary_dim
+from mpo_jax.models.hf.rope import check_agrees, older_keys, read_scaling, written_rope
+from mpo_jax.models.hf.sizes import check_given, check_sizes
 from mpo_jax.models.spec import Activation, DecoderConfig, LayerSpec, Norm, shortest_pattern
 from mpo_jax.types import Head
+from mpo_jax.untrusted import read_json
 
 
 @dataclass(frozen=True)
@@ -142,61 +144,34 @@ def read_config(folder: str | Path) -> DecoderConfig:
       UserError: a missing or broken file, or an architecture or option that is not supported; names the key.
     """
     path = Path(folder) / "config.json"
-    if not path.is_file():
+    if not path.exists():
         inside = Path(folder) / "model"
         hint = f": name {inside}" if (inside / "config.json").is_file() else " (a Hugging Face folder has one)"
         raise UserError(f"no model at {folder}: config.json is missing{hint}")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: broken JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: broken JSON: expected an object, found {type(raw).__name__}")
+    raw = read_json(path)
     family = FAMILIES.get(str(raw.get("model_type")))
     if family is None:
         raise UserError(
             f"{path}: model_type {raw.get('model_type')!r} is not supported; supported: {', '.join(FAMILIES)}"
         )
+    check_given(raw, path)
     try:
-        config: Any = family.config_class.from_dict(raw)
-        return check_sizes(_to_ours(config, family, path), path)
-    except (StrictDataclassError, KeyError, TypeError, ValueError, ArithmeticError) as error:
+        # from_dict changes what it is given
+        config: Any = family.config_class.from_dict(copy.deepcopy(raw))
+        sizes = check_sizes(_to_ours(config, family, path), path)
+        _check_rope_agrees(raw, sizes, family, path)
+        return sizes
+    except KeyError as error:
+        raise UserError(f"{path}: {error.args[0] if ' ' in str(error) else f'the key {error} is missing'}") from error
+    except (StrictDataclassError, AttributeError, TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"{path}: {' '.join(str(error).split())}") from error
-
-
-def check_sizes(config: DecoderConfig, path: Path) -> DecoderConfig:
-    """The same sizes.
-
-    Raises:
-      UserError: if no model can have them; names the size and `path`.
-    """
-    names = (
-        "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
-        "max_positions",
-    )  # fmt: skip
-    sizes = [(name, getattr(config, name)) for name in names]
-    for spec in config.pattern:
-        sizes += [("rope_theta", spec.rope_theta), ("sliding_window", spec.window)]
-    for name, size in sizes:
-        if size is not None and not size > 0:
-            raise UserError(f"{path}: {name}={size} must be positive")
-    if config.num_heads % config.num_kv_heads:
-        raise UserError(f"{path}: num_heads={config.num_heads} is no multiple of num_kv_heads={config.num_kv_heads}")
-    if config.head_dim % 2:
-        raise UserError(f"{path}: head_dim={config.head_dim} is odd, but positions rotate pairs")
-    for spec in config.pattern:
-        if (turned := rotary_dim(spec, config.head_dim)) % 2 or not 0 < turned <= config.head_dim:
-            raise UserError(
-                f"{path}: partial_rotary_factor={spec.rope_fraction} rotates {turned} of head_dim={config.head_dim}, "
-                "but positions rotate pairs"
-            )
-    return config
 
 
 def read_head(folder: Path) -> Head:
     """The head that a folder's config.json describes, which `read_config` has read."""
-    architectures = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or [""]
-    return "value" if architectures[0].endswith("ForSequenceClassification") else "lm"
+    named = read_json(folder / "config.json").get("architectures")
+    first = named[0] if isinstance(named, list) and named else ""
+    return "value" if str(first).endswith("ForSequenceClassification") else "lm"
 
 
 def _to_ours(config: Any, family: Family, path: Path) -> DecoderConfig:
@@ -218,6 +193,8 @@ def _to_ours(config: Any, family: Family, path: Path) -> DecoderConfig:
     layer = replace(family.layer, activation=ACTIVATIONS[activation], **on)
     if family.gemma:
         scalar = config.query_pre_attn_scalar
+        if not scalar > 0:
+            raise UserError(f"{path}: query_pre_attn_scalar={scalar!r} must be positive")
         layer = replace(layer, soft_cap=config.attn_logit_softcapping)
         layer = replace(layer, scale=None if scalar == head_dim else float(scalar) ** -0.5)
     kinds = _kinds(config, family, path)
@@ -249,11 +226,23 @@ def _rope(config: Any, family: Family, kind: str, path: Path) -> dict[str, Any]:
     fraction = float(rope.get("partial_rotary_factor", 1.0))
     if fraction != 1.0 and "rope_fraction" not in family.older_rope:
         raise UserError(f"{path}: partial_rotary_factor={rope['partial_rotary_factor']!r} is not supported")
+    theta = rope.get("rope_theta", 10000.0)
+    if isinstance(theta, bool) or not isinstance(theta, int | float):
+        raise UserError(f"{path}: rope_theta={theta!r} is not a number")
     return {
-        "rope_theta": float(rope.get("rope_theta", 10000.0)),
+        "rope_theta": float(theta),
         "rope_scaling": read_scaling(rope, int(config.max_position_embeddings), path),
         "rope_fraction": fraction,
     }
+
+
+def _check_rope_agrees(raw: dict[str, Any], config: DecoderConfig, family: Family, path: Path) -> None:
+    """Raises UserError where rope_parameters and the older keys of the rotation say different things."""
+    if raw.get("rope_parameters") is None:
+        return
+    check_agrees(raw, _of_kind(config, FULL), dict(family.older_rope), config.max_positions, path)
+    if family.rope_by_kind:
+        check_agrees(raw, _of_kind(config, LOCAL), OLDER_LOCAL, config.max_positions, path)
 
 
 def _kinds(config: Any, family: Family, path: Path) -> list[tuple[str, int | None]]:

@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 
 from mpo_jax.errors import UserError
+from mpo_jax.models.hf.safetensors_folder import WRITTEN
 from mpo_jax.models.hf.table import entries
-from mpo_jax.models.hf.weights import WRITTEN, Tensors
+from mpo_jax.models.hf.weights import Tensors
+from mpo_jax.untrusted import read_json
 
 SCORE = "score.weight"
 READOUT = "readout.json"
@@ -58,7 +60,7 @@ class View:
     @property
     def notes(self) -> list[str]:
         """What is done to the tensors, for the log."""
-        return self.inner.notes if isinstance(self.inner, View) else []
+        return [*getattr(self.inner, "notes", ())]
 
 
 class Tied(View):
@@ -252,10 +254,7 @@ def is_scored_at_end(folder: Path) -> bool:
     file = folder / READOUT
     if not file.is_file():
         return False
-    try:
-        said = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: broken JSON: {error}") from error
+    said = read_json(file, object)
     if said != AT_END:
         raise UserError(f"{file}: {json.dumps(said)} is not known: remove the file to read the score at the last token")
     return True
@@ -274,11 +273,11 @@ def _ends_of_vocabulary(family: str) -> tuple[str, str]:
 
 def _labels(folder: Path) -> list[str]:
     """The names of a classifier's labels in the order of its rows; empty where config.json names none."""
-    try:
-        named: Any = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("id2label")
-        return [str(named[str(i)]) for i in range(len(named))] if isinstance(named, dict) else []
-    except (OSError, ValueError, KeyError):
-        return []
+    path = folder / "config.json"
+    # of adapters with a head of their own, the base may be a GGUF file
+    named: Any = read_json(path).get("id2label") if path.is_file() else None
+    numbers = [str(i) for i in range(len(named))] if isinstance(named, dict) else []
+    return [str(named[i]) for i in numbers] if all(i in named for i in numbers) else []
 
 
 def _digest(tensor: np.ndarray) -> bytes:

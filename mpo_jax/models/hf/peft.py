@@ -10,12 +10,12 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from mpo_jax.errors import UserError
 from mpo_jax.models.adapter import SUFFIX
 from mpo_jax.models.hf.found import SCORE
 from mpo_jax.models.hf.peft_config import CONFIG, Settings, kernel_entries
+from mpo_jax.models.hf.safetensors_folder import save_tensors
 from mpo_jax.models.hf.table import Entry, entries
 from mpo_jax.models.hf.weights import Tensors
 from mpo_jax.models.kernels import KERNELS
@@ -192,7 +192,7 @@ def save_weights(folder: Path, trained: Tree, config: DecoderConfig) -> None:
     tensors = dict(_tensors(trained, config))
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        save_tensors(tensors, folder / WEIGHTS)
     wait(f"process 0 writes {WEIGHTS}")
 
 

@@ -15,6 +15,7 @@ from mpo_jax.models.hf.table import Entry, entries
 from mpo_jax.models.kernels import KERNELS
 from mpo_jax.models.spec import DecoderConfig
 from mpo_jax.types import Head
+from mpo_jax.untrusted import read_json
 
 CONFIG = "adapter_config.json"
 WHOLE = ("model.safetensors", "model.safetensors.index.json")
@@ -139,12 +140,8 @@ def read_settings(folder: Path) -> Settings:
       UserError: a broken file, no base model, or a method that is not plain LoRA; names file and key.
     """
     path = folder / CONFIG
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: broken JSON: {error}") from error
-    if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
-        kind = raw.get("peft_type") if isinstance(raw, dict) else None
+    raw = read_json(path)
+    if (kind := raw.get("peft_type")) != "LORA":
         raise UserError(f"{path}: peft_type={kind!r} is not supported: only LORA is")
     given = {key: value for key, value in raw.items() if value not in ABSENT and key not in TRAINING}
     base, revision = given.pop("base_model_name_or_path", None), given.pop("revision", None)
@@ -250,7 +247,7 @@ def save_settings(folder: Path, adapter: Adapter, decoder: DecoderConfig, *, bas
 def rename_base(folder: Path, base: str) -> None:
     """Names another base in adapter_config.json; every other key stays."""
     path = folder / CONFIG
-    values = json.loads(path.read_text(encoding="utf-8")) | _naming(base)
+    values = read_json(path) | _naming(base)
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 

@@ -11,6 +11,18 @@ KINDS = ("default", "linear", "llama3", "yarn", "dynamic")
 """The values of rope_type that are understood."""
 
 
+ACROSS = (
+    "low_freq_factor",
+    "high_freq_factor",
+    "beta_slow",
+    "beta_fast",
+    "attention_factor",
+    "mscale",
+    "mscale_all_dim",
+)
+"""Further numbers of one kind of scaling or another."""
+
+
 def read_scaling(rope: dict[str, Any], max_positions: int, path: Path) -> RopeScaling | None:
     """How the frequencies are stretched, by the `rope_parameters` of one layer.
 
@@ -23,6 +35,11 @@ def read_scaling(rope: dict[str, Any], max_positions: int, path: Path) -> RopeSc
         raise UserError(f"{path}: rope_type={kind!r} is not supported; supported: {', '.join(KINDS)}")
     if kind == "default":
         return None
+    for key in ("factor", "original_max_position_embeddings", *ACROSS):
+        if rope.get(key) is not None and (isinstance(rope[key], bool) or not isinstance(rope[key], int | float)):
+            raise UserError(f"{path}: {key}={rope[key]!r} in the rope parameters is not a number")
+    if rope.get("original_max_position_embeddings") == 0:
+        raise UserError(f"{path}: original_max_position_embeddings=0 must be positive")
     if kind in ("linear", "dynamic"):
         return RopeScaling(kind, float(rope["factor"]))
     original = int(rope["original_max_position_embeddings"])
@@ -95,3 +112,35 @@ def older_keys(spec: LayerSpec, names: dict[str, str]) -> dict[str, Any]:
     }
     # absent stands for null, of which version 5 warns
     return {names[field]: value for field, value in values.items() if field in names and value is not None}
+
+
+def check_agrees(raw: dict[str, Any], spec: LayerSpec, names: dict[str, str], max_positions: int, path: Path) -> None:
+    """Checks a config.json that has the older keys besides `rope_parameters`, from which `spec` was read.
+
+    transformers 4 reads the one and version 5 the other, or a mixture of both.
+
+    Args:
+      names: as for `older_keys`.
+
+    Raises:
+      UserError: where they differ; names the key.
+    """
+    expected = {"rope_theta": spec.rope_theta, "rope_fraction": spec.rope_fraction}
+    for field, value in expected.items():
+        given = raw.get(names.get(field, ""))
+        if given is not None and given != value:
+            raise UserError(
+                f"{path}: {names[field]}={given!r}, but rope_parameters say {value!r}: remove the one that is wrong"
+            )
+    scaling = raw.get(names.get("rope_scaling", ""))
+    parameters = raw["rope_parameters"]
+    if isinstance(scaling, dict) and isinstance(parameters, dict):
+        both = [
+            dict(one) | {"rope_type": one.get("rope_type", one.get("type", "default"))} for one in (scaling, parameters)
+        ]
+        # rope_parameters by kinds of layers are compared with what was read of them
+        here = spec.rope_scaling if "rope_theta" not in parameters else read_scaling(both[1], max_positions, path)
+        if read_scaling(both[0], max_positions, path) != here:
+            raise UserError(
+                f"{path}: rope_scaling={scaling!r}, but rope_parameters={parameters!r}: remove the one that is wrong"
+            )

@@ -18,6 +18,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from mpo_jax.errors import UserError
+from mpo_jax.untrusted import read_bytes, read_json
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """Types of pieces."""
@@ -61,7 +62,7 @@ def read_pieces(path: Path) -> Pieces:
       UserError: if it is no sentencepiece model, is cut off, or is of a kind that is not supported.
     """
     try:
-        message = list(_fields(path.read_bytes()))
+        message = list(_fields(read_bytes(path)))
         pieces = [dict(_fields(value)) for number, value in message if number == 1]
         trainer = {k: v for number, value in message if number == 2 for k, v in _fields(value)}
         normalizer = {k: v for number, value in message if number == 3 for k, v in _fields(value)}
@@ -116,7 +117,7 @@ def load_sentencepiece(folder: Path) -> PreTrainedTokenizerFast:
         copy = Path(name)
         for file in BESIDE:
             if (folder / file).is_file():
-                (copy / file).write_bytes((folder / file).read_bytes())
+                (copy / file).write_bytes(read_bytes(folder / file))
         # the classes that it may name rebuild the tokenizer in their own way, or are code
         own = {key: value for key, value in configured.items() if key not in ("tokenizer_class", "auto_map")}
         own = special | {key: value for key, value in own.items() if value is not None or key not in special}
@@ -216,15 +217,7 @@ def _tokenizer(pieces: Pieces, path: Path) -> Tokenizer:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: broken JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: broken JSON: expected an object, found {type(values).__name__}")
-    return values
+    return read_json(path) if path.exists() else {}
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
@@ -243,6 +236,8 @@ def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
             place += 1
             value |= (byte & 127) << shift
             shift += 7
+            if shift > 70:
+                raise ValueError("not a protocol buffer")
             if byte < 128:
                 return value - (1 << 64) if value >> 63 else value
 

@@ -1,6 +1,7 @@
 """Checkpoints to parameters and back, both ways through one table, one tensor at a time. No torch, no pickle."""
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial, reduce
@@ -15,13 +16,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from huggingface_hub import split_state_dict_into_shards_factory
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from mpo_jax.errors import UserError
 from mpo_jax.models import forward, quantised
 from mpo_jax.models.decoder import FLOAT32
-from mpo_jax.models.hf.table import TABLE, Entry, entries
+from mpo_jax.models.hf.safetensors_folder import is_finite, save_tensors
+from mpo_jax.models.hf.table import Entry, entries
 from mpo_jax.models.kernels import KERNELS, Kernel
 from mpo_jax.models.spec import DecoderConfig
 from mpo_jax.runtime.processes import wait
@@ -29,10 +29,8 @@ from mpo_jax.types import Head, Tree
 
 SHARD_BYTES = 2 * 2**30
 """Size of an exported file, and so about the host memory that an export takes."""
-EMBEDDINGS = tuple(entry.name for entry in TABLE if "embedding" in entry.paths)
-"""The embedding's names, of which a folder has one."""
-WRITTEN = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-"""Types that are written here, by their names in safetensors files."""
+LARGE = 2**28
+"""Numbers of a tensor above which its shape in the files is not worked out before the tensor is known to fit."""
 BUFFERS = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 """Endings of tensors in old exports that hold no parameters: rotary frequencies, which config.json gives, and masks."""
 
@@ -58,101 +56,6 @@ class Tensors(Protocol):
     def dtype(self) -> str:
         """The type in which a model like this is written: float32, bfloat16 or float16."""
         ...
-
-
-class SafetensorsFolder:
-    """The safetensors files of a folder, single or sharded with an index.
-
-    Raises:
-      UserError: a missing or broken file or index.
-    """
-
-    def __init__(self, folder: str | Path):
-        self.where = str(folder)
-        self._files = _tensor_files(Path(folder))
-
-    def names(self) -> set[str]:
-        return set(self._files)
-
-    def check(self) -> None:
-        for path in sorted(set(self._files.values())):
-            try:
-                # reads the header, and compares the sizes in it with the file's
-                with safe_open(path, framework="np") as file:
-                    held = set(file.keys())
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{path}: broken safetensors file: {error}") from error
-            if absent := sorted(name for name, place in self._files.items() if place == path and name not in held):
-                raise UserError(f"{path}: the index says that tensor {absent[0]} is here, but it is not")
-
-    def read(self, name: str) -> np.ndarray:
-        try:
-            with safe_open(self._files[name], framework="np") as file:
-                tensor = file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{self._files[name]}: cannot read tensor {name}: {error}") from error
-        if tensor.dtype.kind in "biuc":
-            raise UserError(f"{self._files[name]}: tensor {name} has type {tensor.dtype}, not floating-point numbers")
-        return tensor
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        try:
-            with safe_open(self._files[name], framework="np") as file:
-                return tuple(file.get_slice(name).get_shape())
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{self._files[name]}: cannot read tensor {name}: {error}") from error
-
-    @property
-    def dtype(self) -> str:
-        """The embedding's, from the file's header: config.json may say another; float32 for types that are not written.
-
-        Raises:
-          UserError: if there is no embedding, or its file cannot be read.
-        """
-        name = next((name for name in EMBEDDINGS if name in self._files), None)
-        if name is None:
-            raise UserError(f"{self.where}: there is no tensor {' or '.join(EMBEDDINGS)}")
-        path = self._files[name]
-        try:
-            with safe_open(path, framework="np") as file:
-                return WRITTEN.get(file.get_slice(name).get_dtype(), "float32")
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: cannot read tensor {name}: {error}") from error
-
-
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    """Which safetensors file holds each tensor."""
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.is_file():
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files = {name: folder / file for name, file in weight_map.items()}
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{index}: broken index: {error}") from error
-        if outside := sorted(str(file) for file in files.values() if file.parent != folder):
-            raise UserError(f"{index} names {outside[0]}, which is outside the folder")
-        if single.is_file() and single not in files.values():
-            raise UserError(
-                f"{folder} holds two sets of weights, {single.name} and the files that {index.name} names: remove the "
-                "one that is not meant"
-            )
-        if absent := sorted({file.name for file in files.values() if not file.is_file()}):
-            more = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
-            raise UserError(f"{index} names {absent[0]}{more}, which is not there: fetch the model's files again")
-        return files
-    if not single.is_file():
-        pickled = sorted(file.name for file in folder.glob("*.bin"))
-        hint = f" ({pickled[0]} is pickled and is not read: convert it to safetensors)" if pickled else ""
-        if consolidated := sorted(file.name for file in folder.glob("consolidated*.safetensors")):
-            hint = f" ({consolidated[0]} is in its author's own layout and is not read: fetch the Hugging Face one)"
-        raise UserError(
-            f"no weights in {folder}: neither model.safetensors nor model.safetensors.index.json is there{hint}"
-        )
-    try:
-        with safe_open(single, framework="np") as file:
-            return dict.fromkeys(file.keys(), single)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{single}: broken safetensors file: {error}") from error
 
 
 def load_params(
@@ -231,7 +134,34 @@ def _wanted(tensors: Tensors, config: DecoderConfig, head: Head) -> dict[str, An
     """The shapes of the model's parameters by path, once all of them are known to be there."""
     wanted: dict[str, Any] = flatten_dict(forward.abstract_params(config, head=head), sep=".")
     _check_names(tensors, wanted, config)
+    _check_shapes(tensors, wanted, config)
     return wanted
+
+
+def _check_shapes(tensors: Tensors, wanted: Mapping[str, Any], config: DecoderConfig) -> None:
+    """Every wanted tensor has the shape that the sizes ask for: seen in the files' headers, before memory is taken."""
+    for entry in _in_use(wanted, config):
+        shapes = [wanted[path].shape for path in entry.paths]
+        held = [shape[1:] if entry.stacked else shape for shape in shapes]
+        numbers = sum(map(math.prod, held))
+        for name in _names(entry, config):
+            if math.prod(shape := tensors.shape(name)) != numbers and numbers > LARGE:
+                # an array of the wanted shape, by which it is found in the files' layout, might not fit into memory
+                raise UserError(
+                    f"{tensors.where}: tensor {name} has shape {shape}, but config.json asks for {numbers} numbers: "
+                    "the weights and config.json do not belong together"
+                )
+        asked = entry.their_shape(held, config)
+        for name in _names(entry, config):
+            _check_shape(tensors.where, name, tensors.shape(name), asked)
+
+
+def _check_shape(where: str, name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    if shape != wanted:
+        raise UserError(
+            f"{where}: tensor {name} has shape {shape}, but config.json asks for {wanted}: "
+            "the weights and config.json do not belong together"
+        )
 
 
 def _in_use(paths: Iterable[str], config: DecoderConfig) -> list[Entry]:
@@ -281,11 +211,7 @@ def _read(
 ) -> dict[str, jax.Array]:
     """The parameters that one tensor holds, by path, on the mesh."""
     tensor, wanted = tensors.read(name), entry.their_shape(list(shapes.values()), config)
-    if tensor.shape != wanted:
-        raise UserError(
-            f"{tensors.where}: tensor {name} has shape {tensor.shape}, but config.json asks for {wanted}: "
-            "the weights and config.json do not belong together"
-        )
+    _check_shape(tensors.where, name, tensor.shape, wanted)
     return {
         path: _place(part, shardings[path]) for path, part in zip(shapes, entry.to_ours(tensor, config), strict=True)
     }
@@ -333,7 +259,7 @@ def save_params(
     for file, names in plan.filename_to_tensors.items():
         tensors = {name: sources[name].fetch() for name in names}
         if writes:
-            save_file(tensors, folder / file, metadata={"format": "pt"})
+            save_tensors(tensors, folder / file)
         del tensors
         # else the others would wait for a slow disk in the collectives of the next file
         wait(f"process 0 writes {file}")
@@ -364,10 +290,18 @@ class _Export:
         return np.ascontiguousarray(self.entry.to_theirs(parts, self.config))
 
     def _on_host(self, value: jax.Array) -> np.ndarray:
-        value = value.astype(self.dtype)
+        before, value = value, value.astype(self.dtype)
         host = np.asarray(value if value.is_fully_addressable else multihost_utils.process_allgather(value, tiled=True))
-        if self.dtype == "float16" and np.isinf(host).any():
-            raise UserError(f"{self.entry.name} has values beyond float16's 65504: save in bfloat16 or float32")
+        if not is_finite(host):
+            name = self.entry.name.format(i=self.layer)
+            # what is read from a folder is finite there, and may be in this type already
+            overflows = before.dtype == jnp.float16 or bool(jnp.isfinite(before).all())
+            if self.dtype == "float16" and overflows and not np.isnan(host).any():
+                raise UserError(f"{name} has values beyond float16's 65504: save in bfloat16 or float32")
+            raise UserError(
+                f"{name} holds NaN or infinity, so the model means nothing and is not written: its training failed, or "
+                "the weights that it began with are damaged"
+            )
         return host
 
 

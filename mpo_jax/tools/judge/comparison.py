@@ -6,7 +6,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mpo_jax.errors import UserError
+import numpy as np
+
+from mpo_jax.errors import NotFinite, UserError
 from mpo_jax.evaluation.answers import Pair
 from mpo_jax.runtime.files import write_json, write_lines
 from mpo_jax.runtime.sharding import check_batch
@@ -92,6 +94,9 @@ def judge_by_reward_model(
       progress: called with the number of pairs scored so far.
     """
     totals, prompts, responses = reward_totals(opened, pairs, progress)
+    if not np.isfinite(totals).all():
+        # NaN is neither above nor below another score, and would count as a tie
+        raise NotFinite(str(opened.path), "its scores")
     cut = {"truncated_prompts": prompts, "truncated_responses": responses}
     rows = [Judged(pair, (Grade(False, (a, b)),)) for pair, (a, b) in zip(pairs, totals.tolist(), strict=True)]
     return rows, cut

@@ -60,7 +60,7 @@ def checked_url(url: str) -> str:
     """The base URL without a trailing slash or path of the API.
 
     Raises:
-      UserError: if it is no URL, or holds a password or a query.
+      UserError: if it is no URL, or holds a password, a query or a fragment.
     """
     try:
         parts = urlsplit(url)
@@ -69,6 +69,6 @@ def checked_url(url: str) -> str:
         parts, usable = urlsplit(""), False
     if not usable:
         raise UserError("--endpoint wants a URL such as http://localhost:8000/v1")
-    if "@" in parts.netloc or parts.query:
+    if "@" in parts.netloc or parts.query or "#" in url or "?" in url:
         raise UserError(f"--endpoint must hold no password or key: put the key into the environment variable {KEY}")
     return url.rstrip("/").removesuffix("/chat/completions")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from mpo_jax.errors import UserError
 from mpo_jax.evaluation.answers import Pair
+from mpo_jax.untrusted import read_text
 
 PLACES = ("instruction", "response_1", "response_2")
 """The placeholders of a prompt file, in braces."""
@@ -57,8 +58,8 @@ def read_prompt(path: Path | None) -> str:
     if path is None:
         return PROMPT
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path, encoding="utf-8-sig")
+    except UserError as error:
         raise UserError(f"--prompt-file {path} cannot be read as UTF-8 text: {error}") from error
     missing = [f"{{{place}}}" for place in PLACES if f"{{{place}}}" not in text]
     if missing:

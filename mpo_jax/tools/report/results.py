@@ -23,6 +23,7 @@ from mpo_jax.pipeline.experiments import AT_SPLITS, Variant, in_order, is_run
 from mpo_jax.pipeline.recipe import MANIFEST, read_manifest
 from mpo_jax.pipeline.run_folder import CONFIG, read_config, read_environment, remedy, stage_links
 from mpo_jax.runtime.files import anew, naming_damage, read_lines, write_bytes
+from mpo_jax.tools.human.export import FORMULA
 from mpo_jax.types import Artifact
 
 METRICS = "metrics.jsonl"
@@ -309,6 +310,17 @@ def main_rows(results: list[RunResult]) -> list[dict[str, Any]]:
     return rows
 
 
+def no_formula(value: Any) -> Any:
+    """A cell that no spreadsheet takes for a formula: text that begins like one gets an apostrophe in front."""
+    if not isinstance(value, str) or not value.startswith((*FORMULA, " ")):
+        return value
+    try:
+        float(value)
+        return value
+    except ValueError:
+        return f"'{value}" if value.strip(" ").startswith(FORMULA) else value
+
+
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     """Rows as CSV, whole or not at all; the columns are all keys in order of first appearance."""
     fields = list(dict.fromkeys(key for row in rows for key in row))
@@ -316,6 +328,6 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, fields)
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({key: no_formula(value) for key, value in row.items()} for row in rows)
     # prompts may hold lone surrogates, which no file can
     write_bytes(path, [text.getvalue().encode("utf-8", errors="replace")])

@@ -149,3 +149,12 @@ def test_a_single_prompt_has_no_error() -> None:
 
     assert row(1)["score_se"] is None and row(1)["has_eos_se"] is None and row(2)["score_se"] == 0.0
     assert [page._cell(row(1), column) for column in ("score", "has_eos")] == ["0.500", "100.0%"]
+
+
+def test_no_cell_of_a_table_is_a_formula(tmp_path: Path) -> None:
+    cells = ["=1+1", "+a", "-a", "@a", " =1", "a=1", "-0.5", "+1e3", "it's"]
+    write_csv(tmp_path / "a.csv", [{"prompt": cell, "score": -1.5} for cell in cells])
+    with (tmp_path / "a.csv").open(newline="") as file:
+        found = list(csv.DictReader(file))
+    assert [row["prompt"] for row in found] == ["'=1+1", "'+a", "'-a", "'@a", "' =1", "a=1", "-0.5", "+1e3", "it's"]
+    assert {row["score"] for row in found} == {"-1.5"}

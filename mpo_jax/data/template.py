@@ -1,0 +1,268 @@
+"""Chat templates from elsewhere, run in Jinja's sandbox within limits of time and memory.
+
+The sandbox keeps a template away from files and from Python's insides. It does not keep it from loops within loops, or
+from texts that double: here turns of loops, calls of macros and the lengths of texts and lists are counted.
+"""
+
+import json
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache, wraps
+from typing import Any
+
+import jinja2.ext
+from jinja2 import Template, nodes, pass_context
+from jinja2.exceptions import TemplateError
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+MAX_WORK = 50_000_000
+"""Units of one rendering: a character is one."""
+STEP, ELEMENT = 2000, 100
+"""Units of a turn of a loop, and of an element of a list."""
+MAX_CHARACTERS = 10_000_000
+"""Of one text, and of all that a rendering writes; and the largest number that a function is given."""
+MAX_BITS = 10_000
+"""Of a whole number."""
+_WIDTH = re.compile(r"\d{6}")
+"""A width in a format that no text needs."""
+_state = threading.local()
+
+
+class TooMuch(TemplateError):
+    """A template exceeds a limit."""
+
+
+def render(
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    special_tokens: Mapping[str, Any],
+    add_generation_prompt: bool,
+    tools: Sequence[Any] | None = None,
+    options: Mapping[str, Any],
+) -> str:
+    """The text of a conversation, as transformers' `apply_chat_template` renders it.
+
+    Args:
+      special_tokens: by their names, such as bos_token.
+      options: the template's own.
+
+    Raises:
+      TemplateError: a broken template, one that refuses the conversation, or one that exceeds a limit.
+    """
+    if not messages:
+        raise TemplateError("empty conversation")
+    turns = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    known = {"messages": turns, "tools": tools, "documents": None, "add_generation_prompt": add_generation_prompt}
+    _state.work = 0
+    try:
+        return _compiled(template).render({**special_tokens, **known, **options})
+    except RecursionError as error:
+        raise TooMuch("it calls itself too deeply") from error
+
+
+@lru_cache(maxsize=16)
+def _compiled(template: str) -> Template:
+    return _Bounded().from_string(template)
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}` marks what the assistant writes; here it changes nothing."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class _Bounded(ImmutableSandboxedEnvironment):
+    """transformers' environment of chat templates, with limits."""
+
+    intercepted_binops = frozenset(("+", "*", "**", "%"))
+
+    def __init__(self):
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
+        self.filters["tojson"] = _tojson
+        self.filters = {name: _measured(name, function) for name, function in self.filters.items()}
+        self.filters |= {"_counted": _counted, "_step": _step, "_joined": _joined}
+        self.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime}
+        del self.globals["lipsum"]
+        self.finalize = _finalized
+        self.concat = _concat  # type: ignore[assignment]
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        tree = super()._parse(source, name, filename)
+        for loop in list(tree.find_all(nodes.For)):
+            loop.iter = _filtered(loop.iter, "_counted")
+        # also of loops and macros that call themselves
+        for block in list(tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock))):
+            block.body.insert(0, nodes.Output([_filtered(nodes.Const(""), "_step")]))
+        return _without_concat(tree)
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        _check_operation(operator, left, right)
+        result = super().call_binop(context, operator, left, right)
+        _charge(result)
+        return result
+
+    def wrap_str_format(self, value: Any) -> Any:
+        wrapped = super().wrap_str_format(value)
+        if wrapped is not None and _WIDTH.search(value.__self__):
+            raise TooMuch("it formats a text to a width of more than 99999")
+        return wrapped
+
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        owner = getattr(__obj, "__self__", None)
+        _check_arguments(getattr(__obj, "__name__", ""), owner, args, kwargs)
+        result = super().call(__context, __obj, *args, **kwargs)
+        _charge(owner if isinstance(owner, str | list | dict) else None)
+        _charge(result)
+        return result
+
+
+def _charge(value: Any) -> None:
+    """Counts a value's characters and elements, also those of elements."""
+    if isinstance(value, str):
+        if len(value) > MAX_CHARACTERS:
+            raise TooMuch(f"it makes a text of more than {MAX_CHARACTERS} characters")
+        return _add(len(value))
+    if isinstance(value, range):
+        return _add(STEP)
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, list | tuple | dict):
+            _add(ELEMENT * (1 + len(one)))
+            waiting += [*one.values()] if isinstance(one, dict) else one
+        else:
+            _add(len(one) if isinstance(one, str) else 1)
+    return None
+
+
+def _add(units: int) -> None:
+    _state.work += units
+    if _state.work > MAX_WORK:
+        raise TooMuch("it takes too many steps for one conversation: its loops or macros do not end")
+
+
+def _check_operation(operator: str, left: Any, right: Any) -> None:
+    """Raises TooMuch where the result would not fit into memory."""
+    if operator == "%" and isinstance(left, str) and _WIDTH.search(left):
+        raise TooMuch("it formats a text to a width of more than 99999")
+    numbers = isinstance(left, int) and isinstance(right, int)
+    if operator == "**" and numbers and left.bit_length() * abs(right) > MAX_BITS:
+        raise TooMuch(f"it makes a number of more than {MAX_BITS} bits")
+    if operator == "*" and numbers and left.bit_length() + right.bit_length() > MAX_BITS:
+        raise TooMuch(f"it makes a number of more than {MAX_BITS} bits")
+    for text, times in ((left, right), (right, left)):
+        if operator == "*" and isinstance(text, str | list | tuple) and isinstance(times, int):
+            size = len(text) * max(times, 0)
+            if size * (1 if isinstance(text, str) else ELEMENT) > MAX_CHARACTERS:
+                raise TooMuch(f"it makes a text of more than {MAX_CHARACTERS} characters")
+
+
+def _check_arguments(name: str, owner: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Raises TooMuch where a function would write a very long text."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, int) and abs(value) > MAX_CHARACTERS:
+            raise TooMuch(f"it calls {name} with a number above {MAX_CHARACTERS}")
+    texts = [value for value in (*args, *kwargs.values()) if isinstance(value, str)]
+    if isinstance(owner, str) and name in ("replace", "join", "translate", "indent"):
+        pieces = len(owner) + 1
+        if name == "join":
+            pieces = max((len(value) for value in args if isinstance(value, list | tuple | str)), default=0)
+            texts = [owner]
+        if pieces * max(map(len, texts), default=0) > 10 * MAX_CHARACTERS:
+            raise TooMuch(f"it makes a text of more than {MAX_CHARACTERS} characters by {name}")
+
+
+def _measured(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter whose arguments and result are counted."""
+
+    @wraps(function)
+    def measured(*args: Any, **kwargs: Any) -> Any:
+        # the first ones may be Jinja's own: context, evaluation context or environment
+        plain = [value for value in args if isinstance(value, str | list | tuple | dict | int | float)]
+        owner = plain[0] if plain else None
+        _charge(owner)
+        _check_arguments(name, owner, plain[1:], kwargs)
+        if name == "join" and isinstance(owner, list | tuple):
+            _check_arguments(name, next((v for v in plain[1:] if isinstance(v, str)), ""), [owner], {})
+        result = function(*args, **kwargs)
+        if isinstance(result, str | list | tuple | dict):
+            _charge(result)
+            return result
+        return _counted(None, result) if isinstance(result, Iterator) else result
+
+    return measured
+
+
+@pass_context
+def _counted(context: Any, values: Iterable[Any]) -> Iterator[Any]:
+    """The same values, each a step."""
+    for value in values:
+        _add(STEP)
+        yield value
+
+
+@pass_context
+def _step(context: Any, value: str) -> str:
+    _add(STEP)
+    return value
+
+
+@pass_context
+def _joined(context: Any, parts: Sequence[Any]) -> str:
+    """Texts after each other, as `~` joins them."""
+    return _concat(str(_finalized(part)) for part in parts)
+
+
+def _concat(parts: Iterable[str]) -> str:
+    kept, size = list[str](), 0
+    for part in parts:
+        size += len(part)
+        if size > MAX_CHARACTERS:
+            raise TooMuch(f"it makes a text of more than {MAX_CHARACTERS} characters")
+        kept.append(part)
+    _add(size)
+    return "".join(kept)
+
+
+def _finalized(value: Any) -> Any:
+    if isinstance(value, str | list | tuple | dict) and hasattr(_state, "work"):
+        _charge(value)
+    return value
+
+
+def _filtered(node: nodes.Expr, name: str) -> nodes.Filter:
+    return nodes.Filter(node, name, [], [], None, None)
+
+
+def _without_concat(tree: Any) -> Any:
+    """The same tree with a filter in place of every `~`, whose work cannot be counted."""
+    for field, value in list(tree.iter_fields()):
+        if isinstance(value, list):
+            setattr(tree, field, [_without_concat(v) if isinstance(v, nodes.Node) else v for v in value])
+        elif isinstance(value, nodes.Node):
+            setattr(tree, field, _without_concat(value))
+    return _filtered(nodes.List(tree.nodes), "_joined") if isinstance(tree, nodes.Concat) else tree
+
+
+def _tojson(
+    x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    # Jinja's own escapes HTML
+    return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _strftime(form: str) -> str:
+    """One day for ever: else a run could not be repeated or resumed on another day."""
+    day = {"Y": "2024", "y": "24", "m": "07", "d": "26", "B": "July", "b": "Jul", "A": "Friday", "a": "Fri"}
+    return re.sub("%([YymdBbAa])", lambda code: day[code[1]], form)
