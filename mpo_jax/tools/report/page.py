@@ -11,6 +11,7 @@ from typing import Any
 from filelock import FileLock
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from mpo_jax.config.schema import EVAL
 from mpo_jax.runtime.version import __version__
 from mpo_jax.tools.report import canvas, figures, provenance, summary
 from mpo_jax.tools.report.categories import SHOWN, largest
@@ -126,6 +127,8 @@ def _content(shown: Shown, workdir: Path, evidence: Evidence, resamples: int) ->
     winner = best.get(summary.measure(rows), first[-1].name)
     beside_paper = provenance.is_comparable_to_paper(workdir, by_seed)
     claim_columns = (*CLAIM_COLUMNS, *(PAPER_COLUMNS if beside_paper else ()))
+    stages = _stages(shown, by_seed)
+    curves = (chart for stage in stages for chart in stage["charts"])
     return {
         "title": workdir.resolve().name,
         "version": __version__,
@@ -147,7 +150,8 @@ def _content(shown: Shown, workdir: Path, evidence: Evidence, resamples: int) ->
         "best": best,
         "evidence": evidence,
         "differences": _by_pair(differences),
-        "stages": _stages(shown, by_seed),
+        "stages": stages,
+        "held_out": any(key.startswith(EVAL) for chart in curves for row in chart.rows for key in row),
         "selections": selections(shown, first),
         "rewards": [
             artifact.manifest["summary"]

@@ -135,7 +135,7 @@ def test_after_a_reload_it_says_that_choices_are_kept(opened):
     assert "kept, under the name Ann B" in page.inner_text("#earlier")
     assert page.input_value("#annotator") == "Ann B"
     page.click("#begin")
-    assert page.inner_text("#kept") == "Your 2 choices from before are kept: go on where you stopped."
+    assert page.inner_text("#kept") == "Kept from before: 2 choices. Go on where you stopped."
     assert (item(page), progress(page)) == (3, 2)
     press(page, "3")
     assert page.is_hidden("#kept")

@@ -195,6 +195,14 @@ def test_the_same_runs_give_the_same_bytes(workdir: Path) -> None:
     assert contents(workdir / "report") == before
 
 
+def test_held_out_curves_are_explained_where_there_are_any(tmp_path: Path, page: Page) -> None:
+    assert "of held-out rows" not in page.text
+    made = workdirs.make(tmp_path, ("sft",), metrics=True)
+    with (made / "stages" / "sft-1" / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": 4, "eval/loss": 2.75}) + "\n")
+    assert "dashed lines with hollow markers are of held-out rows" in small_page(made).text
+
+
 def test_untrusted_text_stays_text(tmp_path: Path) -> None:
     attack = "<script>alert(1)</script>"
     answer = '"><img src=x onerror=alert(2)> {{ 7 * 7 }} \ud800'
