@@ -1,7 +1,6 @@
 """Renders conversations as text with the tokenizer's own chat template."""
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property

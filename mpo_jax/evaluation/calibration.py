@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mpo_jax.selection import ordered_right
 from mpo_jax.runtime.files import anew, naming_damage
+from mpo_jax.selection import ordered_right
 
 EDGES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, float("inf"))
 """Of the bins of gaps."""

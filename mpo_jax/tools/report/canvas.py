@@ -1,6 +1,5 @@
 """The style of all figures: axes, colours, legends, and an image with its numbers. No global matplotlib state."""
 
-import base64
 import dataclasses
 import io
 from pathlib import Path
@@ -12,6 +11,7 @@ from matplotlib.figure import Figure
 from mpo_jax.config.registry import EXPERIMENTS
 from mpo_jax.pipeline.experiments import Variant
 from mpo_jax.runtime.files import write_bytes
+from mpo_jax.tools.report import svg
 from mpo_jax.tools.report.results import write_csv
 
 DPI = 200
@@ -20,6 +20,19 @@ COLORS = ("#000000", "#56B4E9", "#E69F00", "#009E73", "#0072B2", "#D55E00", "#CC
 """Okabe and Ito's palette, which colour-blind readers can distinguish, without yellow, which is faint on paper."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 QUIET = "#555555"
+GRID = "#e4e4e4"
+FRONT = "#b0b0b0"
+THRESHOLD = "#A04000"
+ON_PAGE = {
+    COLORS[0]: "currentColor",
+    COLORS[4]: "var(--blue)",
+    COLORS[5]: "var(--vermilion)",
+    THRESHOLD: "var(--vermilion)",
+    QUIET: "var(--quiet)",
+    GRID: "var(--line)",
+    "#ffffff": "var(--paper)",
+}
+"""What the page's style sheet makes of colours that would be lost on its dark background; files keep the colours."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,19 +42,16 @@ class Chart:
     Attributes:
       name: file name without its ending.
       title: what it shows, with the unit.
-      png: the image.
+      png: the image as a file.
+      svg: the image as an element of a page, whose colours follow the page's.
       rows: the numbers in it.
     """
 
     name: str
     title: str
     png: bytes
+    svg: str
     rows: list[dict[str, Any]]
-
-    @property
-    def uri(self) -> str:
-        """The image as a data address, for a page that needs no other file."""
-        return "data:image/png;base64," + base64.b64encode(self.png).decode("ascii")
 
     def write(self, folder: Path) -> None:
         """Writes `<name>.png` and `<name>.csv`."""
@@ -69,6 +79,11 @@ def style(run: str) -> dict[str, Any]:
     return looks
 
 
+def on_page(color: str) -> str:
+    """A colour as the page's style sheet calls it."""
+    return ON_PAGE.get(color, color)
+
+
 def new_axes(x: str, y: str) -> tuple[Figure, Axes]:
     """An empty figure with its axes' names."""
     figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")
@@ -76,7 +91,7 @@ def new_axes(x: str, y: str) -> tuple[Figure, Axes]:
     axes.set_xlabel(x, fontsize=10)
     axes.set_ylabel(y, fontsize=10)
     axes.tick_params(labelsize=9, color=QUIET)
-    axes.grid(color="#e4e4e4", linewidth=0.8)
+    axes.grid(color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
@@ -99,4 +114,6 @@ def finish(name: str, title: str, figure: Figure, rows: list[dict[str, Any]]) ->
     image = io.BytesIO()
     # without matplotlib's version in it, equal numbers give equal bytes
     figure.savefig(image, format="png", metadata={"Software": None})
-    return Chart(name, title, image.getvalue(), rows)
+    # the layout stays as it is, and is not computed again
+    figure.set_layout_engine("none")
+    return Chart(name, title, image.getvalue(), svg.element(name, title, figure, ON_PAGE), rows)

@@ -10,7 +10,18 @@ from matplotlib.figure import Figure
 
 from mpo_jax.config.schema import EVAL
 from mpo_jax.evaluation.verdicts import rate
-from mpo_jax.tools.report.canvas import COLORS, MARKERS, QUIET, Chart, finish, legend, new_axes, style
+from mpo_jax.tools.report.canvas import (
+    COLORS,
+    FRONT,
+    MARKERS,
+    QUIET,
+    THRESHOLD,
+    Chart,
+    finish,
+    legend,
+    new_axes,
+    style,
+)
 from mpo_jax.tools.report.results import COLUMNS
 
 
@@ -146,7 +157,7 @@ def tradeoff(rows: list[dict[str, Any]], column: str) -> Chart | None:
     figure, axes = new_axes("KL to SFT, nats a response", f"{COLUMNS[column]}, mean")
     front = pareto(shown, column)
     line = sorted((row["kl"], row[column]) for row, first in zip(shown, front, strict=True) if first)
-    axes.plot(*zip(*line, strict=True), color="#b0b0b0", linewidth=1.2, zorder=0, drawstyle="steps-post")
+    axes.plot(*zip(*line, strict=True), color=FRONT, linewidth=1.2, zorder=0, drawstyle="steps-post")
     for row in shown:
         looks: dict[str, Any] = style(row["run"]) | {"linestyle": "none"}
         axes.errorbar(
@@ -165,12 +176,12 @@ def gap_histogram(name: str, histogram: dict[str, list[float]], threshold: float
     """How many pairs have which gap, with the threshold between hard (left) and easy (right)."""
     counts, edges = np.asarray(histogram["counts"]), np.asarray(histogram["edges"])
     figure, axes = new_axes("reward gap of the pair", "pairs")
-    axes.stairs(counts, edges, fill=True, color="#56B4E9", alpha=0.75)
+    axes.stairs(counts, edges, fill=True, color=COLORS[1], alpha=0.75)
     span = edges[-1] - edges[0]
     # a threshold far outside would squeeze the histogram into a line
     if edges[0] - span <= threshold <= edges[-1] + span:
-        axes.axvline(threshold, color="#D55E00", linewidth=1.6)
-        words: dict[str, Any] = {"color": "#A04000", "fontsize": 9, "textcoords": "offset points"}
+        axes.axvline(threshold, color=COLORS[5], linewidth=1.6)
+        words: dict[str, Any] = {"color": THRESHOLD, "fontsize": 9, "textcoords": "offset points"}
         axes.annotate("hard", (threshold, 1), (-4, -10), xycoords=axes.get_xaxis_transform(), ha="right", **words)
         easy = f"easy: gap > {threshold:.3g}"
         axes.annotate(easy, (threshold, 1), (4, -10), xycoords=axes.get_xaxis_transform(), **words)

@@ -10,6 +10,7 @@ from typing import Any
 from filelock import FileLock
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from mpo_jax.config.schema import EVAL
 from mpo_jax.runtime.files import remove
 from mpo_jax.runtime.version import __version__
 from mpo_jax.tools.report import canvas, figures, provenance, summary
@@ -19,17 +20,16 @@ from mpo_jax.tools.report.curves import distinct, stage_series
 from mpo_jax.tools.report.evidence import Evidence, gather
 from mpo_jax.tools.report.markdown import cell, heading
 from mpo_jax.tools.report.results import COLUMNS
-from mpo_jax.tools.report.samples import side_by_side
+from mpo_jax.tools.report.samples import example, side_by_side
 from mpo_jax.tools.report.seeds import BySeed, Rows, collect_seeds, pair_differences, seed_rows
 from mpo_jax.tools.report.selection import selections
 from mpo_jax.tools.report.shown import Shown
-from mpo_jax.tools.report.verdict_rows import find_verdicts
+from mpo_jax.tools.report.spent import spent
+from mpo_jax.tools.report.verdict_rows import find_verdicts, verdict_rows
 
-CLAIM_COLUMNS = (
-    "claim", "verdict", "measure", "difference", "ci_low", "ci_high", "p_holm", "seeds", "source",
-    "paper_hh", "paper_tldr",
-)  # fmt: skip
+CLAIM_COLUMNS = ("claim", "verdict", "measure", "difference", "ci_low", "ci_high", "p_holm", "seeds", "source")
 """Of a claim's row, what the page shows; the file has all."""
+PAPER_COLUMNS = ("paper_hh", "paper_tldr")
 STAGE_NAMES = {"sft": "SFT", "reward": "Reward model", "dpo": "DPO", "ppo": "PPO"}
 
 
@@ -78,7 +78,7 @@ def _write(folder: Path, workdir: Path, evidence: Evidence, resamples: int) -> N
 
 def _environment() -> Environment:
     environment = Environment(
-        loader=PackageLoader("mpo_jax.tools.report", "."),
+        loader=PackageLoader("mpo_jax.tools.report", "templates"),
         autoescape=True,  # prompts and responses are anybody's text
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -91,15 +91,17 @@ def _environment() -> Environment:
         "heading": heading,
         "largest": largest,
     }
-    script = (resources.files("mpo_jax.tools.report") / "page.js").read_text(encoding="utf-8")
+    templates = resources.files("mpo_jax.tools.report") / "templates"
+    script, sheet = ((templates / name).read_text(encoding="utf-8") for name in ("page.js", "page.css"))
     digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
     environment.globals |= {
         "columns": COLUMNS,
         "most_categories": SHOWN,
         "cell": _cell,
         "plain": cell,
-        "color": lambda run: canvas.style(run)["color"],
+        "color": lambda run: canvas.on_page(canvas.style(run)["color"]),
         "script": script,
+        "sheet": sheet,
         # the browser runs this script and no other, whatever a response holds
         "script_hash": f"sha256-{digest}",
     }
@@ -121,29 +123,42 @@ def _content(shown: Shown, workdir: Path, evidence: Evidence, resamples: int) ->
             shown.table(name, table)
     shown.show(*evidence.charts)
     best = summary.best(rows)
+    samples = side_by_side(first, max(result.config.evaluate.num_samples_shown for result in every))
+    winner = best.get(summary.measure(rows), first[-1].name)
+    beside_paper = provenance.is_comparable_to_paper(workdir, by_seed)
+    claim_columns = (*CLAIM_COLUMNS, *(PAPER_COLUMNS if beside_paper else ()))
+    stages = _stages(shown, by_seed)
+    curves = (chart for stage in stages for chart in stage["charts"])
     return {
         "title": workdir.resolve().name,
         "version": __version__,
         "seeds": list(by_seed),
         "first_seed": first_seed,
         "what": summary.what(by_seed, rows),
-        "outcome": summary.outcome(rows, differences, best, compare=not evidence.claims),
-        "verdicts": summary.verdicts(rows, evidence.claims),
-        "claims": [{key: row[key] for key in CLAIM_COLUMNS} for row in evidence.claims],
+        "verdict": summary.verdict(by_seed, rows, resamples=resamples),
+        "disagreement": summary.disagreement(best),
+        "gains": summary.gains(rows, differences),
+        "example": example(samples),
+        "spent": spent(by_seed),
+        "policy": next((provenance.policy(workdir, run) for run in first if run.name == winner), None),
+        "claims": [{key: row[key] for key in claim_columns} for row in evidence.claims],
+        "paper_tables": evidence.tables if beside_paper else [],
+        "judged": verdict_rows(find_verdicts(workdir)),
         "cautions": summary.cautions(by_seed),
         "design": unit(by_seed),
         "rows": rows,
         "best": best,
         "evidence": evidence,
         "differences": _by_pair(differences),
-        "stages": _stages(shown, by_seed),
+        "stages": stages,
+        "held_out": any(key.startswith(EVAL) for chart in curves for row in chart.rows for key in row),
         "selections": selections(shown, first),
         "rewards": [
             artifact.manifest["summary"]
             for artifact, _ in distinct(every, "reward")
             if artifact.manifest["summary"].get("held_out_accuracy") is not None
         ],
-        "samples": side_by_side(first, max(result.config.evaluate.num_samples_shown for result in every)),
+        "samples": samples,
         "sources": provenance.sources(shown, every),
         "truncation": provenance.truncation(shown, first),
         "steps": provenance.steps(by_seed),

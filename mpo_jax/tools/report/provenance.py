@@ -108,6 +108,12 @@ def environments(results: list[RunResult]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
+def is_comparable_to_paper(workdir: Path, by_seed: BySeed) -> bool:
+    """Whether the paper's tables belong beside the runs: they are a table's, or on data of the paper's kinds."""
+    kinds = {result.config.data.kind for results in by_seed.values() for result in results}
+    return len(by_seed) > 1 or (workdir / TABLE_CONFIG).is_file() or bool(kinds & {"hh", "tldr"})
+
+
 def commands(workdir: Path, by_seed: BySeed) -> list[dict[str, Any]]:
     """For each different configuration: the command that was given, and the one that repeats it from what is kept.
 
@@ -137,6 +143,17 @@ def _given(result: RunResult) -> str:
     """The command that the run was made by."""
     given = result.environment.get("command", [])
     return shlex.join(["mpo", *given[1:]]) if len(given) > 1 else ""
+
+
+def policy(workdir: Path, result: RunResult) -> dict[str, Any]:
+    """Where a run's final policy is: as people read it, as seen from the report's folder, and whether it is there."""
+    steps = sorted((role for role in result.artifacts if role[0].isdigit()), key=lambda role: int(role.split("-")[0]))
+    artifact = result.artifacts[steps[-1] if steps else "sft"]
+    kept = artifact.model.is_dir()
+    folder = artifact.model if kept else artifact.path
+    base = workdir.resolve()
+    address = quote(os.path.relpath(folder, base / "report")) + "/"
+    return {"run": result.name, "path": os.path.relpath(folder, base), "address": address, "kept": kept}
 
 
 def artifacts(workdir: Path, by_seed: BySeed) -> Rows:

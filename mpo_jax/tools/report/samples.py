@@ -66,3 +66,24 @@ def side_by_side(results: list[RunResult], count: int) -> Samples:
     rows.sort(key=lambda row: -abs(row["difference"] or 0.0))
     name = {"utility": "true utility", "score": "reward"}[column]
     return Samples(rows, *(pair or (None, None)), measure=name, total=len(prompts))
+
+
+SIDE_BY_SIDE = 4
+"""Answers of the example; more would not be read beside each other."""
+
+
+def example(samples: Samples) -> dict[str, Any] | None:
+    """The sample that shows the usual: its difference is the median of those on the page that every run answered.
+
+    It has at most `SIDE_BY_SIDE` answers: of SFT and the two runs that are compared, then of others. Where nothing is
+    compared, it is the first prompt.
+    """
+    most = max((len(row["answers"]) for row in samples.rows), default=0)
+    whole = [row for row in samples.rows if len(row["answers"]) == most]
+    if not whole:
+        return None
+    known = sorted((row for row in whole if row["difference"] is not None), key=lambda row: row["difference"])
+    row = known[(len(known) - 1) // 2] if known else min(whole, key=lambda row: row["number"])
+    wanted = ["sft", samples.first, samples.second, *(name for name, _ in row["answers"])]
+    kept = list(dict.fromkeys(name for name in wanted if name in dict(row["answers"])))[:SIDE_BY_SIDE]
+    return row | {"answers": [(name, answer) for name, answer in row["answers"] if name in kept]}

@@ -4,13 +4,14 @@ import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 
 from mpo_jax.config.schema import Config
 from mpo_jax.tools.report.curves import distinct
 from mpo_jax.tools.report.results import COLUMNS, RunResult
-from mpo_jax.tools.report.seeds import BySeed, Rows
+from mpo_jax.tools.report.seeds import BySeed, Rows, differences
 from mpo_jax.types import Artifact
 
 DATA_KINDS = {
@@ -67,38 +68,62 @@ def best(rows: Rows) -> dict[str, str]:
     return best
 
 
-def verdicts(rows: Rows, claims: Rows) -> Rows:
-    """The paper's claims by the true utility where it is known, else by the reward."""
-    measure = COLUMNS["utility" if any("utility" in row for row in rows) else "score"]
-    return [claim for claim in claims if claim["measure"] == measure]
+def measure(rows: Rows) -> str:
+    """The column that runs are compared by: the true utility where it is known, else the reward."""
+    return "utility" if any("utility" in row for row in rows) else "score"
 
 
-def outcome(rows: Rows, differences: Rows, best: dict[str, str], *, compare: bool) -> list[str]:
-    """What came out, in sentences, by the true utility where it is known, else by the reward: the best run.
+def verdict(by_seed: BySeed, rows: Rows, *, resamples: int) -> str:
+    """The outcome in a sentence: the best run, and how far it is above SFT and the next.
 
-    Args:
-      compare: include the differences, if there are no claims to test.
+    Means alone say which run is best; the differences are paired by prompt, and are clear where their 95% interval
+    leaves out zero.
     """
-    column = "utility" if any("utility" in row for row in rows) else "score"
+    column = measure(rows)
     name = COLUMNS[column]
-    by_run = {row["run"]: row for row in rows}
-    sentences = []
-    if column in best:
-        row = by_run[best[column]]
-        error = row[f"{column}_se"]
-        shown = "" if error is None else f" ± {error:.3f} (s.e.)"
-        sentences.append(f"Best by {name}: {row['run']}, {row[column]:.3f}{shown}.")
-    if "utility" in best and "score" in best and best["score"] != best["utility"]:
-        sentences.append(f"By reward it would be {best['score']}: the reward model and the truth disagree there.")
-    for row in [row for row in differences if row["column"] == column] if compare else []:
-        verdict = "no clear difference"
-        if row["low"] > 0 or row["high"] < 0:
-            verdict = "higher" if row["mean"] > 0 else "lower"
-        sentences.append(
-            f"{row['run']} against {row['against']}: {verdict}, {row['mean']:+.3f} {name} "
-            f"[{row['low']:+.3f}, {row['high']:+.3f}]."
-        )
-    return sentences
+    ranked = sorted((row for row in rows if column in row), key=lambda row: -row[column])
+    best = ranked[0]["run"]
+    if len(ranked) == 1:
+        error = ranked[0][f"{column}_se"]
+        spread = "" if error is None else f" ± {error:.3f}"
+        return f"{best} reaches a {name} of {ranked[0][column]:.3f}{spread}; there is no other run to compare it with."
+    if obstacles := [one for results in by_seed.values() for one in _obstacles(results, column)]:
+        return f"The runs cannot be ranked by {name}: {obstacles[0]}."
+
+    def above(other: str) -> str:
+        found = differences(by_seed, best, other, column)
+        if found is None:
+            return f"without a prompt in common with {other}"
+        mean, low, high, _ = found.interval(resamples=resamples)
+        clear = "clearly above" if low > 0 else "not clearly above"
+        return f"{clear} {other} ({mean:+.3f} [{low:+.3f}, {high:+.3f}])"
+
+    second = ranked[1]["run"]
+    if best == "sft":
+        return f"No run has a higher {name} than sft, which is {above(second)}."
+    others = ["sft"] if any(row["run"] == "sft" for row in ranked) else []
+    return f"{best} has the highest {name}, {' and '.join(map(above, dict.fromkeys([*others, second])))}."
+
+
+def disagreement(best: dict[str, str]) -> str | None:
+    """A sentence where the reward model and the truth prefer different runs."""
+    if len(best) < 2 or best["score"] == best["utility"]:
+        return None
+    return f"By reward the best run is {best['score']}: reward model and truth disagree there."
+
+
+def gains(rows: Rows, compared: Rows) -> list[dict[str, Any]]:
+    """A row a run: its means, and under `gain` by column the differences to SFT; empty where SFT is not among them.
+
+    SFT itself has no gain.
+    """
+    against = [row for row in compared if row["against"] == "sft"]
+    if not against:
+        return []
+    found = {row["run"]: {**row, "gain": {}} for row in rows}
+    for row in against:
+        found[row["run"]]["gain"][row["column"]] = row
+    return list(found.values())
 
 
 def cautions(by_seed: BySeed) -> list[str]:
@@ -119,19 +144,30 @@ def _warnings(by_seed: BySeed) -> list[str]:
     return found
 
 
+def _obstacles(results: list[RunResult], column: str) -> list[str]:
+    """What makes one column incomparable between the runs of a seed."""
+    manifests = [result.artifacts["evaluate"].manifest for result in results]
+    found = []
+    if column == "score" and _differ(manifests, "parents", "reward"):
+        found.append("different reward models scored them")
+    if _differ(manifests, "settings"):
+        found.append("they were evaluated on other data, or with another seed or other settings")
+    return found
+
+
+def _differ(manifests: list[dict[str, Any]], part: str, key: str | None = None) -> bool:
+    values = (manifest.get(part, {}) for manifest in manifests)
+    return len({json.dumps(value.get(key) if key else value, sort_keys=True) for value in values}) > 1
+
+
 def _cautions(results: list[RunResult]) -> list[str]:
     """What makes the runs' numbers incomparable."""
     manifests = [result.artifacts["evaluate"].manifest for result in results]
-
-    def differ(part: str, key: str | None = None) -> bool:
-        values = (manifest.get(part, {}) for manifest in manifests)
-        return len({json.dumps(value.get(key) if key else value, sort_keys=True) for value in values}) > 1
-
     cautions = list(dict.fromkeys(caution for result in results for caution in result.cautions))
-    if differ("parents", "reward"):
+    if _differ(manifests, "parents", "reward"):
         cautions.append("The runs were scored by different reward models: their rewards do not compare.")
-    if differ("parents", "sft"):
+    if _differ(manifests, "parents", "sft"):
         cautions.append("The runs start from different SFT models: their KL to SFT does not compare.")
-    if differ("settings"):
+    if _differ(manifests, "settings"):
         cautions.append("The runs were evaluated on other data, or with another seed or other settings.")
     return cautions

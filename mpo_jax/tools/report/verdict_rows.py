@@ -95,6 +95,14 @@ def reward_rows(by_seed: BySeed, first: str, second: str) -> Rows:
     return rows
 
 
+def verdict_rows(verdicts: Verdicts) -> dict[str, Rows]:
+    """The rows of judges and of people by title; nothing where there are none."""
+    rows = {"By judges": judge_rows(verdicts.judged), "By people": human_rows(verdicts.human)}
+    return {
+        title: [{k: v for k, v in row.items() if k != "of"} for row in part] for title, part in rows.items() if part
+    }
+
+
 def _tallies(result: dict[str, Any]) -> dict[str | None, dict[str, Any]]:
     """Each category's, and under None that of all."""
     return {None: result["verdict"], **result.get("by_category", {})}

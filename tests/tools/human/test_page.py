@@ -1,8 +1,6 @@
 """The page in a real Chromium, opened as a file: keys, progress, saving, going on, and no network."""
 
 import json
-import os
-import shutil
 
 import pytest
 
@@ -10,28 +8,8 @@ from mpo_jax.tools.human import export
 from mpo_jax.tools.human.importing import read_sheet
 from tests.tools.human.studies import study
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "headless_shell")
 STUDY = study()
 COUNT = len(STUDY.items)
-
-
-def executable() -> str:
-    named = os.environ.get("MPO_CHROMIUM")
-    found = named or next((path for name in NAMES if (path := shutil.which(name))), None)
-    if found is None:
-        pytest.skip(f"no Chromium: none of {', '.join(NAMES)} is on PATH, and MPO_CHROMIUM names none")
-    return found
-
-
-@pytest.fixture(scope="module")
-def browser():
-    path = executable()
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright: bash launch/setup.sh test")
-    with sync_api.sync_playwright() as playwright:
-        # as root, and in containers, Chromium's own sandbox does not start; the page is ours
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -145,6 +123,46 @@ def test_it_goes_on_after_it_was_closed(opened):
     other = opened(context)
     begin(other, "Someone else")
     assert (item(other), progress(other)) == (1, 0)
+
+
+def test_after_a_reload_it_says_that_choices_are_kept(opened):
+    page = opened()
+    assert page.is_hidden("#earlier"), "nothing is kept yet"
+    begin(page)
+    assert page.is_hidden("#kept")
+    press(page, "1", "2")
+    page.reload()
+    assert "kept, under the name Ann B" in page.inner_text("#earlier")
+    assert page.input_value("#annotator") == "Ann B"
+    page.click("#begin")
+    assert page.inner_text("#kept") == "Kept from before: 2 choices. Go on where you stopped."
+    assert (item(page), progress(page)) == (3, 2)
+    press(page, "3")
+    assert page.is_hidden("#kept")
+    begin(opened(page.context), "Someone else")
+    page.reload()
+    assert page.input_value("#annotator") == "Ann B", "who has chosen nothing is not offered"
+
+
+def test_criteria_are_shown_before_and_at_hand_while_choosing(opened):
+    page = opened()
+    assert page.is_visible("#start .criteria li")
+    begin(page)
+    assert page.is_hidden("#work .criteria li")
+    page.click("#work .criteria summary")
+    assert page.is_visible("#work .criteria li")
+
+
+def test_the_page_follows_the_system_s_colours(opened):
+    page = opened()
+    seen = {}
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        begin(page) if page.is_visible("#start") else None
+        colors = "const s = getComputedStyle(document.querySelector('[data-choice]')); [s.backgroundColor, s.color]"
+        seen[scheme] = page.evaluate(colors)
+    assert seen["light"] == ["rgb(255, 255, 255)", "rgb(29, 35, 41)"]
+    assert seen["dark"] == ["rgb(20, 24, 28)", "rgb(226, 230, 234)"]
 
 
 def test_it_goes_on_from_its_file_in_another_browser(opened, tmp_path):

@@ -1,11 +1,9 @@
 """The HTML report: whole, self-contained, escaped, equal to its rows, and never half-written."""
 
 import base64
-import csv
 import hashlib
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,49 +21,9 @@ from mpo_jax.tools.report.results import collect
 from mpo_jax.tools.report.samples import side_by_side
 from mpo_jax.tools.report.seeds import over_seeds, pair_differences
 from tests.tools.report import workdirs
+from tests.tools.report.pages import Page, read_csv
 
 RESAMPLES = 50
-
-
-class Page(HTMLParser):
-    """What a browser would find: tags with attributes, texts, table rows, and headings' ids."""
-
-    def __init__(self, path: Path):
-        super().__init__()
-        self.source = path.read_text(encoding="utf-8")
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.rows: list[list[str]] = []
-        self.text = ""
-        self._in_cell = False
-        self.feed(self.source)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-            self._in_cell = True
-
-    def handle_endtag(self, tag: str) -> None:
-        self._in_cell = self._in_cell and tag not in ("td", "th")
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-        if self._in_cell:
-            self.rows[-1][-1] += data
-
-    def all(self, tag: str, attribute: str) -> list[str]:
-        return [attributes.get(attribute) or "" for name, attributes in self.tags if name == tag]
-
-    @property
-    def sections(self) -> list[str]:
-        return self.all("section", "id")
-
-
-def read_csv(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def as_text(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
@@ -97,24 +55,19 @@ def small_page(workdir: Path) -> Page:
 
 def test_all_sections_are_there_in_order(page: Page) -> None:
     assert page.sections == [
-        "results", "claims", "paper", "differences", "tradeoff", "training", "overoptimisation", "selection",
-        "calibration", "samples", "data", "config", "again",
+        "summary", "samples", "results", "differences", "tradeoff", "training", "overoptimisation", "selection",
+        "calibration", "data", "config", "again", "claims",
     ]  # fmt: skip
 
 
 def test_page_needs_no_other_file_and_no_network(page: Page) -> None:
-    images = page.all("img", "src")
     # 2 claims, 2 against KL, 1 SFT, 2 reward, 5 DPO, 6 PPO, 1 over-optimisation, 1 histogram, 2 calibration
-    assert len(images) == 22
-    for image in images:
-        kind, data = image.split(",", 1)
-        assert kind == "data:image/png;base64"
-        assert base64.b64decode(data, validate=True).startswith(b"\x89PNG\r\n")
+    assert [name for name, _ in page.tags].count("svg") == 22
     names = {name for name, _ in page.tags}
-    assert not names & {"link", "iframe", "object", "embed", "base", "form"}
+    assert not names & {"link", "iframe", "object", "embed", "base", "form", "img", "image"}
     attributes = [value or "" for _, attributes in page.tags for value in attributes.values()]
     assert not [value for value in attributes if re.search(r"https?:|^//|javascript:", value)]
-    assert not re.search(r"@import|url\(|fetch\(|XMLHttp", page.source)
+    assert not re.search(r"@import|url\((?!#)|fetch\(|XMLHttp", page.source)
 
 
 def test_the_browser_may_run_the_page_s_own_script_alone(page: Page) -> None:
@@ -137,8 +90,7 @@ def test_links_lead_to_files_and_sections_that_exist(page: Page, workdir: Path) 
 
 
 def test_main_table_shows_every_number(page: Page) -> None:
-    header, *rows = page.rows[:4]
-    assert header == ["run", "reward", "true utility", "KL to SFT", "tokens", "EOS rate", "prompts"]
+    rows = page.table("run", "reward", "true utility", "KL to SFT", "tokens", "EOS rate", "prompts")
     assert [[cell.replace("\N{NO-BREAK SPACE}", " ") for cell in row] for row in rows] == [
         ["sft", "-0.125 ± 0.011", "2.031 ± 0.021", "0.000 ± 0.000", "15.2 ± 0.5", "100.0% ± 0.0%", "4"],
         ["dpo", "1.021 ± 0.012", "2.717 ± 0.022", "3.701 ± 0.310", "20.8 ± 0.2", "93.1% ± 1.7%", "4"],
@@ -156,15 +108,10 @@ def test_differences_show_means_and_intervals(page: Page) -> None:
     ]
 
 
-def test_summary_says_what_was_run_and_what_came_out(page: Page) -> None:
+def test_summary_says_what_was_run(page: Page) -> None:
     assert "3 runs (sft, dpo, mpo) on the toy TL;DR world" in page.text
     assert "trained from scratch (2 layers, width 64), seed 0" in page.text
     assert "answered 4 held-out prompts" in page.text
-    items = re.findall(r"<li>(.*?)</li>", page.source)
-    assert items == [
-        "Best by true utility: mpo, 3.307 ± 0.023 (s.e.).",
-        'MPO better than DPO: <b class="supported">supported</b>, +0.500 true utility [+0.500, +0.500].',
-    ]
 
 
 def test_tables_as_csv_equal_the_rows(workdir: Path) -> None:
@@ -182,8 +129,9 @@ def test_every_figure_has_its_numbers_beside_it(workdir: Path, page: Page) -> No
     folder = workdir / "report" / "figures"
     images = {path.stem: path.read_bytes() for path in folder.glob("*.png")}
     assert set(images) == {path.stem for path in folder.glob("*.csv")}
-    inlined = {base64.b64decode(source.split(",", 1)[1]) for source in page.all("img", "src")}
-    assert inlined == set(images.values())
+    assert all(image.startswith(b"\x89PNG\r\n") for image in images.values())
+    assert {f"figures/{name}.{kind}" for name in images for kind in ("png", "csv")} <= set(page.all("a", "href"))
+    assert len(images) == [name for name, _ in page.tags].count("svg")
     assert read_csv(folder / "utility_against_kl.csv")[2] == {
         "run": "mpo", "kl": "1.493", "kl_se": "0.082", "utility": "3.307", "utility_se": "0.023", "pareto": "True",
     }  # fmt: skip
@@ -221,7 +169,7 @@ def test_accuracy_by_gap_has_all_three_sources_with_intervals(page: Page, workdi
 
 
 def test_samples_are_side_by_side_with_reward_and_utility(page: Page) -> None:
-    articles = page.source.split('<article class="sample"')[1:]
+    articles = page.source.split('id="sample-list"')[1].split('<article class="sample"')[1:]
     assert len(articles) == 4
     words = " ".join(re.sub(r"<[^>]*>", " ", articles[2]).split())
     expected = (
@@ -247,13 +195,21 @@ def test_the_same_runs_give_the_same_bytes(workdir: Path) -> None:
     assert contents(workdir / "report") == before
 
 
+def test_held_out_curves_are_explained_where_there_are_any(tmp_path: Path, page: Page) -> None:
+    assert "of held-out rows" not in page.text
+    made = workdirs.make(tmp_path, ("sft",), metrics=True)
+    with (made / "stages" / "sft-1" / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": 4, "eval/loss": 2.75}) + "\n")
+    assert "dashed lines with hollow markers are of held-out rows" in small_page(made).text
+
+
 def test_untrusted_text_stays_text(tmp_path: Path) -> None:
     attack = "<script>alert(1)</script>"
     answer = '"><img src=x onerror=alert(2)> {{ 7 * 7 }} \ud800'
     sampled = {"sft": [{"prompt": attack, "response": answer, "score": 0.5, "kl": 0.0, "has_eos": False}]}
     page = small_page(workdirs.make(tmp_path, ("sft",), sampled=sampled))
     assert [name for name, _ in page.tags].count("script") == 1 and "onerror" not in str(page.tags)
-    assert all(source.startswith("data:") for source in page.all("img", "src"))
+    assert "img" not in dict(page.tags)
     assert attack in page.text
     # a lone surrogate is no text that a file could hold
     assert answer.replace("\ud800", "?") in page.text
@@ -264,8 +220,8 @@ def test_untrusted_text_stays_text(tmp_path: Path) -> None:
 def test_without_truth_nothing_is_said_of_it(tmp_path: Path) -> None:
     page = small_page(workdirs.make(tmp_path, utility=False, select=True))
     assert "utility" not in page.text
-    assert page.rows[0] == ["run", "reward", "KL to SFT", "tokens", "EOS rate", "prompts"]
-    assert "Best by reward: mpo, 1.347 ± 0.013" in page.text
+    assert ["run", "reward", "KL to SFT", "tokens", "EOS rate", "prompts"] in page.rows
+    assert "mpo has the highest reward, clearly above sft (+2.000 [+2.000, +2.000])" in page.text
     assert ["1 (used)", "2", "3", "40.0%"] in page.rows
     assert not (tmp_path / "report" / "figures" / "utility_against_kl.png").exists()
     rows = read_csv(tmp_path / "report" / "figures" / "accuracy_by_gap.csv")
@@ -275,7 +231,7 @@ def test_without_truth_nothing_is_said_of_it(tmp_path: Path) -> None:
 def test_sections_without_data_are_left_out(tmp_path: Path) -> None:
     config = Config(workdir="w", experiment=("sft",), evaluate={"num_samples_shown": 0})  # type: ignore[arg-type]
     page = small_page(workdirs.make(tmp_path, ("sft",), configs={"sft": config}))
-    assert page.sections == ["results", "paper", "tradeoff", "calibration", "data", "config", "again"]
+    assert page.sections == ["summary", "results", "tradeoff", "calibration", "data", "config", "again"]
     assert not (tmp_path / "report" / "figures" / "gaps.csv").exists()
     assert not (tmp_path / "report" / "tables" / "differences.csv").exists()
     assert "#differences" not in page.all("a", "href")
@@ -319,11 +275,11 @@ def test_an_interval_that_holds_zero_is_no_clear_difference(tmp_path: Path) -> N
 
     sampled = {"sft": scored(0, 0, 0, 0), "dpo": scored(2, -1, 1, -1), "mpo": scored(-2, -3, -2, -4)}
     made = workdirs.make(tmp_path, utility=False, sampled=sampled)
-    assert "MPO better than DPO: contradicted, -3.000 reward" in small_page(made).text
-    # where the paper claims nothing, runs are set against SFT
-    for link in ("mpo/evaluate", "mpo/sft"):
-        (made / "runs" / link).unlink()
-    assert "dpo against sft: no clear difference, +0.250 reward" in small_page(made).text
+    page = small_page(made)
+    assert ["MPO better than DPO", "contradicted", "reward", "-3.000"] in [row[:4] for row in page.rows]
+    (gain,) = (row for row in page.table("run", "reward", "KL to SFT") if row[0] == "dpo")
+    assert gain[1] == "+0.250[-2.170, +2.508]"
+    assert "<b>+0.250</b>" not in page.source and "<b>-3.000</b>" in page.source
 
 
 @pytest.mark.thorough

@@ -1,0 +1,107 @@
+"""When, where and in how much time the stages of a report's runs were made."""
+
+import dataclasses
+import json
+import re
+from collections import Counter
+from datetime import UTC, datetime
+from pathlib import Path
+
+from mpo_jax.runtime.progress import duration
+from mpo_jax.tools.report.curves import distinct
+from mpo_jax.tools.report.results import RunResult
+from mpo_jax.tools.report.seeds import BySeed
+
+TITLES = {
+    "sft": "SFT", "reward": "Reward model", "select": "Selection", "dpo": "DPO", "ppo": "PPO", "evaluate": "Evaluation",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """A stage of one seed, or those of several seeds that the same runs share; of evaluations, all together.
+
+    Attributes:
+      stage: its title.
+      runs: whose it is, where other runs have one of their own.
+      seconds: from begin to end, of all seeds; None where any of them records none.
+    """
+
+    stage: str
+    runs: str
+    seconds: float | None
+
+    @property
+    def time(self) -> str:
+        """For readers."""
+        return "not recorded" if self.seconds is None else duration(self.seconds)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spent:
+    """What the runs took.
+
+    Attributes:
+      finished: the day and minute, UTC, of the newest stage, by the date of its file.
+      devices: `4 TPU`; several where runs were made on different ones; empty where none is recorded.
+      time: all stages together.
+      device_hours: time by number of devices; None where either is unknown.
+    """
+
+    stages: list[Made]
+    finished: str
+    devices: list[str]
+    time: str | None
+    device_hours: float | None
+
+
+def spent(by_seed: BySeed) -> Spent:
+    """Every stage counts once, however many runs share it."""
+    every = [result for results in by_seed.values() for result in results]
+    counts = {result.folder: _devices(result.folder) for result in every}
+    dates: list[float] = []
+    times: dict[tuple[str, str], list[float | None]] = {}
+    hours: list[float | None] = []
+    for results in by_seed.values():
+        for stage in TITLES:
+            for artifact, runs in distinct(results, stage):
+                seconds = artifact.manifest.get("seconds")
+                dates.append((artifact.path / "manifest.json").stat().st_mtime)
+                # every run has an evaluation of its own, and all of them take about as long
+                users = "" if stage == "evaluate" else ", ".join(runs)
+                times.setdefault((stage, users), []).append(seconds)
+                number = counts[_first(results, runs)].total()
+                hours.append(seconds * number / 3600 if seconds is not None and number else None)
+    shared: Counter[str] = Counter(stage for stage, _ in times)
+    stages = [
+        Made(TITLES[stage], runs if shared[stage] > 1 else "", _total(seconds))
+        for (stage, runs), seconds in times.items()
+    ]
+    whole = _total([stage.seconds for stage in stages])
+    return Spent(
+        stages=stages,
+        finished=datetime.fromtimestamp(max(dates), UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        devices=list(dict.fromkeys(filter(None, map(_name, counts.values())))),
+        time=None if whole is None else duration(whole),
+        device_hours=_total(hours),
+    )
+
+
+def _first(results: list[RunResult], runs: tuple[str, ...]) -> Path:
+    return next(result.folder for result in results if result.name == runs[0])
+
+
+def _devices(run: Path) -> Counter[str]:
+    """How many devices of each kind a run had: `cuda:0` and `TPU_0(process=0,(0,0,0,0))` begin with theirs."""
+    path = run / "env.json"
+    names = json.loads(path.read_text(encoding="utf-8")).get("devices", []) if path.is_file() else []
+    return Counter(re.split(r"[^A-Za-z]", name, maxsplit=1)[0] or name for name in names)
+
+
+def _name(devices: Counter[str]) -> str:
+    return " and ".join(f"{number} {kind}" for kind, number in devices.items())
+
+
+def _total(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None
