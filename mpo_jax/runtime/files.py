@@ -53,7 +53,7 @@ def check_output(path: Path, option: str, *, folder: bool = False) -> None:
 
     Args:
       option: how the user names it: "--out".
-      folder: whether `path` is a folder; it is made.
+      folder: whether `path` is a folder; nothing is made.
 
     Raises:
       UserError: says what is in the way.
@@ -61,8 +61,10 @@ def check_output(path: Path, option: str, *, folder: bool = False) -> None:
     place = path if folder else path.parent
     if not folder and path.is_dir():
         raise UserError(f"{option} {path} is a folder: name a file in it, such as {path / 'out.json'}")
+    # what is not there yet is made with the result
+    while not os.path.lexists(place):
+        place = place.parent
     try:
-        place.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=place, prefix=".probe-") as probe:
             probe.write(b"x")
             probe.flush()

@@ -87,7 +87,7 @@ def export(
         raise UserError(f"{target} exists and is not empty: name a new folder")
     found = find_model(path, critic=critic)
     if is_main():
-        check_output(target, "DIR")
+        check_output(target, "DIR", folder=True)
     if adapter:
         if critic:
             raise UserError(
