@@ -36,6 +36,7 @@ def exported(folder: Path) -> Model:
     return Model(decoder)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")  # a default of TRL's own
 def test_trl_trains_an_exported_folder_and_its_own_is_read_here(tmp_path):
     torch, trl, datasets = (pytest.importorskip(name) for name in ("torch", "trl", "datasets"))
     transformers = pytest.importorskip("transformers")

@@ -121,9 +121,9 @@ FAULTS = {
     ),
     "embedding": (
         lambda f: edit(f / "policy" / "config.json", vocab_size=8),
-        r"model\.path=.*the embedding has 8 rows",
+        r"model\.path=.*embed_tokens\.weight has shape \(176, 32\), but config\.json asks for \(8, 32\)",
     ),
-    "reward model's own embedding": (strip_reward_model, r"reward\.path=.*reward: .*the embedding has 8 rows"),
+    "reward model's own embedding": (strip_reward_model, r"reward\.path=.*reward: .*has shape \(176, 32\), but config"),
     "no tokenizer": (
         lambda f: (f / "policy" / "tokenizer.json").unlink(),
         r"model\.path=.*holds no tokenizer\.json",
