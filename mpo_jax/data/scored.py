@@ -10,6 +10,7 @@ from typing import Any
 
 from mpo_jax.config.schema import DataConfig
 from mpo_jax.data import records
+from mpo_jax.data.fields import said, text_field
 from mpo_jax.data.records import DataReport, Demonstration, Preference, Readers, Renderer, RowFormat, collect
 from mpo_jax.data.sources import Row, Source, open_source
 from mpo_jax.errors import UserError
@@ -33,7 +34,7 @@ def read_scored(
     """
 
     def convert(place: str, row: Row) -> Preference:
-        prompt = records.said(row, "prompt", place)
+        prompt = said(row, "prompt", place)
         responses, scores = _scored_responses(row, place)
         best, worst = _best_and_worst(scores)
         category = records.row_category(row)
@@ -74,7 +75,7 @@ def _scored_responses(row: Row, place: str) -> tuple[list[str], list[float]]:
 
 def _text(response: Any, number: int, place: str) -> str:
     name = f"response {number} of {RESPONSES}"
-    return records.text_field({name: response}, name, place)
+    return text_field({name: response}, name, place)
 
 
 def _score(score: Any, number: int, place: str) -> float:

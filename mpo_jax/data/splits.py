@@ -100,7 +100,7 @@ def assemble(
         return is_validation(row.group, seed=0, fraction=data.validation_fraction)
 
     join = _interleaved if data.order == "interleaved" else _one_after_the_other
-    held_out, asked = (join([rows for rows, _ in parts]) for parts in (tests, test_prompts))
+    held_out, asked = join([rows for rows, _ in tests]), join([rows for rows, _ in test_prompts])
     tested = {row.group for row in (*held_out, *asked)}
     own = join(_keep(pairs, lambda row: TESTED if row.group in tested else None))
     validation = [row for row in own if is_held(row)]

@@ -152,11 +152,10 @@ def _check_operation(operator: str, left: Any, right: Any) -> None:
     """Raises TooMuch where the result would not fit into memory."""
     if operator == "%" and isinstance(left, str) and _WIDTH.search(left):
         raise TooMuch("it formats a text to a width of more than 99999")
-    numbers = isinstance(left, int) and isinstance(right, int)
-    if operator == "**" and numbers and left.bit_length() * abs(right) > MAX_BITS:
-        raise TooMuch(f"it makes a number of more than {MAX_BITS} bits")
-    if operator == "*" and numbers and left.bit_length() + right.bit_length() > MAX_BITS:
-        raise TooMuch(f"it makes a number of more than {MAX_BITS} bits")
+    if isinstance(left, int) and isinstance(right, int):
+        bits = {"**": left.bit_length() * abs(right), "*": left.bit_length() + right.bit_length()}.get(operator, 0)
+        if bits > MAX_BITS:
+            raise TooMuch(f"it makes a number of more than {MAX_BITS} bits")
     for text, times in ((left, right), (right, left)):
         if operator == "*" and isinstance(text, str | list | tuple) and isinstance(times, int):
             size = len(text) * max(times, 0)
@@ -237,7 +236,7 @@ def _finalized(value: Any) -> Any:
     return value
 
 
-def _filtered(node: nodes.Expr, name: str) -> nodes.Filter:
+def _filtered(node: Any, name: str) -> nodes.Filter:
     return nodes.Filter(node, name, [], [], None, None)
 
 
