@@ -89,7 +89,10 @@ def _append(text: Text, codec: "TextCodec", ids: "Ids", style: str) -> None:
         if token in special:
             text.append(str(codec.tokenizer.convert_ids_to_tokens(token)), SPECIAL)
         else:
-            text.append(_shown(str(codec.tokenizer.decode([token]))), style)
+            shown = str(codec.tokenizer.decode([token]))
+            # alone, a token of SentencePiece is decoded without its leading space
+            spaced = str(codec.tokenizer.convert_ids_to_tokens(token)).startswith("\u2581") and shown[:1] != " "
+            text.append(_shown(" " * spaced + shown), style)
         text.append("\u203a", BORDER)
 
 
