@@ -72,7 +72,8 @@ def write_table(folder: Path, prompts: list[str], samples: Samples, codec: TextC
     examples = with_responses([Example((), ()) for _ in prompts], samples)
     scores = np.random.default_rng(2).normal(size=(len(prompts), 2)).astype(np.float32)
     corpus: Any = SimpleNamespace(utility=None)
-    table = select._table(prompts, examples, scores, None, codec, corpus)
+    texts = [(codec.decode(e.responses[0]), codec.decode(e.responses[1])) for e in examples]
+    table = select._table(prompts, texts, examples, scores, None, corpus)
     table.write(folder)
     select.describe(table)
 

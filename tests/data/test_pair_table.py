@@ -143,7 +143,8 @@ def made_up(folder: Path, rows: int, tokens: int) -> dict[str, Callable[[], Any]
 
     def write() -> None:
         examples = with_responses([Example((1,), ()) for _ in prompts], samples)
-        select._table(prompts, examples, scores, None, codec, corpus).write(folder)
+        texts = [(codec.decode(e.responses[0]), codec.decode(e.responses[1])) for e in examples]
+        select._table(prompts, texts, examples, scores, None, corpus).write(folder)
 
     return {
         "select": write,
