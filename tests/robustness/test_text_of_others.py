@@ -9,8 +9,12 @@ from pathlib import Path
 import pytest
 
 from mpo_jax.cli.judge import _object
+from mpo_jax.config.schema import TextConfig
+from mpo_jax.data import toy
 from mpo_jax.data.sources import open_source
+from mpo_jax.data.text import TextCodec
 from mpo_jax.errors import Damaged, UserError
+from mpo_jax.models.hf.tokenizer import load_tokenizer
 from mpo_jax.runtime import parts
 from mpo_jax.runtime.console import Console
 from mpo_jax.runtime.files import naming_damage, read_json, read_lines
@@ -128,3 +132,16 @@ def test_a_folder_s_markup_is_its_name(tmp_path, monkeypatch, value):
     monkeypatch.setattr(parts, "console", said)
     Parts(folder, {"pass": "a"}, minutes=0)
     assert f"{folder / MANIFEST} is damaged" in said.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.timeout(60)
+def test_a_tokenizer_that_panics_is_named(tmp_path):
+    """Its pattern is not one of those that are refused by their form, and gives up after many tries."""
+    toy.make_tokenizer().save_pretrained(tmp_path)
+    split = {"type": "Split", "pattern": {"Regex": "^(a|a)*$"}, "behavior": "Isolated", "invert": False}
+    state = json.loads((tmp_path / "tokenizer.json").read_text()) | {"pre_tokenizer": split}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    codec = TextCodec(load_tokenizer(tmp_path), TextConfig())
+    assert codec.prompt("hi").ids
+    with pytest.raises(UserError, match=f"the tokenizer in {tmp_path} fails on a text: "):
+        codec.prompt("a" * 60 + "!")
