@@ -9,7 +9,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -25,9 +25,11 @@ MAX_DEPTH = 100
 """Nested lists and mappings; files that people and libraries write have fewer than ten."""
 MAX_DIGITS = 100
 """Of an integer. tokenizer_config.json's model_max_length has 31; floating point ends at 309."""
+TOO_DEEP = f"nested more than {MAX_DEPTH} deep"
 PIPES = ("/dev/stdin", "/dev/fd/", "/proc/self/fd/")
 """Where a shell puts the pipes that a user writes as `<(command)`; their other end is open."""
 _LONG_INTEGER = re.compile(rf"\d{{{MAX_DIGITS + 1}}}")
+_LARGEST = 10**MAX_DIGITS
 _KINDS = {dict: "an object", list: "a list", str: "a text"}
 
 
@@ -108,30 +110,56 @@ def parse_json(text: str | bytes, where: str | Path, kind: type[T] = dict) -> T:
       UserError: broken JSON, a value of another kind, deeper than MAX_DEPTH, or an integer of more than MAX_DIGITS.
     """
     try:
-        text = text.decode("utf-8") if isinstance(text, bytes) else text
-        # the hook makes parsing slower, so only where there are such digits, which may also be those of a text
-        value = json.loads(text, parse_int=_integer if _LONG_INTEGER.search(text) else None)
-    except RecursionError as error:
-        raise UserError(f"{where}: broken JSON: nested more than {MAX_DEPTH} deep") from error
+        value = loads(text)
     except ValueError as error:
         raise UserError(f"{where}: broken JSON: {error}") from error
     if not isinstance(value, kind):
         wanted = _KINDS.get(kind, kind.__name__)
         raise UserError(f"{where}: broken JSON: expected {wanted}, found {type(value).__name__}")
-    if text.count("[") + text.count("{") > MAX_DEPTH and is_deep(value):
-        raise UserError(f"{where}: broken JSON: nested more than {MAX_DEPTH} deep")
     return value
 
 
-def is_deep(value: Any) -> bool:
-    """Whether lists and mappings are nested more than MAX_DEPTH deep."""
-    level: list[Any] = [value] if isinstance(value, dict | list) else []
-    for _ in range(MAX_DEPTH):
-        inside = [part for one in level for part in (one.values() if isinstance(one, dict) else one)]
-        level = [part for part in inside if isinstance(part, dict | list)]
-        if not level:
-            return False
-    return True
+def loads(text: str | bytes, *, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """The value that JSON spells, for callers that name its place themselves.
+
+    Args:
+      pairs: makes an object of its keys and values, in place of dict.
+
+    Raises:
+      ValueError: broken JSON, deeper than MAX_DEPTH, or an integer of more than MAX_DIGITS.
+    """
+    text = text.decode("utf-8") if isinstance(text, bytes) else text
+    # the hook makes parsing slower, so only where there are such digits, which may also be those of a text
+    hook = _integer if _LONG_INTEGER.search(text) else None
+    try:
+        value = json.loads(text, parse_int=hook, object_pairs_hook=pairs)
+    except RecursionError as error:
+        raise ValueError(TOO_DEEP) from error
+    if text.count("[") + text.count("{") > MAX_DEPTH:
+        check_parsed(value)
+    return value
+
+
+def check_parsed(value: Any) -> None:
+    """Checks what a parser let through, whose own limits are higher: what reads it recurses too, and numbers overflow.
+
+    Raises:
+      ValueError: lists and mappings nested more than MAX_DEPTH deep, or an integer of more than MAX_DIGITS.
+    """
+    level: list[Any] = [[value]]
+    for _ in range(MAX_DEPTH + 1):
+        inside: list[Any] = []
+        for one in level:
+            for part in one.values() if type(one) is dict else one:
+                kind = type(part)
+                if kind is dict or kind is list:
+                    inside.append(part)
+                elif kind is int and not -_LARGEST < part < _LARGEST:
+                    raise ValueError(f"an integer of more than {MAX_DIGITS} digits")
+        if not inside:
+            return
+        level = inside
+    raise ValueError(TOO_DEEP)
 
 
 def check_yaml(text: str, where: str | Path) -> None:

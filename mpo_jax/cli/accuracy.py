@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
 from mpo_jax.cli.arguments import ModelPath, Overrides
 from mpo_jax.runtime.console import console
@@ -79,7 +80,7 @@ def _table(title: str, first: str, rows: "dict[str, Accuracy]") -> "Table":
         table.add_column(column, justify="right")
     for name, one in rows.items():
         interval = f"{one.low:.1%} to {one.high:.1%}"
-        table.add_row(name, str(one.rows), f"{one.mean:.1%}", interval, str(one.ties), f"{one.margin:.4g}")
+        table.add_row(escape(name), str(one.rows), f"{one.mean:.1%}", interval, str(one.ties), f"{one.margin:.4g}")
     return table
 
 

@@ -54,7 +54,7 @@ def _sources(corpus: "Corpus") -> Table:
     table = Table("source", "read", "kept", "dropped, by reason", title="Rows")
     for report in corpus.reports:
         dropped = "\n".join(f"{count}: {reason}" for reason, count in report.dropped.items())
-        table.add_row(report.source, str(report.read), str(report.kept), dropped)
+        table.add_row(escape(report.source), str(report.read), str(report.kept), escape(dropped))
     return table
 
 

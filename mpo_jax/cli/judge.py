@@ -1,7 +1,6 @@
 """`mpo judge`: which of two sides' answers a judge prefers: a model at an endpoint, or one on this machine."""
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from mpo_jax.cli.arguments import ComparedOn, Overrides, SideA, SideB
 from mpo_jax.errors import GOES_ON, UserError
 from mpo_jax.runtime.console import console
 from mpo_jax.runtime.interrupts import STOPS
+from mpo_jax.untrusted import loads
 
 if TYPE_CHECKING:
     from mpo_jax.evaluation.answers import Pair
@@ -104,7 +104,7 @@ def judge(
 def _object(request: str | None) -> dict[str, Any]:
     """The further fields of --request."""
     try:
-        found = json.loads(request) if request is not None else {}
+        found = loads(request) if request is not None else {}
     except ValueError as error:
         raise UserError(f"--request is no JSON: {error}") from None
     if not isinstance(found, dict) or found.keys() & {"model", "messages", "stream"}:

@@ -14,6 +14,11 @@ from mpo_jax.errors import UserError
 
 MOST = 20
 """Interpolations in one line."""
+MAX_CHARACTERS = 100_000
+"""Of a value, once its interpolations are resolved. The longest are templates of a few thousand."""
+MOST_STEPS = 100
+"""From key to key."""
+_REFERENCE = re.compile(r"\$\{\s*([^${}\s]+)\s*\}")
 _ADDRESS = re.compile(r"\s*[A-Za-z][\w+.-]*:(?:[\w+.-]*:)?/{1,2}(\S*)\s*\Z")
 """`scheme://...`, also behind a further name, as in hub:https://..."""
 
@@ -51,6 +56,42 @@ def refuse_many(text: str, where: str | Path) -> None:
             raise UserError(f"{where}:{number}: more than {MOST} interpolations in a line: write the value itself")
 
 
+def refuse_growth(loaded: Any, where: str | Path) -> None:
+    """Checks how long the texts of a whole configuration get before they are resolved: ten keys that each name the
+    next one twice are short, and forty of them fill the memory.
+
+    Raises:
+      UserError: for a key whose text gets longer than MAX_CHARACTERS; names it.
+    """
+    raw = dict(_texts(OmegaConf.to_container(loaded, resolve=False), ""))
+    texts = {_dotted(key): text for key, text in raw.items()}
+    known: dict[str, str] = {}
+
+    def expanded(key: str, above: tuple[str, ...]) -> str:
+        if key in above:  # left to OmegaConf, which names it
+            return ""
+        if len(above) > MOST_STEPS:
+            raise UserError(f"{where}: {above[0]} leads over more than {MOST_STEPS} keys: write the value itself")
+        if key not in texts:  # a section, or no text
+            return "x" + "".join("x" + expanded(one, (*above, key)) for one in texts if one.startswith(f"{key}."))
+        if key not in known:
+            text = texts[key]
+            while found := _REFERENCE.search(text):
+                inside = expanded(_absolute(found[1], key), (*above, key))
+                text = text[: found.start()] + inside + text[found.end() :]
+                if len(text) > MAX_CHARACTERS:
+                    raise UserError(
+                        f"{where}: {key} gets longer than {MAX_CHARACTERS} characters by its interpolations: write the "
+                        "value itself"
+                    )
+            known[key] = text
+        return known[key]
+
+    for key, text in texts.items():
+        if "${" in text:
+            expanded(key, ())
+
+
 def refuse_secrets(loaded: Any, where: str | Path) -> None:
     """Checks that no address in a container has a place for secrets: the configuration is stored with a run and shown.
 
@@ -73,6 +114,20 @@ def literal(value: Any) -> Any:
     if isinstance(value, list):
         return [literal(part) for part in value]
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+
+def _absolute(reference: str, key: str) -> str:
+    """The key that a reference names: `.b` beside `a.x` is `a.b`, and each further dot leads one section up."""
+    name = reference.lstrip(".")
+    if dots := len(reference) - len(name):
+        parts = key.split(".")
+        name = ".".join([*parts[: max(0, len(parts) - dots)], name])
+    return _dotted(name)
+
+
+def _dotted(key: str) -> str:
+    """`a[0].b` as `a.0.b`."""
+    return key.replace("[", ".").replace("]", "").strip(".")
 
 
 def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:

@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from mpo_jax.config.base import BY_NAME
-from mpo_jax.config.interpolation import literal, refuse_many, refuse_resolvers, refuse_secrets
+from mpo_jax.config.interpolation import literal, refuse_growth, refuse_many, refuse_resolvers, refuse_secrets
 from mpo_jax.config.old_keys import dotted, refuse_old_keys, renamed
 from mpo_jax.config.schema import TRAINED, Config
 from mpo_jax.config.suggestion import suggest
@@ -52,6 +52,7 @@ def load_config(path: str | Path | None, overrides: tuple[str, ...] = (), *, sta
             merged = OmegaConf.merge(merged, update)
         except (OmegaConfBaseException, yaml.YAMLError) as error:
             raise UserError(f"cannot read the override {override!r}: {_first_line(error)}") from error
+    refuse_growth(merged, path)
     try:
         values = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:

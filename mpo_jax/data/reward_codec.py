@@ -13,6 +13,7 @@ from mpo_jax.data.text import CHUNK_TEXTS, TextCodec
 from mpo_jax.data.text_rows import TextRow
 from mpo_jax.data.tokens import Example
 from mpo_jax.errors import UserError
+from mpo_jax.models.hf.tokenizer import input_ids
 
 LENGTH_FACTOR = 2
 """How many more tokens than a policy's limits a text may have in a reward model's."""
@@ -124,13 +125,13 @@ class RewardCodec:
     @cached_property
     def _start(self) -> list[int]:
         """What the tokenizer puts before a text."""
-        return list(itertools.takewhile(lambda i: i == self.tokenizer.bos_token_id, self.tokenizer("a").input_ids))
+        return list(itertools.takewhile(lambda i: i == self.tokenizer.bos_token_id, input_ids(self.tokenizer, "a")))
 
     def _encode(self, texts: Sequence[str], **options: Any) -> list[list[int]]:
         if not texts:
             return []
         options |= {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
-        return [list(ids) for ids in self.tokenizer(list(texts), **options).input_ids]
+        return [list(ids) for ids in input_ids(self.tokenizer, list(texts), **options)]
 
     def _ended(self, ids: list[int], complete: bool) -> list[int]:
         """A plain row with one BOS at most, and with an EOS if and only if its response is complete."""

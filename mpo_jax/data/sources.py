@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from mpo_jax.data.text_files import JSON_LINES_SUFFIXES, JSON_SUFFIXES, TABLE_SUFFIXES, Row, open_text
 from mpo_jax.errors import UserError
 from mpo_jax.runtime.file_digests import file_digest
+from mpo_jax.untrusted import check_file
 
 PARQUET = ".parquet"
 FILE_SUFFIXES = (*JSON_SUFFIXES, *TABLE_SUFFIXES, PARQUET)
@@ -67,6 +68,8 @@ def open_source(spec: str) -> Source:
     if path.is_dir():
         return _open_folder(spec, path)
     if not path.is_file():
+        if path.exists():
+            check_file(path)  # says what it is instead: rows are read more than once, which no pipe allows
         raise UserError(f"no data file {spec} (a data set of the Hugging Face hub is {HUB_FORM})")
     return _open_file(spec, path)
 

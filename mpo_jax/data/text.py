@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from mpo_jax.config.schema import TextConfig
 from mpo_jax.errors import UserError
 from mpo_jax.models.hf.ends import end_ids
+from mpo_jax.models.hf.tokenizer import input_ids
 
 # per tokenizer call: enough texts to keep its threads busy, few enough to hold their offsets and masks in memory
 CHUNK_TEXTS = 1000
@@ -64,12 +65,12 @@ class TextCodec:
         if self.config.add_bos != "auto":
             return self.config.add_bos == "true"
         bos = self.special("bos")
-        return bos is not None and self.tokenizer("a").input_ids[:1] == [bos]
+        return bos is not None and input_ids(self.tokenizer, "a")[:1] == [bos]
 
     @cached_property
     def adds_space(self) -> bool:
         """Whether the tokenizer prepends a space to every text, as SentencePiece models do."""
-        tokens = self.tokenizer.convert_ids_to_tokens(self.tokenizer("a", add_special_tokens=False).input_ids)
+        tokens = self.tokenizer.convert_ids_to_tokens(input_ids(self.tokenizer, "a", add_special_tokens=False))
         return bool(tokens) and str(tokens[0]).startswith("\u2581")
 
     @cached_property
@@ -168,7 +169,7 @@ class TextCodec:
         # verbose=False: no warning about over-long texts, since this class truncates them
         options |= {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
         return [
-            list(ids) for chunk in _chunks(texts) for ids in self.tokenizer(chunk, verbose=False, **options).input_ids
+            list(ids) for chunk in _chunks(texts) for ids in input_ids(self.tokenizer, chunk, verbose=False, **options)
         ]
 
     def _split_bos(self, ids: list[int]) -> tuple[list[int], list[int]]:

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, cast
 import pyarrow as pa
 
 from mpo_jax.errors import UserError
+from mpo_jax.untrusted import TOO_DEEP, check_parsed, loads, open_file
 
 Row = dict[str, Any]
 _PACKED = ("", ".gz", ".zst")
@@ -81,7 +82,7 @@ def _open(path: Path, packed: str | None) -> BinaryIO:
         return cast(BinaryIO, gzip.open(path, "rb"))
     if packed == "zstd":
         return cast(BinaryIO, io.BufferedReader(cast(Any, pa.input_stream(str(path), compression="zstd"))))
-    return path.open("rb")
+    return open_file(path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,12 +157,15 @@ class JsonFile:
         """The object at a position, and where it ends; `line` is the position's, where the text has several."""
         try:
             row, end = _DECODER.raw_decode(text, position)
+            check_parsed(row)
         except json.JSONDecodeError as error:
             if line is not None:
                 place = self._line(text, error.pos, line, position)
             raise UserError(f"{place}: broken JSON: {error.msg} (column {error.colno})") from error
-        except (ValueError, RecursionError) as error:  # a number with thousands of digits, thousands of brackets
-            raise UserError(f"{place}: JSON that cannot be read: {error}") from error
+        except RecursionError as error:
+            raise UserError(f"{place}: broken JSON: {TOO_DEEP}") from error
+        except ValueError as error:
+            raise UserError(f"{place}: broken JSON: {error}") from error
         if not isinstance(row, dict):
             raise UserError(
                 f"{place}: a row must be a JSON object, not {type(row).__name__}: write one object per line, or one "
@@ -246,8 +250,8 @@ class TableFile:
         if _CONVERSATION.match(cell) is None:
             return cell
         try:
-            return json.loads(cell)
-        except (ValueError, RecursionError) as error:
+            return loads(cell)
+        except ValueError as error:
             raise UserError(
                 f"{place}: column {column!r} holds a conversation that is not written as JSON: {error}. Save the rows "
                 "as .jsonl or .parquet"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
+from rich.markup import escape
 
 from mpo_jax.errors import UserError
 from mpo_jax.pipeline.bucket import CHECKPOINTS, Bucket, stage_files, stage_place
@@ -183,7 +184,7 @@ def _prepare(partial: Path) -> None:
     """Makes the folder of an unfinished stage, and removes files that are in the place of its folders."""
     for folder in (partial, partial / CHECKPOINTS, partial / parts.FOLDER):
         if os.path.lexists(folder) and not folder.is_dir():
-            console.print(f"  [yellow]{folder} is no folder, and is removed[/yellow]", soft_wrap=True)
+            console.print(f"  [yellow]{escape(str(folder))} is no folder, and is removed[/yellow]", soft_wrap=True)
             folder.unlink()
     partial.mkdir(exist_ok=True)
 

@@ -18,6 +18,7 @@ import jax
 
 # JAX offers the client under no public name, and its public barriers are collectives on the devices
 from jax._src import distributed
+from rich.markup import escape
 
 from mpo_jax.runtime.console import console
 
@@ -102,7 +103,7 @@ def coordination() -> Coordination | None:
     def log(line: str) -> None:
         # the console is process 0's alone, and a host that hangs is looked for in its own log
         if index == 0:
-            console.print(f"[dim]{line}[/dim]", soft_wrap=True)
+            console.print(f"[dim]{escape(line)}[/dim]", soft_wrap=True)
         else:
             print(f"process {index}: {line}", file=sys.stderr, flush=True)
 

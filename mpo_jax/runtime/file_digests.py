@@ -8,6 +8,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from mpo_jax.untrusted import loads
+
 SETTLED_NS = 2 * 10**9
 """How long a file must have been left alone before its digest is kept: some file systems count time in steps of two
 seconds, so a file that is written again within one step looks unchanged."""
@@ -51,7 +53,7 @@ def _state(path: Path) -> tuple[str, ...]:
 
 def _read(entry: Path, state: tuple[str, ...]) -> str | None:
     try:
-        kept = json.loads(entry.read_text(encoding="utf-8"))
+        kept = loads(entry.read_bytes())
         digest = kept["sha256"]
         return digest if tuple(kept["state"]) == state and len(bytes.fromhex(digest)) == 32 else None
     except (OSError, ValueError, KeyError, TypeError):

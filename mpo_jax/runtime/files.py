@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mpo_jax.errors import Damaged, UserError
+from mpo_jax.untrusted import loads
 
 VISIBLE_S = 180.0
 """How long a file on a shared file system may take to appear. NFS, the slowest of them, lets a client remember for 60 s
@@ -127,11 +128,14 @@ def naming_damage(path: Path, remedy: str) -> Iterator[None]:
       Damaged: if the file is missing, empty, torn, of another kind, or does not hold what the reader expects. Errors of
         the disk and of permissions are raised as they are.
     """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        # to open a pipe would wait for ever
+        raise Damaged(path, "is no file, but a pipe, a socket or a device", remedy)
     try:
         yield
     except UserError:
         raise
-    except (OSError, LookupError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
         # Arrow's reader raises an OSError without a number for a damaged file
         if isinstance(error, OSError) and error.errno not in (None, *MISPLACED):
             raise
@@ -141,7 +145,7 @@ def naming_damage(path: Path, remedy: str) -> Iterator[None]:
 def read_json(path: Path, remedy: str) -> Any:
     """The value in a JSON file; errors as those of `naming_damage`."""
     with naming_damage(path, remedy):
-        return json.loads(path.read_text(encoding="utf-8"))
+        return loads(path.read_text(encoding="utf-8"))
 
 
 def read_object(path: Path, remedy: str) -> dict[str, Any]:
@@ -158,7 +162,7 @@ def read_lines(path: Path, remedy: str) -> list[dict[str, Any]]:
     with naming_damage(path, remedy), path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             try:
-                row = json.loads(line)
+                row = loads(line)
             except ValueError:
                 raise Damaged(path, f"is damaged in line {number}", remedy) from None
             if not isinstance(row, dict):

@@ -16,10 +16,12 @@ from typing import Any
 
 import numpy as np
 import safetensors.numpy
+from rich.markup import escape
 
 from mpo_jax.runtime.console import console
 from mpo_jax.runtime.files import write_bytes, write_json
 from mpo_jax.runtime.processes import is_main, share
+from mpo_jax.untrusted import loads
 
 FOLDER = "parts"
 """The folder of all passes in the folder of a stage."""
@@ -140,7 +142,7 @@ class Parts:
         identity: Any = None
         parts: list[dict[str, Any]] = []
         try:
-            found = json.loads(manifest.read_bytes())
+            found = loads(manifest.read_bytes())
             identity, parts = found["identity"], found["parts"]
             sound = isinstance(identity, dict) and all(part.keys() == RECORD for part in parts)
         except FileNotFoundError:
@@ -153,16 +155,15 @@ class Parts:
         if identity == self._identity:
             return parts
         other = sorted(name for name in identity | self._identity if identity.get(name) != self._identity.get(name))
-        console.print(
-            f"  [yellow]{self._folder}: results of other {', '.join(other)} are dropped[/yellow]", soft_wrap=True
-        )
+        said = escape(f"{self._folder}: results of other {', '.join(other)} are dropped")
+        console.print(f"  [yellow]{said}[/yellow]", soft_wrap=True)
         shutil.rmtree(self._folder)
         self._folder.mkdir()
         return []
 
 
 def _drop(path: Path, why: str) -> None:
-    console.print(f"  [yellow]{path} {why}; its rows are made again[/yellow]", soft_wrap=True)
+    console.print(f"  [yellow]{escape(str(path))} {why}; its rows are made again[/yellow]", soft_wrap=True)
     path.unlink(missing_ok=True)
 
 

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import jax
+from rich.markup import escape
 
 from mpo_jax.data.records import Drop
 from mpo_jax.errors import UserError
@@ -88,7 +89,7 @@ def sample(path: str, opened: OpenModel, prompts: list[Prompt]) -> list[Answer]:
             progress=lambda done, _: console.print(f"  {path}: {done}/{len(texts)} answers", soft_wrap=True),
         )  # fmt: skip
     if cut:
-        console.print(f"[yellow]{path}: {cut} prompts cut to {limits.max_prompt_tokens} tokens[/yellow]")
+        console.print(f"[yellow]{escape(path)}: {cut} prompts cut to {limits.max_prompt_tokens} tokens[/yellow]")
     seen = opened.codec.as_seen(texts)
     return [
         Answer(prompt.text, response, prompt.category, None if shown == prompt.text else shown)

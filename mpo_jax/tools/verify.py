@@ -1,7 +1,6 @@
 """`mpo verify`: retrains the steps between two stored states and compares the hashes of the final states."""
 
 import dataclasses
-import json
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -28,6 +27,7 @@ from mpo_jax.tools.report.results import METRICS, read_metrics
 from mpo_jax.training.checkpoints import Checkpoints
 from mpo_jax.training.hashes import LANES, first_difference, state_hash
 from mpo_jax.types import Artifact
+from mpo_jax.untrusted import loads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +154,7 @@ def _recorded(folder: Path) -> dict[int, str]:
         rows = []
         for line in (folder / METRICS).read_text(encoding="utf-8").splitlines():
             try:
-                rows.append(json.loads(line))
+                rows.append(loads(line))
             except ValueError:
                 break
     return {row["step"]: row["state_hash"] for row in rows if "state_hash" in row}

@@ -12,6 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import PreservationPolicy
+from rich.markup import escape
 
 from mpo_jax.errors import UserError
 from mpo_jax.runtime.console import console
@@ -258,10 +259,8 @@ class Checkpoints:
 
     def _drop(self, step: int, error: Exception) -> None:
         reason = (str(error).splitlines() or [""])[0]
-        console.print(
-            f"[yellow]{self._folder / str(step)} is broken and is removed: {type(error).__name__}: {reason}[/yellow]",
-            soft_wrap=True,
-        )
+        said = f"{self._folder / str(step)} is broken and is removed: {type(error).__name__}: {reason}"
+        console.print(f"[yellow]{escape(said)}[/yellow]", soft_wrap=True)
         self._manager.delete(step)
 
     def _value(self, step: int) -> float | None:

@@ -30,6 +30,7 @@ from mpo_jax.runtime import progress
 from mpo_jax.runtime.console import console
 from mpo_jax.runtime.processes import is_main
 from mpo_jax.types import Mean, Skips
+from mpo_jax.untrusted import loads
 
 PLAIN_SECONDS = 15.0
 PEAK_S = "peak_s"
@@ -363,9 +364,9 @@ def _truncate_after(path: Path, step: int) -> dict[str, float]:
     with path.open("rb") as file:
         for line in file:
             try:
-                if not line.endswith(b"\n") or (values := json.loads(line))["step"] > step:
+                if not line.endswith(b"\n") or (values := loads(line))["step"] > step:
                     break
-            except (ValueError, KeyError):
+            except (ValueError, KeyError, TypeError):
                 break
             kept += len(line)
             last = {name: value for name, value in values.items() if name not in ("step", "state_hash")}

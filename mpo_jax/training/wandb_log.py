@@ -18,6 +18,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
+
 from mpo_jax.config.schema import Config, WandbConfig
 from mpo_jax.errors import UserError
 from mpo_jax.runtime.console import console
@@ -104,7 +106,7 @@ class WandbRun:
         if self._run is not None:
             offline = f"{Path(self._run.dir).parent} (upload it with `wandb sync`)"
             place = offline if self._run.offline else self._run.url
-            console.print(f"[dim]  W&B: {place}[/dim]", soft_wrap=True)
+            console.print(f"[dim]  W&B: {escape(str(place))}[/dim]", soft_wrap=True)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """The metrics of one step under their own names.

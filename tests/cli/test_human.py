@@ -85,7 +85,7 @@ def test_mistakes(sides, tmp_path, capsys, reward_model):
     key = ("--key", tmp_path / "s" / "key.json")
     for arguments, says in (
         (("import", half, *key), "half.json: 7 of 8 items have no choice: 2, 3, 4, 5, 6, 7, 8"),
-        (("import", tmp_path / "none.json", *key), "none.json: cannot be read"),
+        (("import", tmp_path / "none.json", *key), "none.json: cannot read the file"),
         (("import", half, "--key", half), "is no key of a study"),
         (("import", half, "--key", tmp_path / "none"), "no key"),
         (("export", *sides, "--n", "11", "--by", "category", "--out", tmp_path / "t"), "--n 11 is more than there are"),

@@ -206,8 +206,8 @@ def test_a_broken_gzip_file_is_named(tmp_path):
     [
         (b'{"n": ', r":2: broken JSON: Expecting value \(column 6\)"),
         (b'{"n": 1} {', r":2: broken JSON: Extra data \(column 10\)"),
-        (b"[" * 100_000, ":2: JSON that cannot be read"),
-        (b'{"n": 1' + b"0" * 5000 + b"}", ":2: JSON that cannot be read"),
+        (b"[" * 100_000, ":2: broken JSON: nested more than 100 deep"),
+        (b'{"n": 1' + b"0" * 5000 + b"}", ":2: broken JSON: Exceeds the limit"),
         (b'[{"n": 1}]', ":2: a row must be a JSON object, not list: write one object per line"),
         (b"null", ":2: a row must be a JSON object, not NoneType"),
         (b'{"n": "\xff"}', ":2: not UTF-8 text: invalid start byte"),

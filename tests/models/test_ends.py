@@ -107,3 +107,22 @@ def test_a_base_model_of_several_ends_has_another_name(listing):
     one, several = str(listing([EOS])), str(listing([EOS, PAD]))
     assert fingerprint_base(one) == fingerprint_model(one)
     assert fingerprint_base(several) != fingerprint_model(several)
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "contradict"),
+    [
+        ([PAD], EOS, True),
+        (PAD, [EOS, BOSS], True),
+        ([EOS, PAD], EOS, False),
+        (EOS, [EOS, PAD], False),
+        (EOS, EOS, False),
+    ],
+)
+def test_files_that_contradict_each_other_are_named_once(generation, config, contradict, listing, capsys):
+    folder = listing(generation, config)
+    for _ in range(2):
+        load_tokenizer(folder)
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count(f"{folder}: generation_config.json has eos_token_id={generation} and config.json") == contradict
+    assert said.count("responses end as generation_config.json says") == contradict

@@ -102,3 +102,40 @@ def test_an_address_with_a_secret_is_refused_and_not_repeated(key, address, tmp_
         with pytest.raises(UserError) as caught:
             load_config(path, overrides)
         assert SECRET not in str(caught.value) and key in str(caught.value)
+
+
+# interpolations from key to key
+
+
+def doubling(count: int, form: str = "'${{{0}}}${{{0}}}'") -> str:
+    lines = [f"  k{n}: {form.format(f'dpo.loss_options.k{n + 1}')}" for n in range(count)]
+    return "dpo:\n loss_options:\n" + "\n".join([*lines, f"  k{count}: aaaaaaaa"])
+
+
+GROWING = {
+    "texts": doubling(60),
+    "mappings": doubling(40, "{{x: '${{{0}}}', y: '${{{0}}}'}}"),
+    "names in names": "workdir: dpo\n" + doubling(60).replace("${dpo.", "${${workdir}."),
+}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("content", GROWING.values(), ids=GROWING)
+def test_interpolations_that_double_are_refused(content, tmp_path):
+    (tmp_path / "run.yaml").write_text(content)
+    with pytest.raises(UserError, match=r"run\.yaml: dpo\.loss_options\.\S+ gets longer than 100000 characters by its"):
+        load_config(tmp_path / "run.yaml")
+
+
+def test_a_chain_of_keys_has_an_end(tmp_path):
+    (tmp_path / "run.yaml").write_text(doubling(150, "'${{{0}}}'"))
+    with pytest.raises(UserError, match="leads over more than 100 keys"):
+        load_config(tmp_path / "run.yaml")
+
+
+def test_references_of_every_form_are_followed(tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        "workdir: ${data.path}/${data.kind}\ndata: {path: a, kind: pairs, test_path: '${.path}-${..data.path}'}"
+    )
+    loaded = load_config(tmp_path / "run.yaml")
+    assert loaded.workdir == "a/pairs" and "a-a" in str(loaded.data.test_path)

@@ -1,10 +1,12 @@
 """The tokens that end a response: the tokenizer's EOS, and those that a model's generation_config.json adds."""
 
 import json
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from mpo_jax.errors import UserError
+from mpo_jax.runtime.console import console
 from mpo_jax.untrusted import read_json
 
 FILE, KEY = "generation_config.json", "eos_token_id"
@@ -49,6 +51,28 @@ def attach_end_ids(tokenizer: Any, folder: Path) -> None:
     if unknown := [i for i in ids if tokenizer.convert_ids_to_tokens(i) is None]:
         raise UserError(f"{folder}: {FILE} or config.json has {KEY}={unknown[0]}, but the tokenizer has no such id")
     tokenizer.listed_end_ids = tuple(ids)
+    if (note := contradiction(folder)) is not None:
+        _say_once(note)
+
+
+def contradiction(folder: Path) -> str | None:
+    """What the two files of a folder say against each other, and which one counts; None if one's ids hold the other's.
+
+    Raises:
+      UserError: if a file is broken.
+    """
+    given, other = (_value(folder / name) for name in (FILE, "config.json"))
+    if given is None or other is None:
+        return None
+    one, two = (value if isinstance(value, list) else [value] for value in (given, other))
+    if all(i in two for i in one) or all(i in one for i in two):
+        return None
+    return f"{folder}: {FILE} has {KEY}={given} and config.json {other}: responses end as {FILE} says"
+
+
+@lru_cache(maxsize=64)
+def _say_once(note: str) -> None:
+    console.print(f"  {note}", soft_wrap=True, markup=False)
 
 
 def end_ids(tokenizer: Any) -> tuple[int, ...]:

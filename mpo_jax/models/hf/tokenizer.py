@@ -57,6 +57,29 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def input_ids(tokenizer: PreTrainedTokenizerBase, texts: str | list[str], **options: Any) -> Any:
+    """The ids of a text, or of each of several, with the options of the tokenizer's call.
+
+    Raises:
+      UserError: if the tokenizer panics, as where a pattern of its own would try too many ways to match; names it.
+    """
+    try:
+        return tokenizer(texts, **options).input_ids
+    except BaseException as error:
+        if not _is_panic(error):
+            raise
+        reason = (str(error).splitlines() or ["no reason"])[0]
+        raise UserError(
+            f"the tokenizer in {tokenizer.name_or_path} fails on a text: {reason}: use another tokenizer, or leave "
+            "out rows with very long words"
+        ) from error
+
+
+def _is_panic(error: BaseException) -> bool:
+    """Whether it comes from a panic in Rust, which is no Exception and has no public type."""
+    return not isinstance(error, Exception) and type(error).__name__ == "PanicException"
+
+
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Writes a tokenizer's files, such that transformers 4.57 reads them too.
 
@@ -130,7 +153,7 @@ def _load(folder: Path) -> PreTrainedTokenizerBase:
         # an attribute, since with the class comes the list of all of transformers' models, in half a second
         return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except BaseException as error:  # the parser in Rust raises nothing more special, and where it panics no Exception
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        if not isinstance(error, Exception) and not _is_panic(error):
             raise
         if "trust_remote_code" in str(error):
             raise UserError(

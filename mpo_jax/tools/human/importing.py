@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import io
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -11,6 +10,7 @@ from typing import Any, cast
 from mpo_jax.errors import UserError
 from mpo_jax.tools.human.export import COLUMNS, is_cell
 from mpo_jax.tools.human.sheets import CHOICES, Choice, Study
+from mpo_jax.untrusted import loads, read_bytes
 
 SHOWN = 8
 """The largest number of item numbers in a message."""
@@ -59,10 +59,9 @@ def read_sheet(path: Path, study: Study) -> Sheet:
         for invalid choices.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text; save it as CSV UTF-8"
-        raise UserError(f"{path}: cannot be read: {reason}") from error
+        text = read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: cannot be read: not UTF-8 text; save it as CSV UTF-8") from error
     if path.suffix.lower() == ".json":
         annotator, choices = _from_page(text, path, study)
     elif path.suffix.lower() == ".csv":
@@ -92,7 +91,7 @@ def _from_page(text: str, path: Path, study: Study) -> tuple[str, dict[int, str]
         return dict(pairs)
 
     try:
-        found = json.loads(text, object_pairs_hook=no_repeats)
+        found = loads(text, pairs=no_repeats)
         annotator = str(found["annotator"]).strip()
         choices = {int(number): str(choice).strip() for number, choice in found["choices"].items()}
         whose = str(found["study"])

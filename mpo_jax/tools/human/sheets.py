@@ -11,6 +11,7 @@ import numpy as np
 
 from mpo_jax.errors import UserError
 from mpo_jax.evaluation.answers import Pair
+from mpo_jax.untrusted import loads, read_text
 
 FORMAT = 1
 CHECKSUM = "sha256"
@@ -114,15 +115,16 @@ def read_key(path: Path) -> Study:
     Raises:
       UserError: if it is no key, or if any text of the sheets was changed in it.
     """
+    if not path.exists():
+        raise UserError(f"no key {path}: name the key.json of `mpo human export` with --key FILE")
+    text = read_text(path)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = loads(text)
         study = Study(found["a"], found["b"], found["seed"], tuple(Item(**item) for item in found["items"]))
         right = found["study"] == study.id and all(item.a_is in ("left", "right") for item in study.items)
         # keys of earlier versions have none
         right = right and found.get(CHECKSUM, _checksum(found)) == _checksum(found)
-    except FileNotFoundError:
-        raise UserError(f"no key {path}: name the key.json of `mpo human export` with --key FILE") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is no key of a study: name the key.json of `mpo human export` with --key") from error
     if not right or not study.items:
         raise UserError(f"{path} was changed after it was written, so sheets cannot be matched to it: restore it")

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from mpo_jax.errors import UserError
+from mpo_jax.untrusted import loads
 
 FORMAT = 1
 
@@ -39,6 +41,9 @@ class Cache:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+            if not stat.S_ISREG(os.fstat(self._file).st_mode):
+                os.close(self._file)
+                raise OSError(errno.EINVAL, "it is no file, but a pipe, a socket or a device")
             whole = path.read_bytes()
         except OSError as error:
             raise UserError(
@@ -46,7 +51,7 @@ class Cache:
             ) from error
         for number, line in enumerate(whole.splitlines(), 1):
             try:
-                record = json.loads(line)
+                record = loads(line)
                 self._found[record["key"]] = record
             except (ValueError, TypeError, KeyError):
                 if line.strip():

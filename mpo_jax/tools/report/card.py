@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from rich.markup import escape
 
 from mpo_jax.config.load import read_record, to_yaml
 from mpo_jax.config.schema import Config
@@ -110,7 +111,7 @@ def _run_of(stage: Path) -> tuple[str | None, Path | None]:
             roles = {role for role, linked in stage_links(folder).items() if linked == stage}
             last = last_step(folder).name
         except Damaged as damage:
-            console.print(f"[yellow]{damage}[/yellow]", soft_wrap=True)
+            console.print(f"[yellow]{escape(str(damage))}[/yellow]", soft_wrap=True)
             continue
         if last in roles:
             return folder.name, folder
@@ -123,7 +124,7 @@ def _evaluation_of(stage: Path) -> dict[str, Any] | None:
         try:
             manifest = read_manifest(path.parent)
         except Damaged as damage:
-            console.print(f"[yellow]{damage}[/yellow]", soft_wrap=True)
+            console.print(f"[yellow]{escape(str(damage))}[/yellow]", soft_wrap=True)
             continue
         if manifest["parents"].get("policy") == stage.name:
             return manifest["summary"]

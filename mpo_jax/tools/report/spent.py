@@ -1,12 +1,13 @@
 """When, where and in how much time the stages of a report's runs were made."""
 
 import dataclasses
-import json
 import re
 from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
 
+from mpo_jax.errors import Damaged
+from mpo_jax.pipeline.run_folder import read_environment
 from mpo_jax.runtime.progress import duration
 from mpo_jax.tools.report.curves import distinct
 from mpo_jax.tools.report.results import RunResult
@@ -93,8 +94,10 @@ def _first(results: list[RunResult], runs: tuple[str, ...]) -> Path:
 
 def _devices(run: Path) -> Counter[str]:
     """How many devices of each kind a run had: `cuda:0` and `TPU_0(process=0,(0,0,0,0))` begin with theirs."""
-    path = run / "env.json"
-    names = json.loads(path.read_text(encoding="utf-8")).get("devices", []) if path.is_file() else []
+    try:
+        names = read_environment(run).get("devices", [])
+    except Damaged:  # which is among the report's cautions
+        names = []
     return Counter(re.split(r"[^A-Za-z]", name, maxsplit=1)[0] or name for name in names)
 
 

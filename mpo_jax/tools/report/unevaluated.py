@@ -1,10 +1,10 @@
 """Runs that were made up to some stage: what they have, without the evaluation that the report is made of."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from mpo_jax.pipeline.experiments import in_order, is_run
+from mpo_jax.runtime.files import anew, read_lines, read_object
 
 SHOWN = (
     "loss", "accuracy", "rewards/accuracies", "rewards/margins", "objective/scores", "objective/kl",
@@ -21,7 +21,7 @@ def unevaluated(workdir: Path) -> list[str]:
 def stage_lines(workdir: Path, run: str) -> Iterator[str]:
     """A line for each stage of a run: its folder, its time, and what its training ended with."""
     folders = [link for link in (workdir / "runs" / run).iterdir() if (link / "manifest.json").is_file()]
-    manifests = {folder: json.loads((folder / "manifest.json").read_text(encoding="utf-8")) for folder in folders}
+    manifests = {folder: read_object(folder / "manifest.json", anew(folder)) for folder in folders}
     # numbered steps come last, and are nine at most
     order = {"sft": "", "reward": " ", "select": "  "}
     for folder in sorted(folders, key=lambda folder: order.get(folder.name, folder.name)):
@@ -33,8 +33,7 @@ def stage_lines(workdir: Path, run: str) -> Iterator[str]:
 def _last(metrics: Path) -> dict[str, float]:
     """The last value of each shown measure."""
     found: dict[str, float] = {}
-    if metrics.is_file():
-        for line in metrics.read_text(encoding="utf-8").splitlines():
-            values = json.loads(line)
+    if metrics.is_file() and metrics.stat().st_size:
+        for values in read_lines(metrics, anew(metrics.parent)):
             found |= {name: x for name, x in values.items() if name in SHOWN or name.startswith("eval/")}
     return {name: value for name, value in found.items() if isinstance(value, int | float)}

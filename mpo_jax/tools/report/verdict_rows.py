@@ -1,7 +1,6 @@
 """Win rates between runs: by their own rewards, and by results of `mpo judge` and `mpo human import` in a workdir."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 from mpo_jax.errors import UserError
 from mpo_jax.evaluation.verdicts import OUTCOMES
 from mpo_jax.tools.report.seeds import BySeed, Rows, differences
+from mpo_jax.untrusted import loads, read_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +34,9 @@ def _read(folder: Path, key: str) -> dict[Path, dict[str, Any]]:
     found = {}
     for path in sorted(folder.glob("**/result.json")):
         result: Any = None
+        text = read_text(path)
         try:
-            result = json.loads(path.read_text(encoding="utf-8"))
+            result = loads(text)
             whole = {"a", "b", key} <= result.keys() and set(OUTCOMES) <= result["verdict"]["rates"].keys()
         except (ValueError, KeyError, TypeError, AttributeError):
             whole = False
