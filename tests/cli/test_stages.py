@@ -111,9 +111,13 @@ def test_short_flags_are_keys_and_read_as_text(tmp_path):
     assert read_config(file, []).seed == 3
 
 
-def test_each_path_is_printed_once(monkeypatch, capsys, tmp_path):
+def test_each_path_is_printed_once_and_after_training_where_the_curves_are(monkeypatch, capsys, tmp_path):
     made = [("mpo", "a"), ("mpo_sft_kl", "a"), ("dpo_base", "b")]
     monkeypatch.setattr(runs, "start", lambda config: None)
     monkeypatch.setattr(runs, "run_until", lambda *_: ((name, Artifact(Path(path), {})) for name, path in made))
     assert mpo("sft", MICRO, f"workdir={tmp_path}") == 0
-    assert capsys.readouterr().out.splitlines()[1:] == ["mpo, mpo_sft_kl: a", "dpo_base: b"]
+    lines, curves = ["mpo, mpo_sft_kl: a", "dpo_base: b"], f"tensorboard --logdir {tmp_path}"
+    assert capsys.readouterr().out.splitlines()[1:] == [*lines, curves]
+    for command, more in (("sft", ["runtime.tensorboard=false"]), ("evaluate", [])):
+        assert mpo(command, MICRO, f"workdir={tmp_path}", *more) == 0
+        assert capsys.readouterr().out.splitlines()[1:] == lines
