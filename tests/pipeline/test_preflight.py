@@ -163,6 +163,41 @@ def test_every_file_is_read_under_the_reader_of_its_key(models, tmp_path, key):
                 preflight.check_inputs(config)
 
 
+TUNED = "reward: {train: {batch_size: 32, optim: {learning_rate: 2.0e-5}}}"
+NEITHER = "reward.loss=ds_span", "reward.train.optim.learning_rate=1e-3", "reward.train.batch_size=4"
+
+
+@pytest.mark.parametrize(
+    ("file", "overrides", "said"),
+    [
+        (TUNED, ("reward.path={reward}",), ""),
+        (
+            TUNED,
+            ("reward.path={reward}", *NEITHER),
+            "reward.loss, reward.train.optim.learning_rate: no effect since reward.path is given\n",
+        ),
+        (
+            "reward: {path: {reward}, train: {batch_size: 32, optim: {learning_rate: 2.0e-5}}}",
+            (),
+            "reward.train.optim.learning_rate: no effect since reward.path is given\n",
+        ),
+        ("", NEITHER, ""),
+        ("reward: {label: 1}", (), "reward.label: no effect without reward.path\n"),
+        ("reward: {label: 0}", ("reward.path={reward}",), ""),
+    ],
+    ids=["a preset", "the command line", "one file", "a trained one", "a label", "a label that counts"],
+)
+def test_settings_without_effect_are_said_where_the_user_has_made_them(models, tmp_path, capsys, file, overrides, said):
+    of = lambda text: text.replace("{reward}", f"{models}/reward")  # noqa: E731
+    (tmp_path / "merged.yaml").write_text(of(file) or "{}")
+    rows = ("data.kind=pairs", f"data.path={models}/rows.jsonl", f"model.path={models}/policy")
+    config = load_config(MICRO, (f"{tmp_path}/merged.yaml", *rows, *map(of, overrides)))
+    codec, _ = preflight.check_base(config)
+    capsys.readouterr()
+    preflight.check_reward(config, codec, None)
+    assert capsys.readouterr().out == said
+
+
 def test_only_the_first_rows_are_read(models, tmp_path):
     rows = [json.dumps(PAIR)] * FIRST_ROWS
     (tmp_path / "rows.jsonl").write_text("\n".join([*rows, "broken"]))
