@@ -221,6 +221,20 @@ def test_nothing_is_made_where_a_later_stage_s_input_is_wrong(broken, tmp_path, 
     assert not list(tmp_path.glob("w/**/stages/*"))
 
 
+@pytest.mark.parametrize("command", ["run", "table", "evaluate"])
+def test_rows_that_hold_out_no_prompt_are_refused_before_training(models, tmp_path, command, capsys):
+    rows = [{**PAIR, "prompt": f"p {number}"} for number in range(20)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ("data.kind=pairs", f"data.path={tmp_path}/rows.jsonl", f"model.path={models}/policy")
+    more = ("seeds=0", "experiment=sft") if command == "table" else ("experiment=sft",)
+    too_few = ("data.validation_fraction=1.0e-5", f"workdir={tmp_path}/w")
+    assert mpo(command, MICRO, *given, *too_few, *more) == 2
+    said = capsys.readouterr()
+    assert "no test prompts to evaluate policies on: raise data.validation_fraction, name data.test_path" in said.err
+    assert "make sft" in said.out and not list(tmp_path.glob("w/**/metrics.jsonl"))
+    assert not list(tmp_path.glob("w/**/manifest.json"))
+
+
 @pytest.mark.parametrize(
     ("command", "key"),
     [
