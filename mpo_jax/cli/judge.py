@@ -90,12 +90,13 @@ def judge(
             return
         judged, about["cut"] = _by_reward_model(opened, pairs)
     else:
-        with contextlib.closing(Cache(cache.expanduser() / "answers.jsonl", console)) as answers:
+        kept = cache.expanduser() / "answers.jsonl"
+        with contextlib.closing(Cache(kept, console)) as answers:
             whole = comparison.Comparison(asked, pairs, text, swap, answers)
             _print_calls(whole)
             if dry_run:
                 return
-            with STOPS.leaving("", lambda: f"the answers so far are kept; {GOES_ON} there"):
+            with STOPS.leaving("", lambda: f"the answers so far are kept in {kept}; {GOES_ON} there"):
                 judged, usage = whole.run(_counting(len(whole.wanted)))
         about |= usage | {"calls_made": len(whole.wanted), "prompt_file": prompt_file and str(prompt_file)}
     _finish(judged, about, out, resamples)

@@ -158,7 +158,7 @@ class Pipeline:
                 upcoming = upcoming_programs(name, self.config, mesh, settings, recipe["parents"], compilations)
                 context = stage_context(self.config, stage, mesh, folder, self.inputs, recipe, upcoming, parents)
                 left = partial(saved, folder, context.checkpointing.folder, parents, trains=stage.trains)
-                with STOPS.leaving(artifact_name(recipe), left):
+                with STOPS.leaving(f"{artifact_name(recipe)} of {self.config.workdir}", left):
                     try:
                         return stage.run(settings, parents, context)
                     except CheckpointsLost:

@@ -194,7 +194,8 @@ def test_a_run_that_is_interrupted_goes_on(sides, tmp_path):
         process.send_signal(signal.SIGINT)
         err = process.communicate(timeout=20)[1]
         assert process.returncode == 130 and "Traceback" not in err
-        assert err.endswith("interrupted: the answers so far are kept; the same command goes on from there\n")
+        kept = f"the answers so far are kept in {tmp_path}/cache/answers.jsonl"
+        assert err.endswith(f"interrupted: {kept}; the same command goes on from there\n")
         # as a kill in the middle of a write leaves it
         with answers.open("a") as file:
             file.write('{"key": "half')

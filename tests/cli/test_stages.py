@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from mpo_jax.cli.arguments import read_config, short_keys
 from mpo_jax.config.schema import ToyConfig
 from mpo_jax.data import toy
 from mpo_jax.errors import UserError
+from mpo_jax.runtime.interrupts import STOPS
 from mpo_jax.tools import runs
 from mpo_jax.tools.opening import find_model
 from mpo_jax.types import Artifact
@@ -121,3 +123,15 @@ def test_each_path_is_printed_once_and_after_training_where_the_curves_are(monke
     for command, more in (("sft", ["runtime.tensorboard=false"]), ("evaluate", [])):
         assert mpo(command, MICRO, f"workdir={tmp_path}", *more) == 0
         assert capsys.readouterr().out.splitlines()[1:] == lines
+
+
+def test_a_stop_names_the_workdir_once_it_is_known(monkeypatch, tmp_path):
+    said: list[str] = []
+    monkeypatch.setattr(runs, "start", lambda config: said.append(STOPS.message()))
+    monkeypatch.setattr(runs, "run_until", lambda *_: ())
+    on = "terminated: the same command goes on from the stages that are finished"
+    assert mpo("sft", MICRO, f"workdir={tmp_path}") == 0
+    assert said.pop() == f"{on} in {tmp_path}"
+    monkeypatch.setattr("mpo_jax.cli.stages.read_run", lambda *_, **__: said.append(STOPS.message()) or sys.exit(0))
+    assert mpo("sft", MICRO, f"workdir={tmp_path}") == 0
+    assert said == [on]
