@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mpo_jax.cli.arguments import ComparedOn, Overrides, SideA, SideB
+from mpo_jax.cli.arguments import ComparedOn, Overrides, SideA, SideB, short_keys
 from mpo_jax.errors import GOES_ON, UserError
 from mpo_jax.runtime.console import console
 from mpo_jax.runtime.interrupts import STOPS
@@ -69,7 +69,7 @@ def judge(
 
     if not dry_run:
         check_output(out, "--out", folder=True)
-    given = tuple(overrides or ())
+    given = (*short_keys(None, None if data is None else [data], None), *(overrides or ()))
     fields = {"temperature": temperature, "max_tokens": max_tokens, **_object(request)}
     text = read_prompt(prompt_file)
     about: dict[str, Any] = {"a": a, "b": b, "judge": model, "endpoint": None}

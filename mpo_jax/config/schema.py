@@ -95,7 +95,8 @@ class Config(Section, frozen=True):
     def set_by(self, given: Given) -> Self:
         """The same configuration, which knows who set its keys."""
         known = self.model_copy()
-        known._given = given
+        # no field, so not frozen
+        known._given = given  # pyright: ignore[reportAttributeAccessIssue]
         return known
 
     @field_validator("experiment", mode="before")
