@@ -39,7 +39,5 @@ def test_a_wrong_option_is_refused(options, message):
 
 
 def test_a_missing_field_is_named_with_the_option_that_finds_it():
-    with pytest.raises(
-        UserError, match=r"row 1: .*no field 'rejected'.*\. columns=\{\"rejected\": NAME\} takes it from"
-    ):
+    with pytest.raises(UserError, match=r"row 1: .*no field 'rejected'.*\. columns=.*rejected.* takes it from"):
         mpo.read_pairs([{"prompt": "a", "chosen": "b", "worse": "c"}], toy.make_tokenizer())
