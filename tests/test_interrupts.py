@@ -31,11 +31,11 @@ STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 LONGEST_S = 5.0
 SETTINGS = f"runtime.compilation_cache={jax.config.jax_compilation_cache_dir}", "runtime.tensorboard=false"
 LAST_LINE = (
-    r"(interrupted|terminated)(| in [a-z]+-[0-9a-f]+: (stopped after (step \d+, which is|\d+ of \d+ rows of "
+    r"(interrupted|terminated)(| in [a-z]+-[0-9a-f]+ of \S+: (stopped after (step \d+, which is|\d+ of \d+ rows of "
     r"[\w' -]+, which are) saved|step \d+ is saved|"
     r"no (step|row) is saved yet|the same command goes on from the rows that are saved)"
     r"(; the same command goes on from .+|; the same command begins it anew|)"
-    r"|: the same command goes on from the stages that are finished)"
+    r"|: the same command goes on from the stages that are finished(| in \S+))"
 )
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from mpo_jax.cli.arguments import ModelPath, Overrides
+from mpo_jax.cli.arguments import ModelPath, Overrides, short_keys
 from mpo_jax.runtime.console import console
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def accuracy(
     from mpo_jax.tools.accuracy import measure
     from mpo_jax.tools.opening import open_model
 
-    given = tuple(overrides or ())
+    given = (*short_keys(None, [data], None), *(overrides or ()))
     opened = open_model(model, given)
     found = measure(
         opened,
@@ -63,8 +63,8 @@ def accuracy(
                 soft_wrap=True,
             )
     console.print("Ties count half; intervals are 95%, Wilson's.", soft_wrap=True)
-    if found.cut is not None:
-        console.print(f"[yellow]{found.cut}[/yellow]", soft_wrap=True)
+    for remark in filter(None, (found.cut, found.stripped)):
+        console.print(remark, style="yellow", soft_wrap=True, markup=False)
     if json_file is not None:
         named = {"model": model, "reference": reference, "data": data, "by": by}
         write_json(json_file, {**named, **found.to_dict()})

@@ -87,4 +87,10 @@ def _leaving(arguments: list[str]) -> contextlib.AbstractContextManager[None]:
     """What a stop between stages leaves, of commands that make any."""
     if not {"run", "table", *stages.STAGES} & set(arguments[:1]):
         return contextlib.nullcontext()
-    return STOPS.leaving("", lambda: f"{GOES_ON} the stages that are finished")
+    STOPS.workdir = None
+
+    def finished() -> str:
+        where = "" if STOPS.workdir is None else f" in {STOPS.workdir}"
+        return f"{GOES_ON} the stages that are finished{where}"
+
+    return STOPS.leaving("", finished)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mpo_jax.cli.arguments import ComparedOn, Overrides, SideA, SideB
+from mpo_jax.cli.arguments import ComparedOn, Overrides, SideA, SideB, short_keys
 from mpo_jax.runtime.console import console
 
 ANNOTATORS = 3
@@ -35,7 +35,8 @@ def export_study(
     from mpo_jax.tools.sides import compared
 
     check_output(out, "--out", folder=True)
-    pairs = compared(a, b, data, out=out, overrides=tuple(overrides or ()), by=by or CATEGORY)
+    given = (*short_keys(None, None if data is None else [data], None), *(overrides or ()))
+    pairs = compared(a, b, data, out=out, overrides=given, by=by or CATEGORY)
     study = make_study(pairs, (a, b), n=n, by=by, seed=seed)
     key = write_study(study, out)
     counts = Counter(item.category or "all" for item in study.items)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mpo_jax.cli.arguments import ComparedOn, Overrides, SideA, SideB
+from mpo_jax.cli.arguments import ComparedOn, Overrides, SideA, SideB, short_keys
 from mpo_jax.errors import GOES_ON, UserError
 from mpo_jax.runtime.console import console
 from mpo_jax.runtime.interrupts import STOPS
@@ -69,7 +69,7 @@ def judge(
 
     if not dry_run:
         check_output(out, "--out", folder=True)
-    given = tuple(overrides or ())
+    given = (*short_keys(None, None if data is None else [data], None), *(overrides or ()))
     fields = {"temperature": temperature, "max_tokens": max_tokens, **_object(request)}
     text = read_prompt(prompt_file)
     about: dict[str, Any] = {"a": a, "b": b, "judge": model, "endpoint": None}
@@ -90,12 +90,13 @@ def judge(
             return
         judged, about["cut"] = _by_reward_model(opened, pairs)
     else:
-        with contextlib.closing(Cache(cache.expanduser() / "answers.jsonl", console)) as answers:
+        kept = cache.expanduser() / "answers.jsonl"
+        with contextlib.closing(Cache(kept, console)) as answers:
             whole = comparison.Comparison(asked, pairs, text, swap, answers)
             _print_calls(whole)
             if dry_run:
                 return
-            with STOPS.leaving("", lambda: f"the answers so far are kept; {GOES_ON} there"):
+            with STOPS.leaving("", lambda: f"the answers so far are kept in {kept}; {GOES_ON} there"):
                 judged, usage = whole.run(_counting(len(whole.wanted)))
         about |= usage | {"calls_made": len(whole.wanted), "prompt_file": prompt_file and str(prompt_file)}
     _finish(judged, about, out, resamples)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from mpo_jax.cli.arguments import ModelPath, Overrides
+from mpo_jax.cli.arguments import ModelPath, Overrides, short_keys
 from mpo_jax.runtime.console import console
 
 
@@ -27,7 +27,7 @@ def score(
     from mpo_jax.tools.opening import open_model
     from mpo_jax.tools.scoring import score as score_rows
 
-    opened = open_model(model, tuple(overrides or ()))
+    opened = open_model(model, (*short_keys(None, [data], None), *(overrides or ())))
     found = score_rows(opened, data, batch_size=batch_size, max_rows=max_rows)
     write_lines(out, found.lines())
     num_rows, what = len(found.values_BN), "row" if found.prompt_tokens_B is None else "response"
@@ -39,6 +39,6 @@ def score(
     if len(found.sides) == 2:
         share = (found.values_BN[:, 0] > found.values_BN[:, 1]).mean()
         console.print(f"chosen above rejected in {share:.1%} of {num_rows} rows")
-    if found.cut is not None:
-        console.print(f"[yellow]{found.cut}[/yellow]", soft_wrap=True)
+    for remark in filter(None, (found.cut, found.stripped)):
+        console.print(remark, style="yellow", soft_wrap=True, markup=False)
     console.print(f"wrote {out}", soft_wrap=True)

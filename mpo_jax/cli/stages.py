@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mpo_jax.cli.arguments import BaseModel, ConfigPath, DataPaths, Out, Overrides, read_run, short_keys
-from mpo_jax.cli.starting import starting
+from mpo_jax.cli.starting import print_tensorboard, starting
 from mpo_jax.config.registry import TRAINED
 from mpo_jax.runtime.console import console
 from mpo_jax.runtime.words import counted
@@ -106,4 +106,6 @@ def _run(given: str | None, overrides: Sequence[str], stage: str) -> tuple["Conf
         users.setdefault(artifact.path, []).append(name)
     for made, names in users.items():
         console.print(f"{', '.join(names)}: {made}", soft_wrap=True)
+    if stage in TRAINED:
+        print_tensorboard(config)
     return config, list(users)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpo_jax.runtime.console import console
+from mpo_jax.runtime.interrupts import STOPS
 from mpo_jax.runtime.version import __version__
 
 if TYPE_CHECKING:
@@ -23,11 +24,13 @@ RANKS = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "TPU_WORKER_ID", "JOB_COMPLETIO
 
 @contextlib.contextmanager
 def starting(command: str, source: Path | None, config: "Config") -> Iterator[None]:
-    """Prints what is started, by the YAML file `source` if there is one; the block imports the libraries.
+    """Prints what is started, by the YAML file `source` if there is one; the block imports the libraries. From here on
+    the message about a stop names the workdir.
 
     An import makes a million objects that stay. The garbage collector would look through them again and again, an
     eighth of the time.
     """
+    STOPS.workdir = config.workdir
     if _first(config, os.environ):
         console.print(announcement(command, source, config), soft_wrap=True, markup=False)
     if "jax" in sys.modules or not gc.isenabled():

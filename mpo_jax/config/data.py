@@ -1,5 +1,6 @@
 """The sections `text`, `data` and `data.toy`: where rows come from, and how text becomes tokens."""
 
+import json
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, field_validator, model_validator
@@ -184,6 +185,19 @@ class DataConfig(Section, frozen=True):
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
+
+    @field_validator("columns", mode="before")
+    @classmethod
+    def _are_text(cls, value: Any) -> Any:
+        """YAML reads a column called yes as true, and one called 2 as a number."""
+        for field, column in value.items() if isinstance(value, dict) else ():
+            if not isinstance(column, str):
+                raise ValueError(
+                    f"the column for {field} was read as {json.dumps(column, default=str)}, which is no name. Put the "
+                    f'name into quotes: {field}: "NAME" in a file, \'data.columns.{field}="NAME"\' on the command '
+                    "line"
+                )
+        return value
 
     @field_validator("columns")
     @classmethod

@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from mpo_jax.config.base import BY_NAME
+from mpo_jax.config.given import Given
 from mpo_jax.config.interpolation import literal, refuse_growth, refuse_many, refuse_resolvers, refuse_secrets
 from mpo_jax.config.old_keys import dotted, refuse_old_keys, renamed
 from mpo_jax.config.schema import TRAINED, Config
@@ -36,7 +37,7 @@ def load_config(path: str | Path | None, overrides: tuple[str, ...] = (), *, sta
       UserError: naming the file and line, or the key, and what to do.
     """
     merged: Any = OmegaConf.create({}) if path is None else _read_yaml(Path(path))
-    path = path or COMMAND_LINE
+    path, files, command_line = path or COMMAND_LINE, [_keys(merged)], frozenset[str]()
     for override in overrides:
         key, equals, value = override.partition("=")
         try:
@@ -47,8 +48,10 @@ def load_config(path: str | Path | None, overrides: tuple[str, ...] = (), *, sta
                 check_yaml(value, f"the override {key}")
                 refuse_many(value, f"the override {key}")
                 update = _checked(_from_dotlist(key, value), COMMAND_LINE)
+                command_line |= _keys(update)
             else:
                 update = _read_yaml(Path(override))
+                files.append(_keys(update))
             merged = OmegaConf.merge(merged, update)
         except (OmegaConfBaseException, yaml.YAMLError) as error:
             raise UserError(f"cannot read the override {override!r}: {_first_line(error)}") from error
@@ -58,7 +61,7 @@ def load_config(path: str | Path | None, overrides: tuple[str, ...] = (), *, sta
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {_first_line(error)}") from error
     try:
-        return Config.model_validate(values)
+        return Config.model_validate(values).set_by(Given(command_line, tuple(files)))
     except ValidationError as error:
         raise UserError(_explain(error, path)) from error
 
@@ -96,6 +99,10 @@ def _read_yaml(path: Path) -> Any:
     if not OmegaConf.is_dict(loaded):
         raise UserError(f"{path}: a configuration is a mapping of keys to values, not a list")
     return _checked(loaded, path)
+
+
+def _keys(loaded: Any) -> frozenset[str]:
+    return frozenset(dotted(OmegaConf.to_container(loaded, resolve=False)))
 
 
 def _from_dotlist(key: str, value: str) -> Any:

@@ -1,11 +1,12 @@
 """The whole configuration. Its sections are in the modules beside this one and can be imported from here."""
 
-from typing import Any
+from typing import Any, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from mpo_jax.config.base import Section
 from mpo_jax.config.data import DataConfig, TextConfig, ToyConfig
+from mpo_jax.config.given import Given
 from mpo_jax.config.machine import MeshConfig, ProcessesConfig, RuntimeConfig, WandbConfig
 from mpo_jax.config.method import (
     DpoConfig,
@@ -84,6 +85,19 @@ class Config(Section, frozen=True):
     table: TableConfig = Field(default_factory=lambda: TableConfig())
     mesh: MeshConfig = Field(default_factory=lambda: MeshConfig())
     runtime: RuntimeConfig = Field(default_factory=lambda: RuntimeConfig())
+    _given: Given = PrivateAttr(default=Given())
+
+    @property
+    def given(self) -> Given:
+        """The keys that were set by files and the command line; empty for a configuration made in Python."""
+        return self._given
+
+    def set_by(self, given: Given) -> Self:
+        """The same configuration, which knows who set its keys."""
+        known = self.model_copy()
+        # no field, so not frozen
+        known._given = given  # pyright: ignore[reportAttributeAccessIssue]
+        return known
 
     @field_validator("experiment", mode="before")
     @classmethod

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mpo_jax.config.base import Names
 from mpo_jax.config.suggestion import suggest
+from mpo_jax.data.fields import MissingField
 from mpo_jax.data.sources import Source
 from mpo_jax.data.text_files import Row, columns_of
 from mpo_jax.errors import UserError
@@ -19,6 +20,11 @@ def renamed(source: Source, columns: Names) -> Source:
         rows of other paths can have other columns.
     """
     return _Renamed(source, columns) if columns else source
+
+
+def advice(error: MissingField) -> str:
+    """The message about a missing field, and what takes it from another column."""
+    return f"{error}. data.columns.{error.field}=NAME takes it from another column"
 
 
 def check_columns(sources: Sequence[Source], columns: Names, fields: Sequence[str], max_rows: int) -> None:

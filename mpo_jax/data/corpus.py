@@ -17,7 +17,7 @@ from mpo_jax.config.registry import ROW_FORMATS
 from mpo_jax.config.schema import Config, DataConfig, ModelConfig, TextConfig
 from mpo_jax.data import toy
 from mpo_jax.data.chat import Chat, Message, read_template
-from mpo_jax.data.columns import check_columns, renamed
+from mpo_jax.data.columns import advice, check_columns, renamed
 from mpo_jax.data.fields import MissingField
 from mpo_jax.data.records import (
     DataReport,
@@ -77,8 +77,7 @@ def _naming(key: str) -> Iterator[None]:
     try:
         yield
     except MissingField as error:
-        advice = f"data.columns.{error.field}=NAME takes it from another column"
-        raise UserError(f"data.{key}: {error}. {advice}") from error
+        raise UserError(f"data.{key}: {advice(error)}") from error
     except UserError as error:
         raise UserError(f"data.{key}: {error}") from error
 
@@ -126,9 +125,9 @@ def _load(config: Config) -> Corpus:
             f"{r.source}: read {r.read}, kept {r.kept}, dropped {dict(r.dropped)}" for r in corpus.reports
         )
         tested = "pairs" in empty and any(report.dropped[TESTED] for report in corpus.reports)
-        advice = "data.path and the test set hold the same prompts: name other rows as one of them"
+        what_to_do = "data.path and the test set hold the same prompts: name other rows as one of them"
         raise UserError(
-            f"the data set has no {', '.join(empty)} rows. {sources}. {advice if tested else 'Check the files'}"
+            f"the data set has no {', '.join(empty)} rows. {sources}. {what_to_do if tested else 'Check the files'}"
         )
     if data.holds_out and not corpus.held_out:
         prompts = len({row.group for row in corpus.pairs})

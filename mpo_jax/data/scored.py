@@ -10,7 +10,8 @@ from typing import Any
 
 from mpo_jax.config.schema import DataConfig
 from mpo_jax.data import records
-from mpo_jax.data.fields import said, text_field
+from mpo_jax.data.columns import renamed
+from mpo_jax.data.fields import MissingField, said, text_field
 from mpo_jax.data.records import DataReport, Demonstration, Preference, Readers, Renderer, RowFormat, collect
 from mpo_jax.data.sources import Row, Source, open_source
 from mpo_jax.errors import UserError
@@ -49,7 +50,7 @@ def read_scored(
 def check_scores(data: DataConfig) -> None:
     """Raises UserError if the first row of a file of data.path brings no scores: it would be a pair without a gap."""
     for spec in data.path:
-        for place, row in open_source(spec).rows(1):
+        for place, row in renamed(open_source(spec), data.columns).rows(1):
             if RESPONSES not in row:
                 raise UserError(
                     f"data.path: {place}: the row brings no scores, which select.pair_source=scored splits by: give "
@@ -61,7 +62,7 @@ def _scored_responses(row: Row, place: str) -> tuple[list[str], list[float]]:
     """The responses and their scores, checked."""
     for field in (RESPONSES, SCORES):
         if field not in row:
-            raise UserError(f"{place}: the row has no field {field!r}; it has: {', '.join(row) or 'nothing'}")
+            raise MissingField(f"{place}: the row has no field {field!r}; it has: {', '.join(row) or 'nothing'}", field)
         if not isinstance(row[field], list):
             raise UserError(f"{place}: field {field!r} must be a list, not {type(row[field]).__name__}")
     responses, scores = row[RESPONSES], row[SCORES]

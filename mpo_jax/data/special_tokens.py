@@ -9,6 +9,7 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 from mpo_jax.data.chat import Message, Reply
+from mpo_jax.runtime.words import counted
 
 END_MARKERS = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<end_of_turn>", "<|end_of_text|>", "<|eom_id|>")
 """Ends of turns and texts in widespread models' data: they end no response of another model's either."""
@@ -71,13 +72,24 @@ class SpelledTokens:
             "inside": "{} as text, which the policy learns to spell: clean these rows if that is not meant",
             "turns": "{}, which the tokenizer reads as such, so that a turn can end early: clean these rows",
         }
-        subjects = {"ends": "responses end with", "inside": "responses have inside them",
-                    "turns": "conversations have inside a turn"}  # fmt: skip
-        return [
-            says[kind].format(f"{found.total()} {subjects[kind]} a special token, such as {found.most_common(1)[0][0]}")
-            for kind, found in self._found.items()
-            if found
-        ]
+        return [says[kind].format(self._counted(kind)) for kind, found in self._found.items() if found]
+
+    def stripped(self) -> str | None:
+        """How many responses are without an end marker now, for what scores them; None: none."""
+        if not (self._strip and self._found["ends"]):
+            return None
+        return f"{self._counted('ends')} as text, which is not scored: text.end_markers=keep leaves it in"
+
+    def _counted(self, kind: str) -> str:
+        """`2 responses end with a special token, such as </s>`."""
+        found = self._found[kind]
+        number = found.total()
+        subjects = {
+            "ends": (counted(number, "response ends", "responses end"), "with"),
+            "inside": (counted(number, "response has", "responses have"), "inside"),
+            "turns": (counted(number, "conversation has", "conversations have"), "inside a turn"),
+        }
+        return f"{' '.join(subjects[kind])} a special token, such as {found.most_common(1)[0][0]}"
 
 
 def _may_spell(text: str) -> bool:

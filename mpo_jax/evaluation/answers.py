@@ -6,8 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mpo_jax.config.base import Names
 from mpo_jax.data.chat import Message
-from mpo_jax.data.fields import said, text_field
+from mpo_jax.data.columns import advice, check_columns, renamed
+from mpo_jax.data.fields import MissingField, said, text_field
 from mpo_jax.data.sources import FILE_SUFFIXES, HUB, Row, open_source
 from mpo_jax.errors import UserError
 
@@ -133,15 +135,22 @@ def read_answers(path: str, by: str = CATEGORY) -> list[Answer]:
     return answers
 
 
-def read_prompts(path: str, by: str = CATEGORY) -> list[Prompt]:
+def read_prompts(path: str, by: str = CATEGORY, columns: Names = ()) -> list[Prompt]:
     """Rows {prompt}, a string or a conversation, with a category where the field `by` is there; others are ignored.
+
+    Args:
+      columns: as data.columns, pairs of a field and the column that holds it.
 
     Raises:
       UserError: for a row without a prompt, with its place, or if there are no rows.
     """
-    prompts = []
-    for place, row in open_source(path).rows():
-        turns = said(row, "prompt", place)
+    source, prompts = renamed(open_source(path), columns), []
+    check_columns([source], columns, ("prompt", by), 1)
+    for place, row in source.rows():
+        try:
+            turns = said(row, "prompt", place)
+        except MissingField as error:
+            raise UserError(advice(error)) from error
         if not turns:
             raise UserError(f"{place}: the prompt is empty: drop the row")
         prompts.append(Prompt(as_text(turns), turns, _category(row, by, place)))

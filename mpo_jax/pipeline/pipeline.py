@@ -28,6 +28,7 @@ from mpo_jax.runtime.files import write_json
 from mpo_jax.runtime.interrupts import STOPS
 from mpo_jax.runtime.processes import is_main
 from mpo_jax.runtime.sharding import make_mesh
+from mpo_jax.stages import evaluate
 from mpo_jax.stages.context import Inputs
 from mpo_jax.types import Artifact
 
@@ -52,6 +53,8 @@ class Pipeline:
         # fail on invalid stage settings or a missing source before anything is made
         for name in STAGES:
             stage_settings(name, config)
+        # whether the run that is being made ends with an evaluation
+        self._evaluates = False
         self._data = {"fingerprint": self.inputs.only({"data"}).fingerprints["data"]}
 
     @cached_property
@@ -104,7 +107,8 @@ class Pipeline:
           name: name of an experiment, optionally with its own split (`mpo_t2`).
 
         Raises:
-          UserError: if there are no held-out prompts to evaluate on, before anything is trained.
+          UserError: if there are no held-out prompts to evaluate on, before anything is trained: none are named, or
+            the first stage that is made finds none among the rows.
         """
         if until == "evaluate" and not self.config.data.has_test_prompts:
             raise UserError(
@@ -112,6 +116,7 @@ class Pipeline:
                 "data.test_prompt_path, raise data.validation_fraction above 0, or run "
                 "single stages (mpo sft, reward, select, dpo, ppo)"
             )
+        self._evaluates = until == "evaluate"
         variant = Variant.of(name)
         made: dict[str, Artifact] = {"sft": self.sft()}
         sft, reward = made["sft"], None
@@ -144,12 +149,16 @@ class Pipeline:
         recipe = make_recipe(name, recipe_values(settings), fingerprints, parents)
 
         def run(folder: Path) -> Mapping[str, Any]:
+            if self._evaluates and "data" in stage.inputs:
+                # rows that hold out no prompt: better said now than after hours of training. The stage reads them again
+                # from memory
+                evaluate.check_prompts(self.inputs.corpus.test_prompts)
             mesh = self.mesh
             with jax.set_mesh(mesh), compilation.watched() as compilations:
                 upcoming = upcoming_programs(name, self.config, mesh, settings, recipe["parents"], compilations)
                 context = stage_context(self.config, stage, mesh, folder, self.inputs, recipe, upcoming, parents)
                 left = partial(saved, folder, context.checkpointing.folder, parents, trains=stage.trains)
-                with STOPS.leaving(artifact_name(recipe), left):
+                with STOPS.leaving(f"{artifact_name(recipe)} of {self.config.workdir}", left):
                     try:
                         return stage.run(settings, parents, context)
                     except CheckpointsLost:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from mpo_jax.config.schema import Config, RewardConfig
+from mpo_jax.config.schema import Config
 from mpo_jax.data.corpus import base_tokenizer, check_first_rows
 from mpo_jax.data.scored import check_scores
 from mpo_jax.data.text import TextCodec
@@ -97,7 +97,7 @@ def check_reward(config: Config, codec: TextCodec, row: TextRow | None) -> None:
     Raises:
       UserError: if it cannot score the policy's responses.
     """
-    _say_unused(config.reward)
+    _say_unused(config)
     rows = [] if row is None else [row]
     if config.reward.path is not None:
         own = reward.check_finished(config.reward.path, codec, config.reward.label)
@@ -109,16 +109,19 @@ def check_reward(config: Config, codec: TextCodec, row: TextRow | None) -> None:
             function(rows)
 
 
-def _say_unused(given: RewardConfig) -> None:
-    """Names settings of the reward model that differ from the defaults, and that nothing reads."""
-    source = None if given.trains else "reward.path" if given.path is not None else "reward.function"
-    # the batch size counts for a reward that is not trained here, too
-    train = given.train.model_copy(update={"batch_size": RewardConfig().train.batch_size})
-    given = given.model_copy(update={"train": train})
-    names = (["label"] if given.path is None else []) + ([] if source is None else ["init", "loss", "train"])
-    if unused := [f"reward.{name}" for name in names if getattr(given, name) != getattr(RewardConfig(), name)]:
-        why = "without reward.path" if source is None else f"since {source} is given"
-        console.print(f"[yellow]{', '.join(unused)}: no effect {why}[/yellow]", soft_wrap=True)
+def _say_unused(config: Config) -> None:
+    """Names settings of the reward model that the user has made and nothing reads."""
+    given, unused = config.given, {}
+    if config.reward.path is None:
+        unused["without reward.path"] = given.without_effect("reward.label", None)
+    if not config.reward.trains:
+        source = "reward.path" if config.reward.path is not None else "reward.function"
+        keys = [key for name in ("init", "loss", "train") for key in given.without_effect(f"reward.{name}", source)]
+        # the batch size counts for a reward that is not trained here, too
+        unused[f"since {source} is given"] = [key for key in keys if key != "reward.train.batch_size"]
+    for why, keys in unused.items():
+        if keys:
+            console.print(f"[yellow]{', '.join(keys)}: no effect {why}[/yellow]", soft_wrap=True)
 
 
 def check_missing(

@@ -60,11 +60,13 @@ class Stops:
 
     Attributes:
       signal: the first signal; None: no stop was asked for.
+      workdir: folder of the command's stages, for messages; None: it makes none, or has not read its settings yet.
       watching: whether signals are handled in all phases; otherwise only a `Preemption` handles them.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.workdir: str | None = None
         self.watching = False
         self._blocks: list[Block] = []
         self._notes: list[tuple[str, Callable[[], str]]] = []
@@ -195,7 +197,7 @@ class Stops:
         return 128 + (self.signal or signal.SIGTERM)
 
     def message(self, text: str | None = None) -> str:
-        """One line about the stop: `interrupted in sft-0f: step 2 is saved; the same command goes on from there`."""
+        """One line about the stop: `interrupted in sft-0f of runs/a: step 2 is saved; the same command goes on ...`."""
         noted, self._noted = self._noted or self._note(text), None
         where, _, saved = noted.partition("\n")
         said = text or saved

@@ -1,7 +1,7 @@
 """Evaluation of one policy on held-out prompts: raw reward, true utility if known, length, EOS rate, KL to SFT."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -85,6 +85,15 @@ def check(settings: Settings, mesh: Mesh) -> None:
     check_batch(settings.batch_size, mesh, "evaluate.batch_size")
 
 
+def check_prompts(prompts: Sequence[str]) -> None:
+    """Raises UserError if there are none."""
+    if not prompts:
+        raise UserError(
+            "there are no test prompts to evaluate policies on: raise data.validation_fraction, name data.test_path or "
+            "data.test_prompt_path, or run single stages (mpo sft, reward, select, dpo, ppo)"
+        )
+
+
 def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -> dict[str, Any]:
     """Writes `samples.jsonl` with one line per prompt, and returns means with standard errors.
 
@@ -100,10 +109,7 @@ def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -
     scorer = open_scorer(context, reward, codec, numerics)
 
     prompts = corpus.test_prompts[: settings.num_prompts]
-    if not prompts:
-        raise UserError(
-            "there are no test prompts to evaluate the policy on: raise data.validation_fraction or name data.test_path"
-        )
+    check_prompts(prompts)
     examples, report = context.tokenize(codec, [(prompt, ()) for prompt in prompts])
     allowed_V = jnp.asarray(codec.allowed(model.decoder.vocab_size))
     found = context.sample(

@@ -6,14 +6,12 @@ from typing import Any
 import numpy as np
 
 from mpo_jax.config.schema import DpoConfig
-from mpo_jax.data.sources import Row, open_source
+from mpo_jax.data.sources import Row, Source
 from mpo_jax.errors import UserError
 from mpo_jax.evaluation.accuracy import Accuracy, RewardBench, by_group
 from mpo_jax.tools.opening import OpenModel
-from mpo_jax.tools.scoring import score
+from mpo_jax.tools.scoring import SUBSET, open_rows, score
 
-SUBSET = "subset"
-"""The field in which RewardBench names a row's subset."""
 UNNAMED = "(none)"
 
 
@@ -25,7 +23,7 @@ class Measured:
       beta: factor of an implicit reward; None for a reward model.
       groups: accuracy by the values of the field asked for; empty if none was.
       bench: RewardBench's sections; None if no row names a subset of it.
-      cut: what was cut to fit, as one sentence; None if nothing was.
+      cut, stripped: what was cut to fit and what was taken off, as one sentence each; None if nothing was.
     """
 
     beta: float | None
@@ -33,6 +31,7 @@ class Measured:
     groups: dict[str, Accuracy]
     bench: RewardBench | None
     cut: str | None
+    stripped: str | None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -70,7 +69,7 @@ def measure(
     if beta is None:
         beta = (DpoConfig() if model.trained is None else model.trained.dpo).beta
     # before hours of scoring: what the rows lack
-    groups, subsets = _names(data, by, max_rows)
+    groups, subsets = _names(open_rows(data, model.config.data.columns), by, max_rows)
     scored = score(model, data, batch_size=batch_size, max_rows=max_rows)
     reward_BN = scored.values_BN.astype(np.float64)
     if reference is not None:
@@ -83,6 +82,7 @@ def measure(
         {} if by is None else by_group(margin_B, groups),
         RewardBench.of(margin_B, subsets),
         scored.cut,
+        scored.stripped,
     )
 
 
@@ -114,25 +114,26 @@ def _alike(model: OpenModel, reference: OpenModel) -> OpenModel:
     return dataclasses.replace(reference, config=config, codec=model.codec, trained=model.trained, given=model.given)
 
 
-def _names(data: str, by: str | None, max_rows: int | None) -> tuple[list[str], list[str | None]]:
+def _names(source: Source, by: str | None, max_rows: int | None) -> tuple[list[str], list[str | None]]:
     """Each row's group and its subset.
 
     Raises:
       UserError: if there are no pairs, no row has the field `by`, or one has no name there.
     """
     groups, subsets = [], []
-    for place, row in open_source(data).rows(max_rows):
+    for place, row in source.rows(max_rows):
         if "chosen" not in row or "rejected" not in row:
             raise UserError(
                 f"{place}: accuracy is of pairs, rows {{prompt, chosen, rejected}}; this one has: "
-                f"{', '.join(row) or 'nothing'}"
+                f"{', '.join(row) or 'nothing'}. data.columns.chosen=NAME and data.columns.rejected=NAME take "
+                "them from other columns"
             )
         groups.append(UNNAMED if by is None else _name(row, by, place) or UNNAMED)
         subsets.append(row[SUBSET] if isinstance(row.get(SUBSET), str) else None)
     if not groups:
-        raise UserError(f"{data} holds no rows")
+        raise UserError(f"{source.name} holds no rows")
     if by is not None and set(groups) == {UNNAMED}:
-        raise UserError(f"no row of {data} has the field --by {by}")
+        raise UserError(f"no row of {source.name} has the field --by {by}")
     return groups, subsets
 
 

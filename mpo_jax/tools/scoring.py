@@ -10,11 +10,17 @@ from typing import Any
 import jax
 import numpy as np
 
+from mpo_jax.config.base import Names
 from mpo_jax.config.schema import TextConfig
 from mpo_jax.data import hh, records
 from mpo_jax.data.batches import Progress
 from mpo_jax.data.chat import Message
+from mpo_jax.data.columns import advice, check_columns, renamed
+from mpo_jax.data.corpus import FIRST_ROWS
+from mpo_jax.data.fields import MissingField
+from mpo_jax.data.layouts import FIELDS
 from mpo_jax.data.sources import Row, Source, open_source
+from mpo_jax.data.special_tokens import SpelledTokens
 from mpo_jax.data.text_rows import TextRow
 from mpo_jax.data.tokens import Example, TokenReport, tokenize
 from mpo_jax.errors import UserError
@@ -23,6 +29,9 @@ from mpo_jax.evaluation.scoring import score_examples
 from mpo_jax.runtime.sharding import check_batch
 from mpo_jax.tools.opening import OpenModel
 from mpo_jax.training.tracker import Tracker
+
+SUBSET = "subset"
+"""The field in which RewardBench names a row's subset."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +46,7 @@ class Scored:
         prompt and response together.
       prompt_tokens_B: [rows]; None where the model reads a row as one text.
       cut: what was cut to fit, as one sentence; None if nothing was.
+      stripped: how many responses were without an end marker, as one sentence; None if none was.
     """
 
     name: str
@@ -45,6 +55,7 @@ class Scored:
     tokens_BN: np.ndarray
     prompt_tokens_B: np.ndarray | None
     cut: str | None
+    stripped: str | None
 
     def lines(self) -> list[dict[str, Any]]:
         """A row as JSON has it: its values, then tokens of each response and, if known, of the prompt."""
@@ -60,7 +71,8 @@ def score(opened: OpenModel, data: str, *, batch_size: int, max_rows: int | None
     """Values of {prompt, chosen, rejected} rows (or HH-RLHF's two dialogues), or of {prompt, completion} rows.
 
     Prompts are put into the template and chat of the model's training, except for rows with a field `shown`, such as
-    an evaluation's samples: that is the prompt as the policy saw it.
+    an evaluation's samples: that is the prompt as the policy saw it. Fields are taken from other columns by
+    data.columns, and end markers are taken off responses by text.end_markers, as in a run.
 
     A reward model that a run reads as text (`scorer.OwnTokens`), in whatever run, is read so here too: a row is the
     whole conversation by its own chat template, and `shown` is left aside.
@@ -72,13 +84,13 @@ def score(opened: OpenModel, data: str, *, batch_size: int, max_rows: int | None
       UserError: if there are no rows, or some cannot be scored.
     """
     check_batch(batch_size, opened.mesh, "--batch-size")
-    source = open_source(data)
+    source, spelled = open_rows(data, opened.config.data.columns), _spelled(opened)
     shown = any(row.get(SHOWN) is not None for _, row in source.rows(1))
     if opened.reads_text:
-        return _score_texts(opened, source, batch_size, max_rows, shown=shown)
+        return _score_texts(opened, source, batch_size, max_rows, spelled, shown=shown)
     if shown:
         opened, source = opened.for_rendered_prompts(), _Shown(source)
-    sides, rows = _read(opened.renderer, source, max_rows)
+    sides, rows = _read(dataclasses.replace(opened.renderer, spelled=spelled), source, max_rows)
     examples, report = tokenize(opened.codec, rows, cache=opened.config.runtime.token_cache_folder)
     with _shown_progress(len(examples)) as progress:
         values = values_of(opened, examples, batch_size=batch_size, progress=progress)
@@ -89,10 +101,29 @@ def score(opened: OpenModel, data: str, *, batch_size: int, max_rows: int | None
         np.asarray([[len(ids) for ids in example.responses] for example in examples]),
         np.asarray([len(example.prompt) for example in examples]),
         _what_was_cut(report, opened.config.text),
+        spelled.stripped(),
     )
 
 
-def _score_texts(opened: OpenModel, source: Source, batch_size: int, max_rows: int | None, *, shown: bool) -> Scored:
+def open_rows(data: str, columns: Names) -> Source:
+    """Rows to score, with fields taken from columns of other names.
+
+    Raises:
+      UserError: for a field that such rows cannot have, or a column that the first rows lack.
+    """
+    source = renamed(open_source(data), columns)
+    check_columns([source], columns, (*FIELDS, SHOWN, SUBSET), FIRST_ROWS)
+    return source
+
+
+def _spelled(opened: OpenModel) -> SpelledTokens:
+    """What takes end markers off responses, as in the model's training."""
+    return SpelledTokens(lambda: opened.codec.tokenizer, opened.config.text.end_markers)
+
+
+def _score_texts(
+    opened: OpenModel, source: Source, batch_size: int, max_rows: int | None, spelled: SpelledTokens, *, shown: bool
+) -> Scored:
     """`score` by a reward model that reads each row as one text."""
     if shown and any(row.get(SHOWN) == row.get("prompt") for _, row in source.rows()):
         raise UserError(
@@ -100,7 +131,8 @@ def _score_texts(opened: OpenModel, source: Source, batch_size: int, max_rows: i
             "conversations by its own: give rows whose prompts are lists of turns"
         )
     conversations: dict[str, tuple[Message, ...]] = {}
-    sides, rows = _read(opened.text_renderer(conversations), source, max_rows)
+    render = dataclasses.replace(opened.text_renderer(conversations), spelled=spelled)
+    sides, rows = _read(render, source, max_rows)
     texts = [
         TextRow.of(prompt, response, complete=True, conversations=conversations)
         for prompt, responses in rows
@@ -110,7 +142,7 @@ def _score_texts(opened: OpenModel, source: Source, batch_size: int, max_rows: i
         values, tokens, cut = score_texts(opened, texts, batch_size=batch_size * len(sides), progress=progress)
     shape = len(rows), len(sides)
     said = f"{cut} of {len(texts)} texts lose the start of their prompt, to fit the model" if cut else None
-    return Scored("score", sides, values.reshape(shape), tokens.reshape(shape), None, said)
+    return Scored("score", sides, values.reshape(shape), tokens.reshape(shape), None, said, spelled.stripped())
 
 
 def score_texts(
@@ -165,12 +197,15 @@ def _read(
         render = dataclasses.replace(render, turns=hh.dialogue_turns)
     options: Any = {"strict": False, "max_rows": max_rows, "render": render}
     rows: list[tuple[str, tuple[str, ...]]]
-    if pairs:
-        preferences, report = (hh.read_hh if dialogues else records.read_preferences)(source, **options)
-        rows = [(row.prompt, (row.chosen, row.rejected)) for row in preferences]
-    else:
-        demonstrations, report = records.read_demonstrations(source, **options)
-        rows = [(row.prompt, (row.response,)) for row in demonstrations]
+    try:
+        if pairs:
+            preferences, report = (hh.read_hh if dialogues else records.read_preferences)(source, **options)
+            rows = [(row.prompt, (row.chosen, row.rejected)) for row in preferences]
+        else:
+            demonstrations, report = records.read_demonstrations(source, **options)
+            rows = [(row.prompt, (row.response,)) for row in demonstrations]
+    except MissingField as error:
+        raise UserError(advice(error)) from error
     if report.dropped:
         reasons = ", ".join(f"{count} rows: {reason}" for reason, count in report.dropped.items())
         raise UserError(f"{source.name}: some rows cannot be scored, so lines would not match rows ({reasons})")

@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 from rich.markup import escape
 
+from mpo_jax.config.load import load_config
 from mpo_jax.data.records import Drop
 from mpo_jax.errors import UserError
 from mpo_jax.evaluation.answers import CATEGORY, Answer, Pair, Prompt, find_answers, match, read_answers, read_prompts
@@ -29,13 +30,14 @@ def compared(
     `answers-b.jsonl`.
 
     Args:
-      data: rows {prompt}: the prompts to compare on; None: all that the sides answer.
+      data: rows {prompt}: the prompts to compare on, taken from other columns by data.columns; None: all that the sides
+        answer.
       by: the field that holds a row's category.
 
     Raises:
       UserError: if the sides do not answer the same prompts, or if there are no prompts for a model.
     """
-    prompts = None if data is None else read_prompts(data, by)
+    prompts = None if data is None else read_prompts(data, by, load_config(None, overrides).data.columns)
     # both are opened before either model samples
     opened = [_open_side(path, prompts, overrides, by) for path in (a, b)]
     sides = []

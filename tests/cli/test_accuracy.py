@@ -98,3 +98,16 @@ def test_score_never_writes_over_what_it_reads(pairs, tmp_path, capsys):
     assert mpo("score", "no/such/model", pairs, "--out", pairs / "scores.jsonl") == 2
     assert "is a file, not a folder" in capsys.readouterr().err
     assert pairs.read_text() == before
+
+
+def test_columns_of_other_names_and_end_markers(reward_model, pairs, tmp_path, capsys):
+    renamed, found = tmp_path / "renamed.jsonl", []
+    rows = [{"good" if key == "chosen" else key: value for key, value in row.items()} for row in lines(pairs)]
+    renamed.write_text("".join(json.dumps({**row, "good": f"{row['good']}<eos>"}) + "\n" for row in rows))
+    assert mpo("accuracy", reward_model, renamed, *NO_CACHE) == 2
+    assert "data.columns.chosen=NAME" in capsys.readouterr().err
+    for data, more in ((pairs, ()), (renamed, ("data.columns.chosen=good",))):
+        assert mpo("accuracy", reward_model, data, "--json", tmp_path / "a.json", *more, *NO_CACHE) == 0
+        found.append(json.loads((tmp_path / "a.json").read_text()))
+    assert found[0]["overall"] == found[1]["overall"] and found[0]["bench"] == found[1]["bench"]
+    assert found[0]["stripped"] is None and found[1]["stripped"].startswith("5 responses end with")

@@ -95,3 +95,12 @@ def test_mistakes(sides, tmp_path, capsys, reward_model):
         assert mpo("human", *arguments) == 2
         assert says in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "t").exists() and not (tmp_path / "s" / "result.json").exists()
+
+
+def test_the_prompts_to_compare_on_may_have_another_column(sides, tmp_path, capsys):
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps({"question": f"p{n}"}) + "\n" for n in (3, 5)))
+    given = ("human", "export", *sides, "--data", tmp_path / "asked.jsonl", "--out", tmp_path / "s")
+    assert mpo(*given) == 2
+    assert "data.columns.prompt=NAME takes it from another column" in capsys.readouterr().err
+    assert mpo(*given, "data.columns.prompt=question") == 0
+    assert {item.prompt for item in read_key(tmp_path / "s" / "key.json").items} == {"p3", "p5"}

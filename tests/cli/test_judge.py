@@ -174,6 +174,13 @@ def test_another_prompt_and_further_fields(judge, tmp_path):
     assert counts(result(tmp_path)) == [2, 1, 1, 0] and result(tmp_path)["prompt_file"] == str(path)
 
 
+def test_the_prompts_to_compare_on_may_have_another_column(judge, tmp_path):
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps({"question": row[0]}) + "\n" for row in ROWS[:2]))
+    with serving(lambda prompt, before: Act(by_words(prompt))) as server:
+        asked = ("--data", tmp_path / "asked.jsonl", "data.columns.prompt=question")
+        assert judge(*remote(server), *asked) == 0 and server.calls == 4
+
+
 @pytest.mark.thorough
 def test_a_run_that_is_interrupted_goes_on(sides, tmp_path):
     """Some answers come and the others never: Ctrl-C ends the process, and the next one asks for the others alone."""
@@ -194,7 +201,8 @@ def test_a_run_that_is_interrupted_goes_on(sides, tmp_path):
         process.send_signal(signal.SIGINT)
         err = process.communicate(timeout=20)[1]
         assert process.returncode == 130 and "Traceback" not in err
-        assert err.endswith("interrupted: the answers so far are kept; the same command goes on from there\n")
+        kept = f"the answers so far are kept in {tmp_path}/cache/answers.jsonl"
+        assert err.endswith(f"interrupted: {kept}; the same command goes on from there\n")
         # as a kill in the middle of a write leaves it
         with answers.open("a") as file:
             file.write('{"key": "half')

@@ -154,3 +154,24 @@ def test_numbers_that_are_not_finite_leave_no_file(request, pairs, tmp_path, cap
     assert mpo("score", str(folder), str(pairs), "--out", str(out), "--batch-size", "2", *NO_CACHE) == 2
     assert f"{folder}: its outputs are not finite" in " ".join(capsys.readouterr().err.split())
     assert not out.exists()
+
+
+def test_columns_of_other_names_and_end_markers_are_read_as_in_training(language_model, pairs, tmp_path, capsys):
+    renamed, out = tmp_path / "renamed.jsonl", tmp_path / "b"
+    rows = [{"question": r["prompt"], "chosen": f"{r['chosen']}<|im_end|>", "bad": r["rejected"]} for r in lines(pairs)]
+    renamed.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ("--out", out, "data.columns.prompt=question", *NO_CACHE)
+    assert mpo("score", language_model, pairs, "--out", tmp_path / "a", *NO_CACHE) == 0
+    assert "end with" not in capsys.readouterr().out
+    assert mpo("score", language_model, renamed, *given) == 2
+    assert "data.columns.rejected=NAME takes it from another column" in capsys.readouterr().err
+    assert mpo("score", language_model, renamed, *given, "data.columns.rejected=nein") == 2
+    assert "the first rows have no column 'nein'; they have: question, chosen, bad" in capsys.readouterr().err
+    assert not out.exists()
+    assert mpo("score", language_model, renamed, *given, "data.columns.rejected=bad") == 0
+    assert lines(out) == lines(tmp_path / "a")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "5 responses end with a special token, such as <|im_end|> as text, which is not scored" in said
+    assert mpo("score", language_model, renamed, *given, "data.columns.rejected=bad", "text.end_markers=keep") == 0
+    kept = zip(lines(out), lines(tmp_path / "a"), strict=True)
+    assert all(row["tokens_chosen"] > before["tokens_chosen"] for row, before in kept)

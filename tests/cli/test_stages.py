@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from mpo_jax.cli.arguments import read_config, short_keys
 from mpo_jax.config.schema import ToyConfig
 from mpo_jax.data import toy
 from mpo_jax.errors import UserError
+from mpo_jax.runtime.interrupts import STOPS
 from mpo_jax.tools import runs
 from mpo_jax.tools.opening import find_model
 from mpo_jax.types import Artifact
@@ -111,9 +113,25 @@ def test_short_flags_are_keys_and_read_as_text(tmp_path):
     assert read_config(file, []).seed == 3
 
 
-def test_each_path_is_printed_once(monkeypatch, capsys, tmp_path):
+def test_each_path_is_printed_once_and_after_training_where_the_curves_are(monkeypatch, capsys, tmp_path):
     made = [("mpo", "a"), ("mpo_sft_kl", "a"), ("dpo_base", "b")]
     monkeypatch.setattr(runs, "start", lambda config: None)
     monkeypatch.setattr(runs, "run_until", lambda *_: ((name, Artifact(Path(path), {})) for name, path in made))
     assert mpo("sft", MICRO, f"workdir={tmp_path}") == 0
-    assert capsys.readouterr().out.splitlines()[1:] == ["mpo, mpo_sft_kl: a", "dpo_base: b"]
+    lines, curves = ["mpo, mpo_sft_kl: a", "dpo_base: b"], f"tensorboard --logdir {tmp_path}"
+    assert capsys.readouterr().out.splitlines()[1:] == [*lines, curves]
+    for command, more in (("sft", ["runtime.tensorboard=false"]), ("evaluate", [])):
+        assert mpo(command, MICRO, f"workdir={tmp_path}", *more) == 0
+        assert capsys.readouterr().out.splitlines()[1:] == lines
+
+
+def test_a_stop_names_the_workdir_once_it_is_known(monkeypatch, tmp_path):
+    said: list[str] = []
+    monkeypatch.setattr(runs, "start", lambda config: said.append(STOPS.message()))
+    monkeypatch.setattr(runs, "run_until", lambda *_: ())
+    on = "terminated: the same command goes on from the stages that are finished"
+    assert mpo("sft", MICRO, f"workdir={tmp_path}") == 0
+    assert said.pop() == f"{on} in {tmp_path}"
+    monkeypatch.setattr("mpo_jax.cli.stages.read_run", lambda *_, **__: said.append(STOPS.message()) or sys.exit(0))
+    assert mpo("sft", MICRO, f"workdir={tmp_path}") == 0
+    assert said == [on]

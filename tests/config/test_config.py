@@ -348,3 +348,14 @@ def test_records_of_earlier_versions_are_read_under_the_new_names(tmp_path):
 def read_record_of(folder, config):
     (folder / "now.yaml").write_text(to_yaml(config), encoding="utf-8")
     return read_record(folder / "now.yaml")
+
+
+def test_it_is_known_which_keys_the_command_line_has_set_and_equal_values_are_equal(tmp_path):
+    (tmp_path / "a.yaml").write_text("ppo: {train: {steps: 3}}")
+    config = load_config(tmp_path / "a.yaml", ("train.steps=2", "seed=1"), stage="dpo")
+    assert config.given.command_line == {"dpo", "dpo.train", "dpo.train.steps", "seed"}
+    assert config.given.files == ({"ppo", "ppo.train", "ppo.train.steps"},)
+    in_python = Config(seed=1, dpo={"train": {"steps": 2}}, ppo={"train": {"steps": 3}})
+    assert config == in_python and hash(config) == hash(in_python) and not in_python.given.command_line
+    assert config.model_copy(update={"seed": 2}).given.command_line == config.given.command_line
+    assert "given" not in to_yaml(config)

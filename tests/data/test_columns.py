@@ -61,6 +61,16 @@ def test_a_wrong_name_is_refused_before_anything_is_read(tmp_path, columns, mess
         check_first_rows(load_config(None, ()).model_copy(update={"data": data_of(path, columns)}))
 
 
+@pytest.mark.parametrize(("given", "read"), [("yes", "true"), ("2", "2"), ("null", "null")])
+def test_a_name_that_yaml_reads_as_something_else_needs_quotes(given, read):
+    overrides = ("data.kind=pairs", "data.path=a.jsonl")
+    with pytest.raises(UserError) as error:
+        load_config(None, (*overrides, f"data.columns.chosen={given}"))
+    assert f"data.columns: the column for chosen was read as {read}, which is no name" in str(error.value)
+    advised = str(error.value).split("'")[1].replace("NAME", given)
+    assert load_config(None, (*overrides, advised)).data.columns == (("chosen", given),)
+
+
 def test_columns_need_names_and_files(tmp_path):
     with pytest.raises(ValueError, match="a field or its column has no name"):
         data_of(str(tmp_path / "a.jsonl"), {"prompt": ""})

@@ -109,6 +109,8 @@ def test_pairs_without_scores_are_refused_before_anything_is_made(tmp_path):
     path = write(tmp_path / "pairs.jsonl", {"prompt": "p", "chosen": "c", "rejected": "r"})
     with pytest.raises(UserError, match=r"data\.path: .*pairs\.jsonl:1: the row brings no scores"):
         check_scores(DataConfig(kind="scored", path=(str(path),)))
+    ranked = write(tmp_path / "ranked.jsonl", {"prompt": "p", "answers": ["a", "b"], "scores": [0, 1]})
+    check_scores(DataConfig(kind="scored", path=(str(ranked),), columns={"responses": "answers"}))
 
 
 def test_scored_selection_needs_scored_rows():

@@ -55,12 +55,20 @@ def test_what_is_found_is_said_once_with_its_count():
     ends, inside, turns = found.warnings()
     assert ends.startswith(f"2 responses end with a special token, such as {EOS} as text, which is stripped")
     assert "text.end_markers=keep" in ends
-    assert inside.startswith(f"1 responses have inside them a special token, such as {PAD} as text")
-    assert turns.startswith(f"1 conversations have inside a turn a special token, such as {EOS}, which")
+    assert inside.startswith(f"1 response has inside a special token, such as {PAD} as text")
+    assert turns.startswith(f"1 conversation has inside a turn a special token, such as {EOS}, which")
+    assert found.stripped() == (
+        f"2 responses end with a special token, such as {EOS} as text, which is not scored: text.end_markers=keep "
+        "leaves it in"
+    )
     kept = spelled("keep")
     kept.response(f"a{EOS}")
+    assert kept.stripped() is None and spelled().stripped() is None
     assert ["text.end_markers=strip takes it out" in message for message in kept.warnings()] == [True]
     assert spelled().warnings() == []
+    one = spelled()
+    one.response(f"a{EOS}")
+    assert one.warnings()[0].startswith("1 response ends with a special token")
 
 
 def test_rows_that_differ_by_an_end_marker_are_equal(tmp_path):

@@ -276,7 +276,8 @@ def test_ppo_interrupted_in_mid_stage_goes_on_and_ends_equal(finished, copied, m
     with monkeypatch.context() as patch:
         patch.setattr(ppo.Loop, "iteration", interrupted)
         assert mpo("run", MICRO, f"workdir={copied}") == 130
-    assert f"interrupted in {name}: step 2 is saved; the same command goes on from there" in capsys.readouterr().err
+    said = f"interrupted in {name} of {copied}: step 2 is saved; the same command goes on from there"
+    assert said in capsys.readouterr().err
     assert name not in stages(copied)
     steps = []
 

@@ -163,6 +163,41 @@ def test_every_file_is_read_under_the_reader_of_its_key(models, tmp_path, key):
                 preflight.check_inputs(config)
 
 
+TUNED = "reward: {train: {batch_size: 32, optim: {learning_rate: 2.0e-5}}}"
+NEITHER = "reward.loss=ds_span", "reward.train.optim.learning_rate=1e-3", "reward.train.batch_size=4"
+
+
+@pytest.mark.parametrize(
+    ("file", "overrides", "said"),
+    [
+        (TUNED, ("reward.path={reward}",), ""),
+        (
+            TUNED,
+            ("reward.path={reward}", *NEITHER),
+            "reward.loss, reward.train.optim.learning_rate: no effect since reward.path is given\n",
+        ),
+        (
+            "reward: {path: {reward}, train: {batch_size: 32, optim: {learning_rate: 2.0e-5}}}",
+            (),
+            "reward.train.optim.learning_rate: no effect since reward.path is given\n",
+        ),
+        ("", NEITHER, ""),
+        ("reward: {label: 1}", (), "reward.label: no effect without reward.path\n"),
+        ("reward: {label: 0}", ("reward.path={reward}",), ""),
+    ],
+    ids=["a preset", "the command line", "one file", "a trained one", "a label", "a label that counts"],
+)
+def test_settings_without_effect_are_said_where_the_user_has_made_them(models, tmp_path, capsys, file, overrides, said):
+    of = lambda text: text.replace("{reward}", f"{models}/reward")  # noqa: E731
+    (tmp_path / "merged.yaml").write_text(of(file) or "{}")
+    rows = ("data.kind=pairs", f"data.path={models}/rows.jsonl", f"model.path={models}/policy")
+    config = load_config(MICRO, (f"{tmp_path}/merged.yaml", *rows, *map(of, overrides)))
+    codec, _ = preflight.check_base(config)
+    capsys.readouterr()
+    preflight.check_reward(config, codec, None)
+    assert capsys.readouterr().out == said
+
+
 def test_only_the_first_rows_are_read(models, tmp_path):
     rows = [json.dumps(PAIR)] * FIRST_ROWS
     (tmp_path / "rows.jsonl").write_text("\n".join([*rows, "broken"]))
@@ -184,6 +219,20 @@ def test_nothing_is_made_where_a_later_stage_s_input_is_wrong(broken, tmp_path, 
     assert mpo(command, MICRO, *given) == 2
     assert "is not a reward model: it has no tensor score.weight" in capsys.readouterr().err
     assert not list(tmp_path.glob("w/**/stages/*"))
+
+
+@pytest.mark.parametrize("command", ["run", "table", "evaluate"])
+def test_rows_that_hold_out_no_prompt_are_refused_before_training(models, tmp_path, command, capsys):
+    rows = [{**PAIR, "prompt": f"p {number}"} for number in range(20)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ("data.kind=pairs", f"data.path={tmp_path}/rows.jsonl", f"model.path={models}/policy")
+    more = ("seeds=0", "experiment=sft") if command == "table" else ("experiment=sft",)
+    too_few = ("data.validation_fraction=1.0e-5", f"workdir={tmp_path}/w")
+    assert mpo(command, MICRO, *given, *too_few, *more) == 2
+    said = capsys.readouterr()
+    assert "no test prompts to evaluate policies on: raise data.validation_fraction, name data.test_path" in said.err
+    assert "make sft" in said.out and not list(tmp_path.glob("w/**/metrics.jsonl"))
+    assert not list(tmp_path.glob("w/**/manifest.json"))
 
 
 @pytest.mark.parametrize(

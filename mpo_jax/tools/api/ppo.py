@@ -19,8 +19,9 @@ from mpo_jax.stages.ppo.compiled import make_score, named
 from mpo_jax.stages.ppo.layout import make_narrow
 from mpo_jax.stages.ppo.objective import actor_objective, critic_objective
 from mpo_jax.stages.ppo.settings import Method
+from mpo_jax.tools.api.arguments import checked
 from mpo_jax.tools.api.models import LoadedModel, check_rows, check_same_tokens
-from mpo_jax.tools.api.trainers import Measures, check_trains, checked
+from mpo_jax.tools.api.trainers import Measures, check_trains
 from mpo_jax.training.update import init_state, jit_update
 from mpo_jax.types import Params, PpoBatch, PromptBatch, merge, trainable
 

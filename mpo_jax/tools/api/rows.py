@@ -2,7 +2,7 @@
 
 import dataclasses
 import importlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,15 +15,22 @@ from mpo_jax.config.schema import DataConfig, TextConfig
 from mpo_jax.config.suggestion import suggest
 from mpo_jax.data.batches import Batch, Buckets, TrainBatches, num_steps
 from mpo_jax.data.chat import Chat
+from mpo_jax.data.columns import check_columns, renamed
+from mpo_jax.data.corpus import FIRST_ROWS
+from mpo_jax.data.fields import MissingField
 from mpo_jax.data.records import DataReport, Readers, Renderer
 from mpo_jax.data.sources import Row, Source, open_source
+from mpo_jax.data.special_tokens import SpelledTokens
 from mpo_jax.data.text import TextCodec
 from mpo_jax.data.tokens import Example, number_visits, tokenize
 from mpo_jax.errors import UserError
 from mpo_jax.runtime.files import write_lines
+from mpo_jax.runtime.stage_warnings import warn
+from mpo_jax.tools.api.arguments import checked
 from mpo_jax.tools.api.models import MAX_TOKENS
 
 Self = TypeVar("Self", bound="Rows")
+T = TypeVar("T")
 
 Given = str | Path | Iterable[Mapping[str, Any]]
 """Path of a file or folder, a hub data set, or the rows themselves."""
@@ -148,51 +155,75 @@ def read_pairs(source: Given, tokenizer: PreTrainedTokenizerBase, **options: Any
       tokenizer: tokenizer of the model that reads the rows.
       options: kind (a row format in configs/README.md, default "pairs"), max_prompt_tokens and max_response_tokens
         (512), chat (False: plain prompts stay plain), template_options and fold_system (as the keys of that name in
-        `text`), prompt_template ("{prompt}"), strict (True: drops unusable rows and counts them in `report`), max_rows.
+        `text`), prompt_template ("{prompt}"), strict (True: drops unusable rows and counts them in `report`), max_rows,
+        columns (columns by the field that they hold, such as {"prompt": "question"}), end_markers ("strip": special
+        tokens that a response ends with as text, such as "</s>", are taken off, with a warning; or "keep").
 
     Raises:
       UserError: for a missing file, a malformed row (with its place), or if there are no rows.
     """
-    readers, codec, text = _open(source, tokenizer, options)
-    rows, report = readers.preferences(text)
+    opened = _open(source, tokenizer, options)
+    rows, report = opened.read(opened.readers.preferences)
     texts = [(row.prompt, (row.chosen, row.rejected)) for row in _some(rows, report)]
-    return Pairs(*_tokenized(codec, texts), report, tokenizer)
+    return Pairs(*_tokenized(opened.codec, texts), report, tokenizer)
 
 
 def read_demonstrations(source: Given, tokenizer: PreTrainedTokenizerBase, **options: Any) -> Rows:
     """Reads rows {prompt, response} to imitate; options as for `read_pairs`."""
-    readers, codec, text = _open(source, tokenizer, options)
-    rows, report = readers.demonstrations(text)
-    return Rows(*_tokenized(codec, [(row.prompt, (row.response,)) for row in _some(rows, report)]), report, tokenizer)
+    opened = _open(source, tokenizer, options)
+    rows, report = opened.read(opened.readers.demonstrations)
+    texts = [(row.prompt, (row.response,)) for row in _some(rows, report)]
+    return Rows(*_tokenized(opened.codec, texts), report, tokenizer)
 
 
 def read_prompts(source: Given, tokenizer: PreTrainedTokenizerBase, **options: Any) -> Rows:
     """Reads the prompts of rows of any layout, to sample from; options as for `read_pairs`."""
-    readers, codec, text = _open(source, tokenizer, options)
-    rows, report = readers.prompts(text)
-    prompts, responses, examples = _tokenized(codec, [(row.prompt, ()) for row in _some(rows, report)])
+    opened = _open(source, tokenizer, options)
+    rows, report = opened.read(opened.readers.prompts)
+    prompts, responses, examples = _tokenized(opened.codec, [(row.prompt, ()) for row in _some(rows, report)])
     return Rows(prompts, responses, number_visits(examples), report, tokenizer)
 
 
-def _open(
-    source: Given, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]
-) -> tuple[Readers, TextCodec, Source]:
+@dataclasses.dataclass(frozen=True)
+class _Opened:
+    """A source with what reads it."""
+
+    readers: Readers
+    codec: TextCodec
+    source: Source
+    spelled: SpelledTokens
+
+    def read(self, reader: Callable[[Source], tuple[list[T], DataReport]]) -> tuple[list[T], DataReport]:
+        """The rows and their report; warns of special tokens in them."""
+        try:
+            rows, report = reader(self.source)
+        except MissingField as error:
+            raise UserError(f'{error}. columns={{"{error.field}": NAME}} takes it from another column') from error
+        for message in self.spelled.warnings():
+            warn(message)
+        return rows, report
+
+
+def _open(source: Given, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> _Opened:
     of_text = {"chat": False, "template_options": {}, "fold_system": False, "prompt_template": "{prompt}",
-               "max_prompt_tokens": MAX_TOKENS, "max_response_tokens": MAX_TOKENS}  # fmt: skip
-    known = {"kind": "pairs", "strict": True, "max_rows": None, **of_text}
+               "max_prompt_tokens": MAX_TOKENS, "max_response_tokens": MAX_TOKENS, "end_markers": "strip"}  # fmt: skip
+    known = {"kind": "pairs", "strict": True, "max_rows": None, "columns": {}, **of_text}
     if unknown := options.keys() - known.keys():
         name = sorted(unknown)[0]
         raise UserError(f"rows have no option {name}{suggest(name, [*known])}")
     given = {**known, **options}
     if given["kind"] not in ROW_FORMATS:
         raise UserError(f"kind={given['kind']!r} is not a row format{suggest(str(given['kind']), [*ROW_FORMATS])}")
-    text = TextConfig(**{name: given[name] for name in of_text})
+    text = checked(TextConfig, {name: given[name] for name in of_text})
     form = importlib.import_module(ROW_FORMATS[given["kind"]]).FORMAT
-    render = Renderer(cache(lambda: Chat.of(tokenizer, text)), wrap=text.chat, turns=form.turns)
+    spelled = SpelledTokens(lambda: tokenizer, text.end_markers)
+    render = Renderer(cache(lambda: Chat.of(tokenizer, text)), wrap=text.chat, turns=form.turns, spelled=spelled)
     opened = open_source(str(source)) if isinstance(source, str | Path) else _Given(list(source))
-    data = DataConfig(kind=given["kind"], path=(opened.name,))
+    data = checked(DataConfig, {"kind": given["kind"], "path": (opened.name,), "columns": given["columns"]})
+    opened = renamed(opened, data.columns)
+    check_columns([opened], data.columns, form.fields, FIRST_ROWS)
     readers = form.readers(data, {"strict": given["strict"], "max_rows": given["max_rows"], "render": render})
-    return readers, TextCodec(tokenizer, text), opened
+    return _Opened(readers, TextCodec(tokenizer, text), opened, spelled)
 
 
 def _some(rows: Sequence[Any], report: DataReport) -> Sequence[Any]:

@@ -3,14 +3,13 @@
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
 import jax
 import optax
-from pydantic import ValidationError
 
 from mpo_jax.config.registry import PREFERENCE_LOSSES
-from mpo_jax.config.schema import DpoConfig, Section
+from mpo_jax.config.schema import DpoConfig
 from mpo_jax.config.suggestion import suggest
 from mpo_jax.data.batches import Batch
 from mpo_jax.errors import UserError
@@ -19,12 +18,11 @@ from mpo_jax.runtime.sharding import place_batch
 from mpo_jax.stages import dpo, reward, sft
 from mpo_jax.stages.dpo import DpoBatch
 from mpo_jax.stages.preference import PreferenceLoss
+from mpo_jax.tools.api.arguments import checked
 from mpo_jax.tools.api.models import LoadedModel, check_rows, check_same_tokens
 from mpo_jax.training.tracker import add_up, mean_values
 from mpo_jax.training.update import Objective, init_state, jit_update
 from mpo_jax.types import Params, PromptBatch, TrainState
-
-S = TypeVar("S", bound=Section)
 
 
 class Measures(Mapping[str, float]):
@@ -128,19 +126,6 @@ def check_trains(model: LoadedModel) -> None:
     """Raises UserError if the model has no parameters that train."""
     if not model.params["trainable"]:
         raise UserError("the model is frozen: load it with frozen=False to train it")
-
-
-def checked(section: type[S], given: Mapping[str, Any]) -> S:
-    """A configuration section from arguments.
-
-    Raises:
-      UserError: for a value that the section refuses, with the argument's name.
-    """
-    try:
-        return section.model_validate(dict(given))
-    except ValidationError as error:
-        problems = (f"{'.'.join(map(str, p['loc']))}: {p['msg'].removeprefix('Value error, ')}" for p in error.errors())
-        raise UserError("; ".join(problems)) from error
 
 
 def Sft(model: LoadedModel, *, optimizer: optax.GradientTransformation, accumulation: int = 1) -> Trainer:
