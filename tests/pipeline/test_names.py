@@ -101,7 +101,7 @@ OTHER: dict[str, Any] = {
     "data.kind": "pairs", "data.path": [OTHER_TLDR], "data.sft_path": [OTHER_TLDR], "data.test_path": [OTHER_TLDR],
     "data.prompt_path": [OTHER_TLDR], "data.test_prompt_path": [OTHER_TLDR], "data.prompts": "unique",
     "data.filter": "none", "data.keep_news": True, "data.validation_fraction": 0.1, "data.max_rows": 50,
-    "data.columns": {"category": "subreddit"},
+    "data.columns": {"category": "subreddit"}, "data.order": "interleaved",
     "data.toy.seed": 3, "data.toy.num_demonstrations": 65, "data.toy.num_pairs": 49, "data.toy.num_test": 17,
     "data.toy.num_values": 5, "data.toy.num_attempts": 2, "data.toy.num_fillers": 1, "data.toy.label_temperature": 2.0,
     **{f"{stage}.train.{key}": value for stage in TRAINED for key, value in TRAIN.items()},
