@@ -88,7 +88,7 @@ def test_policies_are_evaluated_on_the_papers_test_sets():
     assert hh.test_prompt_path == tldr.test_path == () and len(hh.test_path) == 2
     (tests,) = tldr.test_prompt_path
     found = _HUB_PATTERN.fullmatch(tests.removeprefix(HUB))
-    assert found is not None and found.group("name", "folder", "split") == ("trl-lib/tldr", "", "test")
+    assert found is not None and found.group("name", "part", "split") == ("trl-lib/tldr", "", "test")
     assert tldr.has_test_set and not tldr.holds_out, "the validation rows are kept from the reward model alone"
 
 

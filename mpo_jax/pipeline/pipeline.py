@@ -20,6 +20,7 @@ from mpo_jax.errors import CheckpointsLost, UserError
 from mpo_jax.pipeline.artifacts import Builder
 from mpo_jax.pipeline.experiments import Variant, needs_reward, steps_until
 from mpo_jax.pipeline.recipe import artifact_name, make_recipe
+from mpo_jax.pipeline.run_folder import ENVIRONMENT, MADE
 from mpo_jax.pipeline.stages import STAGES, stage_context, stage_settings, upcoming_programs
 from mpo_jax.pipeline.unfinished import saved
 from mpo_jax.runtime import compilation, machine
@@ -183,7 +184,7 @@ class Pipeline:
             if "evaluate" in there:
                 console.print(f"{folder} had a finished run, of other settings: mpo run makes what this one lacks")
         (folder / "config.yaml").write_text(to_yaml(self._split_at(Variant.of(run.name)).config), encoding="utf-8")
-        write_json(folder / "env.json", {**machine.environment(), "data": self._data})
+        write_json(folder / ENVIRONMENT, {**machine.environment(), "data": self._data, MADE: [*run.artifacts]})
         for role in there:
             (folder / role).unlink()
         for role, artifact in run.artifacts.items():

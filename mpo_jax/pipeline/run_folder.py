@@ -14,6 +14,8 @@ from mpo_jax.runtime.files import anew, naming_damage, read_object
 
 CONFIG = "config.yaml"
 ENVIRONMENT = "env.json"
+MADE = "stages"
+"""The entry of the environment that lists a run's roles, so that a stage that is gone is told from one never made."""
 SECTIONS = ("seed", "model", "data", "runtime")
 """What every record has, the last section included."""
 _STEP = re.compile(r"(\d+)-\w+")
@@ -86,17 +88,29 @@ def stage_links(folder: Path) -> dict[str, Path]:
     return found
 
 
+def roles(folder: Path) -> list[str]:
+    """The roles that a run was recorded with; all of its experiment where the record does not say."""
+    try:
+        found = read_environment(folder).get(MADE)
+    except Damaged:
+        found = None
+    if isinstance(found, list) and all(isinstance(role, str) for role in found):
+        return found
+    steps = enumerate(EXPERIMENTS[Variant.of(folder.name).experiment], 1)
+    return ["sft", *(f"{number}-{step.algorithm}" for number, step in steps), "evaluate"]
+
+
 def last_step(folder: Path) -> Path:
     """The link to a run's final policy: that of its last step, or SFT.
 
     Raises:
       Damaged: as `stage_links`.
     """
-    steps = [(int(found[1]), role) for role in stage_links(folder) if (found := _STEP.fullmatch(role))]
+    # not the last one that is there: without a link to the last, an earlier step's model would pass for the run's
+    made = roles(folder) if is_run(folder.name) else stage_links(folder)
+    steps = [(int(found[1]), role) for role in made if (found := _STEP.fullmatch(role))]
     link = folder / (max(steps)[1] if steps else "sft")
-    if is_run(folder.name) and (made := EXPERIMENTS[Variant.of(folder.name).experiment]):
-        # not the last one that is there: without a link to the last, an earlier step's model would pass for the run's
-        link = folder / f"{len(made)}-{made[-1].algorithm}"
+    stage_links(folder)
     if not link.is_dir():
         why = "is a file and should be a link" if link.exists() else "is missing"
         raise Damaged(link, why, remedy(folder))

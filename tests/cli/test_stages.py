@@ -73,11 +73,12 @@ def test_a_workdir_names_its_policy_unless_its_runs_have_several(language_model,
         shutil.copytree(language_model, tmp_path / "stages" / stage / "model")
     for run, links in {"mpo": {"sft": "sft-a"}, "mpo_sft_kl": {"sft": "sft-a"}}.items():
         (tmp_path / "runs" / run).mkdir(parents=True)
-        (tmp_path / "runs" / run / "env.json").write_text("{}")
+        (tmp_path / "runs" / run / "env.json").write_text(json.dumps({"stages": ["sft"]}))
         for role, stage in links.items():
             (tmp_path / "runs" / run / role).symlink_to(tmp_path / "stages" / stage)
     assert find_model(str(tmp_path)).resolve() == (tmp_path / "stages" / "sft-a" / "model").resolve()
     (tmp_path / "runs" / "mpo" / "1-dpo").symlink_to(tmp_path / "stages" / "dpo-a")
+    (tmp_path / "runs" / "mpo" / "env.json").write_text(json.dumps({"stages": ["sft", "1-dpo"]}))
     with pytest.raises(UserError, match=r"holds several runs: name one of .*runs/mpo, .*runs/mpo_sft_kl"):
         find_model(str(tmp_path))
 

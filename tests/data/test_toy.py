@@ -93,7 +93,9 @@ def test_rows_are_those_of_the_seed():
 def test_the_world_stays_as_it_is(config, digest):
     """Artifacts are named by the world's settings and not by its rows, so other rows would not show in a name."""
     rows = (*toy.demonstrations(config), *toy.preferences(config, test=False), *toy.preferences(config, test=True))
-    assert hashlib.sha256("\n".join(map(repr, rows)).encode()).hexdigest() == digest
+    # the fields that rows had when the digests were taken; toy rows bring no scores
+    shown = [repr(row).replace(", scores=None)", ")") for row in rows]
+    assert hashlib.sha256("\n".join(shown).encode()).hexdigest() == digest
 
 
 def test_test_rows_demonstrations_and_pairs_come_from_streams_of_their_own():

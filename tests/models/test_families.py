@@ -325,7 +325,7 @@ def test_missing_config(tmp_path):
 @pytest.mark.parametrize("content", [b'{"model_type": "llama",', b"[1, 2]", "\ufffe".encode("utf-16"), b""])
 def test_broken_config(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(UserError, match=r"config\.json: broken JSON"):
+    with pytest.raises(UserError, match=r"config\.json: (broken JSON|not UTF-8 text)"):
         families.read_config(tmp_path)
 
 
@@ -370,7 +370,7 @@ def test_unsupported_option(tmp_path, name, changes, names):
         ({"num_hidden_layers": "many"}, "num_hidden_layers"),
         ({"vocab_size": None}, "vocab_size"),
         ({"num_attention_heads": 5, "head_dim": None}, "number of attention heads"),
-        ({"num_attention_heads": 0, "head_dim": None}, "zero"),
+        ({"num_attention_heads": 0, "head_dim": None}, "num_attention_heads=0"),
         ({"num_hidden_layers": 0}, "num_layers=0 must be positive"),
         ({"num_key_value_heads": 3}, "num_heads=4 is no multiple of num_kv_heads=3"),
         ({"head_dim": 7}, "head_dim`?=7"),

@@ -141,7 +141,7 @@ def test_weights_are_floating_point_numbers(change, mesh):
         return held | {SCORE: held[SCORE].astype(np.int32)}
 
     folder = change("llama_score", whole_numbers)
-    with pytest.raises(UserError, match=r"tensor score\.weight has type int32, not floating-point numbers"):
+    with pytest.raises(UserError, match=r"tensor score\.weight has type I32, not floating-point numbers"):
         score(folder, mesh)
 
 

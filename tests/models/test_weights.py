@@ -214,13 +214,13 @@ def test_export_holds_one_shard_at_a_time(mesh, tmp_path, monkeypatch):
         fetched.append(weakref.ref(tensor))
         return tensor
 
-    def counting_save(tensors, *args, **options):
+    def counting_save(tensors, path, save=weights.save_tensors):
         nonlocal written
         written += len(tensors)
-        save_file(tensors, *args, **options)
+        save(tensors, path)
 
     monkeypatch.setattr(weights._Export, "fetch", counting_fetch)
-    monkeypatch.setattr(weights, "save_file", counting_save)
+    monkeypatch.setattr(weights, "save_tensors", counting_save)
     weights.save_params(tmp_path, params, config, shard_bytes=SMALL_SHARDS)
     assert most_kept == 0 and written == len(fetched) == len(stored_tensors(tmp_path))
 
@@ -388,7 +388,7 @@ def test_weights_in_their_authors_layout_alone(folder, mesh):
 @pytest.mark.parametrize("text", ["{", '{"weights": {}}', "[]", '{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}'])
 def test_broken_index(folder, mesh, text):
     (folder / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(UserError, match=r"model\.safetensors\.index\.json: broken index"):
+    with pytest.raises(UserError, match=r"model\.safetensors\.index\.json: broken (index|JSON)"):
         load_folder(folder, mesh)
 
 

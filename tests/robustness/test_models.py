@@ -126,7 +126,7 @@ FOLDERS: dict[str, tuple[Change, str]] = {
     "config: number": (text("config.json", "1"), "broken JSON: expected an object, found int"),
     "config: no UTF-8": (text("config.json", b"\xff\xfe{}"), "config.json: not UTF-8 text"),
     "config: deep": (text("config.json", f'{{"a": {DEEP}}}'), "config.json: broken JSON: nested more than 100"),
-    "config: rather deep": (text("config.json", "[" * 300 + "]" * 300), "broken JSON: expected an object, found list"),
+    "config: rather deep": (text("config.json", "[" * 90 + "]" * 90), "broken JSON: expected an object, found list"),
     "config: deep within": (text("config.json", '{"a": ' + "[" * 300 + "]" * 300 + "}"), "nested more than 100 deep"),
     "config: digits": (text("config.json", f'{{"vocab_size": {LONG}}}'), "integer of 5000 digits"),
     "config: 200 digits": (text("config.json", f'{{"vocab_size": {LONG[:200]}}}'), "integer of 200 digits"),

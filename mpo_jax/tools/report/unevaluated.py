@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mpo_jax.pipeline.experiments import in_order, is_run
+from mpo_jax.pipeline.run_folder import roles
 from mpo_jax.runtime.files import anew, read_lines, read_object
 
 SHOWN = (
@@ -15,7 +16,7 @@ SHOWN = (
 def unevaluated(workdir: Path) -> list[str]:
     """The names of the runs without an evaluation, in the order of the tables."""
     runs = (run for run in (workdir / "runs").glob("*") if is_run(run.name) and (run / "config.yaml").is_file())
-    return in_order(run.name for run in runs if not (run / "evaluate" / "manifest.json").is_file())
+    return in_order(run.name for run in runs if "evaluate" not in roles(run))
 
 
 def stage_lines(workdir: Path, run: str) -> Iterator[str]:
