@@ -155,7 +155,8 @@ def test_sigterm_saves_says_so_and_the_same_command_goes_on(commands, whole, tmp
     (saved,) = (path.name for path in workdir.glob(f"stages/.{stage}-*.partial/checkpoints/*"))
     name = folder_of(whole, stage).name
     assert commands.last_line() == (
-        f"terminated in {name}: stopped after step {saved}, which is saved; the same command goes on from there"
+        f"terminated in {name} of {workdir}: stopped after step {saved}, which is saved; the same command goes on from "
+        "there"
     )
     commands.run(*command)
     one, other = folder_of(whole, stage), folder_of(workdir, stage)
