@@ -27,7 +27,7 @@ def content_key(*parts: str) -> str:
 
 
 class Cache:
-    """A file of JSON lines {key, ...}. A line is on disk when `put` returns, and several processes may write.
+    """A file of JSON lines {key, text, ...}. A line is on disk when `put` returns, and several processes may write.
 
     Lines that cannot be read, such as the last one of a killed process, are skipped with a warning.
 
@@ -52,6 +52,8 @@ class Cache:
         for number, line in enumerate(whole.splitlines(), 1):
             try:
                 record = loads(line)
+                if not isinstance(record["text"], str):
+                    raise TypeError
                 self._found[record["key"]] = record
             except (ValueError, TypeError, KeyError):
                 if line.strip():

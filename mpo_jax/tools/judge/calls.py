@@ -108,5 +108,7 @@ def ask(judge: Judge, calls: Sequence[Call], cache: Cache, progress: Callable[[R
 
 
 def _cached(cache: Cache, key: str) -> Reply:
-    record = cache.get(key) or {}
-    return Reply(record["text"], record["prompt_tokens"], record["answer_tokens"])
+    record = cache.get(key)
+    assert record is not None, "every call that did not fail has its answer there"
+    counts = (record.get(name) for name in ("prompt_tokens", "answer_tokens"))
+    return Reply(record["text"], *(count if isinstance(count, int) else None for count in counts))

@@ -33,11 +33,14 @@ def test_what_was_put_is_there_for_the_next_one_at_once(tmp_path, said):
 
 def test_broken_lines_are_left_out_with_a_warning(tmp_path, said):
     path = tmp_path / "answers.jsonl"
-    path.write_bytes(b'{"key": "a", "text": "1"}\n\n[3]\n\xff\n{"text": "no key"}\n{"key": "b", "te')
+    path.write_bytes(
+        b'{"key": "a", "text": "1"}\n\n[3]\n\xff\n{"text": "no key"}\n'
+        b'{"key": "c"}\n{"key": "d", "text": 5}\n{"key": "b", "te'
+    )
     cache = Cache(path, said)
     assert cache.get("a") and cache.get("b") is None
     warned = [line for line in said.file.getvalue().splitlines() if "broken line" in line]
-    assert [line.split(":")[1] for line in warned] == ["3", "4", "5", "6"]
+    assert [line.split(":")[1] for line in warned] == ["3", "4", "5", "6", "7", "8"]
     cache.put("b", {"text": "2"})  # on a line of its own
     assert Cache(path, said).get("b")["text"] == "2"
 
