@@ -92,8 +92,8 @@ def test_a_request_s_further_fields(value):
 @pytest.mark.timeout(10)
 def test_a_cache_of_answers(tmp_path):
     console = Console(file=io.StringIO(), width=200)
-    lines = [f'{{"key": "{name}", "a": {value}}}' for name, value in VALUES.items()]
-    (tmp_path / "a.jsonl").write_text("\n".join([*lines, '{"key": "whole"}\n']))
+    lines = [f'{{"key": "{name}", "text": "", "a": {value}}}' for name, value in VALUES.items()]
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines, '{"key": "whole", "text": ""}\n']))
     cache = Cache(tmp_path / "a.jsonl", console)
     assert cache.get("whole") and not any(map(cache.get, VALUES))
     assert console.file.getvalue().count("a broken line is left out") == len(VALUES)  # type: ignore[attr-defined]
