@@ -1,22 +1,44 @@
 """`mpo report`."""
 
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
 from mpo_jax.cli.arguments import Workdir
 from mpo_jax.runtime.console import console
+
+if TYPE_CHECKING:
+    from mpo_jax.tools.report.results import RunResult
 
 
 def report(workdir: Workdir) -> None:
     """Write the report of a workdir's finished runs again, and list the stages of runs without an evaluation."""
+    from mpo_jax.tools.report.results import collect_unevaluated
     from mpo_jax.tools.report.terminal import print_cautions
-    from mpo_jax.tools.report.unevaluated import stage_lines, unevaluated
-    from mpo_jax.tools.runs import rewrite_report
+    from mpo_jax.tools.runs import report_training, rewrite_report
 
-    names = unevaluated(workdir)
-    for name in names:
-        console.print(f"{name} has no evaluation (mpo evaluate with the same settings makes it):", markup=False)
-        for line in stage_lines(workdir, name):
+    trained = collect_unevaluated(workdir)
+    for run in trained:
+        console.print(f"{run.name} has no evaluation (mpo evaluate with the same settings makes it):", markup=False)
+        for line in _stages(run):
             console.print(f"  {line}", soft_wrap=True, markup=False)
-    if names and not any(workdir.glob("runs/*/evaluate/manifest.json")) and not any(workdir.glob("seed-*/runs")):
-        return
-    page, by_seed = rewrite_report(workdir)
-    print_cautions(by_seed)
+    if trained and not any(workdir.glob("runs/*/evaluate/manifest.json")) and not any(workdir.glob("seed-*/runs")):
+        page = report_training(workdir, trained)
+    else:
+        page, by_seed = rewrite_report(workdir)
+        print_cautions(by_seed)
     console.print(f"report: {page}", soft_wrap=True)
+
+
+def _stages(run: "RunResult") -> Iterator[str]:
+    """A line for each stage of a run: its folder, its time, and what its training ended with."""
+    from mpo_jax.runtime.progress import duration
+    from mpo_jax.tools.report.unevaluated import in_order_made, last_measures
+
+    ended = {row["stage"]: row for row in last_measures(run)}
+    for role in in_order_made(run):
+        artifact = run.artifacts[role]
+        seconds = artifact.manifest.get("seconds")
+        time = "" if seconds is None else f", {duration(seconds)}"
+        values = {key: x for key, x in ended.get(role, {}).items() if isinstance(x, int | float)}
+        measured = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        yield f"{role}: {artifact.path}{time}{f': {measured}' if measured else ''}"

@@ -119,6 +119,14 @@ def rewrite_report(workdir: Path) -> tuple[Path, "BySeed"]:
     return page, by_seed
 
 
+def report_training(workdir: Path, trained: list[results.RunResult]) -> Path:
+    """Writes the report of runs without an evaluation; its page."""
+    from mpo_jax.tools.report.page import write_training_report
+
+    check_output(workdir, "WORKDIR", folder=True)
+    return write_training_report(workdir, trained)
+
+
 def _report(workdir: Path, config: Config) -> Path:
     """Writes the report, unless this version has already written it from the same runs."""
     shown = {run.name: {role: made.id for role, made in run.artifacts.items()} for run in results.collect(workdir)}

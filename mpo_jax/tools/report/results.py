@@ -21,7 +21,7 @@ from mpo_jax.evaluation.calibration import accuracy_by_gap, against_truth, read_
 from mpo_jax.evaluation.statistics import mean_and_se
 from mpo_jax.pipeline.experiments import AT_SPLITS, Variant, in_order, is_run
 from mpo_jax.pipeline.recipe import MANIFEST, read_manifest
-from mpo_jax.pipeline.run_folder import CONFIG, read_config, read_environment, remedy, stage_links
+from mpo_jax.pipeline.run_folder import CONFIG, read_config, read_environment, remedy, roles, stage_links
 from mpo_jax.runtime.files import anew, naming_damage, read_lines, write_bytes
 from mpo_jax.tools.human.export import FORMULA
 from mpo_jax.types import Artifact
@@ -200,6 +200,19 @@ class RunResult:
         return rows
 
 
+def collect_unevaluated(workdir: Path) -> list[RunResult]:
+    """The runs of a workdir that were made up to a stage before the evaluation, in the order of the tables.
+
+    Raises:
+      Damaged: if one of them cannot be read.
+    """
+    folders = [run for run in (workdir / "runs").glob("*") if is_run(run.name) and (run / CONFIG).is_file()]
+    results = {
+        folder.name: _open(folder, made) for folder in folders if "evaluate" not in (made := tuple(roles(folder)))
+    }
+    return [results[name] for name in in_order(results)]
+
+
 def collect(workdir: Path, names: tuple[str, ...] | None = None) -> list[RunResult]:
     """The finished runs below `<workdir>/runs`, or those of them that are named, in the order of the tables.
 
@@ -231,14 +244,17 @@ def collect(workdir: Path, names: tuple[str, ...] | None = None) -> list[RunResu
     return sorted(results, key=lambda result: order.index(result.name))
 
 
-def _open(folder: Path) -> RunResult:
+def _open(folder: Path, needed: tuple[str, ...] = ("sft", "reward", "evaluate")) -> RunResult:
     """A run, checked to have all that a report needs; what it can do without is a caution.
+
+    Args:
+      needed: the roles of its stages that must be there.
 
     Raises:
       Damaged: for the first file that is missing or damaged.
     """
     artifacts = {role: Artifact(path, read_manifest(path)) for role, path in stage_links(folder).items()}
-    lacking = [role for role in ("sft", "reward", "evaluate") if role not in artifacts]
+    lacking = [role for role in needed if role not in artifacts]
     known = {artifact.id for artifact in artifacts.values()}
     # a missing link to a step shows in what was made from it
     used = [one.manifest["parents"].get(role) for one in artifacts.values() for role in ("policy", "init", "pairs")]
@@ -253,7 +269,7 @@ def _open(folder: Path) -> RunResult:
         cautions.append(f"the report lacks a machine and a command: {damage}")
     result = RunResult(folder.name, folder, artifacts, environment=environment, cautions=tuple(cautions))
     # read now, and kept
-    assert result.config and result.measured
+    assert result.config and ("evaluate" not in artifacts or result.measured)
     return result
 
 

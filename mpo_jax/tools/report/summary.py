@@ -129,10 +129,10 @@ def gains(rows: Rows, compared: Rows) -> list[dict[str, Any]]:
 def cautions(by_seed: BySeed) -> list[str]:
     """What makes the runs' numbers incomparable, and the stages' warnings, each once."""
     incomparable = (caution for results in by_seed.values() for caution in _cautions(results))
-    return list(dict.fromkeys([*incomparable, *_warnings(by_seed)]))
+    return list(dict.fromkeys([*incomparable, *warnings(by_seed)]))
 
 
-def _warnings(by_seed: BySeed) -> list[str]:
+def warnings(by_seed: BySeed) -> list[str]:
     """The warnings in the stages' manifests, each with its stage, the runs that use it, and its seed."""
     found = []
     for seed, results in by_seed.items():

@@ -1,11 +1,11 @@
-"""Runs that were made up to some stage: what they have, without the evaluation that the report is made of."""
+"""Runs that were made up to some stage: what their training ended with, without the evaluation."""
 
-from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
-from mpo_jax.pipeline.experiments import in_order, is_run
-from mpo_jax.pipeline.run_folder import roles
-from mpo_jax.runtime.files import anew, read_lines, read_object
+from mpo_jax.config.schema import EVAL
+from mpo_jax.tools.report.curves import metrics
+from mpo_jax.tools.report.results import RunResult
+from mpo_jax.tools.report.seeds import Rows
 
 SHOWN = (
     "loss", "accuracy", "rewards/accuracies", "rewards/margins", "objective/scores", "objective/kl",
@@ -13,28 +13,24 @@ SHOWN = (
 """The measures of training that are shown, beside those on held-out rows."""
 
 
-def unevaluated(workdir: Path) -> list[str]:
-    """The names of the runs without an evaluation, in the order of the tables."""
-    runs = (run for run in (workdir / "runs").glob("*") if is_run(run.name) and (run / "config.yaml").is_file())
-    return in_order(run.name for run in runs if "evaluate" not in roles(run))
+def last_measures(result: RunResult) -> Rows:
+    """A row for each of a run's stages that trained: the last value of each shown measure."""
+    return [
+        {"run": result.name, "stage": role, "artifact": result.artifacts[role].id, **found}
+        for role in in_order_made(result)
+        if (found := _last(metrics(result.artifacts[role])))
+    ]
 
 
-def stage_lines(workdir: Path, run: str) -> Iterator[str]:
-    """A line for each stage of a run: its folder, its time, and what its training ended with."""
-    folders = [link for link in (workdir / "runs" / run).iterdir() if (link / "manifest.json").is_file()]
-    manifests = {folder: read_object(folder / "manifest.json", anew(folder)) for folder in folders}
+def in_order_made(result: RunResult) -> list[str]:
+    """A run's roles in the order in which its stages are made."""
     # numbered steps come last, and are nine at most
     order = {"sft": "", "reward": " ", "select": "  "}
-    for folder in sorted(folders, key=lambda folder: order.get(folder.name, folder.name)):
-        measured = ", ".join(f"{name} {value:.4g}" for name, value in _last(folder / "metrics.jsonl").items())
-        seconds = f"{manifests[folder].get('seconds', 0):.0f} s"
-        yield f"{folder.name}: {folder.resolve()}, {seconds}{f': {measured}' if measured else ''}"
+    return sorted(result.artifacts, key=lambda role: order.get(role, role))
 
 
-def _last(metrics: Path) -> dict[str, float]:
-    """The last value of each shown measure."""
-    found: dict[str, float] = {}
-    if metrics.is_file() and metrics.stat().st_size:
-        for values in read_lines(metrics, anew(metrics.parent)):
-            found |= {name: x for name, x in values.items() if name in SHOWN or name.startswith("eval/")}
+def _last(rows: list[dict[str, Any]]) -> dict[str, float]:
+    found: dict[str, Any] = {}
+    for values in rows:
+        found |= {name: x for name, x in values.items() if name in SHOWN or name.startswith(EVAL)}
     return {name: value for name, value in found.items() if isinstance(value, int | float)}
