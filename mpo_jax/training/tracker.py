@@ -134,7 +134,7 @@ class Tracker:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
             self._bar = Progress(*columns, TextColumn("ETA"), _Eta(), TextColumn("{task.fields[note]}"),
                                  console=console)  # fmt: skip
-            self._task = self._bar.add_task(stage, total=num_steps, completed=start_step, note="")
+            self._task = self._bar.add_task(stage, total=num_steps, completed=start_step, note=COMPILING)
             if self._overall is not None:
                 self._table = self._bar.add_task(
                     "table", total=self._overall.total, completed=self._overall.finished, note="stages", eta=""
@@ -164,7 +164,7 @@ class Tracker:
         if self._overall is not None and self._whole:
             self._overall.update(step / self.num_steps)
         if self._bar is not None:
-            self._bar.update(self._task, completed=step)
+            self._bar.update(self._task, completed=step, **({"note": ""} if first else {}))
             if self._overall is not None:
                 self._bar.update(self._table, eta=progress.duration(self._overall.remaining()[0]))
         values = mean_values(self._fetch()) if log else {}
@@ -271,6 +271,8 @@ class Tracker:
         self._file.close()
 
 
+COMPILING = "compiling"
+"""What the bar says until the first step is done; what takes long is named above it."""
 LINE_FIELDS = {
     "loss/value_avg": ("value_loss", ".6g"),
     "objective/scores": ("score", ".6g"),

@@ -1,5 +1,6 @@
 """mpo_jax.training.tracker: exact averages, a JSON line a logged step, and a file that a resumed run continues."""
 
+import io
 import json
 from types import SimpleNamespace
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
 from mpo_jax.training.tracker import COMPILE_EVENT, PEAK_S, Tracker, add_up, mean_values, step_line
 from mpo_jax.types import Mean, Skips
@@ -78,6 +80,18 @@ def test_a_line_a_logged_step_with_all_since_the_last(tmp_path):
     assert ["timing_s/step" in line for line in written] == [False, True, True]
     assert ["timing_s/compile" in line for line in written] == [True, False, False]
     assert all(type(value) is float for name, value in results[4].items())
+
+
+def test_the_bar_says_that_it_compiles_until_the_first_step(tmp_path, monkeypatch):
+    console = Console(file=io.StringIO(), width=100, force_terminal=True)
+    monkeypatch.setattr("mpo_jax.training.tracker.console", console)
+    tracker = Tracker(tmp_path, "sft", 9, tensorboard=False)
+    for step, note in ((0, "compiling"), (1, ""), (2, "loss 1")):
+        if step:
+            tracker.update(step, {"loss": mean(1, 1)}, log=step == 2)
+        assert tracker._bar is not None and tracker._bar.tasks[0].fields["note"] == note
+    tracker.close()
+    assert "compiling" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_time_is_told_per_step_and_tokens_as_a_rate(tmp_path, monkeypatch):
