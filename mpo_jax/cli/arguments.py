@@ -34,6 +34,10 @@ ComparedOn = Annotated[
 ]
 
 
+PLAIN = {"sft": "sft", "dpo": "dpo_base", "ppo": "ppo"}
+"""The experiment of a training command without a YAML file: its own stage alone, on the rows as they are."""
+
+
 def short_keys(model: str | None, data: list[str] | None, out: str | None) -> list[str]:
     """The overrides that --model, --data and --out stand for."""
     given = {"model.path": model, "data.path": data or None, "workdir": out}
@@ -77,4 +81,7 @@ def read_run(
             f"mpo {command} needs CONFIG, a YAML file such as configs/quickstart.yaml, or settings without one: "
             f"mpo {command} --model MODEL --data ROWS"
         )
+    if path is None and command in PLAIN:
+        # first, so that whatever is given wins
+        given = (f"experiment={PLAIN[command]}", *given)
     return path, read_config(path, given, stage=stage)

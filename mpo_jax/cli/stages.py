@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mpo_jax.cli.arguments import BaseModel, ConfigPath, DataPaths, Out, Overrides, read_run, short_keys
+from mpo_jax.cli.arguments import PLAIN, BaseModel, ConfigPath, DataPaths, Out, Overrides, read_run, short_keys
 from mpo_jax.cli.starting import print_tensorboard, starting
 from mpo_jax.config.registry import TRAINED
 from mpo_jax.runtime.console import console
@@ -32,6 +32,8 @@ def register(app: typer.Typer) -> None:
         text = f"Run the method up to {what}."
         if name in TRAINED:
             text += f" train.KEY=VALUE stands for {name}.train.KEY=VALUE."
+        if name in PLAIN:
+            text += f" Without CONFIG the experiment is {PLAIN[name]}."
         command = select if name == "select" else (_training_command if name in TRAINED else _stage_command)(name)
         app.command(name, help=text)(command)
 

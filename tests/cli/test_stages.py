@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from mpo_jax.cli.arguments import read_config, short_keys
+from mpo_jax.cli.arguments import read_config, read_run, short_keys
 from mpo_jax.config.schema import ToyConfig
 from mpo_jax.data import toy
 from mpo_jax.errors import UserError
@@ -104,6 +104,14 @@ def test_neither_file_nor_key_is_a_mistake(capsys):
     for command in ("run", "table", "sft", "evaluate"):
         assert mpo(command) == 2
         assert f"mpo {command} needs CONFIG, a YAML file" in capsys.readouterr().err
+
+
+def test_without_a_file_a_training_command_means_its_own_algorithm():
+    data = "data.path=[a.jsonl]"
+    for command, experiment in {"sft": "sft", "dpo": "dpo_base", "ppo": "ppo", "select": "mpo"}.items():
+        assert read_run(command, None, [data])[1].experiment == (experiment,)
+        assert read_run(command, None, [data, "experiment=mpo_sft_kl"])[1].experiment == ("mpo_sft_kl",)
+        assert read_run(command, MICRO, [])[1].experiment == read_config(MICRO, []).experiment
 
 
 def test_short_flags_are_keys_and_read_as_text(tmp_path):
