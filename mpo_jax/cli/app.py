@@ -1,7 +1,6 @@
 """The command line: every command by name, and the entry point."""
 
 import contextlib
-import logging
 import sys
 from typing import Annotated
 
@@ -77,8 +76,7 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     if not debug:
-        # Orbax logs tracebacks of what it then raises
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        exits.hide_leftovers()
     with exits.reported(debug=debug), _leaving(arguments):
         app(args=arguments, standalone_mode=True)
 

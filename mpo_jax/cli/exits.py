@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import logging
 import signal
 import sys
 from collections.abc import Iterator
@@ -52,6 +53,20 @@ def reported(*, debug: bool) -> Iterator[None]:
         if debug:
             raise
         _fail_unexpected(error)
+
+
+def hide_leftovers() -> None:
+    """Drops what Orbax's and TensorStore's threads print of an error that is raised, and so reported, as well."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    before = sys.unraisablehook
+
+    def show(found: "sys.UnraisableHookArgs") -> None:
+        # of each write that was under way when the first of them failed
+        if found.exc_type is not RuntimeError or str(found.exc_value) != "Event loop is closed":
+            before(found)
+
+    sys.unraisablehook = show
 
 
 def _fail_unexpected(error: Exception) -> NoReturn:

@@ -1,9 +1,12 @@
 """Checkpoints inside an unfinished stage: Orbax, sharded, asynchronous, published atomically, checked when read."""
 
+import contextlib
 import errno
 import json
+import os
+import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +27,9 @@ SPARE_BYTES = 2**20
 
 OTHER_STRUCTURE = "tree structures do not match"
 """Part of Orbax's message for arrays that agree in a tree that does not: no damage, so nothing to remove."""
+
+STATUS = {"NOT_FOUND": errno.ENOENT, "PERMISSION_DENIED": errno.EACCES, "RESOURCE_EXHAUSTED": errno.ENOSPC}
+"""How TensorStore's messages begin where they carry no code of the operating system."""
 
 
 class Checkpoints:
@@ -112,7 +118,8 @@ class Checkpoints:
         Raises:
           UserError: if it cannot be read, or its bytes are not those that were saved.
         """
-        self._manager.wait_until_finished()
+        with self._naming_folder():
+            self._manager.wait_until_finished()
         try:
             return self._read(step, abstract, self.record(step))
         except (UserError, PermissionError, MemoryError, jax.errors.JaxRuntimeError):
@@ -198,12 +205,14 @@ class Checkpoints:
         }
         if value is not None:
             self._kept.values[step] = value
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), record=ocp.args.JsonSave({"json": json.dumps(record)})
-            ),
-        )
+        # it first waits for the last one, and raises what went wrong there
+        with self._naming_folder():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), record=ocp.args.JsonSave({"json": json.dumps(record)})
+                ),
+            )
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, in order."""
@@ -239,7 +248,33 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for pending writes."""
-        self._manager.close()
+        with self._naming_folder():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _naming_folder(self) -> Iterator[None]:
+        """Names the checkpoints' folder in errors of the file system, TensorStore's included.
+
+        Raises:
+          OSError: for each of them.
+          UserError: for what else Orbax finds wrong with the files that it has just written.
+        """
+        try:
+            yield
+        except OSError as error:
+            # of a folder that is removed Python names the entry alone
+            if error.filename is None or not Path(os.fsdecode(error.filename)).is_absolute():
+                error.filename = str(self._folder)
+            raise
+        except ValueError as error:
+            named = re.search(r"os_error_code='(\d+)'", str(error))
+            code = int(named[1]) if named else STATUS.get(str(error).partition(":")[0])
+            if code is None:
+                raise UserError(
+                    f"cannot write a checkpoint in {self._folder}: {str(error).splitlines()[0]}. If something in it "
+                    "was deleted or moved while the command ran, run the same command again"
+                ) from error
+            raise OSError(code, os.strerror(code), str(self._folder)) from error
 
     def _refuse_other(self, step: int, record: Mapping[str, Any], state: Any) -> None:
         where = f"{self._folder / str(step)}: the checkpoint does not fit this configuration"

@@ -3,7 +3,9 @@
 import json
 import os
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,6 +13,8 @@ from mpo_jax.cli import exits
 from mpo_jax.errors import UserError
 from mpo_jax.runtime.files import check_output, write_json, write_lines
 from tests.pipeline.test_pipeline import MICRO, mpo
+
+LATE_AND_OTHER = ("Event loop is closed", "another fault")
 
 
 @pytest.fixture
@@ -77,3 +81,13 @@ def test_errors_of_the_file_system_name_the_place(tmp_path: Path, capsys, act, s
         act(tmp_path)
     said = capsys.readouterr().err
     assert end.value.code == 2 and re.search(says, said) and said.count("\n") == 1
+
+
+def test_what_writing_threads_print_of_an_error_is_left_out(monkeypatch):
+    shown = []
+    monkeypatch.setattr(sys, "unraisablehook", shown.append)
+    exits.hide_leftovers()
+    late, other = (SimpleNamespace(exc_type=RuntimeError, exc_value=RuntimeError(text)) for text in LATE_AND_OTHER)
+    sys.unraisablehook(late)  # type: ignore[arg-type]
+    sys.unraisablehook(other)  # type: ignore[arg-type]
+    assert shown == [other]

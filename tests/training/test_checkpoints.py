@@ -1,5 +1,6 @@
 """mpo_jax.training.checkpoints: what is saved comes back bit by bit, where it was, and only into its own shapes."""
 
+import errno
 import json
 import os
 import shutil
@@ -277,6 +278,40 @@ def test_what_is_carried_comes_back_with_the_state(tmp_path):
     checkpoints.restore(make_state(0))
     checkpoints.close()
     assert checkpoints.carried == {"loss": [0.1, 3.0]}
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "says"),
+    [
+        (ValueError("NOT_FOUND: Error writing local file [os_error_code='2']"), errno.ENOENT, "No such file"),
+        (ValueError('NOT_FOUND: Error writing "a/.zarray" in OCDBT database'), errno.ENOENT, "No such file"),
+        (ValueError("INTERNAL: Error writing [os_error_code='28']"), errno.ENOSPC, "No space left"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "8a9096dd"), errno.ENOENT, "No such file"),
+    ],
+)
+def test_an_error_of_the_writing_threads_names_the_folder(tmp_path, monkeypatch, raised, code, says):
+    """TensorStore's are ValueErrors, and an entry of a folder that is removed has its bare name."""
+    checkpoints = Checkpoints(tmp_path / "c", keep=1)
+
+    def fail(*_, **__):
+        raise raised
+
+    for method, call in {"save": lambda: checkpoints.save(1, {"x": jnp.zeros(2)}), "close": checkpoints.close}.items():
+        monkeypatch.setattr(checkpoints._manager, method, fail)
+        with pytest.raises(OSError, match=says) as error:
+            call()
+        assert (error.value.errno, error.value.filename) == (code, str(tmp_path / "c"))
+
+
+def test_files_that_orbax_misses_are_no_fault_of_ours(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path / "c", keep=1)
+
+    def fail(*_, **__):
+        raise ValueError("No ArrayMetadata found")
+
+    monkeypatch.setattr(checkpoints._manager, "save", fail)
+    with pytest.raises(UserError, match=r"checkpoint in .*/c: No ArrayMetadata found\. If something in it was deleted"):
+        checkpoints.save(1, {"x": jnp.zeros(2)})
 
 
 def test_the_hash_is_of_the_values_wherever_they_lie():
