@@ -148,6 +148,17 @@ class Chat:
         cut = rest.find(eos, end) if eos else -1
         return rest[:cut] if cut >= 0 else rest[:end] or reply
 
+    def around(self, messages: Sequence[Message]) -> tuple[str, str]:
+        """What `response` writes before and after a reply's own text, such as a space.
+
+        Empty where the prompt ends inside a tag: a reply has to close it, and is written as it is.
+        """
+        try:
+            before, _, after = self.response(messages, MARK).partition(MARK)
+        except UserError:
+            return "", ""
+        return before, after
+
     @cached_property
     def continues_prompts(self) -> bool:
         """Whether a whole conversation is what a policy reads and learns to write: prompt, response, EOS, and no more.
