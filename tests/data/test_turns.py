@@ -1,6 +1,7 @@
 """mpo_jax.data.turns: conversations leave as turns and tools, and read again they are the same token ids."""
 
 import json
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import transformers
 
 import mpo_jax as mpo
 from mpo_jax.config.schema import SelectConfig
-from mpo_jax.data.chat import Chat
+from mpo_jax.data.chat import Chat, Message
 from mpo_jax.data.pair_table import PairTable
 from mpo_jax.data.turns import Turns
 from mpo_jax.tools.selected import EASY, HARD, HARD_PROMPTS, export_selection
@@ -17,7 +18,7 @@ from tests.data.test_chat import CHATML, NO_SYSTEM, SPACED
 from tests.data.test_layouts import ASK, RESULT, SCHEMA, TOOLS, WITH_TOOLS
 from tests.data.test_records import reply, user
 
-SYSTEM = {"role": "system", "content": "Be brief. "}
+SYSTEM: Any = {"role": "system", "content": "Be brief. "}
 PAIR = {"prompt": [SYSTEM, user(" is it sunny?\n")], "chosen": [reply('Yes, "it" is.')], "rejected": [reply("é\n")]}
 LONGER = {
     "chosen": [user("hi"), reply("hello"), user("rome?"), reply(" sun")],
@@ -106,7 +107,7 @@ def test_what_the_template_writes_around_a_reply_is_not_the_replys(tmp_path):
 
 def test_a_reply_that_closes_an_opened_tag_stays_whole():
     opens = CHATML.replace("<|assistant|>{% endif %}", "<|assistant|><think>{% endif %}")
-    turns = (user("a"),)
+    turns: Any = (user("a"),)
     made = Turns({"p": turns}, lambda: Chat(byte_tokenizer(opens)))
     assert made.row("p", {"chosen": "so</think>b"}) == {"prompt": [user("a")], "chosen": [reply("so</think>b")]}
 
@@ -114,7 +115,7 @@ def test_a_reply_that_closes_an_opened_tag_stays_whole():
 def test_sampled_responses_are_one_message_each(tmp_path):
     """A table as the stage leaves it: of conversations, and of a plain prompt, whose text stays as it is."""
     tokenizer = byte_tokenizer(WITH_TOOLS)
-    chat, turns = Chat(tokenizer), ({**SYSTEM, "tools": [SCHEMA]}, user("sun?"))
+    chat, turns = Chat(tokenizer), (cast(Message, {**SYSTEM, "tools": [SCHEMA]}), cast(Message, user("sun?")))
     prompts, texts = [chat.prompt(turns), "rome?"], [("call it", "Yes"), (" sun", " rain")]
     score = np.asarray([[0.0, 2.0], [1.0, 0.5]], np.float32)
     none = [(np.zeros(1, np.int32), np.zeros(1, np.int32))] * 2
