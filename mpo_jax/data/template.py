@@ -92,13 +92,8 @@ class _Bounded(ImmutableSandboxedEnvironment):
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
         self.filters["tojson"] = _tojson
         self.filters = {name: _measured(name, function) for name, function in self.filters.items()}
-        self.filters |= {
-            "_counted": _counted,
-            "_step": _step,
-            "_joined": _joined,
-            "_compared": _compared,
-            "_searched": _searched,
-        }
+        own = (_counted, _step, _joined, _compared, _searched)
+        self.filters |= {function.__name__: function for function in own}
         self.tests |= {name: _comparing(self.tests[name]) for name in COMPARING}
         self.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime}
         del self.globals["lipsum"]
