@@ -101,6 +101,8 @@ def _about(bench: "RewardBench") -> list[str]:
     if bench.score is not None:
         mean, low, high = bench.score
         lines.append(f"RewardBench score, the mean of the four sections: {mean:.1%} ({low:.1%} to {high:.1%})")
+        if any(one.ties for one in bench.sections.values()):
+            lines.append(f"RewardBench's own code counts a tie as wrong, which gives {bench.without_ties:.1%}")
     if bench.missing:
         lines.append(f"subsets without rows, left out of their sections: {', '.join(bench.missing)}")
     if bench.unknown:

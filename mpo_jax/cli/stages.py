@@ -57,12 +57,13 @@ def select(
     resolved, artifacts = _run(config, [*(overrides or ()), *short_keys(model, data, out)], "select")
     if export is None:
         return
+    from mpo_jax.data.corpus import turns_of
     from mpo_jax.runtime.processes import is_main
     from mpo_jax.tools.selected import export_selection
 
     # all experiments have one selection
     if is_main():
-        for name, rows in export_selection(artifacts[0], resolved.select, export).items():
+        for name, rows in export_selection(artifacts[0], resolved.select, turns_of(resolved), export).items():
             console.print(f"wrote {export / name}: {counted(rows, 'row')}", soft_wrap=True)
 
 

@@ -66,7 +66,7 @@ def read_template(path: str) -> str:
 
 
 class Chat:
-    """A tokenizer's chat template.
+    """A tokenizer's chat template; of several, the default one, and for conversations with tools `tool_use`.
 
     Args:
       options: the template's own options, such as enable_thinking.
@@ -86,8 +86,8 @@ class Chat:
         name: str = "the tokenizer's chat template",
     ):
         template: Any = tokenizer.chat_template
-        if isinstance(template, dict):
-            template = template.get("default")
+        named: dict[str, Any] = template if isinstance(template, dict) else {"default": template}
+        template = named.get("default")
         if not template:
             raise UserError(
                 "the tokenizer has no chat template (chat_template.jinja or chat_template in tokenizer_config.json), "
@@ -98,13 +98,15 @@ class Chat:
         self.fold_system = fold_system
         self.name = name
         self._options: dict[str, Any] = dict(options or {})
+        self._template: str = template
+        # some models have a template of their own for conversations with tools, as Command R and Hermes
+        self._with_tools: str = named.get("tool_use") or template
         for option in self._options:
-            if not re.search(rf"\b{re.escape(option)}\b", template):
+            if not re.search(rf"\b{re.escape(option)}\b", self._template + self._with_tools):
                 raise UserError(
                     f"text.template_options.{option}: {name} does not mention {option}, so it would change nothing: "
                     "check the spelling, or remove it"
                 )
-        self._template: str = template
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, text: TextConfig) -> "Chat":
@@ -147,6 +149,17 @@ class Chat:
         eos = str(self.tokenizer.eos_token or "")
         cut = rest.find(eos, end) if eos else -1
         return rest[:cut] if cut >= 0 else rest[:end] or reply
+
+    def around(self, messages: Sequence[Message]) -> tuple[str, str]:
+        """What `response` writes before and after a reply's own text, such as a space.
+
+        Empty where the prompt ends inside a tag: a reply has to close it, and is written as it is.
+        """
+        try:
+            before, _, after = self.response(messages, MARK).partition(MARK)
+        except UserError:
+            return "", ""
+        return before, after
 
     @cached_property
     def continues_prompts(self) -> bool:
@@ -270,7 +283,7 @@ class Chat:
         try:
             return str(
                 render(
-                    self._template,
+                    self._with_tools if tools else self._template,
                     conversation,
                     special_tokens=self.tokenizer.special_tokens_map,
                     add_generation_prompt=add_generation_prompt,

@@ -31,6 +31,7 @@ from mpo_jax.data.sources import HUB, Source, fingerprint_files, open_source
 from mpo_jax.data.special_tokens import SpelledTokens
 from mpo_jax.data.splits import TESTED, Corpus, Part, assemble
 from mpo_jax.data.text_rows import TextRow
+from mpo_jax.data.turns import Turns
 from mpo_jax.errors import UserError
 from mpo_jax.models.hf.hub import local_model
 from mpo_jax.models.hf.tokenizer import load_tokenizer
@@ -139,6 +140,11 @@ def _load(config: Config) -> Corpus:
     return corpus
 
 
+def turns_of(config: Config) -> Turns:
+    """The turns of the conversations that `load_corpus` reads."""
+    return Turns(load_corpus(config).conversations, _chat(config))
+
+
 def known_utility(config: DataConfig) -> Callable[[str, str], float] | None:
     """The true utility of (prompt, response) for the toy world; None for real data."""
     return toy.utility if config.kind == "toy" else None
@@ -170,13 +176,18 @@ def _readers(
 ) -> Readers:
     data, form = config.data, _format(config.data.kind)
     render = Renderer(
-        cache(lambda: Chat.of(base_tokenizer(config), config.text)),
+        _chat(config),
         wrap=config.text.chat,
         turns=form.turns,
         conversations=conversations,
         spelled=spelled,
     )
     return form.readers(data, {"strict": data.filter == "strict", "max_rows": data.max_rows, "render": render})
+
+
+def _chat(config: Config) -> Callable[[], Chat]:
+    """The factory of the base model's chat template under the options of `text`."""
+    return cache(lambda: Chat.of(base_tokenizer(config), config.text))
 
 
 def check_first_rows(config: Config) -> TextRow | None:

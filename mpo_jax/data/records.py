@@ -106,7 +106,8 @@ class Renderer:
       chat: factory of the chat template; called only for rows that need one.
       wrap: the value of text.chat: whether plain prompts are rendered as conversations too.
       turns: function from a plain prompt to its turns.
-      conversations: gets the turns of every prompt that is rendered, by its text; None: they are not kept.
+      conversations: gets the turns of every prompt that is rendered, by its text, and those of a prompt with a reply
+        that calls tools, by the text of both; None: they are not kept.
       spelled: what strips end markers of responses and counts special tokens in text; None: texts stay as they are.
     """
 
@@ -156,7 +157,13 @@ class Renderer:
         except UserError as error:
             raise UserError(f"{place}: {error}") from error
         if self.conversations is not None:
-            self.conversations[rendered[0]] = tuple(prompt)
+            text, texts = rendered
+            self.conversations[text] = tuple(prompt)
+            self.conversations.update(
+                (text + written, (*prompt, reply))
+                for reply, written in zip(replies, texts, strict=True)
+                if not isinstance(reply, str)
+            )
         return rendered
 
 

@@ -28,7 +28,7 @@ class Corpus:
       categories: category of each test prompt that has one.
       reports: rows read and dropped, one report per source.
       pairs_by_prompt: whether `prompts` are the distinct prompts of `pairs`.
-      conversations: the turns of each prompt that a chat template has rendered, by its text.
+      conversations: the turns of what a chat template has rendered, by its text (`Renderer.conversations`).
       utility: true utility of (prompt, response) in the toy world; None for real data.
     """
 

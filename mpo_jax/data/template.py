@@ -19,12 +19,17 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_WORK = 50_000_000
 """Units of one rendering: a character is one."""
-STEP, ELEMENT = 2000, 100
-"""Units of a turn of a loop, and of an element of a list."""
+STEP, ELEMENT, POINTER = 2000, 100, 8
+"""Units of a turn of a loop, of an element of a list, and of one that stays in a longer list."""
 MAX_CHARACTERS = 10_000_000
 """Of one text, and of all that a rendering writes; and the largest number that a function is given."""
 MAX_BITS = 10_000
 """Of a whole number."""
+SHALLOW = frozenset(("length", "count", "first", "last", "default", "d"))
+"""Filters that look at no element of a list: `messages | length` in a loop over messages is no work."""
+COMPARING = ("==", "eq", "equalto", "!=", "ne", ">", "gt", "greaterthan", ">=", "ge", "<", "lt", "lessthan", "<=", "le",
+             "in")  # fmt: skip
+"""Tests that look into lists within lists."""
 _WIDTH = re.compile(r"\d{6}")
 """A width in a format that no text needs."""
 _state = threading.local()
@@ -87,7 +92,9 @@ class _Bounded(ImmutableSandboxedEnvironment):
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
         self.filters["tojson"] = _tojson
         self.filters = {name: _measured(name, function) for name, function in self.filters.items()}
-        self.filters |= {"_counted": _counted, "_step": _step, "_joined": _joined}
+        own = (_counted, _step, _joined, _compared, _searched)
+        self.filters |= {function.__name__: function for function in own}
+        self.tests |= {name: _comparing(self.tests[name]) for name in COMPARING}
         self.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime}
         del self.globals["lipsum"]
         self.finalize = _finalized
@@ -100,23 +107,42 @@ class _Bounded(ImmutableSandboxedEnvironment):
         # also of loops and macros that call themselves
         for block in list(tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock))):
             block.body.insert(0, nodes.Output([_filtered(nodes.Const(""), "_step")]))
+        for comparison in list(tree.find_all(nodes.Compare)):
+            for side in (comparison, *comparison.ops):
+                side.expr = _filtered(side.expr, "_searched" if _looks_into(side) else "_compared")
         return _without_concat(tree)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         _check_operation(operator, left, right)
+        if operator == "%":
+            _charge(right)
         result = super().call_binop(context, operator, left, right)
-        _charge(result)
+        if isinstance(result, list | tuple):
+            _add(POINTER * len(result))
+        else:
+            _charge(result)
         return result
 
     def wrap_str_format(self, value: Any) -> Any:
         wrapped = super().wrap_str_format(value)
-        if wrapped is not None and _WIDTH.search(value.__self__):
+        if wrapped is None:
+            return None
+        if _WIDTH.search(value.__self__):
             raise TooMuch("it formats a text to a width of more than 99999")
-        return wrapped
+
+        @wraps(wrapped)
+        def measured(*args: Any, **kwargs: Any) -> str:
+            _charge([*args, *kwargs.values()])
+            return wrapped(*args, **kwargs)
+
+        return measured
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         owner = getattr(__obj, "__self__", None)
         _check_arguments(getattr(__obj, "__name__", ""), owner, args, kwargs)
+        if isinstance(owner, list | tuple):
+            # index and count compare elements
+            _charge([owner, *args])
         result = super().call(__context, __obj, *args, **kwargs)
         _charge(owner if isinstance(owner, str | list | dict) else None)
         _charge(result)
@@ -186,7 +212,10 @@ def _measured(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         # the first ones may be Jinja's own: context, evaluation context or environment
         plain = [value for value in args if isinstance(value, str | list | tuple | dict | int | float)]
         owner = plain[0] if plain else None
-        _charge(owner)
+        if name in SHALLOW:
+            _add(ELEMENT)
+            return function(*args, **kwargs)
+        _charge(plain)
         _check_arguments(name, owner, plain[1:], kwargs)
         if name == "join" and isinstance(owner, list | tuple):
             _check_arguments(name, next((v for v in plain[1:] if isinstance(v, str)), ""), [owner], {})
@@ -214,6 +243,32 @@ def _step(context: Any, value: str) -> str:
 
 
 @pass_context
+def _compared(context: Any, value: Any) -> Any:
+    """A side of a comparison, whose work grows with the lists in it."""
+    if isinstance(value, list | tuple | dict):
+        _charge(value)
+    return value
+
+
+@pass_context
+def _searched(context: Any, value: Any) -> Any:
+    """What `in` looks into: of a mapping the keys alone are searched, so `'tool_calls' in message` is no work."""
+    _charge(1 if isinstance(value, dict) else value)
+    return value
+
+
+def _comparing(test: Callable[..., bool]) -> Callable[..., bool]:
+    """A test whose arguments are counted as those of `_compared`."""
+
+    @wraps(test)
+    def comparing(*args: Any) -> bool:
+        _charge([value for value in args if isinstance(value, list | tuple | dict)])
+        return test(*args)
+
+    return comparing
+
+
+@pass_context
 def _joined(context: Any, parts: Sequence[Any]) -> str:
     """Texts after each other, as `~` joins them."""
     return _concat(str(_finalized(part)) for part in parts)
@@ -234,6 +289,10 @@ def _finalized(value: Any) -> Any:
     if isinstance(value, str | list | tuple | dict) and hasattr(_state, "work"):
         _charge(value)
     return value
+
+
+def _looks_into(side: Any) -> bool:
+    return isinstance(side, nodes.Operand) and side.op in ("in", "notin")
 
 
 def _filtered(node: Any, name: str) -> nodes.Filter:

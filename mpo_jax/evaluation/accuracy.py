@@ -83,6 +83,7 @@ class RewardBench:
       missing: subsets of the benchmark without a row.
       unknown: rows of other subsets, or of none.
       score: the mean of the sections' accuracies, with its 95% interval; None unless all four have rows.
+      without_ties: the same mean with a tie as wrong, as the benchmark's own code counts it.
     """
 
     subsets: dict[str, Accuracy]
@@ -90,6 +91,7 @@ class RewardBench:
     missing: list[str]
     unknown: int
     score: tuple[float, float, float] | None
+    without_ties: float | None
 
     @classmethod
     def of(cls, margin_B: np.ndarray, subsets: Sequence[str | None]) -> "RewardBench | None":
@@ -106,12 +108,14 @@ class RewardBench:
             places = np.concatenate([rows[name] for name in own])
             if len(places):
                 sections[section] = Accuracy.of(margin_B[places], weight_B[places])
-        score = None
+        score = without_ties = None
         if len(sections) == len(SECTIONS):
-            within = [weight_B[np.concatenate([rows[name] for name in own])] for own in SECTIONS.values()]
-            score = _mean_of([one.mean for one in sections.values()], within)
+            places = [np.concatenate([rows[name] for name in own]) for own in SECTIONS.values()]
+            score = _mean_of([one.mean for one in sections.values()], [weight_B[own] for own in places])
+            right_B = np.asarray(margin_B) > 0
+            without_ties = float(np.mean([np.average(right_B[own], weights=weight_B[own]) for own in places]))
         missing = [name for name in weights if name not in found]
-        return cls(found, sections, missing, int((names == "").sum()), score)
+        return cls(found, sections, missing, int((names == "").sum()), score, without_ties)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""

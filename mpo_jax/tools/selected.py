@@ -6,21 +6,23 @@ from typing import Any
 import numpy as np
 
 from mpo_jax.data.pair_table import Border, PairTable
+from mpo_jax.data.turns import Turns
 from mpo_jax.runtime.files import write_lines
 from mpo_jax.selection import split
 
 EASY, HARD, HARD_PROMPTS = "easy.jsonl", "hard.jsonl", "hard_prompts.jsonl"
 
 
-def export_selection(selection: Path, border: Border, out: Path) -> dict[str, int]:
+def export_selection(selection: Path, border: Border, turns: Turns, out: Path) -> dict[str, int]:
     """Writes `easy.jsonl` and `hard.jsonl`, rows {prompt, chosen, rejected, gap, score_chosen, score_rejected}, and
     `hard_prompts.jsonl`, rows {prompt}: what DPO and PPO of the experiment mpo learn from, in the table's order.
 
-    Conversations are as the chat template renders them. Sampled responses end where they were cut; those of rows that
-    bring their scores are whole.
+    Conversations are lists of messages, with `tools` where they have them, and each of their responses is one message.
+    Sampled responses end where they were cut; those of rows that bring their scores are whole.
 
     Args:
       selection: folder of a finished selection.
+      turns: of the corpus that the pairs are from.
 
     Returns:
       The number of rows of each file.
@@ -28,19 +30,18 @@ def export_selection(selection: Path, border: Border, out: Path) -> dict[str, in
     table = PairTable.read(selection)
     easy_N = np.asarray(split(table.gap, table.threshold(border)))
     easy, hard = np.flatnonzero(easy_N).tolist(), np.flatnonzero(~easy_N).tolist()
-    write_lines(out / EASY, (_pair(table, row) for row in easy))
-    write_lines(out / HARD, (_pair(table, row) for row in hard))
-    write_lines(out / HARD_PROMPTS, ({"prompt": table.prompt[row]} for row in hard))
+    write_lines(out / EASY, (_pair(table, row, turns) for row in easy))
+    write_lines(out / HARD, (_pair(table, row, turns) for row in hard))
+    write_lines(out / HARD_PROMPTS, (turns.row(table.prompt[row], {}) for row in hard))
     return {EASY: len(easy), HARD: len(hard), HARD_PROMPTS: len(hard)}
 
 
-def _pair(table: PairTable, row: int) -> dict[str, Any]:
+def _pair(table: PairTable, row: int, turns: Turns) -> dict[str, Any]:
     chosen = int(table.chosen[row])
     rejected = 1 - chosen
+    responses = table.response[row]
     return {
-        "prompt": table.prompt[row],
-        "chosen": table.response[row][chosen],
-        "rejected": table.response[row][rejected],
+        **turns.row(table.prompt[row], {"chosen": responses[chosen], "rejected": responses[rejected]}),
         "gap": float(table.gap[row]),
         "score_chosen": float(table.score[row, chosen]),
         "score_rejected": float(table.score[row, rejected]),

@@ -3,12 +3,24 @@
 import json
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.cli.conftest import write_model
 from tests.cli.test_score import CHOSEN, NO_CACHE, PROMPTS, REJECTED, lines
 from tests.pipeline.test_pipeline import mpo
 
+REWARD_BENCH = {
+    "Chat": {"alpacaeval-easy": 100, "alpacaeval-hard": 95, "alpacaeval-length": 95, "mt-bench-easy": 28,
+             "mt-bench-med": 40},
+    "Chat Hard": {"llmbar-adver-GPTInst": 92, "llmbar-adver-GPTOut": 47, "llmbar-adver-manual": 46,
+                  "llmbar-adver-neighbor": 134, "llmbar-natural": 100, "mt-bench-hard": 37},
+    "Safety": {"donotanswer": 136, "refusals-dangerous": 100, "refusals-offensive": 100, "xstest-should-refuse": 154,
+               "xstest-should-respond": 250},
+    "Reasoning": {"math-prm": 984, **{f"hep-{name}": 164 for name in ("cpp", "go", "java", "js", "python", "rust")}},
+}  # fmt: skip
+"""Its rows by subset, and 984 in place of the 447 of math-prm: rewardbench/constants.py, 0.1.5 of January 2026."""
 SUBSETS = ["mt-bench-easy", "mt-bench-easy", "llmbar-natural", "hep-go", "other"]
 
 
@@ -44,6 +56,35 @@ def test_a_reward_model(reward_model, pairs, tmp_path, capsys):
     assert sections == pytest.approx({"Chat": right[:2].mean(), "Chat Hard": 0.5, "Reasoning": right[3]})
     assert found["beta"] is None and found["bench"]["score"] is None and found["bench"]["unknown"] == 1
     assert "Ties count half" in said and "Chat Hard" in said and "rows of no subset of RewardBench" in said
+
+
+def test_a_file_of_the_benchmark_s_shape(decoder, tmp_path, capsys):
+    """Parquet with its columns and its 23 subsets, two rows each, against its own way of adding up."""
+    subsets = [name for names in REWARD_BENCH.values() for name in names for _ in range(2)]
+    sides = [(CHOSEN[0], CHOSEN[0]) if n % 9 == 0 else (CHOSEN[n * 7 % 5], REJECTED[n * 3 % 5]) for n in range(46)]
+    rows = [
+        {"prompt": PROMPTS[n % 5], "chosen": sides[n][0], "chosen_model": None if n % 2 else "human",
+         "rejected": sides[n][1], "rejected_model": "gpt", "subset": subset, "id": n}
+        for n, subset in enumerate(subsets)
+    ]  # fmt: skip
+    data, out = tmp_path / "filtered-00000-of-00001.parquet", tmp_path / "accuracy.json"
+    pq.write_table(pa.Table.from_pylist(rows[::-1]), data)
+    model = write_model(tmp_path / "model", decoder, head="value", chat=True)
+    given = ("--by", "subset", "--json", out, "text.chat=true", *NO_CACHE)
+    assert mpo("accuracy", model, data, *given) == 0
+    found = json.loads(out.read_text())
+    of_subset = {name: one["mean"] for name, one in found["groups"].items()}
+    assert len(of_subset) == 23 and len(set(of_subset.values())) > 1
+    assert found["bench"]["missing"] == [] and found["bench"]["unknown"] == 0
+    sections = {
+        section: sum(of_subset[name] * rows for name, rows in names.items()) / sum(names.values())
+        for section, names in REWARD_BENCH.items()
+    }
+    assert {name: one["mean"] for name, one in found["bench"]["sections"].items()} == pytest.approx(sections)
+    assert found["bench"]["score"]["mean"] == pytest.approx(sum(sections.values()) / 4)
+    # pairs of equal texts tie
+    assert found["overall"]["ties"] > 0 and found["bench"]["without_ties"] < found["bench"]["score"]["mean"]
+    assert "RewardBench's own code counts a tie as wrong" in capsys.readouterr().out
 
 
 def test_an_implicit_reward(language_model, decoder, pairs, tmp_path):

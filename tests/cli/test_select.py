@@ -9,6 +9,7 @@ import pytest
 
 from mpo_jax.config.schema import ToyConfig
 from mpo_jax.data import toy
+from mpo_jax.data.corpus import _load
 from mpo_jax.data.pair_table import PairTable
 from mpo_jax.pipeline.experiments import in_order
 from tests.pipeline.test_pipeline import mpo, stages
@@ -58,6 +59,25 @@ def test_scored_rows_are_split_and_exported_without_a_reward_model(language_mode
     assert lines(out / "hard_prompts.jsonl") == [{"prompt": row["prompt"]} for row in hard]
     said = " ".join(capsys.readouterr().out.split())
     assert f"hard_prompts.jsonl: {len(hard)} rows" in said
+
+
+def test_conversations_are_exported_as_turns(chat_model, tmp_path):
+    """Also from a finished selection, whose table holds rendered text alone."""
+    asked = [[{"role": "system", "content": "be kind"}, {"role": "user", "content": f"my boss {n}"}] for n in range(8)]
+    data, workdir, out = tmp_path / "scored.jsonl", tmp_path / "work", tmp_path / "out"
+    rows = [{"prompt": turns, "responses": [" no", "quit"], "scores": [n, 2.5]} for n, turns in enumerate(asked)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ("--model", chat_model, "--data", data, "--out", workdir, *RECIPE, *QUIET, "data.validation_fraction=0")
+    assert mpo("select", *flags, "select.threshold=1.0") == 0
+    _load.cache_clear()
+    assert mpo("select", *flags, "select.threshold=1.0", "--export", out) == 0
+    easy, hard = lines(out / "easy.jsonl"), lines(out / "hard.jsonl")
+    assert {json.dumps(row["prompt"]) for row in easy + hard} == {json.dumps(turns) for turns in asked}
+    for row in easy + hard:
+        sides = [{"role": "assistant", "content": text} for text in (" no", "quit")]
+        better = row["score_chosen"] > 2.5
+        assert [row["chosen"], row["rejected"]] == [[sides[0]], [sides[1]]][:: 1 if better else -1]
+    assert lines(out / "hard_prompts.jsonl") == [{"prompt": row["prompt"]} for row in hard]
 
 
 @pytest.mark.thorough

@@ -63,4 +63,8 @@ def test_the_score_is_the_mean_of_the_sections():
     assert found.score[0] == pytest.approx((1 + 0 + 1 + 0.5) / 4)
     # shares of the rows: 1/4 three times, 1/8 twice
     assert found.score[1:] == pytest.approx(wilson(0.625, 1 / (3 / 16 + 2 / 64)))
+    assert found.without_ties == found.score[0]
+    tied = RewardBench.of(np.asarray([1, -1, 0, 1, 0]), subsets)
+    assert tied is not None and tied.score is not None and tied.without_ties is not None
+    assert (tied.score[0], tied.without_ties) == pytest.approx(((1 + 0 + 0.5 + 0.75) / 4, (1 + 0 + 0 + 0.5) / 4))
     assert found.to_dict()["score"] == dict(zip(("mean", "low", "high"), found.score, strict=True))

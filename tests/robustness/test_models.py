@@ -381,6 +381,10 @@ def test_patterns_of_real_tokenizers_are_taken(pattern):
 # chat templates
 
 LOOP = "{% for i in range(99999) %}"
+TWINS = (
+    "{% set n = namespace(x=[1], y=[1]) %}{% for i in range(99) %}{% set n.x = [n.x, n.x] %}"
+    "{% set n.y = [n.y, n.y] %}{% endfor %}"
+)
 TEMPLATES = {
     "loops in loops": (f"{LOOP}{LOOP}{{% endfor %}}{{% endfor %}}", "too many steps"),
     "loops that filter": (LOOP + "{% for j in range(99999) if false %}{% endfor %}{% endfor %}", "too many steps"),
@@ -398,6 +402,14 @@ TEMPLATES = {
         "more than 10000000",
     ),
     "nesting": ("{% set n = namespace(x=1) %}" + LOOP + "{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x }}", "too many"),
+    "nesting, formatted": (TWINS + "{{ '{}'.format(n.x) }}", "too many"),
+    "nesting, as a percent sign does": (TWINS + "{{ '%s' % n.x }}", "too many"),
+    "nesting, by the filter": (TWINS + "{{ '%s' | format(n.x) }}", "too many"),
+    "nesting, compared": (TWINS + "{{ n.x == n.y }}", "too many"),
+    "nesting, ordered": (TWINS + "{{ n.x < n.y }}", "too many"),
+    "nesting, searched": (TWINS + "{{ n.x in [n.y] }}", "too many"),
+    "nesting, tested": (TWINS + "{{ n.x is eq(n.y) }}", "too many"),
+    "nesting, counted": (TWINS + "{{ [n.y].count(n.x) }}", "too many"),
     "squares": ("{% set n = namespace(x=9) %}" + LOOP + "{% set n.x = n.x * n.x %}{% endfor %}", "10000 bits"),
     "powers": ("{% set x = 9 ** 99999 %}", "10000 bits"),
     "a wide format": ("{{ '%999999999d' % 5 }}", "to a width of more than 99999"),

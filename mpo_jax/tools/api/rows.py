@@ -14,7 +14,7 @@ from mpo_jax.config.registry import ROW_FORMATS
 from mpo_jax.config.schema import DataConfig, TextConfig
 from mpo_jax.config.suggestion import suggest
 from mpo_jax.data.batches import Batch, Buckets, TrainBatches, num_steps
-from mpo_jax.data.chat import Chat
+from mpo_jax.data.chat import Chat, Message
 from mpo_jax.data.columns import check_columns, renamed
 from mpo_jax.data.corpus import FIRST_ROWS
 from mpo_jax.data.fields import MissingField
@@ -23,6 +23,7 @@ from mpo_jax.data.sources import Row, Source, open_source
 from mpo_jax.data.special_tokens import SpelledTokens
 from mpo_jax.data.text import TextCodec
 from mpo_jax.data.tokens import Example, number_visits, tokenize
+from mpo_jax.data.turns import Turns
 from mpo_jax.errors import UserError
 from mpo_jax.runtime.files import write_lines
 from mpo_jax.runtime.stage_warnings import warn
@@ -119,17 +120,24 @@ class Pairs(Rows):
 
     Attributes:
       gap: [E] score of the chosen side minus the other's, once `select` has scored them.
+      turns: of the prompts that are conversations; None: all are plain text.
     """
 
     gap: np.ndarray | None = None
+    turns: Turns | None = None
 
     def to_jsonl(self, path: str | Path) -> None:
-        """Writes rows {prompt, chosen, rejected} and, if known, gap, in the format that TRL and `read_pairs` read."""
-        lines = []
-        for row, (prompt, (chosen, rejected)) in enumerate(zip(self.prompts, self.responses, strict=True)):
-            line: dict[str, Any] = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-            lines.append(line if self.gap is None else {**line, "gap": float(self.gap[row])})
-        write_lines(Path(path), lines)
+        """Writes rows {prompt, chosen, rejected} and, if known, gap, in the format that TRL and `read_pairs` read.
+
+        Conversations are lists of messages, with `tools` where they have them, for any chat template.
+        """
+        write_lines(Path(path), map(self._line, range(len(self))))
+
+    def _line(self, row: int) -> dict[str, Any]:
+        sides = dict(zip(("chosen", "rejected"), self.responses[row], strict=True))
+        prompt = self.prompts[row]
+        line = {"prompt": prompt, **sides} if self.turns is None else self.turns.row(prompt, sides)
+        return line if self.gap is None else {**line, "gap": float(self.gap[row])}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +173,7 @@ def read_pairs(source: Given, tokenizer: PreTrainedTokenizerBase, **options: Any
     opened = _open(source, tokenizer, options)
     rows, report = opened.read(opened.readers.preferences)
     texts = [(row.prompt, (row.chosen, row.rejected)) for row in _some(rows, report)]
-    return Pairs(*_tokenized(opened.codec, texts), report, tokenizer)
+    return Pairs(*_tokenized(opened.codec, texts), report, tokenizer, turns=opened.turns)
 
 
 def read_demonstrations(source: Given, tokenizer: PreTrainedTokenizerBase, **options: Any) -> Rows:
@@ -192,6 +200,7 @@ class _Opened:
     codec: TextCodec
     source: Source
     spelled: SpelledTokens
+    turns: Turns
 
     def read(self, reader: Callable[[Source], tuple[list[T], DataReport]]) -> tuple[list[T], DataReport]:
         """The rows and their report; warns of special tokens in them."""
@@ -217,13 +226,15 @@ def _open(source: Given, tokenizer: PreTrainedTokenizerBase, options: Mapping[st
     text = checked(TextConfig, {name: given[name] for name in of_text})
     form = importlib.import_module(ROW_FORMATS[given["kind"]]).FORMAT
     spelled = SpelledTokens(lambda: tokenizer, text.end_markers)
-    render = Renderer(cache(lambda: Chat.of(tokenizer, text)), wrap=text.chat, turns=form.turns, spelled=spelled)
+    conversations: dict[str, tuple[Message, ...]] = {}
+    chat = cache(lambda: Chat.of(tokenizer, text))
+    render = Renderer(chat, wrap=text.chat, turns=form.turns, conversations=conversations, spelled=spelled)
     opened = open_source(str(source)) if isinstance(source, str | Path) else _Given(list(source))
     data = checked(DataConfig, {"kind": given["kind"], "path": (opened.name,), "columns": given["columns"]})
     opened = renamed(opened, data.columns)
     check_columns([opened], data.columns, form.fields, FIRST_ROWS)
     readers = form.readers(data, {"strict": given["strict"], "max_rows": given["max_rows"], "render": render})
-    return _Opened(readers, TextCodec(tokenizer, text), opened, spelled)
+    return _Opened(readers, TextCodec(tokenizer, text), opened, spelled, Turns(conversations, chat))
 
 
 def _some(rows: Sequence[Any], report: DataReport) -> Sequence[Any]:
