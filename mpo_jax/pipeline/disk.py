@@ -3,20 +3,24 @@
 import dataclasses
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 
 from mpo_jax.config.schema import Config
+from mpo_jax.errors import UserError
 from mpo_jax.models import forward, loading
+from mpo_jax.models.spec import DecoderConfig
 from mpo_jax.pipeline.basis import Basis
 from mpo_jax.pipeline.bucket import Bucket
 from mpo_jax.pipeline.keeping import FOLDERS, Plan
 from mpo_jax.pipeline.stages import STAGES, scores_text
 from mpo_jax.pipeline.table import TableStage
 from mpo_jax.runtime import machine
+from mpo_jax.runtime.words import counted, size
 from mpo_jax.stages.fitting import num_updates
 from mpo_jax.stages.settings import TrainSettings
 from mpo_jax.types import Head
@@ -107,6 +111,39 @@ def disk_use(config: Config, stages: Sequence[TableStage], basis: Basis | None =
             now -= sum(sizes[name].models for name in gone)
             removed |= set(gone)
     return DiskUse(there, now, peak, at, sizes, _free(Path(config.workdir)))
+
+
+def check_models_fit(config: Config, recipes: Iterable[Mapping[str, Any]], decoder: DecoderConfig) -> None:
+    """Compares the free space with the models alone that stages leave: a lower bound that needs no rows.
+
+    Args:
+      recipes: of the stages that are going to be made.
+      decoder: the base model's sizes.
+
+    Raises:
+      UserError: if the disk is too small even for these.
+    """
+    if config.runtime.bucket is not None:
+        return
+    own_reward = config.reward.path is not None or config.reward.function is not None
+    heads: dict[str, Head] = {"sft": "lm", "dpo": "lm", "ppo": "lm"}
+    if not own_reward:
+        heads["reward"] = "value"
+    width = jnp.dtype(machine.save_dtype(config.runtime)).itemsize
+    sizes = [
+        width * forward.num_parameters(decoder, head=heads[recipe["stage"]])
+        for recipe in recipes
+        if recipe["stage"] in heads
+    ]
+    keeps_one = config.runtime.keep == "last"
+    needed, free = max(sizes, default=0) if keeps_one else sum(sizes), _free(Path(config.workdir))
+    if needed > free:
+        more = "" if keeps_one else ", or runtime.keep=last, which keeps the models of the last stages alone"
+        raise UserError(
+            f"workdir={config.workdir}: its disk has {size(free)} free, and the models of the "
+            f"{counted(len(sizes), 'stage')} to be made alone take {size(needed)}: free some, name another folder, or set "
+            f"runtime.save_dtype=bfloat16{more}"
+        )
 
 
 class Sizes:

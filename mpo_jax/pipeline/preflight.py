@@ -19,6 +19,7 @@ from mpo_jax.evaluation.reward_function import load_function
 from mpo_jax.models import loading
 from mpo_jax.models.spec import DecoderConfig
 from mpo_jax.pipeline.bucket import Bucket
+from mpo_jax.pipeline.disk import check_models_fit
 from mpo_jax.pipeline.experiments import needs_reward
 from mpo_jax.pipeline.pipeline import Pipeline, StageName
 from mpo_jax.pipeline.stages import STAGES, stage_shapes, text_rewards
@@ -145,18 +146,19 @@ def check_missing(
 def check_stages(
     config: Config, recipes: Iterable[Mapping[str, Any]], until: StageName = "evaluate", *, inputs_checked: bool
 ) -> None:
-    """Checks stages that are going to be made: what they read, their batches against the mesh, and offloading against
-    the host's memory.
+    """Checks stages that are going to be made: what they read, their models against the disk, their batches against the
+    mesh, and offloading against the host's memory.
 
     Raises:
-      UserError: if an input is wrong, a batch does not divide over the mesh, there are too few devices, or the host has
-        too little memory.
+      UserError: if an input is wrong, a batch does not divide over the mesh, there are too few devices, or the disk or
+        the host's memory is too small.
     """
     recipes = list(recipes)
     if not recipes:
         return
     if not inputs_checked:
         check_inputs(config, until)
+    check_models_fit(config, recipes, check_base(config)[1])
     mesh = make_mesh(config.mesh)
     offload = Offload.of(config.runtime, mesh)
     for recipe in recipes:

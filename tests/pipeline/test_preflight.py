@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -291,3 +292,20 @@ def test_too_little_memory_for_offloading_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "host_memory", lambda: 2 * moments)
     preflight.check_missing(pipeline, ["mpo"], inputs_checked=False)
     preflight.check_missing(pipeline, ["dpo"], inputs_checked=False)
+
+
+def test_a_disk_too_small_for_the_models_is_an_error_before_the_first_stage(tmp_path, monkeypatch):
+    """By hand: SFT, DPO and PPO leave a language model each, the reward stage one with its head."""
+    config = load_config(MICRO, (f"workdir={tmp_path}", "runtime.save_dtype=bfloat16"))
+    decoder = preflight.check_base(config)[1]
+    count = lambda head: sum(x.size for x in jax.tree.leaves(abstract_params(decoder, head=head)))  # noqa: E731
+    models = 2 * (3 * count("lm") + count("value"))
+    pipeline = Pipeline(config, Listing(tmp_path))
+    free = lambda number: SimpleNamespace(free=number)  # noqa: E731
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free(models))
+    preflight.check_missing(pipeline, ["mpo"], inputs_checked=False)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free(models - 1))
+    with pytest.raises(UserError, match=r"its disk has .* free, and the models of the 4 stages .*runtime\.keep=last"):
+        preflight.check_missing(pipeline, ["mpo"], inputs_checked=False)
+    last = Pipeline(load_config(MICRO, (f"workdir={tmp_path}", "runtime.keep=last")), Listing(tmp_path))
+    preflight.check_missing(last, ["mpo"], inputs_checked=False)
