@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import logging
 import signal
 import sys
 import traceback
@@ -57,6 +58,13 @@ def reported(*, debug: bool) -> Iterator[None]:
             sys.excepthook = show_traceback
             raise
         _fail_unexpected(error)
+
+
+class LogRecord(logging.LogRecord):
+    """Of libraries, which log the addresses that they try again."""
+
+    def getMessage(self) -> str:
+        return hide(super().getMessage())
 
 
 def show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -1,6 +1,7 @@
 """Planted secrets: refused before anything is written, or written and shown nowhere."""
 
 import json
+import logging
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -131,7 +132,7 @@ def test_sections_in_a_configuration_and_keys_that_there_are_not():
         lambda: Config(wörkdir=PLANTED["key"]),  # type: ignore[call-arg]
         lambda: DataConfig(kind="pairs", path=("a", PLANTED["query"])),
         lambda: load_config(None, (f"{PLANTED['userinfo']}.b=1",)),
-        lambda: load_config(None, (f"https://user:p.q.{MARK}@host/c.yaml?a=1",)),
+        lambda: load_config(None, (f"https://user:{MARK}.q@host/c.yaml?a=1",)),
         lambda: load_config(None, (PLANTED["userinfo"],)),
         lambda: load_config(None, (f"workdir=[{PLANTED['userinfo']}",)),
         lambda: load_config(PLANTED["query"]),
@@ -214,6 +215,34 @@ def test_an_error_s_text_is_shown_without_secrets(kind, debug, capsys):
         sys.excepthook(caught.type, caught.value, caught.tb)
     said = capsys.readouterr().err
     assert "403 for gs://bucket/a?***" in said and clean(said) and ("sent ***" in said) == debug
+
+
+@pytest.mark.parametrize("planted", PLANTED.values(), ids=PLANTED)
+def test_arguments_in_a_wrong_place(planted, capsys):
+    for command in (
+        (planted,),
+        (f"--{planted}",),
+        ("run", f"--{planted}"),
+        ("human", planted),
+        ("judge", "a", "b", "--tries", planted),
+        ("config", "--keys", planted),
+        ("config", "--keys", "seed", planted),
+    ):
+        assert mpo(*command) == 2
+        said = "".join(capsys.readouterr().err.split()).replace("│", "")  # out of its box
+        assert clean(said) and ("***" in said or command[0] == "judge"), command
+
+
+def test_what_libraries_log(capsys, monkeypatch):
+    handler = logging.StreamHandler(sys.stderr)
+    monkeypatch.setattr(logging.getLogger("some.library"), "handlers", [handler])
+    previous = logging.getLogRecordFactory()
+    try:
+        mpo("version")
+        logging.getLogger("some.library").warning("HTTP 500 while requesting GET %s", PLANTED["query"])
+    finally:
+        logging.setLogRecordFactory(previous)
+    assert capsys.readouterr().err == "HTTP 500 while requesting GET gs://bucket/a?***\n"
 
 
 # errors of the parts that know addresses
