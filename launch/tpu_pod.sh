@@ -6,7 +6,8 @@
 #   TPU=NAME ZONE=ZONE BUCKET=gs://NAME/DIR bash launch/tpu_pod.sh run CONFIG PRESET [key=value ...]
 #
 # Edit or set: TPU, ZONE; REPOSITORY (cloned by the hosts); BUCKET, which keeps everything (the hosts' service account
-# needs write access), or WORKDIR, a folder that all hosts share (Filestore or other NFS). HF_TOKEN is passed on if set.
+# needs write access), or WORKDIR, a folder that all hosts share (Filestore or other NFS). HF_TOKEN is passed on if set,
+# as a file that only you can read, ~/.mpo_hf_token of each host.
 # After a preemption, create the slice again, then call setup and run again.
 set -euo pipefail
 : "${TPU:?set TPU to the name of the TPU VM}" "${ZONE:?set ZONE to its zone}"
@@ -25,11 +26,20 @@ case $action in
     place=(workdir="${WORKDIR:-runs/tpu}")
     [ -z "${BUCKET:-}" ] || place+=(runtime.bucket="$BUCKET")
     [ $# -gt 0 ] || set -- configs/hh_llama2_7b.yaml configs/presets/tpu_v5p_8.yaml
-    everywhere "cd mpo_jax && HF_TOKEN=$(printf %q "${HF_TOKEN:-}") .venv/bin/mpo run $(printf '%q ' "$@") \
+    token=
+    if [ -n "${HF_TOKEN:-}" ]; then
+      # no part of the command, which gcloud logs and every user of a host can list
+      file=$(mktemp)
+      trap 'rm -f "$file"' EXIT
+      printf %s "$HF_TOKEN" >"$file"
+      gcloud compute tpus tpu-vm scp "$file" "$TPU:.mpo_hf_token" --zone="$ZONE" --worker=all
+      token="HF_TOKEN=\"\$(cat ~/.mpo_hf_token)\""
+    fi
+    everywhere "cd mpo_jax && $token .venv/bin/mpo run $(printf '%q ' "$@") \
 runtime.flags=recommended $(printf '%q ' "${place[@]}")"
     ;;
   *)
-    sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
+    sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
     exit 2
     ;;
 esac

@@ -1,6 +1,9 @@
 """Exceptions that end a command with a message instead of a traceback."""
 
 from pathlib import Path
+from typing import Any
+
+from mpo_jax.credentials import hide
 
 GOES_ON = "the same command goes on from"
 """What every message about an end before the end says, followed by what there is to go on from."""
@@ -9,8 +12,12 @@ GOES_ON = "the same command goes on from"
 class UserError(Exception):
     """A mistake that the user can fix: the message says what is wrong, where, and what to do.
 
-    The command line prints the message alone and exits with status 2; `--debug` shows the traceback.
+    The command line prints the message alone and exits with status 2; `--debug` shows the traceback. Messages quote
+    what users write and what libraries say, so credentials in them are hidden.
     """
+
+    def __init__(self, *args: Any):
+        super().__init__(*(hide(one) if isinstance(one, str) else one for one in args))
 
 
 class Damaged(UserError):

@@ -198,6 +198,28 @@ def test_no_group_of_the_gpu_check_takes_more_than_nine_minutes():
         assert 0 < sum(map(int, limits)) < 540
 
 
+def test_the_tpu_script_passes_the_token_on_in_a_file(tmp_path):
+    """gcloud logs its arguments, and everyone on a machine can list them."""
+    keep = f'[ "$4" = ssh ] || {{ stat -c %a "$5" && cat "$5"; }} >> {tmp_path}/file'
+    (tmp_path / "gcloud").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/said\n{keep}\n')
+    (tmp_path / "gcloud").chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    common = {**os.environ, "PATH": path, "TPU": "t", "ZONE": "z", "BUCKET": "gs://b/d", "TMPDIR": str(tmp_path)}
+    script = ["bash", str(LAUNCH / "tpu_pod.sh"), "run", "a.yaml"]
+    done = subprocess.run(script, capture_output=True, text=True, check=True, env={**common, "HF_TOKEN": "hf_planted"})
+    said = (tmp_path / "said").read_text()
+    assert (tmp_path / "file").read_text() == "600\nhf_planted"
+    assert (
+        'cd mpo_jax && HF_TOKEN="$(cat ~/.mpo_hf_token)" .venv/bin/mpo run a.yaml' in said
+        and " t:.mpo_hf_token" in said
+    )
+    assert "hf_planted" not in said + done.stdout + done.stderr
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["file", "gcloud", "said"], "the copy here is removed"
+    (tmp_path / "said").unlink()
+    subprocess.run(script, check=True, env={**common, "HF_TOKEN": ""})
+    assert "HF_TOKEN" not in (tmp_path / "said").read_text()
+
+
 def two(environment: list[dict[str, str]], *arguments: str) -> list[str]:
     """What two processes of `mpo doctor` print, each with its own environment."""
     common = {**os.environ, "HF_HUB_OFFLINE": "1"}

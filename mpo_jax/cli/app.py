@@ -1,10 +1,13 @@
 """The command line: every command by name, and the entry point."""
 
 import contextlib
+import logging
 import sys
-from typing import Annotated
+from collections.abc import Iterator
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from mpo_jax.cli import exits, stages
 from mpo_jax.cli.accuracy import accuracy
@@ -23,10 +26,36 @@ from mpo_jax.cli.score import score
 from mpo_jax.cli.table import table
 from mpo_jax.cli.verify import verify
 from mpo_jax.cli.version import version
+from mpo_jax.credentials import hide
 from mpo_jax.errors import GOES_ON
 from mpo_jax.runtime.interrupts import STOPS
 
+
+class Commands(TyperGroup):
+    """The commands by name. Errors of usage quote what stands in a wrong place, without credentials."""
+
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        with _hiding():
+            return super().make_context(*args, **options)
+
+    def invoke(self, *args: Any, **options: Any) -> Any:
+        with _hiding():
+            return super().invoke(*args, **options)
+
+
+@contextlib.contextmanager
+def _hiding() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        # Click's, which some versions of Typer bring with them
+        if isinstance(message := getattr(error, "message", None), str):
+            error.message = hide(message)  # pyright: ignore[reportAttributeAccessIssue]
+        raise
+
+
 app = typer.Typer(
+    cls=Commands,
     help="Mixed Preference Optimization in JAX. Add --debug to any command for the traceback of an error.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},  # of every command
@@ -77,6 +106,7 @@ def main() -> None:
     debug = len(arguments) < len(sys.argv) - 1
     if not debug:
         exits.hide_leftovers()
+    logging.setLogRecordFactory(exits.LogRecord)
     with exits.reported(debug=debug), _leaving(arguments):
         app(args=arguments, standalone_mode=True)
 

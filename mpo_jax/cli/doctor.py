@@ -7,6 +7,7 @@ import typer
 
 from mpo_jax.cli.arguments import Overrides, read_config
 from mpo_jax.cli.exits import FAULT
+from mpo_jax.credentials import hide
 from mpo_jax.runtime.console import console
 
 MARK = {"ok": "[green]ok  [/green]", "warn": "[yellow]warn[/yellow]", "fail": "[red]FAIL[/red]"}
@@ -27,9 +28,9 @@ def doctor(
     failed = False
     for check in checks.examine(resolved):
         console.print(f"{MARK[check.verdict]} {check.name}: ", end="")
-        console.print(check.found, markup=False, soft_wrap=True)
+        console.print(hide(check.found), markup=False, soft_wrap=True)
         if check.advice:
-            console.print(f"       {check.advice}", markup=False, soft_wrap=True)
+            console.print(f"       {hide(check.advice)}", markup=False, soft_wrap=True)
         failed |= check.verdict == "fail"
     if failed:
         raise typer.Exit(FAULT)

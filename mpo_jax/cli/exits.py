@@ -5,9 +5,12 @@ import errno
 import logging
 import signal
 import sys
+import traceback
 from collections.abc import Iterator
+from types import TracebackType
 from typing import NoReturn
 
+from mpo_jax.credentials import hide
 from mpo_jax.errors import GOES_ON, Preempted, UserError
 from mpo_jax.runtime.interrupts import STOPS
 from mpo_jax.runtime.words import printable
@@ -33,12 +36,13 @@ def reported(*, debug: bool) -> Iterator[None]:
     """Turns an error raised inside into a message on standard error and an exit status.
 
     Args:
-      debug: let errors through, for their traceback.
+      debug: let errors through, for their traceback, which the interpreter then shows without credentials.
     """
     try:
         yield
     except UserError as error:
         if debug:
+            sys.excepthook = show_traceback
             raise
         fail(str(error), MISTAKE)
     except Preempted as error:
@@ -51,6 +55,7 @@ def reported(*, debug: bool) -> Iterator[None]:
         raise
     except Exception as error:
         if debug:
+            sys.excepthook = show_traceback
             raise
         _fail_unexpected(error)
 
@@ -67,6 +72,18 @@ def hide_leftovers() -> None:
             before(found)
 
     sys.unraisablehook = show
+
+
+class LogRecord(logging.LogRecord):
+    """Of libraries, which log the addresses that they try again."""
+
+    def getMessage(self) -> str:
+        return hide(super().getMessage())
+
+
+def show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Prints a traceback as the interpreter does; the errors in it quote addresses and answers of servers."""
+    print(hide("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
 def _fail_unexpected(error: Exception) -> NoReturn:
@@ -121,7 +138,7 @@ def fail(message: str, status: int) -> NoReturn:
     # looked up, not imported: an import would start JAX to report a misspelt key
     processes = sys.modules.get("mpo_jax.runtime.processes")
     where = processes.name() if processes else ""
-    print(f"error{where}: {printable(message)}", file=sys.stderr)
+    print(f"error{where}: {printable(hide(message))}", file=sys.stderr)
     _exit(status)
 
 

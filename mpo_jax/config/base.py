@@ -1,9 +1,14 @@
 """What every section of the configuration is."""
 
 import enum
-from typing import Annotated, Any, TypeAlias
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Self, TypeAlias
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, model_validator
+
+from mpo_jax import credentials
+from mpo_jax.errors import UserError
 
 Pairs: TypeAlias = tuple[tuple[str, float], ...]
 """How numbers by name are held: a mapping could not be hashed."""
@@ -46,9 +51,28 @@ class InRecipe(enum.Enum):
 
 
 class Section(BaseModel, frozen=True):
-    """A part of the configuration: immutable, hashable, defaults checked like given values, unknown keys refused."""
+    """A part of the configuration: immutable, hashable, defaults checked like given values, unknown keys refused.
+
+    Raises:
+      UserError: as `refuse_credentials`, wherever the values come from.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+    IS_WHOLE: ClassVar[bool] = False
+    """Whether names of its keys are complete."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_credentials(cls, values: Any) -> Any:
+        # no ValueError, which would be shown together with the values
+        if values:
+            refuse_credentials(values, None if cls.IS_WHOLE else cls.__name__)
+        return values
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """As Pydantic's, which does not check the new values."""
+        refuse_credentials(dict(update or {}), None if self.IS_WHOLE else type(self).__name__)
+        return super().model_copy(update=update, deep=deep)
 
 
 def recipe_values(section: Section) -> dict[str, Any]:
@@ -61,3 +85,46 @@ def recipe_values(section: Section) -> dict[str, Any]:
         elif InRecipe.NEVER in field.metadata or (InRecipe.UNLESS_DEFAULT in field.metadata and value == field.default):
             del values[name]
     return values
+
+
+def refuse_credentials(values: Any, where: str | Path | None = None) -> None:
+    """Checks that no text in values of a configuration holds credentials: it is stored with a run, and shown.
+
+    Args:
+      values: nested mappings, lists and sections.
+      where: the file or section that they come from.
+
+    Raises:
+      UserError: for an access token, a credential of the environment, or an address with a user, a password, a query or
+        a fragment; names the key and not the value.
+    """
+    place = "" if where is None else f"{where}: "
+    find = credentials.finder()
+    for key, text in _texts(values, "", set()):
+        if (what := find(text)) is not None:
+            raise UserError(
+                f"{place}{key} holds {what}, and a run stores and shows its configuration: take it out (of an address "
+                "leave the bare one), and give keys and tokens as the environment variables of the service (such as "
+                "HF_TOKEN, WANDB_API_KEY, AWS_PROFILE)"
+            )
+
+
+def _texts(value: Any, key: str, seen: set[int]) -> Iterator[tuple[str, str]]:
+    """All strings with their keys; a name in a mapping has that of the mapping.
+
+    Args:
+      seen: gets what was looked through, since YAML's aliases can make a million places of one list.
+    """
+    if isinstance(value, str):
+        yield key, value
+        return
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, Mapping | BaseModel):
+        for name, part in dict(value).items():
+            yield f"a name in {key}" if key else "a name", str(name)
+            yield from _texts(part, f"{key}.{name}".removeprefix("."), seen)
+    elif isinstance(value, list | tuple | set | frozenset):
+        for number, part in enumerate(value):
+            yield from _texts(part, f"{key}[{number}]", seen)

@@ -19,8 +19,6 @@ MAX_CHARACTERS = 100_000
 MOST_STEPS = 100
 """From key to key."""
 _REFERENCE = re.compile(r"\$\{\s*([^${}\s]+)\s*\}")
-_ADDRESS = re.compile(r"\s*[A-Za-z][\w+.-]*:(?:[\w+.-]*:)?/{1,2}(\S*)\s*\Z")
-"""`scheme://...`, also behind a further name, as in hub:https://..."""
 
 
 def refuse_resolvers(loaded: Any, where: str | Path) -> None:
@@ -90,21 +88,6 @@ def refuse_growth(loaded: Any, where: str | Path) -> None:
     for key, text in texts.items():
         if "${" in text:
             expanded(key, ())
-
-
-def refuse_secrets(loaded: Any, where: str | Path) -> None:
-    """Checks that no address in a container has a place for secrets: the configuration is stored with a run and shown.
-
-    Raises:
-      UserError: for a URL with a user, a password, a query or a fragment; names the key and not the value.
-    """
-    for key, text in _texts(OmegaConf.to_container(loaded, resolve=False), ""):
-        if (address := _ADDRESS.match(text)) and re.search(r"[?#]|^[^/]*@", address[1]):
-            raise UserError(
-                f"{where}: {key} is an address with a user, password, query or fragment, where secrets stand, and "
-                "a run stores and shows its configuration: write the bare address, and give keys and tokens as the "
-                "environment variables of the service (such as HF_TOKEN, WANDB_API_KEY, AWS_PROFILE)"
-            )
 
 
 def literal(value: Any) -> Any:

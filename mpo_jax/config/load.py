@@ -10,9 +10,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from mpo_jax.config.base import BY_NAME
+from mpo_jax.config.base import BY_NAME, refuse_credentials
 from mpo_jax.config.given import Given
-from mpo_jax.config.interpolation import literal, refuse_growth, refuse_many, refuse_resolvers, refuse_secrets
+from mpo_jax.config.interpolation import literal, refuse_growth, refuse_many, refuse_resolvers
 from mpo_jax.config.old_keys import dotted, refuse_old_keys, renamed
 from mpo_jax.config.schema import TRAINED, Config
 from mpo_jax.config.suggestion import suggest
@@ -42,6 +42,8 @@ def load_config(path: str | Path | None, overrides: tuple[str, ...] = (), *, sta
         key, equals, value = override.partition("=")
         try:
             if equals:
+                # before anything quotes a part of it
+                refuse_credentials({key: value}, COMMAND_LINE)
                 key = _whole_key(key.strip(), stage)
                 refuse_old_keys([key], COMMAND_LINE)
                 _refuse_unknown(key, "on the command line")
@@ -60,6 +62,7 @@ def load_config(path: str | Path | None, overrides: tuple[str, ...] = (), *, sta
         values = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {_first_line(error)}") from error
+    refuse_credentials(values, path)  # an interpolation may have put an address together
     try:
         return Config.model_validate(values).set_by(Given(command_line, tuple(files)))
     except ValidationError as error:
@@ -72,8 +75,10 @@ def read_record(path: Path) -> Config:
     Raises:
       UserError: as `load_config`.
     """
+    values = renamed(read_yaml(path))
+    refuse_credentials(values, path)
     try:
-        return Config.model_validate(renamed(read_yaml(path)))
+        return Config.model_validate(values)
     except ValidationError as error:
         raise UserError(_explain(error, path)) from error
 
@@ -118,10 +123,10 @@ def _checked(loaded: Any, where: str | Path) -> Any:
     """The container itself.
 
     Raises:
-      UserError: if it calls a resolver, holds an address with a secret, or sets a key that was renamed or removed.
+      UserError: if it calls a resolver, holds credentials, or sets a key that was renamed or removed.
     """
     refuse_resolvers(loaded, where)
-    refuse_secrets(loaded, where)
+    refuse_credentials(OmegaConf.to_container(loaded, resolve=False), where)
     refuse_old_keys(dotted(OmegaConf.to_container(loaded, resolve=False)), where)
     return loaded
 

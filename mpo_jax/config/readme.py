@@ -94,6 +94,9 @@ dpo:
 - **Refer.** `${a.b}` stands for the value of another key: `workdir: runs/${seed}`. Resolvers such as `${oc.env:HOME}`
   are refused, since they would put secrets of the environment into files that a run prints and stores. Write `\\${`
   for a plain `${`.
+- **Secrets.** A run stores and shows its configuration, so no key takes an access token, or an address with a user,
+  password, query or fragment, in Python either. Keys and tokens are the environment variables of the service, such as
+  `HF_TOKEN`.
 
 ## The files here
 

@@ -1,6 +1,6 @@
 """The whole configuration. Its sections are in the modules beside this one and can be imported from here."""
 
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
@@ -61,6 +61,8 @@ __all__ = [
 
 class Config(Section, frozen=True):
     """Everything a run depends on."""
+
+    IS_WHOLE: ClassVar[bool] = True
 
     workdir: str = Field(default="runs/default", description="folder of the stages, runs and report")
     seed: int = Field(

@@ -141,8 +141,8 @@ def check_models_fit(config: Config, recipes: Iterable[Mapping[str, Any]], decod
         more = "" if keeps_one else ", or runtime.keep=last, which keeps the models of the last stages alone"
         raise UserError(
             f"workdir={config.workdir}: its disk has {size(free)} free, and the models of the "
-            f"{counted(len(sizes), 'stage')} to be made alone take {size(needed)}: free some, name another folder, or set "
-            f"runtime.save_dtype=bfloat16{more}"
+            f"{counted(len(sizes), 'stage')} to be made alone take {size(needed)}: free some, name another folder, or "
+            f"set runtime.save_dtype=bfloat16{more}"
         )
 
 

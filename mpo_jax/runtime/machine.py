@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from mpo_jax.config.schema import ModelConfig, RuntimeConfig
+from mpo_jax.credentials import hide
 from mpo_jax.errors import UserError
 from mpo_jax.runtime import flags, offload, processes, program_cache
 from mpo_jax.runtime.console import console
@@ -111,7 +112,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "devices": [str(device) for device in jax.devices()],
-        "command": sys.argv,
+        "command": [hide(word) for word in sys.argv],  # of the user's own programs too
         "commit": _commit(),
     }
 

@@ -6,6 +6,7 @@ from contextvars import ContextVar
 
 from rich.markup import escape
 
+from mpo_jax.credentials import hide
 from mpo_jax.runtime.console import console
 
 _collected: ContextVar[list[str] | None] = ContextVar("stage_warnings", default=None)
@@ -25,9 +26,9 @@ def collect_warnings() -> Iterator[list[str]]:
 def warn(message: str) -> None:
     """Prints a warning and keeps it for the current stage's manifest.
 
-    A warning states how the result is limited and what to do about it; the stage goes on.
+    A warning states how the result is limited and what to do about it; the stage goes on. Credentials in it are hidden.
     """
-    collected = _collected.get()
+    collected, message = _collected.get(), hide(message)
     if collected is None or message not in collected:
         console.print(f"  [yellow]warning:[/yellow] {escape(message)}", soft_wrap=True)
     if collected is not None and message not in collected:

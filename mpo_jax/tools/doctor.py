@@ -1,6 +1,7 @@
 """`mpo doctor`: what a machine has, what will fail on it, and the remedy. It only inspects and measures."""
 
 import dataclasses
+import http.client
 import importlib.metadata
 import importlib.util
 import os
@@ -43,6 +44,8 @@ SLOW_DISK_MBS = 100
 LITTLE_SPACE_GIB = 20
 HUB_TIMEOUT_S = 3.0
 CLOCK_SPREAD_S = 1.0
+UNREACHED = urllib.error.URLError, http.client.HTTPException, OSError, ValueError
+"""What a request of an address raises, a broken one included."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,9 +301,9 @@ def hub(environment: Any) -> Check:
     if not endpoint.startswith(("https://", "http://")):
         return Check("hub", "warn", endpoint, "HF_ENDPOINT is no address: unset it")
     try:
-        with urllib.request.urlopen(f"{endpoint}/api/models?limit=1", timeout=HUB_TIMEOUT_S):
+        with _open(f"{endpoint}/api/models?limit=1"):
             return Check("hub", "ok", f"reached; {token}")
-    except (urllib.error.URLError, OSError) as error:
+    except UNREACHED as error:
         reason = type(getattr(error, "reason", error)).__name__
         return Check(
             "hub", "warn", f"not reached in {HUB_TIMEOUT_S:g} s ({reason}); {token}",
@@ -321,16 +324,23 @@ def wandb(config: WandbConfig) -> Check:
         return Check("wandb", "ok", f"{text}: runs stay in workdir/wandb")
     server = wandb_log.server()
     try:
-        with urllib.request.urlopen(server, timeout=HUB_TIMEOUT_S):
+        with _open(server):
             return Check("wandb", "ok", f"{text}: {server} reached")
     except urllib.error.HTTPError:
         return Check("wandb", "ok", f"{text}: {server} reached")
-    except (urllib.error.URLError, OSError, ValueError) as error:
+    except UNREACHED as error:
         reason = type(getattr(error, "reason", error)).__name__
         return Check(
             "wandb", "warn", f"{text}: {server} not reached in {HUB_TIMEOUT_S:g} s ({reason})",
             "runs will stay in workdir/wandb: set runtime.wandb.mode=offline and upload them with `wandb sync`",
         )  # fmt: skip
+
+
+def _open(address: str) -> Any:
+    """A request of an address, without the user and password in it, which urllib would take for a port."""
+    scheme, colon, rest = address.partition("://")
+    host, slash, path = rest.partition("/")
+    return urllib.request.urlopen(f"{scheme}{colon}{host.rpartition('@')[2]}{slash}{path}", timeout=HUB_TIMEOUT_S)
 
 
 def clocks() -> Check:

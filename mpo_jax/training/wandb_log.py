@@ -21,6 +21,7 @@ from typing import Any
 from rich.markup import escape
 
 from mpo_jax.config.schema import Config, WandbConfig
+from mpo_jax.credentials import hide
 from mpo_jax.errors import UserError
 from mpo_jax.runtime.console import console
 from mpo_jax.runtime.files import write_text
@@ -43,6 +44,7 @@ class _Session:
     warned: set[str] = dataclasses.field(default_factory=set)
 
     def warn(self, message: str) -> None:
+        message = hide(message)  # the server's address may have a user in it
         if message not in self.warned:
             self.warned.add(message)
             console.print(message, style="yellow", markup=False, soft_wrap=True)
@@ -106,7 +108,7 @@ class WandbRun:
         if self._run is not None:
             offline = f"{Path(self._run.dir).parent} (upload it with `wandb sync`)"
             place = offline if self._run.offline else self._run.url
-            console.print(f"[dim]  W&B: {escape(str(place))}[/dim]", soft_wrap=True)
+            console.print(f"[dim]  W&B: {escape(hide(str(place)))}[/dim]", soft_wrap=True)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """The metrics of one step under their own names.

@@ -10,6 +10,7 @@ from typing import Any
 import openai
 import tenacity
 
+from mpo_jax.credentials import hide
 from mpo_jax.errors import UserError
 from mpo_jax.tools.judge.calls import Call, Done, Failure, Reply
 from mpo_jax.tools.judge.endpoint import KEY, Endpoint
@@ -119,7 +120,7 @@ class _Client:
             text = f"an answer that is no JSON ({error})"
         else:
             text = str(error) or type(error).__name__
-        return self._without_secret(" ".join(text.split()))[:LONGEST_REASON]
+        return self._without_secret(hide(" ".join(text.split())))[:LONGEST_REASON]
 
     def _without_secret(self, text: str) -> str:
         return text if self._secret is None else text.replace(self._secret, "***")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
+from mpo_jax.credentials import find
 from mpo_jax.errors import UserError
 
 KEY = "OPENAI_API_KEY"
@@ -38,8 +39,10 @@ class Endpoint:
         """An endpoint from what a user gave; fields that are None are left out of the request.
 
         Raises:
-          UserError: if the URL cannot be used.
+          UserError: if the URL cannot be used, or the model's name, which the result repeats, holds credentials.
         """
+        if (what := find(model)) is not None:
+            raise UserError(f"--model holds {what}: put the key into the environment variable {KEY}")
         kept = {name: value for name, value in fields.items() if value is not None}
         return cls(checked_url(url), model, kept, concurrency, tries, timeout_s)
 
@@ -60,7 +63,7 @@ def checked_url(url: str) -> str:
     """The base URL without a trailing slash or path of the API.
 
     Raises:
-      UserError: if it is no URL, or holds a password, a query or a fragment.
+      UserError: if it is no URL, or holds a password, a key, a query or a fragment.
     """
     try:
         parts = urlsplit(url)
@@ -69,6 +72,6 @@ def checked_url(url: str) -> str:
         parts, usable = urlsplit(""), False
     if not usable:
         raise UserError("--endpoint wants a URL such as http://localhost:8000/v1")
-    if "@" in parts.netloc or parts.query or "#" in url or "?" in url:
+    if "@" in parts.netloc or parts.query or "#" in url or "?" in url or find(url) is not None:
         raise UserError(f"--endpoint must hold no password or key: put the key into the environment variable {KEY}")
     return url.rstrip("/").removesuffix("/chat/completions")
