@@ -42,7 +42,7 @@ _WITH_USER = re.compile(rf"({_SLASHES}){_USER}")
 _ADDRESS = re.compile(rf"\s*{_SCHEME}(?:(?<=//).*|\S*\s*)\Z", re.DOTALL)
 _TAIL = re.compile(rf"({_SLASHES}[^\s?#'\"<>]{{0,1000}}[?#])[^\s'\"<>]+")
 _PARAMETER = re.compile(
-    r"([?&#][\w.-]*(?:token|key|secret|signature|sig|password|credential)=)[^\s&'\"<>]+", re.IGNORECASE
+    r"([?&#;][\w.-]*(?:token|key|secret|signature|sig|password|credential)=)[^\s&'\"<>]+", re.IGNORECASE
 )
 """Also behind an address with a space in it."""
 
@@ -68,6 +68,8 @@ def finder() -> Callable[[str], str | None]:
             return "what looks like an access token"
         if ("@" in text and _WITH_USER.search(text)) or (re.search("[?#]", text) and _ADDRESS.match(text)):
             return "an address with a user, password, query or fragment, where secrets stand"
+        if _PARAMETER.search(text):
+            return "a parameter that names a token, key or password"
         return None
 
     return find_in

@@ -22,6 +22,8 @@ HOLD = [
     (f"Read https://user:{S}@host: {{prompt}}", "Read https://***@host: {prompt}"),
     (f"models/hf_{S}/x", "models/***/x"),
     (f"org/name@hf_{S}", "org/name@***"),
+    (f"https://host/a;token={S}", "https://host/a;token=***"),
+    (f"/a?api_key={S}&x=1", "/a?api_key=***&x=1"),
     (f"key is sk-{S}.", "key is ***."),
     (f"sk-proj-{S}", "***"),
     (f"ghp_{S}", "***"),

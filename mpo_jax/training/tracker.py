@@ -164,7 +164,9 @@ class Tracker:
         if self._overall is not None and self._whole:
             self._overall.update(step / self.num_steps)
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, **({"note": ""} if first else {}))
+            self._bar.update(self._task, completed=step)
+            if first:
+                self._bar.update(self._task, note="")
             if self._overall is not None:
                 self._bar.update(self._table, eta=progress.duration(self._overall.remaining()[0]))
         values = mean_values(self._fetch()) if log else {}

@@ -134,7 +134,7 @@ class Pairs(Rows):
         write_lines(Path(path), map(self._line, range(len(self))))
 
     def _line(self, row: int) -> dict[str, Any]:
-        sides = dict(zip(("chosen", "rejected"), self.responses[row], strict=True))
+        sides: dict[str, str] = dict(zip(("chosen", "rejected"), self.responses[row], strict=True))
         prompt = self.prompts[row]
         line = {"prompt": prompt, **sides} if self.turns is None else self.turns.row(prompt, sides)
         return line if self.gap is None else {**line, "gap": float(self.gap[row])}
