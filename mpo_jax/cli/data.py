@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from mpo_jax.cli.arguments import ConfigPath, Overrides, read_config
+from mpo_jax.cli.arguments import BaseModel, ConfigPath, DataPaths, Overrides, read_config, short_keys
 from mpo_jax.runtime.console import console
 
 if TYPE_CHECKING:
@@ -23,12 +23,14 @@ PROMPT, RESPONSE, SPECIAL, BORDER = "dim", "green", "reverse", "yellow"
 def show_data(
     config: ConfigPath,
     overrides: Overrides = None,
+    model: BaseModel = None,
+    data: DataPaths = None,
     examples: Annotated[int, typer.Option(help="rows of each kind to show")] = 2,
 ) -> None:
     """Show what a configuration reads, drops and cuts, and some rows token by token, without training."""
     from mpo_jax.tools.data_report import report_data
 
-    resolved = read_config(config, overrides)
+    resolved = read_config(config, [*(overrides or ()), *short_keys(model, data, None)])
     found = report_data(resolved)
     console.print(_sources(found.corpus))
     console.print(f"{found.corpus.sizes} (data.prompts={resolved.data.prompts})", soft_wrap=True)

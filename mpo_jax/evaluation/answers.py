@@ -83,10 +83,10 @@ class Pair:
 def find_answers(path: str) -> str | None:
     """The rows that `path` names: a file of rows, or the samples of a run's or an evaluation's folder.
 
-    None for anything else, such as a model.
+    Of a workdir it is its only evaluated run. None for anything else, such as a model.
 
     Raises:
-      UserError: for a run without an evaluation.
+      UserError: for a run without an evaluation, and for a workdir with several.
     """
     if path.startswith(HUB) or path.endswith(FILE_SUFFIXES):
         return path
@@ -94,7 +94,11 @@ def find_answers(path: str) -> str | None:
     if (folder / SAMPLES).is_file():
         return str(folder / SAMPLES)
     if not (folder / "env.json").is_file():
-        return None
+        evaluated = sorted((folder / "runs").glob(f"*/evaluate/{SAMPLES}"))
+        if len(evaluated) > 1:
+            runs = ", ".join(str(samples.parent.parent) for samples in evaluated)
+            raise UserError(f"{path} holds several runs: name one of {runs}")
+        return str(evaluated[0]) if evaluated else None
     samples = folder / "evaluate" / SAMPLES
     if not samples.is_file():
         raise UserError(

@@ -14,6 +14,7 @@ import jax
 
 from mpo_jax.runtime.console import console
 from mpo_jax.runtime.progress import duration
+from mpo_jax.runtime.words import counted
 
 LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -103,7 +104,8 @@ class Compilations:
     def summary(self) -> str:
         """`6 programs of the stage compiled, 3 of them found in the cache; all compilations took 45 s`."""
         found = f", {self.cached} of them found in the cache" if self.cached else ""
-        return f"{self.number} programs of the stage compiled{found}; all compilations took {duration(self.seconds)}"
+        programs = counted(self.number, "program")
+        return f"{programs} of the stage compiled{found}; all compilations took {duration(self.seconds)}"
 
 
 def _readable(function: str) -> str:

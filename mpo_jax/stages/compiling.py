@@ -15,6 +15,7 @@ from mpo_jax.models import forward
 from mpo_jax.models.forward import Model
 from mpo_jax.runtime.compilation import Compilations
 from mpo_jax.runtime.console import console
+from mpo_jax.runtime.words import counted
 from mpo_jax.stages.shapes import Shapes
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class Upcoming:
         self.compilations.expect(names, len(programs) + padded * (num_widths - 1))
         which = f", {padded} of them" if padded < len(programs) else ""
         at = f"{which} at up to {num_widths} widths" if num_widths > 1 and padded else ""
-        console.print(f"  compiles {len(programs)} programs{at}")
+        console.print(f"  compiles {counted(len(programs), 'program')}{at}")
 
 
 def function_name(program: "Program") -> str:

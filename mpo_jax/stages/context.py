@@ -35,6 +35,7 @@ from mpo_jax.runtime.console import console
 from mpo_jax.runtime.offload import Offload
 from mpo_jax.runtime.passes import Pass
 from mpo_jax.runtime.seeds import stage_key
+from mpo_jax.runtime.words import counted
 from mpo_jax.stages.compiling import Upcoming
 from mpo_jax.stages.settings import NOT_WATCHED, Numerics, Watch
 from mpo_jax.training.loop import Checkpointing
@@ -273,9 +274,19 @@ class Context:
             stage, base, numerics, codec.config, adapter=adapter, seed=seed, new_head=new_head, num_ids=codec.vocab_size
         )
 
-    def tokenize(self, codec: TextCodec, rows: Sequence[Row]) -> tuple[list[Example], TokenReport]:
-        """Tokenizes rows (prompt, responses), or reads their ids from the cache."""
-        return tokenize(codec, rows, cache=self.token_cache)
+    def tokenize(
+        self, codec: TextCodec, rows: Sequence[Row], *, of: str | None = None
+    ) -> tuple[list[Example], TokenReport]:
+        """Tokenizes rows (prompt, responses), or reads their ids from the cache.
+
+        Args:
+          of: what the rows are, a plural, to say how many are cut; None: it is not said.
+        """
+        examples, report = tokenize(codec, rows, cache=self.token_cache)
+        if of is not None:
+            prompts, responses = counted(report.truncated_prompts, "prompt"), counted(report.truncated_responses, "row")
+            console.print(f"  {len(rows)} {of}: {prompts} cut to fit, a response cut in {responses}", soft_wrap=True)
+        return examples, report
 
     def sample(
         self,

@@ -230,7 +230,8 @@ def _reference_logps(
 
 
 def _human_examples(context: Context, codec: TextCodec, rows: Sequence[Preference]) -> list[Example]:
-    examples, report = context.tokenize(codec, [(row.prompt, (row.chosen, row.rejected)) for row in rows])
+    pairs = [(row.prompt, (row.chosen, row.rejected)) for row in rows]
+    examples, report = context.tokenize(codec, pairs, of="human pairs")
     for message in report.findings("pairs", codec.config.max_response_tokens):
         warn(message)
     return examples

@@ -19,6 +19,7 @@ from mpo_jax.runtime import device_kinds
 from mpo_jax.runtime.seeds import data_seed
 from mpo_jax.runtime.sharding import check_batch, place_batch
 from mpo_jax.runtime.stage_warnings import warn
+from mpo_jax.runtime.words import counted
 from mpo_jax.stages.context import Context
 from mpo_jax.stages.packed import packing_of
 from mpo_jax.stages.settings import TrainSettings, Watch
@@ -181,7 +182,7 @@ def check_schedule(key: str, optim: OptimConfig, updates: int) -> None:
     whose = "ppo's critic" if key == "ppo.critic_optim" else stage
     if updates < MIN_UPDATES:
         warn(
-            f"{whose} makes {updates} updates, which hardly train a model: give it more rows, lower "
+            f"{whose} makes {counted(updates, 'update')}, too few to train a model: give it more rows, lower "
             f"{stage}.train.batch_size, or raise {stage}.train.epochs (or train.steps, which takes precedence)"
         )
     asked, given = optim.warmup_steps, warmup_steps(optim, updates)

@@ -224,7 +224,7 @@ def _train(
         base=_base(training, sft, context), scored_at_end=True,
     )  # fmt: skip
     rows = [(row.prompt, (row.chosen, row.rejected)) for row in corpus.reward_pairs]
-    examples, report = context.tokenize(codec, rows)
+    examples, report = context.tokenize(codec, rows, of="pairs")
     for message in report.findings("pairs", settings.text.max_response_tokens):
         warn(message)
     held_out = first_rows(corpus.validation or corpus.held_out, context.watch, "reward")

@@ -106,6 +106,7 @@ def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -
     """
     train, corpus = settings.train, context.inputs.corpus
     check(settings, context.mesh)
+    _show(corpus)
     codec = TextCodec(context.inputs.tokenizer, settings.text)
     model, params = context.load_base(
         "sft", settings.numerics, codec, settings.architecture, settings.seed, adapter=settings.adapter
@@ -116,11 +117,11 @@ def run(settings: Settings, parents: Mapping[str, Artifact], context: Context) -
     loading.save_description(
         context.folder / "model", model, codec.tokenizer, dtype=settings.save_dtype, base=context.inputs.base
     )
-    examples, report = context.tokenize(codec, [(row.prompt, (row.response,)) for row in corpus.demonstrations])
-    _show(corpus, report)
+    rows = [(row.prompt, (row.response,)) for row in corpus.demonstrations]
+    examples, report = context.tokenize(codec, rows, of="demonstrations")
     _warn_of_inputs(settings, context, report)
-    rows = first_rows(corpus.held_out, context.watch, "sft")
-    measured, _ = context.tokenize(codec, [(row.prompt, (row.chosen,)) for row in rows])
+    held_out = first_rows(corpus.held_out, context.watch, "sft")
+    measured, _ = context.tokenize(codec, [(row.prompt, (row.chosen,)) for row in held_out])
     params, trained = fit_examples(
         "sft",
         params,
@@ -179,15 +180,12 @@ def _warn_of_inputs(settings: Settings, context: Context, tokens: TokenReport) -
         )
 
 
-def _show(corpus: Corpus, tokens: TokenReport) -> None:
+def _show(corpus: Corpus) -> None:
+    """SFT is the first stage of every run: what was read is said once, here."""
     for source in corpus.reports:
         dropped = "".join(f", {count} dropped: {reason}" for reason, count in source.dropped.items())
         console.print(f"  {source.source}: {source.read} rows read, {source.kept} kept{dropped}", soft_wrap=True)
-    console.print(
-        f"  {corpus.sizes}; "
-        f"cut to fit: {tokens.truncated_prompts} prompts, {tokens.truncated_responses} responses of the demonstrations",
-        soft_wrap=True,
-    )
+    console.print(f"  {corpus.sizes}", soft_wrap=True)
 
 
 def programs(settings: Settings, shapes: Shapes) -> Iterator[Program]:

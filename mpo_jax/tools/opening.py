@@ -13,7 +13,7 @@ from mpo_jax.data.chat import Chat, Message, read_template
 from mpo_jax.data.records import Renderer, user_turn
 from mpo_jax.data.reward_codec import RewardCodec
 from mpo_jax.data.text import TextCodec
-from mpo_jax.errors import Damaged, UserError
+from mpo_jax.errors import GOES_ON, Damaged, UserError
 from mpo_jax.models import loading
 from mpo_jax.models.forward import Model
 from mpo_jax.models.hf.hub import local_model
@@ -147,6 +147,11 @@ def find_model(path: str, *, critic: bool = False) -> Path:
     _refuse_missing(path, folder, part)
     if critic:
         raise UserError(f"{path} holds no critic: only PPO's folders do")
+    if finished := sorted(stage for stage in (folder / "stages").glob("*") if (stage / part).is_dir()):
+        raise UserError(
+            f"{path} holds no finished run: {GOES_ON} what is saved; or name one of its finished stages: "
+            f"{', '.join(map(str, finished))}"
+        )
     return local_model(str(folder) if folder.exists() else path)
 
 

@@ -63,6 +63,8 @@ def verify(workdir: Path, stage: str | None, *, sha256: bool = False) -> bool:
       UserError: if there is nothing to check.
     """
     results, damaged = [], []
+    if not (workdir / "stages").is_dir():
+        raise UserError(f"{workdir} is no workdir with stages: name the folder that a run was given as workdir=DIR")
     for folder in _stage_folders(workdir):
         name = folder.name.removeprefix(".").removesuffix(".partial")
         try:
@@ -86,7 +88,7 @@ def verify(workdir: Path, stage: str | None, *, sha256: bool = False) -> bool:
         raise UserError("\n".join(damaged))
     if not results:
         what = f"stage {stage}" if stage else "stage"
-        raise UserError(f"{workdir}: no {what} with two stored states to compare: see above, or check the names")
+        raise UserError(f"{workdir}: no {what} with two stored states to compare")
     return all(results)
 
 

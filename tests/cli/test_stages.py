@@ -84,6 +84,13 @@ def test_a_workdir_names_its_policy_unless_its_runs_have_several(language_model,
         find_model(str(tmp_path))
 
 
+def test_a_workdir_stopped_half_way_names_what_is_there(tmp_path):
+    (tmp_path / "stages" / "sft-a" / "model").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"no finished run: the same command goes on .* stages: .*stages/sft-a$"):
+        find_model(str(tmp_path))
+    assert mpo("verify", tmp_path / "nothing") == 2
+
+
 def test_keys_of_training_leave_the_name_of_a_skipped_sft(language_model):
     from mpo_jax.config.base import recipe_values
     from mpo_jax.stages.sft import Settings

@@ -67,6 +67,12 @@ def test_what_a_path_names(tmp_path):
         find_answers(str(run))
     samples = write(run / "evaluate" / "samples.jsonl", [{"prompt": "p", "response": "r"}])
     assert find_answers(str(run)) == find_answers(str(run / "evaluate")) == samples
+    assert find_answers(str(tmp_path)) == samples  # the workdir's only run
+    (tmp_path / "runs" / "sft" / "evaluate").mkdir(parents=True)
+    assert find_answers(str(tmp_path)) == samples
+    write(tmp_path / "runs" / "sft" / "evaluate" / "samples.jsonl", [{"prompt": "p", "response": "r"}])
+    with pytest.raises(UserError, match=r"holds several runs: name one of .*runs/mpo, .*runs/sft"):
+        find_answers(str(tmp_path))
     assert find_answers("no/such/rows.parquet") == "no/such/rows.parquet"
     assert find_answers("org/name") is None
 
