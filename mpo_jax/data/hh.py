@@ -13,7 +13,6 @@ from mpo_jax.data.records import (
     Preference,
     Prompt,
     Readers,
-    Renderer,
     RowFormat,
     asked,
     collect,
@@ -21,6 +20,7 @@ from mpo_jax.data.records import (
     read_demonstrations,
     row_category,
 )
+from mpo_jax.data.rendering import Renderer
 from mpo_jax.data.sources import Row, Source
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"

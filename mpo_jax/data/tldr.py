@@ -26,15 +26,14 @@ from mpo_jax.data.records import (
     Preference,
     Prompt,
     Readers,
-    Renderer,
     RowFormat,
     collect,
     demonstration,
-    one_line,
     preference,
     prompt_only,
     row_category,
 )
+from mpo_jax.data.rendering import Renderer, one_line
 from mpo_jax.data.sources import Row, Source
 from mpo_jax.errors import UserError
 

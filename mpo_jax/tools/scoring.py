@@ -19,6 +19,7 @@ from mpo_jax.data.columns import advice, check_columns, renamed
 from mpo_jax.data.corpus import FIRST_ROWS
 from mpo_jax.data.fields import MissingField
 from mpo_jax.data.layouts import FIELDS
+from mpo_jax.data.rendering import Renderer
 from mpo_jax.data.sources import Row, Source, open_source
 from mpo_jax.data.special_tokens import SpelledTokens
 from mpo_jax.data.text_rows import TextRow
@@ -187,7 +188,7 @@ class _Shown:
 
 
 def _read(
-    render: records.Renderer, source: Source, max_rows: int | None
+    render: Renderer, source: Source, max_rows: int | None
 ) -> tuple[tuple[str, ...], list[tuple[str, tuple[str, ...]]]]:
     """The suffixes of the fields, and (prompt, responses) of every row."""
     first = next((row for _, row in source.rows(1)), {})

@@ -305,6 +305,17 @@ def test_conversations_use_the_models_template_and_only_they(tmp_path, chat_mode
     assert load_corpus(DataConfig(kind="pairs", path=plain)).prompts[0].startswith("prompt ")
 
 
+def test_system_turns_that_a_template_ignores_are_said_with_their_count(tmp_path, chat_model):
+    template = tmp_path / "user.jinja"
+    template.write_text("{% for m in messages if m.role != 'system' %}<{{ m.role }}>{{ m.content }}<eos>{% endfor %}")
+    turns = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"}]
+    rows = [{"prompt": turns, "chosen": "a", "rejected": f"b {i}"} for i in range(9)]
+    data = DataConfig(kind="pairs", path=write(tmp_path / "a.jsonl", rows), validation_fraction=0)
+    with collect_warnings() as said:
+        load_corpus(data, model=chat_model, text=TextConfig(chat_template=str(template)))
+    assert any(line.startswith("9 conversations have a system turn that the chat template leaves out") for line in said)
+
+
 def test_the_corpus_is_kept_for_what_it_depends_on(tmp_path, chat_model):
     data = DataConfig(kind="pairs", path=write(tmp_path / "a.jsonl", pairs(0, 99)))
     first = load_corpus(data, model=chat_model)

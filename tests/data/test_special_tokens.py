@@ -4,7 +4,8 @@ import pytest
 
 from mpo_jax.config.schema import DataConfig, ModelConfig, TextConfig
 from mpo_jax.data import toy
-from mpo_jax.data.records import Renderer, read_preferences
+from mpo_jax.data.records import read_preferences
+from mpo_jax.data.rendering import Renderer
 from mpo_jax.data.special_tokens import SpelledTokens, special_tokens
 from mpo_jax.runtime.stage_warnings import collect_warnings
 from tests.data.test_corpus import load_corpus, write
