@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from mpo_jax.config.schema import DataConfig
 from mpo_jax.data.chat import Message, Reply, offering
-from mpo_jax.data.fields import Drop, Unusable, said, tools_of
+from mpo_jax.data.fields import Drop, Unusable, said, tools_of, whole
 from mpo_jax.data.layouts import FIELDS, RESPONSES, standard
 from mpo_jax.data.rendering import Renderer, user_turn
 from mpo_jax.data.sources import Source
@@ -136,18 +136,18 @@ def read_preferences(
     """
 
     def convert(place: str, row: Row) -> Preference:
-        row, tools = standard(row, place), tools_of(row, place)
+        row, tools, category = standard(row, place), tools_of(row, place), row_category(row, place)
         implicit = row.get("prompt") is None and isinstance(row.get("chosen"), list)
         prompt = [] if implicit else said(row, "prompt", place)
         chosen, rejected = said(row, "chosen", place), said(row, "rejected", place)
         if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str) and not tools:
-            return preference(prompt, chosen, rejected, place, category=row_category(row), strict=strict, render=render)
+            return preference(prompt, chosen, rejected, place, category=category, strict=strict, render=render)
         context, reply = _last_reply(prompt, chosen, f"{place}: field 'chosen'", render)
         other, other_reply = _last_reply(prompt, rejected, f"{place}: field 'rejected'", render)
         if strict and context != other:
             raise Drop("rejected has another prompt")
         context = offering(context, tools)
-        return preference(context, reply, other_reply, place, category=row_category(row), strict=strict, render=render)
+        return preference(context, reply, other_reply, place, category=category, strict=strict, render=render)
 
     return collect(source, max_rows, convert)
 
@@ -175,7 +175,7 @@ def read_demonstrations(
         if not isinstance(prompt, str) or not isinstance(response, str) or tools:
             context, response = _last_reply(prompt, response, f"{place}: field {field!r}", render)
             prompt = offering(context, tools)
-        return demonstration(prompt, response, place, category=row_category(row), strict=strict, render=render)
+        return demonstration(prompt, response, place, category=row_category(row, place), strict=strict, render=render)
 
     return collect(source, max_rows, convert)
 
@@ -192,7 +192,7 @@ def read_prompts(
 
     def convert(place: str, row: Row) -> Prompt:
         prompt = asked(row, place, render)
-        return prompt_only(prompt, place, category=row_category(row), strict=strict, render=render)
+        return prompt_only(prompt, place, category=row_category(row, place), strict=strict, render=render)
 
     return collect(source, max_rows, convert)
 
@@ -272,10 +272,16 @@ def prompt_only(
     return Prompt(text, render.group(prompt) if group is None else group, category)
 
 
-def row_category(row: Row) -> str | None:
-    """The row's `category` field if it is a non-empty string."""
+def row_category(row: Row, place: str) -> str | None:
+    """The row's `category` field if it is a non-empty string.
+
+    Raises:
+      UserError: if it is no valid Unicode.
+    """
     category = row.get("category")
-    return category.strip() or None if isinstance(category, str) else None
+    if not isinstance(category, str):
+        return None
+    return whole(category, f"{place}: field 'category'").strip() or None
 
 
 def is_validation(group: str, *, seed: int, fraction: float) -> bool:

@@ -39,7 +39,7 @@ def read_scored(
         prompt = said(row, "prompt", place)
         responses, scores = _scored_responses(row, place)
         best, worst = _best_and_worst(scores)
-        category = records.row_category(row)
+        category = records.row_category(row, place)
         pair = records.preference(
             prompt, responses[best], responses[worst], place, category=category, strict=strict, render=render
         )

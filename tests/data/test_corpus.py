@@ -12,6 +12,7 @@ from mpo_jax.data.corpus import base_tokenizer, fingerprint
 from mpo_jax.data.records import is_validation
 from mpo_jax.data.splits import TESTED
 from mpo_jax.errors import UserError
+from mpo_jax.runtime.stage_warnings import collect_warnings
 
 TOY = ToyConfig(num_demonstrations=30, num_pairs=40, num_test=10)
 

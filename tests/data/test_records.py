@@ -368,3 +368,8 @@ def test_a_turn_of_the_user_that_the_template_ignores_drops_the_row(tmp_path):
     last = "{{ messages[-1].content }}>"
     rows, report = read_prompts(source_of(tmp_path, {"prompt": [user("a"), user("b")]}), render=rendering(last))
     assert (rows, report.dropped) == ([], {"user turn left out by the chat template": 1})
+
+
+def test_a_category_that_is_no_text_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"a\.jsonl:1: field 'category' holds half a surrogate pair"):
+        read_preferences(source_of(tmp_path, pair("p", "a", "b") | {"category": "\ud800"}), render=PLAIN)
