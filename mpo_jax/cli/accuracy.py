@@ -36,6 +36,7 @@ def accuracy(
 
     if json_file is not None:
         check_output_file("--json", json_file, (data,))
+    from mpo_jax.evaluation.accuracy import unlike
     from mpo_jax.tools.accuracy import measure
     from mpo_jax.tools.opening import open_model
 
@@ -50,7 +51,7 @@ def accuracy(
         batch_size=batch_size,
         max_rows=max_rows,
     )
-    rows = {"all": found.overall, **found.groups}
+    rows = {unlike("all", found.groups): found.overall, **found.groups}
     console.print(_table("Accuracy" if by is None else f"Accuracy by {by}", "rows of", rows))
     if found.bench is not None:
         console.print(_table("RewardBench", "section and subset", _sections(found.bench)))

@@ -28,6 +28,7 @@ def export_study(
     out: Annotated[Path, typer.Option(metavar="DIR", help="folder to write to")] = Path("human"),
 ) -> None:
     """Write a double-blind page and table for people, and the key apart from them."""
+    from mpo_jax.evaluation.accuracy import unlike
     from mpo_jax.evaluation.answers import CATEGORY
     from mpo_jax.runtime.files import check_output
     from mpo_jax.tools.human.export import write_study
@@ -39,7 +40,9 @@ def export_study(
     pairs = compared(a, b, data, out=out, overrides=given, by=by or CATEGORY)
     study = make_study(pairs, (a, b), n=n, by=by, seed=seed)
     key = write_study(study, out)
-    counts = Counter(item.category or "all" for item in study.items)
+    named = [item.category for item in study.items]
+    unnamed = unlike("(none)" if any(named) else "all", named)
+    counts = Counter(name or unnamed for name in named)
     each = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
     console.print(f"study {study.id}: {len(study.items)} items ({each})", soft_wrap=True)
     console.print(f"for people:  {out / 'sheets' / 'study.html'} or {out / 'sheets' / 'study.csv'}", soft_wrap=True)
@@ -69,14 +72,18 @@ def import_study(
 
 def _remarks(result: Mapping[str, Any]) -> list[str]:
     """Notes on the result, a line each."""
+    from mpo_jax.evaluation.accuracy import unlike
+
     people, votes = result["annotators"], result["votes"]
     lines = [
         f"An item counts by the most votes of {people} people, a tie where no outcome has most; 95% Wilson intervals.",
         f"Votes: A {votes['win']}, tie {votes['tie']}, B {votes['lose']}; "
         f"left {result['sides']['left']}, right {result['sides']['right']}.",
     ]
-    kappas = {**result.get("kappa_by_category", {}), **({"all": result["kappa"]} if "kappa" in result else {})}
-    for name, kappa in kappas.items():
+    kappas = [*result.get("kappa_by_category", {}).items()]
+    if "kappa" in result:
+        kappas.append((unlike("all", [name for name, _ in kappas]), result["kappa"]))
+    for name, kappa in kappas:
         lines.append(
             f"Fleiss' kappa, {name}: {kappa['value']:.2f} [{kappa['low']:.2f}, {kappa['high']:.2f}], {kappa['band']}"
         )

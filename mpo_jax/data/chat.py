@@ -21,6 +21,8 @@ SHOWN = 40
 """Characters before a reply that an error shows."""
 MARK = "\ue000reply\ue000"
 """A reply that stands in no other text, to find where a template puts replies."""
+TURN_MARK = "\ue001\ue000\ue001"
+"""A turn that stands in no other text, and that no letter case changes, to find whether a template writes a turn."""
 _OPEN_TAG = re.compile(r"(?P<left>[<\[\u25c1])(?P<name>\w+)(?P<right>[>\]\u25b7])")
 
 
@@ -70,7 +72,7 @@ class Chat:
 
     Args:
       options: the template's own options, such as enable_thinking.
-      fold_system: put a system turn that the template refuses in front of the first user turn.
+      fold_system: put a system turn that the template refuses or leaves out in front of the first user turn.
       name: of the template, for messages.
 
     Raises:
@@ -101,6 +103,8 @@ class Chat:
         self._template: str = template
         # some models have a template of their own for conversations with tools, as Command R and Hermes
         self._with_tools: str = named.get("tool_use") or template
+        # the roles of conversations whose every turn is known to be written
+        self._written: set[tuple[str, ...]] = set()
         for option in self._options:
             if not re.search(rf"\b{re.escape(option)}\b", self._template + self._with_tools):
                 raise UserError(
@@ -226,7 +230,9 @@ class Chat:
         if all(message["role"] != "system" for message in messages):
             return messages
         try:
-            self._render(messages, add_generation_prompt=True)
+            shown = self._render(messages, add_generation_prompt=True)
+            if self.fold_system and "system" in self._unwritten(messages, shown):
+                return fold_system_turns(messages)
             return messages
         except UserError:
             folded = fold_system_turns(messages)
@@ -272,6 +278,36 @@ class Chat:
         results = (turn["content"].strip() for turn in turns if turn["role"] == "tool")
         # as JSON, quotation marks and line breaks in a result are escaped
         return None if all(r in shown or json.dumps(r)[1:-1] in shown for r in results) else "tool results"
+
+    def unwritten(self, messages: Sequence[Message], shown: str) -> list[str]:
+        """The roles of the turns whose text the template does not write, each once.
+
+        Calls and results of tools are `left_out`'s.
+
+        Args:
+          shown: the conversation as `prompt` renders it.
+        """
+        return self._unwritten(self._accepted(messages), shown)
+
+    def _unwritten(self, turns: Sequence[Message], shown: str) -> list[str]:
+        roles = tuple(turn["role"] for turn in turns)
+        said = [place for place, turn in enumerate(turns) if turn["content"].strip() and turn["role"] != "tool"]
+        known, lost = roles in self._written, list[str]()
+        for place in said:
+            # a short text can stand in the rendering by chance
+            if known and turns[place]["content"].strip() in shown:
+                continue
+            marked = list(turns)
+            marked[place] = turns[place].copy()
+            marked[place]["content"] = TURN_MARK
+            try:
+                if TURN_MARK not in self._render(marked, add_generation_prompt=True):
+                    lost.append(turns[place]["role"])
+            except UserError:  # it looks at the text, and so does not ignore it
+                continue
+        if not lost and len(said) == len(turns):
+            self._written.add(roles)
+        return list(dict.fromkeys(lost))
 
     def _with_reply(self, turns: Sequence[Message], reply: Reply) -> str:
         last = Message(role="assistant", content=reply) if isinstance(reply, str) else reply

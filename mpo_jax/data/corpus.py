@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import importlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache, lru_cache
 from pathlib import Path
@@ -24,9 +25,9 @@ from mpo_jax.data.records import (
     Demonstration,
     Preference,
     Readers,
-    Renderer,
     RowFormat,
 )
+from mpo_jax.data.rendering import Renderer
 from mpo_jax.data.sources import HUB, Source, fingerprint_files, open_source
 from mpo_jax.data.special_tokens import SpelledTokens
 from mpo_jax.data.splits import TESTED, Corpus, Part, assemble
@@ -171,18 +172,24 @@ def _format(kind: str) -> RowFormat:
     return importlib.import_module(ROW_FORMATS[kind]).FORMAT
 
 
-def _readers(
+def _renderer(
     config: Config, conversations: dict[str, tuple[Message, ...]], spelled: SpelledTokens | None = None
-) -> Readers:
-    data, form = config.data, _format(config.data.kind)
-    render = Renderer(
+) -> Renderer:
+    return Renderer(
         _chat(config),
         wrap=config.text.chat,
-        turns=form.turns,
+        turns=_format(config.data.kind).turns,
         conversations=conversations,
         spelled=spelled,
+        ignored=Counter(),
     )
-    return form.readers(data, {"strict": data.filter == "strict", "max_rows": data.max_rows, "render": render})
+
+
+def _readers(config: Config, render: Renderer) -> Readers:
+    data = config.data
+    return _format(data.kind).readers(
+        data, {"strict": data.filter == "strict", "max_rows": data.max_rows, "render": render}
+    )
 
 
 def _chat(config: Config) -> Callable[[], Chat]:
@@ -213,7 +220,8 @@ def check_first_rows(config: Config) -> TextRow | None:
     first = min(FIRST_ROWS, data.max_rows or FIRST_ROWS)
     conversations: dict[str, tuple[Message, ...]] = {}
     pairs: list[Preference] = []
-    readers = _readers(config.model_copy(update={"data": data.model_copy(update={"max_rows": first})}), conversations)
+    few = config.model_copy(update={"data": data.model_copy(update={"max_rows": first})})
+    readers = _readers(few, _renderer(few, conversations))
     readers_by_key: dict[str, Callable[[Source], Any]] = {
         "path": readers.preferences,
         "sft_path": readers.demonstrations,
@@ -244,7 +252,8 @@ def _load_sources(config: Config) -> Corpus:
     spelled = None
     if config.model.path is not None:
         spelled = SpelledTokens(cache(lambda: base_tokenizer(config)), config.text.end_markers)
-    data, readers = config.data, _readers(config, conversations, spelled)
+    render = _renderer(config, conversations, spelled)
+    data, readers = config.data, _readers(config, render)
 
     def read(key: str, reader: Callable[[Source], Part[T]]) -> list[Part[T]]:
         with _naming(key):
@@ -276,7 +285,7 @@ def _load_sources(config: Config) -> Corpus:
             f"{tested} of {tested + kept} training rows have prompts of the test set and are left out: check that "
             "data.path and data.test_path name different rows"
         )
-    for message in spelled.warnings() if spelled is not None else ():
+    for message in [*(spelled.warnings() if spelled is not None else ()), *render.warnings()]:
         warn(message)
     return corpus
 

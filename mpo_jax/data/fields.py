@@ -14,6 +14,8 @@ SPEAKERS = {
     "function_response": "tool", "function_call": "assistant",
 }  # fmt: skip
 """Roles by the names that ShareGPT's `from` has."""
+ROLES = {**{name: role for name, role in SPEAKERS.items() if name != "function_call"}, "function": "tool"}
+"""Roles by the names that `role` has, in any case; others are left as they are, for templates that know them."""
 TEXT_PARTS = ("text", "input_text", "output_text")
 """Types of a message's parts that hold text."""
 
@@ -113,7 +115,7 @@ def _message(message: Any, where: str) -> Message:
     if message.get("role") is None and message.get("from") is not None:
         return _shared_message(message, where)
     role = text_field(message, "role", where)
-    made = Message(role="tool" if role == "function" else role, content="")
+    made = Message(role=ROLES.get(role.strip().lower(), role), content="")
     call = message.get("function_call")
     if calls := _calls(message.get("tool_calls") or ([call] if call else None), where):
         made["tool_calls"] = calls

@@ -13,7 +13,6 @@ from mpo_jax.data.records import (
     Preference,
     Prompt,
     Readers,
-    Renderer,
     RowFormat,
     asked,
     collect,
@@ -21,6 +20,7 @@ from mpo_jax.data.records import (
     read_demonstrations,
     row_category,
 )
+from mpo_jax.data.rendering import Renderer
 from mpo_jax.data.sources import Row, Source
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
@@ -53,7 +53,7 @@ def read_hh(
         if strict and (reason := _unlike(first, second)):
             raise Drop(reason)
         text, (first, second) = render.render(context, (first, second), place)
-        category = row_category(row) or source_category(place)
+        category = row_category(row, place) or source_category(place)
         return Preference(text, first, second, render.group(prompt), category)
 
     return collect(source, max_rows, convert)
@@ -68,7 +68,7 @@ def read_hh_prompts(
         own = "prompt" not in row and isinstance(row.get("chosen"), str)
         prompt = _prompt(text_field(row, "chosen", place)) if own else asked(row, place, render)
         context = _context(prompt, render) if isinstance(prompt, str) else prompt
-        category = row_category(row) or source_category(place)
+        category = row_category(row, place) or source_category(place)
         return prompt_only(context, place, group=render.group(prompt), category=category, strict=strict, render=render)
 
     return collect(source, max_rows, convert)

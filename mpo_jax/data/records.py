@@ -2,18 +2,17 @@
 
 import dataclasses
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
 from mpo_jax.config.schema import DataConfig
-from mpo_jax.data.chat import Chat, Message, Reply, SystemRefused, offering
-from mpo_jax.data.fields import Drop, Unusable, said, tools_of
+from mpo_jax.data.chat import Message, Reply, offering
+from mpo_jax.data.fields import Drop, Unusable, said, tools_of, whole
 from mpo_jax.data.layouts import FIELDS, RESPONSES, standard
+from mpo_jax.data.rendering import Renderer, user_turn
 from mpo_jax.data.sources import Source
-from mpo_jax.data.special_tokens import SpelledTokens, special_tokens
 from mpo_jax.data.text_files import Row, columns_of
 from mpo_jax.errors import UserError
 
@@ -93,80 +92,6 @@ def collect(source: Source, max_rows: int | None, convert: Callable[[str, Row], 
     return rows, report
 
 
-def user_turn(prompt: str) -> list[Message]:
-    """A plain prompt as a conversation of one user turn."""
-    return [{"role": "user", "content": prompt}]
-
-
-@dataclasses.dataclass(frozen=True)
-class Renderer:
-    """How conversations become text, and whether plain prompts become conversations first.
-
-    Attributes:
-      chat: factory of the chat template; called only for rows that need one.
-      wrap: the value of text.chat: whether plain prompts are rendered as conversations too.
-      turns: function from a plain prompt to its turns.
-      conversations: gets the turns of every prompt that is rendered, by its text, and those of a prompt with a reply
-        that calls tools, by the text of both; None: they are not kept.
-      spelled: what strips end markers of responses and counts special tokens in text; None: texts stay as they are.
-    """
-
-    chat: Callable[[], Chat]
-    wrap: bool = False
-    turns: Callable[[str], list[Message]] = user_turn
-    conversations: dict[str, tuple[Message, ...]] | None = None
-    spelled: SpelledTokens | None = None
-
-    def clean(self, prompt: str | list[Message], *replies: Reply) -> list[Reply]:
-        """The replies as rows hold them: without end markers, if they are to be stripped."""
-        if self.spelled is None:
-            return list(replies)
-        self.spelled.prompt(prompt)
-        return [self.spelled.response(reply) for reply in replies]
-
-    def group(self, prompt: str | list[Message]) -> str:
-        """The group of a prompt: its text, or its turns if it has several, with whitespace normalised.
-
-        It does not depend on the model, and a plain prompt has the same group as the equivalent conversation.
-        """
-        turns = self.turns(prompt) if isinstance(prompt, str) else prompt
-        texts = [[turn["role"], one_line(turn["content"]), *turn.get("tool_calls", [])] for turn in turns]
-        return texts[0][1] if len(texts) == 1 and texts[0][0] == "user" else json.dumps(texts)
-
-    def render(self, prompt: str | list[Message], replies: Sequence[Reply], place: str) -> tuple[str, list[str]]:
-        """Prompt and replies as the model sees them.
-
-        Raises:
-          Drop: if a plain prompt has no turns, or the template refuses a system turn or leaves out tools.
-          UserError: if there is no chat template, or it rejects these turns.
-        """
-        if isinstance(prompt, str):
-            if not self.wrap:
-                return prompt, [reply for reply in replies if isinstance(reply, str)]
-            prompt = self.turns(prompt)
-            # plain text is joined by a space that does not belong to the turn
-            replies = [reply.removeprefix(" ") if isinstance(reply, str) else reply for reply in replies]
-        if not prompt:
-            raise Drop("empty prompt")
-        try:
-            chat = self.chat()
-            rendered = chat.prompt(prompt), [chat.response(prompt, reply) for reply in replies]
-            _check_tools(chat, prompt, replies, rendered[1])
-        except SystemRefused:
-            raise Drop("system turn refused by the chat template (text.fold_system=false)") from None
-        except UserError as error:
-            raise UserError(f"{place}: {error}") from error
-        if self.conversations is not None:
-            text, texts = rendered
-            self.conversations[text] = tuple(prompt)
-            self.conversations.update(
-                (text + written, (*prompt, reply))
-                for reply, written in zip(replies, texts, strict=True)
-                if not isinstance(reply, str)
-            )
-        return rendered
-
-
 @dataclasses.dataclass(frozen=True)
 class Readers:
     """The readers of one format; each maps a source to its kept rows and a report."""
@@ -211,18 +136,18 @@ def read_preferences(
     """
 
     def convert(place: str, row: Row) -> Preference:
-        row, tools = standard(row, place), tools_of(row, place)
+        row, tools, category = standard(row, place), tools_of(row, place), row_category(row, place)
         implicit = row.get("prompt") is None and isinstance(row.get("chosen"), list)
         prompt = [] if implicit else said(row, "prompt", place)
         chosen, rejected = said(row, "chosen", place), said(row, "rejected", place)
         if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str) and not tools:
-            return preference(prompt, chosen, rejected, place, category=row_category(row), strict=strict, render=render)
+            return preference(prompt, chosen, rejected, place, category=category, strict=strict, render=render)
         context, reply = _last_reply(prompt, chosen, f"{place}: field 'chosen'", render)
         other, other_reply = _last_reply(prompt, rejected, f"{place}: field 'rejected'", render)
         if strict and context != other:
             raise Drop("rejected has another prompt")
         context = offering(context, tools)
-        return preference(context, reply, other_reply, place, category=row_category(row), strict=strict, render=render)
+        return preference(context, reply, other_reply, place, category=category, strict=strict, render=render)
 
     return collect(source, max_rows, convert)
 
@@ -250,7 +175,7 @@ def read_demonstrations(
         if not isinstance(prompt, str) or not isinstance(response, str) or tools:
             context, response = _last_reply(prompt, response, f"{place}: field {field!r}", render)
             prompt = offering(context, tools)
-        return demonstration(prompt, response, place, category=row_category(row), strict=strict, render=render)
+        return demonstration(prompt, response, place, category=row_category(row, place), strict=strict, render=render)
 
     return collect(source, max_rows, convert)
 
@@ -267,7 +192,7 @@ def read_prompts(
 
     def convert(place: str, row: Row) -> Prompt:
         prompt = asked(row, place, render)
-        return prompt_only(prompt, place, category=row_category(row), strict=strict, render=render)
+        return prompt_only(prompt, place, category=row_category(row, place), strict=strict, render=render)
 
     return collect(source, max_rows, convert)
 
@@ -347,15 +272,16 @@ def prompt_only(
     return Prompt(text, render.group(prompt) if group is None else group, category)
 
 
-def row_category(row: Row) -> str | None:
-    """The row's `category` field if it is a non-empty string."""
+def row_category(row: Row, place: str) -> str | None:
+    """The row's `category` field if it is a non-empty string.
+
+    Raises:
+      UserError: if it is no valid Unicode.
+    """
     category = row.get("category")
-    return category.strip() or None if isinstance(category, str) else None
-
-
-def one_line(text: str) -> str:
-    """The text with every run of whitespace collapsed to one space and the ends stripped."""
-    return " ".join(text.split())
+    if not isinstance(category, str):
+        return None
+    return whole(category, f"{place}: field 'category'").strip() or None
 
 
 def is_validation(group: str, *, seed: int, fraction: float) -> bool:
@@ -390,21 +316,6 @@ def _no_response(row: Row, place: str) -> UserError:
         f"{place}: a demonstration has the fields prompt and response (or completion), or messages; this row has: "
         f"{columns_of(row)}"
     )
-
-
-def _check_tools(chat: Chat, prompt: list[Message], replies: Sequence[Reply], texts: Sequence[str]) -> None:
-    """Drops rows whose tools, calls or results the template does not write, or writes as no text can be."""
-    called = any(turn["role"] == "tool" or turn.get("tools") or turn.get("tool_calls") for turn in prompt)
-    if called and (what := chat.left_out(prompt)):
-        raise Drop(f"{what} left out by the chat template")
-    for reply, text in zip(replies, texts, strict=True):
-        if isinstance(reply, str):
-            continue
-        if not text:
-            raise Drop("tool calls left out by the chat template")
-        # responses are tokenized as plain text: the policy would learn to spell the special token
-        if token := next((token for token in special_tokens(chat.tokenizer) if token in text), None):
-            raise Drop(f"tool call in the reply that the chat template writes with the special token {token}")
 
 
 def _drop_empty(prompt: str | list[Message], replies: Sequence[Reply], strict: bool) -> None:

@@ -9,10 +9,11 @@ from functools import partial
 from typing import Any
 
 from mpo_jax.config.schema import DataConfig
-from mpo_jax.data import records
+from mpo_jax.data import layouts, records
 from mpo_jax.data.columns import renamed
 from mpo_jax.data.fields import MissingField, said, text_field
-from mpo_jax.data.records import DataReport, Demonstration, Preference, Readers, Renderer, RowFormat, collect
+from mpo_jax.data.records import DataReport, Demonstration, Preference, Readers, RowFormat, collect
+from mpo_jax.data.rendering import Renderer
 from mpo_jax.data.sources import Row, Source, open_source
 from mpo_jax.errors import UserError
 
@@ -38,7 +39,7 @@ def read_scored(
         prompt = said(row, "prompt", place)
         responses, scores = _scored_responses(row, place)
         best, worst = _best_and_worst(scores)
-        category = records.row_category(row)
+        category = records.row_category(row, place)
         pair = records.preference(
             prompt, responses[best], responses[worst], place, category=category, strict=strict, render=render
         )
@@ -125,4 +126,5 @@ def _readers(_: DataConfig, options: dict[str, Any]) -> Readers:
     )
 
 
-FORMAT = RowFormat(_readers)
+FIELDS = (*layouts.FIELDS, RESPONSES, SCORES)
+FORMAT = RowFormat(_readers, fields=FIELDS)

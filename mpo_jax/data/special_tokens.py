@@ -38,19 +38,30 @@ class SpelledTokens:
         return re.compile("|".join(map(re.escape, special_tokens(self._tokenizer()))) or r"(?!)")
 
     @cached_property
-    def _ends(self) -> re.Pattern[str]:
-        """One end marker or several at the end of a text."""
+    def _ends(self) -> tuple[str, ...]:
+        """End markers; longer ones first."""
         # "<unk>" is a word of some data
-        own = [token for token in special_tokens(self._tokenizer()) if token != self._tokenizer().unk_token]
-        return re.compile(rf"(?:\s*({'|'.join(map(re.escape, {*own, *END_MARKERS}))}))+\s*\Z")
+        own = [token.strip() for token in special_tokens(self._tokenizer()) if token != self._tokenizer().unk_token]
+        return tuple(sorted({*own, *END_MARKERS}, key=len, reverse=True))
+
+    def _end(self, text: str) -> tuple[int, str] | None:
+        """Where one end marker or several begin at the end of a text, with the space before them, and the last one.
+
+        From the end, marker by marker: a search from the start takes the square of the length of some texts.
+        """
+        end, last = _before_space(text, len(text)), None
+        while text.endswith(self._ends, 0, end):
+            marker = next(marker for marker in self._ends if text.endswith(marker, 0, end))
+            end, last = _before_space(text, end - len(marker)), last or marker
+        return None if last is None else (end, last)
 
     def response(self, reply: Reply) -> Reply:
         """The reply without end markers at its end."""
         if not isinstance(reply, str):
             return reply
-        if reply.rstrip().endswith((">", "]")) and (end := self._ends.search(reply)):
+        if reply.rstrip().endswith((">", "]")) and (end := self._end(reply)):
             self._found["ends"][end[1]] += 1
-            reply = reply[: end.start()] if self._strip else reply
+            reply = reply[: end[0]] if self._strip else reply
         elif _may_spell(reply) and (inside := self._special.search(reply)):
             self._found["inside"][inside[0]] += 1
         return reply
@@ -90,6 +101,13 @@ class SpelledTokens:
             "turns": (counted(number, "conversation has", "conversations have"), "inside a turn"),
         }
         return f"{' '.join(subjects[kind])} a special token, such as {found.most_common(1)[0][0]}"
+
+
+def _before_space(text: str, end: int) -> int:
+    """Where the whitespace before `end` begins."""
+    while end and text[end - 1].isspace():
+        end -= 1
+    return end
 
 
 def _may_spell(text: str) -> bool:

@@ -19,22 +19,21 @@ from functools import partial
 from typing import Any
 
 from mpo_jax.config.schema import DataConfig
-from mpo_jax.data.fields import Drop, text_field
+from mpo_jax.data.fields import Drop, text_field, whole
 from mpo_jax.data.records import (
     DataReport,
     Demonstration,
     Preference,
     Prompt,
     Readers,
-    Renderer,
     RowFormat,
     collect,
     demonstration,
-    one_line,
     preference,
     prompt_only,
     row_category,
 )
+from mpo_jax.data.rendering import Renderer, one_line
 from mpo_jax.data.sources import Row, Source
 from mpo_jax.errors import UserError
 
@@ -77,7 +76,7 @@ def read_tldr_preferences(
             chosen, rejected = text_field(row, "chosen", place), text_field(row, "rejected", place)
             query, chosen, rejected = _end_in_query(query, chosen, rejected)
         sides = _spaced(chosen), _spaced(rejected)
-        return preference(query, *sides, place, **_named(query, row), strict=strict, render=render)
+        return preference(query, *sides, place, **_named(query, row, place), strict=strict, render=render)
 
     return collect(source, max_rows, convert)
 
@@ -95,7 +94,7 @@ def read_tldr_demonstrations(
         layout = _layout(row, tuple(SUMMARY_OF), place)
         query = _query(row, place, keep_news=False)
         summary = _spaced(text_field(row, SUMMARY_OF[layout], place))
-        return demonstration(query, summary, place, **_named(query, row), strict=strict, render=render)
+        return demonstration(query, summary, place, **_named(query, row, place), strict=strict, render=render)
 
     return collect(source, max_rows, convert)
 
@@ -114,7 +113,7 @@ def read_tldr_prompts(
         query = _query(row, place, keep_news)
         if layout == PAIR:
             query, *_ = _end_in_query(query, *(text_field(row, side, place) for side in PAIR[1:]))
-        return prompt_only(query, place, **_named(query, row), strict=strict, render=render)
+        return prompt_only(query, place, **_named(query, row, place), strict=strict, render=render)
 
     return collect(source, max_rows, convert)
 
@@ -151,13 +150,14 @@ def _query(row: Row, place: str, keep_news: bool) -> str:
     return f"SUBREDDIT: r/{subreddit.removeprefix('r/')}\n\nTITLE: {title}\n\nPOST: {body}\n\n{END}"
 
 
-def _named(query: str, row: Row) -> dict[str, str | None]:
+def _named(query: str, row: Row, place: str) -> dict[str, str | None]:
     """A row's group and category."""
     found, field = _SUBREDDIT.match(query), row.get("subreddit")
     subreddit = found and found[1]
     if subreddit is None and isinstance(field, str) and field:
-        subreddit = f"r/{field.removeprefix('r/')}"
-    return {"group": one_line(query.rstrip().removesuffix(END)), "category": row_category(row) or subreddit}
+        name = whole(field, f"{place}: field 'subreddit'")
+        subreddit = f"r/{name.removeprefix('r/')}"
+    return {"group": one_line(query.rstrip().removesuffix(END)), "category": row_category(row, place) or subreddit}
 
 
 def _compared(row: Row, place: str) -> tuple[str, str]:

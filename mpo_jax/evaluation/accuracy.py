@@ -1,7 +1,7 @@
 """How often the chosen response has the higher reward: overall, by group, and in RewardBench's sections."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -65,6 +65,13 @@ class Accuracy:
         mean = min(float(right_B @ share_B), 1.0)
         low, high = wilson(mean, 1 / float(share_B @ share_B))
         return cls(mean, low, high, len(margin_B), int((margin_B == 0).sum()), float(margin_B @ share_B))
+
+
+def unlike(name: str, others: Collection[str | None]) -> str:
+    """The name, in brackets where another one is the same: `all` of a table whose groups have one called `all`."""
+    while name in others:
+        name = f"({name})"
+    return name
 
 
 def by_group(margin_B: np.ndarray, groups: Sequence[str]) -> dict[str, Accuracy]:

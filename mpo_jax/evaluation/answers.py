@@ -9,14 +9,19 @@ from typing import Any, TypeVar
 from mpo_jax.config.base import Names
 from mpo_jax.data.chat import Message
 from mpo_jax.data.columns import advice, check_columns, renamed
-from mpo_jax.data.fields import MissingField, said, text_field
+from mpo_jax.data.fields import MissingField, said, text_field, whole
 from mpo_jax.data.sources import FILE_SUFFIXES, HUB, Row, open_source
+from mpo_jax.data.text_files import columns_of
 from mpo_jax.errors import UserError
 
 T = TypeVar("T")
 Key = tuple[str, int]
 """A prompt, and how often it occurred before."""
 
+RESPONSES = ("response", "completion")
+"""The fields that hold an answer, the first that a row has."""
+FIRST_ROWS = 4
+"""Rows of each file that are read to see which columns there are."""
 CATEGORY = "category"
 """The default field for a row's category."""
 
@@ -108,32 +113,49 @@ def find_answers(path: str) -> str | None:
     return str(samples)
 
 
-def read_answers(path: str, by: str = CATEGORY) -> list[Answer]:
+def check_answer_columns(paths: Sequence[str], by: str, columns: Names) -> None:
+    """Raises UserError for a field in data.columns that neither prompts nor answers have, or a column in no file."""
+    sources = [renamed(open_source(path), columns) for path in paths]
+    check_columns(sources, columns, ("prompt", *RESPONSES, SHOWN, by), FIRST_ROWS)
+
+
+def read_answers(path: str, by: str = CATEGORY, columns: Names = ()) -> list[Answer]:
     """Rows {prompt, response} or {prompt, completion}, strings or conversations, of which the last message responds.
 
     A field `shown`, where it is there, is the prompt as the model saw it.
 
     Args:
       by: the field that holds a row's category, where it has one.
+      columns: as data.columns, pairs of a field and the column that holds it.
 
     Raises:
       UserError: for a row of another form, with its place, or if there are no rows.
     """
     answers = []
-    for place, row in open_source(path).rows():
-        field = next((name for name in ("response", "completion") if row.get(name) is not None), None)
+    # a row may have both, of which one has been named
+    fields = sorted(RESPONSES, key=lambda name: name not in dict(columns))
+    for place, row in renamed(open_source(path), columns).rows():
+        field = next((name for name in fields if row.get(name) is not None), None)
         if field is None:
             raise UserError(
                 f"{place}: an answer has the fields prompt and response (or completion); this row has: "
-                f"{', '.join(row) or 'nothing'}"
+                f"{columns_of(row)}. data.columns.response=NAME takes it from another column"
             )
         response = said(row, field, place)
         if not isinstance(response, str):
             if not response:
                 raise UserError(f"{place}: field {field!r} is an empty conversation; it must end with the answer")
+            if (role := response[-1]["role"]) != "assistant":
+                raise UserError(
+                    f"{place}: field {field!r} must end with a message of role assistant, the answer, not with {role}"
+                )
             response = response[-1]["content"]
         shown = None if row.get(SHOWN) is None else text_field(row, SHOWN, place)
-        answers.append(Answer(as_text(said(row, "prompt", place)), response, _category(row, by, place), shown))
+        try:
+            prompt = as_text(said(row, "prompt", place))
+        except MissingField as error:
+            raise UserError(advice(error)) from error
+        answers.append(Answer(prompt, response, _category(row, by, place), shown))
     if not answers:
         raise UserError(f"{path} holds no rows: it needs a line {{prompt, response}} for each answer")
     return answers
@@ -149,7 +171,6 @@ def read_prompts(path: str, by: str = CATEGORY, columns: Names = ()) -> list[Pro
       UserError: for a row without a prompt, with its place, or if there are no rows.
     """
     source, prompts = renamed(open_source(path), columns), []
-    check_columns([source], columns, ("prompt", by), 1)
     for place, row in source.rows():
         try:
             turns = said(row, "prompt", place)
@@ -230,4 +251,4 @@ def _category(row: Row, by: str, place: str) -> str | None:
         return None
     if not isinstance(value, str | int):
         raise UserError(f"{place}: field {by!r} must be a string, the name of a category, not {type(value).__name__}")
-    return str(value)
+    return whole(str(value), f"{place}: field {by!r}")

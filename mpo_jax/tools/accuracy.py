@@ -1,14 +1,16 @@
 """The accuracy of a reward model, or of a policy's implicit reward, on the pairs of a file."""
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
 
 from mpo_jax.config.schema import DpoConfig
+from mpo_jax.data.fields import whole
 from mpo_jax.data.sources import Row, Source
 from mpo_jax.errors import UserError
-from mpo_jax.evaluation.accuracy import Accuracy, RewardBench, by_group
+from mpo_jax.evaluation.accuracy import Accuracy, RewardBench, by_group, unlike
 from mpo_jax.tools.opening import OpenModel
 from mpo_jax.tools.scoring import SUBSET, open_rows, score
 
@@ -62,6 +64,8 @@ def measure(
       UserError: if the models are of the wrong kind, the rows are no pairs, or a field holds no name.
     """
     _check_kinds(model, reference)
+    if beta is not None and not (math.isfinite(beta) and beta > 0):
+        raise UserError(f"--beta {beta}: give a finite number above 0")
     if reference is None and beta is not None:
         raise UserError("--beta is of an implicit reward: give --reference too, or leave it out")
     if reference is not None:
@@ -120,7 +124,7 @@ def _names(source: Source, by: str | None, max_rows: int | None) -> tuple[list[s
     Raises:
       UserError: if there are no pairs, no row has the field `by`, or one has no name there.
     """
-    groups, subsets = [], []
+    named, subsets = list[str | None](), list[str | None]()
     for place, row in source.rows(max_rows):
         if "chosen" not in row or "rejected" not in row:
             raise UserError(
@@ -128,17 +132,18 @@ def _names(source: Source, by: str | None, max_rows: int | None) -> tuple[list[s
                 f"{', '.join(row) or 'nothing'}. data.columns.chosen=NAME and data.columns.rejected=NAME take "
                 "them from other columns"
             )
-        groups.append(UNNAMED if by is None else _name(row, by, place) or UNNAMED)
+        named.append(None if by is None else _name(row, by, place) or None)
         subsets.append(row[SUBSET] if isinstance(row.get(SUBSET), str) else None)
-    if not groups:
+    if not named:
         raise UserError(f"{source.name} holds no rows")
-    if by is not None and set(groups) == {UNNAMED}:
+    if by is not None and set(named) == {None}:
         raise UserError(f"no row of {source.name} has the field --by {by}")
-    return groups, subsets
+    unnamed = unlike(UNNAMED, named)
+    return [unnamed if name is None else name for name in named], subsets
 
 
 def _name(row: Row, field: str, place: str) -> str | None:
     value = row.get(field)
     if value is not None and not isinstance(value, str | int):
         raise UserError(f"{place}: field {field!r} must be a string, the name of a group, not {type(value).__name__}")
-    return None if value is None else str(value)
+    return None if value is None else whole(str(value), f"{place}: field {field!r}")

@@ -10,7 +10,7 @@ from mpo_jax.config.load import load_config
 from mpo_jax.config.schema import TRAINED, Config, TextConfig
 from mpo_jax.data import hh
 from mpo_jax.data.chat import Chat, Message, read_template
-from mpo_jax.data.records import Renderer, user_turn
+from mpo_jax.data.rendering import Renderer, user_turn
 from mpo_jax.data.reward_codec import RewardCodec
 from mpo_jax.data.text import TextCodec
 from mpo_jax.errors import GOES_ON, Damaged, UserError

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from mpo_jax.data.columns import advice, check_columns, renamed
 from mpo_jax.data.corpus import FIRST_ROWS
 from mpo_jax.data.fields import MissingField
 from mpo_jax.data.layouts import FIELDS
+from mpo_jax.data.rendering import Renderer
 from mpo_jax.data.sources import Row, Source, open_source
 from mpo_jax.data.special_tokens import SpelledTokens
 from mpo_jax.data.text_rows import TextRow
@@ -27,6 +29,8 @@ from mpo_jax.errors import UserError
 from mpo_jax.evaluation.answers import SHOWN
 from mpo_jax.evaluation.scoring import score_examples
 from mpo_jax.runtime.sharding import check_batch
+from mpo_jax.runtime.stage_warnings import warn
+from mpo_jax.runtime.words import counted
 from mpo_jax.tools.opening import OpenModel
 from mpo_jax.training.tracker import Tracker
 
@@ -164,7 +168,8 @@ def _what_was_cut(report: TokenReport, limits: TextConfig) -> str | None:
         return None
     return (
         f"cut to fit: {report.truncated_prompts} prompts (text.max_prompt_tokens={limits.max_prompt_tokens}), "
-        f"{report.truncated_responses} responses (text.max_response_tokens={limits.max_response_tokens})"
+        f"responses of {counted(report.truncated_responses, 'row')} "
+        f"(text.max_response_tokens={limits.max_response_tokens})"
     )
 
 
@@ -187,20 +192,24 @@ class _Shown:
 
 
 def _read(
-    render: records.Renderer, source: Source, max_rows: int | None
+    render: Renderer, source: Source, max_rows: int | None
 ) -> tuple[tuple[str, ...], list[tuple[str, tuple[str, ...]]]]:
     """The suffixes of the fields, and (prompt, responses) of every row."""
     first = next((row for _, row in source.rows(1)), {})
     pairs = "chosen" in first
-    dialogues = pairs and "prompt" not in first and isinstance(first["chosen"], str)
+    # dialogues without HH-RLHF's marks are split as rows of data.kind=pairs are
+    dialogues = pairs and "prompt" not in first and hh.ASSISTANT in str(first["chosen"])
     if dialogues:
         render = dataclasses.replace(render, turns=hh.dialogue_turns)
+    render = dataclasses.replace(render, ignored=Counter())
     options: Any = {"strict": False, "max_rows": max_rows, "render": render}
     rows: list[tuple[str, tuple[str, ...]]]
     try:
         if pairs:
             preferences, report = (hh.read_hh if dialogues else records.read_preferences)(source, **options)
             rows = [(row.prompt, (row.chosen, row.rejected)) for row in preferences]
+            if dialogues and (bare := next((n for n, row in enumerate(rows, 1) if not row[0]), None)):
+                raise UserError(f"{source.name} row {bare}: it has no turn of 'Assistant:', which the first row has")
         else:
             demonstrations, report = records.read_demonstrations(source, **options)
             rows = [(row.prompt, (row.response,)) for row in demonstrations]
@@ -211,6 +220,8 @@ def _read(
         raise UserError(f"{source.name}: some rows cannot be scored, so lines would not match rows ({reasons})")
     if not rows:
         raise UserError(f"{source.name} holds no rows")
+    for message in render.warnings():
+        warn(message)
     return ("_chosen", "_rejected") if pairs else ("",), rows
 
 

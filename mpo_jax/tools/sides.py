@@ -6,10 +6,21 @@ from pathlib import Path
 import jax
 from rich.markup import escape
 
+from mpo_jax.config.base import Names
 from mpo_jax.config.load import load_config
 from mpo_jax.data.records import Drop
 from mpo_jax.errors import UserError
-from mpo_jax.evaluation.answers import CATEGORY, Answer, Pair, Prompt, find_answers, match, read_answers, read_prompts
+from mpo_jax.evaluation.answers import (
+    CATEGORY,
+    Answer,
+    Pair,
+    Prompt,
+    check_answer_columns,
+    find_answers,
+    match,
+    read_answers,
+    read_prompts,
+)
 from mpo_jax.evaluation.sampling import sample_texts
 from mpo_jax.models.generate import Sampling
 from mpo_jax.runtime.console import console
@@ -30,16 +41,20 @@ def compared(
     `answers-b.jsonl`.
 
     Args:
-      data: rows {prompt}: the prompts to compare on, taken from other columns by data.columns; None: all that the sides
-        answer.
+      data: rows {prompt}: the prompts to compare on; None: all that the sides answer. Fields of these rows and of the
+        sides' are taken from other columns by data.columns.
       by: the field that holds a row's category.
 
     Raises:
       UserError: if the sides do not answer the same prompts, or if there are no prompts for a model.
     """
-    prompts = None if data is None else read_prompts(data, by, load_config(None, overrides).data.columns)
+    columns = load_config(None, overrides).data.columns
+    found = [find_answers(path) for path in (a, b)]
+    if columns:
+        check_answer_columns([path for path in (data, *found) if path is not None], by, columns)
+    prompts = None if data is None else read_prompts(data, by, columns)
     # both are opened before either model samples
-    opened = [_open_side(path, prompts, overrides, by) for path in (a, b)]
+    opened = [_open_side(path, prompts, overrides, by, columns) for path in (a, b)]
     sides = []
     for path, side, file in zip((a, b), opened, ("answers-a.jsonl", "answers-b.jsonl"), strict=True):
         if isinstance(side, OpenModel):
@@ -59,12 +74,12 @@ def compared(
 
 
 def _open_side(
-    path: str, prompts: list[Prompt] | None, overrides: tuple[str, ...], by: str
+    path: str, prompts: list[Prompt] | None, overrides: tuple[str, ...], by: str, columns: Names
 ) -> list[Answer] | OpenModel:
     """A side's answers, or the model that is to give them."""
     found = find_answers(path)
     if found is not None:
-        return read_answers(found, by)
+        return read_answers(found, by, columns)
     if prompts is None:
         raise UserError(
             f"{path} is no file of rows and no run's folder. If it is a model, give the prompts that it is to "

@@ -104,6 +104,7 @@ def test_an_implicit_reward(language_model, decoder, pairs, tmp_path):
         ("reward_model", ("--reference", "LM"), "whose scores need no --reference"),
         ("reward_model", ("--beta", "0.1"), "--beta is of an implicit reward"),
         ("language_model", ("--reference", "RM"), "is a reward model: name a language model"),
+        ("language_model", ("--reference", "LM", "--beta", "inf"), "--beta inf: give a finite number"),
         ("reward_model", ("--by", "nothing"), "has the field --by nothing"),
         ("reward_model", ("--by", "chosen_list"), "pairs.jsonl:1: field 'chosen_list' must be a string"),
         ("reward_model", ("--json", "DATA"), "is the file that is read"),
@@ -152,3 +153,15 @@ def test_columns_of_other_names_and_end_markers(reward_model, pairs, tmp_path, c
         found.append(json.loads((tmp_path / "a.json").read_text()))
     assert found[0]["overall"] == found[1]["overall"] and found[0]["bench"] == found[1]["bench"]
     assert found[0]["stripped"] is None and found[1]["stripped"].startswith("5 responses end with")
+
+
+def test_groups_called_as_the_table_s_own_rows_stay_apart(reward_model, pairs, tmp_path, capsys):
+    names = ["all", "(none)", None, "all", "x"]
+    rows = [{**row, "kind": name} for row, name in zip(lines(pairs), names, strict=True)]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "accuracy.json"
+    assert mpo("accuracy", reward_model, pairs, "--by", "kind", "--json", out, *NO_CACHE) == 0
+    found = json.loads(out.read_text())
+    counts = {name: group["rows"] for name, group in found["groups"].items()}
+    assert counts == {"all": 2, "(none)": 1, "((none))": 1, "x": 1} and found["overall"]["rows"] == 5
+    assert "(all)" in capsys.readouterr().out

@@ -123,14 +123,29 @@ def test_dialogues_and_chats(language_model, chat_model, tmp_path):
     assert lines(tmp_path / "a") == lines(tmp_path / "b")
 
 
+def test_dialogues_without_marks_are_split_as_in_training(reward_model, tmp_path, capsys):
+    whole, split = tmp_path / "whole.jsonl", tmp_path / "split.jsonl"
+    starts = "should i quit\n", "<|im_start|>user\nmy boss<|im_end|>\n<|im_start|>assistant\n"
+    whole.write_text("".join(json.dumps({"chosen": f"{s}yes", "rejected": f"{s}no"}) + "\n" for s in starts))
+    rows = [{"prompt": s, "chosen": "yes", "rejected": "no"} for s in starts]
+    split.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for data, out in ((whole, "a"), (split, "b")):
+        assert mpo("score", str(reward_model), str(data), "--out", str(tmp_path / out), *NO_CACHE) == 0
+    assert lines(tmp_path / "a") == lines(tmp_path / "b")
+    whole.write_text(json.dumps({"chosen": "yes", "rejected": "no"}))
+    assert mpo("score", str(reward_model), str(whole), "--out", str(tmp_path / "c"), *NO_CACHE) == 2
+    assert "whole.jsonl:1: the row has no field 'prompt', and chosen and rejected share" in capsys.readouterr().err
+
+
 def test_what_is_cut_is_said(language_model, pairs, tmp_path, capsys):
     out = tmp_path / "scores.jsonl"
     limits = ("text.max_prompt_tokens=2", "text.max_response_tokens=3", *NO_CACHE)
     assert mpo("score", str(language_model), str(pairs), "--out", str(out), *limits) == 0
     assert max(row["tokens_chosen"] for row in lines(out)) == 3
     shown = capsys.readouterr().out
-    assert "cut to fit: 3 prompts (text.max_prompt_tokens=2), 5 responses (text.max_response_tokens=3)" in " ".join(
-        shown.split()
+    assert (
+        "cut to fit: 3 prompts (text.max_prompt_tokens=2), responses of 5 rows (text.max_response_tokens=3)"
+        in " ".join(shown.split())
     )
 
 

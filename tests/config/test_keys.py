@@ -14,7 +14,7 @@ from mpo_jax.config.load import load_config
 from mpo_jax.config.old_keys import dotted
 from mpo_jax.config.schema import Config, Section
 from mpo_jax.data import hh, records, tldr
-from mpo_jax.data.records import Renderer
+from mpo_jax.data.rendering import Renderer
 from mpo_jax.data.sources import open_source
 from mpo_jax.errors import UserError
 
@@ -230,6 +230,9 @@ class Template:
 
     def left_out(self, messages) -> None:
         return None
+
+    def unwritten(self, messages, shown: str) -> list[str]:
+        return []
 
 
 READERS = {

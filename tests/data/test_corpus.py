@@ -12,6 +12,7 @@ from mpo_jax.data.corpus import base_tokenizer, fingerprint
 from mpo_jax.data.records import is_validation
 from mpo_jax.data.splits import TESTED
 from mpo_jax.errors import UserError
+from mpo_jax.runtime.stage_warnings import collect_warnings
 
 TOY = ToyConfig(num_demonstrations=30, num_pairs=40, num_test=10)
 
@@ -303,6 +304,17 @@ def test_conversations_use_the_models_template_and_only_they(tmp_path, chat_mode
     with pytest.raises(UserError, match=r"a\.jsonl:1: data\.kind=pairs needs model\.path"):
         load_corpus(DataConfig(kind="pairs", path=path))
     assert load_corpus(DataConfig(kind="pairs", path=plain)).prompts[0].startswith("prompt ")
+
+
+def test_system_turns_that_a_template_ignores_are_said_with_their_count(tmp_path, chat_model):
+    template = tmp_path / "user.jinja"
+    template.write_text("{% for m in messages if m.role != 'system' %}<{{ m.role }}>{{ m.content }}<eos>{% endfor %}")
+    turns = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"}]
+    rows = [{"prompt": turns, "chosen": "a", "rejected": f"b {i}"} for i in range(9)]
+    data = DataConfig(kind="pairs", path=write(tmp_path / "a.jsonl", rows), validation_fraction=0)
+    with collect_warnings() as said:
+        load_corpus(data, model=chat_model, text=TextConfig(chat_template=str(template)))
+    assert any(line.startswith("9 conversations have a system turn that the chat template leaves out") for line in said)
 
 
 def test_the_corpus_is_kept_for_what_it_depends_on(tmp_path, chat_model):

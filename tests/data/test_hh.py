@@ -7,7 +7,8 @@ import pytest
 from mpo_jax.data import toy
 from mpo_jax.data.chat import Chat
 from mpo_jax.data.hh import dialogue_turns, read_hh, read_hh_prompts
-from mpo_jax.data.records import Preference, Prompt, Renderer
+from mpo_jax.data.records import Preference, Prompt
+from mpo_jax.data.rendering import Renderer
 from mpo_jax.data.sources import open_source
 from mpo_jax.errors import UserError
 

@@ -10,11 +10,11 @@ from mpo_jax.data.chat import Chat
 from mpo_jax.data.records import (
     Demonstration,
     Preference,
-    Renderer,
     read_demonstrations,
     read_preferences,
     read_prompts,
 )
+from mpo_jax.data.rendering import Renderer
 from mpo_jax.errors import UserError
 from tests.data.test_records import CHAT, PLAIN, pair, reply, source_of, user
 

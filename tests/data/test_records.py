@@ -13,12 +13,12 @@ from mpo_jax.data.records import (
     Demonstration,
     Preference,
     Prompt,
-    Renderer,
     is_validation,
     read_demonstrations,
     read_preferences,
     read_prompts,
 )
+from mpo_jax.data.rendering import Renderer
 from mpo_jax.data.sources import open_source
 from mpo_jax.errors import UserError
 
@@ -319,3 +319,57 @@ def test_the_split_is_the_documented_hash(group, remainder):
     """Remainders by `sha256sum`; a change would move rows of finished runs from training to validation."""
     assert not is_validation(group, seed=0, fraction=remainder / 10000)
     assert is_validation(group, seed=0, fraction=(remainder + 1) / 10000)
+
+
+# turns that a template does not write
+
+TWO_ROLES = (
+    "{% for m in messages %}{% if m.role == 'user' or m.role == 'assistant' %}<{{ m.role }}>{{ m.content }}<eos>"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def rendering(template=TWO_ROLES, **options):
+    tokenizer = toy.make_tokenizer()
+    tokenizer.chat_template = template
+    return Renderer(lambda: Chat(tokenizer, **options), ignored=Counter())
+
+
+@pytest.mark.parametrize("role", ["human", "User", "USER", " user"])
+def test_a_role_of_another_name_is_the_same_role(role, tmp_path):
+    row = pair([{"role": role, "content": "hi"}], [{"role": "GPT", "content": "a"}], [reply("b")])
+    (found,), _ = read_preferences(source_of(tmp_path, row), render=rendering())
+    assert (found.prompt, found.chosen, found.group) == ("<user>hi<eos><assistant>", "a", "hi")
+
+
+def test_an_unknown_role_is_read_by_a_template_that_writes_it(tmp_path):
+    # the text stands in the rendering of another turn too
+    source = source_of(tmp_path, pair([user("this"), {"role": "critic", "content": "hi"}], "a", "b"))
+    with pytest.raises(UserError, match=r"a\.jsonl:1: the tokenizer's chat template leaves out .* role 'critic'"):
+        read_preferences(source, render=rendering())
+    (found,), _ = read_preferences(source, render=rendering(TEMPLATE))
+    assert "<critic>hi<eos>" in found.prompt
+
+
+def test_a_system_turn_that_the_template_ignores_is_counted_or_folded(tmp_path):
+    row = pair([{"role": "system", "content": "be kind"}, user("hi")], "a", "b")
+    source, render = source_of(tmp_path, row, row), rendering()
+    rows, _ = read_preferences(source, render=render)
+    assert texts(rows) == ["<user>hi<eos><assistant>"] * 2
+    (said,) = render.warnings()
+    assert said.startswith("2 conversations have a system turn that the chat template leaves out: text.fold_system")
+    folded = rendering(fold_system=True)
+    rows, _ = read_preferences(source, render=folded)
+    assert texts(rows) == ["<user>be kind\n\nhi<eos><assistant>"] * 2
+    assert folded.warnings() == []
+
+
+def test_a_turn_of_the_user_that_the_template_ignores_drops_the_row(tmp_path):
+    last = "{{ messages[-1].content }}>"
+    rows, report = read_prompts(source_of(tmp_path, {"prompt": [user("a"), user("b")]}), render=rendering(last))
+    assert (rows, report.dropped) == ([], {"user turn left out by the chat template": 1})
+
+
+def test_a_category_that_is_no_text_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"a\.jsonl:1: field 'category' holds half a surrogate pair"):
+        read_preferences(source_of(tmp_path, pair("p", "a", "b") | {"category": "\ud800"}), render=PLAIN)

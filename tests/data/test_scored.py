@@ -7,9 +7,11 @@ from types import SimpleNamespace
 import pytest
 
 from mpo_jax.config.load import load_config
+from mpo_jax.config.registry import ROW_FORMATS
 from mpo_jax.config.schema import DataConfig
+from mpo_jax.data.columns import check_columns
 from mpo_jax.data.corpus import _format
-from mpo_jax.data.records import Renderer
+from mpo_jax.data.rendering import Renderer
 from mpo_jax.data.scored import check_scores, read_scored
 from mpo_jax.data.sources import open_source
 from mpo_jax.errors import UserError
@@ -50,6 +52,7 @@ def test_responses_continue_a_conversation(tmp_path):
     turns = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
     chat = SimpleNamespace(
         prompt=lambda turns: f"{len(turns)} turns",
+        unwritten=lambda turns, shown: [],
         response=lambda turns, reply: f"{reply} after {turns[-1]['content']}",
     )
     path = write(tmp_path / "rows.jsonl", {"prompt": turns, "responses": ["a", "b"], "scores": [0, 1]})
@@ -116,3 +119,9 @@ def test_pairs_without_scores_are_refused_before_anything_is_made(tmp_path):
 def test_scored_selection_needs_scored_rows():
     with pytest.raises(UserError, match=r"select\.pair_source=scored needs rows .*data\.kind=scored, not pairs"):
         load_config(None, ("select.pair_source=scored", "data.path=a.jsonl"))
+
+
+def test_a_misspelt_field_of_data_columns_is_refused():
+    with pytest.raises(UserError, match=r"data\.columns\.score: rows have no such field.*scores"):
+        check_columns([], (("score", "rm2"),), _format("scored").fields, 1)
+    assert all(_format(kind).fields for kind in ROW_FORMATS)

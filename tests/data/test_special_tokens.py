@@ -1,10 +1,13 @@
 """mpo_jax.data.special_tokens: end markers that responses spell, special tokens elsewhere, and what is said of them."""
 
+import time
+
 import pytest
 
 from mpo_jax.config.schema import DataConfig, ModelConfig, TextConfig
 from mpo_jax.data import toy
-from mpo_jax.data.records import Renderer, read_preferences
+from mpo_jax.data.records import read_preferences
+from mpo_jax.data.rendering import Renderer
 from mpo_jax.data.special_tokens import SpelledTokens, special_tokens
 from mpo_jax.runtime.stage_warnings import collect_warnings
 from tests.data.test_corpus import load_corpus, write
@@ -94,3 +97,10 @@ def test_every_kind_of_rows_is_cleaned(tmp_path, kind):
     with collect_warnings():
         kept = load_corpus(data, text=TextConfig(end_markers="keep"), **sections)
     assert kept.pairs[0].chosen == " a<|im_end|>"
+
+
+@pytest.mark.parametrize("text", [" " * 300_000 + "x>", "<|im_end|>" * 30_000 + "x>", "\n<|im_end|>" * 30_000])
+def test_a_long_row_of_spaces_or_markers_takes_no_time(text):
+    strips, begin = spelled(), time.process_time()
+    assert strips.response(text) == ("" if text.endswith("|>") else text)
+    assert time.process_time() - begin < 2  # by a search from the start, minutes

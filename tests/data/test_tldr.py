@@ -6,7 +6,8 @@ import pytest
 
 from mpo_jax.data import toy
 from mpo_jax.data.chat import Chat
-from mpo_jax.data.records import Demonstration, Preference, Prompt, Renderer
+from mpo_jax.data.records import Demonstration, Preference, Prompt
+from mpo_jax.data.rendering import Renderer
 from mpo_jax.data.sources import open_source
 from mpo_jax.data.tldr import has_references, read_tldr_demonstrations, read_tldr_preferences, read_tldr_prompts
 from mpo_jax.errors import UserError

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from mpo_jax.evaluation.accuracy import SECTIONS, Accuracy, RewardBench, by_group
+from mpo_jax.evaluation.accuracy import SECTIONS, Accuracy, RewardBench, by_group, unlike
 from mpo_jax.evaluation.statistics import wilson
 
 
@@ -68,3 +68,8 @@ def test_the_score_is_the_mean_of_the_sections():
     assert tied is not None and tied.score is not None and tied.without_ties is not None
     assert (tied.score[0], tied.without_ties) == pytest.approx(((1 + 0 + 0.5 + 0.75) / 4, (1 + 0 + 0 + 0.5) / 4))
     assert found.to_dict()["score"] == dict(zip(("mean", "low", "high"), found.score, strict=True))
+
+
+def test_a_label_differs_from_every_group_s_name():
+    assert unlike("all", ["a", None]) == "all"
+    assert unlike("all", ["all", "(all)"]) == "((all))"

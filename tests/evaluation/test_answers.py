@@ -6,7 +6,17 @@ import json
 import pytest
 
 from mpo_jax.errors import UserError
-from mpo_jax.evaluation.answers import Answer, Pair, Prompt, as_text, find_answers, match, read_answers, read_prompts
+from mpo_jax.evaluation.answers import (
+    Answer,
+    Pair,
+    Prompt,
+    as_text,
+    check_answer_columns,
+    find_answers,
+    match,
+    read_answers,
+    read_prompts,
+)
 
 
 def write(path, rows):
@@ -42,6 +52,14 @@ def test_rows_are_strings_or_conversations_and_may_be_empty(tmp_path, name):
         ({"response": "p"}, "rows.jsonl:2: the row has no field 'prompt'"),
         ({"prompt": "p", "response": 3}, "rows.jsonl:2: field 'response' must be a string"),
         ({"prompt": "p", "response": []}, "rows.jsonl:2: field 'response' is an empty conversation"),
+        (
+            {"prompt": "p", "response": TURNS},
+            ":2: field 'response' must end with .* assistant.*, not with user",
+        ),
+        (
+            {"prompt": "p", "response": "r", "category": "\ud800"},
+            ":2: field 'category' holds half a surrogate",
+        ),
         ({"prompt": "p", "response": "r", "category": ["x"]}, "rows.jsonl:2: field 'category' must be a string"),
     ],
 )
@@ -56,6 +74,20 @@ def test_a_file_without_rows(tmp_path):
     for read in (read_answers, read_prompts):
         with pytest.raises(UserError, match="holds no rows"):
             read(path)
+
+
+def test_answers_are_taken_from_other_columns(tmp_path):
+    rows = [{"question": "p", "response": "r", "completion": "c", "other": "o"}]
+    path = write(tmp_path / "rows.jsonl", rows)
+    columns = (("prompt", "question"), ("response", "other"))
+    assert read_answers(path, columns=columns) == [Answer("p", "o")]
+    assert read_answers(path, columns=(("prompt", "question"), ("completion", "other"))) == [Answer("p", "o")]
+    with pytest.raises(UserError, match=r"data\.columns\.prompt=NAME"):
+        read_answers(path)
+    check_answer_columns([path], "category", columns)
+    for wrong, says in (("respones", r"no such field.*response"), ("shown", "no column 'x'")):
+        with pytest.raises(UserError, match=says):
+            check_answer_columns([path], "category", ((wrong, "x"),))
 
 
 def test_what_a_path_names(tmp_path):

@@ -16,7 +16,7 @@ import pytest
 
 from mpo_jax.config.registry import ROW_FORMATS
 from mpo_jax.config.schema import DataConfig
-from mpo_jax.data.records import Renderer
+from mpo_jax.data.rendering import Renderer
 from mpo_jax.data.sources import open_source
 from mpo_jax.errors import UserError
 from tests.data.test_records import make_chat

@@ -18,7 +18,8 @@ from mpo_jax.data.chat import Chat, Message
 from mpo_jax.data.columns import check_columns, renamed
 from mpo_jax.data.corpus import FIRST_ROWS
 from mpo_jax.data.fields import MissingField
-from mpo_jax.data.records import DataReport, Readers, Renderer
+from mpo_jax.data.records import DataReport, Readers
+from mpo_jax.data.rendering import Renderer
 from mpo_jax.data.sources import Row, Source, open_source
 from mpo_jax.data.special_tokens import SpelledTokens
 from mpo_jax.data.text import TextCodec

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from mpo_jax.config.schema import Config
 from mpo_jax.data.chat import Chat, Message
-from mpo_jax.data.records import user_turn
+from mpo_jax.data.rendering import user_turn
 from mpo_jax.data.sources import fingerprint_files
 from mpo_jax.data.text import TextCodec
 from mpo_jax.data.text_rows import TextRow
