@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from mpo_jax.cli.arguments import ModelPath, Overrides, short_keys
+from mpo_jax.cli.arguments import ModelPath, Overrides, refuse_rows, short_keys
 from mpo_jax.runtime.console import console
 
 if TYPE_CHECKING:
@@ -34,8 +34,9 @@ def accuracy(
     from mpo_jax.runtime.files import write_json
     from mpo_jax.runtime.outputs import check_output_file
 
+    refuse_rows(overrides)
     if json_file is not None:
-        check_output_file("--json", json_file, (data,))
+        check_output_file("--json", json_file, (data, model, *([] if reference is None else [reference])))
     from mpo_jax.evaluation.accuracy import unlike
     from mpo_jax.tools.accuracy import measure
     from mpo_jax.tools.opening import open_model

@@ -45,6 +45,12 @@ def short_keys(model: str | None, data: list[str] | None, out: str | None) -> li
     return [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
 
 
+def refuse_rows(overrides: Sequence[str] | None) -> None:
+    """Raises UserError for an override of the rows, which the command takes as an argument."""
+    if given := [one for one in overrides or () if one.partition("=")[0] == "data.path"]:
+        raise UserError(f"{given[0]}: the rows are the argument DATA; leave the override out")
+
+
 def split_config(config: str | Path | None, overrides: Sequence[str] | None) -> tuple[Path | None, tuple[str, ...]]:
     """The YAML file, None where the first argument is KEY=VALUE already, and the overrides."""
     given = tuple(overrides or ())

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from mpo_jax.cli.arguments import ModelPath, Overrides, short_keys
+from mpo_jax.cli.arguments import ModelPath, Overrides, refuse_rows, short_keys
 from mpo_jax.runtime.console import console
 
 
@@ -23,7 +23,8 @@ def score(
     from mpo_jax.runtime.files import write_lines
     from mpo_jax.runtime.outputs import check_output_file
 
-    check_output_file("--out", out, (data,))
+    check_output_file("--out", out, (data, model))
+    refuse_rows(overrides)
     from mpo_jax.tools.opening import open_model
     from mpo_jax.tools.scoring import score as score_rows
 

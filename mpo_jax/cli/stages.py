@@ -9,6 +9,7 @@ import typer
 from mpo_jax.cli.arguments import PLAIN, BaseModel, ConfigPath, DataPaths, Out, Overrides, read_run, short_keys
 from mpo_jax.cli.starting import print_tensorboard, starting
 from mpo_jax.config.registry import TRAINED
+from mpo_jax.errors import UserError
 from mpo_jax.runtime.console import console
 from mpo_jax.runtime.words import counted
 
@@ -52,8 +53,13 @@ def select(
     """`mpo select`."""
     if export is not None:
         from mpo_jax.runtime.outputs import check_output_folder
+        from mpo_jax.tools.selected import FILES
 
-        check_output_folder("--export", export)
+        given = read_run("select", config, [*(overrides or ()), *short_keys(model, data, out)])[1]
+        for name in ("stages", "runs", "report"):
+            if (Path(given.workdir) / name).resolve() in (export.resolve(), *export.resolve().parents):
+                raise UserError(f"--export {export} lies in the workdir's own folder {name}: name another")
+        check_output_folder("--export", export, FILES, given.data.path or ())
     resolved, artifacts = _run(config, [*(overrides or ()), *short_keys(model, data, out)], "select")
     if export is None:
         return
@@ -65,6 +71,11 @@ def select(
     if is_main():
         for name, rows in export_selection(artifacts[0], resolved.select, turns_of(resolved), export).items():
             console.print(f"wrote {export / name}: {counted(rows, 'row')}", soft_wrap=True)
+        if share := resolved.data.validation_fraction:
+            console.print(
+                f"rows of held-out prompts (data.validation_fraction={share:g}) are in none of them; 0 holds out none",
+                soft_wrap=True,
+            )
 
 
 def _stage_command(name: str) -> Callable[..., None]:

@@ -5,6 +5,7 @@ import contextlib
 import errno
 import json
 import os
+import secrets
 import shutil
 import socket
 import tempfile
@@ -75,14 +76,28 @@ def check_output(path: Path, option: str, *, folder: bool = False) -> None:
 
 
 def write_bytes(path: Path, parts: Iterable[bytes]) -> None:
-    """Writes a file atomically: a temporary file beside it is flushed to disk and renamed. Makes the folder."""
+    """Writes a file atomically: a temporary file beside it is flushed to disk and renamed. Makes the folder.
+
+    A link stays, and the file that it leads to is written. A device or a pipe, such as /dev/null, gets the bytes.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.writelines(parts)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    path = path.resolve() if path.is_symlink() else path
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with path.open("wb") as device:
+            device.writelines(parts)
+        return
+    # nobody can foresee the name and put a link there, and two processes have a file each
+    temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.tmp")
+    new = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    try:
+        with open(temporary, "wb", opener=lambda name, _: os.open(name, new, 0o666)) as file:
+            file.writelines(parts)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def wait_for_files(folder: Path, sizes: Mapping[str, int], *, timeout_s: float = VISIBLE_S) -> None:

@@ -12,21 +12,40 @@ def check_output_file(option: str, path: Path, inputs: Iterable[str] = ()) -> No
 
     Args:
       option: of the command line, for messages.
-      inputs: files that are read; names that are no local files, such as hub ids, are never the same.
+      inputs: files and folders that are read; names of nothing local, such as hub ids, are never the same.
     """
-    for name in inputs:
-        given = Path(name).expanduser()
-        if given.exists() and path.exists() and given.samefile(path):
-            raise UserError(f"{option} {path} is the file that is read: name another")
+    refuse_inputs(option, path, inputs)
     if path.is_dir():
         raise UserError(f"{option} {path} is a folder: name a file")
     _check_writable(option, path)
 
 
-def check_output_folder(option: str, path: Path) -> None:
-    """Raises UserError if `path` is a file, or no files can be written there."""
+def refuse_inputs(option: str, path: Path, inputs: Iterable[str]) -> None:
+    """Raises UserError if a file that is there is one of the inputs, or lies in a folder that is one."""
+    if not path.exists():
+        return
+    place = path.resolve()
+    for name in inputs:
+        given = Path(name).expanduser()
+        if given.exists() and (given.samefile(path) or given.resolve() in place.parents):
+            what = f"is a file of {name}, which is read" if given.is_dir() else "is the file that is read"
+            raise UserError(f"{option} {path} {what}: name another")
+
+
+def check_output_folder(option: str, path: Path, files: Iterable[str] = (), inputs: Iterable[str] = ()) -> None:
+    """Raises UserError if `path` is a file, no files can be written there, or one of them is in the way.
+
+    Args:
+      files: names of the files that are going to be written.
+      inputs: as for `check_output_file`.
+    """
+    inputs = list(inputs)
     if path.exists() and not path.is_dir():
         raise UserError(f"{option} {path} is a file: name a folder")
+    for name in files:
+        refuse_inputs(option, path / name, inputs)
+        if (path / name).is_dir():
+            raise UserError(f"{option} {path}: {path / name} is a folder: move it away, or name another folder")
     _check_writable(option, path / "a file")
 
 

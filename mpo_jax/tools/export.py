@@ -25,7 +25,7 @@ from mpo_jax.models.hf.tokenizer import load_tokenizer
 from mpo_jax.models.spec import DecoderConfig
 from mpo_jax.pipeline.recipe import read_recipe
 from mpo_jax.runtime import machine
-from mpo_jax.runtime.files import check_output
+from mpo_jax.runtime.files import check_output, remove
 from mpo_jax.runtime.processes import agree, is_main, wait
 from mpo_jax.runtime.sharding import make_mesh
 from mpo_jax.tools.opening import find_model
@@ -135,7 +135,7 @@ def _begin(target: Path) -> Path:
     """The folder that becomes `target` once it is whole."""
     partial = _partial(target)
     if is_main():
-        shutil.rmtree(partial, ignore_errors=True)
+        remove(partial)  # also a link that somebody has put there
         target.parent.mkdir(parents=True, exist_ok=True)
     return partial
 

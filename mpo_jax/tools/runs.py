@@ -19,6 +19,7 @@ from mpo_jax.runtime.files import check_output, read_json, write_json
 from mpo_jax.runtime.processes import REPORTED, is_main, wait
 from mpo_jax.runtime.version import __version__
 from mpo_jax.tools.report import results
+from mpo_jax.tools.report.place import FOLDER, INPUTS, PAGE, check_place
 from mpo_jax.training import wandb_log
 from mpo_jax.types import Artifact
 
@@ -54,6 +55,7 @@ def start(config: Config) -> None:
 def run_experiments(config: Config) -> Finished | None:
     """Makes what is missing of every experiment of the configuration, and the report; None except in process 0."""
     begin = time.perf_counter()
+    check_place(Path(config.workdir))
     store, pipeline = _checked(config, config.experiment)
     store.request(pipeline, config.experiment)
     runs = []
@@ -131,7 +133,7 @@ def _report(workdir: Path, config: Config) -> Path:
     """Writes the report, unless this version has already written it from the same runs."""
     shown = {run.name: {role: made.id for role, made in run.artifacts.items()} for run in results.collect(workdir)}
     inputs = {"version": __version__, "runs": shown, "config": config.model_dump(mode="json")}
-    page, record = workdir / "report" / "index.html", workdir / "report" / "inputs.json"
+    page, record = workdir / FOLDER / PAGE, workdir / FOLDER / INPUTS
     with contextlib.suppress(Damaged):
         if page.is_file() and record.is_file() and read_json(record, "") == inputs:
             return page

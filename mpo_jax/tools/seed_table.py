@@ -18,6 +18,7 @@ from mpo_jax.runtime.files import write_text
 from mpo_jax.runtime.processes import REPORTED, is_main, wait
 from mpo_jax.runtime.progress import Overall
 from mpo_jax.tools.report import results
+from mpo_jax.tools.report.place import check_place
 from mpo_jax.tools.report.provenance import TABLE_CONFIG
 from mpo_jax.tools.report.seeds import BySeed
 from mpo_jax.training import wandb_log
@@ -54,6 +55,7 @@ class SeedTable:
 
     def __init__(self, config: Config):
         self._config, self._workdir = config, Path(config.workdir)
+        check_place(self._workdir)
         self.names = [variant.name for variant in table_variants(config.table, config.select)]
         inputs_checked = preflight.check_fresh(config)
         self.stages = table_stages(config)

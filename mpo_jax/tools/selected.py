@@ -10,7 +10,7 @@ from mpo_jax.data.turns import Turns
 from mpo_jax.runtime.files import write_lines
 from mpo_jax.selection import split
 
-EASY, HARD, HARD_PROMPTS = "easy.jsonl", "hard.jsonl", "hard_prompts.jsonl"
+FILES = EASY, HARD, HARD_PROMPTS = "easy.jsonl", "hard.jsonl", "hard_prompts.jsonl"
 
 
 def export_selection(selection: Path, border: Border, turns: Turns, out: Path) -> dict[str, int]:

@@ -11,7 +11,8 @@ import pytest
 
 from mpo_jax.cli import exits
 from mpo_jax.errors import UserError
-from mpo_jax.runtime.files import check_output, write_json, write_lines
+from mpo_jax.runtime.files import check_output, write_json, write_lines, write_text
+from mpo_jax.tools.report.place import check_place
 from tests.pipeline.test_pipeline import MICRO, mpo
 
 LATE_AND_OTHER = ("Event loop is closed", "another fault")
@@ -91,3 +92,90 @@ def test_what_writing_threads_print_of_an_error_is_left_out(monkeypatch):
     sys.unraisablehook(late)  # type: ignore[arg-type]
     sys.unraisablehook(other)  # type: ignore[arg-type]
     assert shown == [other]
+
+
+@pytest.mark.parametrize("command", ["score {model} {data} --out {file}", "accuracy {model} {data} --json {file}"])
+def test_nothing_that_is_read_is_written(tmp_path, capsys, command):
+    for name in ("rows", "model"):
+        (tmp_path / name).mkdir()
+    rows, weights = tmp_path / "rows" / "a.jsonl", tmp_path / "model" / "model.safetensors"
+    for file in (rows, weights):
+        file.write_text("kept")
+        words = {"model": tmp_path / "model", "data": tmp_path / "rows", "file": file}
+        assert mpo(*(word.format(**words) for word in command.split())) == 2
+        assert "which is read: name another" in capsys.readouterr().err and file.read_text() == "kept"
+    words = {"model": "m", "data": rows, "file": tmp_path / "out.json"}
+    assert mpo(*(word.format(**words) for word in command.split()), f"data.path={rows}") == 2
+    assert "the rows are the argument DATA" in capsys.readouterr().err
+
+
+def test_an_export_spares_its_rows_and_the_workdir(tmp_path, capsys):
+    rows = tmp_path / "easy.jsonl"
+    rows.write_text("kept")
+    select = ("select", "--model", "m", "--data", rows, "--out", tmp_path / "w", "sft.skip=true")
+    (tmp_path / "other" / "hard.jsonl").mkdir(parents=True)
+    for folder, says in {
+        tmp_path: "is the file that is read",
+        tmp_path / "w" / "stages" / "x": "lies in the workdir's own folder stages",
+        tmp_path / "other": "hard.jsonl is a folder",
+    }.items():
+        assert mpo(*select, "--export", folder) == 2
+        assert says in capsys.readouterr().err and rows.read_text() == "kept"
+
+
+def test_links_lead_on_and_pipes_stay(tmp_path):
+    (tmp_path / "target").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    write_lines(tmp_path / "link", [{"a": 1}])
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "target").read_text() == '{"a": 1}\n'
+    write_json(Path("/dev/null"), {})
+    assert Path("/dev/null").is_char_device()
+
+
+def test_no_link_that_waits_in_the_folder_is_followed(tmp_path):
+    """Names of temporary files that others can foresee would let them choose what is overwritten."""
+    (tmp_path / "kept").write_text("kept")
+    (tmp_path / ".a.json.tmp").symlink_to(tmp_path / "kept")
+    write_json(tmp_path / "a.json", {})
+    assert (tmp_path / "kept").read_text() == "kept" and not (tmp_path / "a.json").is_symlink()
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path):
+    def rows():
+        yield {"a": 1}
+        raise OSError("full")
+
+    (tmp_path / "a.jsonl").write_text("old")
+    with pytest.raises(OSError, match="full"):
+        write_lines(tmp_path / "a.jsonl", rows())
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"] and (tmp_path / "a.jsonl").read_text() == "old"
+
+
+def test_a_file_has_the_mode_of_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_json(tmp_path / "a.json", {})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.json").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_report_replaces_no_folder_of_others(tmp_path):
+    check_place(tmp_path)
+    report = tmp_path / "report"
+    for name in ("index.html", "inputs.json"):
+        write_text(report / name, ["Written by mpo_jax"])
+    check_place(tmp_path)
+    (report / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match=r"holds 'thesis.tex', which is no part of a report; .*move it away"):
+        check_place(tmp_path)
+    (report / "thesis.tex").unlink()
+    (report / "index.html").write_text("my own page")
+    with pytest.raises(UserError, match=r"index.html is no report of mpo_jax"):
+        check_place(tmp_path)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "report").write_text("a file")
+    with pytest.raises(UserError, match=r"is no folder of a report"):
+        check_place(other)
+    assert mpo("run", MICRO, f"workdir={other}") == 2 and not (other / "stages").exists()

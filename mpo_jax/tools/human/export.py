@@ -29,10 +29,16 @@ def write_study(study: Study, folder: Path) -> Path:
     key = folder / "key.json"
     if key.exists() and read_key(key) != study:
         raise UserError(f"{key} is the key of another study: choose another folder with --out DIR, or move it away")
+    there = key.exists()
     write_json(key, study.to_dict())
-    write_text(folder / "sheets" / "study.html", [page(study)])
-    # a byte order mark tells spreadsheets that the file is UTF-8
-    write_text(folder / "sheets" / "study.csv", [table(study)], encoding="utf-8-sig")
+    try:
+        write_text(folder / "sheets" / "study.html", [page(study)])
+        # a byte order mark tells spreadsheets that the file is UTF-8
+        write_text(folder / "sheets" / "study.csv", [table(study)], encoding="utf-8-sig")
+    except OSError:
+        if not there:
+            key.unlink()
+        raise
     return key
 
 

@@ -17,6 +17,10 @@ FORMAT = 1
 CHECKSUM = "sha256"
 Side = Literal["left", "right"]
 Choice = Literal["left", "right", "tie"]
+CUT = "[\N{HORIZONTAL ELLIPSIS}]"
+"""Stands where a prompt was cut."""
+BEGINNING = 20
+"""Characters by which a text is known to be the beginning of another."""
 CHOICES: tuple[Choice, ...] = ("left", "right", "tie")
 
 
@@ -105,8 +109,15 @@ def make_study(pairs: Sequence[Pair], names: tuple[str, str], *, n: int | None, 
     for number, place in enumerate(rng.permutation(len(drawn)), 1):
         pair, a_is = drawn[place]
         left, right = (pair.a, pair.b) if a_is == "left" else (pair.b, pair.a)
-        items.append(Item(number, pair.seen, left, right, a_is, pair.category))
+        items.append(Item(number, _shown(pair), left, right, a_is, pair.category))
     return Study(*names, seed, tuple(items))
+
+
+def _shown(pair: Pair) -> str:
+    """The prompt as people see it: a mark stands where it was cut to fit the models, which is at its beginning."""
+    begins = pair.seen.lstrip()[:BEGINNING]
+    is_cut = len(pair.seen) < len(pair.prompt) and begins not in pair.prompt.lstrip()[: 2 * BEGINNING]
+    return f"{CUT} {pair.seen.lstrip()}" if is_cut else pair.seen
 
 
 def read_key(path: Path) -> Study:

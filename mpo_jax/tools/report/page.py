@@ -16,6 +16,7 @@ from mpo_jax.tools.report import canvas, contents, figures
 from mpo_jax.tools.report.categories import SHOWN, largest
 from mpo_jax.tools.report.evidence import Evidence, gather
 from mpo_jax.tools.report.markdown import cell, heading
+from mpo_jax.tools.report.place import FOLDER, check_place
 from mpo_jax.tools.report.results import COLUMNS, RunResult
 from mpo_jax.tools.report.seeds import BySeed, collect_seeds
 from mpo_jax.tools.report.shown import Shown
@@ -52,7 +53,8 @@ def _replace(workdir: Path, template: str, content: Callable[[Shown], dict[str, 
 
     A killed run leaves the report that was there before.
     """
-    final, partial, old = (workdir / name for name in ("report", ".report.partial", ".report.old"))
+    check_place(workdir)
+    final, partial, old = (workdir / name for name in (FOLDER, ".report.partial", ".report.old"))
     with FileLock(workdir / ".report.lock"):
         if old.exists() and not final.exists():
             os.rename(old, final)  # killed between the two renames below

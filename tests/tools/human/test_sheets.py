@@ -32,6 +32,16 @@ def test_n_of_each_category_balanced_and_shuffled():
     assert [item.a_is for item in found.items] != sorted(item.a_is for item in found.items)
 
 
+def test_a_prompt_that_was_cut_has_a_mark_where():
+    long = "Once upon a time there was a long prompt. What then?"
+    seen = {"cut": " prompt. What then?", "whole": None, "templated": f"<user>{long}<assistant>"}
+    given = [Pair(long, "a", "b", name, shown) for name, shown in seen.items()]
+    made = make_study(given, NAMES, n=None, by="category", seed=0)
+    assert {item.category: item.prompt for item in made.items} == {
+        "cut": "[\N{HORIZONTAL ELLIPSIS}] prompt. What then?", "whole": long, "templated": seen["templated"]
+    }  # fmt: skip
+
+
 def test_the_seed_alone_decides():
     assert study(seed=1) == study(seed=1)
     assert study(seed=1).id != study(seed=2).id
