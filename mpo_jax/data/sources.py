@@ -5,6 +5,7 @@ A source yields each row with its place, for error messages, and lists its files
 """
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import re
@@ -19,12 +20,15 @@ import pyarrow.parquet as pq
 from mpo_jax.data.text_files import JSON_LINES_SUFFIXES, JSON_SUFFIXES, TABLE_SUFFIXES, Row, open_text
 from mpo_jax.errors import UserError
 from mpo_jax.runtime.file_digests import file_digest
+from mpo_jax.runtime.stage_warnings import warn
 from mpo_jax.untrusted import check_file
 
 PARQUET = ".parquet"
 FILE_SUFFIXES = (*JSON_SUFFIXES, *TABLE_SUFFIXES, PARQUET)
 FOLDER_SUFFIXES = (*JSON_LINES_SUFFIXES, PARQUET)
 """What a folder's rows are read from; where there is none of these, from `TABLE_SUFFIXES`."""
+ABOUT = ("dataset_info.json", "dataset_infos.json", "metadata.json", "stats.json", "config.json")
+"""Files beside rows that are about them."""
 HUB = "hub:"
 HUB_FORM = "hub:ORG/NAME[@REVISION][:CONFIG or DIR][:SPLIT]"
 _HUB_PATTERN = re.compile(
@@ -179,7 +183,34 @@ def _open_folder(name: str, folder: Path) -> Source:
             f"the folder {name} holds no .jsonl, .parquet, .csv or .tsv file and no data set saved by `datasets`; "
             f"it holds: {inside or 'nothing'}. Name a .json file itself"
         )
+    if others := [*_left_out(entries, files)]:
+        shown = ", ".join(others[:10]) + (f" and {len(others) - 10} more" if len(others) > 10 else "")
+        _say_once(
+            f"the folder {name} is read as its {', '.join(file.name for file in files[:3])}"
+            f"{' ...' if len(files) > 3 else ''} alone, without {shown}: if these hold rows, name the files "
+            "themselves, as in data.path=[A,B]"
+        )
     return _Many(name, [_open_file(str(file), file) for file in files])
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    """Warns; a folder is opened several times in a run."""
+    warn(text)
+
+
+def _left_out(entries: Sequence[Path], files: Sequence[Path]) -> Iterator[str]:
+    """The names of what could hold rows in a folder, and in the folders in it, beside the files that are read."""
+    for entry in entries:
+        if entry.is_dir():
+            inside = (file for file in sorted(entry.iterdir()) if not file.name.startswith("."))
+            yield from (f"{entry.name}/{file.name}" for file in inside if _may_hold_rows(file))
+        elif entry not in files and _may_hold_rows(entry):
+            yield entry.name
+
+
+def _may_hold_rows(file: Path) -> bool:
+    return file.is_file() and file.name.lower().endswith(FILE_SUFFIXES) and file.name not in ABOUT
 
 
 def _open_hub(spec: str) -> Source:

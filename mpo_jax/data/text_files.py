@@ -8,7 +8,7 @@ import itertools
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -26,7 +26,10 @@ SHOWN_COLUMNS = 20
 SHOWN_CHARACTERS = 40
 _BLANK = re.compile(r"\s*")
 _CONVERSATION = re.compile(r"""\s*\[\s*\{\s*['"](?:role|content|from|value)['"]\s*:""")
-_CELL_CHARACTERS = 2**31 - 1
+MAX_ROW_BYTES = 64 * 2**20
+"""Of a line, and of a table's cell: a small compressed file can hold a line that fills the memory."""
+MAX_LIST_BYTES = 2**31
+"""Of a JSON file that is one list, or objects over several lines, which is held in memory."""
 
 
 def open_text(name: str, path: Path) -> "JsonFile | TableFile | None":
@@ -51,18 +54,27 @@ def columns_of(row: Row) -> str:
 
 
 class _Lines:
-    """A file's lines as text, each once; `number` is that of the last one read. Errors name it."""
+    """A file's lines as text, each once; `number` is that of the last one read. Errors name it.
 
-    def __init__(self, name: str, path: Path):
-        self.name, self.path, self.number = name, path, 0
+    Args:
+      lists: whether the first line may hold a list of all rows, and so be longer than others.
+    """
+
+    def __init__(self, name: str, path: Path, *, lists: bool = False):
+        self.name, self.path, self.number, self.lists = name, path, 0, lists
 
     def __iter__(self) -> Iterator[str]:
         packed = {".gz": "gzip", ".zst": "zstd"}.get(self.path.suffix.lower())
         try:
             # decoded line by line: text mode decodes ahead, so its error would name a line far from the fault
             with _open(self.path, packed) as stream:
-                for self.number, encoded in enumerate(stream, 1):
-                    yield encoded.decode("utf-8-sig" if self.number == 1 else "utf-8")
+                while encoded := stream.readline(MAX_ROW_BYTES + 1):
+                    self.number += 1
+                    if len(encoded) > MAX_ROW_BYTES:
+                        encoded = self._long(encoded, stream)
+                    text = encoded.decode("utf-8")
+                    # some programs put a second byte-order mark in front of the first
+                    yield text.lstrip("\ufeff") if self.number == 1 else text
         except UnicodeDecodeError as error:
             raise UserError(f"{self.name}:{self.number}: not UTF-8 text: {error.reason}") from error
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -72,6 +84,34 @@ class _Lines:
             if packed == "zstd" and getattr(error, "errno", None) is None:
                 raise self._broken("zstd", error) from error
             raise UserError(f"cannot read {self.name}: {getattr(error, 'strerror', None) or error}") from error
+
+    def _long(self, begun: bytes, stream: BinaryIO) -> bytes:
+        """A line of more than MAX_ROW_BYTES, if it is a JSON file's list of rows on its first line."""
+        if self.lists and self.number == 1 and begun[:100].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+            begun += stream.readline(MAX_LIST_BYTES + 1 - len(begun))
+            self.check_held(len(begun))
+            return begun
+        raise UserError(
+            f"{self.name}:{self.number}: the line has more than {MAX_ROW_BYTES >> 20} MiB, the most that is read: drop "
+            "the row, or write one row per line"
+        )
+
+    def check_held(self, size: int) -> None:
+        """Raises UserError if more bytes are to be held than of one list of rows."""
+        if size > MAX_LIST_BYTES:
+            raise UserError(
+                f"{self.name}:{self.number}: the list of rows has more than {MAX_LIST_BYTES >> 20} MiB, the most that "
+                "is read at once: write one object per line (.jsonl)"
+            )
+
+    def held(self, lines: Iterable[str]) -> str:
+        """The lines as one text."""
+        kept, size = list[str](), 0
+        for line in lines:
+            size += len(line)
+            self.check_held(size)
+            kept.append(line)
+        return "".join(kept)
 
     def _broken(self, kind: str, error: Exception) -> UserError:
         return UserError(f"{self.name}: broken or incomplete {kind} file after line {self.number}: {error}")
@@ -102,13 +142,13 @@ class JsonFile:
         return itertools.islice(self._read(), max_rows)
 
     def _read(self) -> Iterator[tuple[str, Row]]:
-        lines = _Lines(self.name, self.path)
+        lines = _Lines(self.name, self.path, lists=True)
         stream = iter(lines)
         first = next((line for line in stream if line.strip()), "")
         begin = lines.number
         is_list = first.lstrip().startswith("[")
         if is_list or (".json" in self.path.suffixes[-2:] and _goes_on(first)):
-            yield from self._values("".join([first, *stream]), begin, is_list=is_list)
+            yield from self._values(lines.held(itertools.chain([first], stream)), begin, is_list=is_list)
             return
         for line in itertools.chain([first], stream):
             if line := line.rstrip():
@@ -212,7 +252,7 @@ class TableFile:
         return itertools.islice(self._read(), max_rows)
 
     def _read(self) -> Iterator[tuple[str, Row]]:
-        csv.field_size_limit(_CELL_CHARACTERS)  # the module's own limit is shorter than some conversations
+        csv.field_size_limit(MAX_ROW_BYTES)  # the module's own limit is shorter than some conversations
         lines, columns, begin = _Lines(self.name, self.path), list[str](), 1
         reader = csv.reader(iter(lines), delimiter=self.separator, strict=True)
         try:
@@ -236,9 +276,11 @@ class TableFile:
         columns = [cell.strip() for cell in cells]
         if twice := next((name for name in columns if columns.count(name) > 1), None):
             raise UserError(f"{place}: two columns are called {twice!r}: rename one")
-        other = next((mark for mark in ",;\t" if mark != self.separator and mark in columns[0]), None)
+        other = next((mark for mark in ",;\t|" if mark != self.separator and mark in columns[0]), None)
         if len(columns) == 1 and other is not None:
-            kind = {",": "commas (.csv)", "\t": "tabs (.tsv)", ";": "semicolons, not commas"}[other]
+            kind = {",": "commas (.csv)", "\t": "tabs (.tsv)", ";": "semicolons, not commas", "|": "bars, not commas"}[
+                other
+            ]
             raise UserError(f"{place}: the columns are separated by {kind}: save the table with {self._wanted}")
         return columns
 

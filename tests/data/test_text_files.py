@@ -8,6 +8,7 @@ import json
 import pyarrow as pa
 import pytest
 
+from mpo_jax.data import text_files
 from mpo_jax.data.sources import open_source
 from mpo_jax.errors import UserError
 from tests.data.test_sources import numbered, rows_of, save_jsonl, save_zstd
@@ -74,6 +75,7 @@ def test_a_table_has_a_row_per_record(tmp_path, name, separator, end):
         ("a,b\n1,2,3\n", r":2: 3 cells in a table of 2 columns"),
         ("a,a\n1,2\n", ":1: two columns are called 'a': rename one"),
         ("a;b\n1;2\n", ":1: the columns are separated by semicolons, not commas: save the table with commas"),
+        ("a|b\n1|2\n", ":1: the columns are separated by bars, not commas: save the table with commas"),
         ("a\tb\n1\t2\n", r":1: the columns are separated by tabs \(\.tsv\): save"),
         ('a,b\n1,"2\n3,4\n', ":2: broken table in the row that begins here: "),
         ('a,b\n1,"2"x\n', ":2: broken table in the row that begins here: "),
@@ -89,12 +91,47 @@ def test_a_broken_table_is_named(tmp_path, content, message):
         rows_of(tmp_path / "b.csv")
 
 
-def test_a_folder_without_other_rows_is_its_tables(tmp_path):
+def test_a_folder_without_other_rows_is_its_tables(tmp_path, capsys):
     (tmp_path / "b.csv").write_text("n\n1\n")
     (tmp_path / "a.tsv").write_text("n\n0\n")
     assert rows_of(tmp_path) == [{"n": "0"}, {"n": "1"}]
-    save_jsonl(numbered(5, 6), tmp_path / "c.jsonl")  # then they are something else, such as statistics
-    assert rows_of(tmp_path) == numbered(5, 6)
+    save_jsonl(numbered(5, 6), tmp_path / "c.jsonl")  # then they may be something else, such as statistics
+    (tmp_path / "deeper").mkdir()
+    save_jsonl(numbered(6, 7), tmp_path / "deeper" / "d.jsonl")
+    (tmp_path / "dataset_info.json").write_text("{}")
+    for _ in range(2):
+        assert rows_of(tmp_path) == numbered(5, 6)
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("is read as its c.jsonl alone, without a.tsv, b.csv, deeper/d.jsonl: if these hold rows") == 1
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.csv", "a.json"])
+def test_a_line_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch, name):
+    """A compressed file of some MB can hold a line of some GB."""
+    monkeypatch.setattr(text_files, "MAX_ROW_BYTES", 1 << 20)
+    head = b"prompt\n" if name == "a.csv" else b""
+    content = head + b'{"prompt": "a"}\n' + b'{"prompt": "' + b"a" * (2 << 20)
+    pack = {".gz": gzip.compress, ".zst": lambda text: pa.compress(text, "zstd", asbytes=True)}
+    (tmp_path / name).write_bytes(pack.get((tmp_path / name).suffix, bytes)(content))
+    with pytest.raises(UserError, match=rf"{name}:{3 if head else 2}: the line has more than 1 MiB, .*: drop the row"):
+        rows_of(tmp_path / name)
+
+
+def test_a_list_may_be_longer_than_a_row_up_to_a_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_files, "MAX_ROW_BYTES", 1 << 10)
+    rows = numbered(0, 1000)
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    assert rows_of(tmp_path / "a.json") == rows
+    monkeypatch.setattr(text_files, "MAX_LIST_BYTES", 1 << 12)
+    for indent in (None, 1):
+        (tmp_path / "a.json").write_text(json.dumps(rows, indent=indent))
+        with pytest.raises(UserError, match=r"a\.json:\d+: the list of rows has more than 0 MiB.*one object per line"):
+            rows_of(tmp_path / "a.json")
+
+
+def test_two_byte_order_marks_are_none_of_a_column(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbf\xef\xbb\xbfn\n1\n")
+    assert rows_of(tmp_path / "a.csv") == [{"n": "1"}]
 
 
 @pytest.mark.parametrize("row", ['{"n": 1, "n": 2}', '{"a": {"n": 1, "n": 1}}', '[{"n": 1, "n": 2}]'])
