@@ -1,6 +1,7 @@
 """`mpo judge`: which of two sides' answers a judge prefers: a model at an endpoint, or one on this machine."""
 
 import contextlib
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -106,6 +107,8 @@ def _object(request: str | None) -> dict[str, Any]:
     """The further fields of --request."""
     try:
         found = loads(request) if request is not None else {}
+        # what the client could not send: NaN, and half of a character
+        json.dumps(found, allow_nan=False, ensure_ascii=False).encode()
     except ValueError as error:
         raise UserError(f"--request is no JSON: {error}") from None
     if not isinstance(found, dict) or found.keys() & {"model", "messages", "stream"}:

@@ -93,12 +93,15 @@ class _Client:
             await asyncio.sleep(pause)
         # the client's own timeout is per read, so a slow stream might never end
         async with asyncio.timeout(self._endpoint.timeout_s):
-            completion = await client.chat.completions.create(
-                model=self._endpoint.model,
-                messages=[{"role": "user", "content": prompt}],
-                extra_body=self._endpoint.fields,
-                timeout=self._endpoint.timeout_s,
-            )
+            try:
+                completion = await client.chat.completions.create(
+                    model=self._endpoint.model,
+                    messages=[{"role": "user", "content": prompt}],
+                    extra_body=self._endpoint.fields,
+                    timeout=self._endpoint.timeout_s,
+                )
+            except RecursionError:  # of the client's JSON parser, whose depth nobody limits
+                raise Malformed("an answer of JSON that is nested too deeply") from None
         reply = _reply(completion)
         # a server that echoes the request's headers must not put the key into the cache
         return Reply(self._without_secret(reply.text), reply.prompt_tokens, reply.answer_tokens)

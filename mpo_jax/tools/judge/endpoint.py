@@ -10,6 +10,8 @@ from mpo_jax.credentials import find
 from mpo_jax.errors import UserError
 
 KEY = "OPENAI_API_KEY"
+LIMITS = ("max_tokens", "max_completion_tokens")
+"""The fields of a request that limit an answer's tokens: the older name and the newer one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +41,16 @@ class Endpoint:
         """An endpoint from what a user gave; fields that are None are left out of the request.
 
         Raises:
-          UserError: if the URL cannot be used, or the model's name, which the result repeats, holds credentials.
+          UserError: if the URL cannot be used, a limit of an answer's tokens is no positive integer, or the model's
+            name, which the result repeats, holds credentials.
         """
         if (what := find(model)) is not None:
             raise UserError(f"--model holds {what}: put the key into the environment variable {KEY}")
         kept = {name: value for name, value in fields.items() if value is not None}
+        for name in LIMITS:
+            limit = kept.get(name, 1)
+            if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+                raise UserError(f"--request: {name}={limit!r} must be a positive integer, or null to leave it out")
         return cls(checked_url(url), model, kept, concurrency, tries, timeout_s)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from mpo_jax.errors import UserError
 from mpo_jax.tools.judge.cache import content_key
 from mpo_jax.tools.judge.calls import Call, Done
-from mpo_jax.tools.judge.endpoint import Endpoint, api_key
+from mpo_jax.tools.judge.endpoint import LIMITS, Endpoint, api_key
 
 BYTES_A_TOKEN = 4
 
@@ -23,8 +23,8 @@ class RemoteJudge:
 
     @property
     def max_tokens(self) -> int | None:
-        fields = self.endpoint.fields
-        return fields.get("max_tokens", fields.get("max_completion_tokens"))
+        """The limit of an answer's tokens; None where the request has none."""
+        return next((self.endpoint.fields[name] for name in LIMITS if name in self.endpoint.fields), None)
 
     def key(self, prompt: str) -> str:
         endpoint = self.endpoint

@@ -68,6 +68,8 @@ def test_an_answer_with_its_tokens_and_what_was_sent():
         Act(body=completion(None)),
         Act(body=b'{"choices": [{"message": {"content": 3}, "finish_reason": "stop"}]}'),
         Act(body=b"\xff\xfe\x00"),
+        Act(body=b"[" * 100_000),
+        Act(body=completion("text")[:-1] + b', "more": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
         Act(body=b"<html>a proxy</html>", headers={"Content-Type": "text/html"}),
     ],
     ids=lambda act: f"{act.status}-{act.body[:12]!r}-{act.cut}",
