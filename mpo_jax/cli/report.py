@@ -12,10 +12,12 @@ if TYPE_CHECKING:
 
 def report(workdir: Workdir) -> None:
     """Write the report of a workdir's finished runs again, and list the stages of runs without an evaluation."""
+    from mpo_jax.tools.report.place import check_place
     from mpo_jax.tools.report.results import collect_unevaluated
     from mpo_jax.tools.report.terminal import print_cautions
     from mpo_jax.tools.runs import report_training, rewrite_report
 
+    check_place(workdir)
     trained = collect_unevaluated(workdir)
     for run in trained:
         console.print(f"{run.name} has no evaluation (mpo evaluate with the same settings makes it):", markup=False)

@@ -5,6 +5,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -26,6 +27,8 @@ AS_JSON = "backslashreplace"
 """What becomes of a lone surrogate in JSON: its escape, which reads back as the same text."""
 MISPLACED = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 """Errors of a file that is missing, or has a folder in its place."""
+OPENED = re.compile(r"/dev/(?:(stdout|stderr)|fd/(\d+))")
+"""Names of what a process has open."""
 SHOWN_CHARACTERS = 120
 """Of a library's own message."""
 
@@ -60,6 +63,8 @@ def check_output(path: Path, option: str, *, folder: bool = False) -> None:
     Raises:
       UserError: says what is in the way.
     """
+    if not folder and is_stream(path) and os.access(path, os.W_OK):
+        return
     place = path if folder else path.parent
     if not folder and path.is_dir():
         raise UserError(f"{option} {path} is a folder: name a file in it, such as {path / 'out.json'}")
@@ -81,13 +86,16 @@ def write_bytes(path: Path, parts: Iterable[bytes]) -> None:
     A link stays, and the file that it leads to is written. A device or a pipe, such as /dev/null, gets the bytes.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    path = path.resolve() if path.is_symlink() else path
-    if path.exists() and not path.is_file() and not path.is_dir():
-        with path.open("wb") as device:
-            device.writelines(parts)
+    if is_stream(path):
+        # what is open already is not opened again: another place in the file would be written
+        descriptor = OPENED.fullmatch(path.as_posix())
+        number = {"stdout": 1, "stderr": 2}.get(descriptor[1]) or int(descriptor[2]) if descriptor else None
+        with open(path if number is None else os.dup(number), "wb") as stream:
+            stream.writelines(parts)
         return
+    path = path.resolve() if path.is_symlink() else path
     # nobody can foresee the name and put a link there, and two processes have a file each
-    temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     new = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
     try:
         with open(temporary, "wb", opener=lambda name, _: os.open(name, new, 0o666)) as file:
@@ -95,9 +103,22 @@ def write_bytes(path: Path, parts: Iterable[bytes]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if (
+            isinstance(error, OSError)
+            and error.errno is not None
+            and (error.filename is None or error.filename == str(temporary))
+        ):
+            error.filename = str(path)
         raise
+
+
+def is_stream(path: Path) -> bool:
+    """Whether bytes go into it as it is, instead of into a file that takes its place: a device, a pipe, or what the
+    shell has opened, such as /dev/stdout.
+    """
+    return path.exists() and not path.is_dir() and (not path.is_file() or bool(OPENED.fullmatch(path.as_posix())))
 
 
 def wait_for_files(folder: Path, sizes: Mapping[str, int], *, timeout_s: float = VISIBLE_S) -> None:

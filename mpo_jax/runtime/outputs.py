@@ -5,6 +5,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mpo_jax.errors import UserError
+from mpo_jax.runtime.files import is_stream
+
+LONGEST_NAME = 255
+"""Bytes of a file's name, on all usual file systems."""
 
 
 def check_output_file(option: str, path: Path, inputs: Iterable[str] = ()) -> None:
@@ -14,10 +18,14 @@ def check_output_file(option: str, path: Path, inputs: Iterable[str] = ()) -> No
       option: of the command line, for messages.
       inputs: files and folders that are read; names of nothing local, such as hub ids, are never the same.
     """
+    if len(os.fsencode(path.name)) > LONGEST_NAME:
+        raise UserError(f"{option}: the file's name has more than {LONGEST_NAME} bytes: choose a shorter one")
     refuse_inputs(option, path, inputs)
     if path.is_dir():
         raise UserError(f"{option} {path} is a folder: name a file")
-    _check_writable(option, path)
+    if is_stream(path) and os.access(path, os.W_OK):
+        return
+    _check_writable(option, path.resolve() if path.is_symlink() else path)
 
 
 def refuse_inputs(option: str, path: Path, inputs: Iterable[str]) -> None:

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +14,7 @@ import pytest
 from mpo_jax.cli import exits
 from mpo_jax.errors import UserError
 from mpo_jax.runtime.files import check_output, write_json, write_lines, write_text
+from mpo_jax.runtime.outputs import check_output_file
 from mpo_jax.tools.report.place import check_place
 from tests.pipeline.test_pipeline import MICRO, mpo
 
@@ -132,6 +135,33 @@ def test_links_lead_on_and_pipes_stay(tmp_path):
     assert Path("/dev/null").is_char_device()
 
 
+def test_what_the_shell_has_opened_is_written_as_it_is(tmp_path):
+    code = "from pathlib import Path; from mpo_jax.runtime.files import write_json; write_json(Path('/dev/stdout'), 1)"
+    with (tmp_path / "log").open("wb") as log:
+        log.write(b"before\n")
+        log.flush()
+        subprocess.run([sys.executable, "-c", code], stdout=log, check=True)
+        os.write(log.fileno(), b"after\n")
+    assert (tmp_path / "log").read_text().split() == ["before", "1", "after"]
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True).stdout == b"1\n"
+
+
+def test_a_name_is_as_long_as_a_file_s_may_be(tmp_path):
+    write_json(tmp_path / ("\N{LATIN SMALL LETTER E WITH ACUTE}" * 125), {})
+    with pytest.raises(UserError, match="more than 255 bytes: choose a shorter one"):
+        check_output_file("--out", tmp_path / ("a" * 256))
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    def rows():
+        yield {"a": 1}
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space") as error:
+        write_lines(tmp_path / "a.jsonl", rows())
+    assert error.value.filename == str(tmp_path / "a.jsonl")
+
+
 def test_no_link_that_waits_in_the_folder_is_followed(tmp_path):
     """Names of temporary files that others can foresee would let them choose what is overwritten."""
     (tmp_path / "kept").write_text("kept")
@@ -167,12 +197,24 @@ def test_a_report_replaces_no_folder_of_others(tmp_path):
         write_text(report / name, ["Written by mpo_jax"])
     check_place(tmp_path)
     (report / "thesis.tex").write_text("x")
-    with pytest.raises(UserError, match=r"holds 'thesis.tex', which is no part of a report; .*move it away"):
+    with pytest.raises(UserError, match=r"thesis.tex is no part of a report; .*move it away"):
         check_place(tmp_path)
-    (report / "thesis.tex").unlink()
-    (report / "index.html").write_text("my own page")
-    with pytest.raises(UserError, match=r"index.html is no report of mpo_jax"):
-        check_place(tmp_path)
+    (report / "thesis.tex").rename(report / "figures.svg")
+    for mine in ("tables/thesis.tex", "figures/mine.svg", "tables/deeper/a.csv"):
+        (report / mine).parent.mkdir(parents=True, exist_ok=True)
+        (report / "figures.svg").rename(report / mine)
+        with pytest.raises(UserError, match="is no part of a report"):
+            check_place(tmp_path)
+        (report / mine).rename(report / "figures.svg")
+    (report / "figures.svg").unlink()
+    shutil.rmtree(report / "tables")
+    (report / "inputs.json").unlink()
+    check_place(tmp_path)
+    for text in ("my own page on mpo_jax", ""):
+        (report / "index.html").write_text(text)
+        with pytest.raises(UserError, match=r"index.html is no page of mpo_jax"):
+            check_place(tmp_path)
+    assert mpo("report", tmp_path) == 2 and (report / "index.html").exists()
     other = tmp_path / "other"
     other.mkdir()
     (other / "report").write_text("a file")

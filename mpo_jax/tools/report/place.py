@@ -5,8 +5,9 @@ from pathlib import Path
 from mpo_jax.errors import UserError
 
 FOLDER, PAGE, INPUTS = "report", "index.html", "inputs.json"
-OURS = frozenset({PAGE, INPUTS, "tables", "figures"})
-WRITTEN_BY = "mpo_jax"
+PARTS = {"tables": (".csv",), "figures": (".png", ".csv")}
+"""The folders in it, and how the names of their files end."""
+WRITTEN_BY = "Written by mpo_jax"
 """What every page of ours says at its end."""
 
 
@@ -16,8 +17,20 @@ def check_place(workdir: Path) -> None:
     advice = "the report would replace it: move it away, or use another workdir"
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise UserError(f"{folder} is no folder of a report; {advice}")
-    if foreign := sorted(path.name for path in folder.glob("*") if path.name not in OURS):
-        raise UserError(f"{folder} holds {foreign[0]!r}, which is no part of a report; {advice}")
+    found = list(folder.rglob("*"))
+    for path in sorted(found):
+        if not _is_ours(path, path.relative_to(folder).parts):
+            raise UserError(f"{path} is no part of a report; {advice}")
     page = folder / PAGE
-    if page.is_file() and page.stat().st_size and WRITTEN_BY not in page.read_text(encoding="utf-8", errors="replace"):
-        raise UserError(f"{page} is no report of mpo_jax; {advice}")
+    # a page that was damaged still has its tables or its record beside it
+    whole = page.is_file() and WRITTEN_BY in page.read_text(encoding="utf-8", errors="replace")
+    if found and not whole and not (folder / INPUTS).is_file() and not (folder / "tables" / "main.csv").is_file():
+        raise UserError(f"{page} is no page of mpo_jax; {advice}")
+
+
+def _is_ours(path: Path, parts: tuple[str, ...]) -> bool:
+    if path.is_symlink():
+        return False
+    if len(parts) == 1:
+        return parts[0] in PARTS if path.is_dir() else parts[0] in (PAGE, INPUTS)
+    return len(parts) == 2 and path.is_file() and path.suffix in PARTS[parts[0]]
