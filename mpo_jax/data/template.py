@@ -30,8 +30,8 @@ SHALLOW = frozenset(("length", "count", "first", "last", "default", "d"))
 COMPARING = ("==", "eq", "equalto", "!=", "ne", ">", "gt", "greaterthan", ">=", "ge", "<", "lt", "lessthan", "<=", "le",
              "in")  # fmt: skip
 """Tests that look into lists within lists."""
-_WIDTH = re.compile(r"\d{6}")
-"""A width in a format that no text needs."""
+MAX_INDENT = 32
+"""Of JSON, in characters a level."""
 _state = threading.local()
 
 
@@ -116,6 +116,8 @@ class _Bounded(ImmutableSandboxedEnvironment):
         _check_operation(operator, left, right)
         if operator == "%":
             _charge(right)
+            if isinstance(left, str):
+                _check_format(left, right)
         result = super().call_binop(context, operator, left, right)
         if isinstance(result, list | tuple):
             _add(POINTER * len(result))
@@ -127,12 +129,11 @@ class _Bounded(ImmutableSandboxedEnvironment):
         wrapped = super().wrap_str_format(value)
         if wrapped is None:
             return None
-        if _WIDTH.search(value.__self__):
-            raise TooMuch("it formats a text to a width of more than 99999")
 
         @wraps(wrapped)
         def measured(*args: Any, **kwargs: Any) -> str:
             _charge([*args, *kwargs.values()])
+            _check_format(value.__self__, [*args, *kwargs.values()])
             return wrapped(*args, **kwargs)
 
         return measured
@@ -144,6 +145,8 @@ class _Bounded(ImmutableSandboxedEnvironment):
             # index and count compare elements
             _charge([owner, *args])
         result = super().call(__context, __obj, *args, **kwargs)
+        if isinstance(result, bytes):
+            raise TooMuch("it makes bytes, whose work is not counted")
         _charge(owner if isinstance(owner, str | list | dict) else None)
         _charge(result)
         return result
@@ -176,8 +179,6 @@ def _add(units: int) -> None:
 
 def _check_operation(operator: str, left: Any, right: Any) -> None:
     """Raises TooMuch where the result would not fit into memory."""
-    if operator == "%" and isinstance(left, str) and _WIDTH.search(left):
-        raise TooMuch("it formats a text to a width of more than 99999")
     if isinstance(left, int) and isinstance(right, int):
         bits = {"**": left.bit_length() * abs(right), "*": left.bit_length() + right.bit_length()}.get(operator, 0)
         if bits > MAX_BITS:
@@ -194,14 +195,70 @@ def _check_arguments(name: str, owner: Any, args: Sequence[Any], kwargs: Mapping
     for value in (*args, *kwargs.values()):
         if isinstance(value, int) and abs(value) > MAX_CHARACTERS:
             raise TooMuch(f"it calls {name} with a number above {MAX_CHARACTERS}")
-    texts = [value for value in (*args, *kwargs.values()) if isinstance(value, str)]
-    if isinstance(owner, str) and name in ("replace", "join", "translate", "indent"):
-        pieces = len(owner) + 1
-        if name == "join":
-            pieces = max((len(value) for value in args if isinstance(value, list | tuple | str)), default=0)
-            texts = [owner]
-        if pieces * max(map(len, texts), default=0) > 10 * MAX_CHARACTERS:
-            raise TooMuch(f"it makes a text of more than {MAX_CHARACTERS} characters by {name}")
+    given = [*args, *kwargs.values()]
+    longest = max((len(value) for value in given if isinstance(value, str)), default=0)
+    largest = max((abs(value) for value in given if isinstance(value, int)), default=0)
+    if name == "tojson":
+        longest = max(longest, *(len(one) for one in _leaves(given) if isinstance(one, str)), 0)
+        if max(largest, longest) > MAX_INDENT:
+            raise TooMuch(f"it calls tojson with an indent or a separator of more than {MAX_INDENT}")
+        size = _depth(owner) * _extent(owner) * (1 + max(largest, longest))
+    elif name in ("batch", "slice"):
+        size = largest * ELEMENT
+    elif not isinstance(owner, str):
+        return
+    elif name == "join":
+        size = len(owner) * max((len(value) for value in args if isinstance(value, list | tuple | str)), default=0)
+    elif name in ("replace", "translate", "urlize", "wordwrap"):
+        size = (len(owner) + 1) * longest
+    elif name == "indent":
+        size = len(owner.splitlines()) * max(largest, longest)
+    elif name == "expandtabs":
+        size = owner.count("\t") * largest
+    elif name in ("split", "rsplit", "splitlines"):
+        marks = [value for value in given if isinstance(value, str) and value]
+        size = ELEMENT * (owner.count(marks[0]) if marks else len(owner)) // 2
+    else:
+        return
+    if size > 10 * MAX_CHARACTERS:
+        raise TooMuch(f"it makes a text of more than {MAX_CHARACTERS} characters by {name}")
+
+
+def _check_format(text: str, values: Any) -> None:
+    """Raises TooMuch where a format would write a very long text: by values that it repeats, or by widths."""
+    if isinstance(values, dict):
+        values = list(values.values())
+    given = values if isinstance(values, list | tuple) else [values]
+    widths = (int(digits[:12]) for digits in re.findall(r"\d+", text))
+    numbers = (abs(value) for value in _leaves(given) if isinstance(value, int))
+    widest = max(*widths, *numbers, *map(_extent, given), 0, 0)
+    if (text.count("%") + text.count("{")) * widest > MAX_CHARACTERS:
+        raise TooMuch(f"it formats a text of more than {MAX_CHARACTERS} characters")
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """What is in lists within lists."""
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, list | tuple | dict):
+            waiting += [*one.values()] if isinstance(one, dict) else one
+        else:
+            yield one
+
+
+def _extent(value: Any) -> int:
+    """Characters of a value's texts, about, and its other elements."""
+    return sum(len(one) if isinstance(one, str) else 8 for one in _leaves(value))
+
+
+def _depth(value: Any) -> int:
+    """How deep lists lie within lists."""
+    level, depth = [value], 0
+    while level := [one for one in level if isinstance(one, list | tuple | dict)]:
+        depth += 1
+        level = [inner for one in level for inner in (one.values() if isinstance(one, dict) else one)]
+    return depth + 1
 
 
 def _measured(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -217,6 +274,8 @@ def _measured(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args, **kwargs)
         _charge(plain)
         _check_arguments(name, owner, plain[1:], kwargs)
+        if name == "format" and isinstance(owner, str):
+            _check_format(owner, [*plain[1:], *kwargs.values()])
         if name == "join" and isinstance(owner, list | tuple):
             _check_arguments(name, next((v for v in plain[1:] if isinstance(v, str)), ""), [owner], {})
         result = function(*args, **kwargs)
