@@ -6,6 +6,7 @@ from texts that double: here turns of loops, calls of macros and the lengths of 
 
 import json
 import re
+import string
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, wraps
@@ -30,6 +31,10 @@ SHALLOW = frozenset(("length", "count", "first", "last", "default", "d"))
 COMPARING = ("==", "eq", "equalto", "!=", "ne", ">", "gt", "greaterthan", ">=", "ge", "<", "lt", "lessthan", "<=", "le",
              "in")  # fmt: skip
 """Tests that look into lists within lists."""
+_PERCENT = re.compile(r"%(?:\([^)]*\))?[#0 +-]*(\*|\d+)?(?:\.(\*|\d+))?")
+"""A conversion's width and precision."""
+_FIELD = re.compile(r"\{|\d+")
+"""What a field's specification holds of numbers, or of fields within it."""
 MAX_INDENT = 32
 """Of JSON, in characters a level."""
 _state = threading.local()
@@ -92,7 +97,7 @@ class _Bounded(ImmutableSandboxedEnvironment):
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
         self.filters["tojson"] = _tojson
         self.filters = {name: _measured(name, function) for name, function in self.filters.items()}
-        own = (_counted, _step, _joined, _compared, _searched)
+        own = (_counted, _step, _joined, _compared, _searched, _sliced)
         self.filters |= {function.__name__: function for function in own}
         self.tests |= {name: _comparing(self.tests[name]) for name in COMPARING}
         self.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime}
@@ -110,20 +115,16 @@ class _Bounded(ImmutableSandboxedEnvironment):
         for comparison in list(tree.find_all(nodes.Compare)):
             for side in (comparison, *comparison.ops):
                 side.expr = _filtered(side.expr, "_searched" if _looks_into(side) else "_compared")
-        return _without_concat(tree)
+        return _with_counts(tree)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         _check_operation(operator, left, right)
         if operator == "%":
             _charge(right)
             if isinstance(left, str):
-                _check_format(left, right)
+                _check_format(left, right, percent=True)
         result = super().call_binop(context, operator, left, right)
-        if isinstance(result, list | tuple):
-            _add(POINTER * len(result))
-        else:
-            _charge(result)
-        return result
+        return _copied(result)
 
     def wrap_str_format(self, value: Any) -> Any:
         wrapped = super().wrap_str_format(value)
@@ -133,13 +134,15 @@ class _Bounded(ImmutableSandboxedEnvironment):
         @wraps(wrapped)
         def measured(*args: Any, **kwargs: Any) -> str:
             _charge([*args, *kwargs.values()])
-            _check_format(value.__self__, [*args, *kwargs.values()])
+            _check_format(value.__self__, [*args, *kwargs.values()], percent=False)
             return wrapped(*args, **kwargs)
 
         return measured
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         owner = getattr(__obj, "__self__", None)
+        if isinstance(owner, str) and getattr(__obj, "__name__", "") == "join":
+            args = tuple(list(_counted(None, one)) if isinstance(one, Iterator) else one for one in args)
         _check_arguments(getattr(__obj, "__name__", ""), owner, args, kwargs)
         if isinstance(owner, list | tuple):
             # index and count compare elements
@@ -193,7 +196,7 @@ def _check_operation(operator: str, left: Any, right: Any) -> None:
 def _check_arguments(name: str, owner: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     """Raises TooMuch where a function would write a very long text."""
     for value in (*args, *kwargs.values()):
-        if isinstance(value, int) and abs(value) > MAX_CHARACTERS:
+        if isinstance(value, int) and abs(value) > MAX_CHARACTERS and name not in ("format", "format_map"):
             raise TooMuch(f"it calls {name} with a number above {MAX_CHARACTERS}")
     given = [*args, *kwargs.values()]
     longest = max((len(value) for value in given if isinstance(value, str)), default=0)
@@ -209,7 +212,9 @@ def _check_arguments(name: str, owner: Any, args: Sequence[Any], kwargs: Mapping
         return
     elif name == "join":
         size = len(owner) * max((len(value) for value in args if isinstance(value, list | tuple | str)), default=0)
-    elif name in ("replace", "translate", "urlize", "wordwrap"):
+    elif name == "translate":
+        raise TooMuch("it calls translate, whose work is not counted")
+    elif name in ("replace", "urlize", "wordwrap"):
         size = (len(owner) + 1) * longest
     elif name == "indent":
         size = len(owner.splitlines()) * max(largest, longest)
@@ -224,16 +229,30 @@ def _check_arguments(name: str, owner: Any, args: Sequence[Any], kwargs: Mapping
         raise TooMuch(f"it makes a text of more than {MAX_CHARACTERS} characters by {name}")
 
 
-def _check_format(text: str, values: Any) -> None:
-    """Raises TooMuch where a format would write a very long text: by values that it repeats, or by widths."""
-    if isinstance(values, dict):
-        values = list(values.values())
-    given = values if isinstance(values, list | tuple) else [values]
-    widths = (int(digits[:12]) for digits in re.findall(r"\d+", text))
-    numbers = (abs(value) for value in _leaves(given) if isinstance(value, int))
-    widest = max(*widths, *numbers, *map(_extent, given), 0, 0)
-    if (text.count("%") + text.count("{")) * widest > MAX_CHARACTERS:
+def _check_format(text: str, values: Any, *, percent: bool) -> None:
+    """Raises TooMuch where a format would write a very long text: by values that it repeats, or by widths.
+
+    Args:
+      percent: whether it is Python's older form, of the operator %.
+    """
+    if percent:
+        fields = [found.groups() for found in _PERCENT.finditer(text)]
+        widths = [width for field in fields for width in field if width]
+    else:
+        try:
+            specs = [spec or "" for _, field, spec, _ in string.Formatter().parse(text) if field is not None]
+        except ValueError:
+            return  # which the call itself says
+        fields, widths = specs, [width for spec in specs for width in _FIELD.findall(spec)]
+    if any(not width.isdecimal() for width in widths):
+        raise TooMuch("it formats a text with a width that a value gives")
+    longest = max(map(_extent, values.values() if isinstance(values, dict) else _sequence(values)), default=0)
+    if len(fields) * longest + sum(int(width[:12]) for width in widths) > MAX_CHARACTERS:
         raise TooMuch(f"it formats a text of more than {MAX_CHARACTERS} characters")
+
+
+def _sequence(values: Any) -> Sequence[Any]:
+    return values if isinstance(values, list | tuple) else [values]
 
 
 def _leaves(value: Any) -> Iterator[Any]:
@@ -269,13 +288,17 @@ def _measured(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         # the first ones may be Jinja's own: context, evaluation context or environment
         plain = [value for value in args if isinstance(value, str | list | tuple | dict | int | float)]
         owner = plain[0] if plain else None
+        if name == "join":
+            args = tuple(list(_counted(None, one)) if isinstance(one, Iterator) else one for one in args)
+            plain = [value for value in args if isinstance(value, str | list | tuple | dict | int | float)]
+            owner = plain[0] if plain else None
         if name in SHALLOW:
             _add(ELEMENT)
             return function(*args, **kwargs)
         _charge(plain)
         _check_arguments(name, owner, plain[1:], kwargs)
         if name == "format" and isinstance(owner, str):
-            _check_format(owner, [*plain[1:], *kwargs.values()])
+            _check_format(owner, [*plain[1:], *kwargs.values()], percent=True)
         if name == "join" and isinstance(owner, list | tuple):
             _check_arguments(name, next((v for v in plain[1:] if isinstance(v, str)), ""), [owner], {})
         result = function(*args, **kwargs)
@@ -328,6 +351,21 @@ def _comparing(test: Callable[..., bool]) -> Callable[..., bool]:
 
 
 @pass_context
+def _sliced(context: Any, value: Any) -> Any:
+    """A part of a text or a list, which is a copy."""
+    return _copied(value)
+
+
+def _copied(value: Any) -> Any:
+    """Counts a value whose elements, if it is a list, are there already."""
+    if isinstance(value, list | tuple):
+        _add(POINTER * len(value))
+    else:
+        _charge(value)
+    return value
+
+
+@pass_context
 def _joined(context: Any, parts: Sequence[Any]) -> str:
     """Texts after each other, as `~` joins them."""
     return _concat(str(_finalized(part)) for part in parts)
@@ -358,14 +396,18 @@ def _filtered(node: Any, name: str) -> nodes.Filter:
     return nodes.Filter(node, name, [], [], None, None)
 
 
-def _without_concat(tree: Any) -> Any:
-    """The same tree with a filter in place of every `~`, whose work cannot be counted."""
+def _with_counts(tree: Any) -> Any:
+    """The same tree with filters in place of what the sandbox does not see: every `~`, and around every slice."""
     for field, value in list(tree.iter_fields()):
         if isinstance(value, list):
-            setattr(tree, field, [_without_concat(v) if isinstance(v, nodes.Node) else v for v in value])
+            setattr(tree, field, [_with_counts(v) if isinstance(v, nodes.Node) else v for v in value])
         elif isinstance(value, nodes.Node):
-            setattr(tree, field, _without_concat(value))
-    return _filtered(nodes.List(tree.nodes), "_joined") if isinstance(tree, nodes.Concat) else tree
+            setattr(tree, field, _with_counts(value))
+    if isinstance(tree, nodes.Concat):
+        return _filtered(nodes.List(tree.nodes), "_joined")
+    if isinstance(tree, nodes.Getitem) and isinstance(tree.arg, nodes.Slice):
+        return _filtered(tree, "_sliced")
+    return tree
 
 
 def _tojson(

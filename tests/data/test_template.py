@@ -36,6 +36,13 @@ TALK: list[Any] = [
     user("thanks"),
 ]
 TEMPLATES = {
+    "large numbers in a text": (
+        "{{ '{}'.format(123456789) }}{{ '12345678901 %s %d%%' % ('a', 1234567890) }}"
+        "{{ '{:>5.1f}|{:,}'.format(2, 1234567) }}"
+    ),
+    "slices and joins": (
+        "{{ messages[0].content[::-1] }}{{ messages[1:]|length }}{{ messages|map(attribute='role')|join(', ') }}"
+    ),
     "JSON": "{{ tools | tojson }}{{ tools | tojson(indent=2) }}{"
     "{ tools[1] | tojson(ensure_ascii=True, sort_keys=true) }}"
     "{{ tools | tojson(separators=(',', ':')) }}{{ {'output': messages[3].content} | tojson }}",

@@ -424,6 +424,19 @@ TEMPLATES = {
     "a width from a value": ("{{ ('{0:{1}}'*600).format(5, 9999999) }}", "it formats a text"),
     "a width from a tuple": ("{{ ('%*d'*600) % ((9999999, 5)*600) }}", "it formats a text"),
     "one wide width": ("{{ '%*d' % (999999999, 5) }}", "it formats a text"),
+    "a width from a text": ("{{ ('{0:{1}}'*600).format(5, '9999999') }}", "it formats a text with a width"),
+    "a width from an attribute": (
+        "{{ '{0:{1.stop}}'.format(5, range(9999990, 9999999)) }}",
+        "with a width that a value",
+    ),
+    "a table of letters": ("{{ ('a'*6000).translate({97: 'b'*1000000}) }}", "it calls translate"),
+    "joined as they come": ("{{ (['a']*6000)|map('string')|join('b'*1000000) }}", "by join"),
+    "joined as they come by a text": ("{{ ('b'*1000000).join((['a']*6000)|map('string')) }}", "by join"),
+    "ends of a text": (
+        "{% set t = 'a'*9999999 %}{% set n = namespace(x=[]) %}"
+        "{% for i in range(900) %}{% set n.x = n.x + [t[i:]] %}{% endfor %}",
+        "too many steps",
+    ),
     "widths together": ("{{ ('%99999d'*600) % ((5,)*600) }}", "it formats a text"),
     "bytes": ("{{ 'a'.encode() * 99999999999 }}", "it makes bytes"),
     "a number's bytes": ("{{ (1).to_bytes(9999999) * 9999 }}", "it makes bytes"),
