@@ -27,7 +27,7 @@ def accuracy(
         float | None, typer.Option(min=1e-9, help="of the implicit reward; default: its training's, or 0.1")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
-    max_rows: Annotated[int | None, typer.Option(min=1, help="the first rows only")] = None,
+    max_rows: Annotated[int | None, typer.Option(min=1, max=2**62, help="the first rows only")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE")] = None,
 ) -> None:
     """How often a reward model, or a policy's implicit reward, prefers the chosen response; RewardBench's sections."""

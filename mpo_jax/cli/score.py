@@ -17,7 +17,7 @@ def score(
     out: Annotated[Path, typer.Option(metavar="OUT.jsonl", help="file to write, a line for each row")],
     overrides: Overrides = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
-    max_rows: Annotated[int | None, typer.Option(min=1, help="the first rows only")] = None,
+    max_rows: Annotated[int | None, typer.Option(min=1, max=2**62, help="the first rows only")] = None,
 ) -> None:
     """Log-probabilities (language model) or scores (reward model) of every row's responses."""
     from mpo_jax.runtime.files import write_lines

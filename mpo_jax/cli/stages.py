@@ -55,6 +55,7 @@ def select(
         from mpo_jax.runtime.outputs import check_output_folder
         from mpo_jax.tools.selected import FILES
 
+        check_output_folder("--export", export, FILES)
         given = read_run("select", config, [*(overrides or ()), *short_keys(model, data, out)])[1]
         for name in ("stages", "runs", "report"):
             if (Path(given.workdir) / name).resolve() in (export.resolve(), *export.resolve().parents):

@@ -3,7 +3,7 @@
 import enum
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self, TypeAlias
+from typing import Annotated, Any, ClassVar, Self, TypeAlias, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, model_validator
 
@@ -67,6 +67,20 @@ class Section(BaseModel, frozen=True):
         # no ValueError, which would be shown together with the values
         if values:
             refuse_credentials(values, None if cls.IS_WHOLE else cls.__name__)
+        return values
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_they_are_meant(cls, values: Any) -> Any:
+        """Refuses what Pydantic or the system would read as something else: truth values as numbers, ends of texts."""
+        for name, value in values.items() if isinstance(values, dict) else ():
+            field = cls.model_fields.get(name)
+            kinds = {field.annotation, *get_args(field.annotation)} if field is not None else set()
+            if isinstance(value, bool) and kinds & {int, float} and bool not in kinds:
+                raise ValueError(f"{name} is a number, not {str(value).lower()}")
+            for text in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(text, str) and "\0" in text:
+                    raise ValueError(f"{name} holds the character NUL, which no path or text of a run may hold")
         return values
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:

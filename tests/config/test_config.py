@@ -359,3 +359,18 @@ def test_it_is_known_which_keys_the_command_line_has_set_and_equal_values_are_eq
     assert config == in_python and hash(config) == hash(in_python) and not in_python.given.command_line
     assert config.model_copy(update={"seed": 2}).given.command_line == config.given.command_line
     assert "given" not in to_yaml(config)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("seed=true", "seed is a number, not true"),
+        ("dpo.beta=false", "beta is a number, not false"),
+        ("evaluate.num_prompts=true", "num_prompts is a number, not true"),
+        ('workdir="a\\0b"', "workdir holds the character NUL"),
+        ('data.path=["a\\0b"]', "path holds the character NUL"),
+    ],
+)
+def test_what_would_be_read_as_something_else_is_refused(tmp_path, override, says):
+    with pytest.raises(UserError, match=says):
+        load(tmp_path, "seed: 1\ndata: {kind: pairs, path: [a]}\n", override)

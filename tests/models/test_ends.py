@@ -69,8 +69,9 @@ def test_what_is_no_id_is_refused(value, listing):
 
 
 def test_an_id_that_the_tokenizer_lacks_is_refused(listing):
-    with pytest.raises(UserError, match=r"eos_token_id=99999, but the tokenizer has no such id"):
-        load_tokenizer(listing([EOS, 99999]))
+    for id_ in (99999, 2**31, 10**30):
+        with pytest.raises(UserError, match=rf"eos_token_id={id_}, but the tokenizer has no such id"):
+            load_tokenizer(listing([EOS, id_]))
 
 
 def test_a_broken_file_is_refused(listing):

@@ -48,7 +48,8 @@ def attach_end_ids(tokenizer: Any, folder: Path) -> None:
       UserError: as `read_end_ids`, or if one is none of the tokenizer's ids.
     """
     ids = read_end_ids(folder)
-    if unknown := [i for i in ids if tokenizer.convert_ids_to_tokens(i) is None]:
+    # above 32 bits the tokenizer's own code raises another error
+    if unknown := [i for i in ids if i.bit_length() > 31 or tokenizer.convert_ids_to_tokens(i) is None]:
         raise UserError(f"{folder}: {FILE} or config.json has {KEY}={unknown[0]}, but the tokenizer has no such id")
     tokenizer.listed_end_ids = tuple(ids)
     if (note := contradiction(folder)) is not None:

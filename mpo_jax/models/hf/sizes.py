@@ -22,11 +22,14 @@ SIZES = (
 
 
 def check_given(raw: dict[str, Any], path: Path) -> None:
-    """Checks a config.json before transformers makes lists of its sizes.
+    """Checks of a config.json what transformers would fail on, or make long lists of.
 
     Raises:
-      UserError: a size that no model has; names the key.
+      UserError: a size that no model has, or a type that is no text; names the key.
     """
+    for key in ("dtype", "torch_dtype"):
+        if not isinstance(raw.get(key), str | dict | None):
+            raise UserError(f"{path}: {key}={raw[key]!r} is no name of a type, such as bfloat16")
     for key in ("num_attention_heads", "original_max_position_embeddings"):
         if key in raw and raw[key] == 0:
             raise UserError(f"{path}: {key}=0 must be positive")
