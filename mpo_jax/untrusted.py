@@ -107,10 +107,11 @@ def parse_json(text: str | bytes, where: str | Path, kind: type[T] = dict) -> T:
       kind: as for `read_json`.
 
     Raises:
-      UserError: broken JSON, a value of another kind, deeper than MAX_DEPTH, or an integer of more than MAX_DIGITS.
+      UserError: broken JSON, a key that stands twice, a value of another kind, deeper than MAX_DEPTH, or an integer of more
+        than MAX_DIGITS.
     """
     try:
-        value = loads(text)
+        value = loads(text, pairs=unrepeated)
     except ValueError as error:
         raise UserError(f"{where}: broken JSON: {error}") from error
     if not isinstance(value, kind):
@@ -138,6 +139,20 @@ def loads(text: str | bytes, *, pairs: Callable[[list[tuple[str, Any]]], Any] | 
     if text.count("[") + text.count("{") > MAX_DEPTH:
         check_parsed(value)
     return value
+
+
+def unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of its keys and values; which one of two would count differs between libraries.
+
+    Raises:
+      ValueError: if a key stands twice.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for place, name in enumerate(names) if name in names[:place])
+        raise ValueError(f"the key {twice!r} stands twice in one object: remove one")
+    return found
 
 
 def check_parsed(value: Any) -> None:

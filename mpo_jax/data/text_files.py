@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, cast
 import pyarrow as pa
 
 from mpo_jax.errors import UserError
-from mpo_jax.untrusted import TOO_DEEP, check_parsed, loads, open_file
+from mpo_jax.untrusted import TOO_DEEP, check_parsed, loads, open_file, unrepeated
 
 Row = dict[str, Any]
 _PACKED = ("", ".gz", ".zst")
@@ -225,16 +225,7 @@ def _goes_on(line: str) -> bool:
     return False
 
 
-def _object(pairs: list[tuple[str, Any]]) -> Row:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} stands twice in one object: remove one")
-    return found
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+_DECODER = json.JSONDecoder(object_pairs_hook=unrepeated)
 
 
 @dataclasses.dataclass(frozen=True)

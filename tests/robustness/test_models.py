@@ -128,6 +128,7 @@ FOLDERS: dict[str, tuple[Change, str]] = {
     "config: deep": (text("config.json", f'{{"a": {DEEP}}}'), "config.json: broken JSON: nested more than 100"),
     "config: rather deep": (text("config.json", "[" * 90 + "]" * 90), "broken JSON: expected an object, found list"),
     "config: deep within": (text("config.json", '{"a": ' + "[" * 300 + "]" * 300 + "}"), "nested more than 100 deep"),
+    "config: a key twice": (text("config.json", '{"model_type": "llama", "model_type": "qwen2"}'), "stands twice"),
     "config: digits": (text("config.json", f'{{"vocab_size": {LONG}}}'), "integer of 5000 digits"),
     "config: 200 digits": (text("config.json", f'{{"vocab_size": {LONG[:200]}}}'), "integer of 200 digits"),
     "config: dangling link": (

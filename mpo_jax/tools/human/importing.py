@@ -5,12 +5,12 @@ import dataclasses
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from mpo_jax.errors import UserError
 from mpo_jax.tools.human.export import COLUMNS, is_cell
 from mpo_jax.tools.human.sheets import CHOICES, Choice, Study
-from mpo_jax.untrusted import loads, read_bytes
+from mpo_jax.untrusted import loads, read_bytes, unrepeated
 
 SHOWN = 8
 """The largest number of item numbers in a message."""
@@ -85,13 +85,8 @@ def read_sheet(path: Path, study: Study) -> Sheet:
 
 
 def _from_page(text: str, path: Path, study: Study) -> tuple[str, dict[int, str]]:
-    def no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError("a name appears twice")
-        return dict(pairs)
-
     try:
-        found = loads(text, pairs=no_repeats)
+        found = loads(text, pairs=unrepeated)
         annotator = str(found["annotator"]).strip()
         choices = {int(number): str(choice).strip() for number, choice in found["choices"].items()}
         whose = str(found["study"])

@@ -94,7 +94,7 @@ def test_a_table_with_a_fault(tmp_path, changed, says):
         ("[]", "no file that the study's page saved"),
         ('{"study": "x", "annotator": "a"}', "no file that the study's page saved"),
         ('{"study": "x", "annotator": "a", "choices": {}}', "a sheet of study 'x'"),
-        ('{"study": "ID", "annotator": "a", "choices": {"1": "left", "1": "right"}}', "appears twice"),
+        ('{"study": "ID", "annotator": "a", "choices": {"1": "left", "1": "right"}}', "stands twice"),
         ('{"study": "ID", "annotator": "a", "choices": {"1": "left"}}', "11 of 12 items have no choice: 2, 3"),
         ('{"study": "ID", "annotator": "a", "choices": {"1": null}}', "not 'None'"),
         ('{"study": "ID", "annotator": "a", "choices": {"99": "tie"}}', "no item 99"),
