@@ -12,7 +12,10 @@ from mpo_jax.runtime.console import console
 def score(
     model: ModelPath,
     data: Annotated[
-        str, typer.Argument(metavar="DATA", help="rows {prompt, chosen, rejected} or {prompt, completion}")
+        str,
+        typer.Argument(
+            metavar="DATA", help="rows {prompt, chosen, rejected}, {prompt, completion} or {prompt, responses}"
+        ),
     ],
     out: Annotated[Path, typer.Option(metavar="OUT.jsonl", help="file to write, a line for each row")],
     overrides: Overrides = None,

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -21,6 +22,7 @@ from mpo_jax.data.corpus import FIRST_ROWS
 from mpo_jax.data.fields import MissingField
 from mpo_jax.data.layouts import FIELDS
 from mpo_jax.data.rendering import Renderer
+from mpo_jax.data.scored import RESPONSES
 from mpo_jax.data.sources import Row, Source, open_source
 from mpo_jax.data.special_tokens import SpelledTokens
 from mpo_jax.data.text_rows import TextRow
@@ -51,6 +53,8 @@ class Scored:
       prompt_tokens_B: [rows]; None where the model reads a row as one text.
       cut: what was cut to fit, as one sentence; None if nothing was.
       stripped: how many responses were without an end marker, as one sentence; None if none was.
+      given: rows {prompt, responses} as the file has them, whose responses the values are of, one after the other;
+        empty for rows of another form.
     """
 
     name: str
@@ -60,9 +64,17 @@ class Scored:
     prompt_tokens_B: np.ndarray | None
     cut: str | None
     stripped: str | None
+    given: Sequence[Row] = ()
 
     def lines(self) -> list[dict[str, Any]]:
-        """A row as JSON has it: its values, then tokens of each response and, if known, of the prompt."""
+        """A row as JSON has it: its values, then tokens of each response and, if known, of the prompt.
+
+        Rows {prompt, responses} come back with `scores` (or `logps`), as data.kind=scored reads them.
+        """
+        if self.given:
+            values, tokens = (iter(column[:, 0].tolist()) for column in (self.values_BN, self.tokens_BN))
+            part = lambda column, row: list(itertools.islice(column, len(row[RESPONSES])))  # noqa: E731
+            return [{**row, f"{self.name}s": part(values, row), "tokens": part(tokens, row)} for row in self.given]
         columns = {f"{self.name}{side}": self.values_BN[:, n] for n, side in enumerate(self.sides)}
         columns |= {f"tokens{side}": self.tokens_BN[:, n] for n, side in enumerate(self.sides)}
         if self.prompt_tokens_B is not None:
@@ -72,7 +84,8 @@ class Scored:
 
 
 def score(opened: OpenModel, data: str, *, batch_size: int, max_rows: int | None = None) -> Scored:
-    """Values of {prompt, chosen, rejected} rows (or HH-RLHF's two dialogues), or of {prompt, completion} rows.
+    """Values of {prompt, chosen, rejected} rows (or HH-RLHF's two dialogues), of {prompt, completion} rows, or of
+    {prompt, responses} rows, whose responses are a list.
 
     Prompts are put into the template and chat of the model's training, except for rows with a field `shown`, such as
     an evaluation's samples: that is the prompt as the policy saw it. Fields are taken from other columns by
@@ -89,6 +102,13 @@ def score(opened: OpenModel, data: str, *, batch_size: int, max_rows: int | None
     """
     check_batch(batch_size, opened.mesh, "--batch-size")
     source, spelled = open_rows(data, opened.config.data.columns), _spelled(opened)
+    given = _given(source, max_rows)
+    found = _score(opened, _Flat(source) if given else source, spelled, batch_size, max_rows)
+    return dataclasses.replace(found, given=given)
+
+
+def _score(opened: OpenModel, source: Source, spelled: SpelledTokens, batch_size: int, max_rows: int | None) -> Scored:
+    """`score` of rows that are read already by their form."""
     shown = any(row.get(SHOWN) is not None for _, row in source.rows(1))
     if opened.reads_text:
         return _score_texts(opened, source, batch_size, max_rows, spelled, shown=shown)
@@ -116,8 +136,44 @@ def open_rows(data: str, columns: Names) -> Source:
       UserError: for a field that such rows cannot have, or a column that the first rows lack.
     """
     source = renamed(open_source(data), columns)
-    check_columns([source], columns, (*FIELDS, SHOWN, SUBSET), FIRST_ROWS)
+    check_columns([source], columns, (*FIELDS, SHOWN, SUBSET, RESPONSES), FIRST_ROWS)
     return source
+
+
+def _given(source: Source, max_rows: int | None) -> list[Row]:
+    """The rows of a file whose first one has a list of responses; empty for files of another form.
+
+    Raises:
+      UserError: for a row that has none.
+    """
+    if not any(RESPONSES in row for _, row in source.rows(1)):
+        return []
+    rows = []
+    for place, row in source.rows(max_rows):
+        if not isinstance(row.get(RESPONSES), list) or not row[RESPONSES]:
+            raise UserError(f"{place}: {RESPONSES!r} must be a list of one response or more, as in the first row")
+        rows.append(row)
+    return rows
+
+
+@dataclasses.dataclass(frozen=True)
+class _Flat:
+    """A source of rows {prompt, responses} as rows {prompt, response}, one for each response."""
+
+    whole: Source
+
+    @property
+    def name(self) -> str:
+        return self.whole.name
+
+    def files(self) -> list[Path]:
+        return self.whole.files()
+
+    def rows(self, max_rows: int | None = None) -> Iterator[tuple[str, Row]]:
+        for place, row in self.whole.rows(max_rows):
+            rest = {name: value for name, value in row.items() if name != RESPONSES}
+            for response in row[RESPONSES]:
+                yield place, {**rest, "response": response}
 
 
 def _spelled(opened: OpenModel) -> SpelledTokens:

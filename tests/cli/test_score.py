@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 
 from mpo_jax.config.schema import TextConfig
+from mpo_jax.data.rendering import Renderer
+from mpo_jax.data.scored import read_scored
+from mpo_jax.data.sources import open_source
 from mpo_jax.data.text import TextCodec
 from mpo_jax.models import forward, loading
 from mpo_jax.models.forward import Model
@@ -67,6 +70,27 @@ def test_pairs(request, pairs, tmp_path, capsys, name):
         assert [row[f"tokens_{side}"] for row in rows] == [len(codec.response(text).ids) for text in responses]
     shown = capsys.readouterr().out
     assert "of 5 rows" in shown and ("NLL per token" in shown) == (field == "logp")
+
+
+def test_responses_come_back_with_scores_that_a_selection_reads(reward_model, tmp_path, capsys):
+    """Lists of different lengths, what else a row has, and old scores, which are replaced."""
+    path, out = tmp_path / "sampled.jsonl", tmp_path / "scored.jsonl"
+    sampled = [
+        {"prompt": p, "responses": [c, r, c][: 2 + n % 2], "id": n, "scores": None}
+        for n, (p, c, r) in enumerate(zip(PROMPTS[:2], CHOSEN[:2], REJECTED[:2], strict=True))
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in sampled))
+    assert mpo("score", str(reward_model), str(path), "--out", str(out), *NO_CACHE) == 0
+    wanted = list(zip(one_by_one(reward_model, CHOSEN), one_by_one(reward_model, REJECTED), strict=True))
+    rows = lines(out)
+    assert [{**row, "scores": None, "tokens": 0} for row in rows] == [{**row, "tokens": 0} for row in sampled]
+    np.testing.assert_allclose(rows[0]["scores"], wanted[0], rtol=2e-5)
+    np.testing.assert_allclose(rows[1]["scores"], [*wanted[1], wanted[1][0]], rtol=2e-5)
+    pairs, _ = read_scored(open_source(str(out)), render=Renderer(lambda: pytest.fail("plain rows need no template")))
+    assert [pair.scores for pair in pairs] == [(max(row["scores"]), min(row["scores"])) for row in rows]
+    path.write_text(json.dumps(sampled[0]) + "\n" + json.dumps({"prompt": "p", "response": "r"}) + "\n")
+    assert mpo("score", str(reward_model), str(path), "--out", str(out), *NO_CACHE) == 2
+    assert "sampled.jsonl:2: 'responses' must be a list of one response or more" in capsys.readouterr().err
 
 
 @pytest.mark.thorough
