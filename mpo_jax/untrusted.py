@@ -107,8 +107,8 @@ def parse_json(text: str | bytes, where: str | Path, kind: type[T] = dict) -> T:
       kind: as for `read_json`.
 
     Raises:
-      UserError: broken JSON, a key that stands twice, a value of another kind, deeper than MAX_DEPTH, or an integer of more
-        than MAX_DIGITS.
+      UserError: broken JSON, a key that stands twice, a value of another kind, deeper than MAX_DEPTH, or an integer
+        of more than MAX_DIGITS.
     """
     try:
         value = loads(text, pairs=unrepeated)

@@ -6,7 +6,7 @@ import hashlib
 import importlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +19,7 @@ from mpo_jax.config.schema import Config, DataConfig, ModelConfig, TextConfig
 from mpo_jax.data import toy
 from mpo_jax.data.chat import Chat, Message, read_template
 from mpo_jax.data.columns import advice, check_columns, renamed
-from mpo_jax.data.fields import MissingField
+from mpo_jax.data.fields import NO_ASSISTANT, UNWRITTEN, MissingField
 from mpo_jax.data.records import (
     DataReport,
     Demonstration,
@@ -37,6 +37,7 @@ from mpo_jax.errors import UserError
 from mpo_jax.models.hf.hub import local_model
 from mpo_jax.models.hf.tokenizer import load_tokenizer
 from mpo_jax.runtime.stage_warnings import warn
+from mpo_jax.runtime.words import counted
 
 T = TypeVar("T")
 CHAT_KEYS = ("chat", "chat_template", "template_options", "fold_system", "end_markers")
@@ -123,14 +124,9 @@ def _load(config: Config) -> Corpus:
     }
     empty = [name for name, wanted in needed.items() if wanted and not getattr(corpus, name)]
     if empty:
-        sources = "; ".join(
-            f"{r.source}: read {r.read}, kept {r.kept}, dropped {dict(r.dropped)}" for r in corpus.reports
-        )
-        tested = "pairs" in empty and any(report.dropped[TESTED] for report in corpus.reports)
-        what_to_do = "data.path and the test set hold the same prompts: name other rows as one of them"
-        raise UserError(
-            f"the data set has no {', '.join(empty)} rows. {sources}. {what_to_do if tested else 'Check the files'}"
-        )
+        sources = "; ".join(f"{r.source}: {_said(r)}" for r in corpus.reports)
+        named = ", ".join({"held_out": "held-out pairs"}.get(name, name.replace("_", " ")) for name in empty)
+        raise UserError(f"the data set has no {named}. {sources}. {_advice(corpus.reports, data.kind)}")
     if data.holds_out and not corpus.held_out:
         prompts = len({row.group for row in corpus.pairs})
         warn(
@@ -139,6 +135,26 @@ def _load(config: Config) -> Corpus:
             f"to {max(0.2, 2 * data.validation_fraction):g}, or name data.test_path"
         )
     return corpus
+
+
+def _said(report: DataReport) -> str:
+    dropped = "".join(f", {count} dropped: {reason}" for reason, count in report.dropped.items())
+    return f"{counted(report.read, 'row')} read, {report.kept} kept{dropped}"
+
+
+def _advice(reports: Sequence[DataReport], kind: str) -> str:
+    """What to do about a set that is empty, by why its rows were dropped."""
+    reasons = {reason for report in reports for reason, count in report.dropped.items() if count}
+    if TESTED in reasons:
+        return "data.path and the test set hold the same prompts: name other rows as one of them"
+    if any(UNWRITTEN in reason for reason in reasons):
+        return "The model's chat template does not write these turns: name one that does, text.chat_template=FILE"
+    if NO_ASSISTANT in reasons:
+        return (
+            f"data.kind={kind} reads whole dialogues as HH-RLHF has them: rows with a prompt of their own are "
+            "data.kind=pairs"
+        )
+    return "Check the files"
 
 
 def turns_of(config: Config) -> Turns:
@@ -247,6 +263,13 @@ def check_first_rows(config: Config) -> TextRow | None:
     return TextRow.of(pairs[0].prompt, pairs[0].chosen, complete=True, conversations=conversations)
 
 
+def _say_repeated(key: str, specs: Sequence[str]) -> None:
+    """Warns of a file that is named twice, also through a link or a folder."""
+    files = Counter(file.resolve() for spec in specs if not spec.startswith(HUB) for file in open_source(spec).files())
+    for file in (file for file, count in files.items() if count > 1):
+        warn(f"data.{key} names {file} {files[file]} times: each of its rows counts as often")
+
+
 def _load_sources(config: Config) -> Corpus:
     conversations: dict[str, tuple[Message, ...]] = {}
     spelled = None
@@ -257,6 +280,7 @@ def _load_sources(config: Config) -> Corpus:
 
     def read(key: str, reader: Callable[[Source], Part[T]]) -> list[Part[T]]:
         with _naming(key):
+            _say_repeated(key, getattr(data, key))
             return [reader(renamed(open_source(spec), data.columns)) for spec in getattr(data, key)]
 
     imitated = read("sft_path", readers.demonstrations)

@@ -20,6 +20,11 @@ TEXT_PARTS = ("text", "input_text", "output_text")
 """Types of a message's parts that hold text."""
 
 
+NO_ASSISTANT = "no assistant turn"
+UNWRITTEN = "left out by the chat template"
+"""Parts of reasons that say what to do where a whole set is dropped for them."""
+
+
 class Drop(Exception):
     """Raised to drop the current row; the message is the reason."""
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from mpo_jax.config.schema import DataConfig
 from mpo_jax.data.chat import Message, Reply
-from mpo_jax.data.fields import Drop, text_field
+from mpo_jax.data.fields import NO_ASSISTANT, Drop, text_field
 from mpo_jax.data.layouts import FIELDS
 from mpo_jax.data.records import (
     DataReport,
@@ -108,7 +108,7 @@ def _fault(chosen: str, rejected: str, prompt: str) -> str | None:
     if chosen == rejected:
         return "chosen equals rejected"
     if not prompt:
-        return "no assistant turn"
+        return NO_ASSISTANT
     if not rejected.startswith(prompt):
         return "rejected has another prompt"
     if reason := _unlike(chosen[len(prompt) :], rejected[len(prompt) :]):

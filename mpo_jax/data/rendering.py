@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from mpo_jax.data.chat import Chat, Message, Reply, SystemRefused
-from mpo_jax.data.fields import ROLES, Drop
+from mpo_jax.data.fields import ROLES, UNWRITTEN, Drop
 from mpo_jax.data.special_tokens import SpelledTokens, special_tokens
 from mpo_jax.errors import UserError
 from mpo_jax.runtime.words import counted
@@ -101,7 +101,7 @@ class Renderer:
                     f"{', '.join(sorted(set(ROLES.values())))}, or name a template that writes it as text.chat_template"
                 )
         if role := next((role for role in roles if role != "system"), None):
-            raise Drop(f"{role} turn left out by the chat template")
+            raise Drop(f"{role} turn {UNWRITTEN}")
 
     def warnings(self) -> list[str]:
         """What has been counted, a sentence each."""
@@ -123,12 +123,12 @@ def _check_tools(chat: Chat, prompt: list[Message], replies: Sequence[Reply], te
     """Drops rows whose tools, calls or results the template does not write, or writes as no text can be."""
     called = any(turn["role"] == "tool" or turn.get("tools") or turn.get("tool_calls") for turn in prompt)
     if called and (what := chat.left_out(prompt)):
-        raise Drop(f"{what} left out by the chat template")
+        raise Drop(f"{what} {UNWRITTEN}")
     for reply, text in zip(replies, texts, strict=True):
         if isinstance(reply, str):
             continue
         if not text:
-            raise Drop("tool calls left out by the chat template")
+            raise Drop(f"tool calls {UNWRITTEN}")
         # responses are tokenized as plain text: the policy would learn to spell the special token
         if token := next((token for token in special_tokens(chat.tokenizer) if token in text), None):
             raise Drop(f"tool call in the reply that the chat template writes with the special token {token}")

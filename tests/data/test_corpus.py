@@ -1,6 +1,7 @@
 """mpo_jax.data.corpus: from files or the toy world to disjoint sets, and a fingerprint of all that they depend on."""
 
 import json
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -8,8 +9,8 @@ import pytest
 from mpo_jax.config.schema import Config, DataConfig, ModelConfig, SftConfig, TextConfig, ToyConfig
 from mpo_jax.data import corpus as corpora
 from mpo_jax.data import toy
-from mpo_jax.data.corpus import base_tokenizer, fingerprint
-from mpo_jax.data.records import is_validation
+from mpo_jax.data.corpus import _advice, base_tokenizer, fingerprint
+from mpo_jax.data.records import DataReport, is_validation
 from mpo_jax.data.splits import TESTED
 from mpo_jax.errors import UserError
 from mpo_jax.runtime.stage_warnings import collect_warnings
@@ -164,7 +165,7 @@ def test_a_fraction_of_0_holds_nothing_out(tmp_path):
 def test_a_test_set_without_rows_is_not_replaced(tmp_path):
     path = write(tmp_path / "a.jsonl", pairs(0, 200))
     test = write(tmp_path / "t.jsonl", [{"prompt": "p", "chosen": "x", "rejected": "x"}])
-    with pytest.raises(UserError, match=r"no held_out rows.*t\.jsonl: read 1, kept 0"):
+    with pytest.raises(UserError, match=r"no held-out pairs\. .*t\.jsonl: 1 row read, 0 kept"):
         load_corpus(DataConfig(kind="pairs", path=path, test_path=test, validation_fraction=0.2))
 
 
@@ -208,7 +209,7 @@ def test_news_are_kept_on_request(tmp_path):
             for i in range(9)]  # fmt: skip
     path, test = write(tmp_path / "a.jsonl", rows), write(tmp_path / "t.jsonl", tldr(0, 9))
     config = DataConfig(kind="tldr", path=path, test_path=test, prompt_path=path, validation_fraction=0.0)
-    with pytest.raises(UserError, match=r"no demonstrations, pairs, prompts rows.*dropped {'news article': 9}"):
+    with pytest.raises(UserError, match=r"no demonstrations, pairs, prompts. .*9 dropped: news article"):
         load_corpus(config)
     corpus = load_corpus(config.model_copy(update={"keep_news": True}))
     assert len(corpus.pairs) == len(corpus.prompts) == 9 and corpus.prompts[0] == "Article:\nNews 0.\n\nTL;DR:"
@@ -256,7 +257,7 @@ def test_no_prompts_left_is_an_error(tmp_path):
     path = write(tmp_path / "a.jsonl", pairs(0, 20))
     test = write(tmp_path / "t.jsonl", pairs(20, 40))
     config = DataConfig(kind="pairs", path=path, test_path=test, prompt_path=test, validation_fraction=0.0)
-    with pytest.raises(UserError, match=r"no prompts rows.*'also a test prompt': 20"):
+    with pytest.raises(UserError, match=r"no prompts. .*20 dropped: also a test prompt.*hold the same prompts"):
         load_corpus(config)
 
 
@@ -381,8 +382,24 @@ def test_an_empty_set_says_what_was_read_and_dropped(tmp_path):
     with pytest.raises(UserError) as caught:
         load_corpus(DataConfig(kind="pairs", path=path))
     message = str(caught.value)
-    assert "no demonstrations, pairs rows" in message
-    assert f"{path}: read 3, kept 0, dropped {{'chosen equals rejected': 3}}" in message
+    assert "no demonstrations, pairs. " in message
+    assert f"{path}: 3 rows read, 0 kept, 3 dropped: chosen equals rejected. Check the files" in message
+    with pytest.raises(UserError, match=r"rows with a prompt of their own are data\.kind=pairs"):
+        load_corpus(DataConfig(kind="hh", path=write(tmp_path / "b.jsonl", pairs(0, 9))))
+
+
+def test_a_file_that_is_named_twice_is_said(tmp_path):
+    path = write(tmp_path / "a.jsonl", pairs(0, 9))
+    (tmp_path / "link.jsonl").symlink_to(path)
+    for named, said in (((path,), []), ((path, str(tmp_path / "link.jsonl")), [f"data.path names {path} 2 times"])):
+        with collect_warnings() as found:
+            load_corpus(DataConfig(kind="pairs", path=named, validation_fraction=0.3))
+        assert [warning.partition(":")[0] for warning in found if "times" in warning] == said
+
+
+def test_a_template_that_writes_no_tools_is_what_to_change():
+    report = DataReport("a.jsonl", 2, 0, Counter({"tools left out by the chat template": 2}))
+    assert "name one that does, text.chat_template=FILE" in _advice([report], "pairs")
 
 
 def test_the_fingerprint_of_files_is_of_their_content_and_the_options(tmp_path):

@@ -316,7 +316,7 @@ def test_a_killed_run_leaves_the_report_that_was_there(tmp_path: Path, monkeypat
     assert contents(made / "report") == before
 
     monkeypatch.setattr(Chart, "write", real)
-    (made / "report" / "stale.txt").touch()
+    (made / "report" / "tables" / "stale.csv").touch()
     write_report(made, resamples=RESAMPLES)
     assert contents(made / "report") == before
     assert not (made / ".report.partial").exists() and not (made / ".report.old").exists()
