@@ -1,7 +1,8 @@
 """What every section of the configuration is."""
 
 import enum
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, TypeAlias, get_args
 
@@ -50,6 +51,10 @@ class InRecipe(enum.Enum):
     NEVER = enum.auto()
 
 
+HARMLESS = re.compile(rf"[\w ./-]{{0,{credentials.SHORTEST - 1}}}")
+"""Texts that are too short for any credential, and no address."""
+
+
 class Section(BaseModel, frozen=True):
     """A part of the configuration: immutable, hashable, defaults checked like given values, unknown keys refused.
 
@@ -66,7 +71,9 @@ class Section(BaseModel, frozen=True):
     def _without_credentials(cls, values: Any) -> Any:
         # no ValueError, which would be shown together with the values
         if values:
-            refuse_credentials(values, None if cls.IS_WHOLE else cls.__name__)
+            # sections within a section were checked when they were made; a whole configuration is checked whole
+            parts = values if cls.IS_WHOLE or not isinstance(values, dict) else _without_sections(values)
+            refuse_credentials(parts, None if cls.IS_WHOLE else cls.__name__, known=cls.model_fields)
         return values
 
     @model_validator(mode="before")
@@ -101,20 +108,25 @@ def recipe_values(section: Section) -> dict[str, Any]:
     return values
 
 
-def refuse_credentials(values: Any, where: str | Path | None = None) -> None:
+def refuse_credentials(values: Any, where: str | Path | None = None, *, known: Container[str] = ()) -> None:
     """Checks that no text in values of a configuration holds credentials: it is stored with a run, and shown.
 
     Args:
       values: nested mappings, lists and sections.
       where: the file or section that they come from.
+      known: names of the outermost mapping that are those of keys.
 
     Raises:
       UserError: for an access token, a credential of the environment, or an address with a user, a password, a query or
         a fragment; names the key and not the value.
     """
     place = "" if where is None else f"{where}: "
-    find = credentials.finder()
-    for key, text in _texts(values, "", set()):
+    find: Callable[[str], str | None] | None = None
+    for key, text in _texts(values, "", set(), known):
+        if HARMLESS.fullmatch(text):
+            continue
+        # the environment is looked through only for texts that could be anything
+        find = find or credentials.finder()
         if (what := find(text)) is not None:
             raise UserError(
                 f"{place}{key} holds {what}, and a run stores and shows its configuration: take it out (of an address "
@@ -123,7 +135,11 @@ def refuse_credentials(values: Any, where: str | Path | None = None) -> None:
             )
 
 
-def _texts(value: Any, key: str, seen: set[int]) -> Iterator[tuple[str, str]]:
+def _without_sections(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if not isinstance(value, Section)}
+
+
+def _texts(value: Any, key: str, seen: set[int], known: Container[str] = ()) -> Iterator[tuple[str, str]]:
     """All strings with their keys; a name in a mapping has that of the mapping.
 
     Args:
@@ -137,7 +153,8 @@ def _texts(value: Any, key: str, seen: set[int]) -> Iterator[tuple[str, str]]:
     seen.add(id(value))
     if isinstance(value, Mapping | BaseModel):
         for name, part in dict(value).items():
-            yield f"a name in {key}" if key else "a name", str(name)
+            if name not in known:
+                yield f"a name in {key}" if key else "a name", str(name)
             yield from _texts(part, f"{key}.{name}".removeprefix("."), seen)
     elif isinstance(value, list | tuple | set | frozenset):
         for number, part in enumerate(value):
