@@ -6,9 +6,9 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from mpo_jax.errors import Damaged
 from mpo_jax.runtime.files import anew, read_object
@@ -27,6 +27,26 @@ MANIFEST = "manifest.json"
 _NAME = re.compile(r"\w+-[0-9a-f]{12}|\.\w+-[0-9a-f]{12}\.partial")
 
 
+class _Bin(BaseModel, strict=True):
+    low: float
+    high: float | None
+    count: int
+    share: float
+    accuracy: float | None
+
+
+class _Summary(BaseModel, strict=True, extra="allow"):
+    """Of what a stage measured, what reports read without asking for its type."""
+
+    held_out_accuracy: float | None = None
+    true_accuracy: float | None = None
+    label_accuracy: float | None = None
+    accuracy_by_gap: list[_Bin] | None = None
+    true_accuracy_by_gap: list[_Bin] | None = None
+    data: list[dict[str, Any]] = []
+    tokens: dict[str, Any] = {}
+
+
 class _Shape(BaseModel, strict=True):
     """The types of what a recipe or manifest says, where it says it."""
 
@@ -34,8 +54,8 @@ class _Shape(BaseModel, strict=True):
     parents: dict[str, str]
     settings: dict[str, Any] = {}
     inputs: dict[str, Any] = {}
-    summary: dict[str, Any] = {}
-    seconds: float | None = None
+    summary: _Summary = _Summary()
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     warnings: list[str] = []
     removed: list[str] = []
 

@@ -64,9 +64,13 @@ def read_environment(folder: Path) -> dict[str, Any]:
       Damaged: if the file is missing or damaged.
     """
     found = read_object(folder / ENVIRONMENT, remedy(folder))
-    if not found or not isinstance(found.get("command", []), list):
+    if not found or any(not _is_texts(found.get(key, [])) for key in ("command", "devices")):
         raise Damaged(folder / ENVIRONMENT, "is damaged (no environment)", remedy(folder))
     return found
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
 def stage_links(folder: Path) -> dict[str, Path]:

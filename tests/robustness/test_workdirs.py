@@ -58,6 +58,11 @@ ENTRIES: dict[str, dict] = {
     "parents of another type": {"parents": ["sft"]},
     "a summary of another type": {"summary": [1]},
     "seconds in words": {"seconds": "long"},
+    "seconds without end": {"seconds": float("inf")},
+    "an accuracy in words": {"summary": {"held_out_accuracy": "x"}},
+    "bins in one number": {"summary": {"true_accuracy_by_gap": 10**30}},
+    "bins without edges": {"summary": {"accuracy_by_gap": [{"count": 1}]}},
+    "sources of another type": {"summary": {"data": "x"}},
     "warnings as text": {"warnings": "none"},
     "another stage": {"stage": "nothing"},
 }
@@ -232,6 +237,30 @@ def test_a_wrong_entry_of_a_manifest(copied, pipeline, capsys, stage, entry):
     replace(path, lambda path, _: path.write_text(json.dumps({**found, **ENTRIES[entry]})))
     status, said = read("plan", copied, pipeline, capsys)
     assert status == 2 and f"{path} " in said and f"delete the folder {path.parent}" in said
+
+
+@pytest.mark.parametrize(
+    ("place", "line", "says"),
+    [
+        ("evaluate/samples.jsonl", {"prompt": "p", "response": "r", "category": ["x"]}, "has no text for category"),
+        ("dpo/metrics.jsonl", {"step": 9, "loss": "x"}, "has no number for loss in line 3"),
+        ("ppo/metrics.jsonl", {"step": 9, "loss": None}, "has no number for loss in line 3"),
+    ],
+)
+def test_a_wrong_value_of_a_line(copied, pipeline, capsys, place, line, says):
+    path = copied.place(place)
+    replace(path, lambda path, whole: path.write_bytes(whole + json.dumps(line).encode() + b"\n"))
+    _, said = read("report", copied, pipeline, capsys)
+    assert says in said and f"delete the folder {path.parent}" in said
+
+
+@pytest.mark.parametrize("entry", [{"devices": 3}, {"devices": [1]}, {"command": "mpo run"}])
+def test_a_wrong_entry_of_an_environment(copied, pipeline, capsys, entry):
+    path = copied.place(f"{RUN}/env.json")
+    found = json.loads(path.read_text())
+    replace(path, lambda path, _: path.write_text(json.dumps({**found, **entry})))
+    status, said = read("report", copied, pipeline, capsys)
+    assert status == 0 and "env.json is damaged" in said
 
 
 @pytest.mark.parametrize("damage", OF_A_LINK)

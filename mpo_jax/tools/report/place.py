@@ -24,13 +24,14 @@ def check_place(workdir: Path) -> None:
     page = folder / PAGE
     # a page that was damaged still has its tables or its record beside it
     whole = page.is_file() and WRITTEN_BY in page.read_text(encoding="utf-8", errors="replace")
-    if found and not whole and not (folder / INPUTS).is_file() and not (folder / "tables" / "main.csv").is_file():
+    if found and not whole and folder / INPUTS not in found and not (folder / "tables" / "main.csv").is_file():
         raise UserError(f"{page} is no page of mpo_jax; {advice}")
 
 
 def _is_ours(path: Path, parts: tuple[str, ...]) -> bool:
     if path.is_symlink():
-        return False
+        # what it leads to is not lost
+        return len(parts) == 1 and parts[0] in (PAGE, INPUTS)
     if len(parts) == 1:
         return parts[0] in PARTS if path.is_dir() else parts[0] in (PAGE, INPUTS)
     return len(parts) == 2 and path.is_file() and path.suffix in PARTS[parts[0]]

@@ -26,6 +26,7 @@ from mpo_jax.runtime.files import anew, naming_damage, read_lines, write_bytes
 from mpo_jax.tools.human.export import FORMULA
 from mpo_jax.types import Artifact
 
+STATE_HASH = "state_hash"
 METRICS = "metrics.jsonl"
 """What a stage logged, a line a step."""
 
@@ -197,6 +198,8 @@ class RunResult:
         for number, row in enumerate(rows, 1):
             if not all(isinstance(row.get(key), str) for key in ("prompt", "response")):
                 raise Damaged(folder / SAMPLES, f"lacks the prompt or the response in line {number}", anew(folder))
+            if not isinstance(row.get(CATEGORY), str | None):
+                raise Damaged(folder / SAMPLES, f"has no text for {CATEGORY} in line {number}", anew(folder))
         return rows
 
 
@@ -308,6 +311,8 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     for number, row in enumerate(rows, 1):
         if not isinstance(row.get("step"), int):
             raise Damaged(folder / METRICS, f"names no step in line {number}", anew(folder))
+        if wrong := [key for key, value in row.items() if key != STATE_HASH and not isinstance(value, int | float)]:
+            raise Damaged(folder / METRICS, f"has no number for {wrong[0]} in line {number}", anew(folder))
     return rows
 
 
