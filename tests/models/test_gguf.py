@@ -210,6 +210,15 @@ def test_unsupported(changes, message, tmp_path):
         loading.open_model(path)
 
 
+@pytest.mark.parametrize("factor", ["x", [1.0], ["x"]], ids=str)
+def test_a_factor_that_is_no_number(factor, tmp_path):
+    path = write(
+        tmp_path / "model.gguf", "untied", **{"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": factor}
+    )
+    with pytest.raises(UserError, match=r"llama\.rope\.scaling\.factor must be a number, not"):
+        loading.open_model(path)
+
+
 @pytest.mark.parametrize(
     "key",
     [

@@ -120,6 +120,15 @@ def test_byte_level_ids_and_text_are_the_original_s(byte_level, text):
     assert original.normalizer is not None or ours.decode(ids) == text
 
 
+@pytest.mark.parametrize("value", [3, True, 1.5, "x", [3], ["x"], [1.5]], ids=str)
+@pytest.mark.parametrize("key", ["model", "pre", "tokens", "token_type", "merges", "bos_token_id", "add_bos_token"])
+def test_metadata_of_another_kind_are_read_or_refused_by_name(smollm, tmp_path, key, value):
+    try:
+        read(tmp_path, smollm, **{f"tokenizer.ggml.{key}": value})
+    except UserError as error:
+        assert "tokenizer.ggml" in str(error)
+
+
 def test_the_kinds_differ():
     """So that one kind's tests could not pass with another's splits."""
     text = "1984 it'S 'S12345\n\n x e\u0301"

@@ -3,6 +3,7 @@
 Imported only where a GGUF file is named, so that everything else works without that package.
 """
 
+import reprlib
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,23 @@ try:
     import gguf
 except ModuleNotFoundError as error:
     raise UserError("a GGUF file is read by the package gguf, which is not installed: pip install gguf") from error
+
+
+TEXT, NUMBER, ID, TEXTS, NUMBERS = "a text", "a number", "a token's id", "a list of texts", "a list of numbers"
+KINDS = {
+    "architecture": TEXT, "model": TEXT, "pre": TEXT, "chat_template": TEXT, "scaling.type": TEXT,
+    "scaling.factor": NUMBER, "tokens": TEXTS, "merges": TEXTS, "token_type": NUMBERS, "scores": NUMBERS,
+    "token_id": ID,
+}  # fmt: skip
+"""What values are, by how their keys end; those of other keys are checked where they are used."""
+
+
+def _is(value: Any, kind: str) -> bool:
+    if kind in (TEXTS, NUMBERS):
+        return isinstance(value, list) and all(_is(one, TEXT if kind == TEXTS else NUMBER) for one in value)
+    if kind == TEXT:
+        return isinstance(value, str)
+    return not isinstance(value, bool) and isinstance(value, int if kind == ID else int | float)
 
 
 class _Reader(gguf.GGUFReader):
@@ -51,9 +69,13 @@ class GgufFile:
         if field is None:
             return default
         try:
-            return field.contents()
+            value = field.contents()
         except (ValueError, IndexError, TypeError, UnicodeDecodeError) as error:
             raise UserError(f"{self.path}: corrupt GGUF metadata at {key}: {error}") from error
+        kind = next((kind for end, kind in KINDS.items() if key.endswith((f".{end}", f"_{end}"))), None)
+        if kind is not None and not _is(value, kind):
+            raise UserError(f"{self.path}: the GGUF metadata {key} must be {kind}, not {reprlib.repr(value)}")
+        return value
 
     def require(self, key: str) -> Any:
         """A metadata value that must be there."""
