@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from mpo_jax.cli.arguments import ModelPath, Overrides, refuse_rows, short_keys
+from mpo_jax.cli.arguments import ModelPath, Overrides, expanded, refuse_rows, short_keys
 from mpo_jax.runtime.console import console
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def accuracy(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
     max_rows: Annotated[int | None, typer.Option(min=1, max=2**62, help="the first rows only")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", parser=expanded, metavar="FILE")] = None,
 ) -> None:
     """How often a reward model, or a policy's implicit reward, prefers the chosen response; RewardBench's sections."""
     from mpo_jax.runtime.files import write_json

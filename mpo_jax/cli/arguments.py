@@ -12,6 +12,12 @@ from mpo_jax.errors import UserError
 if TYPE_CHECKING:
     from mpo_jax.config.schema import Config
 
+
+def expanded(path: str | Path) -> Path:
+    """A path of the command line, with a `~` that the shell has left: in quotes, or behind a `=`."""
+    return Path(path).expanduser()
+
+
 ConfigPath = Annotated[
     str | None, typer.Argument(metavar="CONFIG", help="YAML file; may be left out where KEY=VALUE follows")
 ]
@@ -19,7 +25,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...",
 ModelPath = Annotated[
     str, typer.Argument(metavar="MODEL", help="workdir, run, stage or model folder, .gguf file, or hub id")
 ]
-Workdir = Annotated[Path, typer.Argument(metavar="WORKDIR")]
+Workdir = Annotated[Path, typer.Argument(parser=expanded, metavar="WORKDIR")]
 
 BaseModel = Annotated[str | None, typer.Option("--model", metavar="MODEL", help="model.path")]
 DataPaths = Annotated[

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mpo_jax.cli.arguments import expanded
 from mpo_jax.errors import UserError
 from mpo_jax.runtime.console import console
 
@@ -25,8 +26,10 @@ def bench(
     batch: Annotated[int, typer.Option(min=1, help="rows, pairs or prompts a step")] = 8,
     steps: Annotated[int, typer.Option(min=1, help="timed steps")] = 5,
     vocab: Annotated[int, typer.Option(min=2, help="of the model made up where model.path names none")] = 4096,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE")] = None,
-    profile: Annotated[Path | None, typer.Option(metavar="DIR", help="a trace of one step of each workload")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", parser=expanded, metavar="FILE")] = None,
+    profile: Annotated[
+        Path | None, typer.Option(parser=expanded, metavar="DIR", help="a trace of one step of each workload")
+    ] = None,
 ) -> None:
     """Time the stages' own functions on this machine: tokens/s, FLOP/s, MFU, memory."""
     from mpo_jax.config.load import load_config

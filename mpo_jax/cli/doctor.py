@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from mpo_jax.cli.arguments import Overrides, read_config
+from mpo_jax.cli.arguments import Overrides, expanded, read_config
 from mpo_jax.cli.exits import FAULT
 from mpo_jax.credentials import hide
 from mpo_jax.runtime.console import console
@@ -14,7 +14,9 @@ MARK = {"ok": "[green]ok  [/green]", "warn": "[yellow]warn[/yellow]", "fail": "[
 
 
 def doctor(
-    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="YAML file whose run to check for")] = None,
+    config: Annotated[
+        Path | None, typer.Argument(parser=expanded, metavar="[CONFIG]", help="YAML file whose run to check for")
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
     """Look at devices, memory, links, libraries, disk, hub and clocks, and say how to fix what will go wrong."""

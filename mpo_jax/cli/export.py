@@ -5,14 +5,14 @@ from typing import Annotated, Literal
 
 import typer
 
-from mpo_jax.cli.arguments import ModelPath, Overrides, read_config
+from mpo_jax.cli.arguments import ModelPath, Overrides, expanded, read_config
 from mpo_jax.runtime.console import console
 from mpo_jax.runtime.words import size
 
 
 def export(
     checkpoint: ModelPath,
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="new folder")],
+    folder: Annotated[Path, typer.Argument(parser=expanded, metavar="DIR", help="new folder")],
     overrides: Overrides = None,
     critic: Annotated[bool, typer.Option("--critic", help="PPO's critic instead of its policy")] = False,
     adapter: Annotated[

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mpo_jax.cli.arguments import ComparedOn, Overrides, SideA, SideB, short_keys
+from mpo_jax.cli.arguments import ComparedOn, Overrides, SideA, SideB, expanded, short_keys
 from mpo_jax.runtime.console import console
 
 ANNOTATORS = 3
@@ -25,7 +25,7 @@ def export_study(
     n: Annotated[int | None, typer.Option("--n", min=1, help="items, or with --by items of each category")] = None,
     by: Annotated[str | None, typer.Option(metavar="FIELD", help="the field of a row that names its category")] = None,
     seed: Annotated[int, typer.Option(min=0, help="of the items, their order and their sides")] = 0,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="folder to write to")] = Path("human"),
+    out: Annotated[Path, typer.Option(parser=expanded, metavar="DIR", help="folder to write to")] = Path("human"),
 ) -> None:
     """Write a double-blind page and table for people, and the key apart from them."""
     from mpo_jax.evaluation.accuracy import unlike
@@ -53,8 +53,12 @@ def export_study(
 @human.command("import")
 def import_study(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="filled sheets, .json or .csv, one a person")],
-    key: Annotated[Path, typer.Option(metavar="FILE", help="key.json of the export")] = Path("human/key.json"),
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="folder to write to; default: the key's")] = None,
+    key: Annotated[Path, typer.Option(parser=expanded, metavar="FILE", help="key.json of the export")] = Path(
+        "human/key.json"
+    ),
+    out: Annotated[
+        Path | None, typer.Option(parser=expanded, metavar="DIR", help="folder to write to; default: the key's")
+    ] = None,
 ) -> None:
     """Check filled sheets, and print Win/Tie/Lose by category and Fleiss' kappa."""
     from mpo_jax.runtime.files import check_output

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mpo_jax.cli.arguments import ComparedOn, Overrides, SideA, SideB, short_keys
+from mpo_jax.cli.arguments import ComparedOn, Overrides, SideA, SideB, expanded, short_keys
 from mpo_jax.errors import GOES_ON, UserError
 from mpo_jax.runtime.console import console
 from mpo_jax.runtime.interrupts import STOPS
@@ -41,12 +41,15 @@ def judge(
         str | None, typer.Option(metavar="URL", help="OpenAI-compatible, http://localhost:8000/v1; key: OPENAI_API_KEY")
     ] = None,
     prompt_file: Annotated[
-        Path | None, typer.Option(help="another prompt, with {instruction}, {response_1} and {response_2}")
+        Path | None,
+        typer.Option(
+            parser=expanded, metavar="FILE", help="another prompt, with {instruction}, {response_1} and {response_2}"
+        ),
     ] = None,
     swap: Annotated[bool, typer.Option(help="ask in both orders and average")] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say how many calls and tokens, and ask nothing")] = False,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="folder to write to")] = Path("judge"),
-    cache: Annotated[Path, typer.Option(metavar="DIR", help="folder of answers from before")] = Path(
+    out: Annotated[Path, typer.Option(parser=expanded, metavar="DIR", help="folder to write to")] = Path("judge"),
+    cache: Annotated[Path, typer.Option(parser=expanded, metavar="DIR", help="folder of answers from before")] = Path(
         "~/.cache/mpo_jax/judge"
     ),
     concurrency: Annotated[int, typer.Option(min=1, help="calls at once")] = 8,

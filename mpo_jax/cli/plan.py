@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mpo_jax.cli.arguments import ConfigPath, Overrides, read_config
+from mpo_jax.cli.arguments import ConfigPath, Overrides, expanded, read_config
 from mpo_jax.cli.exits import DOES_NOT_FIT
 from mpo_jax.errors import UserError
 from mpo_jax.runtime.console import console
@@ -25,7 +25,9 @@ def plan(
     ],
     overrides: Overrides = None,
     stage: Annotated[str, typer.Option(help="comma-separated stages (sft, reward, ...); default: all")] = "",
-    json: Annotated[Path | None, typer.Option(metavar="FILE", help="file to write the numbers to")] = None,
+    json: Annotated[
+        Path | None, typer.Option(parser=expanded, metavar="FILE", help="file to write the numbers to")
+    ] = None,
     hours: Annotated[
         bool, typer.Option("--hours", help="fetch rows and tokenizer from the hub, for hours by stage")
     ] = False,

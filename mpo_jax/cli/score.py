@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from mpo_jax.cli.arguments import ModelPath, Overrides, refuse_rows, short_keys
+from mpo_jax.cli.arguments import ModelPath, Overrides, expanded, refuse_rows, short_keys
 from mpo_jax.runtime.console import console
 
 
@@ -17,7 +17,7 @@ def score(
             metavar="DATA", help="rows {prompt, chosen, rejected}, {prompt, completion} or {prompt, responses}"
         ),
     ],
-    out: Annotated[Path, typer.Option(metavar="OUT.jsonl", help="file to write, a line for each row")],
+    out: Annotated[Path, typer.Option(parser=expanded, metavar="OUT.jsonl", help="file to write, a line for each row")],
     overrides: Overrides = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
     max_rows: Annotated[int | None, typer.Option(min=1, max=2**62, help="the first rows only")] = None,

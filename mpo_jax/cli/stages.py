@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mpo_jax.cli.arguments import PLAIN, BaseModel, ConfigPath, DataPaths, Out, Overrides, read_run, short_keys
+from mpo_jax.cli.arguments import (
+    PLAIN,
+    BaseModel,
+    ConfigPath,
+    DataPaths,
+    Out,
+    Overrides,
+    expanded,
+    read_run,
+    short_keys,
+)
 from mpo_jax.cli.starting import print_tensorboard, starting
 from mpo_jax.config.registry import TRAINED
 from mpo_jax.errors import UserError
@@ -47,7 +57,11 @@ def select(
     out: Out = None,
     export: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="folder for easy.jsonl and hard.jsonl, TRL's pairs, and hard_prompts.jsonl"),
+        typer.Option(
+            parser=expanded,
+            metavar="DIR",
+            help="folder for easy.jsonl and hard.jsonl, TRL's pairs, and hard_prompts.jsonl",
+        ),
     ] = None,
 ) -> None:
     """`mpo select`."""

@@ -1,5 +1,6 @@
 """The whole configuration. Its sections are in the modules beside this one and can be imported from here."""
 
+import os
 from typing import Any, ClassVar, Self
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
@@ -116,7 +117,8 @@ class Config(Section, frozen=True):
     def _is_named(cls, value: str) -> str:
         if not value.strip():
             raise ValueError("must name a folder, such as runs/mine")
-        return value
+        # shells leave a ~ behind a = as it is
+        return os.path.expanduser(value)
 
     @model_validator(mode="after")
     def _can_split(self) -> "Config":

@@ -8,10 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args, get_origin, get_type_hints
 
 import pytest
 
 from mpo_jax.cli import exits
+from mpo_jax.cli.app import app
+from mpo_jax.cli.arguments import expanded
+from mpo_jax.config.load import load_config
 from mpo_jax.errors import UserError
 from mpo_jax.runtime.files import check_output, write_json, write_lines, write_text
 from mpo_jax.runtime.outputs import check_output_file
@@ -221,3 +225,25 @@ def test_a_report_replaces_no_folder_of_others(tmp_path):
     with pytest.raises(UserError, match=r"is no folder of a report"):
         check_place(other)
     assert mpo("run", MICRO, f"workdir={other}") == 2 and not (other / "stages").exists()
+
+
+def _commands(app):
+    for command in app.registered_commands:
+        yield command.callback
+    for group in app.registered_groups:
+        yield from _commands(group.typer_instance)
+
+
+def test_every_path_of_the_command_line_may_begin_at_home(monkeypatch, tmp_path):
+    """Shells leave a ~ in quotes, and behind a =."""
+    found = 0
+    for command in _commands(app):
+        for hint in get_type_hints(command, include_extras=True).values():
+            kind, *about = get_args(hint) or (None,)
+            if kind is Path or (Path in get_args(kind) and get_origin(kind) is not list):
+                found += 1
+                assert about[0].parser is expanded, command
+    assert found > 10
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert expanded("~/a") == tmp_path / "a" and expanded("b/~") == Path("b/~")
+    assert load_config(MICRO, ("workdir=~/a",)).workdir == str(tmp_path / "a")
