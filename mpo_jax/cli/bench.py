@@ -33,14 +33,15 @@ def bench(
 ) -> None:
     """Time the stages' own functions on this machine: tokens/s, FLOP/s, MFU, memory."""
     from mpo_jax.config.load import load_config
-    from mpo_jax.runtime.files import check_output, write_json
+    from mpo_jax.runtime.files import write_json
+    from mpo_jax.runtime.outputs import check_output_file, check_output_folder
     from mpo_jax.tools.bench import speed
     from mpo_jax.tools.bench.measure import DEFINITIONS
 
     if json_file is not None:
-        check_output(json_file, "--json")
+        check_output_file("--json", json_file)
     if profile is not None:
-        check_output(profile, "--profile", folder=True)
+        check_output_folder("--profile", profile)
     given = arguments or []
     names = tuple(word for word in given if "=" not in word and not word.endswith((".yaml", ".yml")))
     overrides = tuple(word for word in given if word not in names)

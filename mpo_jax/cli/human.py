@@ -30,12 +30,12 @@ def export_study(
     """Write a double-blind page and table for people, and the key apart from them."""
     from mpo_jax.evaluation.accuracy import unlike
     from mpo_jax.evaluation.answers import CATEGORY
-    from mpo_jax.runtime.files import check_output
+    from mpo_jax.runtime.outputs import check_output_folder
     from mpo_jax.tools.human.export import write_study
     from mpo_jax.tools.human.sheets import make_study
     from mpo_jax.tools.sides import compared
 
-    check_output(out, "--out", folder=True)
+    check_output_folder("--out", out)
     given = (*short_keys(None, None if data is None else [data], None), *(overrides or ()))
     pairs = compared(a, b, data, out=out, overrides=given, by=by or CATEGORY)
     study = make_study(pairs, (a, b), n=n, by=by, seed=seed)
@@ -61,12 +61,12 @@ def import_study(
     ] = None,
 ) -> None:
     """Check filled sheets, and print Win/Tie/Lose by category and Fleiss' kappa."""
-    from mpo_jax.runtime.files import check_output
+    from mpo_jax.runtime.outputs import check_output_folder
     from mpo_jax.tools.human.agreement import import_sheets
     from mpo_jax.tools.report.terminal import verdict_table
 
     if out is not None:
-        check_output(out, "--out", folder=True)
+        check_output_folder("--out", out)
     result, folder = import_sheets(files, key=key, out=out)
     console.print(verdict_table(f"{result['a']} (A) against {result['b']} (B)", "items", result))
     for line in _remarks(result):

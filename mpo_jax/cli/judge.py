@@ -63,7 +63,7 @@ def judge(
     by: Annotated[str, typer.Option(metavar="FIELD", help="the field of a row that names its category")] = "category",
 ) -> None:
     """Ask a judge which of two sides answers better: Win/Tie/Lose with intervals."""
-    from mpo_jax.runtime.files import check_output
+    from mpo_jax.runtime.outputs import check_output_folder
     from mpo_jax.tools.judge import comparison
     from mpo_jax.tools.judge.cache import Cache
     from mpo_jax.tools.judge.endpoint import Endpoint
@@ -72,7 +72,7 @@ def judge(
     from mpo_jax.tools.sides import compared
 
     if not dry_run:
-        check_output(out, "--out", folder=True)
+        check_output_folder("--out", out)
     given = (*short_keys(None, None if data is None else [data], None), *(overrides or ()))
     fields = {"temperature": temperature, "max_tokens": max_tokens, **_object(request)}
     text = read_prompt(prompt_file)

@@ -39,11 +39,11 @@ def plan(
     # JAX reads it when it is imported: without it the compilers report every driver that is missing
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     from mpo_jax.pipeline.stages import STAGES
-    from mpo_jax.runtime.files import check_output
+    from mpo_jax.runtime.outputs import check_output_file
     from mpo_jax.tools.plan import compilers, targets
 
     if json is not None:
-        check_output(json, "--json")
+        check_output_file("--json", json)
     resolved = read_config(config, overrides)
     stages = tuple(name.strip() for name in stage.split(",") if name.strip())
     if unknown := set(stages) - set(STAGES):

@@ -1,22 +1,34 @@
 """`mpo report`."""
 
+import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from mpo_jax.cli.arguments import Workdir
+from mpo_jax.errors import UserError
 from mpo_jax.runtime.console import console
 
 if TYPE_CHECKING:
     from mpo_jax.tools.report.results import RunResult
 
 
-def report(workdir: Workdir) -> None:
+def report(
+    workdir: Workdir,
+    price: Annotated[
+        float | None,
+        typer.Option(min=0, metavar="X", help="of one device for an hour, in any currency: adds what each stage cost"),
+    ] = None,
+) -> None:
     """Write the report of a workdir's finished runs again, and list the stages of runs without an evaluation."""
     from mpo_jax.tools.report.place import check_place
     from mpo_jax.tools.report.results import collect_unevaluated
     from mpo_jax.tools.report.terminal import print_cautions
     from mpo_jax.tools.runs import report_training, rewrite_report
 
+    if price is not None and not math.isfinite(price):
+        raise UserError(f"--price {price}: give a number, such as 2.5")
     check_place(workdir)
     trained = collect_unevaluated(workdir)
     for run in trained:
@@ -24,9 +36,9 @@ def report(workdir: Workdir) -> None:
         for line in _stages(run):
             console.print(f"  {line}", soft_wrap=True, markup=False)
     if trained and not any(workdir.glob("runs/*/evaluate/manifest.json")) and not any(workdir.glob("seed-*/runs")):
-        page = report_training(workdir, trained)
+        page = report_training(workdir, trained, price)
     else:
-        page, by_seed = rewrite_report(workdir)
+        page, by_seed = rewrite_report(workdir, price)
         print_cautions(by_seed)
     console.print(f"report: {page}", soft_wrap=True)
 

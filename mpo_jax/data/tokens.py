@@ -58,8 +58,9 @@ class TokenReport:
       rows: number of rows.
       truncated_prompts: number of rows with a truncated prompt.
       truncated_responses: number of rows with at least one truncated response.
-      equal_responses: numbers, from 1, of the rows whose two responses have the same tokens, mostly since they were
-        cut, and other texts: such a pair teaches nothing.
+      equal_responses: numbers, from 1, of the rows whose two responses are other texts but the same tokens since one
+        of them was cut: such a pair teaches nothing.
+      indistinct_responses: the same of rows whose responses are whole: the tokenizer writes both texts alike.
       empty_responses: numbers, from 1, of the rows with a response of no token but EOS.
       prompt_tokens: p50, p90, p99 and max of the prompt lengths before truncation, BOS included; empty without rows.
       response_tokens: the same statistics of the response lengths, EOS included.
@@ -69,13 +70,15 @@ class TokenReport:
     truncated_prompts: int = 0
     truncated_responses: int = 0
     equal_responses: list[int] = dataclasses.field(default_factory=list)
+    indistinct_responses: list[int] = dataclasses.field(default_factory=list)
     empty_responses: list[int] = dataclasses.field(default_factory=list)
     prompt_tokens: dict[str, int] = dataclasses.field(default_factory=dict)
     response_tokens: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, int | dict[str, int]]:
         """The report as plain values; rows are counted, not listed."""
-        counted = {name: len(getattr(self, name)) for name in ("equal_responses", "empty_responses")}
+        listed = ("equal_responses", "indistinct_responses", "empty_responses")
+        counted = {name: len(getattr(self, name)) for name in listed}
         return dataclasses.asdict(self) | counted
 
     def findings(self, name: str, max_response_tokens: int) -> list[str]:
@@ -86,6 +89,12 @@ class TokenReport:
                 f"{len(self.equal_responses)} of {self.rows} {name} have equal sides once they are cut to "
                 f"text.max_response_tokens={max_response_tokens}, and teach nothing: raise it, or drop them. "
                 f"{_listed(self.equal_responses)}"
+            )
+        if self.indistinct_responses:
+            found.append(
+                f"{len(self.indistinct_responses)} of {self.rows} {name} have sides that the tokenizer writes with the "
+                "same tokens, such as one for unknown characters, and teach nothing: drop them. "
+                f"{_listed(self.indistinct_responses)}"
             )
         if self.empty_responses:
             found.append(
@@ -170,11 +179,14 @@ def _report(table: _Table, rows: Sequence[Row], numbers: dict[str, int], example
     cut = table.full > table.length
     prompts = np.asarray([numbers[prompt] for prompt, _ in rows], np.int64)
     owner = np.repeat(np.arange(len(rows)), [len(row) for _, row in rows])
+    shortened = set(owner[cut[len(numbers) :]].tolist())
+    equal = [i for i, row in enumerate(examples) if _same_tokens(row, rows[i][1])]
     return TokenReport(
         rows=len(rows),
         truncated_prompts=int(cut[prompts].sum()),
-        truncated_responses=len(np.unique(owner[cut[len(numbers) :]])),
-        equal_responses=[number for number, row in enumerate(examples, 1) if _equal_once_cut(row, rows[number - 1][1])],
+        truncated_responses=len(shortened),
+        equal_responses=[i + 1 for i in equal if i in shortened],
+        indistinct_responses=[i + 1 for i in equal if i not in shortened],
         empty_responses=sorted({int(i) + 1 for i in owner[table.full[len(numbers) :] == 1]}),
         prompt_tokens=_percentiles(table.full[prompts]),
         response_tokens=_percentiles(table.full[len(numbers) :]),
@@ -187,7 +199,8 @@ def _listed(numbers: Sequence[int]) -> str:
     return f"Rows of the set: {', '.join(map(str, numbers[:SHOWN_ROWS]))}{more}"
 
 
-def _equal_once_cut(example: Example, texts: Sequence[str]) -> bool:
+def _same_tokens(example: Example, texts: Sequence[str]) -> bool:
+    """Whether two different texts have become the same tokens."""
     if len(texts) != 2 or texts[0] == texts[1]:
         return False
     first, second = example.responses

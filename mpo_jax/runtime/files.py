@@ -9,7 +9,6 @@ import re
 import secrets
 import shutil
 import socket
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -40,7 +39,15 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes rows as JSON lines, atomically."""
-    write_text(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows), errors=AS_JSON)
+    write_lines_together({path: rows})
+
+
+def write_lines_together(files: Mapping[Path, Iterable[Mapping[str, Any]]]) -> None:
+    """Writes files of rows as JSON lines; none takes its place before all of them are written."""
+    with contextlib.ExitStack() as written:
+        for path, rows in files.items():
+            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            written.enter_context(_taking_its_place(path, codecs.iterencode(lines, "utf-8", AS_JSON)))
 
 
 def write_text(path: Path, parts: Iterable[str], *, encoding: str = "utf-8", errors: str = "replace") -> None:
@@ -53,38 +60,18 @@ def write_text(path: Path, parts: Iterable[str], *, encoding: str = "utf-8", err
     write_bytes(path, codecs.iterencode(parts, encoding, errors))
 
 
-def check_output(path: Path, option: str, *, folder: bool = False) -> None:
-    """Tries whether a file can be written, or files in a folder, before the work begins whose result it is.
-
-    Args:
-      option: how the user names it: "--out".
-      folder: whether `path` is a folder; nothing is made.
-
-    Raises:
-      UserError: says what is in the way.
-    """
-    if not folder and is_stream(path) and os.access(path, os.W_OK):
-        return
-    place = path if folder else path.parent
-    if not folder and path.is_dir():
-        raise UserError(f"{option} {path} is a folder: name a file in it, such as {path / 'out.json'}")
-    # what is not there yet is made with the result
-    while not os.path.lexists(place):
-        place = place.parent
-    try:
-        with tempfile.NamedTemporaryFile(dir=place, prefix=".probe-") as probe:
-            probe.write(b"x")
-            probe.flush()
-    except OSError as error:
-        there = f"{place} is a file" if place.is_file() else f"cannot write to {place}: {error.strerror}"
-        raise UserError(f"{option} {path}: {there}; name another place") from error
-
-
 def write_bytes(path: Path, parts: Iterable[bytes]) -> None:
     """Writes a file atomically: a temporary file beside it is flushed to disk and renamed. Makes the folder.
 
     A link stays, and the file that it leads to is written. A device or a pipe, such as /dev/null, gets the bytes.
     """
+    with _taking_its_place(path, parts):
+        pass
+
+
+@contextlib.contextmanager
+def _taking_its_place(path: Path, parts: Iterable[bytes]) -> Iterator[None]:
+    """Writes as `write_bytes` does; the file takes its place at the end of the block, unless the block fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if is_stream(path):
         # what is open already is not opened again: another place in the file would be written
@@ -92,6 +79,7 @@ def write_bytes(path: Path, parts: Iterable[bytes]) -> None:
         number = {"stdout": 1, "stderr": 2}.get(descriptor[1]) or int(descriptor[2]) if descriptor else None
         with open(path if number is None else os.dup(number), "wb") as stream:
             stream.writelines(parts)
+        yield
         return
     path = path.resolve() if path.is_symlink() else path
     # nobody can foresee the name and put a link there, and two processes have a file each
@@ -102,6 +90,7 @@ def write_bytes(path: Path, parts: Iterable[bytes]) -> None:
             file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
+        yield
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """Checks of what a command is going to write, before it reads or computes anything."""
 
 import os
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -58,11 +59,19 @@ def check_output_folder(option: str, path: Path, files: Iterable[str] = (), inpu
 
 
 def _check_writable(option: str, file: Path) -> None:
-    """Raises UserError if the folder of a file cannot be written, or be made."""
+    """Tries whether a file can be made in the folder of `file`, or in that which the folder would be made in.
+
+    Raises:
+      UserError: says what is in the way: permissions, a full or read-only disk, a file in a folder's place.
+    """
     folder = file.absolute().parent
-    while not folder.exists():
+    while not os.path.lexists(folder):
         folder = folder.parent
     if not folder.is_dir():
-        raise UserError(f"{option}: {folder} is a file, not a folder: choose another place")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"{option}: no permission to write in {folder}: choose another place")
+        raise UserError(f"{option}: {folder} is not a folder: choose another place")
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".probe-") as probe:
+            probe.write(b"x")
+            probe.flush()
+    except OSError as error:
+        raise UserError(f"{option}: cannot write in {folder}: {error.strerror}; choose another place") from error

@@ -25,7 +25,8 @@ from mpo_jax.models.hf.tokenizer import load_tokenizer
 from mpo_jax.models.spec import DecoderConfig
 from mpo_jax.pipeline.recipe import read_recipe
 from mpo_jax.runtime import machine
-from mpo_jax.runtime.files import check_output, remove
+from mpo_jax.runtime.files import remove
+from mpo_jax.runtime.outputs import check_output_folder
 from mpo_jax.runtime.processes import agree, is_main, wait
 from mpo_jax.runtime.sharding import make_mesh
 from mpo_jax.tools.opening import find_model
@@ -87,7 +88,7 @@ def export(
         raise UserError(f"{target} exists and is not empty: name a new folder")
     found = find_model(path, critic=critic)
     if is_main():
-        check_output(target, "DIR", folder=True)
+        check_output_folder("DIR", target)
     if adapter:
         if critic:
             raise UserError(

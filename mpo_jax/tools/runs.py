@@ -15,7 +15,8 @@ from mpo_jax.pipeline.keeping import ModelStore
 from mpo_jax.pipeline.pipeline import Pipeline, StageName
 from mpo_jax.runtime import machine
 from mpo_jax.runtime.console import console
-from mpo_jax.runtime.files import check_output, read_json, write_json
+from mpo_jax.runtime.files import read_json, write_json
+from mpo_jax.runtime.outputs import check_output_folder
 from mpo_jax.runtime.processes import REPORTED, is_main, wait
 from mpo_jax.runtime.version import __version__
 from mpo_jax.tools.report import results
@@ -108,25 +109,29 @@ def run_until(config: Config, stage: StageName) -> Iterator[tuple[ExperimentName
         yield name, store.restored(built[-1])
 
 
-def rewrite_report(workdir: Path) -> tuple[Path, "BySeed"]:
-    """Writes the report of a workdir's finished runs, or of those of a table's seeds; its page, and the runs."""
+def rewrite_report(workdir: Path, price: float | None = None) -> tuple[Path, "BySeed"]:
+    """Writes the report of a workdir's finished runs, or of those of a table's seeds; its page, and the runs.
+
+    Args:
+      price: of a device for an hour; the stages' costs are shown with it.
+    """
     from mpo_jax.tools.report.page import write_report
     from mpo_jax.tools.report.seeds import collect_seeds
 
     by_seed = collect_seeds(workdir)
-    check_output(workdir, "WORKDIR", folder=True)
+    check_output_folder("WORKDIR", workdir)
     config = next(iter(by_seed.values()))[0].config
-    page = write_report(workdir, resamples=config.evaluate.bootstrap_resamples, by_seed=by_seed)
+    page = write_report(workdir, resamples=config.evaluate.bootstrap_resamples, by_seed=by_seed, price=price)
     wandb_log.log_report(config, workdir)
     return page, by_seed
 
 
-def report_training(workdir: Path, trained: list[results.RunResult]) -> Path:
+def report_training(workdir: Path, trained: list[results.RunResult], price: float | None = None) -> Path:
     """Writes the report of runs without an evaluation; its page."""
     from mpo_jax.tools.report.page import write_training_report
 
-    check_output(workdir, "WORKDIR", folder=True)
-    return write_training_report(workdir, trained)
+    check_output_folder("WORKDIR", workdir)
+    return write_training_report(workdir, trained, price)
 
 
 def _report(workdir: Path, config: Config) -> Path:

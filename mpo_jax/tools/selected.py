@@ -7,7 +7,7 @@ import numpy as np
 
 from mpo_jax.data.pair_table import Border, PairTable
 from mpo_jax.data.turns import Turns
-from mpo_jax.runtime.files import write_lines
+from mpo_jax.runtime.files import write_lines_together
 from mpo_jax.selection import split
 
 FILES = EASY, HARD, HARD_PROMPTS = "easy.jsonl", "hard.jsonl", "hard_prompts.jsonl"
@@ -30,9 +30,14 @@ def export_selection(selection: Path, border: Border, turns: Turns, out: Path) -
     table = PairTable.read(selection)
     easy_N = np.asarray(split(table.gap, table.threshold(border)))
     easy, hard = np.flatnonzero(easy_N).tolist(), np.flatnonzero(~easy_N).tolist()
-    write_lines(out / EASY, (_pair(table, row, turns) for row in easy))
-    write_lines(out / HARD, (_pair(table, row, turns) for row in hard))
-    write_lines(out / HARD_PROMPTS, (turns.row(table.prompt[row], {}) for row in hard))
+    # files of two selections side by side would be a split that never was
+    write_lines_together(
+        {
+            out / EASY: (_pair(table, row, turns) for row in easy),
+            out / HARD: (_pair(table, row, turns) for row in hard),
+            out / HARD_PROMPTS: (turns.row(table.prompt[row], {}) for row in hard),
+        }
+    )
     return {EASY: len(easy), HARD: len(hard), HARD_PROMPTS: len(hard)}
 
 

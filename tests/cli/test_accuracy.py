@@ -138,7 +138,7 @@ def test_score_never_writes_over_what_it_reads(pairs, tmp_path, capsys):
     assert mpo("score", "no/such/model", pairs, "--out", tmp_path) == 2
     assert "is a folder: name a file" in capsys.readouterr().err
     assert mpo("score", "no/such/model", pairs, "--out", pairs / "scores.jsonl") == 2
-    assert "is a file, not a folder" in capsys.readouterr().err
+    assert "is not a folder" in capsys.readouterr().err
     assert pairs.read_text() == before
 
 

@@ -1,7 +1,8 @@
 """`mpo select` and the runs after it, of rows that bring their scores: split without sampling or a reward model."""
 
+import errno
 import json
-import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from mpo_jax.data import toy
 from mpo_jax.data.corpus import _load
 from mpo_jax.data.pair_table import PairTable
 from mpo_jax.pipeline.experiments import in_order
+from mpo_jax.runtime.files import write_lines_together
 from tests.pipeline.test_pipeline import mpo, stages
 
 QUIET = (
@@ -61,6 +63,22 @@ def test_scored_rows_are_split_and_exported_without_a_reward_model(language_mode
     assert f"hard_prompts.jsonl: {len(hard)} rows" in said
 
 
+def test_no_file_of_an_export_takes_its_place_before_all_are_written(tmp_path):
+    files = [tmp_path / name for name in ("easy.jsonl", "hard.jsonl")]
+    write_lines_together({path: [{"of": "the first"}] for path in files})
+
+    def torn():
+        yield {"of": "the second"}
+        assert lines(files[0]) == [{"of": "the first"}]
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left") as failed:
+        write_lines_together({files[0]: [{"of": "the second"}], files[1]: torn()})
+    assert failed.value.filename == str(files[1])
+    assert [lines(path) for path in files] == [[{"of": "the first"}]] * 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["easy.jsonl", "hard.jsonl"]
+
+
 def test_conversations_are_exported_as_turns(chat_model, tmp_path):
     """Also from a finished selection, whose table holds rendered text alone."""
     asked = [[{"role": "system", "content": "be kind"}, {"role": "user", "content": f"my boss {n}"}] for n in range(8)]
@@ -102,10 +120,14 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_is_read(score
     assert mpo("select", "no.yaml", "--export", scored) == 2
     assert "is a file: name a folder" in capsys.readouterr().err
     assert mpo("select", "no.yaml", "--export", scored / "below") == 2
-    assert "is a file, not a folder" in capsys.readouterr().err
-    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert "is not a folder" in capsys.readouterr().err
+
+    def denied(**_):  # root may write anywhere
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", denied)
     assert mpo("select", "no.yaml", "--export", tmp_path / "new") == 2
-    assert "no permission to write" in capsys.readouterr().err
+    assert "Permission denied; choose another place" in capsys.readouterr().err
 
 
 def test_a_file_of_bad_scores_is_refused_with_its_line(language_model, scored, tmp_path, capsys):

@@ -92,12 +92,16 @@ def test_pairs_that_are_equal_once_cut_are_found():
         (" my", (" a", " a")),
         (" my", (" no", " quit")),
         (" my", (long, long + long)),
+        (" my", (" \u4f60", " \u597d")),
     ]
     report = tokenize(codec(), rows)[1]
     assert report.equal_responses == [1, 4]  # equal texts are another matter
-    (said,) = report.findings("pairs", 4)
-    assert said.startswith("2 of 4 pairs have equal sides once they are cut to text.max_response_tokens=4")
+    assert report.indistinct_responses == [5]  # both are the token for what the tokenizer does not know
+    said, unknown = report.findings("pairs", 4)
+    assert said.startswith("2 of 5 pairs have equal sides once they are cut to text.max_response_tokens=4")
     assert said.endswith("Rows of the set: 1, 4")
+    assert unknown.startswith("1 of 5 pairs have sides that the tokenizer writes with the same tokens")
+    assert unknown.endswith("Rows of the set: 5")
     many = TokenReport(rows=9, empty_responses=[*range(1, 9)])
     assert many.findings("pairs", 4)[0].endswith("Rows of the set: 1, 2, 3, 4, 5 and 3 more")
     assert TokenReport(rows=9).findings("pairs", 4) == []

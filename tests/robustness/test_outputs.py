@@ -17,7 +17,7 @@ from mpo_jax.cli.app import app
 from mpo_jax.cli.arguments import expanded
 from mpo_jax.config.load import load_config
 from mpo_jax.errors import UserError
-from mpo_jax.runtime.files import check_output, write_json, write_lines, write_text
+from mpo_jax.runtime.files import write_json, write_lines, write_text
 from mpo_jax.runtime.outputs import check_output_file
 from mpo_jax.tools.report.place import check_place
 from tests.pipeline.test_pipeline import MICRO, mpo
@@ -39,12 +39,12 @@ def places(tmp_path) -> dict[str, str]:
     [
         (
             "judge {rows} {rows} --model m --endpoint http://x:1/v1 --out {file}",
-            "--out {file}: {file} is a file",
+            "--out {file} is a file: name a folder",
         ),
-        ("human export {rows} {rows} --out {file}", "--out {file}: {file} is a file"),
-        ("human import {rows} --key {rows} --out {file}/under", "--out {file}/under: {file} is a file"),
+        ("human export {rows} {rows} --out {file}", "--out {file} is a file: name a folder"),
+        ("human import {rows} --key {rows} --out {file}/under", "--out: {file} is not a folder"),
         ("bench sft --json {folder}", "--json {folder} is a folder"),
-        ("bench sft --profile {file}", "--profile {file}: {file} is a file"),
+        ("bench sft --profile {file}", "--profile {file} is a file: name a folder"),
         (f"plan {MICRO} --on cpu --json {{folder}}", "--json {folder} is a folder"),
     ],
 )
@@ -58,11 +58,11 @@ def test_an_output_is_tried_first(places, capsys, monkeypatch, command, says):
 
 def test_a_place_that_can_be_written_is_left_as_it_was(tmp_path):
     (tmp_path / "old.json").write_text("{}")
-    check_output(tmp_path / "old.json", "--json")
-    check_output(tmp_path / "new" / "out.json", "--json")
+    check_output_file("--json", tmp_path / "old.json")
+    check_output_file("--json", tmp_path / "new" / "out.json")
     assert (tmp_path / "old.json").read_text() == "{}" and not (tmp_path / "new").exists()
-    with pytest.raises(UserError, match=r"--json .*: .*old\.json is a file; name another place"):
-        check_output(tmp_path / "old.json" / "deeper" / "x.json", "--json")
+    with pytest.raises(UserError, match=r"--json: .*old\.json is not a folder: choose another place"):
+        check_output_file("--json", tmp_path / "old.json" / "deeper" / "x.json")
 
 
 def test_a_lone_surrogate_in_an_answer_is_kept(tmp_path):

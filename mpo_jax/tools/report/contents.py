@@ -24,7 +24,9 @@ PAPER_COLUMNS = ("paper_hh", "paper_tldr")
 STAGE_NAMES = {"sft": "SFT", "reward": "Reward model", "dpo": "DPO", "ppo": "PPO"}
 
 
-def of_evaluated(shown: Shown, workdir: Path, evidence: Evidence, resamples: int) -> dict[str, Any]:
+def of_evaluated(
+    shown: Shown, workdir: Path, evidence: Evidence, resamples: int, price: float | None = None
+) -> dict[str, Any]:
     """Everything that `page.html.j2` shows; what a workdir has not is empty and its section left out."""
     by_seed = evidence.by_seed
     # tables and curves are of all seeds; single pairs, samples and counts are shown of one
@@ -43,7 +45,7 @@ def of_evaluated(shown: Shown, workdir: Path, evidence: Evidence, resamples: int
     winner = best.get(summary.measure(rows), first[-1].name)
     beside_paper = provenance.is_comparable_to_paper(workdir, by_seed)
     claim_columns = (*CLAIM_COLUMNS, *(PAPER_COLUMNS if beside_paper else ()))
-    return _of_training(shown, workdir, by_seed) | {
+    return _of_training(shown, workdir, by_seed, price) | {
         "first_seed": first_seed,
         "what": summary.what(by_seed, rows),
         "verdict": summary.verdict(by_seed, rows, resamples=resamples),
@@ -69,11 +71,11 @@ def of_evaluated(shown: Shown, workdir: Path, evidence: Evidence, resamples: int
     }
 
 
-def of_trained(shown: Shown, workdir: Path, results: list[RunResult]) -> dict[str, Any]:
+def of_trained(shown: Shown, workdir: Path, results: list[RunResult], price: float | None = None) -> dict[str, Any]:
     """Everything that `unevaluated.html.j2` shows, of runs of one workdir without an evaluation."""
     by_seed = {results[0].config.seed: results}
     measures = [row for result in results for row in last_measures(result)]
-    return _of_training(shown, workdir, by_seed) | {
+    return _of_training(shown, workdir, by_seed, price) | {
         "first_seed": results[0].config.seed,
         "cautions": summary.warnings(by_seed),
         "policy": provenance.policy(workdir, results[0]) if len(results) == 1 else None,
@@ -81,7 +83,7 @@ def of_trained(shown: Shown, workdir: Path, results: list[RunResult]) -> dict[st
     }
 
 
-def _of_training(shown: Shown, workdir: Path, by_seed: BySeed) -> dict[str, Any]:
+def _of_training(shown: Shown, workdir: Path, by_seed: BySeed, price: float | None) -> dict[str, Any]:
     """What both pages show: the training, its data and how it was made."""
     first = next(iter(by_seed.values()))
     every = [result for results in by_seed.values() for result in results]
@@ -91,7 +93,7 @@ def _of_training(shown: Shown, workdir: Path, by_seed: BySeed) -> dict[str, Any]
         "title": workdir.resolve().name,
         "version": __version__,
         "seeds": list(by_seed),
-        "spent": spent(by_seed),
+        "spent": spent(by_seed, price),
         "stages": stages,
         "held_out": any(key.startswith(EVAL) for chart in curves for row in chart.rows for key in row),
         "selections": selections(shown, first),

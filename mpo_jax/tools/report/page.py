@@ -24,7 +24,12 @@ from mpo_jax.tools.report.verdict_rows import find_verdicts
 
 
 def write_report(
-    workdir: Path, *, resamples: int, by_seed: BySeed | None = None, evidence: Evidence | None = None
+    workdir: Path,
+    *,
+    resamples: int,
+    by_seed: BySeed | None = None,
+    evidence: Evidence | None = None,
+    price: float | None = None,
 ) -> Path:
     """Writes `<workdir>/report/` from the finished runs and returns its index.html.
 
@@ -33,6 +38,7 @@ def write_report(
       resamples: bootstrap resamples of the paired differences.
       by_seed: the runs to report; None: those of the table's seeds, or else of the workdir itself.
       evidence: what they show, where that is computed already.
+      price: of a device for an hour; the stages' costs are shown with it.
 
     Raises:
       UserError: if there is no finished run.
@@ -40,12 +46,14 @@ def write_report(
     if by_seed is None:
         by_seed = collect_seeds(workdir)
     gathered = gather(by_seed, find_verdicts(workdir), resamples=resamples) if evidence is None else evidence
-    return _replace(workdir, "page.html.j2", lambda shown: contents.of_evaluated(shown, workdir, gathered, resamples))
+    return _replace(
+        workdir, "page.html.j2", lambda shown: contents.of_evaluated(shown, workdir, gathered, resamples, price)
+    )
 
 
-def write_training_report(workdir: Path, results: list[RunResult]) -> Path:
+def write_training_report(workdir: Path, results: list[RunResult], price: float | None = None) -> Path:
     """Writes `<workdir>/report/` from runs without an evaluation and returns its index.html."""
-    return _replace(workdir, "unevaluated.html.j2", lambda shown: contents.of_trained(shown, workdir, results))
+    return _replace(workdir, "unevaluated.html.j2", lambda shown: contents.of_trained(shown, workdir, results, price))
 
 
 def _replace(workdir: Path, template: str, content: Callable[[Shown], dict[str, Any]]) -> Path:

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from collections import Counter
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -26,11 +27,13 @@ class Made:
       stage: its title.
       runs: whose it is, where other runs have one of their own.
       seconds: from begin to end, of all seeds; None where any of them records none.
+      device_hours: time by number of devices, of all seeds; None where either is unknown.
     """
 
     stage: str
     runs: str
     seconds: float | None
+    device_hours: float | None
 
     @property
     def time(self) -> str:
@@ -47,6 +50,7 @@ class Spent:
       devices: `4 TPU`; several where runs were made on different ones; empty where none is recorded.
       time: all stages together.
       device_hours: time by number of devices; None where either is unknown.
+      price: of a device for an hour, in the user's currency; None: not given.
     """
 
     stages: list[Made]
@@ -54,15 +58,25 @@ class Spent:
     devices: list[str]
     time: str | None
     device_hours: float | None
+    price: float | None = None
+
+    def cost(self, made: "Made | Spent") -> str:
+        """What a stage, or all of them together, cost, for readers; empty without a price."""
+        if self.price is None:
+            return ""
+        return "unknown" if made.device_hours is None else f"{made.device_hours * self.price:,.2f}"
 
 
-def spent(by_seed: BySeed) -> Spent:
-    """Every stage counts once, however many runs share it."""
+def spent(by_seed: BySeed, price: float | None = None) -> Spent:
+    """Every stage counts once, however many runs share it.
+
+    Args:
+      price: of a device for an hour, in any currency.
+    """
     every = [result for results in by_seed.values() for result in results]
     counts = {result.folder: _devices(result.folder) for result in every}
     dates: list[float] = []
-    times: dict[tuple[str, str], list[float | None]] = {}
-    hours: list[float | None] = []
+    times: dict[tuple[str, str], list[tuple[float | None, float | None]]] = {}
     for results in by_seed.values():
         for stage in TITLES:
             for artifact, runs in distinct(results, stage):
@@ -70,13 +84,13 @@ def spent(by_seed: BySeed) -> Spent:
                 dates.append((artifact.path / "manifest.json").stat().st_mtime)
                 # every run has an evaluation of its own, and all of them take about as long
                 users = "" if stage == "evaluate" else ", ".join(runs)
-                times.setdefault((stage, users), []).append(seconds)
                 number = counts[_first(results, runs)].total()
-                hours.append(seconds * number / 3600 if seconds is not None and number else None)
+                hours = seconds * number / 3600 if seconds is not None and number else None
+                times.setdefault((stage, users), []).append((seconds, hours))
     shared: Counter[str] = Counter(stage for stage, _ in times)
     stages = [
-        Made(TITLES[stage], runs if shared[stage] > 1 else "", _total(seconds))
-        for (stage, runs), seconds in times.items()
+        Made(TITLES[stage], runs if shared[stage] > 1 else "", *map(_total, zip(*of_seeds, strict=True)))
+        for (stage, runs), of_seeds in times.items()
     ]
     whole = _total([stage.seconds for stage in stages])
     return Spent(
@@ -84,7 +98,8 @@ def spent(by_seed: BySeed) -> Spent:
         finished=datetime.fromtimestamp(max(dates), UTC).strftime("%Y-%m-%d %H:%M UTC"),
         devices=list(dict.fromkeys(filter(None, map(_name, counts.values())))),
         time=None if whole is None else duration(whole),
-        device_hours=_total(hours),
+        device_hours=_total([stage.device_hours for stage in stages]),
+        price=price,
     )
 
 
@@ -105,6 +120,7 @@ def _name(devices: Counter[str]) -> str:
     return " and ".join(f"{number} {kind}" for kind, number in devices.items())
 
 
-def _total(values: list[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) if len(known) == len(values) else None
+def _total(values: Iterable[float | None]) -> float | None:
+    listed = list(values)
+    known = [value for value in listed if value is not None]
+    return sum(known) if len(known) == len(listed) else None

@@ -6,6 +6,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from mpo_jax.evaluation.accuracy import unlike
 from mpo_jax.evaluation.answers import CATEGORY
 from mpo_jax.evaluation.verdicts import OUTCOMES
 from mpo_jax.runtime.console import console
@@ -65,7 +66,8 @@ def verdict_table(title: str, unit: str, result: Mapping[str, Any]) -> Table:
     shown.add_column("category")
     for column in (unit, *HEADINGS.values()):
         shown.add_column(column, justify="right")
-    for name, tally in {**result.get("by_category", {}), "all": result["verdict"]}.items():
+    by_category = result.get("by_category", {})
+    for name, tally in [*by_category.items(), (unlike("all", by_category), result["verdict"])]:
         cells = ("-" if tally["rates"][o] is None else share(tally["rates"][o]) for o in OUTCOMES)
         shown.add_row(escape(name), str(sum(tally[o] for o in OUTCOMES)), *cells)
     return shown

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from mpo_jax.tools.report.results import collect
 from mpo_jax.tools.report.samples import Samples, example
 from mpo_jax.tools.report.seeds import BySeed, over_seeds
 from mpo_jax.tools.report.spent import spent
+from tests.pipeline.test_pipeline import mpo
 from tests.tools.report import workdirs
 from tests.tools.report.pages import Page
 
@@ -137,6 +139,24 @@ def test_what_the_stages_took(workdir: Path) -> None:
     ]  # fmt: skip
     assert (found.finished, found.devices, found.time) == ("2026-09-21 14:13 UTC", ["1 cpu"], "64 min")
     assert found.device_hours == pytest.approx(3810 / 3600)
+
+
+def test_a_price_gives_every_stage_s_cost(workdir: Path, tmp_path: Path) -> None:
+    found = spent({0: collect(workdir)}, 36.0)
+    assert [found.cost(made) for made in found.stages] == ["36.00", "0.60", "0.30", "0.20", "0.85", "0.15"]
+    assert found.cost(found) == "38.10" and spent({0: collect(workdir)}).cost(found) == ""
+    copied = tmp_path / "work"
+    shutil.copytree(workdir, copied, symlinks=True)
+    assert mpo("report", str(copied), "--price", "36") == 0
+    text = " ".join(re.sub(r"<[^>]*>", " ", (copied / "report" / "index.html").read_text()).split())
+    assert "1.1 device hours, cost 38.10 SFT 60 min, cost 36.00 Reward model 60 s, cost 0.60" in text
+    assert "Costs are at 36.0 for a device and an hour." in text
+    assert mpo("report", str(copied), "--price", "nan") == 2
+
+
+def test_a_cost_without_its_time_is_unknown(tmp_path: Path) -> None:
+    found = spent({0: collect(workdirs.make(tmp_path, ("sft",)))}, 2.0)
+    assert {found.cost(made) for made in (found, *found.stages)} == {"unknown"}
 
 
 def test_devices_multiply_time_and_what_is_not_recorded_is_not_guessed(tmp_path: Path) -> None:
