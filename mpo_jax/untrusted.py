@@ -23,6 +23,8 @@ MAX_BYTES = 64 * 2**20
 """Of a file that is read whole. The largest tokenizer.json and weight indices have a third of that."""
 MAX_DEPTH = 100
 """Nested lists and mappings; files that people and libraries write have fewer than ten."""
+OCTAL = re.compile(r"[-+]?0[0-7_]*[1-7][0-7_]*")
+"""An integer that YAML 1.1 does not read as people do."""
 MAX_DIGITS = 100
 """Of an integer. tokenizer_config.json's model_max_length has 31; floating point ends at 309."""
 TOO_DEEP = f"nested more than {MAX_DEPTH} deep"
@@ -178,19 +180,25 @@ def check_parsed(value: Any) -> None:
 
 
 def check_yaml(text: str, where: str | Path) -> None:
-    """Checks the nesting of YAML before it is loaded: the loader recurses in C, and ends the process.
+    """Checks the nesting of YAML before it is loaded, since the loader recurses in C and ends the process; and that no
+    number is written with leading zeros, since YAML 1.1 reads 010 as 8.
 
     What is broken in another way is left to the loader.
 
     Raises:
-      UserError: YAML deeper than MAX_DEPTH; names the line.
+      UserError: YAML deeper than MAX_DEPTH, or an octal number; names the line.
     """
     depth = 0
     with contextlib.suppress(yaml.YAMLError):
         for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+            line = event.start_mark.line + 1
+            if isinstance(event, yaml.ScalarEvent) and event.implicit[0] and OCTAL.fullmatch(event.value):
+                raise UserError(
+                    f"{where}:{line}: YAML reads {event.value} as the octal number {int(event.value, 8)}: write the "
+                    "number without leading zeros, or text in quotes"
+                )
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > MAX_DEPTH:
-                line = event.start_mark.line + 1
                 raise UserError(f"{where}:{line}: broken YAML: nested more than {MAX_DEPTH} deep")
 
 

@@ -18,6 +18,7 @@ LONG = "9" * 5_000
 
 YAML = {
     "deep lists": ("a: " + DEEP, "run.yaml:1: broken YAML: nested more than 100 deep"),
+    "octal number": ("seed: 010", "run.yaml:1: YAML reads 010 as the octal number 8: write the number without leading"),
     "open brackets": ("a: " + "[" * 50_000, "nested more than 100 deep"),
     "deep mappings": ("a: " + "{a: " * 5000 + "}" * 5000, "nested more than 100 deep"),
     "deep dashes": ("- " * 5000 + "a", "nested more than 100 deep"),
