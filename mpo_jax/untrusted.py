@@ -24,7 +24,9 @@ MAX_BYTES = 64 * 2**20
 MAX_DEPTH = 100
 """Nested lists and mappings; files that people and libraries write have fewer than ten."""
 OCTAL = re.compile(r"[-+]?0[0-7_]*[1-7][0-7_]*")
-"""An integer that YAML 1.1 does not read as people do."""
+BASE_60 = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
+"""Numbers that YAML 1.1 does not read as people do."""
+NUMBER_TAGS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 MAX_DIGITS = 100
 """Of an integer. tokenizer_config.json's model_max_length has 31; floating point ends at 309."""
 TOO_DEEP = f"nested more than {MAX_DEPTH} deep"
@@ -181,22 +183,24 @@ def check_parsed(value: Any) -> None:
 
 def check_yaml(text: str, where: str | Path) -> None:
     """Checks the nesting of YAML before it is loaded, since the loader recurses in C and ends the process; and that no
-    number is written with leading zeros, since YAML 1.1 reads 010 as 8.
+    number is written in base 8 or 60, since YAML 1.1 reads 010 as 8 and 1:30 as 90.
 
     What is broken in another way is left to the loader.
 
     Raises:
-      UserError: YAML deeper than MAX_DEPTH, or an octal number; names the line.
+      UserError: YAML deeper than MAX_DEPTH, or such a number; names the line.
     """
     depth = 0
     with contextlib.suppress(yaml.YAMLError):
         for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
             line = event.start_mark.line + 1
-            if isinstance(event, yaml.ScalarEvent) and event.implicit[0] and OCTAL.fullmatch(event.value):
-                raise UserError(
-                    f"{where}:{line}: YAML reads {event.value} as the octal number {int(event.value, 8)}: write the "
-                    "number without leading zeros, or text in quotes"
-                )
+            if isinstance(event, yaml.ScalarEvent) and (event.implicit[0] or event.tag in NUMBER_TAGS):
+                base = 8 if OCTAL.fullmatch(event.value) else 60 if BASE_60.fullmatch(event.value) else 10
+                if base != 10:
+                    raise UserError(
+                        f"{where}:{line}: YAML reads {event.value} as a number of base {base}: write it as a decimal "
+                        "number without leading zeros, or as text in quotes"
+                    )
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > MAX_DEPTH:
                 raise UserError(f"{where}:{line}: broken YAML: nested more than {MAX_DEPTH} deep")

@@ -18,7 +18,9 @@ def report(
     workdir: Workdir,
     price: Annotated[
         float | None,
-        typer.Option(min=0, metavar="X", help="of one device for an hour, in any currency: adds what each stage cost"),
+        typer.Option(
+            min=0, max=1e6, metavar="X", help="of one device for an hour, in any currency: adds what each stage cost"
+        ),
     ] = None,
 ) -> None:
     """Write the report of a workdir's finished runs again, and list the stages of runs without an evaluation."""

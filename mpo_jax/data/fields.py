@@ -6,7 +6,7 @@ from typing import Any
 from mpo_jax.data.chat import Message
 from mpo_jax.data.text_files import Row, columns_of
 from mpo_jax.errors import UserError
-from mpo_jax.untrusted import loads
+from mpo_jax.untrusted import loads, unrepeated
 
 SPEAKERS = {
     "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant",
@@ -189,7 +189,7 @@ def _parsed(value: Any, where: str) -> Any:
     if not value.strip():
         return None
     try:
-        return loads(value)
+        return loads(value, pairs=unrepeated)
     except ValueError as error:
         raise UserError(f"{where}: not valid JSON: {error}") from error
 

@@ -244,11 +244,24 @@ class TableFile:
 
     def _read(self) -> Iterator[tuple[str, Row]]:
         csv.field_size_limit(MAX_ROW_BYTES)  # the module's own limit is shorter than some conversations
-        lines, columns, begin = _Lines(self.name, self.path), list[str](), 1
-        reader = csv.reader(iter(lines), delimiter=self.separator, strict=True)
+        lines, columns, begin, size = _Lines(self.name, self.path), list[str](), 1, 0
+
+        def bounded() -> Iterator[str]:
+            nonlocal size
+            for line in lines:
+                size += len(line)
+                # quotation marks make one row of any number of lines
+                if size > MAX_ROW_BYTES:
+                    raise UserError(
+                        f"{self.name}:{begin}: the row that begins here has more than {MAX_ROW_BYTES >> 20} MiB, the "
+                        "most that is read: close its quotation marks, or drop it"
+                    )
+                yield line
+
+        reader = csv.reader(bounded(), delimiter=self.separator, strict=True)
         try:
             for cells in reader:
-                place, begin = f"{self.name}:{begin}", lines.number + 1
+                place, begin, size = f"{self.name}:{begin}", lines.number + 1, 0
                 if not cells:
                     continue
                 if not columns:
@@ -283,7 +296,7 @@ class TableFile:
         if _CONVERSATION.match(cell) is None:
             return cell
         try:
-            return loads(cell)
+            return loads(cell, pairs=unrepeated)
         except ValueError as error:
             raise UserError(
                 f"{place}: column {column!r} holds a conversation that is not written as JSON: {error}. Save the rows "

@@ -55,7 +55,7 @@ class _Shape(BaseModel, strict=True):
     settings: dict[str, Any] = {}
     inputs: dict[str, Any] = {}
     summary: _Summary = _Summary()
-    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    seconds: Annotated[float, Field(ge=0, le=1e10, allow_inf_nan=False)] | None = None
     warnings: list[str] = []
     removed: list[str] = []
 

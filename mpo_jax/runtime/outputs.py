@@ -51,8 +51,11 @@ def check_output_folder(option: str, path: Path, files: Iterable[str] = (), inpu
     inputs = list(inputs)
     if path.exists() and not path.is_dir():
         raise UserError(f"{option} {path} is a file: name a folder")
+    led: dict[Path, str] = {}
     for name in files:
         refuse_inputs(option, path / name, inputs)
+        if (other := led.setdefault((path / name).resolve(), name)) != name:
+            raise UserError(f"{option} {path}: {name} and {other} lead to one file: remove the links")
         if (path / name).is_dir():
             raise UserError(f"{option} {path}: {path / name} is a folder: move it away, or name another folder")
     _check_writable(option, path / "a file")

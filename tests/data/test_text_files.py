@@ -117,6 +117,17 @@ def test_a_line_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch, nam
         rows_of(tmp_path / name)
 
 
+def test_a_row_of_many_lines_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
+    """Quotation marks make one row of any number of lines."""
+    monkeypatch.setattr(text_files, "MAX_ROW_BYTES", 1 << 10)
+    for rest in (('"' + "a" * 500 + '\n",') * 2000, '"\n",' * 2000, '"' + "a\n" * 2000):
+        (tmp_path / "a.csv").write_text("prompt,chosen\nno,yes\n" + rest)
+        with pytest.raises(UserError, match=r"a\.csv:3: the row that begins here has more than 0 MiB"):
+            rows_of(tmp_path / "a.csv")
+    (tmp_path / "a.csv").write_text("prompt,chosen\n" + '"no\n",yes\n' * 2000)
+    assert len(rows_of(tmp_path / "a.csv")) == 2000
+
+
 def test_a_list_may_be_longer_than_a_row_up_to_a_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(text_files, "MAX_ROW_BYTES", 1 << 10)
     rows = numbered(0, 1000)

@@ -18,7 +18,10 @@ LONG = "9" * 5_000
 
 YAML = {
     "deep lists": ("a: " + DEEP, "run.yaml:1: broken YAML: nested more than 100 deep"),
-    "octal number": ("seed: 010", "run.yaml:1: YAML reads 010 as the octal number 8: write the number without leading"),
+    "octal number": ("seed: 010", "run.yaml:1: YAML reads 010 as a number of base 8: write it as a decimal"),
+    "tagged octal number": ('seed: !!int "010"', "run.yaml:1: YAML reads 010 as a number of base 8"),
+    "number of base 60": ("seed: 1:30", "run.yaml:1: YAML reads 1:30 as a number of base 60"),
+    "fraction of base 60": ("seed: 1:30.5", "run.yaml:1: YAML reads 1:30.5 as a number of base 60"),
     "open brackets": ("a: " + "[" * 50_000, "nested more than 100 deep"),
     "deep mappings": ("a: " + "{a: " * 5000 + "}" * 5000, "nested more than 100 deep"),
     "deep dashes": ("- " * 5000 + "a", "nested more than 100 deep"),

@@ -130,6 +130,12 @@ def test_an_export_spares_its_rows_and_the_workdir(tmp_path, capsys):
         assert says in capsys.readouterr().err and rows.read_text() == "kept"
 
 
+def test_files_of_an_export_are_not_one(tmp_path, capsys):
+    (tmp_path / "hard.jsonl").symlink_to("easy.jsonl")
+    assert mpo("select", "no.yaml", "--export", tmp_path) == 2
+    assert "hard.jsonl and easy.jsonl lead to one file: remove the links" in capsys.readouterr().err
+
+
 def test_links_lead_on_and_pipes_stay(tmp_path):
     (tmp_path / "target").write_text("old")
     (tmp_path / "link").symlink_to(tmp_path / "target")
@@ -232,6 +238,17 @@ def _commands(app):
         yield command.callback
     for group in app.registered_groups:
         yield from _commands(group.typer_instance)
+
+
+def test_a_report_s_files_are_those_that_its_page_leads_to(tmp_path):
+    (report := tmp_path / "report").mkdir()
+    (report / "index.html").write_text('<a href="tables/main.csv">main.csv</a> Written by mpo_jax')
+    for name in ("main", "mine"):
+        write_text(report / "tables" / f"{name}.csv", ["run,prompts"])
+    with pytest.raises(UserError, match=r"mine\.csv is no part of a report"):
+        check_place(tmp_path)
+    (report / "tables" / "mine.csv").unlink()
+    check_place(tmp_path)
 
 
 def test_every_path_of_the_command_line_may_begin_at_home(monkeypatch, tmp_path):

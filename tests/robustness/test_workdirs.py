@@ -1,6 +1,7 @@
 """Every file of a workdir, damaged in every way: the commands that read it name it and say what to delete."""
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -237,6 +238,22 @@ def test_a_wrong_entry_of_a_manifest(copied, pipeline, capsys, stage, entry):
     replace(path, lambda path, _: path.write_text(json.dumps({**found, **ENTRIES[entry]})))
     status, said = read("plan", copied, pipeline, capsys)
     assert status == 2 and f"{path} " in said and f"delete the folder {path.parent}" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("has_eos", 17), ("prompts", -1), ("prompts", 1.5), ("score", math.nan), ("score", math.inf), ("score", True),
+        ("score", 10**99), ("score_se", "x"), ("length", None),
+    ],
+)  # fmt: skip
+def test_an_evaluation_s_impossible_value(copied, pipeline, capsys, name, value):
+    path = copied.place("evaluate/manifest.json")
+    found = json.loads(path.read_text())
+    summary = {**found["summary"], "has_eos": 0.5, "has_eos_se": 0.1, name: value}
+    replace(path, lambda path, _: path.write_text(json.dumps({**found, "summary": summary})))
+    status, said = read("report", copied, pipeline, capsys)
+    assert status == 2 and f"has no number that an evaluation has for {name} in its summary" in said
 
 
 @pytest.mark.parametrize(

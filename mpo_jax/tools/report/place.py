@@ -14,16 +14,19 @@ WRITTEN_BY = "Written by mpo_jax"
 def check_place(workdir: Path) -> None:
     """Raises UserError if `<workdir>/report` holds what no report has, so that it would be lost."""
     folder = workdir / FOLDER
+    page = folder / PAGE
+    text = page.read_text(encoding="utf-8", errors="replace") if page.is_file() and not folder.is_symlink() else ""
+    # a page that was damaged still has its tables or its record beside it
+    whole = WRITTEN_BY in text
     advice = "the report would replace it: move it away, or use another workdir"
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise UserError(f"{folder} is no folder of a report; {advice}")
     found = list(folder.rglob("*"))
     for path in sorted(found):
-        if not _is_ours(path, path.relative_to(folder).parts):
+        parts = path.relative_to(folder).parts
+        # the page leads to every file that was written with it
+        if not _is_ours(path, parts) or (whole and len(parts) == 2 and f'href="{"/".join(parts)}"' not in text):
             raise UserError(f"{path} is no part of a report; {advice}")
-    page = folder / PAGE
-    # a page that was damaged still has its tables or its record beside it
-    whole = page.is_file() and WRITTEN_BY in page.read_text(encoding="utf-8", errors="replace")
     if found and not whole and folder / INPUTS not in found and not (folder / "tables" / "main.csv").is_file():
         raise UserError(f"{page} is no page of mpo_jax; {advice}")
 

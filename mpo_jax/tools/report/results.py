@@ -64,6 +64,10 @@ def split_label(select: SelectConfig) -> str:
     return f"threshold {select.threshold:g}"
 
 
+LARGEST = 1e30
+"""Of a measure's mean; rewards are float32."""
+
+
 class NoRuns(UserError):
     """A workdir without a finished run."""
 
@@ -289,16 +293,34 @@ def _check(artifact: Artifact) -> list[str]:
     if stage == "reward":
         read_gaps(folder)
     if stage == "evaluate":
-        means = {name: summary.get(name) for name in COLUMNS if name in summary}
-        numbers = [summary.get("prompts"), *means.values(), *(summary.get(f"{name}_se") for name in means)]
-        if not all(isinstance(number, int | float) for number in numbers):
-            raise Damaged(folder / MANIFEST, "lacks numbers of the evaluation in its summary", anew(folder))
+        _check_summary(summary, folder)
     if os.path.lexists(folder / METRICS) or summary.get("train"):
         try:
             read_metrics(folder)
         except Damaged as damage:
             return [f"the report lacks the curves of {artifact.id}: {damage}"]
     return []
+
+
+def _check_summary(summary: dict[str, Any], folder: Path) -> None:
+    """Raises Damaged unless an evaluation's summary has a count, and a mean with its error for each measure."""
+    means = [name for name in COLUMNS if name in summary]
+    right = {
+        "prompts": type(summary.get("prompts")) is int and summary["prompts"] >= 1,
+        "score": "score" in summary,
+        **{name: _is_number(summary[name]) and abs(summary[name]) <= LARGEST for name in means},
+        # the error of a single prompt is NaN
+        **{f"{name}_se": _is_number(summary.get(f"{name}_se")) for name in means},
+    }
+    if "has_eos" in means:
+        right["has_eos"] = right["has_eos"] and 0 <= summary["has_eos"] <= 1
+    if wrong := [name for name, is_right in right.items() if not is_right]:
+        why = f"has no number that an evaluation has for {wrong[0]} in its summary"
+        raise Damaged(folder / MANIFEST, why, anew(folder))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
