@@ -25,6 +25,7 @@ def report(
 ) -> None:
     """Write the report of a workdir's finished runs again, and list the stages of runs without an evaluation."""
     from mpo_jax.tools.report.place import check_place
+    from mpo_jax.tools.report.provenance import evaluation
     from mpo_jax.tools.report.results import collect_unevaluated
     from mpo_jax.tools.report.terminal import print_cautions
     from mpo_jax.tools.runs import report_training, rewrite_report
@@ -34,7 +35,7 @@ def report(
     check_place(workdir)
     trained = collect_unevaluated(workdir)
     for run in trained:
-        console.print(f"{run.name} has no evaluation (mpo evaluate with the same settings makes it):", markup=False)
+        console.print(f"{run.name} has no evaluation; {evaluation(run)} makes it:", soft_wrap=True, markup=False)
         for line in _stages(run):
             console.print(f"  {line}", soft_wrap=True, markup=False)
     if trained and not any(workdir.glob("runs/*/evaluate/manifest.json")) and not any(workdir.glob("seed-*/runs")):

@@ -34,6 +34,8 @@ def score(
     opened = open_model(model, (*short_keys(None, [data], None), *(overrides or ())))
     found = score_rows(opened, data, batch_size=batch_size, max_rows=max_rows)
     write_lines(out, found.lines())
+    kind = "reward model" if opened.source.head == "value" else "language model"
+    console.print(f"scored by the {kind} {opened.path}", soft_wrap=True, markup=False)
     num_rows, what = len(found.values_BN), "row" if found.prompt_tokens_B is None else "response"
     for n, side in enumerate(found.sides):
         total, tokens = found.values_BN[:, n].sum(), found.tokens_BN[:, n].sum()

@@ -80,15 +80,23 @@ def select(
         return
     from mpo_jax.data.corpus import turns_of
     from mpo_jax.runtime.processes import is_main
+    from mpo_jax.tools.report.results import split_label
     from mpo_jax.tools.selected import export_selection
 
     # all experiments have one selection
     if is_main():
         for name, rows in export_selection(artifacts[0], resolved.select, turns_of(resolved), export).items():
             console.print(f"wrote {export / name}: {counted(rows, 'row')}", soft_wrap=True)
+            if not rows:
+                console.print(
+                    f"{name} is empty: no pair is on that side of the split ({split_label(resolved.select)})",
+                    style="yellow",
+                    soft_wrap=True,
+                )
         if share := resolved.data.validation_fraction:
             console.print(
-                f"rows of held-out prompts (data.validation_fraction={share:g}) are in none of them; 0 holds out none",
+                f"rows whose prompt is held out (data.validation_fraction={share:g}) are in none of these files; "
+                "data.validation_fraction=0 holds out none",
                 soft_wrap=True,
             )
 

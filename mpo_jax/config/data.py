@@ -240,6 +240,6 @@ class DataConfig(Section, frozen=True):
             raise ValueError(
                 "data.columns names columns of files, and data.kind=toy reads none: name the files, data.path"
             )
-        if self.kind != "toy" and not self.path:
+        if self.kind != "toy" and not self.path and not self.sft_path:
             raise ValueError(f"data.kind={self.kind} needs data.path: name one or more files, folders or hub data sets")
         return self

@@ -24,6 +24,10 @@ class Given:
     def __hash__(self) -> int:
         return 0
 
+    def has(self, key: str) -> bool:
+        """Whether a user has set the key."""
+        return any(key in keys for keys in (self.command_line, *self.files))
+
     def without_effect(self, prefix: str, why: str | None) -> list[str]:
         """The keys under a prefix that a user has set in vain, as he wrote them.
 

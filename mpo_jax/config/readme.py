@@ -56,6 +56,10 @@ EXAMPLES = {
         {"info": _POST, "summaries": [{"text": "Dog."}, {"text": "Cat naps."}], "choice": 1},
         {"prompt": _QUERY, "reference": "Cat naps.", "model_1b": "Dog.", "preferred": "reference"},
     ),
+    "scored_preferences": (
+        {"prompt": _EGG, "responses": [" No.", _NINE, " Ten."], "scores": [-1.5, 2.0, 0.5]},
+        {"prompt": [_HI], "responses": ["What?", "Hello!"], "scores": [0, 1]},
+    ),
     "tldr_demonstrations": ({**_POST, "summary": "Cat naps."}, {"prompt": _QUERY, "label": "Cat naps."}),
 }
 """Rows by kind and use, as the readers take them."""
@@ -153,7 +157,7 @@ A path is one source or a list of sources. A source is
 
 | key | rows | without it |
 |---|---|---|
-| `data.path` | preference pairs | an error, unless `data.kind=toy` |
+| `data.path` | preference pairs | an error, unless `data.kind=toy`; `mpo sft` needs `data.sft_path` alone |
 | `data.sft_path` | demonstrations | SFT imitates the chosen responses; `tldr`: `reference` if rows have it |
 | `data.prompt_path` | prompts for selection and PPO | the prompts of the pairs |
 | `data.test_path` | preference pairs of the test set | see Test sets |
@@ -209,6 +213,12 @@ Demonstrations (`label`, `completion` and `response` mean the same):
 {tldr_demonstrations}
 
 Prompts are `{prompt}`, or any of the rows above.
+
+**`data.kind=scored`**: responses of any sampler with the scores of any reward model, a number for each. The best of a
+row and its worst are a pair; demonstrations and prompts are as for `pairs`. With `select.pair_source=scored` the scores
+decide which pairs are easy, without sampling or a reward model; otherwise they only say which response is chosen.
+
+{scored_preferences}
 
 **Chat.** Conversations become text by the chat template of the base model's tokenizer. `text.chat=true` makes turns of
 plain prompts and of HH-RLHF's dialogues too. `text.prompt_template` puts text around every prompt.

@@ -116,7 +116,7 @@ def _load(config: Config) -> Corpus:
     corpus = _load_toy(config) if data.kind == "toy" else _load_sources(config)
     needed = {
         "demonstrations": True,
-        "pairs": True,
+        "pairs": data.kind == "toy" or bool(data.path),
         "reward_pairs": bool(corpus.pairs),
         "held_out": data.kind == "toy" or bool(data.test_path),
         "prompts": bool(data.prompt_path),
@@ -127,7 +127,7 @@ def _load(config: Config) -> Corpus:
         sources = "; ".join(f"{r.source}: {_said(r)}" for r in corpus.reports)
         named = ", ".join({"held_out": "held-out pairs"}.get(name, name.replace("_", " ")) for name in empty)
         raise UserError(f"the data set has no {named}. {sources}. {_advice(corpus.reports, data.kind)}")
-    if data.holds_out and not corpus.held_out:
+    if data.path and data.holds_out and not corpus.held_out:
         prompts = len({row.group for row in corpus.pairs})
         warn(
             f"data.validation_fraction={data.validation_fraction:g} of {prompts} prompts holds out no row: losses and "
@@ -245,13 +245,7 @@ def check_first_rows(config: Config) -> TextRow | None:
         "prompt_path": readers.prompts,
         "test_prompt_path": readers.prompts,
     }
-    sources: dict[str, list[Source]] = {}
-    for key in readers_by_key:
-        with _naming(key):
-            sources[key] = [renamed(open_source(spec), data.columns) for spec in getattr(data, key)]
-    check_columns(
-        [source for part in sources.values() for source in part], data.columns, _format(data.kind).fields, first
-    )
+    sources = _sources(data)
     for key, reader in readers_by_key.items():
         for source in sources[key]:
             with _naming(key):
@@ -261,6 +255,22 @@ def check_first_rows(config: Config) -> TextRow | None:
     if not pairs:
         return None
     return TextRow.of(pairs[0].prompt, pairs[0].chosen, complete=True, conversations=conversations)
+
+
+def _sources(data: DataConfig) -> dict[str, list[Source]]:
+    """What each key names, with fields taken from columns of other names.
+
+    Raises:
+      UserError: for what is not there, or a column that the first rows lack.
+    """
+    sources: dict[str, list[Source]] = {}
+    for key in ("path", "sft_path", "test_path", "prompt_path", "test_prompt_path"):
+        with _naming(key):
+            sources[key] = [renamed(open_source(spec), data.columns) for spec in getattr(data, key)]
+    first = min(FIRST_ROWS, data.max_rows or FIRST_ROWS)
+    every = [source for part in sources.values() for source in part]
+    check_columns(every, data.columns, _format(data.kind).fields, first)
+    return sources
 
 
 def _say_repeated(key: str, specs: Sequence[str]) -> None:
@@ -277,16 +287,16 @@ def _load_sources(config: Config) -> Corpus:
         spelled = SpelledTokens(cache(lambda: base_tokenizer(config)), config.text.end_markers)
     render = _renderer(config, conversations, spelled)
     data, readers = config.data, _readers(config, render)
+    sources = _sources(data)
 
     def read(key: str, reader: Callable[[Source], Part[T]]) -> list[Part[T]]:
         with _naming(key):
             _say_repeated(key, getattr(data, key))
-            return [reader(renamed(open_source(spec), data.columns)) for spec in getattr(data, key)]
+            return [reader(source) for source in sources[key]]
 
     imitated = read("sft_path", readers.demonstrations)
     pairs = read("path", readers.preferences)
-    for spec, (rows, _) in zip(() if data.sft_path else data.path, pairs, strict=False):
-        source = renamed(open_source(spec), data.columns)
+    for source, (rows, _) in zip(() if data.sft_path else sources["path"], pairs, strict=False):
         if _format(data.kind).has_references(source):
             with _naming("path"):
                 references, own = readers.demonstrations(source)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from mpo_jax.config.schema import DataConfig
 from mpo_jax.data.chat import Message, Reply, offering
 from mpo_jax.data.fields import Drop, Unusable, said, tools_of, whole
-from mpo_jax.data.layouts import FIELDS, RESPONSES, standard
+from mpo_jax.data.layouts import BETTER, FIELDS, RESPONSES, standard
 from mpo_jax.data.rendering import Renderer, user_turn
 from mpo_jax.data.sources import Source
 from mpo_jax.data.text_files import Row, columns_of
@@ -136,6 +136,11 @@ def read_preferences(
     """
 
     def convert(place: str, row: Row) -> Preference:
+        if missing := _demonstration_alone(row):
+            raise UserError(
+                f"{place}: the row is a demonstration, {{{missing}}}, without a chosen and a rejected response: name "
+                "its file in data.sft_path"
+            )
         row, tools, category = standard(row, place), tools_of(row, place), row_category(row, place)
         implicit = row.get("prompt") is None and isinstance(row.get("chosen"), list)
         prompt = [] if implicit else said(row, "prompt", place)
@@ -150,6 +155,13 @@ def read_preferences(
         return preference(context, reply, other_reply, place, category=category, strict=strict, render=render)
 
     return collect(source, max_rows, convert)
+
+
+def _demonstration_alone(row: Row) -> str | None:
+    """The field of a conversation that is no pair; None if it may be one."""
+    if any(field in row for field in ("chosen", "rejected", BETTER)):
+        return None
+    return next((field for field in ("messages", "conversations") if row.get(field) is not None), None)
 
 
 def read_demonstrations(

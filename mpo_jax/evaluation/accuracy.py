@@ -57,12 +57,10 @@ class Accuracy:
           weight_B: [B] positive weights; None: all alike.
         """
         margin_B = np.asarray(margin_B, np.float64)
-        share_B = np.full(len(margin_B), 1 / len(margin_B))
-        if weight_B is not None:
-            share_B = np.asarray(weight_B, np.float64) / np.sum(weight_B)
-        right_B = (1 + np.sign(margin_B)) / 2
-        # a share cannot exceed 1, not even by rounding
-        mean = min(float(right_B @ share_B), 1.0)
+        weight_B = np.ones(len(margin_B)) if weight_B is None else np.asarray(weight_B, np.float64)
+        share_B = weight_B / weight_B.sum()
+        # one division: a hundred of a hundred is 1, and no share exceeds it by rounding
+        mean = min(float((1 + np.sign(margin_B)) @ weight_B / (2 * weight_B.sum())), 1.0)
         low, high = wilson(mean, 1 / float(share_B @ share_B))
         return cls(mean, low, high, len(margin_B), int((margin_B == 0).sum()), float(margin_B @ share_B))
 

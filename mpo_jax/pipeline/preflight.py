@@ -56,9 +56,19 @@ def check_inputs(config: Config, until: StageName = "evaluate") -> None:
     Raises:
       UserError: names the key that is wrong.
     """
+    if until != "sft" and config.data.kind != "toy" and not config.data.path:
+        raise UserError(
+            f"mpo {until} needs pairs: name their files, data.path (data.sft_path alone is enough for mpo sft)"
+        )
     row = check_first_rows(config)
     if not config.select.scores_pairs:
         check_scores(config.data)
+    elif config.data.kind == "scored" and until != "sft" and not config.given.has("select.pair_source"):
+        console.print(
+            "[yellow]data.kind=scored: the scores only say which response is chosen; pairs to select from are sampled. "
+            "select.pair_source=scored selects by the scores, without sampling or a reward model[/yellow]",
+            soft_wrap=True,
+        )
     codec, _ = check_base(config)
     if config.model.path is None and config.model.adapter is not None:
         console.print("model.adapter: SFT trains its model whole, from random weights; later stages train adapters")

@@ -104,6 +104,12 @@ def roles(folder: Path) -> list[str]:
     return ["sft", *(f"{number}-{step.algorithm}" for number, step in steps), "evaluate"]
 
 
+def is_up_to_reward(folder: Path) -> bool:
+    """Whether a run's folder is that of a run whose last stage is its reward model, as `mpo reward` leaves it."""
+    made = stage_links(folder)
+    return "reward" in made and not any(role == "evaluate" or role == "select" or role[0].isdigit() for role in made)
+
+
 def last_step(folder: Path) -> Path:
     """The link to a run's final policy: that of its last step, or SFT.
 

@@ -127,10 +127,14 @@ def _names(source: Source, by: str | None, max_rows: int | None) -> tuple[list[s
     named, subsets = list[str | None](), list[str | None]()
     for place, row in source.rows(max_rows):
         if "chosen" not in row or "rejected" not in row:
+            advice = (
+                "mpo score scores such rows"
+                if "responses" in row
+                else "data.columns.chosen=NAME and data.columns.rejected=NAME take them from other columns"
+            )
             raise UserError(
                 f"{place}: accuracy is of pairs, rows {{prompt, chosen, rejected}}; this one has: "
-                f"{', '.join(row) or 'nothing'}. data.columns.chosen=NAME and data.columns.rejected=NAME take "
-                "them from other columns"
+                f"{', '.join(row) or 'nothing'}. {advice}"
             )
         named.append(None if by is None else _name(row, by, place) or None)
         subsets.append(row[SUBSET] if isinstance(row.get(SUBSET), str) else None)

@@ -20,7 +20,7 @@ from mpo_jax.models.hf.hub import local_model
 from mpo_jax.models.hf.tokenizer import load_tokenizer
 from mpo_jax.pipeline.experiments import is_run
 from mpo_jax.pipeline.recipe import MANIFEST, RECIPE, is_stage_folder, read_recipe
-from mpo_jax.pipeline.run_folder import is_run_folder, last_step
+from mpo_jax.pipeline.run_folder import is_run_folder, is_up_to_reward, last_step
 from mpo_jax.runtime import machine
 from mpo_jax.runtime.files import anew
 from mpo_jax.runtime.sharding import make_mesh
@@ -136,11 +136,16 @@ def find_model(path: str, *, critic: bool = False) -> Path:
     of a workdir with one run that run's.
 
     Raises:
-      UserError: if there is no model, or a workdir has several runs.
+      UserError: if there is no model, a workdir has several runs, or a run ends with its reward model.
     """
     folder = _only_run(Path(path).expanduser())
     part = "critic" if critic else "model"
     if is_run_folder(folder):
+        if not critic and is_up_to_reward(folder):
+            raise UserError(
+                f"{path} was made up to its reward model: name {folder / 'reward'} for that, or {folder / 'sft'} for "
+                "the language model"
+            )
         folder = last_step(folder)
     if (folder / part / "config.json").is_file():
         return folder / part

@@ -19,8 +19,8 @@ from mpo_jax.data.batches import Progress
 from mpo_jax.data.chat import Message
 from mpo_jax.data.columns import advice, check_columns, renamed
 from mpo_jax.data.corpus import FIRST_ROWS
-from mpo_jax.data.fields import MissingField
-from mpo_jax.data.layouts import FIELDS
+from mpo_jax.data.fields import Drop, MissingField
+from mpo_jax.data.layouts import BETTER, FIELDS, standard
 from mpo_jax.data.rendering import Renderer
 from mpo_jax.data.scored import RESPONSES
 from mpo_jax.data.sources import Row, Source, open_source
@@ -137,7 +137,28 @@ def open_rows(data: str, columns: Names) -> Source:
     """
     source = renamed(open_source(data), columns)
     check_columns([source], columns, (*FIELDS, SHOWN, SUBSET, RESPONSES), FIRST_ROWS)
-    return source
+    return _Standard(source)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Standard:
+    """A source whose rows {prompt, response_0, response_1, better_response_id} are {prompt, chosen, rejected}."""
+
+    whole: Source
+
+    @property
+    def name(self) -> str:
+        return self.whole.name
+
+    def files(self) -> list[Path]:
+        return self.whole.files()
+
+    def rows(self, max_rows: int | None = None) -> Iterator[tuple[str, Row]]:
+        for place, row in self.whole.rows(max_rows):
+            try:
+                yield place, standard(row, place) if BETTER in row else row
+            except Drop as reason:
+                raise UserError(f"{place}: {reason}, so the row is no pair: drop it") from reason
 
 
 def _given(source: Source, max_rows: int | None) -> list[Row]:

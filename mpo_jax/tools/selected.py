@@ -47,7 +47,12 @@ def _pair(table: PairTable, row: int, turns: Turns) -> dict[str, Any]:
     responses = table.response[row]
     return {
         **turns.row(table.prompt[row], {"chosen": responses[chosen], "rejected": responses[rejected]}),
-        "gap": float(table.gap[row]),
-        "score_chosen": float(table.score[row, chosen]),
-        "score_rejected": float(table.score[row, rejected]),
+        "gap": _shortest(table.gap[row]),
+        "score_chosen": _shortest(table.score[row, chosen]),
+        "score_rejected": _shortest(table.score[row, rejected]),
     }
+
+
+def _shortest(value: np.floating) -> float:
+    """The number with the fewest digits that is the same float32: 1.2, not 1.2000000476837158."""
+    return float(str(np.float32(value)))

@@ -39,6 +39,25 @@ def margins(model, pairs, out, field) -> np.ndarray:
     return np.asarray([row[f"{field}_chosen"] - row[f"{field}_rejected"] for row in lines(out)])
 
 
+def test_rows_that_number_their_better_response(reward_model, pairs, tmp_path, capsys):
+    """PKU-SafeRLHF's, in accuracy and score as in runs."""
+    given, numbered = lines(pairs), tmp_path / "numbered.jsonl"
+    rows = []
+    for number, row in enumerate(given):
+        sides = (row["chosen"], row["rejected"])[:: 1 if number % 2 == 0 else -1]
+        texts = {f"response_{n}": text for n, text in enumerate(sides)}
+        rows.append({"prompt": row["prompt"], **texts, "better_response_id": number % 2})
+    numbered.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = [margins(reward_model, path, tmp_path / "out.jsonl", "score") for path in (pairs, numbered)]
+    assert np.array_equal(*found) and f"scored by the reward model {reward_model}" in capsys.readouterr().out
+    assert mpo("accuracy", reward_model, numbered, "--json", tmp_path / "a.json", *NO_CACHE) == 0
+    assert json.loads((tmp_path / "a.json").read_text())["overall"]["mean"] == ((1 + np.sign(found[0])) / 2).mean()
+    rows[1]["better_response_id"] = None
+    numbered.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert mpo("accuracy", reward_model, numbered, *NO_CACHE) == 2
+    assert "numbered.jsonl:2: better_response_id is null, so the row is no pair" in capsys.readouterr().err
+
+
 def test_a_reward_model(reward_model, pairs, tmp_path, capsys):
     out = tmp_path / "accuracy.json"
     assert mpo("accuracy", reward_model, pairs, "--by", "kind", "--json", out, *NO_CACHE) == 0

@@ -63,6 +63,33 @@ def test_scored_rows_are_split_and_exported_without_a_reward_model(language_mode
     assert f"hard_prompts.jsonl: {len(hard)} rows" in said
 
 
+def test_scores_that_only_order_are_said_and_so_is_an_empty_side(language_model, scored, tmp_path, capsys):
+    flags = (
+        "--model",
+        language_model,
+        "--data",
+        scored,
+        "--out",
+        tmp_path / "work",
+        "data.kind=scored",
+        "sft.skip=true",
+    )
+    said = "data.kind=scored: the scores only say which response is chosen"
+    assert mpo("select", *flags, *QUIET, "select.easy_fraction=0.5", "reward.path=nowhere") == 2
+    assert said in " ".join(capsys.readouterr().out.split())
+    assert mpo("select", *flags, *QUIET, "select.pair_source=sampled", "reward.path=nowhere") == 2
+    assert said not in " ".join(capsys.readouterr().out.split())
+    out = tmp_path / "out"
+    assert mpo("select", *flags, *QUIET, *RECIPE, "select.threshold=1000", "--export", out) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "easy.jsonl: 0 rows easy.jsonl is empty: no pair is on that side of the split (threshold 1000)" in shown
+    assert said not in shown and "hard.jsonl is empty" not in shown
+    # the file's own digits, not those of float32
+    assert {row["score_chosen"] for row in lines(out / "hard.jsonl")} <= {
+        x for row in lines(scored) for x in row["scores"]
+    }
+
+
 def test_no_file_of_an_export_takes_its_place_before_all_are_written(tmp_path):
     files = [tmp_path / name for name in ("easy.jsonl", "hard.jsonl")]
     write_lines_together({path: [{"of": "the first"}] for path in files})

@@ -42,6 +42,36 @@ def kinds(workdir: Path) -> list[str]:
     return sorted(name.rpartition("-")[0] for name in stages(workdir))
 
 
+def test_demonstrations_alone_are_enough_for_sft(language_model, pairs, tmp_path, capsys):
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    shown = tmp_path / "sft.jsonl"
+    shown.write_text("".join(json.dumps({"prompt": r["prompt"], "response": r["chosen"]}) + "\n" for r in rows))
+    flags = ("--model", language_model, f"data.sft_path={shown}", "--out", tmp_path / "work", *SMALL[3:])
+    flags = (*flags, "data.validation_fraction=0")
+    assert mpo("sft", *flags, "train.steps=2", "train.batch_size=4") == 0
+    assert f"{len(rows)} demonstrations" in capsys.readouterr().out
+    assert mpo("dpo", *flags) == 2
+    assert "mpo dpo needs pairs: name their files, data.path" in capsys.readouterr().err
+    shown.write_text(
+        json.dumps({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}) + "\n"
+    )
+    assert mpo("data", "--model", language_model, "--data", shown) == 2
+    assert "sft.jsonl:1: the row is a demonstration, {conversations}" in (said := capsys.readouterr().err)
+    assert "name its file in data.sft_path" in said
+
+
+def test_a_run_up_to_its_reward_model_is_no_policy(language_model, pairs, tmp_path, capsys):
+    flags = ("--model", language_model, "--data", pairs, "--out", tmp_path / "work", "sft.skip=true", *SMALL[1:])
+    assert mpo("reward", *flags, "data.validation_fraction=0.3") == 0
+    run = tmp_path / "work" / "runs" / "mpo"
+    for name in (tmp_path / "work", run):
+        assert mpo("score", name, pairs, "--out", tmp_path / "out.jsonl") == 2
+        said = capsys.readouterr().err
+        assert f"{name} was made up to its reward model: name {run / 'reward'} for that, or {run / 'sft'} for" in said
+    assert mpo("score", run / "reward", pairs, "--out", tmp_path / "out.jsonl", *SMALL[-4:-1]) == 0
+    assert "scored by the reward model" in capsys.readouterr().out
+
+
 @pytest.mark.thorough
 def test_dpo_on_a_model_and_pairs_is_one_line_and_makes_nothing_else(language_model, pairs, tmp_path, capsys):
     workdir = tmp_path / "work"

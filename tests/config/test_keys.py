@@ -13,7 +13,7 @@ from mpo_jax.config import keys, readme
 from mpo_jax.config.load import load_config
 from mpo_jax.config.old_keys import dotted
 from mpo_jax.config.schema import Config, Section
-from mpo_jax.data import hh, records, tldr
+from mpo_jax.data import hh, records, scored, tldr
 from mpo_jax.data.rendering import Renderer
 from mpo_jax.data.sources import open_source
 from mpo_jax.errors import UserError
@@ -243,9 +243,15 @@ READERS = {
     "pairs_prompts": records.read_prompts,
     "hh_preferences": hh.read_hh,
     "tldr_preferences": tldr.read_tldr_preferences,
+    "scored_preferences": scored.read_scored,
     "tldr_demonstrations": tldr.read_tldr_demonstrations,
 }
-PROMPTS = {"pairs": records.read_prompts, "hh": hh.read_hh_prompts, "tldr": tldr.read_tldr_prompts}
+PROMPTS = {
+    "pairs": records.read_prompts,
+    "scored": records.read_prompts,
+    "hh": hh.read_hh_prompts,
+    "tldr": tldr.read_tldr_prompts,
+}
 
 
 @pytest.mark.parametrize("use", readme.EXAMPLES)

@@ -27,6 +27,15 @@ def test_fields_are_taken_from_the_columns(tmp_path):
     assert swapped.pairs[0].chosen == " k 0"
 
 
+def test_a_misspelt_column_never_leaves_the_prompt_to_what_the_sides_share(tmp_path):
+    sides = {"response_j": "Sure:\n 1", "response_k": "Sure:\n 2"}
+    path = write(tmp_path / "a.jsonl", [{"question": f"q {i}", **sides} for i in range(3)])
+    with pytest.raises(
+        UserError, match=r"data\.columns\.prompt=qestion: the first rows have no column 'qestion'.*question"
+    ):
+        load_corpus(data_of(path, {**COLUMNS, "prompt": "qestion"}))
+
+
 def test_columns_change_the_fingerprint_and_no_columns_do_not(tmp_path):
     path = write(tmp_path / "a.jsonl", STACK)
     assert fingerprint(data_of(path, COLUMNS)) != fingerprint(data_of(path, {**COLUMNS, "category": "question"}))

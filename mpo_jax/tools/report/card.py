@@ -286,7 +286,7 @@ def _reproduce(origin: Origin, *, adapter: bool) -> str:
     stage, again = origin.own["stage"], "workdir=runs/again"
     if origin.run is not None:
         experiment = Variant.of(origin.run).experiment
-        lines = [["mpo", "run", CONFIG_FILE, f"experiment={experiment}", again]]
+        lines = [["mpo", stage, CONFIG_FILE, f"experiment={experiment}", again]]
         lines.append(["mpo", "export", f"runs/again/runs/{experiment}", "DIR", *(["--adapter"] if adapter else [])])
     else:
         lines = [["mpo", stage, CONFIG_FILE, again]]

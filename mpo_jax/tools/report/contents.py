@@ -78,6 +78,7 @@ def of_trained(shown: Shown, workdir: Path, results: list[RunResult], price: flo
     return _of_training(shown, workdir, by_seed, price) | {
         "first_seed": results[0].config.seed,
         "cautions": summary.warnings(by_seed),
+        "evaluations": [provenance.evaluation(result) for result in results],
         "policy": provenance.policy(workdir, results[0]) if len(results) == 1 else None,
         "last": shown.table("last_measures", list({row["artifact"]: row for row in measures}.values())),
     }

@@ -9,10 +9,12 @@ from urllib.parse import quote
 
 from mpo_jax.config.registry import EXPERIMENTS, Step
 from mpo_jax.config.schema import Config
+from mpo_jax.pipeline.run_folder import CONFIG
 from mpo_jax.tools.report.curves import distinct
 from mpo_jax.tools.report.results import RunResult, split_label
 from mpo_jax.tools.report.seeds import BySeed, Rows
 from mpo_jax.tools.report.shown import Shown
+from mpo_jax.tools.report.unevaluated import in_order_made
 
 TABLE_CONFIG = "table.yaml"
 """In a table's workdir: the resolved configuration that `mpo table` was given."""
@@ -125,18 +127,30 @@ def commands(workdir: Path, by_seed: BySeed) -> list[dict[str, Any]]:
         again = ["mpo", "table", str(workdir / TABLE_CONFIG), f"workdir={workdir}-again"]
         command = {"runs": list(dict.fromkeys(names)), "seed": ", ".join(map(str, by_seed)), "world_seed": None}
         return [{**command, "given": _given(results[0]), "again": shlex.join(again)}]
-    found: dict[Config, dict[str, Any]] = {}
+    found: dict[tuple[Config, str], dict[str, Any]] = {}
     for result in [result for results in by_seed.values() for result in results]:
-        config = result.config
+        config, stage = result.config, _made_up_to(result)
         command = {
             "runs": [],
             "seed": config.seed,
             "world_seed": config.data.toy.seed if config.data.kind == "toy" else None,
             "given": _given(result),
-            "again": shlex.join(["mpo", "run", str(result.folder / "config.yaml"), f"workdir={config.workdir}-again"]),
+            "again": shlex.join(["mpo", stage, str(result.folder / CONFIG), f"workdir={config.workdir}-again"]),
         }
-        found.setdefault(config, command)["runs"].append(result.name)
+        found.setdefault((config, stage), command)["runs"].append(result.name)
     return list(found.values())
+
+
+def evaluation(result: RunResult) -> str:
+    """The command that goes on with a run that was made up to a stage, to its evaluation."""
+    return shlex.join(["mpo", "evaluate", str(result.folder / CONFIG)])
+
+
+def _made_up_to(result: RunResult) -> str:
+    """The command that makes as much as there is of a run: `run` for all of it, or a stage's name."""
+    if "evaluate" in result.artifacts:
+        return "run"
+    return result.artifacts[in_order_made(result)[-1]].manifest["stage"]
 
 
 def _given(result: RunResult) -> str:

@@ -245,7 +245,11 @@ def collect(workdir: Path, names: tuple[str, ...] | None = None) -> list[RunResu
     if left_out and not results:
         raise UserError("\n".join(left_out))
     if not results:
-        raise NoRuns(f"no finished run in {workdir}: make one with `mpo run CONFIG workdir={workdir}`")
+        run = is_run(workdir.name) and (workdir / CONFIG).is_file()
+        hint = (
+            f"name its workdir, {workdir.parent.parent}" if run else f"make one with `mpo run CONFIG workdir={workdir}`"
+        )
+        raise NoRuns(f"no finished run in {workdir}: {hint}")
     results[0] = dataclasses.replace(results[0], cautions=(*left_out, *results[0].cautions))
     order = in_order(result.name for result in results)
     return sorted(results, key=lambda result: order.index(result.name))

@@ -56,7 +56,7 @@ def test_a_run_s_policy_has_its_whole_story(workdir: Path, tmp_path: Path) -> No
     ]
     # the evaluation's own numbers, and the toy data's source with what was dropped
     assert "| true utility" in text and "3.307" in text and "empty & void: 2" in text
-    assert f"mpo run {CONFIG_FILE} experiment=mpo workdir=runs/again" in text
+    assert f"mpo ppo {CONFIG_FILE} experiment=mpo workdir=runs/again" in text
     assert "mpo export runs/again/runs/mpo DIR" in text and "made by: mpo run 'my config.yaml'" in text
     assert load_config(tmp_path / "out" / CONFIG_FILE).seed == 3
 

@@ -150,7 +150,7 @@ def test_a_price_gives_every_stage_s_cost(workdir: Path, tmp_path: Path) -> None
     assert mpo("report", str(copied), "--price", "36") == 0
     text = " ".join(re.sub(r"<[^>]*>", " ", (copied / "report" / "index.html").read_text()).split())
     assert "1.1 device hours, cost 38.10 SFT 60 min, cost 36.00 Reward model 60 s, cost 0.60" in text
-    assert "Costs are at 36.0 for a device and an hour." in text
+    assert "Costs are at 36.0 per device-hour." in text
     assert mpo("report", str(copied), "--price", "nan") == 2
 
 

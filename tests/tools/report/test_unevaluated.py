@@ -37,6 +37,11 @@ def test_trained_runs_have_a_page(workdir, capsys):
     page = Page(workdir / "report" / "index.html")
     assert f"report: {workdir / 'report' / 'index.html'}" in said
     assert said.count("has no evaluation") == 2 and "1-dpo" in said
+    for run in ("dpo", "mpo"):
+        command = f"mpo evaluate {workdir / 'runs' / run / 'config.yaml'}"
+        assert command in said and f"<code>{command}</code>" in page.source
+    assert f"mpo dpo {workdir}/runs/dpo/config.yaml workdir={workdir}-again" in page.text
+    assert f"mpo ppo {workdir}/runs/mpo/config.yaml workdir={workdir}-again" in page.text
     assert page.sections == ["summary", "training", "selection", "data", "config", "again"]
     assert "Trained, not evaluated" in page.text and "main.csv" not in page.text
     # a stage that both runs share is one row
