@@ -21,7 +21,7 @@ PROMPT, RESPONSE, SPECIAL, BORDER = "dim", "green", "reverse", "yellow"
 
 
 def show_data(
-    config: ConfigPath,
+    config: ConfigPath = None,
     overrides: Overrides = None,
     model: BaseModel = None,
     data: DataPaths = None,
