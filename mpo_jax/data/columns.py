@@ -1,13 +1,11 @@
 """Columns that have other names than the fields of a row format: `data.columns`."""
 
-import dataclasses
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 
 from mpo_jax.config.base import Names
 from mpo_jax.config.suggestion import suggest
 from mpo_jax.data.fields import MissingField
-from mpo_jax.data.sources import Source
+from mpo_jax.data.sources import Changed, Source
 from mpo_jax.data.text_files import Row, columns_of
 from mpo_jax.errors import UserError
 
@@ -19,7 +17,11 @@ def renamed(source: Source, columns: Names) -> Source:
       columns: pairs of a field and the column that holds it. A row without the column keeps a field of that name: the
         rows of other paths can have other columns.
     """
-    return _Renamed(source, columns) if columns else source
+
+    def taken(_: str, row: Row) -> Iterable[Row]:
+        yield {**row, **{field: row[column] for field, column in columns if column in row}}
+
+    return Changed(source, taken) if columns else source
 
 
 def advice(error: MissingField) -> str:
@@ -42,7 +44,7 @@ def check_columns(sources: Sequence[Source], columns: Names, fields: Sequence[st
             raise UserError(f"data.columns.{field}: rows have no such field{suggest(field, [*fields])}")
     found: Row = {}
     for source in sources if columns else ():
-        for _, row in (source.source if isinstance(source, _Renamed) else source).rows(max_rows):
+        for _, row in (source.source if isinstance(source, Changed) else source).rows(max_rows):
             found |= row
     for field, column in columns:
         if found and column not in found:
@@ -50,20 +52,3 @@ def check_columns(sources: Sequence[Source], columns: Names, fields: Sequence[st
                 f"data.columns.{field}={column}: the first rows have no column {column!r}; they have: "
                 f"{columns_of(found)}"
             )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Renamed:
-    source: Source
-    columns: Names
-
-    @property
-    def name(self) -> str:
-        return self.source.name
-
-    def files(self) -> list[Path]:
-        return self.source.files()
-
-    def rows(self, max_rows: int | None = None) -> Iterator[tuple[str, Row]]:
-        for place, row in self.source.rows(max_rows):
-            yield place, {**row, **{field: row[column] for field, column in self.columns if column in row}}

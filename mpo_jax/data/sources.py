@@ -99,6 +99,26 @@ def fingerprint_files(paths: Iterable[Path], cache: Path | None = None) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
+class Changed:
+    """A source of the rows that `change` makes of another's, given a row's place and the row: one, several or none."""
+
+    source: Source
+    change: Callable[[str, Row], Iterable[Row]]
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    def files(self) -> list[Path]:
+        return self.source.files()
+
+    def rows(self, max_rows: int | None = None) -> Iterator[tuple[str, Row]]:
+        for place, row in self.source.rows(max_rows):
+            for made in self.change(place, row):
+                yield place, made
+
+
+@dataclasses.dataclass(frozen=True)
 class _Parquet:
     """A parquet file, read in batches."""
 

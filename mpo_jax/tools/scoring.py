@@ -4,9 +4,8 @@ import contextlib
 import dataclasses
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,7 +22,7 @@ from mpo_jax.data.fields import Drop, MissingField
 from mpo_jax.data.layouts import BETTER, FIELDS, standard
 from mpo_jax.data.rendering import Renderer
 from mpo_jax.data.scored import RESPONSES
-from mpo_jax.data.sources import Row, Source, open_source
+from mpo_jax.data.sources import Changed, Row, Source, open_source
 from mpo_jax.data.special_tokens import SpelledTokens
 from mpo_jax.data.text_rows import TextRow
 from mpo_jax.data.tokens import Example, TokenReport, tokenize
@@ -103,7 +102,7 @@ def score(opened: OpenModel, data: str, *, batch_size: int, max_rows: int | None
     check_batch(batch_size, opened.mesh, "--batch-size")
     source, spelled = open_rows(data, opened.config.data.columns), _spelled(opened)
     given = _given(source, max_rows)
-    found = _score(opened, _Flat(source) if given else source, spelled, batch_size, max_rows)
+    found = _score(opened, Changed(source, _one_by_one) if given else source, spelled, batch_size, max_rows)
     return dataclasses.replace(found, given=given)
 
 
@@ -113,7 +112,7 @@ def _score(opened: OpenModel, source: Source, spelled: SpelledTokens, batch_size
     if opened.reads_text:
         return _score_texts(opened, source, batch_size, max_rows, spelled, shown=shown)
     if shown:
-        opened, source = opened.for_rendered_prompts(), _Shown(source)
+        opened, source = opened.for_rendered_prompts(), Changed(source, _as_shown)
     sides, rows = _read(dataclasses.replace(opened.renderer, spelled=spelled), source, max_rows)
     examples, report = tokenize(opened.codec, rows, cache=opened.config.runtime.token_cache_folder)
     with _shown_progress(len(examples)) as progress:
@@ -137,28 +136,26 @@ def open_rows(data: str, columns: Names) -> Source:
     """
     source = renamed(open_source(data), columns)
     check_columns([source], columns, (*FIELDS, SHOWN, SUBSET, RESPONSES), FIRST_ROWS)
-    return _Standard(source)
+    return Changed(source, _standard)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Standard:
-    """A source whose rows {prompt, response_0, response_1, better_response_id} are {prompt, chosen, rejected}."""
+def _standard(place: str, row: Row) -> Iterable[Row]:
+    """Rows {prompt, response_0, response_1, better_response_id} as {prompt, chosen, rejected}."""
+    try:
+        yield standard(row, place) if BETTER in row else row
+    except Drop as reason:
+        raise UserError(f"{place}: {reason}, so the row is no pair: drop it") from reason
 
-    whole: Source
 
-    @property
-    def name(self) -> str:
-        return self.whole.name
+def _one_by_one(_: str, row: Row) -> Iterable[Row]:
+    """A row {prompt, responses} as rows {prompt, response}, one for each response."""
+    rest = {name: value for name, value in row.items() if name != RESPONSES}
+    yield from ({**rest, "response": response} for response in row[RESPONSES])
 
-    def files(self) -> list[Path]:
-        return self.whole.files()
 
-    def rows(self, max_rows: int | None = None) -> Iterator[tuple[str, Row]]:
-        for place, row in self.whole.rows(max_rows):
-            try:
-                yield place, standard(row, place) if BETTER in row else row
-            except Drop as reason:
-                raise UserError(f"{place}: {reason}, so the row is no pair: drop it") from reason
+def _as_shown(_: str, row: Row) -> Iterable[Row]:
+    """A row whose prompt is the one that a policy saw."""
+    yield row if row.get(SHOWN) is None else {**row, "prompt": row[SHOWN]}
 
 
 def _given(source: Source, max_rows: int | None) -> list[Row]:
@@ -175,26 +172,6 @@ def _given(source: Source, max_rows: int | None) -> list[Row]:
             raise UserError(f"{place}: {RESPONSES!r} must be a list of one response or more, as in the first row")
         rows.append(row)
     return rows
-
-
-@dataclasses.dataclass(frozen=True)
-class _Flat:
-    """A source of rows {prompt, responses} as rows {prompt, response}, one for each response."""
-
-    whole: Source
-
-    @property
-    def name(self) -> str:
-        return self.whole.name
-
-    def files(self) -> list[Path]:
-        return self.whole.files()
-
-    def rows(self, max_rows: int | None = None) -> Iterator[tuple[str, Row]]:
-        for place, row in self.whole.rows(max_rows):
-            rest = {name: value for name, value in row.items() if name != RESPONSES}
-            for response in row[RESPONSES]:
-                yield place, {**rest, "response": response}
 
 
 def _spelled(opened: OpenModel) -> SpelledTokens:
@@ -248,24 +225,6 @@ def _what_was_cut(report: TokenReport, limits: TextConfig) -> str | None:
         f"responses of {counted(report.truncated_responses, 'row')} "
         f"(text.max_response_tokens={limits.max_response_tokens})"
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Shown:
-    """A source whose prompts are the ones that a policy saw."""
-
-    whole: Source
-
-    @property
-    def name(self) -> str:
-        return self.whole.name
-
-    def files(self) -> list[Path]:
-        return self.whole.files()
-
-    def rows(self, max_rows: int | None = None) -> Iterator[tuple[str, Row]]:
-        for place, row in self.whole.rows(max_rows):
-            yield place, row if row.get(SHOWN) is None else {**row, "prompt": row[SHOWN]}
 
 
 def _read(
