@@ -19,6 +19,11 @@ pytest_plugins = ["tests.slowest", "tests.rotation"]
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# what colours and bars look like is tested, also where the tests themselves run without a terminal
+os.environ["TERM"] = "xterm-256color"
+for _name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE"):
+    os.environ.pop(_name, None)
+
 # XLA's older emitters compile in half the time; processes that tests start inherit the flag
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
 jax.config.update("jax_platforms", "cpu")
