@@ -93,7 +93,7 @@ def test_dpo_on_a_model_and_pairs_is_one_line_and_makes_nothing_else(language_mo
     capsys.readouterr()
     assert mpo("report", workdir) == 0
     said = capsys.readouterr().out
-    assert "dpo_base has no evaluation (mpo evaluate with the same settings makes it)" in said
+    assert f"dpo_base has no evaluation; mpo evaluate {run / 'config.yaml'} makes it:" in said
     lines = said.splitlines()[1:]
     assert [line.split(":")[0].strip() for line in lines] == ["sft", "1-dpo", "report"]
     assert "rewards/margins" in lines[1] and (workdir / "report" / "index.html").is_file()

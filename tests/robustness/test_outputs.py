@@ -240,9 +240,9 @@ def _commands(app):
         yield from _commands(group.typer_instance)
 
 
-def test_a_report_s_files_are_those_that_its_page_leads_to(tmp_path):
+def test_a_report_s_files_are_those_that_its_page_names(tmp_path):
     (report := tmp_path / "report").mkdir()
-    (report / "index.html").write_text('<a href="tables/main.csv">main.csv</a> Written by mpo_jax')
+    (report / "index.html").write_text('<meta name="files" content="tables/main.csv"> Written by mpo_jax')
     for name in ("main", "mine"):
         write_text(report / "tables" / f"{name}.csv", ["run,prompts"])
     with pytest.raises(UserError, match=r"mine\.csv is no part of a report"):

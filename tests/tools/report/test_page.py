@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from mpo_jax.config.schema import Config
+from mpo_jax.errors import UserError
 from mpo_jax.tools.report import canvas
 from mpo_jax.tools.report.canvas import Chart
 from mpo_jax.tools.report.figures import pareto
@@ -316,7 +317,10 @@ def test_a_killed_run_leaves_the_report_that_was_there(tmp_path: Path, monkeypat
     assert contents(made / "report") == before
 
     monkeypatch.setattr(Chart, "write", real)
-    (made / "report" / "tables" / "stale.csv").touch()
+    (made / "report" / "tables" / "mine.csv").touch()
+    with pytest.raises(UserError, match=r"mine\.csv is no part of a report"):
+        write_report(made, resamples=RESAMPLES)
+    (made / "report" / "tables" / "mine.csv").unlink()
     write_report(made, resamples=RESAMPLES)
     assert contents(made / "report") == before
     assert not (made / ".report.partial").exists() and not (made / ".report.old").exists()
