@@ -338,7 +338,8 @@ def test_a_function_s_numbers_are_the_scores_everywhere(inputs, written, tmp_pat
     summary = manifest(workdir, "ppo_hard", "reward")["summary"]
     rows = [json.loads(line) for line in (inputs / "test.jsonl").read_text().splitlines()]
     gaps = [formula(row["prompt"], row["chosen"]) - formula(row["prompt"], row["rejected"]) for row in rows]
-    assert summary["held_out_accuracy"] == np.mean(np.asarray(gaps) > 0) and summary["function"] == written
+    right = (1 + np.sign(gaps)) / 2  # a tie is half right
+    assert summary["held_out_accuracy"] == right.mean() and 0.5 in right and summary["function"] == written
     assert not (manifest_folder(workdir, "ppo_hard", "reward") / "model").exists()
     table = scores(workdir)
     expected = [

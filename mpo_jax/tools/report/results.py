@@ -23,6 +23,7 @@ from mpo_jax.pipeline.experiments import AT_SPLITS, Variant, in_order, is_run
 from mpo_jax.pipeline.recipe import MANIFEST, read_manifest
 from mpo_jax.pipeline.run_folder import CONFIG, read_config, read_environment, remedy, roles, stage_links
 from mpo_jax.runtime.files import anew, naming_damage, read_lines, write_bytes
+from mpo_jax.selection import ordered_right
 from mpo_jax.tools.human.export import FORMULA
 from mpo_jax.types import Artifact
 
@@ -165,11 +166,14 @@ class RunResult:
         if kept is None or not inside.any():
             return {}
         gap, truth = kept[0][inside], None if kept[1] is None else kept[1][inside]
-        summary: dict[str, Any] = {"pairs": len(gap), "held_out_accuracy": float((gap > 0).mean())}
+        summary: dict[str, Any] = {"pairs": len(gap), "held_out_accuracy": float(ordered_right(gap).mean())}
         summary["accuracy_by_gap"] = accuracy_by_gap(gap)
         signed = np.empty(0) if truth is None else against_truth(gap, truth)
         if truth is not None and len(signed):
-            summary |= {"true_accuracy": float((signed > 0).mean()), "true_accuracy_by_gap": accuracy_by_gap(signed)}
+            summary |= {
+                "true_accuracy": float(ordered_right(signed).mean()),
+                "true_accuracy_by_gap": accuracy_by_gap(signed),
+            }
             summary["label_accuracy"] = float((truth[np.isfinite(truth) & (truth != 0)] > 0).mean())
         return summary
 

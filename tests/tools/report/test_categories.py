@@ -21,7 +21,7 @@ from mpo_jax.tools.report.terminal import print_categories, print_cautions
 from mpo_jax.tools.sides import compared
 from tests.tools.report import workdirs
 
-GAPS = {"helpful": [0.5, 0.2, -1.0], "harmless": [2.0]}
+GAPS = {"helpful": [0.5, 0.0, -1.0], "harmless": [2.0]}
 
 
 def make(folder: Path, sizes: dict[str, int], runs: dict[str, float], *, seeds: int = 1, gaps: bool = True) -> BySeed:
@@ -64,9 +64,9 @@ def test_every_table_has_one_by_category(tmp_path: Path) -> None:
     assert verdicts["harmless", "MPO better than PPO"] == "contradicted"
     wins = {row["category"]: row["win"] for row in tables["table4_by_category"]}
     assert wins == {"helpful": 1.0, "harmless": 0.0}
-    # the held-out pairs of a category: two of three, and one of one, are ordered right, in each of two seeds
+    # the held-out pairs of a category: one and a tie of three, and one of one, are ordered right, in each of two seeds
     accuracy = {row["category"]: (row["accuracy"], row["pairs"]) for row in tables["table2_by_category"]}
-    assert accuracy == {"helpful": (pytest.approx(2 / 3), 6), "harmless": (1.0, 2)}
+    assert accuracy == {"helpful": (0.5, 6), "harmless": (1.0, 2)}
     bins = [(row["low"], row["count"]) for row in tables["figure2_by_category"] if row["category"] == "harmless"]
     assert [(low, count) for low, count in bins if count] == [(2.0, 2)]
 
