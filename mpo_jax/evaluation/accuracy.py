@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from mpo_jax.evaluation.statistics import wilson
+from mpo_jax.selection import ordered_right
 
 SECTIONS: Mapping[str, Mapping[str, int]] = {
     "Chat": {
@@ -60,7 +61,7 @@ class Accuracy:
         weight_B = np.ones(len(margin_B)) if weight_B is None else np.asarray(weight_B, np.float64)
         share_B = weight_B / weight_B.sum()
         # one division: a hundred of a hundred is 1, and no share exceeds it by rounding
-        mean = min(float((1 + np.sign(margin_B)) @ weight_B / (2 * weight_B.sum())), 1.0)
+        mean = min(float(ordered_right(margin_B) @ weight_B / weight_B.sum()), 1.0)
         low, high = wilson(mean, 1 / float(share_B @ share_B))
         return cls(mean, low, high, len(margin_B), int((margin_B == 0).sum()), float(margin_B @ share_B))
 
