@@ -71,8 +71,9 @@ def _replace(workdir: Path, template: str, content: Callable[[Shown], dict[str, 
         partial.mkdir()
         shown = Shown()
         values = content(shown)
-        html = _environment().get_template(template).render(values, tables=list(shown.tables), files=shown.files())
         shown.write(partial)
+        files = sorted(path.relative_to(partial).as_posix() for path in partial.rglob("*.*"))
+        html = _environment().get_template(template).render(values, tables=list(shown.tables), files=files)
         # a lone surrogate, which JSON can carry, is not text that a file could hold
         (partial / "index.html").write_text(html, encoding="utf-8", errors="replace")
         if final.exists():

@@ -27,11 +27,6 @@ class Shown:
         self.charts += there
         return there
 
-    def files(self) -> list[str]:
-        """What `write` writes."""
-        charts = [f"figures/{chart.name}.{kind}" for chart in self.charts for kind in ("png", "csv")]
-        return [*(f"tables/{name}.csv" for name in self.tables), *charts]
-
     def write(self, folder: Path) -> None:
         """Writes `tables/*.csv`, `figures/*.png` and `figures/*.csv`."""
         for name, rows in self.tables.items():
