@@ -136,9 +136,9 @@ def read_preferences(
     """
 
     def convert(place: str, row: Row) -> Preference:
-        if missing := _demonstration_alone(row):
+        if field := _demonstration_alone(row):
             raise UserError(
-                f"{place}: the row is a demonstration, {{{missing}}}, without a chosen and a rejected response: name "
+                f"{place}: the row is a demonstration, {{{field}}}, without a chosen and a rejected response: name "
                 "its file in data.sft_path"
             )
         row, tools, category = standard(row, place), tools_of(row, place), row_category(row, place)

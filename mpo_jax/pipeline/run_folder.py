@@ -107,7 +107,7 @@ def roles(folder: Path) -> list[str]:
 def is_up_to_reward(folder: Path) -> bool:
     """Whether a run's folder is that of a run whose last stage is its reward model, as `mpo reward` leaves it."""
     made = stage_links(folder)
-    return "reward" in made and not any(role == "evaluate" or role == "select" or role[0].isdigit() for role in made)
+    return "reward" in made and made.keys() <= {"sft", "reward"}
 
 
 def last_step(folder: Path) -> Path:
