@@ -83,6 +83,11 @@ def needs_reward(experiment: str, until: str, select: SelectConfig) -> bool:
     return any(step.needs_reward(selection_scores=select.scores_pairs) for step in steps_until(experiment, until))
 
 
+def needs_selection(experiment: str, until: str) -> bool:
+    """Whether an experiment up to the stage `until` reads a selection."""
+    return until == "select" or any(step.needs_selection for step in steps_until(experiment, until))
+
+
 def is_run(name: str) -> bool:
     """Whether a folder is named like a run."""
     found = _NAME.fullmatch(name)

@@ -20,7 +20,7 @@ from mpo_jax.models import loading
 from mpo_jax.models.spec import DecoderConfig
 from mpo_jax.pipeline.bucket import Bucket
 from mpo_jax.pipeline.disk import check_models_fit
-from mpo_jax.pipeline.experiments import needs_reward
+from mpo_jax.pipeline.experiments import needs_reward, needs_selection
 from mpo_jax.pipeline.pipeline import Pipeline, StageName
 from mpo_jax.pipeline.stages import STAGES, stage_shapes, text_rewards
 from mpo_jax.pipeline.table import Listing
@@ -63,7 +63,11 @@ def check_inputs(config: Config, until: StageName = "evaluate") -> None:
     row = check_first_rows(config)
     if not config.select.scores_pairs:
         check_scores(config.data)
-    elif config.data.kind == "scored" and until != "sft" and not config.given.has("select.pair_source"):
+    elif (
+        config.data.kind == "scored"
+        and not config.given.has("select.pair_source")
+        and any(needs_selection(name, until) for name in config.experiment)
+    ):
         console.print(
             "[yellow]data.kind=scored: the scores only say which response is chosen; pairs to select from are sampled. "
             "select.pair_source=scored selects by the scores, without sampling or a reward model[/yellow]",
