@@ -46,6 +46,12 @@ class SftConfig(Section, frozen=True):
         default=False,
         description="train nothing: model.path, as it is, takes the SFT model's place as first policy and reference",
     )
+    seed: int | None = Field(
+        default=None,
+        ge=0,
+        lt=2**31,
+        description="seed of this stage alone; with one, the seeds of mpo table share an SFT model; null: the key seed",
+    )
     train: TrainConfig = Field(default_factory=lambda: TrainConfig())
 
 
@@ -70,6 +76,13 @@ class RewardConfig(Section, frozen=True):
         default=None,
         description="of a finished classifier of several labels, the name or number of the one whose logit is the "
         "score; null: the only label, or of two the second's logit less the first's",
+    )
+    seed: int | None = Field(
+        default=None,
+        ge=0,
+        lt=2**31,
+        description="seed of this stage alone; with it and sft.seed, the seeds of mpo table share a reward model; "
+        "null: the key seed",
     )
     init: Literal["sft", "base"] = Field(
         default="sft", description="what the reward model is trained from: the SFT model, or the base model"

@@ -12,6 +12,7 @@ from filelock import FileLock, Timeout
 from rich.markup import escape
 
 from mpo_jax.errors import UserError
+from mpo_jax.pipeline import shared
 from mpo_jax.pipeline.bucket import CHECKPOINTS, Bucket, stage_files, stage_place
 from mpo_jax.pipeline.recipe import MANIFEST, RECIPE, artifact_name, read_made, read_manifest
 from mpo_jax.pipeline.run_folder import CONFIG, read_config
@@ -86,8 +87,8 @@ class Store:
         if (done := self._find(final)) is None:
             # the main process holds the lock for all processes
             with _locked(self.folder / f".{name}.lock", name) if is_main() else contextlib.nullcontext():
-                # another run may have finished it while this one waited for the lock
-                if (done := self._find(final)) is None:
+                # another run may have finished it while this one waited for the lock, or another seed before
+                if (done := self._find(final) or self._take(final)) is None:
                     done = self._make(recipe, final, partial, run)
                     self.made.append(name)
                     return done
@@ -107,6 +108,14 @@ class Store:
             there = {}
         there = agree(there, f"process 0 looks for {final.name}")
         return None if there is None else self._open(final, there)
+
+    def _take(self, final: Path) -> Artifact | None:
+        """The artifact that another seed of the table has finished, as this workdir's own; None if there is none."""
+        if not agree(is_main() and shared.take(final), f"process 0 takes {final.name} from another seed"):
+            return None
+        if is_main():
+            shutil.rmtree(_partial(final), ignore_errors=True)
+        return self._find(final)
 
     def _open(self, final: Path, there: Mapping[str, int]) -> Artifact:
         """Opens the artifact in this process's workdir, fetching it first if it is missing there.

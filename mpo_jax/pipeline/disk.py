@@ -14,6 +14,7 @@ from mpo_jax.config.schema import Config
 from mpo_jax.errors import UserError
 from mpo_jax.models import forward, loading
 from mpo_jax.models.spec import DecoderConfig
+from mpo_jax.pipeline import shared
 from mpo_jax.pipeline.basis import Basis
 from mpo_jax.pipeline.bucket import Bucket
 from mpo_jax.pipeline.keeping import FOLDERS, Plan
@@ -230,7 +231,7 @@ class Sizes:
 
 
 def _folder(config: Config, stage: TableStage) -> Path:
-    return Path(config.workdir) / f"seed-{stage.seed}" / "stages" / stage.name
+    return shared.place_of(Path(config.workdir) / f"seed-{stage.seed}" / "stages" / stage.name)
 
 
 def _measured(folder: Path) -> StageSize:

@@ -10,6 +10,7 @@ from typing import Any
 from filelock import FileLock
 
 from mpo_jax.config.schema import Config
+from mpo_jax.pipeline import shared
 from mpo_jax.pipeline.artifacts import Store
 from mpo_jax.pipeline.bucket import Bucket, stage_place
 from mpo_jax.pipeline.pipeline import Pipeline
@@ -112,7 +113,7 @@ class ModelStore(Store):
             self._remove({*self._done, *self.plan.readers})
 
     def _is_there(self, name: str) -> bool:
-        manifest = self.folder / name / MANIFEST
+        manifest = shared.place_of(self.folder / name) / MANIFEST
         return manifest.is_file() or (self.bucket is not None and self.bucket.has(_in_bucket(name)))
 
     def _restore(self, name: str, reader: str, only_if: Callable[[], bool] = lambda: True) -> None:

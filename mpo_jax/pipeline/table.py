@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from mpo_jax.config.schema import Config
+from mpo_jax.pipeline import shared
 from mpo_jax.pipeline.basis import Basis
 from mpo_jax.pipeline.bucket import Bucket, stage_place
 from mpo_jax.pipeline.experiments import table_variants
@@ -35,11 +36,11 @@ class TableStage:
     """One stage of the table.
 
     Attributes:
-      seed: seed of the runs that use the stage; seeds share no stages.
+      seed: first seed that uses the stage; others share it at most by sft.seed and reward.seed.
       name: folder name of the stage.
       recipe: recipe of the stage.
       role: run and role in which the stage first appears; the same stage of another seed has the same role.
-      runs: all runs of this seed that use the stage.
+      runs: all runs of that seed that use the stage.
       seconds: time it took to make; None if it does not exist yet.
     """
 
@@ -68,7 +69,7 @@ class Listing:
         self.folder, self._bucket = workdir / "stages", bucket
 
     def build(self, recipe: Mapping[str, Any], run: Callable[[Path], Mapping[str, Any]]) -> Artifact:
-        path = self.folder / artifact_name(recipe)
+        path = shared.place_of(self.folder / artifact_name(recipe))
         if (self._bucket is None or (path / MANIFEST).is_file()) and (found := read_made(path, recipe)) is not None:
             return Artifact(path, found)
         there = None if self._bucket is None else self._bucket.read(f"{stage_place(path)}/manifest.json")
@@ -86,25 +87,24 @@ def seed_config(config: Config, seed: int) -> Config:
 
 
 def table_stages(config: Config) -> list[TableStage]:
-    """Every stage of the table in the order they are made: seed by seed, run by run."""
-    stages: list[TableStage] = []
+    """Every stage of the table once, in the order they are made: seed by seed, run by run."""
+    found: dict[str, TableStage] = {}
     for seed in config.table.seeds:
         own = seed_config(config, seed)
         pipeline = Pipeline(own, Listing(Path(own.workdir), Bucket.of(own)))
-        found: dict[str, TableStage] = {}
         for variant in table_variants(config.table, config.select):
             for role, artifact in pipeline.experiment(variant.name).artifacts.items():
                 recipe, first = artifact.manifest, (variant.name, role)
                 one = found.setdefault(
                     artifact.id, TableStage(seed, artifact.id, recipe, first, [], recipe.get("seconds"))
                 )
-                one.runs.append(variant.name)
-        for stage in reversed(found.values()):
-            for parent in () if stage.is_there else stage.recipe["parents"].values():
-                if REMOVED in found[parent].recipe:
-                    found[parent].seconds = None  # made again for its model
-        stages += found.values()
-    return stages
+                if one.seed == seed:
+                    one.runs.append(variant.name)
+    for stage in reversed(found.values()):
+        for parent in () if stage.is_there else stage.recipe["parents"].values():
+            if REMOVED in found[parent].recipe:
+                found[parent].seconds = None  # made again for its model
+    return [*found.values()]
 
 
 def estimates(config: Config, stages: list[TableStage], basis: Basis | None = None) -> list[Expected]:

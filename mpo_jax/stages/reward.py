@@ -105,7 +105,7 @@ class Settings(Section, frozen=True):
                 train=TrainSettings.of(reward.train),
             )
         return cls(
-            seed=config.seed,
+            seed=config.seed if reward.seed is None else reward.seed,
             text=config.text,
             numerics=Numerics.of(config.model),
             save_dtype=machine.save_dtype(config.runtime),

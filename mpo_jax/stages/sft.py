@@ -63,7 +63,7 @@ class Settings(Section, frozen=True):
     @classmethod
     def of(cls, config: Config) -> "Settings":
         return cls(
-            seed=config.seed,
+            seed=config.seed if config.sft.seed is None else config.sft.seed,
             skip=config.sft.skip,
             text=config.text,
             numerics=Numerics.of(config.model),

@@ -7,8 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from mpo_jax.config.load import load_config
+from mpo_jax.data import toy
 from mpo_jax.data.pair_table import PairTable
+from mpo_jax.data.text import TextCodec
+from mpo_jax.evaluation.calibration import read_gaps
+from mpo_jax.models import loading
+from mpo_jax.models.forward import Model
 from mpo_jax.pipeline.table import TableStage
+from mpo_jax.types import trainable
+from tests.models.tiny import random_params
 from tests.pipeline.test_pipeline import MICRO, mpo
 
 pytestmark = pytest.mark.thorough
@@ -173,6 +181,50 @@ def test_mistakes_are_messages(
     assert error.startswith("error: ") and "Traceback" not in error
     assert all(word in error for word in words), error
     assert not (tmp_path / "w").exists()
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A table of two seeds on rows from a file that share SFT and reward model, and what was printed."""
+    from mpo_jax.runtime.console import console
+
+    folder = tmp_path_factory.mktemp("shared")
+    config = load_config(MICRO)
+    codec = TextCodec(toy.make_tokenizer(), config.text)
+    decoder = loading.scratch_sizes(config.model.architecture, codec.vocab_size)
+    loading.save(folder / "policy", Model(decoder), trainable(random_params(decoder)), codec.tokenizer)
+    words = ["my boss", "my dog", "the car", "a friend", "my mother", "the job", "a house", "my name"] * 4
+    rows = [{"prompt": f"{word} {n}", "chosen": f" {word}", "rejected": " no"} for n, word in enumerate(words)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = ("data.kind=pairs", f"data.path={folder}/rows.jsonl", "data.validation_fraction=0.3")
+    given = (*data, f"model.path={folder}/policy", "sft.seed=0", "reward.seed=0", "experiment=sft,dpo_base")
+    with console.capture() as captured:
+        assert mpo("table", str(MICRO), f"workdir={folder}/work", *given, "seeds=0,1") == 0
+    return folder / "work", captured.get()
+
+
+def test_seeds_can_share_sft_and_reward_model(shared: tuple[Path, str]) -> None:
+    workdir, text = shared
+    assert "8 stages: 0 there already, 8 to make" in text and "stage 8 of 8" in text
+    assert "seed 0: 5 stages made, 0 reused" in text and "seed 1: 3 stages made, 2 reused" in text
+    runs = [workdir / f"seed-{seed}" / "runs" / "dpo_base" for seed in (0, 1)]
+    for role in ("sft", "reward"):
+        first, second = ((run / role).resolve() for run in runs)
+        assert first.name == second.name and first != second
+        weights = [sorted((one / "model").glob("*.safetensors")) for one in (first, second)]
+        assert [a.samefile(b) for a, b in zip(*weights, strict=True)] == [True]
+    assert (runs[0] / "1-dpo").resolve().name != (runs[1] / "1-dpo").resolve().name
+
+
+def test_what_seeds_share_is_said_where_intervals_are(shared: tuple[Path, str]) -> None:
+    workdir, _ = shared
+    said = "All seeds share one SFT model and one reward model: what others would give is in no interval or error here."
+    assert said in (workdir / "tables" / "all.md").read_text(encoding="utf-8")
+    assert said in (workdir / "report" / "index.html").read_text(encoding="utf-8")
+    # the one reward model's held-out pairs count once
+    (accuracy,) = rows_of(workdir / "tables" / "table2.csv")
+    gaps, _ = read_gaps(workdir / "seed-0" / "runs" / "sft" / "reward") or pytest.fail("no gaps")
+    assert accuracy["seeds"] == "1" and int(accuracy["pairs"]) == len(gaps) > 0
 
 
 def test_planned_stages_know_whether_they_are_there() -> None:

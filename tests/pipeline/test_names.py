@@ -105,7 +105,7 @@ OTHER: dict[str, Any] = {
     "data.toy.seed": 3, "data.toy.num_demonstrations": 65, "data.toy.num_pairs": 49, "data.toy.num_test": 17,
     "data.toy.num_values": 5, "data.toy.num_attempts": 2, "data.toy.num_fillers": 1, "data.toy.label_temperature": 2.0,
     **{f"{stage}.train.{key}": value for stage in TRAINED for key, value in TRAIN.items()},
-    "sft.skip": True,
+    "sft.skip": True, "sft.seed": 7, "reward.seed": 7,
     "sft.train.best_metric": "tokens", "reward.train.best_metric": "gap", "dpo.train.best_metric": "loss",
     "ppo.train.best_metric": "objective/kl",
     "reward.path": str(RECORDED / "qwen2_score"), "reward.init": "base", "reward.loss": "ds_span",
@@ -166,7 +166,7 @@ EXPECTED: dict[str, set[str]] = {
     "model.architecture": {"sft"},
     "model.adapter": {"reward"} | DPO | PPO,  # a model from scratch is trained whole
     "data": NONE,
-    "sft.skip": {"sft"},
+    "sft.skip": {"sft"}, "sft.seed": {"sft"}, "reward.seed": {"reward"},
     "data.toy": ALL, "data.prompts": ALL, "data.validation_fraction": ALL,
     **{f"{stage}.train": units for stage, units in OF_STAGE.items()},
     **{f"{stage}.train.{key}": NONE for stage in TRAINED for key in BOOKKEEPING},

@@ -14,18 +14,19 @@ HELD_OUT_TRUTH = "held-out pairs against the truth"
 
 
 def signed_gaps(by_seed: BySeed) -> dict[str, np.ndarray]:
-    """Gaps of each source of pairs, positive where the reward model is right; all seeds' pairs together.
+    """Gaps of each source of pairs, positive where the reward model is right; all reward models' together.
 
     Sources without a truth, such as sampled pairs of real data, are left out, and so are reward models without stored
     gaps.
     """
     found: dict[str, list[np.ndarray]] = {}
-    for results in by_seed.values():
-        artifacts = {artifact.id: (artifact, result) for result in results for artifact in result.artifacts.values()}
-        for artifact, result in artifacts.values():
-            for name, gaps in _of_artifact(artifact, result.config.select.pair_source).items():
-                if len(gaps):
-                    found.setdefault(name, []).append(gaps)
+    every = [result for results in by_seed.values() for result in results]
+    # seeds may share their reward model
+    artifacts = {artifact.id: (artifact, result) for result in every for artifact in result.artifacts.values()}
+    for artifact, result in artifacts.values():
+        for name, gaps in _of_artifact(artifact, result.config.select.pair_source).items():
+            if len(gaps):
+                found.setdefault(name, []).append(gaps)
     return {name: np.concatenate(parts) for name, parts in found.items()}
 
 

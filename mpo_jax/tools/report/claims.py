@@ -47,7 +47,19 @@ def unit(by_seed: BySeed) -> str:
             f"missed, and then a 95% interval holds in about {COVERAGE[seeds]} of cases. Five seeds or more repair "
             "that."
         )
-    return sentence
+    return f"{sentence} {common}" if (common := shared_models(by_seed)) else sentence
+
+
+def shared_models(by_seed: BySeed) -> str:
+    """A sentence on the models that all of several seeds share; empty where each has its own."""
+    if len(by_seed) == 1:
+        return ""
+    every = [result for results in by_seed.values() for result in results]
+    made = {role: {run.artifacts[role].id for run in every if role in run.artifacts} for role in ("sft", "reward")}
+    finished = all(run.config.reward.path is not None for run in every)
+    shares = {"SFT model": len(made["sft"]) == 1, "reward model": len(made["reward"]) == 1 or finished}
+    common = " and one ".join(name for name, shared in shares.items() if shared)
+    return f"All seeds share one {common}: what others would give is in no interval or error here." if common else ""
 
 
 def claims_of(by_seed: BySeed) -> list[Claim]:

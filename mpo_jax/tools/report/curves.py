@@ -21,12 +21,22 @@ def distinct(results: list[RunResult], stage: str) -> list[tuple[Artifact, tuple
     return list(found.values())
 
 
+def distinct_by_seed(by_seed: BySeed, stage: str) -> dict[int, list[tuple[Artifact, tuple[str, ...]]]]:
+    """The same for every seed; an artifact that seeds share is the first one's."""
+    found: dict[int, list[tuple[Artifact, tuple[str, ...]]]] = {}
+    seen: set[str] = set()
+    for seed, results in by_seed.items():
+        found[seed] = [one for one in distinct(results, stage) if one[0].id not in seen]
+        seen |= {artifact.id for artifact, _ in found[seed]}
+    return found
+
+
 def stage_series(by_seed: BySeed, stage: str) -> list[Series]:
     """A stage's curves: artifacts of several seeds are twins where the same runs use them, in the same order."""
     twins: dict[tuple[tuple[str, ...], int], list[list[dict[str, Any]]]] = {}
-    for results in by_seed.values():
+    for artifacts in distinct_by_seed(by_seed, stage).values():
         seen: dict[tuple[str, ...], int] = {}
-        for artifact, runs in distinct(results, stage):
+        for artifact, runs in artifacts:
             number = seen[runs] = seen.get(runs, -1) + 1
             twins.setdefault((runs, number), []).append(metrics(artifact))
     return [Series(runs, tuple(lines)) for (runs, _), lines in twins.items()]

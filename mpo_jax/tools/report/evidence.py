@@ -7,7 +7,7 @@ from mpo_jax.runtime.files import write_text
 from mpo_jax.tools.report import calibration, figures, paper_figures
 from mpo_jax.tools.report.canvas import Chart
 from mpo_jax.tools.report.categories import category_tables
-from mpo_jax.tools.report.claims import RULE, claim_rows, unit
+from mpo_jax.tools.report.claims import RULE, claim_rows, shared_models, unit
 from mpo_jax.tools.report.curves import stage_series
 from mpo_jax.tools.report.markdown import section
 from mpo_jax.tools.report.paper_tables import PaperTable, gap_bins, paper_tables
@@ -142,7 +142,7 @@ def document(evidence: Evidence, left_out: dict[str, str]) -> dict[str, str]:
         parts[table.name] = section(table.title, table.note, table.rows)
     note = (
         f"Mean over seeds; standard errors over {evidence.error_over}, then of the spread of the seeds' means alone, "
-        "and over prompts alone."
+        f"and over prompts alone. {shared_models(evidence.by_seed)}".rstrip()
     )
     parts["seeds"] = section("All runs on held-out prompts", note, evidence.over)
     if evidence.errors:

@@ -70,12 +70,15 @@ def sizes(by_seed: BySeed) -> PaperTable:
 def reward_accuracy(by_seed: BySeed) -> PaperTable:
     """Table 2: how often the reward model orders held-out pairs as their labels and, where known, the truth do."""
     rows: Rows = []
-    summaries = [results[0].reward_summary for results in by_seed.values()]
+    firsts = [results[0] for results in by_seed.values()]
+    # seeds may share their reward model
+    summaries = [*{first.artifacts["reward"].id: first.reward_summary for first in firsts}.values()]
     measures = {
         "held_out_accuracy": "labels",
         "true_accuracy": "true utility",
         "label_accuracy": "labels against truth",
     }
+    pairs = sum(one["count"] for summary in summaries for one in summary.get("accuracy_by_gap") or ())
     for key, name in measures.items():
         values = [summary[key] for summary in summaries if summary.get(key) is not None]
         if values:
@@ -87,7 +90,7 @@ def reward_accuracy(by_seed: BySeed) -> PaperTable:
                     "accuracy": mean,
                     "se_seeds_accuracy": error if len(values) > 1 else None,
                     "seeds": len(values),
-                    "pairs": sum(summary.get("pairs", 0) for summary in summaries) or None,
+                    "pairs": pairs or None,
                     "paper_hh_accuracy": reported.hh,
                     "paper_tldr_accuracy": reported.tldr,
                 }
@@ -97,29 +100,29 @@ def reward_accuracy(by_seed: BySeed) -> PaperTable:
 
 
 def gap_bins(by_seed: BySeed) -> dict[str, list[dict[str, Any]]]:
-    """Accuracy by gap of each source of pairs, all seeds' pairs together."""
+    """Accuracy by gap of each source of pairs, those of all reward models together."""
     found: dict[str, list[list[dict[str, Any]]]] = {}
-    for results in by_seed.values():
-        seen = set()
-        for result in results:
-            for artifact in result.artifacts.values():
-                stage, summary = artifact.manifest["stage"], artifact.manifest["summary"]
-                # selected pairs name no category
-                if artifact.id in seen or stage not in (("reward",) if result.category else ("reward", "select")):
-                    continue
-                summary = result.reward_summary if stage == "reward" else summary
-                seen.add(artifact.id)
-                source = result.config.select.pair_source
-                pairs = {"sampled": "sampled", "human": "labelled", "scored": "scored"}[source]
-                names = {
-                    "accuracy_by_gap": "held-out pairs against their labels",
-                    "true_accuracy_by_gap": "held-out pairs against the truth",
-                }
-                if stage == "select":
-                    names = {"accuracy_by_gap": f"{pairs} pairs against the truth"}
-                for key, name in names.items():
-                    if summary.get(key):
-                        found.setdefault(name, []).append(summary[key])
+    # over all seeds, which may share their reward model
+    seen = set()
+    for result in [result for results in by_seed.values() for result in results]:
+        for artifact in result.artifacts.values():
+            stage, summary = artifact.manifest["stage"], artifact.manifest["summary"]
+            # selected pairs name no category
+            if artifact.id in seen or stage not in (("reward",) if result.category else ("reward", "select")):
+                continue
+            summary = result.reward_summary if stage == "reward" else summary
+            seen.add(artifact.id)
+            source = result.config.select.pair_source
+            pairs = {"sampled": "sampled", "human": "labelled", "scored": "scored"}[source]
+            names = {
+                "accuracy_by_gap": "held-out pairs against their labels",
+                "true_accuracy_by_gap": "held-out pairs against the truth",
+            }
+            if stage == "select":
+                names = {"accuracy_by_gap": f"{pairs} pairs against the truth"}
+            for key, name in names.items():
+                if summary.get(key):
+                    found.setdefault(name, []).append(summary[key])
     return {name: pooled(bins) for name, bins in found.items()}
 
 

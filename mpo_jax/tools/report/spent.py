@@ -10,7 +10,7 @@ from pathlib import Path
 from mpo_jax.errors import Damaged
 from mpo_jax.pipeline.run_folder import read_environment
 from mpo_jax.runtime.progress import duration
-from mpo_jax.tools.report.curves import distinct
+from mpo_jax.tools.report.curves import distinct_by_seed
 from mpo_jax.tools.report.results import RunResult
 from mpo_jax.tools.report.seeds import BySeed
 
@@ -68,7 +68,7 @@ class Spent:
 
 
 def spent(by_seed: BySeed, price: float | None = None) -> Spent:
-    """Every stage counts once, however many runs share it.
+    """Every stage counts once, however many runs and seeds share it.
 
     Args:
       price: of a device for an hour, in any currency.
@@ -77,14 +77,14 @@ def spent(by_seed: BySeed, price: float | None = None) -> Spent:
     counts = {result.folder: _devices(result.folder) for result in every}
     dates: list[float] = []
     times: dict[tuple[str, str], list[tuple[float | None, float | None]]] = {}
-    for results in by_seed.values():
-        for stage in TITLES:
-            for artifact, runs in distinct(results, stage):
+    for stage in TITLES:
+        for seed, artifacts in distinct_by_seed(by_seed, stage).items():
+            for artifact, runs in artifacts:
                 seconds = artifact.manifest.get("seconds")
                 dates.append((artifact.path / "manifest.json").stat().st_mtime)
                 # every run has an evaluation of its own, and all of them take about as long
                 users = "" if stage == "evaluate" else ", ".join(runs)
-                number = counts[_first(results, runs)].total()
+                number = counts[_first(by_seed[seed], runs)].total()
                 hours = seconds * number / 3600 if seconds is not None and number else None
                 times.setdefault((stage, users), []).append((seconds, hours))
     shared: Counter[str] = Counter(stage for stage, _ in times)

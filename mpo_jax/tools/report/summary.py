@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import safe_open
 
 from mpo_jax.config.schema import Config
-from mpo_jax.tools.report.curves import distinct
+from mpo_jax.tools.report.curves import distinct_by_seed
 from mpo_jax.tools.report.results import COLUMNS, RunResult
 from mpo_jax.tools.report.seeds import BySeed, Rows, differences
 from mpo_jax.types import Artifact
@@ -135,9 +135,11 @@ def cautions(by_seed: BySeed) -> list[str]:
 def warnings(by_seed: BySeed) -> list[str]:
     """The warnings in the stages' manifests, each with its stage, the runs that use it, and its seed."""
     found = []
-    for seed, results in by_seed.items():
-        for stage in ("sft", "reward", "select", "dpo", "ppo", "evaluate"):
-            for artifact, runs in distinct(results, stage):
+    stages = [distinct_by_seed(by_seed, stage) for stage in ("sft", "reward", "select", "dpo", "ppo", "evaluate")]
+    for seed in by_seed:
+        for made in stages:
+            for artifact, runs in made[seed]:
+                stage = artifact.manifest["stage"]
                 users = ", ".join(runs) if len(runs) < 4 else f"{', '.join(runs[:2])} and {len(runs) - 2} more"
                 place = f"{stage} of {users}, seed {seed}"
                 found += [f"{place}: {warning}" for warning in artifact.manifest.get("warnings", [])]

@@ -39,7 +39,7 @@ def make(folder: Path, sizes: dict[str, int], runs: dict[str, float], *, seeds: 
         if gaps:
             rows = [(gap, name) for name, part in GAPS.items() for gap in part]
             columns = {"gap": [gap for gap, _ in rows], "category": [name for _, name in rows]}
-            pq.write_table(pa.table(columns), made / "stages" / "reward-1" / HELD_OUT)
+            pq.write_table(pa.table(columns), made / "runs" / next(iter(runs)) / "reward" / HELD_OUT)
     return collect_seeds(folder)
 
 
@@ -135,7 +135,7 @@ def test_warnings_of_stages_are_said_once_with_stage_and_seed(tmp_path: Path) ->
     warning = "12 updates [are] few"
     for seed in (0, 1):
         made = workdirs.make(tmp_path / f"seed-{seed}", ("sft", "dpo", "mpo"))
-        for stage in ("sft-1",) if seed else ("sft-1", "dpo-mpo"):
+        for stage in ("sft-1.1",) if seed else ("sft-1", "dpo-mpo"):
             path = made / "stages" / stage / "manifest.json"
             path.write_text(json.dumps(json.loads(path.read_text()) | {"warnings": [warning]}))
     expected = [

@@ -1,5 +1,6 @@
 """Claims on made-up runs whose answers are known, the paper's tables beside them, and Markdown."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,16 @@ import pytest
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
-from mpo_jax.config.schema import Config
+from mpo_jax.config.schema import Config, RewardConfig
 from mpo_jax.tools.report import paper, paper_figures
+from mpo_jax.tools.report.calibration import LABELLED, signed_gaps
 from mpo_jax.tools.report.claims import claim_rows, claims_of, unit
+from mpo_jax.tools.report.curves import stage_series
 from mpo_jax.tools.report.markdown import cell, heading, markdown
 from mpo_jax.tools.report.paper_tables import paper_tables
 from mpo_jax.tools.report.seeds import BySeed, collect_seeds
+from mpo_jax.tools.report.spent import spent
+from mpo_jax.tools.report.summary import warnings
 from mpo_jax.tools.report.verdict_rows import Verdicts
 from tests.tools.report import workdirs
 
@@ -131,6 +136,46 @@ def test_what_is_resampled_is_said(tmp_path: Path, shared: bool, word: str) -> N
     assert "What 2 seeds cannot tell is how much seeds differ" in unit(by_seed)
     assert unit({0: by_seed[0]}).startswith("One seed: only prompts are resampled")
     assert "cannot tell" not in unit({seed: by_seed[0] for seed in range(5)})
+
+
+def test_models_that_all_seeds_share_are_said(tmp_path: Path) -> None:
+    for name, shared in (("own", False), ("shared", True)):
+        for seed in (0, 1):
+            workdirs.make(tmp_path / name / f"seed-{seed}", ("sft", "dpo"), shared=shared)
+    assert "share one" not in unit(collect_seeds(tmp_path / "own"))
+    both = unit(collect_seeds(tmp_path / "shared"))
+    assert "All seeds share one SFT model and one reward model" in both
+    finished = Config(workdir="w", reward=RewardConfig(path="some/reward"))
+    for seed in (0, 1):
+        folder = tmp_path / "finished" / f"seed-{seed}"
+        workdirs.make(folder, ("sft", "dpo"), configs=dict.fromkeys(("sft", "dpo"), finished))
+    assert "All seeds share one reward model: what" in unit(collect_seeds(tmp_path / "finished"))
+
+
+def test_a_model_that_seeds_share_counts_once(tmp_path: Path) -> None:
+    found: dict[bool, Any] = {}
+    for shared in (False, True):
+        for seed in (0, 1):
+            made = workdirs.make(tmp_path / str(shared) / f"seed-{seed}", ("sft", "dpo"), metrics=True, shared=shared)
+            for manifest in made.glob("stages/*/manifest.json"):
+                manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"seconds": 60.0, "warnings": ["w"]}))
+        found[shared] = collect_seeds(tmp_path / str(shared))
+    models = {shared: 1 if shared else 2 for shared in found}
+    for shared, by_seed in found.items():
+        tables = {table.name: table.rows for table in paper_tables(by_seed, Verdicts())}
+        accuracy = tables["table2"][0]
+        assert accuracy["pairs"] == 10 * models[shared]
+        assert accuracy["seeds"] == models[shared] and (accuracy["se_seeds_accuracy"] is None) == shared
+        gaps = {row["low"]: row["count"] for row in tables["figure2"] if row["pairs"].endswith("labels")}
+        assert gaps == {low: count * models[shared] for low, count in {0.0: 8, 0.5: 2}.items()}
+        assert len(signed_gaps(by_seed)[LABELLED]) == 3 * models[shared]
+        minutes = {made.stage: made.seconds for made in spent(by_seed).stages}
+        assert minutes == {
+            "SFT": 60 * models[shared], "Reward model": 60 * models[shared], "DPO": 120, "Evaluation": 240,
+        }  # fmt: skip
+        (curve,) = stage_series(by_seed, "sft")
+        assert len(curve.seeds) == models[shared]
+        assert sum(line.startswith("sft of ") for line in warnings(by_seed)) == models[shared]
 
 
 def test_shared_prompts_make_a_claim_no_surer_by_more_seeds(tmp_path: Path) -> None:

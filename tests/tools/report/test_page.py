@@ -352,7 +352,7 @@ def test_a_table_s_seeds_make_one_page(tmp_path: Path) -> None:
     # both seeds logged the same, so the band has no width
     rows = read_csv(folder / "sft_loss.csv")
     assert [(row["step"], row["loss_low"] == row["loss_high"]) for row in rows] == [(s, True) for s in ("1", "5", "10")]
-    assert "../seed-1/stages/ppo-mpo/" in page.all("a", "href")
+    assert "../seed-1/stages/ppo-mpo.1/" in page.all("a", "href")
     assert all((tmp_path / "report" / link).exists() for link in page.all("a", "href") if not link.startswith("#"))
 
 

@@ -63,16 +63,23 @@ def make(
     sampled: Mapping[str, list[dict[str, Any]]] | None = None,
     configs: Mapping[str, Config] | None = None,
     reward_ids: Mapping[str, str] | None = None,
+    shared: bool = False,
 ) -> Path:
-    """Writes the workdir. Runs share sft, reward and select; `sampled` gives a run's samples instead of the usual."""
+    """Writes the workdir. Runs share sft, reward and select; `sampled` gives a run's samples instead of the usual.
+
+    Stages of `seed-N` are named `sft-1.N`, but for seed 0; with `shared`, SFT and the reward model have no seed.
+    """
+    seed = workdir.name.removeprefix("seed-")
+    own = f".{seed}" if seed.isdigit() and seed != "0" else ""
+    common = "" if shared else own
     prompts = [f"prompt {index}" for index in range(4)]
     for run in runs:
         config = (configs or {}).get(run) or Config(workdir=str(workdir), experiment=runs)  # type: ignore[arg-type]
         reward = (reward_ids or {}).get(run, "reward-1")
-        roles = {"sft": "sft-1", "reward": reward}
-        roles |= {"select": "select-1"} if select and steps_of(run) else {}
-        roles |= {f"{number + 1}-{stage}": f"{stage}-{run}" for number, stage in enumerate(steps_of(run))}
-        roles["evaluate"] = f"evaluate-{run}"
+        roles = {"sft": f"sft-1{common}", "reward": f"{reward}{common}"}
+        roles |= {"select": f"select-1{own}"} if select and steps_of(run) else {}
+        roles |= {f"{number + 1}-{stage}": f"{stage}-{run}{own}" for number, stage in enumerate(steps_of(run))}
+        roles["evaluate"] = f"evaluate-{run}{own}"
         folder = workdir / "runs" / run
         folder.mkdir(parents=True)
         (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
@@ -81,11 +88,12 @@ def make(
         _write_json(folder / "env.json", {**environment, "command": command})
         for role, name in roles.items():
             artifact = workdir / "stages" / name
-            _artifact(artifact, role, run, utility=utility, metrics=metrics, parents={"sft": "sft-1", "reward": reward})
+            parents = {role: roles[role] for role in ("sft", "reward")}
+            _artifact(artifact, role, run, utility=utility, metrics=metrics, parents=parents)
             (folder / role).symlink_to(os.path.relpath(artifact, folder), target_is_directory=True)
         rows = (sampled or {}).get(run) or samples(run, prompts, utility=utility)
         lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (workdir / "stages" / f"evaluate-{run}" / "samples.jsonl").write_text(lines, encoding="utf-8")
+        (workdir / "stages" / roles["evaluate"] / "samples.jsonl").write_text(lines, encoding="utf-8")
     return workdir
 
 
