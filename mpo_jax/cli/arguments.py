@@ -33,7 +33,9 @@ DataPaths = Annotated[
 ]
 Out = Annotated[str | None, typer.Option("--out", metavar="DIR", help="workdir")]
 
-SideA = Annotated[str, typer.Argument(metavar="A", help="run, file of rows {prompt, response}, or model with --data")]
+SideA = Annotated[
+    str, typer.Argument(metavar="A", help="run, rows {prompt, response}, FILE:FIELD, or model with --data")
+]
 SideB = Annotated[str, typer.Argument(metavar="B", help="the other side, likewise")]
 ComparedOn = Annotated[
     str | None, typer.Option("--data", metavar="FILE", help="rows {prompt} to compare on, which a model answers")

@@ -1,5 +1,6 @@
 """`mpo data`."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -7,8 +8,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from mpo_jax.cli.arguments import BaseModel, ConfigPath, DataPaths, Overrides, read_config, short_keys
+from mpo_jax.cli.arguments import BaseModel, ConfigPath, DataPaths, Overrides, expanded, read_config, short_keys
 from mpo_jax.runtime.console import console
+from mpo_jax.runtime.words import counted
 
 if TYPE_CHECKING:
     from mpo_jax.config.schema import TextConfig
@@ -26,11 +28,20 @@ def show_data(
     model: BaseModel = None,
     data: DataPaths = None,
     examples: Annotated[int, typer.Option(help="rows of each kind to show")] = 2,
+    export: Annotated[
+        Path | None,
+        typer.Option(parser=expanded, metavar="DIR", help="folder for each set as a file, such as held_out.jsonl"),
+    ] = None,
 ) -> None:
     """Show what a configuration reads, drops and cuts, and some rows token by token, without training."""
     from mpo_jax.tools.data_report import report_data
 
     resolved = read_config(config, [*(overrides or ()), *short_keys(model, data, None)])
+    if export is not None:
+        from mpo_jax.runtime.outputs import check_output_folder
+        from mpo_jax.tools.data_files import FILES, sources
+
+        check_output_folder("--export", export, FILES, sources(resolved.data))
     found = report_data(resolved)
     console.print(_sources(found.corpus))
     console.print(f"{found.corpus.sizes} (data.prompts={resolved.data.prompts})", soft_wrap=True)
@@ -50,6 +61,12 @@ def show_data(
         for number, example in enumerate(found.sets[name][0][:examples]):
             console.print(f"\n[bold]{name}, row {number + 1}[/bold]")
             console.print(_row(found.codec, example), soft_wrap=True)
+    if export is not None:
+        from mpo_jax.data.corpus import turns_of
+        from mpo_jax.tools.data_files import export_sets
+
+        for name, rows in export_sets(found.corpus, turns_of(resolved), export).items():
+            console.print(f"wrote {export / name}: {counted(rows, 'row')}", soft_wrap=True)
 
 
 def _sources(corpus: "Corpus") -> Table:

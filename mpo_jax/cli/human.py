@@ -33,10 +33,10 @@ def export_study(
     from mpo_jax.runtime.outputs import check_output_folder
     from mpo_jax.tools.human.export import write_study
     from mpo_jax.tools.human.sheets import make_study
-    from mpo_jax.tools.sides import compared
+    from mpo_jax.tools.sides import compared, named_rows
 
     check_output_folder("--out", out)
-    given = (*short_keys(None, None if data is None else [data], None), *(overrides or ()))
+    given = (*short_keys(None, named_rows(a, b, data), None), *(overrides or ()))
     pairs = compared(a, b, data, out=out, overrides=given, by=by or CATEGORY)
     study = make_study(pairs, (a, b), n=n, by=by, seed=seed)
     key = write_study(study, out)

@@ -69,11 +69,11 @@ def judge(
     from mpo_jax.tools.judge.endpoint import Endpoint
     from mpo_jax.tools.judge.prompt import read_prompt
     from mpo_jax.tools.judge.remote import RemoteJudge
-    from mpo_jax.tools.sides import compared
+    from mpo_jax.tools.sides import compared, named_rows
 
     if not dry_run:
         check_output_folder("--out", out)
-    given = (*short_keys(None, None if data is None else [data], None), *(overrides or ()))
+    given = (*short_keys(None, named_rows(a, b, data), None), *(overrides or ()))
     fields = {"temperature": temperature, "max_tokens": max_tokens, **_object(request)}
     text = read_prompt(prompt_file)
     about: dict[str, Any] = {"a": a, "b": b, "judge": model, "endpoint": None}

@@ -1,6 +1,7 @@
 """The two sides of a comparison, A and B: files and runs are read, models are sampled."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 import jax
@@ -9,9 +10,12 @@ from rich.markup import escape
 from mpo_jax.config.base import Names
 from mpo_jax.config.load import load_config
 from mpo_jax.data.records import Drop
+from mpo_jax.data.sources import FILE_SUFFIXES, open_source
+from mpo_jax.data.text_files import columns_of
 from mpo_jax.errors import UserError
 from mpo_jax.evaluation.answers import (
     CATEGORY,
+    RESPONSES,
     Answer,
     Pair,
     Prompt,
@@ -29,13 +33,17 @@ from mpo_jax.runtime.seeds import stage_key
 from mpo_jax.runtime.sharding import check_batch
 from mpo_jax.tools.opening import OpenModel, open_model
 
+RESPONSE = RESPONSES[0]
+
 
 def compared(
     a: str, b: str, data: str | None, *, out: Path, overrides: tuple[str, ...], by: str = CATEGORY
 ) -> list[Pair]:
     """Both sides' responses to the same prompts.
 
-    A side is a file of rows, a run's folder with the samples of its evaluation, or a model. A model answers each prompt
+    A side is a file of rows, whose field FIELD responds if it is named as `FILE:FIELD` (so that the chosen and the
+    rejected responses of a file of pairs are two sides), a run's folder with the samples of its evaluation, or a model.
+    A model answers each prompt
     of `data` once, by `evaluate.greedy`, `evaluate.temperature` and `seed`, under the template, chat setting and
     lengths of its training unless the overrides give others; `out` gets its answers as `answers-a.jsonl` or
     `answers-b.jsonl`.
@@ -49,9 +57,8 @@ def compared(
       UserError: if the sides do not answer the same prompts, or if there are no prompts for a model.
     """
     columns = load_config(None, overrides).data.columns
-    found = [find_answers(path) for path in (a, b)]
     if columns:
-        check_answer_columns([path for path in (data, *found) if path is not None], by, columns)
+        check_answer_columns(named_rows(a, b, data), by, columns)
     prompts = None if data is None else read_prompts(data, by, columns)
     # both are opened before either model samples
     opened = [_open_side(path, prompts, overrides, by, columns) for path in (a, b)]
@@ -77,8 +84,12 @@ def _open_side(
     path: str, prompts: list[Prompt] | None, overrides: tuple[str, ...], by: str, columns: Names
 ) -> list[Answer] | OpenModel:
     """A side's answers, or the model that is to give them."""
-    found = find_answers(path)
+    file, field = _file_and_field(path)
+    found = find_answers(file)
     if found is not None:
+        if field is not None:
+            _check_field(found, field, path)
+            columns = (*(one for one in columns if one[0] != RESPONSE), (RESPONSE, field))
         return read_answers(found, by, columns)
     if prompts is None:
         raise UserError(
@@ -90,6 +101,27 @@ def _open_side(
         raise UserError(f"{path} is a reward model and writes no text: compare language models, runs or files")
     check_batch(opened.config.evaluate.batch_size, opened.mesh, "evaluate.batch_size")
     return _with_room(opened)
+
+
+def named_rows(a: str, b: str, data: str | None) -> list[str]:
+    """The rows whose columns data.columns may name: those of --data, and of the sides that are files or runs."""
+    sides = [find_answers(_file_and_field(path)[0]) for path in (a, b)]
+    return [path for path in (data, *sides) if path is not None]
+
+
+def _file_and_field(path: str) -> tuple[str, str | None]:
+    """`FILE:FIELD` as its parts; anything else has no field."""
+    file, _, field = path.rpartition(":")
+    if field and file.endswith(FILE_SUFFIXES) and not os.path.lexists(path):
+        return file, field
+    return path, None
+
+
+def _check_field(file: str, field: str, side: str) -> None:
+    """Raises UserError for the first row that lacks the field by which a side is named."""
+    for place, row in open_source(file).rows():
+        if row.get(field) is None:
+            raise UserError(f"{place}: no field {field!r}, the answer in {side}; this row has: {columns_of(row)}")
 
 
 def sample(path: str, opened: OpenModel, prompts: list[Prompt]) -> list[Answer]:

@@ -5,10 +5,13 @@ import json
 import pytest
 
 from mpo_jax.cli import data
+from mpo_jax.config.load import load_config
 from mpo_jax.config.schema import TextConfig
 from mpo_jax.data import toy
+from mpo_jax.data.corpus import load_corpus
 from mpo_jax.data.text import TextCodec
 from mpo_jax.data.tokens import tokenize
+from mpo_jax.tools.data_files import FILES
 from tests.pipeline.test_pipeline import mpo
 
 
@@ -51,6 +54,42 @@ def test_counts_and_rows(config, capsys, monkeypatch):
     assert int(counts["pairs"][4]) > 0 and counts["pairs"][3].startswith("4/")
     assert shown.count("demonstrations, row") == shown.count("pairs, row") == 3
     assert "response: " in shown and "\u2039 should\u203a\u2039 i\u203a\u2039 quit\u203a\u2039<eos>\u203a" in shown
+
+
+def test_sets_are_files_that_make_the_same_sets_again(config, tmp_path, capsys):
+    """For every kind of row: plain text, and conversations with a category."""
+    rows = [
+        {"prompt": [{"role": "user", "content": f"my boss {n}"}], "chosen": " should i quit",
+         "rejected": " my uncle", "category": f"c{n % 2}"}
+        for n in range(20)
+    ]  # fmt: skip
+    turns = tmp_path / "turns.jsonl"
+    turns.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chat = ("text.chat_template=" + str(tmp_path / "chat.jinja"), f"data.path={turns}")
+    (tmp_path / "chat.jinja").write_text("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}")
+    for number, given in enumerate([(), chat]):
+        out = tmp_path / f"out{number}"
+        assert mpo("data", str(config), *given, "--export", out) == 0
+        shown = capsys.readouterr().out
+        first = load_corpus(load_config(config, given))
+        counts = {name: len((out / name).read_text().splitlines()) for name in FILES}
+        assert all(f"{name}: {count} row" in shown.replace("\n", "") for name, count in counts.items())
+        assert min(counts.values()) > 0 and counts["held_out.jsonl"] == len(first.held_out)
+        again = load_corpus(load_config(config, (
+            *given, f"data.path={out}/pairs.jsonl", f"data.sft_path={out}/demonstrations.jsonl",
+            f"data.test_path={out}/held_out.jsonl", f"data.prompt_path={out}/prompts.jsonl",
+            f"data.test_prompt_path={out}/test_prompts.jsonl", "data.validation_fraction=0",
+        )))  # fmt: skip
+        for name in ("demonstrations", "pairs", "held_out", "prompts", "test_prompts", "categories", "conversations"):
+            assert getattr(again, name) == getattr(first, name), name
+        assert set(first.categories.values()) == ({"c0", "c1"} if given else set())
+
+
+def test_files_of_sets_never_take_their_source_s_place(config, tmp_path, capsys):
+    rows = (tmp_path / "rows.jsonl").read_text()
+    (tmp_path / "rows.jsonl").rename(tmp_path / "pairs.jsonl")
+    assert mpo("data", str(config), f"data.path={tmp_path}/pairs.jsonl", "--export", tmp_path) == 2
+    assert "pairs.jsonl" in capsys.readouterr().err and (tmp_path / "pairs.jsonl").read_text() == rows
 
 
 def test_the_mask_is_what_is_coloured():

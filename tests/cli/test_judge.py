@@ -248,6 +248,27 @@ def test_a_reward_model_as_judge(judge, sides, request, name, tmp_path, capsys):
     assert [row["outcome"] for row in found] == ["win" if w else "lose" for w in won] and len(set(won)) == 2
 
 
+def test_two_fields_of_one_file_as_sides(judge, reward_model, tmp_path, capsys):
+    """How often a judge agrees with labels: chosen against rejected responses."""
+    pairs = tmp_path / "pairs.jsonl"
+    rows = [
+        {"prompt": p, "chosen": a, "rejected": [{"role": "assistant", "content": b}], "response": "neither"}
+        for p, a, b in zip(PROMPTS, CHOSEN, REJECTED, strict=True)
+    ]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ("--model", reward_model, "--out", tmp_path / "out", *NO_CACHE)
+    assert mpo("judge", f"{pairs}:chosen", f"{pairs}:rejected", *flags) == 0
+    assert [(row["a"], row["b"]) for row in judgements(tmp_path)] == list(zip(CHOSEN, REJECTED, strict=True))
+    assert result(tmp_path)["a"] == f"{pairs}:chosen"
+    # a column that data.columns names for the prompt counts for both sides
+    pairs.write_text("".join(json.dumps({"question" if k == "prompt" else k: v for k, v in row.items()}) + "\n"
+                             for row in rows))  # fmt: skip
+    assert mpo("judge", f"{pairs}:chosen", f"{pairs}:rejected", "data.columns.prompt=question", *flags) == 0
+    capsys.readouterr()
+    assert mpo("judge", f"{pairs}:better", f"{pairs}:rejected", "data.columns.prompt=question", *flags) == 2
+    assert "no field 'better'" in (said := capsys.readouterr().err) and "pairs.jsonl:1" in said and "chosen" in said
+
+
 def test_a_language_model_as_judge(judge, language_model, tmp_path, capsys):
     """Its likeliest answer to the same prompt, from the cache the second time; a prompt without room is told."""
     path = tmp_path / "prompt.txt"
