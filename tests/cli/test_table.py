@@ -160,7 +160,7 @@ def test_a_second_call_makes_nothing(made: tuple[Path, str], capsys: pytest.Capt
 def test_the_report_is_of_the_whole_table(made: tuple[Path, str]) -> None:
     page = (made[0] / "report" / "index.html").read_text(encoding="utf-8")
     assert "seeds 0, 1" in page and "mpo table" in page and "table.yaml" in page
-    assert page.count("<section") == 14
+    assert page.count("<section") == 15
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from mpo_jax.tools.report import figures, provenance, summary
 from mpo_jax.tools.report.claims import unit
 from mpo_jax.tools.report.curves import distinct, stage_series
 from mpo_jax.tools.report.evidence import Evidence
+from mpo_jax.tools.report.length import EQUAL_NOTE, LENGTH_NOTE
 from mpo_jax.tools.report.results import RunResult
 from mpo_jax.tools.report.samples import example, side_by_side
 from mpo_jax.tools.report.seeds import BySeed, Rows, pair_differences, seed_rows
@@ -58,6 +59,8 @@ def of_evaluated(
         "judged": verdict_rows(find_verdicts(workdir)),
         "cautions": summary.cautions(by_seed),
         "design": unit(by_seed),
+        "length_note": LENGTH_NOTE,
+        "equal_note": EQUAL_NOTE,
         "rows": rows,
         "best": best,
         "evidence": evidence,

@@ -9,6 +9,7 @@ from mpo_jax.tools.report.canvas import Chart
 from mpo_jax.tools.report.categories import category_tables
 from mpo_jax.tools.report.claims import RULE, claim_rows, shared_models, unit
 from mpo_jax.tools.report.curves import stage_series
+from mpo_jax.tools.report.length import EQUAL_NOTE, LENGTH_NOTE, equal_length_rows, length_rows
 from mpo_jax.tools.report.markdown import section
 from mpo_jax.tools.report.paper_tables import PaperTable, gap_bins, paper_tables
 from mpo_jax.tools.report.results import write_csv
@@ -26,6 +27,8 @@ class Evidence:
       claims: a row a claim and measure.
       tables: the paper's, ours beside them.
       by_category: all of these by category, where rows name one.
+      lengths: a row a run, its length and repetition.
+      equal_length: a row a pair of runs, what differs between them at equal length.
       calibration: the bins of the reliability curve, errors by source, and what thresholds do.
       charts: by what they are part of.
     """
@@ -35,6 +38,8 @@ class Evidence:
     claims: Rows
     tables: list[PaperTable]
     by_category: list[PaperTable]
+    lengths: Rows
+    equal_length: Rows
     gaps: Rows
     reliability: Rows
     errors: Rows
@@ -65,6 +70,7 @@ class Evidence:
     def named(self) -> dict[str, Rows]:
         """Every table's rows by file name."""
         named = {"seeds": self.over, "claims": self.claims, "reliability": self.reliability}
+        named |= {"length": self.lengths, "equal_length": self.equal_length}
         named |= {"calibration_error": self.errors, "thresholds": self.thresholds}
         named |= {table.name: table.rows for table in (*self.tables, *self.by_category)}
         return {name: rows for name, rows in named.items() if rows}
@@ -92,6 +98,8 @@ def gather(by_seed: BySeed, verdicts: Verdicts, *, resamples: int) -> Evidence:
         claims=claims,
         tables=tables,
         by_category=category_tables(by_seed, resamples=resamples),
+        lengths=length_rows(by_seed),
+        equal_length=equal_length_rows(by_seed, resamples=resamples),
         gaps=gaps,
         reliability=curve,
         errors=errors,
@@ -145,6 +153,9 @@ def document(evidence: Evidence, left_out: dict[str, str]) -> dict[str, str]:
         f"and over prompts alone. {shared_models(evidence.by_seed)}".rstrip()
     )
     parts["seeds"] = section("All runs on held-out prompts", note, evidence.over)
+    parts["length"] = section("Length and repetition", LENGTH_NOTE, evidence.lengths)
+    if evidence.equal_length:
+        parts["equal_length"] = section("Differences at equal length", EQUAL_NOTE, evidence.equal_length)
     if evidence.errors:
         note = "Of sigmoid(|gap|) as the confidence in an order; ten bins."
         parts["calibration_error"] = section("Expected calibration error", note, evidence.errors)

@@ -3,7 +3,17 @@
 from collections.abc import Sequence
 from typing import Any
 
-SHARES = ("accuracy", "share", "win", "tie", "lose", "confidence", "expected_calibration_error", "has_eos")
+SHARES = (
+    "accuracy",
+    "share",
+    "win",
+    "tie",
+    "lose",
+    "confidence",
+    "expected_calibration_error",
+    "has_eos",
+    "repetition",
+)
 """Columns that are shown in percent, with all whose names end in `_accuracy`."""
 
 
@@ -19,11 +29,15 @@ def cell(key: str, value: Any) -> str:
         return f"{value:.1%}"
     if key in ("threshold", "low", "high") and value == round(value, 2):
         return f"{value:g}"
+    if key in ("length", "tokens"):
+        return f"{value:.1f}"
     return f"{value:.4f}" if key in ("p", "p_holm") else f"{value:.3f}"
 
 
 NAMES = {
     "score": "reward",
+    "length": "tokens",
+    "repetition": "repeated",
     "p_holm": "p, Holm",
     "ci_low": "95% from",
     "ci_high": "to",

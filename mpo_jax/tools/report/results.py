@@ -18,6 +18,7 @@ from mpo_jax.data.pair_table import PairTable
 from mpo_jax.errors import Damaged, UserError
 from mpo_jax.evaluation.answers import CATEGORY, SAMPLES
 from mpo_jax.evaluation.calibration import accuracy_by_gap, against_truth, read_gap_categories, read_gaps
+from mpo_jax.evaluation.repetition import repeated
 from mpo_jax.evaluation.statistics import mean_and_se
 from mpo_jax.pipeline.experiments import AT_SPLITS, Variant, in_order, is_run
 from mpo_jax.pipeline.recipe import MANIFEST, read_manifest
@@ -40,6 +41,8 @@ COLUMNS = {
 }
 """Evaluation columns in the order of the table, with the names that people read."""
 
+REPETITION = "repetition"
+"""Column of `repeated`, which is no evaluation's own."""
 
 LABELS = {
     "sft": "SFT",
@@ -80,7 +83,7 @@ class Measured:
     Attributes:
       prompts: the test prompts. One that comes again has its number after it, so that all differ.
       category: of each prompt, None where its row names none.
-      columns: by name the value of each prompt, NaN where its row has none.
+      columns: by name the value of each prompt, NaN where its row has none; `REPETITION` beside `COLUMNS`.
     """
 
     prompts: list[str]
@@ -102,6 +105,7 @@ class Measured:
             for name in COLUMNS
             if any(name in row for row in rows)
         }
+        columns[REPETITION] = np.asarray([repeated(row.get("response") or "") for row in rows], np.float64)
         return cls(prompts, [row.get(CATEGORY) for row in rows], columns)
 
     def only(self, category: str) -> "Measured":
@@ -118,7 +122,8 @@ class Measured:
     def summary(self) -> dict[str, Any]:
         """As a run's evaluation summarises itself; errors are NaN for a single prompt."""
         summary: dict[str, Any] = {"prompts": len(self.prompts)}
-        for name, values in self.columns.items():
+        for name in COLUMNS:
+            values = self.columns.get(name, np.empty(0))
             known = values[~np.isnan(values)]
             if len(known):
                 mean, error = mean_and_se(known)

@@ -149,17 +149,21 @@ def seed_differences(by_seed: BySeed, *, resamples: int) -> Rows:
     ]
 
 
+def compared_runs(by_seed: BySeed) -> list[tuple[str, str]]:
+    """The pairs of runs that are compared: every run with SFT, then MPO with the others."""
+    names = run_names(by_seed)
+    pairs = [(name, "sft") for name in names if name != "sft" and "sft" in names]
+    return pairs + [("mpo", name) for name in names if "mpo" in names and name not in ("mpo", "sft")]
+
+
 def pair_differences(by_seed: BySeed, *, resamples: int, at_least: int = 1) -> Rows:
     """Every run against SFT and MPO against the others, paired by prompt, with standard errors and 95% intervals.
 
     Args:
       at_least: prompts; a difference over fewer has no interval.
     """
-    names = run_names(by_seed)
-    pairs = [(name, "sft") for name in names if name != "sft" and "sft" in names]
-    pairs += [("mpo", name) for name in names if "mpo" in names and name not in ("mpo", "sft")]
     rows: Rows = []
-    for run, against in pairs:
+    for run, against in compared_runs(by_seed):
         for column in ("score", "utility"):
             found = differences(by_seed, run, against, column)
             if found is None:

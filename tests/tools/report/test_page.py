@@ -56,8 +56,8 @@ def small_page(workdir: Path) -> Page:
 
 def test_all_sections_are_there_in_order(page: Page) -> None:
     assert page.sections == [
-        "summary", "samples", "results", "differences", "tradeoff", "training", "overoptimisation", "selection",
-        "calibration", "data", "config", "again", "claims",
+        "summary", "samples", "results", "differences", "tradeoff", "length", "training", "overoptimisation",
+        "selection", "calibration", "data", "config", "again", "claims",
     ]  # fmt: skip
 
 
@@ -232,7 +232,7 @@ def test_without_truth_nothing_is_said_of_it(tmp_path: Path) -> None:
 def test_sections_without_data_are_left_out(tmp_path: Path) -> None:
     config = Config(workdir="w", experiment=("sft",), evaluate={"num_samples_shown": 0})  # type: ignore[arg-type]
     page = small_page(workdirs.make(tmp_path, ("sft",), configs={"sft": config}))
-    assert page.sections == ["summary", "results", "tradeoff", "calibration", "data", "config", "again"]
+    assert page.sections == ["summary", "results", "tradeoff", "length", "calibration", "data", "config", "again"]
     assert not (tmp_path / "report" / "figures" / "gaps.csv").exists()
     assert not (tmp_path / "report" / "tables" / "differences.csv").exists()
     assert "#differences" not in page.all("a", "href")

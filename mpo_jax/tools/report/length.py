@@ -1,0 +1,97 @@
+"""Length and repetition beside the reward: what a policy may gain from a reward model without answering better."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from mpo_jax.evaluation.statistics import mean_and_se
+from mpo_jax.tools.report.results import REPETITION, RunResult
+from mpo_jax.tools.report.seeds import BySeed, Repeated, Rows, compared_runs, differences, of_run, run_names
+
+LENGTH_NOTE = (
+    "Mean over seeds. Correlation: of reward and tokens over a run's answers. Repeated: the share of an answer's "
+    "three-word sequences that stand in it before, which rises where a policy repeats itself for its reward."
+)
+EQUAL_NOTE = (
+    "Differences paired by prompt. At equal length: what is left of a difference in reward after that in tokens times "
+    "the reward a token, the common slope of the reward against tokens within the runs (analysis of covariance), a "
+    "seed's own. A reward model that knew nothing but length would leave nothing. The intervals are over prompts and "
+    "seeds as elsewhere, and take the slope as known; answers that were cut off make it a rough one."
+)
+
+
+def length_rows(by_seed: BySeed) -> Rows:
+    """A row a run: tokens, their correlation with the reward, and repetition."""
+    rows: Rows = []
+    for name in run_names(by_seed):
+        found = list(of_run(by_seed, name).values())
+        row: dict[str, Any] = {"run": name}
+        columns = {
+            "length": [_mean(result, "length") for result in found],
+            "correlation": [_correlation(result) for result in found],
+            "repetition": [_mean(result, REPETITION) for result in found],
+        }
+        for column, values in columns.items():
+            known = [value for value in values if not math.isnan(value)]
+            row[column] = float(np.mean(known)) if known else None
+        rows.append(row)
+    return rows
+
+
+def equal_length_rows(by_seed: BySeed, *, resamples: int) -> Rows:
+    """A row a pair of `compared_runs`: its difference in reward, in tokens, and in reward at equal length."""
+    slopes = {seed: reward_per_token(results) for seed, results in by_seed.items()}
+    rows: Rows = []
+    for run, against in compared_runs(by_seed):
+        reward, tokens = (differences(by_seed, run, against, column) for column in ("score", "length"))
+        left = [_left(of_run(by_seed, run)[seed], of_run(by_seed, against)[seed], slope)
+                for seed, slope in slopes.items()
+                if seed in of_run(by_seed, run) and seed in of_run(by_seed, against)]  # fmt: skip
+        if reward is None or tokens is None or not all(left):
+            continue
+        found = Repeated.of(left).interval(resamples=resamples)
+        pair = {"run": run, "against": against, "prompts": reward.num_prompts}
+        means = {"reward": _over(reward), "tokens": _over(tokens)}
+        enough = math.isfinite(found.low)
+        interval = dict(zip(("ci_low", "ci_high"), (found.low, found.high) if enough else (None, None), strict=True))
+        rows.append(pair | means | {"equal_length": found.mean} | interval)
+    return rows
+
+
+def reward_per_token(results: list[RunResult]) -> float:
+    """The common slope of reward against tokens within the runs of a seed; 0 where all answers have one length."""
+    parts = [(result.measured.columns.get("length"), result.measured.columns.get("score")) for result in results]
+    known = [(x[ok], y[ok]) for x, y in parts if x is not None and y is not None and (ok := np.isfinite(x * y)).any()]
+    around = [(x - x.mean(), y - y.mean()) for x, y in known]
+    spread = sum(float(x @ x) for x, _ in around)
+    return sum(float(x @ y) for x, y in around) / spread if spread else 0.0
+
+
+def _left(run: RunResult, against: RunResult, slope: float) -> dict[str, float]:
+    """By prompt, the difference in reward less that in tokens times the slope."""
+    ours, theirs = (
+        {prompt: value - slope * tokens[prompt] for prompt, value in one.measured.values("score").items()
+         if prompt in tokens}
+        for one in (run, against)
+        for tokens in [one.measured.values("length")]
+    )  # fmt: skip
+    return {prompt: value - theirs[prompt] for prompt, value in ours.items() if prompt in theirs}
+
+
+def _over(repeated: Repeated) -> float:
+    return float(np.mean([values.mean() for values in repeated.groups]))
+
+
+def _mean(result: RunResult, column: str) -> float:
+    values = list(result.measured.values(column).values())
+    return mean_and_se(np.asarray(values))[0] if values else math.nan
+
+
+def _correlation(result: RunResult) -> float:
+    """NaN where reward or tokens are the same for all prompts."""
+    tokens, reward = (result.measured.values(column) for column in ("length", "score"))
+    both = np.asarray([(tokens[prompt], reward[prompt]) for prompt in tokens if prompt in reward])
+    if len(both) < 2 or not np.ptp(both, axis=0).all():
+        return math.nan
+    return float(np.corrcoef(both.T)[0, 1])
