@@ -11,19 +11,22 @@ from typing import Any, Protocol
 from filelock import FileLock, Timeout
 from rich.markup import escape
 
-from mpo_jax.errors import UserError
+from mpo_jax.errors import Damaged, UserError
 from mpo_jax.pipeline import shared
 from mpo_jax.pipeline.bucket import CHECKPOINTS, Bucket, stage_files, stage_place
 from mpo_jax.pipeline.recipe import MANIFEST, RECIPE, artifact_name, read_made, read_manifest
 from mpo_jax.pipeline.run_folder import CONFIG, read_config
 from mpo_jax.runtime import parts
 from mpo_jax.runtime.console import console
-from mpo_jax.runtime.files import remove, wait_for_files, write_json
+from mpo_jax.runtime.files import read_object, remove, wait_for_files, write_json
 from mpo_jax.runtime.processes import agree, is_main, wait
 from mpo_jax.runtime.progress import Overall
 from mpo_jax.runtime.stage_warnings import collect_warnings
 from mpo_jax.runtime.version import __version__
 from mpo_jax.types import Artifact
+
+SECONDS_BEFORE = "seconds_before"
+"""Key of an unfinished stage's recipe file: what attempts before this one took."""
 
 LOCK_POLL_S = 1.0
 """Seconds between two tries to get a lock that another run holds."""
@@ -141,16 +144,18 @@ class Store:
 
     def _make(self, recipe: Mapping[str, Any], final: Path, partial: Path, run: Callable[[Path], Any]) -> Artifact:
         console.print(f"[bold]make {final.name}[/bold]")
+        before = 0.0
         if is_main():
             if self.bucket is not None and self.bucket.has(f"{stage_place(partial)}/{RECIPE}"):
                 # possibly another machine's partial run: its metrics belong to the checkpoints there
                 self.bucket.fetch(stage_place(partial), partial)
             _prepare(partial)
-            write_json(partial / RECIPE, recipe)
+            before = _seconds_before(partial)
+            write_json(partial / RECIPE, {**recipe, **({SECONDS_BEFORE: before} if before else {})})
         begun = agree({RECIPE: _size(partial / RECIPE)} if is_main() else None, f"process 0 begins {final.name}")
         if self.bucket is None and begun is not None:
             wait_for_files(partial, begun)
-        begin = time.time()
+        begin = time.time() - before
         making = self._overall.making(final.name) if self._overall else contextlib.nullcontext()
         with making, collect_warnings() as warnings:
             summary = run(partial)
@@ -196,6 +201,22 @@ def _prepare(partial: Path) -> None:
             console.print(f"  [yellow]{escape(str(folder))} is no folder, and is removed[/yellow]", soft_wrap=True)
             folder.unlink()
     partial.mkdir(exist_ok=True)
+
+
+def _seconds_before(partial: Path) -> float:
+    """The time that stopped attempts at a stage took, each from its recipe to the last file that it wrote.
+
+    What an attempt did after that is lost with it, and the time between attempts is nobody's.
+    """
+    recipe = partial / RECIPE
+    if not recipe.is_file():
+        return 0.0
+    last = max(path.stat().st_mtime for path in partial.rglob("*") if path.is_file())
+    before = 0.0
+    with contextlib.suppress(Damaged, TypeError, ValueError):
+        before = float(read_object(recipe, "").get(SECONDS_BEFORE, 0.0))
+    # a damaged number is none
+    return round(max(last - recipe.stat().st_mtime, 0.0) + (before if 0 <= before < 1e9 else 0.0), 1)
 
 
 def _manifest(final: Path) -> str:

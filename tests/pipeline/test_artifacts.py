@@ -128,6 +128,31 @@ def test_a_run_that_fails_leaves_nothing_finished_and_is_resumed(tmp_path):
     assert not list(store.folder.glob(".*.partial"))
 
 
+def test_a_stage_took_as_long_as_all_attempts_at_it(tmp_path):
+    """Each from its beginning to the last that it wrote; not the days between."""
+
+    def stops(after: float):
+        def run(folder):
+            (folder / "checkpoints").mkdir(exist_ok=True)
+            (folder / "checkpoints" / "state").write_text("saved")
+            begun = (folder / RECIPE).stat().st_mtime
+            os.utime(folder / "checkpoints" / "state", (begun + after, begun + after))
+            raise RuntimeError("killed")
+
+        return run
+
+    for seconds in (100.0, 1000.0):
+        with pytest.raises(RuntimeError, match="killed"):
+            Store(tmp_path).build(recipe(), stops(seconds))
+    made = Store(tmp_path).build(recipe(), writer("x"))
+    assert 1100 <= made.manifest["seconds"] < 1130 and "seconds_before" not in made.manifest
+    # nothing of a file that says nonsense
+    (partial := tmp_path / "stages" / ".dpo-0123456789ab.partial").mkdir()
+    for text in ("{", "[]", *(f'{{"seconds_before": {value}}}' for value in ('"long"', -5, "null", "NaN", 1e99))):
+        (partial / RECIPE).write_text(text)
+        assert artifacts._seconds_before(partial) == 0.0
+
+
 def test_a_folder_says_from_the_start_what_is_made_in_it(tmp_path):
     """`mpo verify` and a resumed run read it there; the manifest says it afterwards."""
     store, found = Store(tmp_path), {}
