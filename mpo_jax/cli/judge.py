@@ -214,6 +214,13 @@ def _remarks(result: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"Mean total: A {result['total_a']:.3f}, B {result['total_b']:.3f}; A - B {d['mean']:.3f} {interval}."
         )
+    if "difference_at_equal_length" in result:
+        d = result["difference_at_equal_length"]
+        interval = "" if d["low"] is None else f" [{d['low']:.3f}, {d['high']:.3f}]"
+        lines.append(
+            f"Words: A {result['words_a']:.1f}, B {result['words_b']:.1f}; "
+            f"at equal length A - B {d['mean']:.3f}{interval}."
+        )
     if agree := result.get("places", {}).get("agree"):
         p = result["places"]
         lines.append(

@@ -1,6 +1,6 @@
 """Means with their uncertainty, and tests of differences over prompts and seeds."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
@@ -192,6 +192,20 @@ def bootstrap_p(mean_R: np.ndarray) -> float:
     """
     beyond = min(int((mean_R <= 0).sum()), int((mean_R >= 0).sum()))
     return min(1.0, 2.0 * (1 + beyond) / (len(mean_R) + 1))
+
+
+def common_slope(groups: Iterable[tuple[np.ndarray, np.ndarray]]) -> float:
+    """The slope of y against x within groups, one for all of them, as in an analysis of covariance.
+
+    Args:
+      groups: x and y of each, [n] both.
+
+    Returns:
+      0 where x does not differ within any group.
+    """
+    around = [(x_n - x_n.mean(), y_n - y_n.mean()) for x_n, y_n in groups if len(x_n)]
+    spread = sum(float(x_n @ x_n) for x_n, _ in around)
+    return sum(float(x_n @ y_n) for x_n, y_n in around) / spread if spread else 0.0
 
 
 def holm(p: Sequence[float]) -> list[float]:

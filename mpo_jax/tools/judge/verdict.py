@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mpo_jax.evaluation.answers import Pair
-from mpo_jax.evaluation.statistics import mean_and_se, paired_difference
+from mpo_jax.evaluation.statistics import common_slope, mean_and_se, paired_difference
 from mpo_jax.evaluation.verdicts import Outcome, Rate, Tally, by_category, compare, rate
 from mpo_jax.tools.judge.calls import Call, Failure, Reply
 from mpo_jax.tools.judge.parse import parse_totals
@@ -103,7 +103,11 @@ def places(judged: Sequence[Judged]) -> Places:
 
 
 def summary(judged: Sequence[Judged], *, resamples: int, seed: int) -> dict[str, Any]:
-    """Counts and rates with intervals, in all and by category; totals' means; differences paired by prompt."""
+    """Counts and rates with intervals, in all and by category; totals' means; differences paired by prompt.
+
+    At equal length: what is left of the difference in totals after that in words times `common_slope`, since judges too
+    like long answers.
+    """
     outcomes: list[Outcome | None] = [one.outcome for one in judged]
     statuses = [one.status for one in judged]
     result: dict[str, Any] = {
@@ -122,6 +126,13 @@ def summary(judged: Sequence[Judged], *, resamples: int, seed: int) -> dict[str,
         for side, column in (("a", totals[:, 0]), ("b", totals[:, 1])):
             result[f"total_{side}"], result[f"total_{side}_se"] = mean_and_se(column)
         result["difference"] = paired_difference(totals[:, 0], totals[:, 1], resamples=resamples, seed=seed)
+        pairs = [one.pair for one in judged if one.totals is not None]
+        words = np.asarray([(len(pair.a.split()), len(pair.b.split())) for pair in pairs], np.float64)
+        slope = common_slope(zip(words.T, totals.T, strict=True))
+        left = totals - slope * words
+        result["words_a"], result["words_b"] = words.mean(0).tolist()
+        result["total_per_word"] = slope
+        result["difference_at_equal_length"] = paired_difference(left[:, 0], left[:, 1], resamples=resamples, seed=seed)
     if any(len(one.grades) > 1 for one in judged):
         result["places"] = dataclasses.asdict(places(judged))
     return result

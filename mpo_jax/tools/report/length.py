@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from mpo_jax.evaluation.statistics import mean_and_se
+from mpo_jax.evaluation.statistics import common_slope, mean_and_se
 from mpo_jax.tools.report.results import REPETITION, RunResult
 from mpo_jax.tools.report.seeds import BySeed, Repeated, Rows, compared_runs, differences, of_run, run_names
 
@@ -63,9 +63,7 @@ def reward_per_token(results: list[RunResult]) -> float:
     """The common slope of reward against tokens within the runs of a seed; 0 where all answers have one length."""
     parts = [(result.measured.columns.get("length"), result.measured.columns.get("score")) for result in results]
     known = [(x[ok], y[ok]) for x, y in parts if x is not None and y is not None and (ok := np.isfinite(x * y)).any()]
-    around = [(x - x.mean(), y - y.mean()) for x, y in known]
-    spread = sum(float(x @ x) for x, _ in around)
-    return sum(float(x @ y) for x, y in around) / spread if spread else 0.0
+    return common_slope(known)
 
 
 def _left(run: RunResult, against: RunResult, slope: float) -> dict[str, float]:

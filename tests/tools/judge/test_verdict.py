@@ -1,10 +1,12 @@
 """From answers to win, tie, lose: averages over orders, and nothing made of an answer that cannot be read."""
 
+import numpy as np
 import pytest
+import statsmodels.api as sm
 
 from mpo_jax.evaluation.answers import Pair
 from mpo_jax.tools.judge.calls import Call, Failure, Reply
-from mpo_jax.tools.judge.verdict import Judged, grade, places, summary
+from mpo_jax.tools.judge.verdict import Grade, Judged, grade, places, summary
 from tests.tools.judge.server import scores
 
 UNREAD, FAILED = Reply("no idea"), Failure("500")
@@ -73,6 +75,28 @@ def test_summary_counts_everything_once():
     assert found["total_a"] == pytest.approx((8 + 8 + 5) / 3) and found["total_b"] == pytest.approx((7 + 6.5 + 5) / 3)
     assert found["difference"]["mean"] == pytest.approx(found["total_a"] - found["total_b"])
     assert found["difference"]["low"] <= found["difference"]["mean"] <= found["difference"]["high"]
+
+
+def test_what_a_judge_that_likes_length_leaves_at_equal_length():
+    """The reward a word, over both sides at once, by statsmodels."""
+    rng = np.random.default_rng(0)
+    words = np.stack([rng.integers(20, 40, 60), rng.integers(5, 25, 60)], -1)
+    totals = np.round(0.1 * words + rng.normal(0, 0.2, words.shape) + [0.5, 0.0], 2)
+    rows = [
+        Judged(Pair(f"p{n}", "w " * int(words[n, 0]), "w " * int(words[n, 1])), (Grade(False, (float(a), float(b))),))
+        for n, (a, b) in enumerate(totals)
+    ]
+    found = summary([*rows, judged(UNREAD)], resamples=400, seed=0)
+    sides = np.repeat(np.eye(2), 60, axis=0)
+    fit = sm.OLS(totals.T.ravel(), np.column_stack([sides, words.T.ravel()])).fit()
+    assert (found["words_a"], found["words_b"]) == pytest.approx(words.mean(0))
+    assert found["total_per_word"] == pytest.approx(fit.params[2]) and found["difference"]["mean"] > 1.5
+    left = found["difference_at_equal_length"]
+    assert left["mean"] == pytest.approx(fit.params[0] - fit.params[1])
+    assert 0.4 < left["low"] < left["mean"] < left["high"] < 0.6
+    # texts of one length have no slope, and the difference stays what it is
+    equal = summary([judged(says(8, 7), says(7, 8))] * 3, resamples=40, seed=0)
+    assert equal["total_per_word"] == 0.0 and equal["difference_at_equal_length"] == equal["difference"]
 
 
 def test_without_a_single_verdict():
