@@ -39,9 +39,9 @@ def show_data(
     resolved = read_config(config, [*(overrides or ()), *short_keys(model, data, None)])
     if export is not None:
         from mpo_jax.runtime.outputs import check_output_folder
-        from mpo_jax.tools.data_files import FILES, sources
+        from mpo_jax.tools.data_files import FILES
 
-        check_output_folder("--export", export, FILES, sources(resolved.data))
+        check_output_folder("--export", export, FILES, resolved.data.sources)
     found = report_data(resolved)
     console.print(_sources(found.corpus))
     console.print(f"{found.corpus.sizes} (data.prompts={resolved.data.prompts})", soft_wrap=True)

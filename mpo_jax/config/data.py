@@ -8,6 +8,9 @@ from pydantic import Field, field_validator, model_validator
 from mpo_jax.config.base import InRecipe, Names, NamesByName, Options, OptionsByName, Section
 from mpo_jax.config.registry import ROW_FORMATS
 
+SOURCES = ("path", "sft_path", "test_path", "prompt_path", "test_prompt_path")
+"""The keys of `data` that name rows."""
+
 TEMPLATE_ARGUMENTS = (
     "messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt",
     "continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict",
@@ -181,7 +184,7 @@ class DataConfig(Section, frozen=True):
     max_rows: int | None = Field(default=None, gt=0, description="read only the first rows of each file; null: all")
     toy: ToyConfig = Field(default_factory=lambda: ToyConfig())
 
-    @field_validator("path", "sft_path", "test_path", "prompt_path", "test_prompt_path", mode="before")
+    @field_validator(*SOURCES, mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
@@ -211,6 +214,11 @@ class DataConfig(Section, frozen=True):
     def has_test_set(self) -> bool:
         """Whether there is a separate test set, so that validation rows are held out from the reward model alone."""
         return self.kind == "toy" or bool(self.test_path) or bool(self.test_prompt_path)
+
+    @property
+    def sources(self) -> list[str]:
+        """Every file, folder and hub data set that rows are read from, by any key."""
+        return [path for key in SOURCES for path in getattr(self, key)]
 
     @property
     def has_test_prompts(self) -> bool:

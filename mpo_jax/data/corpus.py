@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from mpo_jax.config.base import recipe_values
+from mpo_jax.config.data import SOURCES
 from mpo_jax.config.registry import ROW_FORMATS
 from mpo_jax.config.schema import Config, DataConfig, ModelConfig, TextConfig
 from mpo_jax.data import toy
@@ -60,13 +61,12 @@ def fingerprint(config: DataConfig, cache: Path | None = None, *, chat_template:
     if config.kind == "toy":
         content: Any = {"world": config.toy.model_dump(mode="json")}
     else:
-        fields = ("path", "sft_path", "test_path", "prompt_path", "test_prompt_path")
         content = {}
-        for field in fields:
+        for field in SOURCES:
             with _naming(field):
                 content[field] = _fingerprint_sources(getattr(config, field), cache)
         if (category := _format(config.kind).category) is not None:
-            content["categories"] = [_named_categories(getattr(config, field), category) for field in fields]
+            content["categories"] = [_named_categories(getattr(config, field), category) for field in SOURCES]
         options |= {"filter", "keep_news", "max_rows", "order", "columns"}
     if chat_template is not None:
         content["chat_template"] = read_template(chat_template)
@@ -264,7 +264,7 @@ def _sources(data: DataConfig) -> dict[str, list[Source]]:
       UserError: for what is not there, or a column that the first rows lack.
     """
     sources: dict[str, list[Source]] = {}
-    for key in ("path", "sft_path", "test_path", "prompt_path", "test_prompt_path"):
+    for key in SOURCES:
         with _naming(key):
             sources[key] = [renamed(open_source(spec), data.columns) for spec in getattr(data, key)]
     first = min(FIRST_ROWS, data.max_rows or FIRST_ROWS)

@@ -119,7 +119,7 @@ def check_answer_columns(paths: Sequence[str], by: str, columns: Names) -> None:
     check_columns(sources, columns, ("prompt", *RESPONSES, SHOWN, by), FIRST_ROWS)
 
 
-def read_answers(path: str, by: str = CATEGORY, columns: Names = ()) -> list[Answer]:
+def read_answers(path: str, by: str = CATEGORY, columns: Names = (), field: str | None = None) -> list[Answer]:
     """Rows {prompt, response} or {prompt, completion}, strings or conversations, of which the last message responds.
 
     A field `shown`, where it is there, is the prompt as the model saw it.
@@ -127,27 +127,32 @@ def read_answers(path: str, by: str = CATEGORY, columns: Names = ()) -> list[Ans
     Args:
       by: the field that holds a row's category, where it has one.
       columns: as data.columns, pairs of a field and the column that holds it.
+      field: that which responds, in place of the usual ones.
 
     Raises:
       UserError: for a row of another form, with its place, or if there are no rows.
     """
     answers = []
     # a row may have both, of which one has been named
-    fields = sorted(RESPONSES, key=lambda name: name not in dict(columns))
+    fields = sorted(RESPONSES, key=lambda name: name not in dict(columns)) if field is None else [field]
     for place, row in renamed(open_source(path), columns).rows():
-        field = next((name for name in fields if row.get(name) is not None), None)
-        if field is None:
+        said_in = next((name for name in fields if row.get(name) is not None), None)
+        if said_in is None:
+            if field is not None:
+                raise UserError(
+                    f"{place}: no field {field!r}, the answer in {path}:{field}; this row has: {columns_of(row)}"
+                )
             raise UserError(
                 f"{place}: an answer has the fields prompt and response (or completion); this row has: "
                 f"{columns_of(row)}. data.columns.response=NAME takes it from another column"
             )
-        response = said(row, field, place)
+        response = said(row, said_in, place)
         if not isinstance(response, str):
             if not response:
-                raise UserError(f"{place}: field {field!r} is an empty conversation; it must end with the answer")
+                raise UserError(f"{place}: field {said_in!r} is an empty conversation; it must end with the answer")
             if (role := response[-1]["role"]) != "assistant":
                 raise UserError(
-                    f"{place}: field {field!r} must end with a message of role assistant, the answer, not with {role}"
+                    f"{place}: field {said_in!r} must end with a message of role assistant, the answer, not with {role}"
                 )
             response = response[-1]["content"]
         shown = None if row.get(SHOWN) is None else text_field(row, SHOWN, place)

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mpo_jax.config.schema import DataConfig
 from mpo_jax.data.corpus import Corpus
 from mpo_jax.data.records import Preference
 from mpo_jax.data.turns import Turns
@@ -13,12 +12,6 @@ from mpo_jax.runtime.files import write_lines_together
 
 SETS = ("demonstrations", "pairs", "reward_pairs", "validation", "held_out", "prompts", "test_prompts")
 FILES = tuple(f"{name}.jsonl" for name in SETS)
-
-
-def sources(data: DataConfig) -> list[str]:
-    """The files and hub names that a configuration reads rows from."""
-    named = (data.path, data.sft_path, data.test_path, data.prompt_path, data.test_prompt_path)
-    return [path for paths in named for path in paths or ()]
 
 
 def export_sets(corpus: Corpus, turns: Turns, out: Path) -> dict[str, int]:

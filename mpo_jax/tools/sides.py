@@ -10,12 +10,10 @@ from rich.markup import escape
 from mpo_jax.config.base import Names
 from mpo_jax.config.load import load_config
 from mpo_jax.data.records import Drop
-from mpo_jax.data.sources import FILE_SUFFIXES, open_source
-from mpo_jax.data.text_files import columns_of
+from mpo_jax.data.sources import FILE_SUFFIXES
 from mpo_jax.errors import UserError
 from mpo_jax.evaluation.answers import (
     CATEGORY,
-    RESPONSES,
     Answer,
     Pair,
     Prompt,
@@ -33,8 +31,6 @@ from mpo_jax.runtime.seeds import stage_key
 from mpo_jax.runtime.sharding import check_batch
 from mpo_jax.tools.opening import OpenModel, open_model
 
-RESPONSE = RESPONSES[0]
-
 
 def compared(
     a: str, b: str, data: str | None, *, out: Path, overrides: tuple[str, ...], by: str = CATEGORY
@@ -43,10 +39,9 @@ def compared(
 
     A side is a file of rows, whose field FIELD responds if it is named as `FILE:FIELD` (so that the chosen and the
     rejected responses of a file of pairs are two sides), a run's folder with the samples of its evaluation, or a model.
-    A model answers each prompt
-    of `data` once, by `evaluate.greedy`, `evaluate.temperature` and `seed`, under the template, chat setting and
-    lengths of its training unless the overrides give others; `out` gets its answers as `answers-a.jsonl` or
-    `answers-b.jsonl`.
+    A model answers each prompt of `data` once, by `evaluate.greedy`, `evaluate.temperature` and `seed`, under the
+    template, chat setting and lengths of its training unless the overrides give others; `out` gets its answers as
+    `answers-a.jsonl` or `answers-b.jsonl`.
 
     Args:
       data: rows {prompt}: the prompts to compare on; None: all that the sides answer. Fields of these rows and of the
@@ -87,10 +82,7 @@ def _open_side(
     file, field = _file_and_field(path)
     found = find_answers(file)
     if found is not None:
-        if field is not None:
-            _check_field(found, field, path)
-            columns = (*(one for one in columns if one[0] != RESPONSE), (RESPONSE, field))
-        return read_answers(found, by, columns)
+        return read_answers(found, by, columns, field)
     if prompts is None:
         raise UserError(
             f"{path} is no file of rows and no run's folder. If it is a model, give the prompts that it is to "
@@ -115,13 +107,6 @@ def _file_and_field(path: str) -> tuple[str, str | None]:
     if field and file.endswith(FILE_SUFFIXES) and not os.path.lexists(path):
         return file, field
     return path, None
-
-
-def _check_field(file: str, field: str, side: str) -> None:
-    """Raises UserError for the first row that lacks the field by which a side is named."""
-    for place, row in open_source(file).rows():
-        if row.get(field) is None:
-            raise UserError(f"{place}: no field {field!r}, the answer in {side}; this row has: {columns_of(row)}")
 
 
 def sample(path: str, opened: OpenModel, prompts: list[Prompt]) -> list[Answer]:

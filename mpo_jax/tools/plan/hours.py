@@ -41,8 +41,7 @@ def read_amounts(config: Config, *, fetch: bool = False) -> tuple[Amounts | None
       fetch: whether rows and a tokenizer that are on the hub are fetched.
     """
     data, path = config.data, config.model.path
-    sources = (*data.path, *data.sft_path, *data.test_path, *data.prompt_path, *data.test_prompt_path)
-    if not fetch and any(spec.startswith(HUB) for spec in sources):
+    if not fetch and any(spec.startswith(HUB) for spec in data.sources):
         return None, "the rows are on the hub: --hours fetches them"
     if not fetch and path is not None and not Path(path).expanduser().exists():
         return None, f"the tokenizer of {path} is on the hub: --hours fetches it"

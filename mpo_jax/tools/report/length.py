@@ -7,7 +7,7 @@ import numpy as np
 
 from mpo_jax.evaluation.statistics import common_slope, mean_and_se
 from mpo_jax.tools.report.results import REPETITION, RunResult
-from mpo_jax.tools.report.seeds import BySeed, Repeated, Rows, compared_runs, differences, of_run, run_names
+from mpo_jax.tools.report.seeds import BySeed, Rows, compared_runs, differences, of_run, paired, run_names
 
 LENGTH_NOTE = (
     "Mean over seeds. Correlation: of reward and tokens over a run's answers. Repeated: the share of an answer's "
@@ -42,20 +42,23 @@ def length_rows(by_seed: BySeed) -> Rows:
 def equal_length_rows(by_seed: BySeed, *, resamples: int) -> Rows:
     """A row a pair of `compared_runs`: its difference in reward, in tokens, and in reward at equal length."""
     slopes = {seed: reward_per_token(results) for seed, results in by_seed.items()}
+
+    def at_equal_length(seed: int, result: RunResult) -> dict[str, float]:
+        tokens, reward = (result.measured.values(column) for column in ("length", "score"))
+        return {prompt: reward[prompt] - slopes[seed] * tokens[prompt] for prompt in reward if prompt in tokens}
+
     rows: Rows = []
     for run, against in compared_runs(by_seed):
         reward, tokens = (differences(by_seed, run, against, column) for column in ("score", "length"))
-        left = [_left(of_run(by_seed, run)[seed], of_run(by_seed, against)[seed], slope)
-                for seed, slope in slopes.items()
-                if seed in of_run(by_seed, run) and seed in of_run(by_seed, against)]  # fmt: skip
-        if reward is None or tokens is None or not all(left):
+        left = paired(by_seed, run, against, at_equal_length)
+        if reward is None or tokens is None or left is None:
             continue
-        found = Repeated.of(left).interval(resamples=resamples)
-        pair = {"run": run, "against": against, "prompts": reward.num_prompts}
-        means = {"reward": _over(reward), "tokens": _over(tokens)}
-        enough = math.isfinite(found.low)
-        interval = dict(zip(("ci_low", "ci_high"), (found.low, found.high) if enough else (None, None), strict=True))
-        rows.append(pair | means | {"equal_length": found.mean} | interval)
+        mean, low, high, _ = left.interval(resamples=resamples)
+        # a single prompt has none
+        interval = (low, high) if math.isfinite(low) else (None, None)
+        row = {"run": run, "against": against, "prompts": reward.num_prompts, "reward": reward.mean}
+        row |= {"tokens": tokens.mean, "equal_length": mean}
+        rows.append(row | dict(zip(("ci_low", "ci_high"), interval, strict=True)))
     return rows
 
 
@@ -64,21 +67,6 @@ def reward_per_token(results: list[RunResult]) -> float:
     parts = [(result.measured.columns.get("length"), result.measured.columns.get("score")) for result in results]
     known = [(x[ok], y[ok]) for x, y in parts if x is not None and y is not None and (ok := np.isfinite(x * y)).any()]
     return common_slope(known)
-
-
-def _left(run: RunResult, against: RunResult, slope: float) -> dict[str, float]:
-    """By prompt, the difference in reward less that in tokens times the slope."""
-    ours, theirs = (
-        {prompt: value - slope * tokens[prompt] for prompt, value in one.measured.values("score").items()
-         if prompt in tokens}
-        for one in (run, against)
-        for tokens in [one.measured.values("length")]
-    )  # fmt: skip
-    return {prompt: value - theirs[prompt] for prompt, value in ours.items() if prompt in theirs}
-
-
-def _over(repeated: Repeated) -> float:
-    return float(np.mean([values.mean() for values in repeated.groups]))
 
 
 def _mean(result: RunResult, column: str) -> float:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -70,6 +70,11 @@ class Repeated:
     def num_prompts(self) -> int:
         """Different prompts."""
         return len(self.groups[0]) if self.shared_prompts else sum(map(len, self.groups))
+
+    @property
+    def mean(self) -> float:
+        """Of the seeds' means."""
+        return float(np.mean([values.mean() for values in self.groups]))
 
     def interval(self, *, resamples: int) -> Interval:
         """The mean with its 95% interval and p-value."""
@@ -178,10 +183,17 @@ def pair_differences(by_seed: BySeed, *, resamples: int, at_least: int = 1) -> R
 
 def differences(by_seed: BySeed, better: str, worse: str, column: str) -> Repeated | None:
     """A column's differences of two runs, paired by prompt, over the seeds that have both; None where none has."""
+    return paired(by_seed, better, worse, lambda _, result: result.measured.values(column))
+
+
+def paired(
+    by_seed: BySeed, better: str, worse: str, values: Callable[[int, RunResult], Mapping[str, float]]
+) -> Repeated | None:
+    """The same of any values by prompt, which `values(seed, result)` gives."""
     first, second = of_run(by_seed, better), of_run(by_seed, worse)
     groups = []
     for seed in [seed for seed in first if seed in second]:
-        ours, theirs = (run[seed].measured.values(column) for run in (first, second))
-        if paired := {prompt: value - theirs[prompt] for prompt, value in ours.items() if prompt in theirs}:
-            groups.append(paired)
+        ours, theirs = (values(seed, run[seed]) for run in (first, second))
+        if both := {prompt: value - theirs[prompt] for prompt, value in ours.items() if prompt in theirs}:
+            groups.append(both)
     return Repeated.of(groups) if groups else None
