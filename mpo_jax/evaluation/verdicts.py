@@ -83,8 +83,11 @@ def compare(a: float, b: float) -> Outcome:
 
 
 def by_category(categories: Sequence[str | None], outcomes: Sequence[Outcome | None]) -> dict[str, Tally]:
-    """A tally of each category, by name; empty if no item has a category."""
-    names = sorted({category for category in categories if category is not None})
+    """A tally of each category, by name; empty if all items are of one category, or of none."""
+    kinds = set(categories)
+    if len(kinds) < 2:
+        return {}
+    names = sorted(category for category in kinds if category is not None)
     return {name: Tally.of(o for c, o in zip(categories, outcomes, strict=True) if c == name) for name in names}
 
 

@@ -217,14 +217,14 @@ def test_sides_that_a_model_answers(judge, language_model, tmp_path, capsys):
     """The model's likeliest answers, kept, against a file that answers more prompts."""
     data, other = tmp_path / "data.jsonl", tmp_path / "other.jsonl"
     prompts = ["POST: my boss lost the keys.\n\nTL;DR:", "should i quit"]
-    data.write_text("".join(json.dumps({"prompt": p, "category": "c"}) + "\n" for p in prompts))
+    data.write_text("".join(json.dumps({"prompt": p, "category": p[0]}) + "\n" for p in prompts))
     other.write_text("".join(json.dumps({"prompt": p, "response": "x"}) + "\n" for p in ["more", *prompts]))
     greedy = ("evaluate.greedy=true", "text.max_response_tokens=6", "text.max_prompt_tokens=40", *NO_CACHE)
     with serving(lambda prompt, before: Act(by_words(prompt))) as server:
         assert judge(*remote(server, "--data", data), *greedy, sides=(str(language_model), str(other))) == 0
     rows = judgements(tmp_path)
     assert [row["a"] for row in rows] == [greedy_answer(language_model, prompt, 6) for prompt in prompts]
-    assert [row["b"] for row in rows] == ["x", "x"] and result(tmp_path)["by_category"].keys() == {"c"}
+    assert [row["b"] for row in rows] == ["x", "x"] and result(tmp_path)["by_category"].keys() == {"P", "s"}
     kept = [json.loads(line) for line in (tmp_path / "out" / "answers-a.jsonl").read_text().splitlines()]
     assert [(row["prompt"], row["response"]) for row in kept] == [(row["prompt"], row["a"]) for row in rows]
 

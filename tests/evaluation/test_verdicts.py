@@ -40,7 +40,8 @@ def test_tallies():
     assert Tally.of([None]).to_dict()["rates"] == {"win": None, "tie": None, "lose": None}
     found = by_category(["b", None, "b", "a", None, "a"], outcomes)
     assert found == {"a": Tally(1, 0, 0, without=1), "b": Tally(1, 0, 1)} and list(found) == ["a", "b"]
-    assert by_category([None, None], ["win", "tie"]) == {}
+    assert by_category([None, None], ["win", "tie"]) == {} == by_category(["a", "a"], ["win", "tie"])
+    assert by_category(["a", None], ["win", "tie"]) == {"a": Tally(1, 0, 0)}
 
 
 def test_comparison_and_plurality():
