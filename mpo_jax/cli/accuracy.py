@@ -64,6 +64,12 @@ def accuracy(
                 "text.chat=true does so[/yellow]",
                 soft_wrap=True,
             )
+    longer = found.longer
+    console.print(
+        f"Choosing the longer response, in characters, is right in {longer.mean:.1%} of all rows "
+        f"({longer.low:.1%} to {longer.high:.1%}).",
+        soft_wrap=True,
+    )
     console.print("Ties count half; intervals are 95%, Wilson's.", soft_wrap=True)
     for remark in filter(None, (found.cut, found.stripped)):
         console.print(remark, style="yellow", soft_wrap=True, markup=False)

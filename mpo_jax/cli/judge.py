@@ -13,6 +13,7 @@ from mpo_jax.cli.arguments import ComparedOn, Overrides, SideA, SideB, expanded,
 from mpo_jax.errors import GOES_ON, UserError
 from mpo_jax.runtime.console import console
 from mpo_jax.runtime.interrupts import STOPS
+from mpo_jax.runtime.words import counted
 from mpo_jax.untrusted import loads
 
 if TYPE_CHECKING:
@@ -138,7 +139,9 @@ def _by_reward_model(opened: "OpenModel", pairs: "Sequence[Pair]") -> "tuple[lis
 
     judged, cut = judge_by_reward_model(opened, pairs, _now_and_then(lambda n: f"  {n} of {len(pairs)} pairs scored"))
     if any(cut.values()):
-        console.print(f"[yellow]cut to fit: {cut['truncated_prompts']} prompts, {cut['truncated_responses']} responses")
+        prompts = counted(cut["truncated_prompts"], "prompt")
+        pairs_cut = counted(cut["truncated_responses"], "pair")
+        console.print(f"cut to fit: {prompts}, and a response of {pairs_cut}", style="yellow", soft_wrap=True)
     return judged, cut
 
 

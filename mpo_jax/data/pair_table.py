@@ -122,6 +122,13 @@ class PairTable:
             self.warn_if_one_sided(border)
         return rows
 
+    def said(self, subset: Subset, border: Border) -> str:
+        """How many pairs are in a subset, and by what gap, as a sentence; empty for all pairs."""
+        if subset == "all":
+            return ""
+        number, side = len(_rows(self.gap, subset, border)), "above" if subset == "easy" else "at most"
+        return f"{number} of {len(self.gap)} pairs are {subset}: their gap is {side} {self.threshold(border):.4g}"
+
     def warn_if_one_sided(self, border: Border) -> None:
         """Warns if the configured split leaves the easy or the hard side empty."""
         sides: tuple[Subset, Subset] = ("easy", "hard")

@@ -66,6 +66,15 @@ class Accuracy:
         return cls(mean, low, high, len(margin_B), int((margin_B == 0).sum()), float(margin_B @ share_B))
 
 
+def of_the_longer(pairs: Sequence[Sequence[str]]) -> Accuracy:
+    """The accuracy of a reward that is the response's number of characters: the least that a reward model should beat.
+
+    Args:
+      pairs: chosen and rejected response of each row; at least one.
+    """
+    return Accuracy.of(np.asarray([len(chosen) - len(rejected) for chosen, rejected in pairs]))
+
+
 def unlike(name: str, others: Collection[str | None]) -> str:
     """The name, in brackets where another one is the same: `all` of a table whose groups have one called `all`."""
     while name in others:

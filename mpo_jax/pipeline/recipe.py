@@ -39,6 +39,7 @@ class _Summary(BaseModel, strict=True, extra="allow"):
     """Of what a stage measured, what reports read without asking for its type."""
 
     held_out_accuracy: float | None = None
+    longer_is_chosen: float | None = None
     true_accuracy: float | None = None
     label_accuracy: float | None = None
     accuracy_by_gap: list[_Bin] | None = None

@@ -388,7 +388,7 @@ class Context:
                 console.print(f"  {keep.name}: {keep.done} of {keep.total} rows are there", soft_wrap=True)
             tracker = Tracker(
                 self.folder if log else None, stage if log else f"{stage} {name}", keep.total, tensorboard=False,
-                start_step=keep.reported, whole=log,
+                start_step=keep.reported, whole=log, bursts=True,
             )  # fmt: skip
             with contextlib.closing(tracker):
                 yield keep, partial(tracker.update, log=True)

@@ -23,6 +23,7 @@ from mpo_jax.models import forward, loading, responses
 from mpo_jax.models.forward import Model
 from mpo_jax.models.hf.tokenizer import load_tokenizer
 from mpo_jax.runtime import machine
+from mpo_jax.runtime.console import console
 from mpo_jax.runtime.stage_warnings import warn
 from mpo_jax.selection import ordered_right
 from mpo_jax.stages.context import Context
@@ -241,6 +242,8 @@ def _selected(settings: Settings, context: Context, codec: TextCodec, pairs: Art
     """The selection's pairs with the chosen side first; responses keep their sampled ids."""
     table = PairTable.read(pairs.path)
     rows = table.rows(settings.split.subset, settings.split)
+    if said := table.said(settings.split.subset, settings.split):
+        console.print(f"  {said}", soft_wrap=True)
     prompts, _ = context.tokenize(codec, [(table.prompt[int(row)], ()) for row in rows])
     examples = []
     for row, example in zip(rows, prompts, strict=True):

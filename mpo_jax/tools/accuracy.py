@@ -10,7 +10,7 @@ from mpo_jax.config.schema import DpoConfig
 from mpo_jax.data.fields import whole
 from mpo_jax.data.sources import Row, Source
 from mpo_jax.errors import UserError
-from mpo_jax.evaluation.accuracy import Accuracy, RewardBench, by_group, unlike
+from mpo_jax.evaluation.accuracy import Accuracy, RewardBench, by_group, of_the_longer, unlike
 from mpo_jax.tools.opening import OpenModel
 from mpo_jax.tools.scoring import SUBSET, open_rows, score
 
@@ -23,6 +23,7 @@ class Measured:
 
     Attributes:
       beta: factor of an implicit reward; None for a reward model.
+      longer: the accuracy of choosing the response with more characters.
       groups: accuracy by the values of the field asked for; empty if none was.
       bench: RewardBench's sections; None if no row names a subset of it.
       cut, stripped: what was cut to fit and what was taken off, as one sentence each; None if nothing was.
@@ -30,6 +31,7 @@ class Measured:
 
     beta: float | None
     overall: Accuracy
+    longer: Accuracy
     groups: dict[str, Accuracy]
     bench: RewardBench | None
     cut: str | None
@@ -83,6 +85,7 @@ def measure(
     return Measured(
         beta if reference is not None else None,
         Accuracy.of(margin_B),
+        of_the_longer(scored.responses),
         {} if by is None else by_group(margin_B, groups),
         RewardBench.of(margin_B, subsets),
         scored.cut,

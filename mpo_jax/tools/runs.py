@@ -21,6 +21,7 @@ from mpo_jax.runtime.processes import REPORTED, is_main, wait
 from mpo_jax.runtime.version import __version__
 from mpo_jax.tools.report import results
 from mpo_jax.tools.report.place import FOLDER, INPUTS, PAGE, check_place
+from mpo_jax.tools.report.provenance import TABLE_CONFIG
 from mpo_jax.training import wandb_log
 from mpo_jax.types import Artifact
 
@@ -112,16 +113,25 @@ def run_until(config: Config, stage: StageName) -> Iterator[tuple[ExperimentName
 def rewrite_report(workdir: Path, price: float | None = None) -> tuple[Path, "BySeed"]:
     """Writes the report of a workdir's finished runs, or of those of a table's seeds; its page, and the runs.
 
+    A table's folders `tables` and `figures` are written again too: since it ended there may be new verdicts.
+
     Args:
       price: of a device for an hour; the stages' costs are shown with it.
     """
+    from mpo_jax.tools.report.evidence import gather, write_evidence
     from mpo_jax.tools.report.page import write_report
     from mpo_jax.tools.report.seeds import collect_seeds
+    from mpo_jax.tools.report.verdict_rows import find_verdicts
 
     by_seed = collect_seeds(workdir)
     check_output_folder("WORKDIR", workdir)
     config = next(iter(by_seed.values()))[0].config
-    page = write_report(workdir, resamples=config.evaluate.bootstrap_resamples, by_seed=by_seed, price=price)
+    resamples = config.evaluate.bootstrap_resamples
+    evidence = None
+    if (workdir / TABLE_CONFIG).is_file():
+        evidence = gather(by_seed, find_verdicts(workdir), resamples=resamples)
+        write_evidence(workdir, evidence, resamples=resamples)
+    page = write_report(workdir, resamples=resamples, by_seed=by_seed, evidence=evidence, price=price)
     wandb_log.log_report(config, workdir)
     return page, by_seed
 

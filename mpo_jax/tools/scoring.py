@@ -50,6 +50,7 @@ class Scored:
       tokens_BN: [rows, responses], tokens of each response, EOS included; where the model reads a row as one text, of
         prompt and response together.
       prompt_tokens_B: [rows]; None where the model reads a row as one text.
+      responses: of each row, as they were read, before any cut.
       cut: what was cut to fit, as one sentence; None if nothing was.
       stripped: how many responses were without an end marker, as one sentence; None if none was.
       given: rows {prompt, responses} as the file has them, whose responses the values are of, one after the other;
@@ -61,6 +62,7 @@ class Scored:
     values_BN: np.ndarray
     tokens_BN: np.ndarray
     prompt_tokens_B: np.ndarray | None
+    responses: Sequence[Sequence[str]]
     cut: str | None
     stripped: str | None
     given: Sequence[Row] = ()
@@ -123,6 +125,7 @@ def _score(opened: OpenModel, source: Source, spelled: SpelledTokens, batch_size
         values,
         np.asarray([[len(ids) for ids in example.responses] for example in examples]),
         np.asarray([len(example.prompt) for example in examples]),
+        [responses for _, responses in rows],
         _what_was_cut(report, opened.config.text),
         spelled.stripped(),
     )
@@ -200,7 +203,9 @@ def _score_texts(
         values, tokens, cut = score_texts(opened, texts, batch_size=batch_size * len(sides), progress=progress)
     shape = len(rows), len(sides)
     said = f"{cut} of {len(texts)} texts lose the start of their prompt, to fit the model" if cut else None
-    return Scored("score", sides, values.reshape(shape), tokens.reshape(shape), None, said, spelled.stripped())
+    responses = [responses for _, responses in rows]
+    values, tokens = values.reshape(shape), tokens.reshape(shape)
+    return Scored("score", sides, values, tokens, None, responses, said, spelled.stripped())
 
 
 def score_texts(
@@ -278,5 +283,5 @@ def values_of(opened: OpenModel, examples: Sequence[Example], *, batch_size: int
 
 @contextlib.contextmanager
 def _shown_progress(total: int) -> Iterator[Progress]:
-    with contextlib.closing(Tracker(None, "score", total, tensorboard=False)) as tracker:
+    with contextlib.closing(Tracker(None, "score", total, tensorboard=False, bursts=True)) as tracker:
         yield partial(tracker.update, log=True)

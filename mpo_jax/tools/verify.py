@@ -55,6 +55,7 @@ def verify(workdir: Path, stage: str | None, *, sha256: bool = False) -> bool:
     Bitwise equality is guaranteed only on the same devices, mesh and versions.
 
     Args:
+      workdir: of runs, or of a table, whose seeds are then all checked.
       stage: kind of stage (sft, reward, dpo, ppo) or folder name of one stage; None for all.
       sha256: whether to compare sha256 of the last two checkpoints' arrays on disk, instead of the 128-bit hashes that
         training takes on the devices. So are checkpoints of earlier versions, whose recorded hashes are others.
@@ -62,15 +63,18 @@ def verify(workdir: Path, stage: str | None, *, sha256: bool = False) -> bool:
     Raises:
       UserError: if there is nothing to check.
     """
-    results, damaged = [], []
-    if not (workdir / "stages").is_dir():
+    results, damaged, seen = list[bool](), list[str](), set[str]()
+    table = [folder.parent for folder in sorted(workdir.glob("seed-*/stages"))]
+    if not table and not (workdir / "stages").is_dir():
         raise UserError(f"{workdir} is no workdir with stages: name the folder that a run was given as workdir=DIR")
-    for folder in _stage_folders(workdir):
+    for folder in [folder for one in [workdir, *table] for folder in _stage_folders(one)]:
         name = folder.name.removeprefix(".").removesuffix(".partial")
         try:
-            if (recipe := _trained(folder, name, stage)) is None:
+            # a table's seeds may share stages
+            if name in seen or (recipe := _trained(folder, name, stage)) is None:
                 continue
-            with FileLock(workdir / "stages" / f".{name}.lock", timeout=0):
+            seen.add(name)
+            with FileLock(folder.parent / f".{name}.lock", timeout=0):
                 if (stretch := _stretch(folder, sha256)) is None:
                     console.print(
                         f"{name}: fewer than two states are stored. In the run that makes it, set "
@@ -78,7 +82,7 @@ def verify(workdir: Path, stage: str | None, *, sha256: bool = False) -> bool:
                         soft_wrap=True,
                     )
                     continue
-                results.append(_same(workdir, folder, name, recipe, stretch, first=not results))
+                results.append(_same(folder.parents[1], folder, name, recipe, stretch, first=not results))
         except Timeout:
             console.print(f"{name}: another run is making it right now", soft_wrap=True)
         except Damaged as damage:

@@ -85,6 +85,8 @@ class Tracker:
     Args:
       sinks: other destinations of the logged metrics.
       whole: whether these steps are the stage's progress as a part of all stages; a pass beside them is not.
+      bursts: whether steps end in bursts, as the batches of a pass do: the time of a step and the tokens a second are
+        then means since the start, compilation left out, in place of means since the last logged step.
       every_step: without a terminal, print each logged step as one line of names and values, for programs to parse.
       start_step: the number of steps already made; lines of later steps are dropped from the file.
       sums: the value of `unlogged` at that step.
@@ -105,9 +107,10 @@ class Tracker:
         start_step: int = 0,
         sums: Mapping[str, Any] | None = None,
         whole: bool = True,
+        bursts: bool = False,
     ):
         self.stage, self.num_steps, self._every_step = stage, num_steps, every_step
-        self._whole = whole
+        self._whole, self._bursts = whole, bursts
         self.last_line: dict[str, float] = {}
         writes = folder is not None and is_main()
         self._path = folder / "metrics.jsonl" if folder is not None and is_main() else Path(os.devnull)
@@ -127,7 +130,8 @@ class Tracker:
         self._steps_since = 0
         self._compile_seconds = 0.0
         self._compiled = _compile_clock()
-        self._compiled_before = self._untimed = 0.0
+        self._compiled_before, self._untimed = self._compiled.seconds, 0.0
+        self._tokens = 0.0
         self._overall = progress.current()
         self._bar: Progress | None = None
         if console.is_terminal:
@@ -171,7 +175,7 @@ class Tracker:
                 self._bar.update(self._table, eta=progress.duration(self._overall.remaining()[0]))
         values = mean_values(self._fetch()) if log else {}
         now = time.perf_counter()
-        if first:
+        if first and not self._bursts:
             self._compile_seconds, self._untimed = now - self._begin - self._untimed, 0.0
             self._compiled_before = self._compiled.seconds
             self._last_log = now
@@ -208,6 +212,11 @@ class Tracker:
     def _timing(self, now: float, tokens: float | None, at_peak: float | None) -> dict[str, float]:
         """Seconds of compilation since the last log, and of a step without them; what a step does in that time."""
         later = self._compiled.seconds - self._compiled_before
+        if self._bursts:
+            seconds = max(now - self._begin - later - self._untimed, 1e-9)
+            self._tokens += tokens or 0.0
+            rate = {"perf/tokens_per_s": self._tokens / seconds} if self._tokens else {}
+            return {"timing_s/step": seconds / self._steps_since, **rate}
         compiled = self._compile_seconds + later
         values = {"timing_s/compile": compiled} if compiled else {}
         if self._steps_since:

@@ -67,6 +67,9 @@ def test_a_reward_model(reward_model, pairs, tmp_path, capsys):
     assert right[2] == 0.5 and found["overall"]["ties"] == 1 and found["overall"]["rows"] == 5
     assert found["overall"]["mean"] == pytest.approx(right.mean())
     assert found["overall"]["margin"] == pytest.approx(margin.mean(), rel=1e-5)
+    longer = [(1 + np.sign(len(row["chosen"]) - len(row["rejected"]))) / 2 for row in lines(pairs)]
+    assert found["longer"]["mean"] == np.mean(longer) and found["longer"]["ties"] == longer.count(0.5)
+    assert f"Choosing the longer response, in characters, is right in {np.mean(longer):.1%} of all rows" in said
     kinds = np.asarray([len(p) // 10 for p in PROMPTS])
     assert {name: one["mean"] for name, one in found["groups"].items()} == {
         str(kind): pytest.approx(right[kinds == kind].mean()) for kind in sorted(set(kinds))

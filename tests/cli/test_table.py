@@ -94,6 +94,18 @@ def test_a_run_that_cannot_be_made_is_left_out_and_named(made: tuple[Path, str])
     assert "mpo_t50, seed 0 was left out: no pair is easy" in everything
 
 
+def test_the_report_s_command_writes_tables_and_figures_again(made: tuple[Path, str]) -> None:
+    """Whatever came since, as verdicts do; what was left out stays named."""
+    workdir, _ = made
+    files = [path for name in ("tables", "figures") for path in (workdir / name).iterdir()]
+    before = {path: path.read_bytes() for path in files}
+    for path in files:
+        if path.name != "left_out.json":
+            path.unlink()
+    assert mpo("report", str(workdir)) == 0
+    assert {path: path.read_bytes() for name in ("tables", "figures") for path in (workdir / name).iterdir()} == before
+
+
 def test_splits_share_all_that_does_not_depend_on_them(made: tuple[Path, str]) -> None:
     runs = made[0] / "seed-0" / "runs"
     for role in ("sft", "reward", "select"):

@@ -59,6 +59,17 @@ def test_every_stage_is_identical(made, capsys):
     assert sorted(path.relative_to(made) for path in made.rglob("*") if "lock" not in path.suffix) == before
 
 
+def test_a_table_is_verified_seed_by_seed(made, tmp_path, capsys):
+    """Two seeds with the same stages, as shared ones are: each is trained again once."""
+    for seed in (0, 1):
+        shutil.copytree(made, tmp_path / f"seed-{seed}")
+    assert mpo("verify", tmp_path, "--stage", "dpo") == 0
+    assert said(capsys).count(" identical (state_hash ") == 1
+    for seed in (0, 1):
+        shutil.rmtree(tmp_path / f"seed-{seed}" / "stages")
+    assert mpo("verify", tmp_path) == 2
+
+
 def test_stored_checkpoints_by_sha256(made, copied, capsys):
     """Another checkpoint in the end's place is found by name; one checkpoint alone is not enough."""
     assert mpo("verify", made, "--sha256") == 0

@@ -167,7 +167,7 @@ def pipeline(made) -> Pipeline:
 def nothing_heavy(monkeypatch):
     """The report draws no figures, and verify trains nothing: what is tested is how they read."""
 
-    def page(workdir, *, resamples, by_seed, price=None):
+    def page(workdir, *, resamples, by_seed, evidence=None, price=None):
         for stage in TRAINED:
             stage_series(by_seed, stage)
         return workdir / "report" / "index.html"

@@ -104,6 +104,21 @@ def test_time_is_told_per_step_and_tokens_as_a_rate(tmp_path, monkeypatch):
     assert results == [{"timing_s/compile": 1.0}, None, {"timing_s/step": 2.0, "perf/tokens_per_s": 325.0}]
 
 
+def test_the_rate_of_a_pass_is_that_since_its_start(tmp_path, monkeypatch):
+    """Two batches after 10 s, 4 of them in the compiler, almost at once: neither had the devices for itself."""
+    clock = iter([100.0, 110.0, 110.001, 118.0])
+    monkeypatch.setattr("mpo_jax.training.tracker.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    tracker = Tracker(tmp_path, "evaluate", 96, tensorboard=False, bursts=True)
+    jax.monitoring.record_event_duration_secs(COMPILE_EVENT, 4.0)
+    found = [tracker.update(32 * k, {"tokens": 1000 * k}, log=True) for k in (1, 2, 3)]
+    tracker.close()
+    seconds, tokens = (6.0, 6.001, 14.0), (1000, 3000, 6000)
+    assert found == [
+        {"timing_s/step": pytest.approx(s / k), "perf/tokens_per_s": pytest.approx(n / s)}
+        for k, s, n in zip((1, 2, 3), seconds, tokens, strict=True)
+    ]
+
+
 def test_utilisation_is_the_time_at_the_peak_over_the_time_it_took(tmp_path, monkeypatch):
     """Steps of 2 s whose arithmetic takes 0.5 and 0.7 s at the peak; one stops between them, and another goes on."""
     clock = iter([100.0, 101.0, 103.0, 200.0, 202.0, 204.0])

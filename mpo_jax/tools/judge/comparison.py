@@ -88,7 +88,7 @@ def local_judge(opened: OpenModel) -> LocalJudge:
 def judge_by_reward_model(
     opened: OpenModel, pairs: Sequence[Pair], progress: Callable[[int], None]
 ) -> tuple[list[Judged], dict[str, Any]]:
-    """Pairs graded by a reward model's scores, and how many prompts and responses were cut to fit.
+    """Pairs graded by a reward model's scores, and how many prompts, and pairs by a response, were cut to fit.
 
     Args:
       progress: called with the number of pairs scored so far.

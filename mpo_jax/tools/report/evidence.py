@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from mpo_jax.runtime.files import write_text
+from mpo_jax.runtime.files import anew, read_object, write_json, write_text
 from mpo_jax.tools.report import calibration, figures, paper_figures
 from mpo_jax.tools.report.canvas import Chart
 from mpo_jax.tools.report.categories import category_tables
@@ -117,16 +117,24 @@ def _some(*charts: Chart | None) -> list[Chart]:
     return [chart for chart in charts if chart is not None]
 
 
-def write_evidence(workdir: Path, evidence: Evidence, *, resamples: int, left_out: dict[str, str]) -> str:
+LEFT_OUT = "left_out.json"
+"""Among the tables: the runs that could not be made, and why."""
+
+
+def write_evidence(workdir: Path, evidence: Evidence, *, resamples: int, left_out: dict[str, str] | None = None) -> str:
     """Writes `<workdir>/tables/*.csv` and `*.md` (all together in `all.md`) and `<workdir>/figures/*.png` and `*.csv`.
 
     Args:
-      left_out: runs that could not be made, and why.
+      left_out: runs that could not be made, and why; None: those of the tables that are there.
 
     Returns:
       The claims as text for the terminal.
     """
     by_seed, folder = evidence.by_seed, workdir / "tables"
+    if left_out is None:
+        there = (folder / LEFT_OUT).exists()
+        left_out = read_object(folder / LEFT_OUT, anew(folder)) if there else {}
+    write_json(folder / LEFT_OUT, left_out)
     each = {"by_seed": seed_rows(by_seed), "differences_by_seed": seed_differences(by_seed, resamples=resamples)}
     for name, rows in (evidence.named() | each).items():
         write_csv(folder / f"{name}.csv", rows)

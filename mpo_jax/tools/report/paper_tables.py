@@ -75,6 +75,7 @@ def reward_accuracy(by_seed: BySeed) -> PaperTable:
     summaries = [*{first.artifacts["reward"].id: first.reward_summary for first in firsts}.values()]
     measures = {
         "held_out_accuracy": "labels",
+        "longer_is_chosen": "labels, by the longer response",
         "true_accuracy": "true utility",
         "label_accuracy": "labels against truth",
     }
@@ -95,7 +96,10 @@ def reward_accuracy(by_seed: BySeed) -> PaperTable:
                     "paper_tldr_accuracy": reported.tldr,
                 }
             )
-    note = "Share of held-out pairs ordered alike. The last line, where there is one, is how far the labels are right."
+    note = (
+        "Share of held-out pairs ordered alike. By the longer response: the one with more characters is the chosen "
+        "one, which needs no model. Labels against truth: how far the labels are right."
+    )
     return PaperTable("table2", "Table 2: accuracy of the reward model", note, rows)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from mpo_jax.evaluation.answers import SHOWN
 from mpo_jax.tools.report.results import RunResult
 
 
@@ -11,8 +12,8 @@ class Samples:
     """What the report shows of the evaluations' samples.
 
     Attributes:
-      rows: prompts in the order of the test set, each with the runs' answers and, where two runs are compared, the
-        difference between them.
+      rows: prompts in the order of the test set, each with its beginning that no policy read, where it was cut to fit,
+        the runs' answers and, where two runs are compared, the difference between them.
       first, second: the runs that are compared, None where there are not two.
       measure: by what.
       total: prompts that were answered; the others are left out of the page.
@@ -55,6 +56,7 @@ def side_by_side(results: list[RunResult], count: int) -> Samples:
     rows = [
         {
             "number": number + 1,
+            "unread": _unread(prompt, by_run),
             "prompt": prompt,
             "difference": difference.get(prompt),
             "answers": [(name, answers[prompt]) for name, answers in by_run.items() if prompt in answers],
@@ -66,6 +68,12 @@ def side_by_side(results: list[RunResult], count: int) -> Samples:
     rows.sort(key=lambda row: -abs(row["difference"] or 0.0))
     name = {"utility": "true utility", "score": "reward"}[column]
     return Samples(rows, *(pair or (None, None)), measure=name, total=len(prompts))
+
+
+def _unread(prompt: str, by_run: dict[str, dict[str, Any]]) -> str:
+    """The beginning of a prompt that was cut to fit; empty for one that was put into a chat template."""
+    shown = next((rows[prompt].get(SHOWN) for rows in by_run.values() if prompt in rows), None)
+    return prompt.removesuffix(shown) if shown and prompt.endswith(shown) else ""
 
 
 SIDE_BY_SIDE = 4

@@ -146,7 +146,7 @@ def seed_rows(by_seed: BySeed) -> Rows:
 
 
 def seed_differences(by_seed: BySeed, *, resamples: int) -> Rows:
-    """Every run against SFT and MPO against the others, within each seed, with z = mean / standard error."""
+    """The differences of `compared_runs` within each seed, with z = mean / standard error."""
     return [
         {"seed": seed, **row, "z": row["mean"] / row["se"] if row["se"] else float("nan")}
         for seed, results in by_seed.items()
@@ -155,14 +155,17 @@ def seed_differences(by_seed: BySeed, *, resamples: int) -> Rows:
 
 
 def compared_runs(by_seed: BySeed) -> list[tuple[str, str]]:
-    """The pairs of runs that are compared: every run with SFT, then MPO with the others."""
+    """The pairs of runs that are compared: each run with SFT, MPO with the others, at other splits with DPO and PPO."""
     names = run_names(by_seed)
+    experiments = {result.name: result.experiment for results in by_seed.values() for result in results}
     pairs = [(name, "sft") for name in names if name != "sft" and "sft" in names]
-    return pairs + [("mpo", name) for name in names if "mpo" in names and name not in ("mpo", "sft")]
+    pairs += [("mpo", name) for name in names if "mpo" in names and name not in ("mpo", "sft")]
+    splits = [name for name in names if experiments[name] == "mpo" != name]
+    return pairs + [(name, baseline) for name in splits for baseline in ("dpo", "ppo") if baseline in names]
 
 
 def pair_differences(by_seed: BySeed, *, resamples: int, at_least: int = 1) -> Rows:
-    """Every run against SFT and MPO against the others, paired by prompt, with standard errors and 95% intervals.
+    """The differences of `compared_runs`, paired by prompt, with standard errors and 95% intervals.
 
     Args:
       at_least: prompts; a difference over fewer has no interval.

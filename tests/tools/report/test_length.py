@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import statsmodels.api as sm
 
+from mpo_jax.config.schema import Config
 from mpo_jax.evaluation.repetition import repeated
 from mpo_jax.tools.report.evidence import gather, write_evidence
 from mpo_jax.tools.report.length import equal_length_rows, length_rows, reward_per_token
 from mpo_jax.tools.report.page import write_report
-from mpo_jax.tools.report.seeds import BySeed, collect_seeds
+from mpo_jax.tools.report.seeds import BySeed, collect_seeds, compared_runs
 from mpo_jax.tools.report.verdict_rows import Verdicts
 from tests.tools.report import workdirs
 
@@ -87,6 +88,18 @@ def test_answers_of_one_length_have_no_slope(tmp_path: Path) -> None:
     assert reward_per_token(by_seed[0]) == 0.0
     assert all(row["equal_length"] == pytest.approx(row["reward"]) for row in equal_length_rows(by_seed, resamples=40))
     assert [row["length"] for row in length_rows(by_seed)] == [9.0] * 3
+
+
+def test_every_split_is_compared_with_the_baselines(tmp_path: Path) -> None:
+    runs = ("sft", "dpo_base", "dpo", "ppo", "mpo", "mpo_f0.25")
+    row = {"prompt": "a", "response": "b", "score": 0.0, "length": 1}
+    configs = {run: Config(workdir=str(tmp_path)) for run in runs}
+    workdirs.make(tmp_path, runs, utility=False, sampled={run: [row] for run in runs}, configs=configs)
+    found = compared_runs(collect_seeds(tmp_path))
+    assert [pair for pair in found if pair[0] == "mpo_f0.25"] == [
+        ("mpo_f0.25", "sft"), ("mpo_f0.25", "dpo"), ("mpo_f0.25", "ppo")
+    ]  # fmt: skip
+    assert {other for run, other in found if run == "mpo"} == {*runs} - {"mpo"} and len({*found}) == len(found)
 
 
 def test_rows_a_run(tmp_path: Path) -> None:

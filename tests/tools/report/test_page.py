@@ -182,6 +182,24 @@ def test_samples_are_side_by_side_with_reward_and_utility(page: Page) -> None:
     assert all(part in words for part in expected), words
 
 
+def test_what_no_policy_read_of_a_prompt_is_marked(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "cut <off>, read", "response": "r", "score": 1.0, "shown": "read"},
+        {"prompt": "whole", "response": "r", "score": 1.0},
+        {"prompt": "asked", "response": "r", "score": 1.0, "shown": "<user>asked<end>"},
+    ]
+    workdirs.make(tmp_path, ("sft",), utility=False, sampled={"sft": rows})
+    source = write_report(tmp_path, resamples=RESAMPLES).read_text(encoding="utf-8")
+    # in the list, and beside each other on the first screen
+    assert source.count('class="unread"') == source.count('title="cut to fit">cut &lt;off&gt;, </span>read</div>') == 2
+    assert "no policy read it" in source
+    for row in rows:
+        row.pop("shown", None)
+    workdirs.make(tmp_path / "whole", ("sft",), utility=False, sampled={"sft": rows})
+    page = write_report(tmp_path / "whole", resamples=RESAMPLES).read_text(encoding="utf-8")
+    assert "unread" not in page.split("</style>")[1]
+
+
 def test_environment_and_commands(page: Page, workdir: Path) -> None:
     assert "<pre>mpo run &#39;my config.yaml&#39;</pre>" in page.source
     assert f"mpo run {workdir}/runs/sft/config.yaml workdir={workdir}-again" in page.text
