@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 def expanded(path: str | Path) -> Path:
     """A path of the command line, with a `~` that the shell has left: in quotes, or behind a `=`."""
+    if path == "":
+        # a shell variable that is not set would stand for the current folder
+        raise UserError("an empty path was given: name a file or folder, or . for the current one")
     return Path(path).expanduser()
 
 

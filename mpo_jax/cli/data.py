@@ -27,7 +27,7 @@ def show_data(
     overrides: Overrides = None,
     model: BaseModel = None,
     data: DataPaths = None,
-    examples: Annotated[int, typer.Option(help="rows of each kind to show")] = 2,
+    examples: Annotated[int, typer.Option(min=0, help="rows of each kind to show")] = 2,
     export: Annotated[
         Path | None,
         typer.Option(parser=expanded, metavar="DIR", help="folder for each set as a file, such as held_out.jsonl"),

@@ -199,6 +199,18 @@ def _finish(judged: "list[Judged]", about: dict[str, Any], out: Path, resamples:
     check_failures(judged, result)
 
 
+def _of_length(result: Mapping[str, Any]) -> str:
+    sides = []
+    for side in "ab":
+        correlation = result[f"correlation_{side}"]
+        goes = "" if correlation is None else f" (correlation with the total {correlation:.2f})"
+        sides.append(f"{side.upper()} {result[f'length_{side}']:.1f}{goes}")
+    left = "not known, since each side's answers have one length"
+    if (d := result["difference_at_equal_length"]) is not None:
+        left = f"{d['mean']:.3f}" + ("" if d["low"] is None else f" [{d['low']:.3f}, {d['high']:.3f}]")
+    return f"{result['length_in'].capitalize()}: {', '.join(sides)}; at equal length A - B {left}."
+
+
 def _remarks(result: Mapping[str, Any]) -> list[str]:
     """Notes on the result, a line each."""
     from mpo_jax.tools.report.terminal import share
@@ -217,13 +229,7 @@ def _remarks(result: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"Mean total: A {result['total_a']:.3f}, B {result['total_b']:.3f}; A - B {d['mean']:.3f} {interval}."
         )
-    if "difference_at_equal_length" in result:
-        d = result["difference_at_equal_length"]
-        interval = "" if d["low"] is None else f" [{d['low']:.3f}, {d['high']:.3f}]"
-        lines.append(
-            f"Words: A {result['words_a']:.1f}, B {result['words_b']:.1f}; "
-            f"at equal length A - B {d['mean']:.3f}{interval}."
-        )
+        lines.append(_of_length(result))
     if agree := result.get("places", {}).get("agree"):
         p = result["places"]
         lines.append(

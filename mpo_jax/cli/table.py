@@ -7,6 +7,7 @@ import typer
 
 from mpo_jax.cli.arguments import BaseModel, ConfigPath, DataPaths, Out, Overrides, read_run, short_keys
 from mpo_jax.cli.starting import print_tensorboard, starting
+from mpo_jax.errors import UserError
 from mpo_jax.runtime.console import console
 from mpo_jax.runtime.progress import Expected, duration
 from mpo_jax.runtime.words import counted, size
@@ -36,6 +37,9 @@ def table(
     """
     words = [*([] if config is None else [config]), *(overrides or ()), *short_keys(model, data, out)]
     words += [] if seeds is None else [f"seeds={seeds}"]
+    if single := next((word for word in words if word.startswith("seed=")), None):
+        # a folder seed-0 would hold what the caller takes for another seed's
+        raise UserError(f"{single}: a table makes the seeds of table.seeds: give seeds={single.removeprefix('seed=')}")
     whole = [f"table.{word}" if word.startswith(("seeds=", "experiment=")) else word for word in words]
     path, resolved = read_run("table", whole[0] if whole else None, whole[1:])
     if dry:

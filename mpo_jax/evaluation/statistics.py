@@ -201,11 +201,11 @@ def common_slope(groups: Iterable[tuple[np.ndarray, np.ndarray]]) -> float:
       groups: x and y of each, [n] both.
 
     Returns:
-      0 where x does not differ within any group.
+      NaN where x does not differ within any group: nothing tells what y does with it.
     """
     around = [(x_n - x_n.mean(), y_n - y_n.mean()) for x_n, y_n in groups if len(x_n)]
     spread = sum(float(x_n @ x_n) for x_n, _ in around)
-    return sum(float(x_n @ y_n) for x_n, y_n in around) / spread if spread else 0.0
+    return sum(float(x_n @ y_n) for x_n, y_n in around) / spread if spread else float("nan")
 
 
 def holm(p: Sequence[float]) -> list[float]:

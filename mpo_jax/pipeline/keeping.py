@@ -74,11 +74,17 @@ class ModelStore(Store):
         self.plan: Plan | None = None
         self._removes = config.runtime.keep == "last"
         self._others: set[str] = set()  # final policies of runs made before, which stay too
+        self._later: set[str] = set()  # stages that later seeds of a table take from here
         self._done: set[str] = set()
         self._makers: dict[str, tuple[Mapping[str, Any], Callable[[Path], Mapping[str, Any]]]] = {}
 
-    def request(self, pipeline: Pipeline, runs: Iterable[str]) -> None:
-        """Tells the store which runs will be made: what they end with stays, or is made again if it was removed."""
+    def request(self, pipeline: Pipeline, runs: Iterable[str], later: Iterable[str] = ()) -> None:
+        """Tells the store which runs will be made: what they end with stays, or is made again if it was removed.
+
+        Args:
+          later: names of stages that later seeds take from here; their models stay until `release`.
+        """
+        self._later = set(later)
         listing, workdir = copy.copy(pipeline), self.folder.parent
         listing.store = Listing(workdir, self.bucket)
         # only what removes models has to know which ones other runs end with
@@ -111,6 +117,11 @@ class ModelStore(Store):
         """Removes what nothing needs once all runs are made, those included that only left-out runs would read."""
         if self.plan is not None:
             self._remove({*self._done, *self.plan.readers})
+
+    def release(self) -> None:
+        """`finish`, of the models too that stayed for later seeds."""
+        self._later = set()
+        self.finish()
 
     def _is_there(self, name: str) -> bool:
         manifest = shared.place_of(self.folder / name) / MANIFEST
@@ -145,7 +156,7 @@ class ModelStore(Store):
     def _remove(self, done: Collection[str]) -> None:
         if not self._removes or self.plan is None:
             return
-        names = [name for name in self.plan.unneeded(done) if name not in self._others]
+        names = [name for name in self.plan.unneeded(done) if name not in self._others | self._later]
         if not agree(is_main() and any(_has_models(self.folder / name) for name in names), "models to remove"):
             return
         # another process may still be opening what goes

@@ -5,9 +5,13 @@ import re
 import shutil
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
+from mpo_jax.errors import Damaged
 from mpo_jax.pipeline.bucket import CHECKPOINTS
 from mpo_jax.pipeline.recipe import MANIFEST, read_manifest
 from mpo_jax.runtime import parts
+from mpo_jax.runtime.files import anew
 from mpo_jax.types import REMOVED
 
 _SEED = re.compile(r"seed-\d+")
@@ -18,13 +22,19 @@ def place_of(folder: Path) -> Path:
 
     Args:
       folder: `<workdir>/stages/<name>`; only `<table>/seed-N` has other seeds beside it.
+
+    Raises:
+      Damaged: if another seed's is damaged: this seed's own would be a copy of that, or hours of work again.
     """
-    if (folder / MANIFEST).is_file() or not _SEED.fullmatch(folder.absolute().parent.parent.name):
+    # what is there without a manifest is in the way, as its reader says
+    if os.path.lexists(folder) or not _SEED.fullmatch(folder.absolute().parent.parent.name):
         return folder
     table = folder.absolute().parent.parent.parent
     others = (path.parent for path in sorted(table.glob(f"seed-*/stages/{folder.name}/{MANIFEST}")))
     # one without its model would have to be made again, and here is as good a place
-    return next((other for other in others if REMOVED not in read_manifest(other)), folder)
+    found = next((other for other in others if REMOVED not in read_manifest(other)), folder)
+    _check_model(found)
+    return found
 
 
 def take(folder: Path) -> bool:
@@ -41,6 +51,20 @@ def take(folder: Path) -> bool:
     shutil.copytree(source, taken, ignore=apart, copy_function=_link)
     taken.rename(folder)
     return True
+
+
+def _check_model(folder: Path) -> None:
+    """Raises Damaged if the headers of a stage's model cannot be read, or it has none beside its configuration."""
+    model = folder / "model"
+    files = sorted(model.glob("*.safetensors"))
+    if not files and (model / "config.json").exists():
+        raise Damaged(model, "has no weights", anew(folder))
+    for path in files:
+        try:
+            with safe_open(path, framework="np"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise Damaged(path, f"is damaged ({error})", anew(folder)) from error
 
 
 def _link(source: str, target: str) -> None:

@@ -41,6 +41,7 @@ class TableStage:
       recipe: recipe of the stage.
       role: run and role in which the stage first appears; the same stage of another seed has the same role.
       runs: all runs of that seed that use the stage.
+      seeds: all seeds that use it.
       seconds: time it took to make; None if it does not exist yet.
     """
 
@@ -50,6 +51,7 @@ class TableStage:
     role: tuple[str, str]
     runs: list[str]
     seconds: float | None
+    seeds: list[int] = dataclasses.field(default_factory=list)
 
     @property
     def kind(self) -> str:
@@ -98,6 +100,8 @@ def table_stages(config: Config) -> list[TableStage]:
                 one = found.setdefault(
                     artifact.id, TableStage(seed, artifact.id, recipe, first, [], recipe.get("seconds"))
                 )
+                if seed not in one.seeds:
+                    one.seeds.append(seed)
                 if one.seed == seed:
                     one.runs.append(variant.name)
     for stage in reversed(found.values()):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mpo_jax.errors import Damaged, UserError
+from mpo_jax.runtime.interrupts import STOPS
 from mpo_jax.untrusted import loads
 
 VISIBLE_S = 180.0
@@ -85,13 +86,20 @@ def _taking_its_place(path: Path, parts: Iterable[bytes]) -> Iterator[None]:
     # nobody can foresee the name and put a link there, and two processes have a file each
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     new = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-    try:
+    with STOPS.removing(temporary), _without_rest(temporary, path):
         with open(temporary, "wb", opener=lambda name, _: os.open(name, new, 0o666)) as file:
             file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
         yield
         os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def _without_rest(temporary: Path, path: Path) -> Iterator[None]:
+    """Removes a temporary file whose writing fails; the error names the file that it was to become."""
+    try:
+        yield
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if (

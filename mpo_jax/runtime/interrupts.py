@@ -183,13 +183,13 @@ class Stops:
             self._notes.remove(note)
 
     @contextlib.contextmanager
-    def removing(self, folder: Path) -> Iterator[None]:
-        """Inside, a stop removes the folder."""
-        self._scratch.append(folder)
+    def removing(self, path: Path) -> Iterator[None]:
+        """Inside, a stop removes the folder or the file."""
+        self._scratch.append(path)
         try:
             yield
         finally:
-            self._scratch.remove(folder)
+            self._scratch.remove(path)
 
     @property
     def status(self) -> int:
@@ -218,8 +218,12 @@ class Stops:
         _within(LAST_WORDS_S, lambda: said.append(self.message(text)))
         _within(LAST_WORDS_S, _flush)
         _within(LAST_WORDS_S, lambda: _write_last(said[-1]))
-        for folder in self._scratch:
-            shutil.rmtree(folder, ignore_errors=True)
+        for path in list(self._scratch):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)
         if fatal := sys.modules.get("mpo_jax.runtime.fatal"):
             _within(LAST_WORDS_S, fatal.finish)
         os._exit(self.status)

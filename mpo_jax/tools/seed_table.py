@@ -15,12 +15,14 @@ from mpo_jax.pipeline.keeping import ModelStore
 from mpo_jax.pipeline.pipeline import Pipeline
 from mpo_jax.pipeline.table import estimates, seed_config, table_stages
 from mpo_jax.runtime.files import write_text
+from mpo_jax.runtime.outputs import check_output_folder
 from mpo_jax.runtime.processes import REPORTED, is_main, wait
 from mpo_jax.runtime.progress import Overall
 from mpo_jax.tools.report import results
 from mpo_jax.tools.report.place import check_place
 from mpo_jax.tools.report.provenance import TABLE_CONFIG
 from mpo_jax.tools.report.seeds import BySeed
+from mpo_jax.tools.report.verdict_rows import find_verdicts
 from mpo_jax.training import wandb_log
 
 if TYPE_CHECKING:
@@ -56,6 +58,12 @@ class SeedTable:
     def __init__(self, config: Config):
         self._config, self._workdir = config, Path(config.workdir)
         check_place(self._workdir)
+        # what would be found when all stages are made
+        for name in FOLDERS:
+            check_output_folder("workdir", self._workdir / name)
+        for seed in config.table.seeds:
+            check_output_folder("workdir", self._workdir / f"seed-{seed}")
+        find_verdicts(self._workdir)
         self.names = [variant.name for variant in table_variants(config.table, config.select)]
         inputs_checked = preflight.check_fresh(config)
         self.stages = table_stages(config)
@@ -64,6 +72,7 @@ class SeedTable:
         wait(preflight.CHECKED)
         self.overall = Overall(estimates(config, self.stages))
         self._left_out: dict[str, str] = {}
+        self._stores: list[ModelStore] = []
 
     @property
     def seed_list(self) -> str:
@@ -84,7 +93,9 @@ class SeedTable:
         config = seed_config(self._config, seed)
         store = ModelStore(config, self.overall)
         pipeline = Pipeline(config, store)
-        store.request(pipeline, self.names)
+        seeds = self._config.table.seeds
+        later = {*seeds[seeds.index(seed) + 1 :]}
+        store.request(pipeline, self.names, [stage.name for stage in self.stages if later & {*stage.seeds}])
         for name in self.names:
             try:
                 pipeline.record(pipeline.experiment(name))
@@ -94,6 +105,10 @@ class SeedTable:
                 own = {s.name for s in self.stages if s.seed == seed and s.runs == [name]}
                 self.overall.leave_out(own)
         store.finish()
+        self._stores.append(store)
+        if not later:
+            for one in self._stores:
+                one.release()
         return store
 
     def finish(self) -> Finished | None:
@@ -105,7 +120,6 @@ class SeedTable:
         # as for a run's report
         from mpo_jax.tools.report.evidence import gather, write_evidence
         from mpo_jax.tools.report.page import write_report
-        from mpo_jax.tools.report.verdict_rows import find_verdicts
 
         config, workdir = self._config, self._workdir
         names = tuple(self.names)

@@ -85,8 +85,8 @@ def _open_side(
         return read_answers(found, by, columns, field)
     if prompts is None:
         raise UserError(
-            f"{path} is no file of rows and no run's folder. If it is a model, give the prompts that it is to "
-            "answer: --data FILE"
+            f"{path} is no file of rows ({', '.join(FILE_SUFFIXES)}; with the field that responds: FILE:FIELD) and no "
+            "run's folder. If it is a model, give the prompts that it is to answer: --data FILE"
         )
     opened = open_model(path, overrides)
     if opened.source.head == "value":
@@ -103,9 +103,13 @@ def named_rows(a: str, b: str, data: str | None) -> list[str]:
 
 def _file_and_field(path: str) -> tuple[str, str | None]:
     """`FILE:FIELD` as its parts; anything else has no field."""
-    file, _, field = path.rpartition(":")
-    if field and file.endswith(FILE_SUFFIXES) and not os.path.lexists(path):
-        return file, field
+    colons = [place for place, character in enumerate(path) if character == ":"]
+    if not os.path.lexists(path):
+        for place in colons:
+            file, field = path[:place], path[place + 1 :]
+            # a field's name may hold colons too
+            if field and file.endswith(FILE_SUFFIXES):
+                return file, field
     return path, None
 
 

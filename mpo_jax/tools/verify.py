@@ -11,7 +11,7 @@ import jax
 from filelock import FileLock, Timeout
 
 from mpo_jax.config.schema import Config, ProcessesConfig
-from mpo_jax.errors import Damaged, Preempted, UserError
+from mpo_jax.errors import CheckpointsLost, Damaged, Preempted, UserError
 from mpo_jax.pipeline.keeping import is_removed
 from mpo_jax.pipeline.recipe import FORMAT, RECIPE, artifact_name, is_stage_folder, read_manifest, read_recipe
 from mpo_jax.pipeline.run_folder import CONFIG, read_config
@@ -28,6 +28,14 @@ from mpo_jax.training.checkpoints import Checkpoints
 from mpo_jax.training.hashes import LANES, first_difference, state_hash
 from mpo_jax.types import Artifact
 from mpo_jax.untrusted import loads
+
+KEPT_FOR_VERIFY = "delete this folder; the finished stage needs it for mpo verify alone"
+INPUT_NAMES = {
+    "data": "the rows of the section data",
+    "base": "the base model, model.path,",
+    "reward_model": "the reward model, reward.path,",
+    "reward_function": "reward.function",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +75,9 @@ def verify(workdir: Path, stage: str | None, *, sha256: bool = False) -> bool:
     table = [folder.parent for folder in sorted(workdir.glob("seed-*/stages"))]
     if not table and not (workdir / "stages").is_dir():
         raise UserError(f"{workdir} is no workdir with stages: name the folder that a run was given as workdir=DIR")
-    for folder in [folder for one in [workdir, *table] for folder in _stage_folders(one)]:
+    folders = [folder for one in [workdir, *table] for folder in _stage_folders(one)]
+    # of a stage that a table's seeds share, the one with the checkpoints
+    for folder in sorted(folders, key=lambda folder: not (folder / "checkpoints").is_dir()):
         name = folder.name.removeprefix(".").removesuffix(".partial")
         try:
             # a table's seeds may share stages
@@ -77,19 +87,24 @@ def verify(workdir: Path, stage: str | None, *, sha256: bool = False) -> bool:
             with FileLock(folder.parent / f".{name}.lock", timeout=0):
                 if (stretch := _stretch(folder, sha256)) is None:
                     console.print(
-                        f"{name}: fewer than two states are stored. In the run that makes it, set "
-                        "runtime.keep_finished_checkpoints=true and checkpoint_every below the number of steps",
+                        f"{name}: fewer than two {'checkpoints' if sha256 else 'states'} are stored. In the run that "
+                        "makes it, set runtime.keep_finished_checkpoints=true and checkpoint_every below "
+                        f"{'half ' if sha256 else ''}the number of steps; what a table's seeds share is stored with "
+                        "the seed that made it",
                         soft_wrap=True,
                     )
                     continue
                 results.append(_same(folder.parents[1], folder, name, recipe, stretch, first=not results))
         except Timeout:
             console.print(f"{name}: another run is making it right now", soft_wrap=True)
-        except Damaged as damage:
+        except UserError as error:
             # the other stages are still of use
-            damaged.append(str(damage))
+            damaged.append(str(error))
     if damaged:
         raise UserError("\n".join(damaged))
+    if stage and not seen:
+        kinds = ", ".join(kind for kind, one in STAGES.items() if one.trains)
+        raise UserError(f"{workdir}: no finished or begun stage {stage}: give {kinds}, or a folder's name")
     if not results:
         what = f"stage {stage}" if stage else "stage"
         raise UserError(f"{workdir}: no {what} with two stored states to compare")
@@ -146,8 +161,8 @@ def _stretch(folder: Path, sha256: bool) -> Stretch | None:
         raise
     except Exception as error:  # Orbax has errors of its own for each kind of damage
         reason = (str(error).splitlines() or [""])[0][:120]
-        advice = "delete this folder; the finished stage needs it for mpo verify alone"
-        raise Damaged(folder / "checkpoints", f"cannot be read ({type(error).__name__}: {reason})", advice) from error
+        what = f"cannot be read ({type(error).__name__}: {reason})"
+        raise Damaged(folder / "checkpoints", what, KEPT_FOR_VERIFY) from error
     finally:
         checkpoints.close()
 
@@ -163,7 +178,10 @@ def _recorded(folder: Path) -> dict[int, str]:
                 rows.append(loads(line))
             except ValueError:
                 break
-    return {row["step"]: row["state_hash"] for row in rows if "state_hash" in row}
+    hashes = {row["step"]: row["state_hash"] for row in rows if "state_hash" in row}
+    if wrong := [step for step, found in hashes.items() if not isinstance(found, str)]:
+        raise Damaged(folder / METRICS, f"has no text for the hash of step {wrong[0]}", anew(folder))
+    return hashes
 
 
 def _same(workdir: Path, folder: Path, name: str, recipe: Mapping[str, Any], stretch: Stretch, *, first: bool) -> bool:
@@ -195,7 +213,18 @@ def _same(workdir: Path, folder: Path, name: str, recipe: Mapping[str, Any], str
 def _train_again(
     config: Config, workdir: Path, folder: Path, scratch: Path, recipe: Mapping[str, Any], stretch: Stretch
 ) -> dict[str, str]:
-    """Hashes of the state's leaves after retraining the steps."""
+    """Hashes of the state's leaves after retraining the steps.
+
+    Raises:
+      UserError: if the checkpoint, a parent or an input is not there any more as it was.
+    """
+    stage = STAGES[recipe["stage"]]
+    inputs = Inputs(config).only(stage.inputs).fingerprints
+    if changed := [
+        name for name in sorted({*inputs, *recipe["inputs"]}) if inputs.get(name) != recipe["inputs"].get(name)
+    ]:
+        what = ", ".join(INPUT_NAMES[name] for name in changed)
+        raise UserError(f"{folder}: {what} changed since it was trained, so it cannot be trained again and compared")
     place = Path("checkpoints") / str(stretch.start)
     shutil.copytree(folder / place, scratch / place)
     write_json(scratch / RECIPE, recipe)
@@ -210,15 +239,20 @@ def _train_again(
                 f"cannot be retrained: mpo {parent.partition('-')[0]} CONFIG makes it again"
             )
         parents[role] = Artifact(path, read_manifest(path))
-    stage, mesh = STAGES[recipe["stage"]], make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh)
     settings = stage.Settings.model_validate(recipe["settings"])
     try:
         with jax.set_mesh(mesh), stopping_at(stretch.end):
             stage.run(settings, parents, stage_context(config, stage, mesh, scratch, Inputs(config), recipe))
     except Preempted:
         pass
+    except CheckpointsLost:
+        what = "is broken (what was removed is a copy)"
+        raise Damaged(folder / place, what, KEPT_FOR_VERIFY) from None
     checkpoints = Checkpoints(scratch / "checkpoints", keep=1)
     try:
+        if stretch.end not in checkpoints.steps():
+            raise UserError(f"{folder / METRICS} has a hash of step {stretch.end}, which training does not come to")
         return checkpoints.sha256(stretch.end) if stretch.sha256 else checkpoints.record(stretch.end)["hashes"]
     finally:
         checkpoints.close()

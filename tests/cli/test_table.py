@@ -183,6 +183,7 @@ def test_the_report_is_of_the_whole_table(made: tuple[Path, str]) -> None:
         (["seeds=-1"], ["different whole numbers"]),
         (["experiment=grpo"], ["table.experiment", "grpo"]),
         (["table.easy_fractions=[1.5]"], ["easy_fractions", "[0, 1]"]),
+        (["seed=5"], ["seed=5", "give seeds=5"]),
     ],
 )
 def test_mistakes_are_messages(
@@ -193,6 +194,24 @@ def test_mistakes_are_messages(
     assert error.startswith("error: ") and "Traceback" not in error
     assert all(word in error for word in words), error
     assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize(
+    ("place", "content", "words"),
+    [
+        ("seed-1", "", "seed-1 is a file: name a folder"),
+        ("tables", "", "tables is a file: name a folder"),
+        ("judge/result.json", "{}", "no result of mpo judge"),
+    ],
+)
+def test_what_is_in_the_way_is_found_before_any_stage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str, content: str, words: str
+) -> None:
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    (tmp_path / place).write_text(content)
+    assert mpo("table", str(MICRO), f"workdir={tmp_path}", "seeds=0,1", "experiment=sft") == 2
+    captured = capsys.readouterr()
+    assert words in captured.err and "make sft" not in captured.out and not (tmp_path / "seed-0").exists()
 
 
 @pytest.fixture(scope="module")

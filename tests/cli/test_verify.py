@@ -75,7 +75,7 @@ def test_stored_checkpoints_by_sha256(made, copied, capsys):
     assert mpo("verify", made, "--sha256") == 0
     out = said(capsys)
     assert f"{folder_of(made, 'ppo').name}: steps 2 to 4 identical (sha256 " in out and out.count("identical") == 1
-    assert f"{folder_of(made, 'sft').name}: fewer than two states are stored" in out
+    assert f"{folder_of(made, 'sft').name}: fewer than two checkpoints are stored" in out
     end = folder_of(copied, "ppo") / "checkpoints" / "4"
     shutil.rmtree(end)
     shutil.copytree(end.with_name("2"), end)
@@ -152,6 +152,28 @@ def test_without_stored_states_it_says_what_to_set(copied, capsys):
     assert "no stage sft with two stored states to compare" in captured.err
     assert mpo("verify", copied, "--stage", "sfft") == 2
     assert mpo("verify", copied / "nowhere") == 2
+
+
+def test_a_checkpoint_that_cannot_be_read_ends_no_other_check(copied, capsys):
+    folder = folder_of(copied, "ppo") / "checkpoints" / "2" / "state"
+    largest = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    largest.write_bytes(content)
+    assert mpo("verify", copied) == 2
+    captured = capsys.readouterr()
+    assert captured.out.count(" identical (state_hash ") == 3
+    assert f"{folder.parent} is broken (what was removed is a copy): delete this folder" in captured.err
+    assert folder.is_dir()
+
+
+def test_an_input_that_changed_is_named(copied, capsys):
+    path = folder_of(copied, "sft") / "config.yaml"
+    text = path.read_text()
+    (row,) = [line for line in text.splitlines() if line.strip().startswith("num_pairs:")]
+    path.write_text(text.replace(row, row.partition(":")[0] + ": 77"))
+    assert mpo("verify", copied, "--stage", "sft") == 2
+    assert "the rows of the section data changed since it was trained" in capsys.readouterr().err
 
 
 def test_an_input_that_is_gone_is_named(copied, capsys):

@@ -84,6 +84,16 @@ def test_models_go_once_nothing_reads_them(tmp_path):
     assert again.ran == [] and again.models() == {"reward", "ppo"}
 
 
+def test_models_that_later_seeds_take_stay_until_the_last(tmp_path):
+    chain = Chain(tmp_path)
+    chain.store._later = {NAMES["sft"]}
+    chain.build()
+    chain.store.finish()
+    assert chain.models() == {"sft", "reward", "ppo"}
+    chain.store.release()
+    assert chain.models() == {"reward", "ppo"}
+
+
 def test_all_models_are_kept_unless_asked(tmp_path):
     chain = Chain(tmp_path, keep="all")
     chain.build()

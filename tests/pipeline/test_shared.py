@@ -20,7 +20,7 @@ from mpo_jax.pipeline.disk import disk_use
 from mpo_jax.pipeline.keeping import remove_models
 from mpo_jax.pipeline.recipe import make_recipe
 from mpo_jax.pipeline.shared import place_of
-from mpo_jax.pipeline.table import table_stages
+from mpo_jax.pipeline.table import Listing, table_stages
 from mpo_jax.types import Artifact, trainable
 from tests.models.tiny import RECORDED, random_params
 from tests.pipeline.test_pipeline import MICRO
@@ -118,6 +118,27 @@ def test_a_damaged_stage_of_another_seed_is_named(first: Artifact, tmp_path: Pat
     (first.path / "manifest.json").write_text("{")
     with pytest.raises(Damaged, match="seed-0"):
         Store(tmp_path / "seed-1").build(RECIPE, never)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [("model.safetensors", b"\x10", "model.safetensors is damaged"), ("config.json", b"{}", "model has no weights")],
+)
+def test_a_model_that_cannot_be_read_is_not_taken(
+    first: Artifact, tmp_path: Path, name: str, content: bytes, words: str
+) -> None:
+    (first.path / "model" / name).write_bytes(content)
+    with pytest.raises(Damaged, match=rf"seed-0.*{words}.*: delete the folder .*seed-0"):
+        Store(tmp_path / "seed-1").build(RECIPE, never)
+    assert not (tmp_path / "seed-1" / "stages" / first.id).exists()
+
+
+def test_what_is_in_a_stage_s_way_is_not_hidden_by_another_seed_s(first: Artifact, tmp_path: Path) -> None:
+    half = tmp_path / "seed-1" / "stages" / first.id
+    half.mkdir(parents=True)
+    assert place_of(half) == half
+    with pytest.raises(Damaged, match="seed-1"):
+        Listing(tmp_path / "seed-1").build(RECIPE, never)
 
 
 def configure(folder: Path, *overrides: str) -> Config:

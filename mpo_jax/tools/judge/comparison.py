@@ -93,12 +93,16 @@ def judge_by_reward_model(
     Args:
       progress: called with the number of pairs scored so far.
     """
-    totals, prompts, responses = reward_totals(opened, pairs, progress)
+    totals, tokens, prompts, responses = reward_totals(opened, pairs, progress)
     if not np.isfinite(totals).all():
         # NaN is neither above nor below another score, and would count as a tie
         raise NotFinite(str(opened.path), "its scores")
     cut = {"truncated_prompts": prompts, "truncated_responses": responses}
-    rows = [Judged(pair, (Grade(False, (a, b)),)) for pair, (a, b) in zip(pairs, totals.tolist(), strict=True)]
+    lengths = [None] * len(pairs) if tokens is None else [(a, b) for a, b in tokens.tolist()]
+    rows = [
+        Judged(pair, (Grade(False, (a, b)),), length)
+        for pair, (a, b), length in zip(pairs, totals.tolist(), lengths, strict=True)
+    ]
     return rows, cut
 
 

@@ -98,8 +98,9 @@ class LocalJudge:
 
 def reward_totals(
     opened: OpenModel, pairs: Sequence[Pair], progress: Callable[[int], None]
-) -> tuple[np.ndarray, int, int]:
-    """[pairs, 2] a reward model's raw scores of A's and B's responses, and how many prompts and responses were cut.
+) -> tuple[np.ndarray, np.ndarray | None, int, int]:
+    """[pairs, 2] a reward model's raw scores of A's and B's responses and their tokens as it read them, the latter None
+    where it reads text; and how many prompts were cut, and pairs by a response.
 
     Prompts are those that the policies saw; if they are not known, the model's own template and chat make them. A
     reward model that reads text puts each prompt as the data has it into its own.
@@ -116,7 +117,7 @@ def reward_totals(
         scores, _, cut = score_texts(
             opened, texts, batch_size=2 * batch_size, progress=lambda done, _: progress(done // 2)
         )
-        return scores.reshape(-1, 2).astype(np.float64), cut, 0
+        return scores.reshape(-1, 2).astype(np.float64), None, cut, 0
     rows: list[tuple[str, tuple[str, ...]]] = []
     for number, pair in enumerate(pairs, 1):
         if pair.shown is not None:
@@ -127,7 +128,8 @@ def reward_totals(
     rendered = opened.for_rendered_prompts()
     examples, report = tokenize(rendered.codec, rows, cache=config.runtime.token_cache_folder)
     scores = values_of(rendered, examples, batch_size=batch_size, progress=lambda done, _: progress(done))
-    return scores.astype(np.float64), report.truncated_prompts, report.truncated_responses
+    tokens = np.asarray([[len(ids) for ids in example.responses] for example in examples])
+    return scores.astype(np.float64), tokens, report.truncated_prompts, report.truncated_responses
 
 
 def _texts(opened: OpenModel, pairs: Sequence[Pair]) -> list[TextRow]:

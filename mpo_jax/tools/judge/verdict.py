@@ -1,6 +1,7 @@
 """From a judge's totals to win, tie and lose."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -43,10 +44,20 @@ def grade(call: Call, outcome: Reply | Failure) -> Grade:
 
 @dataclasses.dataclass(frozen=True)
 class Judged:
-    """A pair with its grades, one an order."""
+    """A pair with its grades, one an order.
+
+    Attributes:
+      tokens: of A and of B as the judge read them; None where it read text, whose words count instead.
+    """
 
     pair: Pair
     grades: tuple[Grade, ...]
+    tokens: tuple[int, int] | None = None
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Of A and of B, in tokens if they are known, else in words."""
+        return self.tokens or (len(self.pair.a.split()), len(self.pair.b.split()))
 
     @property
     def totals(self) -> tuple[float, float] | None:
@@ -105,8 +116,8 @@ def places(judged: Sequence[Judged]) -> Places:
 def summary(judged: Sequence[Judged], *, resamples: int, seed: int) -> dict[str, Any]:
     """Counts and rates with intervals, in all and by category; totals' means; differences paired by prompt.
 
-    At equal length: what is left of the difference in totals after that in words times `common_slope`, since judges too
-    like long answers.
+    At equal length: what is left of the difference in totals after that in length times `common_slope`, since judges
+    too like long answers; nothing where all of a side's answers have one length, and the other's another.
     """
     outcomes: list[Outcome | None] = [one.outcome for one in judged]
     statuses = [one.status for one in judged]
@@ -126,13 +137,27 @@ def summary(judged: Sequence[Judged], *, resamples: int, seed: int) -> dict[str,
         for side, column in (("a", totals[:, 0]), ("b", totals[:, 1])):
             result[f"total_{side}"], result[f"total_{side}_se"] = mean_and_se(column)
         result["difference"] = paired_difference(totals[:, 0], totals[:, 1], resamples=resamples, seed=seed)
-        pairs = [one.pair for one in judged if one.totals is not None]
-        words = np.asarray([(len(pair.a.split()), len(pair.b.split())) for pair in pairs], np.float64)
-        slope = common_slope(zip(words.T, totals.T, strict=True))
-        left = totals - slope * words
-        result["words_a"], result["words_b"] = words.mean(0).tolist()
-        result["total_per_word"] = slope
-        result["difference_at_equal_length"] = paired_difference(left[:, 0], left[:, 1], resamples=resamples, seed=seed)
+        result |= _by_length([one for one in judged if one.totals is not None], totals, resamples=resamples, seed=seed)
     if any(len(one.grades) > 1 for one in judged):
         result["places"] = dataclasses.asdict(places(judged))
+    return result
+
+
+def _by_length(judged: Sequence[Judged], totals: np.ndarray, *, resamples: int, seed: int) -> dict[str, Any]:
+    """Lengths, how totals go with them, and the difference at equal length; null where nothing tells."""
+    lengths = np.asarray([one.lengths for one in judged], np.float64)
+    slope = common_slope(zip(lengths.T, totals.T, strict=True))
+    known = not math.isnan(slope)
+    result: dict[str, Any] = {
+        "length_in": "words" if any(one.tokens is None for one in judged) else "tokens",
+        "total_per_length": slope if known else None,
+        "difference_at_equal_length": None,
+    }
+    for side, x, y in zip("ab", lengths.T, totals.T, strict=True):
+        varied = len(x) > 1 and np.ptp(x) > 0 and np.ptp(y) > 0
+        result[f"length_{side}"] = float(x.mean())
+        result[f"correlation_{side}"] = float(np.corrcoef(x, y)[0, 1]) if varied else None
+    if known or not np.ptp(lengths, axis=1).any():
+        left = totals - slope * lengths if known else totals
+        result["difference_at_equal_length"] = paired_difference(left[:, 0], left[:, 1], resamples=resamples, seed=seed)
     return result

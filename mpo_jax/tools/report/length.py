@@ -17,7 +17,8 @@ EQUAL_NOTE = (
     "Differences paired by prompt. At equal length: what is left of a difference in reward after that in tokens times "
     "the reward a token, the common slope of the reward against tokens within the runs (analysis of covariance), a "
     "seed's own. A reward model that knew nothing but length would leave nothing. The intervals are over prompts and "
-    "seeds as elsewhere, and take the slope as known; answers that were cut off make it a rough one."
+    "seeds as elsewhere, and take the slope as known; answers that were cut off make it a rough one. Empty: each run's "
+    "answers have one length, so nothing tells what length alone would give."
 )
 
 
@@ -45,7 +46,9 @@ def equal_length_rows(by_seed: BySeed, *, resamples: int) -> Rows:
 
     def at_equal_length(seed: int, result: RunResult) -> dict[str, float]:
         tokens, reward = (result.measured.values(column) for column in ("length", "score"))
-        return {prompt: reward[prompt] - slopes[seed] * tokens[prompt] for prompt in reward if prompt in tokens}
+        # a prompt that neither side answers with another length needs no slope
+        slope = 0.0 if math.isnan(slopes[seed]) else slopes[seed]
+        return {prompt: reward[prompt] - slope * tokens[prompt] for prompt in reward if prompt in tokens}
 
     rows: Rows = []
     for run, against in compared_runs(by_seed):
@@ -53,17 +56,21 @@ def equal_length_rows(by_seed: BySeed, *, resamples: int) -> Rows:
         left = paired(by_seed, run, against, at_equal_length)
         if reward is None or tokens is None or left is None:
             continue
-        mean, low, high, _ = left.interval(resamples=resamples)
-        # a single prompt has none
-        interval = (low, high) if math.isfinite(low) else (None, None)
         row = {"run": run, "against": against, "prompts": reward.num_prompts, "reward": reward.mean}
-        row |= {"tokens": tokens.mean, "equal_length": mean}
-        rows.append(row | dict(zip(("ci_low", "ci_high"), interval, strict=True)))
+        row |= {"tokens": tokens.mean, "equal_length": None, "ci_low": None, "ci_high": None}
+        # where each run's answers are all of one length, theirs and another, nothing tells what length alone would give
+        if not (any(map(math.isnan, slopes.values())) and any(group.any() for group in tokens.groups)):
+            mean, low, high, _ = left.interval(resamples=resamples)
+            row["equal_length"] = mean
+            # a single prompt has no interval
+            if math.isfinite(low):
+                row |= {"ci_low": low, "ci_high": high}
+        rows.append(row)
     return rows
 
 
 def reward_per_token(results: list[RunResult]) -> float:
-    """The common slope of reward against tokens within the runs of a seed; 0 where all answers have one length."""
+    """The common slope of reward against tokens within the runs of a seed; NaN where each has answers of one length."""
     parts = [(result.measured.columns.get("length"), result.measured.columns.get("score")) for result in results]
     known = [(x[ok], y[ok]) for x, y in parts if x is not None and y is not None and (ok := np.isfinite(x * y)).any()]
     return common_slope(known)

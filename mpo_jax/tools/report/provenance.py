@@ -9,10 +9,12 @@ from urllib.parse import quote
 
 from mpo_jax.config.registry import EXPERIMENTS, Step
 from mpo_jax.config.schema import Config
-from mpo_jax.pipeline.run_folder import CONFIG
+from mpo_jax.errors import Damaged
+from mpo_jax.pipeline.experiments import table_variants
+from mpo_jax.pipeline.run_folder import CONFIG, read_config
 from mpo_jax.tools.report.curves import distinct
 from mpo_jax.tools.report.results import RunResult, split_label
-from mpo_jax.tools.report.seeds import BySeed, Rows
+from mpo_jax.tools.report.seeds import BySeed, Rows, of_run, run_names
 from mpo_jax.tools.report.shown import Shown
 from mpo_jax.tools.report.unevaluated import in_order_made
 
@@ -119,9 +121,9 @@ def is_comparable_to_paper(workdir: Path, by_seed: BySeed) -> bool:
 def commands(workdir: Path, by_seed: BySeed) -> list[dict[str, Any]]:
     """For each different configuration: the command that was given, and the one that repeats it from what is kept.
 
-    A table is repeated as a whole.
+    A table is repeated as a whole, if its last call was for all of these seeds and runs.
     """
-    if len(by_seed) > 1 and (workdir / TABLE_CONFIG).is_file():
+    if len(by_seed) > 1 and _is_of_one_call(workdir, by_seed):
         results = next(iter(by_seed.values()))
         names = [result.name for part in by_seed.values() for result in part]
         again = ["mpo", "table", str(workdir / TABLE_CONFIG), f"workdir={workdir}-again"]
@@ -139,6 +141,39 @@ def commands(workdir: Path, by_seed: BySeed) -> list[dict[str, Any]]:
         }
         found.setdefault((config, stage), command)["runs"].append(result.name)
     return list(found.values())
+
+
+def _is_of_one_call(workdir: Path, by_seed: BySeed) -> bool:
+    """Whether the configuration that `mpo table` was given last makes these runs."""
+    try:
+        config = read_config(workdir / TABLE_CONFIG)
+    except Damaged:
+        return False
+    runs = {variant.name for variant in table_variants(config.table, config.select)}
+    every = [result for results in by_seed.values() for result in results]
+    return (
+        {*by_seed} == {*config.table.seeds}
+        and {result.name for result in every} <= runs
+        and all(_method(result.config) == _method(config) for result in every)
+    )
+
+
+def mixed_settings(by_seed: BySeed) -> list[str]:
+    """A sentence for each run whose seeds were made with settings that differ in more than the seed."""
+    found = []
+    for name in run_names(by_seed):
+        methods = [_method(result.config) for result in of_run(by_seed, name).values()]
+        keys = dict.fromkeys(key for method in methods for key in method)
+        if differing := [key for key in keys if len({json.dumps(method.get(key)) for method in methods}) > 1]:
+            found.append(f"{name}: its mean is over seeds of different settings ({', '.join(differing)})")
+    return found
+
+
+def _method(config: Config) -> dict[str, Any]:
+    """The keys that a run's result is due to, without its seeds and its own split."""
+    own = ("seed", "data.toy.seed", "select.threshold", "select.easy_fraction")
+    flat = _flat(config.model_dump(mode="json"))
+    return {key: value for key, value in flat.items() if key not in own and not key.startswith("runtime.")}
 
 
 def evaluation(result: RunResult) -> str:

@@ -211,6 +211,9 @@ class RunResult:
         for number, row in enumerate(rows, 1):
             if not all(isinstance(row.get(key), str) for key in ("prompt", "response")):
                 raise Damaged(folder / SAMPLES, f"lacks the prompt or the response in line {number}", anew(folder))
+            # a score that is not finite ends an evaluation; of a truth that is not known there is NaN
+            if wrong := [name for name in ("score", "utility") if not _is_measured(row, name)]:
+                raise Damaged(folder / SAMPLES, f"has no number for {wrong[0]} in line {number}", anew(folder))
             if not isinstance(row.get(CATEGORY), str | None):
                 raise Damaged(folder / SAMPLES, f"has no text for {CATEGORY} in line {number}", anew(folder))
         return rows
@@ -330,6 +333,13 @@ def _check_summary(summary: dict[str, Any], folder: Path) -> None:
     if wrong := [name for name, is_right in right.items() if not is_right]:
         why = f"has no number that an evaluation has for {wrong[0]} in its summary"
         raise Damaged(folder / MANIFEST, why, anew(folder))
+
+
+def _is_measured(row: dict[str, Any], name: str) -> bool:
+    if name == "utility":
+        value = row.get(name, math.nan)
+        return _is_number(value) and (math.isnan(value) or abs(value) <= LARGEST)
+    return _is_number(row.get(name)) and abs(row[name]) <= LARGEST
 
 
 def _is_number(value: Any) -> bool:

@@ -6,10 +6,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from mpo_jax.config.schema import Config
 from mpo_jax.tools.report.curves import distinct_by_seed
+from mpo_jax.tools.report.provenance import mixed_settings
 from mpo_jax.tools.report.results import COLUMNS, RunResult
 from mpo_jax.tools.report.seeds import BySeed, Rows, differences
 from mpo_jax.types import Artifact
@@ -50,11 +51,14 @@ def _model(config: Config, artifacts: Iterable[Artifact]) -> str:
 
 
 def _num_parameters(folder: Path) -> int:
-    """Numbers in a folder's safetensors files, from their headers alone; 0 where there is none."""
+    """Numbers in a folder's safetensors files, from their headers alone; 0 where there is none, or one is damaged."""
     total = 0
     for path in folder.glob("*.safetensors"):
-        with safe_open(path, "np") as file:
-            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+        try:
+            with safe_open(path, "np") as file:
+                total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+        except (SafetensorError, OSError):
+            return 0
     return total
 
 
@@ -129,7 +133,7 @@ def gains(rows: Rows, compared: Rows) -> list[dict[str, Any]]:
 def cautions(by_seed: BySeed) -> list[str]:
     """What makes the runs' numbers incomparable, and the stages' warnings, each once."""
     incomparable = (caution for results in by_seed.values() for caution in _cautions(results))
-    return list(dict.fromkeys([*incomparable, *warnings(by_seed)]))
+    return list(dict.fromkeys([*mixed_settings(by_seed), *incomparable, *warnings(by_seed)]))
 
 
 def warnings(by_seed: BySeed) -> list[str]:

@@ -1,5 +1,7 @@
 """From answers to win, tie, lose: averages over orders, and nothing made of an answer that cannot be read."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import statsmodels.api as sm
@@ -89,14 +91,26 @@ def test_what_a_judge_that_likes_length_leaves_at_equal_length():
     found = summary([*rows, judged(UNREAD)], resamples=400, seed=0)
     sides = np.repeat(np.eye(2), 60, axis=0)
     fit = sm.OLS(totals.T.ravel(), np.column_stack([sides, words.T.ravel()])).fit()
-    assert (found["words_a"], found["words_b"]) == pytest.approx(words.mean(0))
-    assert found["total_per_word"] == pytest.approx(fit.params[2]) and found["difference"]["mean"] > 1.5
+    assert (found["length_a"], found["length_b"]) == pytest.approx(words.mean(0)) and found["length_in"] == "words"
+    correlations = [np.corrcoef(words[:, side], totals[:, side])[0, 1] for side in (0, 1)]
+    assert [found["correlation_a"], found["correlation_b"]] == pytest.approx(correlations)
+    assert found["total_per_length"] == pytest.approx(fit.params[2]) and found["difference"]["mean"] > 1.5
     left = found["difference_at_equal_length"]
     assert left["mean"] == pytest.approx(fit.params[0] - fit.params[1])
     assert 0.4 < left["low"] < left["mean"] < left["high"] < 0.6
-    # texts of one length have no slope, and the difference stays what it is
+    # what the judge read counts, where it says so
+    cut = [dataclasses.replace(row, tokens=(4, 3 + n % 2)) for n, row in enumerate(rows)]
+    found = summary(cut, resamples=40, seed=0)
+    assert found["length_in"] == "tokens"
+    assert (found["length_a"], found["length_b"]) == (4.0, 3.5) and found["correlation_a"] is None
+
+
+def test_answers_of_one_length_say_nothing_of_what_length_gives():
+    """Of one length on both sides the difference stays what it is; of one on each it is not known."""
     equal = summary([judged(says(8, 7), says(7, 8))] * 3, resamples=40, seed=0)
-    assert equal["total_per_word"] == 0.0 and equal["difference_at_equal_length"] == equal["difference"]
+    assert equal["total_per_length"] is None and equal["difference_at_equal_length"] == equal["difference"]
+    apart = summary([Judged(Pair("p", "a b", "c"), (Grade(False, (8.0, 7.0)),))] * 3, resamples=40, seed=0)
+    assert apart["total_per_length"] is apart["difference_at_equal_length"] is None
 
 
 def test_without_a_single_verdict():

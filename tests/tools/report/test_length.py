@@ -85,9 +85,19 @@ def test_answers_of_one_length_have_no_slope(tmp_path: Path) -> None:
     prompts = ["a", "b", "c"]
     workdirs.make(tmp_path, sampled={run: workdirs.samples(run, prompts) for run in ("sft", "dpo", "mpo")})
     by_seed = collect_seeds(tmp_path)
-    assert reward_per_token(by_seed[0]) == 0.0
+    assert math.isnan(reward_per_token(by_seed[0]))
     assert all(row["equal_length"] == pytest.approx(row["reward"]) for row in equal_length_rows(by_seed, resamples=40))
     assert [row["length"] for row in length_rows(by_seed)] == [9.0] * 3
+
+
+def test_runs_of_one_length_each_do_not_tell_what_length_gives(tmp_path: Path) -> None:
+    sampled = {run: workdirs.samples(run, ["a", "b", "c"]) for run in ("sft", "dpo", "mpo")}
+    for row in sampled["sft"]:
+        row["length"] = 5
+    workdirs.make(tmp_path, sampled=sampled)
+    rows = {(row["run"], row["against"]): row for row in equal_length_rows(collect_seeds(tmp_path), resamples=40)}
+    assert [rows[pair]["equal_length"] for pair in (("dpo", "sft"), ("mpo", "sft"))] == [None, None]
+    assert rows["mpo", "dpo"]["equal_length"] == pytest.approx(rows["mpo", "dpo"]["reward"])
 
 
 def test_every_split_is_compared_with_the_baselines(tmp_path: Path) -> None:

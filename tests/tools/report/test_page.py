@@ -12,15 +12,18 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from mpo_jax.config.load import to_yaml
 from mpo_jax.config.schema import Config
 from mpo_jax.errors import UserError
 from mpo_jax.tools.report import canvas
 from mpo_jax.tools.report.canvas import Chart
 from mpo_jax.tools.report.figures import pareto
 from mpo_jax.tools.report.page import write_report
+from mpo_jax.tools.report.provenance import commands
 from mpo_jax.tools.report.results import collect
 from mpo_jax.tools.report.samples import side_by_side
-from mpo_jax.tools.report.seeds import over_seeds, pair_differences
+from mpo_jax.tools.report.seeds import collect_seeds, over_seeds, pair_differences
+from mpo_jax.tools.report.summary import cautions
 from tests.tools.report import workdirs
 from tests.tools.report.pages import Page, read_csv
 
@@ -356,6 +359,43 @@ def test_model_size_is_counted_from_the_weights_headers(tmp_path: Path) -> None:
     folder.mkdir()
     save_file({"a": np.zeros((300, 100), np.float32), "b": np.zeros(5000, np.float16)}, folder / "model.safetensors")
     assert "a model of 0.04 million parameters trained from scratch" in small_page(made).text
+
+
+def test_weights_that_cannot_be_read_leave_the_size_out(tmp_path: Path) -> None:
+    made = workdirs.make(tmp_path, ("sft",))
+    folder = made / "stages" / "sft-1" / "model"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(bytes(100))
+    assert "a model trained from scratch" in small_page(made).text
+
+
+@pytest.mark.parametrize("score", [None, "high", True, float("inf"), 1e300, float("nan"), ...])
+def test_a_sample_without_a_finite_score_is_damage(tmp_path: Path, score: Any) -> None:
+    rows = [{"prompt": "p", "response": "r", "score": 1.0}, {"prompt": "q", "response": "r", "score": score}]
+    if score is ...:
+        del rows[1]["score"]
+    workdirs.make(tmp_path, ("sft",), utility=False, sampled={"sft": rows})
+    with pytest.raises(UserError, match=r"samples.jsonl has no number for score in line 2: delete the folder"):
+        write_report(tmp_path, resamples=RESAMPLES)
+
+
+def test_seeds_of_different_settings_are_cautioned_and_repeated_one_by_one(tmp_path: Path) -> None:
+    """A table's last call stands for all runs only if it makes them all."""
+    for seed, beta in ((0, 0.1), (1, 0.5)):
+        config = Config.model_validate({"workdir": "w", "seed": seed, "dpo": {"beta": beta}})
+        workdirs.make(tmp_path / f"seed-{seed}", ("sft", "dpo"), configs={"sft": config, "dpo": config})
+    last = {"workdir": str(tmp_path), "dpo": {"beta": 0.5}, "table": {"seeds": [1], "experiment": ["sft", "dpo"]}}
+    (tmp_path / "table.yaml").write_text(to_yaml(Config.model_validate(last)), encoding="utf-8")
+    by_seed = collect_seeds(tmp_path)
+    assert "dpo: its mean is over seeds of different settings (dpo.beta)" in cautions(by_seed)
+    assert [row["again"].split()[:2] for row in commands(tmp_path, by_seed)] == [["mpo", "run"]] * 2
+    alike = {"workdir": str(tmp_path), "dpo": {"beta": 0.5}, "table": {"seeds": [0, 1], "experiment": ["sft", "dpo"]}}
+    (tmp_path / "table.yaml").write_text(to_yaml(Config.model_validate(alike)), encoding="utf-8")
+    assert len(commands(tmp_path, by_seed)) == 2
+    alike = {seed: [by_seed[1][0], by_seed[1][1]] for seed in (0, 1)}
+    assert cautions(alike) == [] and [row["again"] for row in commands(tmp_path, alike)] == [
+        f"mpo table {tmp_path}/table.yaml workdir={tmp_path}-again"
+    ]
 
 
 @pytest.mark.thorough
