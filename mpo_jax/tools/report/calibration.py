@@ -1,11 +1,14 @@
 """The reward model's calibration in the report: Figure 2, reliability, ECE, and the effect of thresholds."""
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 
 from mpo_jax.data.pair_table import FILE, PairTable
 from mpo_jax.evaluation.calibration import against_truth, by_threshold, read_gaps, reliability
 from mpo_jax.selection import ordered_right
 from mpo_jax.stages.select import THRESHOLDS
+from mpo_jax.tools.report.results import AT_SPLITS, split_label
 from mpo_jax.tools.report.seeds import BySeed, Rows
 from mpo_jax.types import Artifact
 
@@ -53,13 +56,26 @@ def reliability_rows(gaps: dict[str, np.ndarray]) -> tuple[Rows, Rows]:
     return curve, errors
 
 
-def used_thresholds(by_seed: BySeed) -> tuple[float, ...]:
-    """The thresholds by which any run split its pairs; shares of easy pairs name none that all seeds share."""
-    selects = [result.config.select for results in by_seed.values() for result in results]
-    return tuple({s.threshold for s in selects if s.easy_fraction is None and s.threshold is not None})
+def used_thresholds(by_seed: BySeed) -> dict[float, list[str]]:
+    """The gaps at which runs split their pairs, each with its splits; that of a share of easy pairs is a seed's own."""
+    found: dict[float, dict[str, None]] = {}
+    for seed, results in by_seed.items():
+        for result in [result for result in results if result.experiment in AT_SPLITS]:
+            select, pairs = result.config.select, result.artifacts.get("select")
+            label = split_label(select)
+            if select.easy_fraction is None:
+                found.setdefault(select.threshold or 0.0, {})[label] = None
+            elif pairs is not None and (pairs.path / FILE).is_file():
+                own = f"{label}, seed {seed}" if len(by_seed) > 1 else label
+                found.setdefault(PairTable.read(pairs.path).threshold(select), {})[own] = None
+    return {threshold: [*labels] for threshold, labels in found.items()}
 
 
-def threshold_rows(gaps: dict[str, np.ndarray], used: tuple[float, ...] = ()) -> Rows:
-    """The effect of thresholds on every source of pairs: the usual ones and those that were used."""
-    thresholds = sorted({*THRESHOLDS, *used})
-    return [{"pairs": name, **row} for name, signed in gaps.items() for row in by_threshold(signed, thresholds)]
+def threshold_rows(gaps: dict[str, np.ndarray], used: Mapping[float, Sequence[str]]) -> Rows:
+    """The effect of thresholds on every source of pairs: the usual ones and those that were used, which are named."""
+    rows: Rows = []
+    for name, signed in gaps.items():
+        for row in by_threshold(signed, sorted({*THRESHOLDS, *used})):
+            split = "; ".join(used.get(row["threshold"], ())) or None
+            rows.append({"pairs": name, "threshold": row["threshold"], "split": split, **row})
+    return rows
