@@ -169,7 +169,12 @@ def _explain(error: ValidationError, path: str | Path) -> str:
                 lines.append(str(unknown))
                 continue
         message = problem["msg"].removeprefix("Value error, ")
-        given = "" if isinstance(problem["input"], dict | BaseModel) else f" (given: {problem['input']!r})"
+        if problem["type"] in ("tuple_type", "list_type"):
+            message = "Input should be a list, such as [a, b]"
+        value = problem["input"]
+        given = (
+            "" if isinstance(value, dict | BaseModel) else f" (given: {'nothing' if value is None else repr(value)})"
+        )
         lines.append(f"{path}: {key + ': ' if key else ''}{message}{given}")
     return "\n".join(lines)
 
