@@ -10,7 +10,7 @@ from tests.tools.report import workdirs
 
 
 def test_splits_are_named_at_the_gaps_where_they_are(tmp_path: Path) -> None:
-    """Gaps of sampled pairs are 0, 0.5, 1, 1.5 and 2, so 40% of them are above 1; held-out gaps 0.5, -0.5 and 2, twice."""
+    """Gaps of sampled pairs are 0, 0.5, 1, 1.5 and 2, so 40% of them are above 1; held out: 0.5, -0.5, 2, twice."""
     for seed in (0, 1):
         configs = {
             run: Config.model_validate({"workdir": str(tmp_path), "seed": seed, "select": select})
