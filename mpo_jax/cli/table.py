@@ -37,11 +37,11 @@ def table(
     """
     words = [*([] if config is None else [config]), *(overrides or ()), *short_keys(model, data, out)]
     words += [] if seeds is None else [f"seeds={seeds}"]
+    whole = [f"table.{word}" if word.startswith(("seeds=", "experiment=")) else word for word in words]
+    path, resolved = read_run("table", whole[0] if whole else None, whole[1:])
     if single := next((word for word in words if word.startswith("seed=")), None):
         # a folder seed-0 would hold what the caller takes for another seed's
         raise UserError(f"{single}: a table makes the seeds of table.seeds: give seeds={single.removeprefix('seed=')}")
-    whole = [f"table.{word}" if word.startswith(("seeds=", "experiment=")) else word for word in words]
-    path, resolved = read_run("table", whole[0] if whole else None, whole[1:])
     if dry:
         _dry_run(resolved)
     else:

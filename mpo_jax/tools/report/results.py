@@ -211,11 +211,11 @@ class RunResult:
         for number, row in enumerate(rows, 1):
             if not all(isinstance(row.get(key), str) for key in ("prompt", "response")):
                 raise Damaged(folder / SAMPLES, f"lacks the prompt or the response in line {number}", anew(folder))
+            if not isinstance(row.get(CATEGORY), str | None):
+                raise Damaged(folder / SAMPLES, f"has no text for {CATEGORY} in line {number}", anew(folder))
             # a score that is not finite ends an evaluation; of a truth that is not known there is NaN
             if wrong := [name for name in ("score", "utility") if not _is_measured(row, name)]:
                 raise Damaged(folder / SAMPLES, f"has no number for {wrong[0]} in line {number}", anew(folder))
-            if not isinstance(row.get(CATEGORY), str | None):
-                raise Damaged(folder / SAMPLES, f"has no text for {CATEGORY} in line {number}", anew(folder))
         return rows
 
 
