@@ -40,7 +40,7 @@ def table(
     whole = [f"table.{word}" if word.startswith(("seeds=", "experiment=")) else word for word in words]
     path, resolved = read_run("table", whole[0] if whole else None, whole[1:])
     if single := next((word for word in words if word.startswith("seed=")), None):
-        # a folder seed-0 would hold what the caller takes for another seed's
+        # a table ignores `seed`: its folder seed-0 would pass for the seed that was asked for
         raise UserError(f"{single}: a table makes the seeds of table.seeds: give seeds={single.removeprefix('seed=')}")
     if dry:
         _dry_run(resolved)

@@ -122,7 +122,7 @@ class PairTable:
             self.warn_if_one_sided(border)
         return rows
 
-    def said(self, subset: Subset, border: Border) -> str:
+    def describe_split(self, subset: Subset, border: Border) -> str:
         """How many pairs are in a subset, and by what gap, as a sentence; empty for all pairs."""
         if subset == "all":
             return ""

@@ -66,7 +66,7 @@ class Accuracy:
         return cls(mean, low, high, len(margin_B), int((margin_B == 0).sum()), float(margin_B @ share_B))
 
 
-def of_the_longer(pairs: Sequence[Sequence[str]]) -> Accuracy:
+def length_baseline(pairs: Sequence[Sequence[str]]) -> Accuracy:
     """The accuracy of a reward that is the response's number of characters: the least that a reward model should beat.
 
     Args:

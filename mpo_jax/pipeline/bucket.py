@@ -19,7 +19,7 @@ from mpo_jax.runtime.words import size
 
 CHECKPOINTS = "checkpoints"
 RESULTS = (
-    "*.yaml", "report/**/*", "tables/**/*", "figures/**/*", "runs/*/*.yaml", "runs/*/*.json",
+    "*.yaml", "left_out.json", "report/**/*", "tables/**/*", "figures/**/*", "runs/*/*.yaml", "runs/*/*.json",
     "seed-*/runs/*/*.yaml", "seed-*/runs/*/*.json",
 )  # fmt: skip
 """Patterns of the workdir files sent when a command ends: everything except stages."""

@@ -8,11 +8,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from mpo_jax.config.schema import Config
 from mpo_jax.errors import UserError
 from mpo_jax.models import forward, loading
+from mpo_jax.models.forward import Model
 from mpo_jax.models.spec import DecoderConfig
 from mpo_jax.pipeline import shared
 from mpo_jax.pipeline.basis import Basis
@@ -23,7 +25,7 @@ from mpo_jax.pipeline.table import TableStage
 from mpo_jax.runtime import machine
 from mpo_jax.runtime.words import counted, size
 from mpo_jax.stages.fitting import num_updates
-from mpo_jax.stages.settings import TrainSettings
+from mpo_jax.stages.settings import TrainSettings, adapter_of
 from mpo_jax.types import Head
 
 STATE_BYTES = 3 * 4
@@ -165,7 +167,7 @@ class Sizes:
             prompts = self._basis.corpus.test_prompts[: config.evaluate.num_prompts]
             return StageSize(rows=len(prompts) * config.text.max_response_tokens * TEXT_BYTES + _bytes(prompts))
         if kind == "reward":
-            state = self._state("value") if config.reward.trains else 0
+            state = self._state(kind, "value") if config.reward.trains else 0
             model = 0 if config.reward.function is not None else self._model("value")
             return self._trained(planned, StageSize(model=model), state)
         if kind == "ppo":
@@ -173,10 +175,10 @@ class Sizes:
             # scores from text leave the critic the policy's sizes, with a smaller head
             head: Head = "lm" if self._scores_text else "value"
             critic = self._model(head) if config.ppo.save_critic else 0
-            state = self._state("lm") + self._state(head) + average
+            state = self._state(kind, "lm") + self._state(kind, head) + average
             return self._trained(planned, StageSize(model=self._model("lm"), critic=critic), state)
         # with sft.skip the base model is written as it is, without training state
-        state = 0 if kind == "sft" and config.sft.skip else self._state("lm")
+        state = 0 if kind == "sft" and config.sft.skip else self._state(kind, "lm")
         return self._trained(planned, StageSize(model=self._model("lm")), state)
 
     def _trained(self, planned: TableStage, size: StageSize, state: int) -> StageSize:
@@ -210,13 +212,22 @@ class Sizes:
         size = jnp.dtype(machine.save_dtype(self._config.runtime)).itemsize
         return self._parameters(head) * size + self._tokenizer
 
-    def _state(self, head: Head) -> int:
-        return STATE_BYTES * self._parameters(head)
+    def _state(self, stage: str, head: Head) -> int:
+        """A checkpoint of what a stage trains: the whole model, or its adapters and its head."""
+        adapter = adapter_of(stage, self._config)
+        if adapter is None:
+            return STATE_BYTES * self._parameters(head)
+        decoder = self._decoder(head)
+        model = Model(decoder, adapter=loading.make_adapter(adapter, decoder))
+        trained = forward.abstract_split(model, head=head)["trainable"]
+        return STATE_BYTES * sum(leaf.size for leaf in jax.tree.leaves(trained))
 
     def _parameters(self, head: Head) -> int:
+        return forward.num_parameters(self._decoder(head), head=head)
+
+    def _decoder(self, head: Head) -> DecoderConfig:
         reward = self._config.reward.path
-        decoder = loading.open_model(reward).decoder if head == "value" and reward is not None else self._basis.decoder
-        return forward.num_parameters(decoder, head=head)
+        return loading.open_model(reward).decoder if head == "value" and reward is not None else self._basis.decoder
 
     @cached_property
     def _scores_text(self) -> bool:

@@ -115,6 +115,8 @@ class ModelStore(Store):
 
     def finish(self) -> None:
         """Removes what nothing needs once all runs are made, those included that only left-out runs would read."""
+        # they hold the rows
+        self._makers.clear()
         if self.plan is not None:
             self._remove({*self._done, *self.plan.readers})
 

@@ -5,16 +5,21 @@ import re
 import shutil
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
-from mpo_jax.errors import Damaged
+from mpo_jax.errors import Damaged, UserError
+from mpo_jax.models.hf.safetensors_folder import SafetensorsFolder
 from mpo_jax.pipeline.bucket import CHECKPOINTS
 from mpo_jax.pipeline.recipe import MANIFEST, read_manifest
 from mpo_jax.runtime import parts
 from mpo_jax.runtime.files import anew
 from mpo_jax.types import REMOVED
 
-_SEED = re.compile(r"seed-\d+")
+_SEED = re.compile(r"seed-(0|[1-9]\d*)")
+
+
+def seed_folders(table: Path) -> dict[int, Path]:
+    """The workdirs of a table's seeds, `<table>/seed-N`, in the order of the seeds; none where it is no table."""
+    found = {int(path.name.removeprefix("seed-")): path for path in table.glob("seed-*") if _SEED.fullmatch(path.name)}
+    return dict(sorted(found.items()))
 
 
 def place_of(folder: Path) -> Path:
@@ -29,11 +34,12 @@ def place_of(folder: Path) -> Path:
     # what is there without a manifest is in the way, as its reader says
     if os.path.lexists(folder) or not _SEED.fullmatch(folder.absolute().parent.parent.name):
         return folder
-    table = folder.absolute().parent.parent.parent
-    others = (path.parent for path in sorted(table.glob(f"seed-*/stages/{folder.name}/{MANIFEST}")))
+    seeds = seed_folders(folder.absolute().parent.parent.parent).values()
+    others = [other for seed in seeds if ((other := seed / "stages" / folder.name) / MANIFEST).is_file()]
     # one without its model would have to be made again, and here is as good a place
     found = next((other for other in others if REMOVED not in read_manifest(other)), folder)
-    _check_model(found)
+    if found != folder:
+        _check_model(found)
     return found
 
 
@@ -54,17 +60,17 @@ def take(folder: Path) -> bool:
 
 
 def _check_model(folder: Path) -> None:
-    """Raises Damaged if the headers of a stage's model cannot be read, or it has none beside its configuration."""
+    """Raises Damaged if a stage's model is gone, or the headers of its weights are not as they were written."""
     model = folder / "model"
-    files = sorted(model.glob("*.safetensors"))
-    if not files and (model / "config.json").exists():
-        raise Damaged(model, "has no weights", anew(folder))
-    for path in files:
-        try:
-            with safe_open(path, framework="np"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise Damaged(path, f"is damaged ({error})", anew(folder)) from error
+    if "steps" not in read_manifest(folder).get("summary", {}) and not any(model.glob("*.safetensors*")):
+        return
+    try:
+        SafetensorsFolder(model).check()
+    except UserError as error:
+        if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
+            # of the disk or of permissions: what is there may be whole
+            raise
+        raise Damaged(folder, f"has no model that can be read ({error})", anew(folder)) from error
 
 
 def _link(source: str, target: str) -> None:

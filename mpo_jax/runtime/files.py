@@ -86,7 +86,7 @@ def _taking_its_place(path: Path, parts: Iterable[bytes]) -> Iterator[None]:
     # nobody can foresee the name and put a link there, and two processes have a file each
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     new = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-    with STOPS.removing(temporary), _without_rest(temporary, path):
+    with STOPS.removing(temporary), _removed_on_error(temporary, path):
         with open(temporary, "wb", opener=lambda name, _: os.open(name, new, 0o666)) as file:
             file.writelines(parts)
             file.flush()
@@ -96,7 +96,7 @@ def _taking_its_place(path: Path, parts: Iterable[bytes]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_rest(temporary: Path, path: Path) -> Iterator[None]:
+def _removed_on_error(temporary: Path, path: Path) -> Iterator[None]:
     """Removes a temporary file whose writing fails; the error names the file that it was to become."""
     try:
         yield

@@ -218,14 +218,15 @@ class Stops:
         _within(LAST_WORDS_S, lambda: said.append(self.message(text)))
         _within(LAST_WORDS_S, _flush)
         _within(LAST_WORDS_S, lambda: _write_last(said[-1]))
+        if fatal := sys.modules.get("mpo_jax.runtime.fatal"):
+            _within(LAST_WORDS_S, fatal.finish)
+        # last: other threads still work, and may write and rename these
         for path in list(self._scratch):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 with contextlib.suppress(OSError):
                     path.unlink(missing_ok=True)
-        if fatal := sys.modules.get("mpo_jax.runtime.fatal"):
-            _within(LAST_WORDS_S, fatal.finish)
         os._exit(self.status)
 
 

@@ -242,7 +242,7 @@ def _selected(settings: Settings, context: Context, codec: TextCodec, pairs: Art
     """The selection's pairs with the chosen side first; responses keep their sampled ids."""
     table = PairTable.read(pairs.path)
     rows = table.rows(settings.split.subset, settings.split)
-    if said := table.said(settings.split.subset, settings.split):
+    if said := table.describe_split(settings.split.subset, settings.split):
         console.print(f"  {said}", soft_wrap=True)
     prompts, _ = context.tokenize(codec, [(table.prompt[int(row)], ()) for row in rows])
     examples = []

@@ -15,7 +15,7 @@ from mpo_jax.config.schema import ArchitectureConfig, Config, OptimConfig, Secti
 from mpo_jax.data.reward_codec import RewardCodec
 from mpo_jax.data.text import TextCodec
 from mpo_jax.errors import UserError
-from mpo_jax.evaluation.accuracy import of_the_longer
+from mpo_jax.evaluation.accuracy import length_baseline
 from mpo_jax.evaluation.calibration import accuracy_by_gap, against_truth, write_gaps
 from mpo_jax.evaluation.verdicts import rate
 from mpo_jax.losses import bradley_terry_loss, span_reward_loss
@@ -315,7 +315,7 @@ def _measure(
     summary = {
         "held_out_accuracy": accuracy.value,
         "held_out_accuracy_interval": [accuracy.low, accuracy.high],
-        "longer_is_chosen": of_the_longer([(row.chosen, row.rejected) for row in corpus.reward_test]).mean,
+        "longer_is_chosen": length_baseline([(row.chosen, row.rejected) for row in corpus.reward_test]).mean,
         "accuracy_by_gap": accuracy_by_gap(gap),
     }
     truth = None

@@ -10,7 +10,7 @@ from mpo_jax.config.schema import DpoConfig
 from mpo_jax.data.fields import whole
 from mpo_jax.data.sources import Row, Source
 from mpo_jax.errors import UserError
-from mpo_jax.evaluation.accuracy import Accuracy, RewardBench, by_group, of_the_longer, unlike
+from mpo_jax.evaluation.accuracy import Accuracy, RewardBench, by_group, length_baseline, unlike
 from mpo_jax.tools.opening import OpenModel
 from mpo_jax.tools.scoring import SUBSET, open_rows, score
 
@@ -85,7 +85,7 @@ def measure(
     return Measured(
         beta if reference is not None else None,
         Accuracy.of(margin_B),
-        of_the_longer(scored.responses),
+        length_baseline(scored.responses),
         {} if by is None else by_group(margin_B, groups),
         RewardBench.of(margin_B, subsets),
         scored.cut,

@@ -118,20 +118,17 @@ def rewrite_report(workdir: Path, price: float | None = None) -> tuple[Path, "By
     Args:
       price: of a device for an hour; the stages' costs are shown with it.
     """
-    from mpo_jax.tools.report.evidence import gather, write_evidence
-    from mpo_jax.tools.report.page import write_report
+    from mpo_jax.tools.report.page import write_report, write_table_report
     from mpo_jax.tools.report.seeds import collect_seeds
-    from mpo_jax.tools.report.verdict_rows import find_verdicts
 
     by_seed = collect_seeds(workdir)
     check_output_folder("WORKDIR", workdir)
     config = next(iter(by_seed.values()))[0].config
     resamples = config.evaluate.bootstrap_resamples
-    evidence = None
     if (workdir / TABLE_CONFIG).is_file():
-        evidence = gather(by_seed, find_verdicts(workdir), resamples=resamples)
-        write_evidence(workdir, evidence, resamples=resamples)
-    page = write_report(workdir, resamples=resamples, by_seed=by_seed, evidence=evidence, price=price)
+        page, _, _ = write_table_report(workdir, by_seed, resamples=resamples, price=price)
+    else:
+        page = write_report(workdir, resamples=resamples, by_seed=by_seed, price=price)
     wandb_log.log_report(config, workdir)
     return page, by_seed
 

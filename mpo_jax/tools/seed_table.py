@@ -118,16 +118,14 @@ class SeedTable:
             wait(REPORTED)
             return None
         # as for a run's report
-        from mpo_jax.tools.report.evidence import gather, write_evidence
-        from mpo_jax.tools.report.page import write_report
+        from mpo_jax.tools.report.page import write_table_report
 
         config, workdir = self._config, self._workdir
         names = tuple(self.names)
         by_seed = {seed: results.collect(workdir / f"seed-{seed}", names) for seed in config.table.seeds}
-        resamples = config.evaluate.bootstrap_resamples
-        evidence = gather(by_seed, find_verdicts(workdir), resamples=resamples)
-        claims = write_evidence(workdir, evidence, resamples=resamples, left_out=self._left_out)
-        page = write_report(workdir, resamples=resamples, by_seed=by_seed, evidence=evidence)
+        page, evidence, claims = write_table_report(
+            workdir, by_seed, resamples=config.evaluate.bootstrap_resamples, left_out=self._left_out
+        )
         if (bucket := Bucket.of(config)) is not None:
             bucket.send_results(workdir)
         wandb_log.log_report(config, workdir)

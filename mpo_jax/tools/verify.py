@@ -15,6 +15,7 @@ from mpo_jax.errors import CheckpointsLost, Damaged, Preempted, UserError
 from mpo_jax.pipeline.keeping import is_removed
 from mpo_jax.pipeline.recipe import FORMAT, RECIPE, artifact_name, is_stage_folder, read_manifest, read_recipe
 from mpo_jax.pipeline.run_folder import CONFIG, read_config
+from mpo_jax.pipeline.shared import seed_folders
 from mpo_jax.pipeline.stages import STAGES, stage_context
 from mpo_jax.runtime import machine
 from mpo_jax.runtime.console import console
@@ -29,7 +30,7 @@ from mpo_jax.training.hashes import LANES, first_difference, state_hash
 from mpo_jax.types import Artifact
 from mpo_jax.untrusted import loads
 
-KEPT_FOR_VERIFY = "delete this folder; the finished stage needs it for mpo verify alone"
+KEPT_FOR_VERIFY = "delete this folder; a finished stage needs it for mpo verify alone"
 INPUT_NAMES = {
     "data": "the rows of the section data",
     "base": "the base model, model.path,",
@@ -71,8 +72,8 @@ def verify(workdir: Path, stage: str | None, *, sha256: bool = False) -> bool:
     Raises:
       UserError: if there is nothing to check.
     """
-    results, damaged, seen = list[bool](), list[str](), set[str]()
-    table = [folder.parent for folder in sorted(workdir.glob("seed-*/stages"))]
+    results, errors, seen = list[bool](), list[str](), set[str]()
+    table = [folder for folder in seed_folders(workdir).values() if (folder / "stages").is_dir()]
     if not table and not (workdir / "stages").is_dir():
         raise UserError(f"{workdir} is no workdir with stages: name the folder that a run was given as workdir=DIR")
     folders = [folder for one in [workdir, *table] for folder in _stage_folders(one)]
@@ -81,7 +82,8 @@ def verify(workdir: Path, stage: str | None, *, sha256: bool = False) -> bool:
         name = folder.name.removeprefix(".").removesuffix(".partial")
         try:
             # a table's seeds may share stages
-            if name in seen or (recipe := _trained(folder, name, stage)) is None:
+            known = name in seen and not (folder / "checkpoints").is_dir()
+            if known or (recipe := _trained(folder, name, stage)) is None:
                 continue
             seen.add(name)
             with FileLock(folder.parent / f".{name}.lock", timeout=0):
@@ -99,12 +101,12 @@ def verify(workdir: Path, stage: str | None, *, sha256: bool = False) -> bool:
             console.print(f"{name}: another run is making it right now", soft_wrap=True)
         except UserError as error:
             # the other stages are still of use
-            damaged.append(str(error))
-    if damaged:
-        raise UserError("\n".join(damaged))
+            errors.append(str(error))
+    if errors:
+        raise UserError("\n".join(errors))
     if stage and not seen:
         kinds = ", ".join(kind for kind, one in STAGES.items() if one.trains)
-        raise UserError(f"{workdir}: no finished or begun stage {stage}: give {kinds}, or a folder's name")
+        raise UserError(f"{workdir}: no stage {stage} of this version: give {kinds}, or a folder's name")
     if not results:
         what = f"stage {stage}" if stage else "stage"
         raise UserError(f"{workdir}: no {what} with two stored states to compare")
@@ -198,6 +200,8 @@ def _same(workdir: Path, folder: Path, name: str, recipe: Mapping[str, Any], str
         steps = f"steps {stretch.start} to {stretch.end}"
         console.print(f"{name}: {steps} identical ({hash_of} {stretch.expected[:12]})", soft_wrap=True)
         return True
+    if changed := _changed(config, recipe):
+        raise UserError(f"{folder}: {changed} changed since it was trained, and it cannot be trained again as it was")
     leaf = first_difference(stretch.leaves, found) if stretch.leaves else None
     what = f"the first leaf that differs is {leaf}" if leaf else "which leaf differs is not recorded"
     if stretch.leaves and not leaf:
@@ -210,21 +214,21 @@ def _same(workdir: Path, folder: Path, name: str, recipe: Mapping[str, Any], str
     return False
 
 
+def _changed(config: Config, recipe: Mapping[str, Any]) -> str:
+    """The inputs of a stage that are others now than when it was trained; a stage may declare more than it reads."""
+    now, then = Inputs(config).only(STAGES[recipe["stage"]].inputs).fingerprints, recipe["inputs"]
+    return ", ".join(INPUT_NAMES[name] for name in sorted({*now, *then}) if now.get(name) != then.get(name))
+
+
 def _train_again(
     config: Config, workdir: Path, folder: Path, scratch: Path, recipe: Mapping[str, Any], stretch: Stretch
 ) -> dict[str, str]:
     """Hashes of the state's leaves after retraining the steps.
 
     Raises:
-      UserError: if the checkpoint, a parent or an input is not there any more as it was.
+      UserError: if the checkpoint or a parent is not there any more as it was.
     """
     stage = STAGES[recipe["stage"]]
-    inputs = Inputs(config).only(stage.inputs).fingerprints
-    if changed := [
-        name for name in sorted({*inputs, *recipe["inputs"]}) if inputs.get(name) != recipe["inputs"].get(name)
-    ]:
-        what = ", ".join(INPUT_NAMES[name] for name in changed)
-        raise UserError(f"{folder}: {what} changed since it was trained, so it cannot be trained again and compared")
     place = Path("checkpoints") / str(stretch.start)
     shutil.copytree(folder / place, scratch / place)
     write_json(scratch / RECIPE, recipe)
@@ -247,8 +251,7 @@ def _train_again(
     except Preempted:
         pass
     except CheckpointsLost:
-        what = "is broken (what was removed is a copy)"
-        raise Damaged(folder / place, what, KEPT_FOR_VERIFY) from None
+        raise Damaged(folder / place, "cannot be read (only a copy of it was removed)", KEPT_FOR_VERIFY) from None
     checkpoints = Checkpoints(scratch / "checkpoints", keep=1)
     try:
         if stretch.end not in checkpoints.steps():

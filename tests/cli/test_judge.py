@@ -264,6 +264,12 @@ def test_two_fields_of_one_file_as_sides(judge, reward_model, tmp_path, capsys):
     pairs.write_text("".join(json.dumps({"question" if k == "prompt" else k: v for k, v in row.items()}) + "\n"
                              for row in rows))  # fmt: skip
     assert mpo("judge", f"{pairs}:chosen", f"{pairs}:rejected", "data.columns.prompt=question", *flags) == 0
+    # a field's name may hold colons
+    pairs.write_text("".join(json.dumps({**row, "a:b": row["chosen"]}) + "\n" for row in rows))
+    assert mpo("judge", f"{pairs}:a:b", f"{pairs}:rejected", *flags) == 0
+    assert [row["a"] for row in judgements(tmp_path)] == CHOSEN
+    pairs.write_text("".join(json.dumps({"question" if k == "prompt" else k: v for k, v in row.items()}) + "\n"
+                             for row in rows))  # fmt: skip
     capsys.readouterr()
     assert mpo("judge", f"{pairs}:better", f"{pairs}:rejected", "data.columns.prompt=question", *flags) == 2
     assert "no field 'better'" in (said := capsys.readouterr().err) and "pairs.jsonl:1" in said and "chosen" in said

@@ -100,8 +100,7 @@ def test_the_report_s_command_writes_tables_and_figures_again(made: tuple[Path, 
     files = [path for name in ("tables", "figures") for path in (workdir / name).iterdir()]
     before = {path: path.read_bytes() for path in files}
     for path in files:
-        if path.name != "left_out.json":
-            path.unlink()
+        path.unlink()
     assert mpo("report", str(workdir)) == 0
     assert {path: path.read_bytes() for name in ("tables", "figures") for path in (workdir / name).iterdir()} == before
 
@@ -184,6 +183,7 @@ def test_the_report_is_of_the_whole_table(made: tuple[Path, str]) -> None:
         (["experiment=grpo"], ["table.experiment", "grpo"]),
         (["table.easy_fractions=[1.5]"], ["easy_fractions", "[0, 1]"]),
         (["seed=5"], ["seed=5", "give seeds=5"]),
+        (["seeds="], ["table.seeds", "should be a list", "given: nothing"]),
     ],
 )
 def test_mistakes_are_messages(
@@ -247,13 +247,30 @@ def test_seeds_can_share_sft_and_reward_model(shared: tuple[Path, str]) -> None:
     assert (runs[0] / "1-dpo").resolve().name != (runs[1] / "1-dpo").resolve().name
 
 
+def test_what_later_seeds_take_stays_until_the_last(shared: tuple[Path, str], tmp_path: Path) -> None:
+    """Without a run `sft`, whose policy stays anyway, and with `runtime.keep=last`."""
+    from mpo_jax.runtime.console import console
+
+    folder = shared[0].parent
+    data = ("data.kind=pairs", f"data.path={folder}/rows.jsonl", "data.validation_fraction=0.3")
+    given = (*data, f"model.path={folder}/policy", "sft.seed=0", "reward.seed=0", "experiment=dpo_base")
+    with console.capture() as captured:
+        assert mpo("table", str(MICRO), f"workdir={tmp_path}", *given, "seeds=0,1", "runtime.keep=last") == 0
+    assert "seed 1: 2 stages made, 2 reused" in (text := captured.get()) and "is made again" not in text
+    assert [path.parent.name.partition("-")[0] for path in sorted(tmp_path.glob("seed-*/stages/*/model"))] == [
+        "dpo", "reward", "dpo", "reward"
+    ]  # fmt: skip
+
+
 def test_what_seeds_share_is_said_where_intervals_are(shared: tuple[Path, str]) -> None:
     workdir, _ = shared
     said = "All seeds share one SFT model and one reward model: what others would give is in no interval or error here."
     assert said in (workdir / "tables" / "all.md").read_text(encoding="utf-8")
     assert said in (workdir / "report" / "index.html").read_text(encoding="utf-8")
     # the one reward model's held-out pairs count once
-    (accuracy,) = rows_of(workdir / "tables" / "table2.csv")
+    accuracy, longer = rows_of(workdir / "tables" / "table2.csv")
+    # "no" against longer words: every chosen response is the longer one
+    assert (longer["agreement"], longer["accuracy"]) == ("labels, by the longer response", "1.0")
     gaps, _ = read_gaps(workdir / "seed-0" / "runs" / "sft" / "reward") or pytest.fail("no gaps")
     assert accuracy["seeds"] == "1" and int(accuracy["pairs"]) == len(gaps) > 0
 

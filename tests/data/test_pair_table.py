@@ -79,9 +79,9 @@ def test_it_says_where_its_pairs_are_split():
     table = a_table()
     border = Split(easy_fraction=0.4)
     third = sorted(table.gap)[2]
-    assert table.said("easy", border) == f"2 of 5 pairs are easy: their gap is above {third:.4g}"
-    assert table.said("hard", Split(threshold=9.0)) == "5 of 5 pairs are hard: their gap is at most 9"
-    assert table.said("all", Split()) == ""
+    assert table.describe_split("easy", border) == f"2 of 5 pairs are easy: their gap is above {third:.4g}"
+    assert table.describe_split("hard", Split(threshold=9.0)) == "5 of 5 pairs are hard: their gap is at most 9"
+    assert table.describe_split("all", Split()) == ""
 
 
 def test_files_with_int64_ids_are_read(tmp_path):

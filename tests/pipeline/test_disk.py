@@ -6,10 +6,16 @@ import pytest
 
 from mpo_jax.config.load import load_config
 from mpo_jax.config.schema import Config
+from mpo_jax.data import toy
+from mpo_jax.models import loading
+from mpo_jax.models.forward import Model
 from mpo_jax.pipeline import disk
+from mpo_jax.pipeline.basis import Basis
 from mpo_jax.pipeline.disk import StageSize, disk_use
 from mpo_jax.pipeline.table import TableStage, table_stages
 from mpo_jax.runtime.console import console
+from mpo_jax.types import trainable
+from tests.models.tiny import random_params
 from tests.pipeline.test_keeping import CHAIN, NAMES
 from tests.pipeline.test_pipeline import MICRO, mpo
 
@@ -57,6 +63,20 @@ def test_finished_stages_take_what_they_take(tmp_path, monkeypatch):
     assert use.total == 52 + 55 - 11
     monkeypatch.setattr(disk, "_free", lambda workdir: 100)
     assert disk_use(config, planned(config)).lacking == use.peak - 52 - 100
+
+
+def test_checkpoints_of_adapters_hold_adapters_alone(tmp_path):
+    """By hand, of rank 2 on the attention's four square kernels of each layer; a value head trains beside them."""
+    tokenizer = toy.make_tokenizer()
+    decoder = loading.scratch_sizes(load_config(MICRO).model.architecture, len(tokenizer))
+    loading.save(tmp_path / "base", Model(decoder), trainable(random_params(decoder)), tokenizer)
+    adapter = "model.adapter={rank: 2, targets: attention}"
+    config = load_config(MICRO, (f"model.path={tmp_path}/base", adapter, f"workdir={tmp_path}/w", "table.seeds=[0]"))
+    sizes, width = disk.Sizes(Basis(config)), decoder.hidden_size
+    query, kv = decoder.num_heads * decoder.head_dim, decoder.num_kv_heads * decoder.head_dim
+    numbers = decoder.num_layers * 2 * sum(width + out for out in (query, kv, kv, query))
+    assert sizes._state("dpo", "lm") == 12 * numbers
+    assert sizes._state("reward", "value") == 12 * (numbers + width)
 
 
 def test_a_table_takes_what_the_dry_run_says(tmp_path):

@@ -6,7 +6,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from mpo_jax.config.load import load_config
 from mpo_jax.config.schema import Config
@@ -40,6 +42,7 @@ def first(tmp_path: Path) -> Artifact:
         for name in ("model/weights", "checkpoints/3/state"):
             (folder / name).parent.mkdir(parents=True)
             (folder / name).write_text(name)
+        save_file({"a": np.zeros(2, np.float32)}, folder / "model" / "model.safetensors")
         return {"steps": 3}
 
     made = Store(tmp_path / "seed-0").build(RECIPE, make)
@@ -120,15 +123,17 @@ def test_a_damaged_stage_of_another_seed_is_named(first: Artifact, tmp_path: Pat
         Store(tmp_path / "seed-1").build(RECIPE, never)
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [("model.safetensors", b"\x10", "model.safetensors is damaged"), ("config.json", b"{}", "model has no weights")],
-)
-def test_a_model_that_cannot_be_read_is_not_taken(
-    first: Artifact, tmp_path: Path, name: str, content: bytes, words: str
-) -> None:
-    (first.path / "model" / name).write_bytes(content)
-    with pytest.raises(Damaged, match=rf"seed-0.*{words}.*: delete the folder .*seed-0"):
+@pytest.mark.parametrize("left", [b"\x10", None, ...])
+def test_a_model_that_cannot_be_read_is_not_taken(first: Artifact, tmp_path: Path, left: Any) -> None:
+    """Torn weights, none, or no model at all."""
+    weights = first.path / "model" / "model.safetensors"
+    if isinstance(left, bytes):
+        weights.write_bytes(left)
+    else:
+        weights.unlink()
+    if left is ...:
+        shutil.rmtree(first.path / "model")
+    with pytest.raises(Damaged, match=r"seed-0.* has no model that can be read .*: delete the folder .*seed-0"):
         Store(tmp_path / "seed-1").build(RECIPE, never)
     assert not (tmp_path / "seed-1" / "stages" / first.id).exists()
 

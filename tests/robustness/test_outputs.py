@@ -263,4 +263,6 @@ def test_every_path_of_the_command_line_may_begin_at_home(monkeypatch, tmp_path)
     assert found > 10
     monkeypatch.setenv("HOME", str(tmp_path))
     assert expanded("~/a") == tmp_path / "a" and expanded("b/~") == Path("b/~")
+    with pytest.raises(UserError, match="an empty path was given"):
+        expanded("")
     assert load_config(MICRO, ("workdir=~/a",)).workdir == str(tmp_path / "a")

@@ -149,7 +149,7 @@ def _prompts(settings: Settings, pairs: Artifact | None, context: Context) -> li
         return context.inputs.corpus.sampled_prompts(settings.split.num_prompts)
     table = PairTable.read(pairs.path)
     prompts = [table.prompt[int(row)] for row in table.rows(settings.split.subset, settings.split)]
-    if said := table.said(settings.split.subset, settings.split):
+    if said := table.describe_split(settings.split.subset, settings.split):
         console.print(f"  {said}", soft_wrap=True)
     return list(dict.fromkeys(prompts)) if settings.samples_once else prompts
 

@@ -64,7 +64,8 @@ def used_thresholds(by_seed: BySeed) -> dict[float, list[str]]:
             select, pairs = result.config.select, result.artifacts.get("select")
             label = split_label(select)
             if select.easy_fraction is None:
-                found.setdefault(select.threshold or 0.0, {})[label] = None
+                assert select.threshold is not None
+                found.setdefault(select.threshold, {})[label] = None
             elif pairs is not None and (pairs.path / FILE).is_file():
                 own = f"{label}, seed {seed}" if len(by_seed) > 1 else label
                 found.setdefault(PairTable.read(pairs.path).threshold(select), {})[own] = None

@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from mpo_jax.runtime.files import anew, read_object, write_json, write_text
+from mpo_jax.runtime.files import read_object, write_json, write_text
 from mpo_jax.tools.report import calibration, figures, paper_figures
 from mpo_jax.tools.report.canvas import Chart
 from mpo_jax.tools.report.categories import category_tables
@@ -118,23 +118,20 @@ def _some(*charts: Chart | None) -> list[Chart]:
 
 
 LEFT_OUT = "left_out.json"
-"""Among the tables: the runs that could not be made, and why."""
+"""Beside a table's configuration: the runs that could not be made, and why."""
 
 
 def write_evidence(workdir: Path, evidence: Evidence, *, resamples: int, left_out: dict[str, str] | None = None) -> str:
     """Writes `<workdir>/tables/*.csv` and `*.md` (all together in `all.md`) and `<workdir>/figures/*.png` and `*.csv`.
 
     Args:
-      left_out: runs that could not be made, and why; None: those of the tables that are there.
+      left_out: runs that could not be made now, and why; those of earlier calls stay named until they are made.
 
     Returns:
       The claims as text for the terminal.
     """
     by_seed, folder = evidence.by_seed, workdir / "tables"
-    if left_out is None:
-        there = (folder / LEFT_OUT).exists()
-        left_out = read_object(folder / LEFT_OUT, anew(folder)) if there else {}
-    write_json(folder / LEFT_OUT, left_out)
+    left_out = _left_out(workdir, by_seed, left_out or {})
     each = {"by_seed": seed_rows(by_seed), "differences_by_seed": seed_differences(by_seed, resamples=resamples)}
     for name, rows in (evidence.named() | each).items():
         write_csv(folder / f"{name}.csv", rows)
@@ -147,6 +144,17 @@ def write_evidence(workdir: Path, evidence: Evidence, *, resamples: int, left_ou
         for row in evidence.claims
     ]
     return section("The paper's claims", evidence.rule, short) if short else "No claim of the paper has both its runs."
+
+
+def _left_out(workdir: Path, by_seed: BySeed, now: dict[str, str]) -> dict[str, str]:
+    """The runs that this call and those before have left out, and that are not there."""
+    path = workdir / LEFT_OUT
+    before = read_object(path, "delete it: it only names runs that mpo table has left out") if path.exists() else {}
+    made = {f"{result.name}, seed {seed}" for seed, results in by_seed.items() for result in results}
+    found = {name: reason for name, reason in {**before, **now}.items() if name not in made}
+    if found or before:
+        write_json(path, found)
+    return found
 
 
 def document(evidence: Evidence, left_out: dict[str, str]) -> dict[str, str]:

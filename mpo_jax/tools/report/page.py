@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from mpo_jax.runtime.files import remove
 from mpo_jax.tools.report import canvas, contents, figures
 from mpo_jax.tools.report.categories import SHOWN, largest
-from mpo_jax.tools.report.evidence import Evidence, gather
+from mpo_jax.tools.report.evidence import Evidence, gather, write_evidence
 from mpo_jax.tools.report.markdown import cell, heading
 from mpo_jax.tools.report.place import FOLDER, check_place
 from mpo_jax.tools.report.results import COLUMNS, RunResult
@@ -49,6 +49,28 @@ def write_report(
     return _replace(
         workdir, "page.html.j2", lambda shown: contents.of_evaluated(shown, workdir, gathered, resamples, price)
     )
+
+
+def write_table_report(
+    workdir: Path,
+    by_seed: BySeed,
+    *,
+    resamples: int,
+    left_out: dict[str, str] | None = None,
+    price: float | None = None,
+) -> tuple[Path, Evidence, str]:
+    """Writes a table's folders `tables` and `figures` and its report, with the verdicts that are there.
+
+    Args:
+      left_out: as for `write_evidence`.
+
+    Returns:
+      The page, what it shows, and the claims as text for the terminal.
+    """
+    evidence = gather(by_seed, find_verdicts(workdir), resamples=resamples)
+    claims = write_evidence(workdir, evidence, resamples=resamples, left_out=left_out)
+    page = write_report(workdir, resamples=resamples, by_seed=by_seed, evidence=evidence, price=price)
+    return page, evidence, claims
 
 
 def write_training_report(workdir: Path, results: list[RunResult], price: float | None = None) -> Path:

@@ -123,7 +123,7 @@ def commands(workdir: Path, by_seed: BySeed) -> list[dict[str, Any]]:
 
     A table is repeated as a whole, if its last call was for all of these seeds and runs.
     """
-    if len(by_seed) > 1 and _is_of_one_call(workdir, by_seed):
+    if len(by_seed) > 1 and _last_call_makes(workdir, by_seed):
         results = next(iter(by_seed.values()))
         names = [result.name for part in by_seed.values() for result in part]
         again = ["mpo", "table", str(workdir / TABLE_CONFIG), f"workdir={workdir}-again"]
@@ -143,7 +143,7 @@ def commands(workdir: Path, by_seed: BySeed) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def _is_of_one_call(workdir: Path, by_seed: BySeed) -> bool:
+def _last_call_makes(workdir: Path, by_seed: BySeed) -> bool:
     """Whether the configuration that `mpo table` was given last makes these runs."""
     try:
         config = read_config(workdir / TABLE_CONFIG)
@@ -154,7 +154,7 @@ def _is_of_one_call(workdir: Path, by_seed: BySeed) -> bool:
     return (
         {*by_seed} == {*config.table.seeds}
         and {result.name for result in every} <= runs
-        and all(_method(result.config) == _method(config) for result in every)
+        and all(_own_keys(result.config) == _own_keys(config) for result in every)
     )
 
 
@@ -162,15 +162,21 @@ def mixed_settings(by_seed: BySeed) -> list[str]:
     """A sentence for each run whose seeds were made with settings that differ in more than the seed."""
     found = []
     for name in run_names(by_seed):
-        methods = [_method(result.config) for result in of_run(by_seed, name).values()]
-        keys = dict.fromkeys(key for method in methods for key in method)
-        if differing := [key for key in keys if len({json.dumps(method.get(key)) for method in methods}) > 1]:
+        made = [_settings(result) for result in of_run(by_seed, name).values()]
+        keys = dict.fromkeys(key for settings in made for key in settings)
+        if differing := [key for key in keys if len({json.dumps(settings.get(key)) for settings in made}) > 1]:
             found.append(f"{name}: its mean is over seeds of different settings ({', '.join(differing)})")
     return found
 
 
-def _method(config: Config) -> dict[str, Any]:
-    """The keys that a run's result is due to, without its seeds and its own split."""
+def _settings(result: RunResult) -> dict[str, Any]:
+    """What a run's stages were made with, by role: all that their names stand for but seeds, rows and parents."""
+    stages = {role: artifact.manifest.get("settings", {}) for role, artifact in result.artifacts.items()}
+    return _flat({role: {key: x for key, x in found.items() if key != "seed"} for role, found in stages.items()})
+
+
+def _own_keys(config: Config) -> dict[str, Any]:
+    """A run's configuration without its seeds, its own split and the machine."""
     own = ("seed", "data.toy.seed", "select.threshold", "select.easy_fraction")
     flat = _flat(config.model_dump(mode="json"))
     return {key: value for key, value in flat.items() if key not in own and not key.startswith("runtime.")}

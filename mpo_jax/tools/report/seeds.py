@@ -10,6 +10,7 @@ import numpy as np
 
 from mpo_jax.evaluation.statistics import Errors, Interval, mean_and_se, paired_bootstrap, standard_errors
 from mpo_jax.pipeline.experiments import in_order
+from mpo_jax.pipeline.shared import seed_folders
 from mpo_jax.tools.report.results import COLUMNS, NoRuns, RunResult, collect, main_rows
 
 BySeed: TypeAlias = dict[int, list[RunResult]]
@@ -22,11 +23,10 @@ def collect_seeds(workdir: Path) -> BySeed:
     Raises:
       UserError: if there is no finished run.
     """
-    numbers = [folder.name.removeprefix("seed-") for folder in workdir.glob("seed-*")]
     by_seed: BySeed = {}
-    for seed in sorted(int(number) for number in numbers if number.isdigit()):
+    for seed, folder in seed_folders(workdir).items():
         try:
-            by_seed[seed] = collect(workdir / f"seed-{seed}")
+            by_seed[seed] = collect(folder)
         except NoRuns:
             # a seed whose first run is still being made
             continue

@@ -383,11 +383,14 @@ def test_seeds_of_different_settings_are_cautioned_and_repeated_one_by_one(tmp_p
     """A table's last call stands for all runs only if it makes them all."""
     for seed, beta in ((0, 0.1), (1, 0.5)):
         config = Config.model_validate({"workdir": "w", "seed": seed, "dpo": {"beta": beta}})
-        workdirs.make(tmp_path / f"seed-{seed}", ("sft", "dpo"), configs={"sft": config, "dpo": config})
+        made = workdirs.make(tmp_path / f"seed-{seed}", ("sft", "dpo"), configs={"sft": config, "dpo": config})
+        (stage,) = made.glob("stages/dpo-dpo*/manifest.json")
+        manifest = json.loads(stage.read_text())
+        stage.write_text(json.dumps({**manifest, "settings": {"seed": seed, "loss": {"beta": beta}}}))
     last = {"workdir": str(tmp_path), "dpo": {"beta": 0.5}, "table": {"seeds": [1], "experiment": ["sft", "dpo"]}}
     (tmp_path / "table.yaml").write_text(to_yaml(Config.model_validate(last)), encoding="utf-8")
     by_seed = collect_seeds(tmp_path)
-    assert "dpo: its mean is over seeds of different settings (dpo.beta)" in cautions(by_seed)
+    assert cautions(by_seed) == ["dpo: its mean is over seeds of different settings (1-dpo.loss.beta)"]
     assert [row["again"].split()[:2] for row in commands(tmp_path, by_seed)] == [["mpo", "run"]] * 2
     alike = {"workdir": str(tmp_path), "dpo": {"beta": 0.5}, "table": {"seeds": [0, 1], "experiment": ["sft", "dpo"]}}
     (tmp_path / "table.yaml").write_text(to_yaml(Config.model_validate(alike)), encoding="utf-8")
