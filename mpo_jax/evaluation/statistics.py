@@ -208,6 +208,12 @@ def common_slope(groups: Iterable[tuple[np.ndarray, np.ndarray]]) -> float:
     return sum(float(x_n @ y_n) for x_n, y_n in around) / spread if spread else float("nan")
 
 
+def correlation(x_n: np.ndarray, y_n: np.ndarray) -> float:
+    """Pearson's; NaN where x or y is the same throughout, or there is one value."""
+    varied = len(x_n) > 1 and np.ptp(x_n) > 0 and np.ptp(y_n) > 0
+    return float(np.corrcoef(x_n, y_n)[0, 1]) if varied else float("nan")
+
+
 def holm(p: Sequence[float]) -> list[float]:
     """Holm's adjusted p-values of one family of tests, in the order given. Scandinavian J. of Statistics 6 (1979)."""
     adjusted = [0.0] * len(p)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mpo_jax.evaluation.answers import Pair
-from mpo_jax.evaluation.statistics import common_slope, mean_and_se, paired_difference
+from mpo_jax.evaluation.statistics import common_slope, correlation, mean_and_se, paired_difference
 from mpo_jax.evaluation.verdicts import Outcome, Rate, Tally, by_category, compare, rate
 from mpo_jax.tools.judge.calls import Call, Failure, Reply
 from mpo_jax.tools.judge.parse import parse_totals
@@ -154,9 +154,9 @@ def _by_length(judged: Sequence[Judged], totals: np.ndarray, *, resamples: int, 
         "difference_at_equal_length": None,
     }
     for side, x, y in zip("ab", lengths.T, totals.T, strict=True):
-        varied = len(x) > 1 and np.ptp(x) > 0 and np.ptp(y) > 0
+        found = correlation(x, y)
         result[f"length_{side}"] = float(x.mean())
-        result[f"correlation_{side}"] = float(np.corrcoef(x, y)[0, 1]) if varied else None
+        result[f"correlation_{side}"] = None if math.isnan(found) else found
     if known or not np.ptp(lengths, axis=1).any():
         left = totals - slope * lengths if known else totals
         result["difference_at_equal_length"] = paired_difference(left[:, 0], left[:, 1], resamples=resamples, seed=seed)

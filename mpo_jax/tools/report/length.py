@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from mpo_jax.evaluation.statistics import common_slope, mean_and_se
+from mpo_jax.evaluation.statistics import common_slope, correlation, mean_and_se
 from mpo_jax.tools.report.results import REPETITION, RunResult
 from mpo_jax.tools.report.seeds import BySeed, Rows, compared_runs, differences, of_run, paired, run_names
 
@@ -84,7 +84,5 @@ def _mean(result: RunResult, column: str) -> float:
 def _correlation(result: RunResult) -> float:
     """NaN where reward or tokens are the same for all prompts."""
     tokens, reward = (result.measured.values(column) for column in ("length", "score"))
-    both = np.asarray([(tokens[prompt], reward[prompt]) for prompt in tokens if prompt in reward])
-    if len(both) < 2 or not np.ptp(both, axis=0).all():
-        return math.nan
-    return float(np.corrcoef(both.T)[0, 1])
+    both = [prompt for prompt in tokens if prompt in reward]
+    return correlation(*(np.asarray([values[prompt] for prompt in both]) for values in (tokens, reward)))
