@@ -73,8 +73,11 @@ def abstract_params(config: DecoderConfig, *, head: Head = "lm") -> Tree:
 
 @lru_cache
 def _abstract_params(config: DecoderConfig, head: Head) -> Tree:
-    """Traced once: it takes 30 to 50 ms, and a table of 180 stages asks for hundreds."""
-    params = jax.eval_shape(partial(init_params, config), jax.random.key(0))
+    """Traced once: it takes 30 to 50 ms, and a table of 180 stages asks for hundreds.
+
+    The key is made inside, so that checks before a run's first stage neither compile nor put anything on a device.
+    """
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     return jax.eval_shape(partial(with_score_head, config=config), params) if head == "value" else params
 
 
@@ -89,7 +92,7 @@ def abstract_split(model: Model, *, head: Head = "lm") -> Params:
 @lru_cache
 def _abstract_adapter(config: DecoderConfig, adapted: Adapter) -> Tree:
     layers = abstract_params(config)["layers"]
-    return jax.eval_shape(lambda key: adapter.init(adapted, layers, key), jax.random.key(0))
+    return jax.eval_shape(lambda: adapter.init(adapted, layers, jax.random.key(0)))
 
 
 def num_parameters(config: DecoderConfig, *, head: Head = "lm") -> int:

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from mpo_jax.models import attention, forward
+from mpo_jax.models.adapter import Adapter
 from mpo_jax.models.forward import Model
 from mpo_jax.runtime.sharding import place_batch
 from mpo_jax.types import PromptBatch, Tokens, frozen
@@ -464,6 +465,16 @@ def test_parameters_are_divided(params, shape, part):
     flat = jax.tree_util.tree_leaves_with_path(params)
     divided = sum(x.size for path, x in flat if path[-1].key != "scale" and path[0].key != "score")
     assert held == divided // (fsdp * tensor) + sum(x.size for _, x in flat) - divided
+
+
+@pytest.mark.parametrize("adapter", [None, Adapter(2, 4.0, ("query",))])
+def test_shapes_are_known_before_anything_is_on_a_device(adapter):
+    """Checks before the first stage ask for them; a key made outside the trace was two programs, compiled there."""
+    config = dataclasses.replace(DECODER, intermediate_size=52)  # no test has asked for these shapes before
+    with jax.transfer_guard("disallow_explicit"):
+        params = forward.abstract_split(Model(config, adapter=adapter), head="value")
+        assert forward.num_parameters(config) > 0
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params))
 
 
 def test_an_axis_that_does_not_divide_is_whole():
