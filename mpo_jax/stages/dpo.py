@@ -13,7 +13,6 @@ from jaxtyping import Array, Float
 
 from mpo_jax.config.schema import Config, OptimConfig, Section, TextConfig
 from mpo_jax.data.batches import Batch
-from mpo_jax.data.pair_table import PairTable
 from mpo_jax.data.records import Preference
 from mpo_jax.data.text import TextCodec
 from mpo_jax.data.tokens import Example
@@ -23,7 +22,6 @@ from mpo_jax.models import forward, loading, responses
 from mpo_jax.models.forward import Model
 from mpo_jax.models.hf.tokenizer import load_tokenizer
 from mpo_jax.runtime import machine
-from mpo_jax.runtime.console import console
 from mpo_jax.runtime.stage_warnings import warn
 from mpo_jax.selection import ordered_right
 from mpo_jax.stages.context import Context
@@ -42,6 +40,7 @@ from mpo_jax.stages.preference import Pairs, PreferenceLoss
 from mpo_jax.stages.settings import Adapting, Numerics, Split, TrainSettings, adapter_of
 from mpo_jax.stages.shapes import Shapes
 from mpo_jax.stages.stage import Program, Stage
+from mpo_jax.stages.subset import read_subset
 from mpo_jax.training.optimizer import make_optimizer
 from mpo_jax.training.update import jit_update
 from mpo_jax.training.validation import first_rows, make_evaluate, make_measure
@@ -240,11 +239,8 @@ def _human_examples(context: Context, codec: TextCodec, rows: Sequence[Preferenc
 
 def _selected(settings: Settings, context: Context, codec: TextCodec, pairs: Artifact) -> list[Example]:
     """The selection's pairs with the chosen side first; responses keep their sampled ids."""
-    table = PairTable.read(pairs.path)
-    rows = table.rows(settings.split.subset, settings.split)
-    if said := table.describe_split(settings.split.subset, settings.split):
-        console.print(f"  {said}", soft_wrap=True)
-    prompts, _ = context.tokenize(codec, [(table.prompt[int(row)], ()) for row in rows])
+    table, rows = read_subset(pairs, settings.split)
+    prompts, _ = context.tokenize(codec, [(table.prompt[row], ()) for row in rows])
     examples = []
     for row, example in zip(rows, prompts, strict=True):
         chosen, ids = int(table.chosen[row]), table.ids[row]

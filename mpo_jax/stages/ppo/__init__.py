@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 
 from mpo_jax.data.batches import Buckets, TrainBatches
-from mpo_jax.data.pair_table import PairTable
 from mpo_jax.data.text import TextCodec
 from mpo_jax.data.tokens import number_visits
 from mpo_jax.errors import UserError
@@ -28,6 +27,7 @@ from mpo_jax.stages.ppo.programs import check, offloaded, programs
 from mpo_jax.stages.ppo.settings import Settings
 from mpo_jax.stages.scorer import open_text_scorer
 from mpo_jax.stages.stage import Stage
+from mpo_jax.stages.subset import read_subset
 from mpo_jax.stages.widths import few_widths
 from mpo_jax.types import Artifact, Head, Metrics, Params, frozen
 
@@ -147,10 +147,8 @@ def _load(
 def _prompts(settings: Settings, pairs: Artifact | None, context: Context) -> list[str]:
     if pairs is None:
         return context.inputs.corpus.sampled_prompts(settings.split.num_prompts)
-    table = PairTable.read(pairs.path)
-    prompts = [table.prompt[int(row)] for row in table.rows(settings.split.subset, settings.split)]
-    if said := table.describe_split(settings.split.subset, settings.split):
-        console.print(f"  {said}", soft_wrap=True)
+    table, rows = read_subset(pairs, settings.split)
+    prompts = [table.prompt[row] for row in rows]
     return list(dict.fromkeys(prompts)) if settings.samples_once else prompts
 
 
